@@ -1,0 +1,31 @@
+"""PixelCNN and Gated PixelCNN: exact likelihoods, sampling and completion of images."""
+
+from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
+from pixelcnn.completion import complete, completion_log_prob
+from pixelcnn.config import GatedPixelCNNConfig, PixelCNNConfig
+from pixelcnn.data import Dataset, load_dataset, save_dataset
+from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
+from pixelcnn.model import build_model
+from pixelcnn.sampling import naive_sample, sample
+from pixelcnn.training import TrainConfig, evaluate, fit
+
+__all__ = [
+    "Dataset",
+    "GatedPixelCNNConfig",
+    "PixelCNNConfig",
+    "TrainConfig",
+    "bits_per_dim",
+    "build_model",
+    "complete",
+    "completion_log_prob",
+    "evaluate",
+    "fit",
+    "load_checkpoint",
+    "load_dataset",
+    "log_prob",
+    "naive_sample",
+    "pixel_log_prob",
+    "sample",
+    "save_checkpoint",
+    "save_dataset",
+]

@@ -1,0 +1,85 @@
+"""A trained model on disk: a folder of `config.json`, `model.safetensors` and `scores.json`. Never a pickle."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pixelcnn.config import config_from_dict, config_to_dict
+from pixelcnn.model import build_model
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+SCORES_FILE = "scores.json"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(folder: str | Path, model: nn.Module, scores: dict[str, Any]) -> None:
+    """Write a model and its scores into a folder, which is replaced as a whole: no half-written one is ever seen.
+
+    Args:
+        folder: the folder to write; its parent is made if missing.
+        model: as `build_model` makes it.
+        scores: JSON-ready values, e.g. of `evaluate`.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, new / WEIGHTS_FILE)
+        config = {**config_to_dict(model.config), "weights_sha256": sha256_of(new / WEIGHTS_FILE)}
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (new / SCORES_FILE).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def load_checkpoint(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Read what `save_checkpoint` wrote.
+
+    Returns:
+        The model, in eval mode, on the CPU; and its scores.
+
+    Raises:
+        ValueError: a file is missing, damaged, of another architecture, or not the one that was saved.
+    """
+    folder = Path(folder)
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text())
+        scores = json.loads((folder / SCORES_FILE).read_text())
+        expected = values.pop("weights_sha256")
+        found = sha256_of(folder / WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no checkpoint: {Path(error.filename).name} is missing.") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder} is no checkpoint: {CONFIG_FILE} or {SCORES_FILE} is damaged ({error}).") from None
+    if found != expected:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} is not the file that was saved: its SHA-256 is {found[:12]}..., "
+            f"{CONFIG_FILE} says {str(expected)[:12]}.... Fetch the checkpoint again."
+        )
+    model = build_model(config_from_dict(values))
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
+    return model.eval(), scores

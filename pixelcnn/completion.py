@@ -1,0 +1,61 @@
+"""Fill in the missing pixels of an image, and score what was filled in.
+
+Pixels are visited in raster order and known ones are clamped. If every missing pixel comes after every observed one
+(a lower half, say), this is an exact sample of p(missing | observed). Otherwise it is not: a missing pixel cannot see
+observed pixels after it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pixelcnn.likelihood import pixel_log_prob
+from pixelcnn.sampling import check_observed, sample
+
+
+def complete(
+    model: nn.Module,
+    image: Tensor,
+    observed: Tensor,
+    u: Tensor,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Fill in the missing pixels of a batch of images.
+
+    Each missing sub-pixel is drawn from p(x_i | x_1, ..., x_{i-1}), the known ones in place.
+
+    Args:
+        image: (B, C, H, W) int64 levels in [0, K); ignored where missing.
+        observed: (B, 1, H, W) bool, True where the pixel is known.
+        u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
+        label: (B,) int64, -1 for none; None for no labels.
+        temperature: divides the logits; 0 takes the most likely level.
+
+    Returns:
+        (B, C, H, W) int64 levels in [0, K), equal to `image` where observed.
+
+    Raises:
+        ValueError: a shape, dtype or range differs from the above.
+    """
+    return sample(model, u, label, temperature, drawing=image, observed=observed)
+
+
+@torch.inference_mode()
+def completion_log_prob(model: nn.Module, levels: Tensor, observed: Tensor, label: Tensor | None = None) -> Tensor:
+    """Return the log-probability with which `complete` (temperature 1) fills in these missing pixels.
+
+    It is the sum over the missing sub-pixels of log p(x_i | x_1, ..., x_{i-1}): a normalised distribution over them.
+
+    Args:
+        levels: (B, C, H, W) int64 in [0, K), the finished images.
+        observed: (B, 1, H, W) bool, True where the pixel was known.
+        label: (B,) int64, -1 for none; None for no labels.
+
+    Returns:
+        (B,) nats, log p(missing | observed); 0 where nothing was missing.
+
+    Raises:
+        ValueError: a shape, dtype or range differs from the above.
+    """
+    check_observed(levels, observed, model.config)
+    return (pixel_log_prob(model, levels, label) * ~observed).sum(dim=(1, 2, 3))

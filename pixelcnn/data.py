@@ -1,0 +1,140 @@
+"""Prepared datasets: one safetensors file each, written by the prepare stage; and the only preprocessing.
+
+Binary datasets (K = 2) keep the training images as intensities 0..255 and draw a Bernoulli sample of them at each
+read; their validation and test images are one fixed Bernoulli sample, drawn when the file was written. Datasets of
+256 levels are the bytes themselves.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SPLITS = ("train", "validation", "test")
+DYNAMIC_PROTOCOL = "dynamic"  # Bernoulli sample at each read in training, one fixed sample for validation and test
+BYTES_PROTOCOL = "8-bit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A prepared dataset.
+
+    Args:
+        name: e.g. `mnist`.
+        num_levels: K.
+        protocol: what one pixel of validation and test is, named beside every figure.
+        label_names: one per class.
+        images: per split, (N, C, H, W) uint8: levels, or intensities 0..255 in the training split of a binary one.
+        labels: per split, (N,) int64.
+        data_hash: MD5 of the file (the one that `dvc.lock` records); empty for a dataset made in memory.
+    """
+
+    name: str
+    num_levels: int
+    protocol: str
+    label_names: list[str]
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    data_hash: str = field(default="")
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            images, labels = self.images[split], self.labels[split]
+            if images.dim() != 4 or images.dtype != torch.uint8 or len(images) != len(labels) or len(images) == 0:
+                raise ValueError(f"{self.name}: split {split} must hold (N, C, H, W) uint8 images and N labels.")
+            if not self._has_intensities(split) and images.max() >= self.num_levels:
+                raise ValueError(f"{self.name}: split {split} has levels above {self.num_levels - 1}.")
+
+    def _has_intensities(self, split: str) -> bool:
+        return split == "train" and self.protocol == DYNAMIC_PROTOCOL
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return tuple(self.images["test"].shape[1:])
+
+    def levels(self, split: str, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
+        """Return images as levels.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            index: which images, in any form that indexes a tensor.
+            generator: draws the Bernoulli sample of a binary training split.
+
+        Returns:
+            (B, C, H, W) int64 in [0, K).
+        """
+        images = self.images[split][index]
+        if self._has_intensities(split):
+            return binarize(images, generator)
+        return images.long()
+
+    def batches(self, split: str, batch_size: int, num_images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (levels, label) of a split's first `num_images` images, in order."""
+        num = len(self.images[split]) if num_images is None else min(num_images, len(self.images[split]))
+        # A fixed seed: the training split's likelihood, too, is a number that comes out the same twice.
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, num, batch_size):
+            index = slice(start, min(start + batch_size, num))
+            yield self.levels(split, index, generator), self.labels[split][index]
+
+
+def binarize(intensities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw a Bernoulli sample with probability intensity / 255: uint8 (...) -> int64 (...) in {0, 1}."""
+    u = torch.rand(intensities.shape, generator=generator)
+    return (u * 255 < intensities).long()
+
+
+def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | None = None) -> None:
+    """Write a dataset into one file, by way of a temporary one beside it.
+
+    Args:
+        extra: further tensors to keep, e.g. the permutation behind the splits.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = dict(extra or {})
+    for split in SPLITS:
+        tensors[f"{split}/images"] = dataset.images[split].contiguous()
+        tensors[f"{split}/labels"] = dataset.labels[split].contiguous()
+    # One metadata entry: safetensors writes several in no fixed order, and equal data must be equal bytes.
+    description = {
+        "name": dataset.name,
+        "num_levels": dataset.num_levels,
+        "protocol": dataset.protocol,
+        "label_names": dataset.label_names,
+    }
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        save_file(tensors, temporary, metadata={"dataset": json.dumps(description, sort_keys=True)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_dataset(path: str | Path) -> Dataset:
+    """Read what `save_dataset` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            description = json.loads(file.metadata()["dataset"])
+            images = {split: file.get_tensor(f"{split}/images") for split in SPLITS}
+            labels = {split: file.get_tensor(f"{split}/labels") for split in SPLITS}
+        with open(path, "rb") as raw:
+            data_hash = hashlib.file_digest(raw, "md5").hexdigest()
+        return Dataset(**description, images=images, labels=labels, data_hash=data_hash)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist. Make it: dvc repro prepare@{path.stem}") from None
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is no prepared dataset ({error}). Make it again: dvc repro -f prepare@{path.stem}"
+        ) from None

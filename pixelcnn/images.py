@@ -1,0 +1,73 @@
+"""Levels to pictures and back: PNG files, and sheets of many images."""
+
+import io
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+MAX_PNG_BYTES = 1_000_000
+
+
+def to_picture(levels: Tensor, num_levels: int) -> Image.Image:
+    """Return one image of levels as a grey or RGB picture: level 0 is black, level K-1 is white.
+
+    Args:
+        levels: (C, H, W) int64 in [0, K); C is 1 or 3.
+    """
+    pixels = (levels * 255 / (num_levels - 1)).round().to(torch.uint8)  # (C, H, W)
+    if len(pixels) == 1:
+        return Image.fromarray(pixels[0].numpy())
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def to_png(levels: Tensor, num_levels: int, zoom: int = 1) -> bytes:
+    """Return one image, (C, H, W) int64 levels, as the bytes of a PNG, each pixel enlarged `zoom` times."""
+    picture = to_picture(levels, num_levels)
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int) -> Tensor:
+    """Read a PNG of exactly the size of an image as levels; it is never resized.
+
+    Returns:
+        (C, H, W) int64 in [0, K): grey values, or RGB, rounded to the nearest of the K levels.
+
+    Raises:
+        ValueError: it is no PNG, it is larger than 1 MB, or of another size.
+    """
+    channels, height, width = image_shape
+    if len(png) > MAX_PNG_BYTES:
+        raise ValueError(f"image must be a PNG of at most {MAX_PNG_BYTES} bytes, got {len(png)}.")
+    try:
+        picture = Image.open(io.BytesIO(png), formats=["PNG"])
+        if picture.size != (width, height):
+            raise ValueError(f"image must be {width} x {height} pixels, got {picture.width} x {picture.height}.")
+        picture = picture.convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image is no readable PNG: {error}.") from None
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
+    return (pixels.permute(2, 0, 1).double() * (num_levels - 1) / 255).round().long()
+
+
+def to_sheet(levels: Tensor, num_levels: int, num_columns: int, zoom: int = 2, gap: int = 2) -> Image.Image:
+    """Return many images as one picture, row by row, on a mid-grey ground.
+
+    Args:
+        levels: (N, C, H, W) int64 in [0, K).
+        num_columns: images per row.
+        zoom: side of each pixel.
+        gap: pixels of ground around each image.
+    """
+    num, channels, height, width = levels.shape
+    cell_height, cell_width = height * zoom + gap, width * zoom + gap
+    num_rows = -(-num // num_columns)
+    size = (num_columns * cell_width + gap, num_rows * cell_height + gap)
+    sheet = Image.new("L" if channels == 1 else "RGB", size, 128 if channels == 1 else (128, 128, 128))
+    for i, image in enumerate(levels.cpu()):
+        picture = to_picture(image, num_levels).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(picture, (gap + i % num_columns * cell_width, gap + i // num_columns * cell_height))
+    return sheet

@@ -1,0 +1,54 @@
+"""Exact log-likelihoods, in nats per image, and their conversion to bits per dimension."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def pixel_log_prob(model: nn.Module, levels: Tensor, label: Tensor | None = None) -> Tensor:
+    """Return log p(x_i | x_1, ..., x_{i-1}) of every sub-pixel.
+
+    Args:
+        levels: (B, C, H, W) int64 in [0, K).
+        label: (B,) int64, -1 for none; None for no labels.
+
+    Returns:
+        (B, C, H, W) nats, in float32 or better.
+    """
+    logits = model(levels, label)  # (B, K, C, H, W)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, levels, reduction="none")
+
+
+def log_prob(model: nn.Module, levels: Tensor, label: Tensor | None = None) -> Tensor:
+    """Return the exact log-probability of each image.
+
+    Args:
+        levels: (B, C, H, W) int64 in [0, K).
+        label: (B,) int64, -1 for none; None for no labels.
+
+    Returns:
+        (B,) nats.
+
+    Raises:
+        ValueError: a shape, dtype or range differs from the above.
+
+    Source: van den Oord et al. 2016, arXiv:1601.06759, eq. 1.
+    """
+    return pixel_log_prob(model, levels, label).sum(dim=(1, 2, 3))
+
+
+def bits_per_dim(nats: float | Tensor, shape: Sequence[int]) -> float | Tensor:
+    """Convert nats per image into bits per dimension.
+
+    Args:
+        nats: negative log-likelihood of an image, or of many.
+        shape: (C, H, W) of the image.
+
+    Returns:
+        nats / (C * H * W * ln 2), of the same type as `nats`.
+    """
+    return nats / (math.prod(shape) * math.log(2))

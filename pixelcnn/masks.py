@@ -1,0 +1,58 @@
+"""Mask types A and B as pure functions, with the dependence between colours at the centre tap.
+
+Kernels are stored *cropped*: the rows below the centre are always masked, so they are left out. A 7x7 kernel is kept
+as 4x7, a 3x3 one as 2x3, a horizontal 1xn one as 1 x (n // 2 + 1); the function is that of the full masked kernel.
+
+Source: van den Oord et al. 2016, arXiv:1601.06759, section 3.4 and figure 2 (right).
+"""
+
+import torch
+from torch import Tensor
+
+
+def colour_groups(num_maps: int, num_colours: int) -> Tensor:
+    """Return the colour that each of `num_maps` maps belongs to, in equal runs: 6 maps, 3 colours -> 0 0 1 1 2 2.
+
+    Returns:
+        (num_maps,) int64 in [0, num_colours).
+    """
+    assert num_maps % num_colours == 0, (num_maps, num_colours)
+    return torch.arange(num_colours).repeat_interleave(num_maps // num_colours)
+
+
+def centre_mask(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> Tensor:
+    """Return which input maps the centre tap of each output map may see.
+
+    Mask A: strictly earlier colours only. Mask B: the same colour too.
+
+    Returns:
+        (out, in) float, 1 where allowed.
+    """
+    assert mask_type in ("A", "B"), mask_type
+    out, in_ = out_groups[:, None], in_groups[None, :]
+    return (out > in_ if mask_type == "A" else out >= in_).float()
+
+
+def raster_mask(mask_type: str, kernel_size: int, in_groups: Tensor, out_groups: Tensor) -> Tensor:
+    """Return the mask of a cropped k x k kernel: the rows above in full, the current row up to the centre.
+
+    Returns:
+        (out, in, k // 2 + 1, k) float, 1 where allowed; the centre is the last row's middle tap.
+    """
+    half = kernel_size // 2
+    mask = torch.ones(len(out_groups), len(in_groups), half + 1, kernel_size)
+    mask[:, :, half, half] = centre_mask(mask_type, in_groups, out_groups)
+    mask[:, :, half, half + 1 :] = 0
+    return mask
+
+
+def row_mask(mask_type: str, kernel_size: int, in_groups: Tensor, out_groups: Tensor) -> Tensor:
+    """Return the mask of a cropped 1 x k kernel: pixels to the left in full, then the centre.
+
+    Returns:
+        (out, in, 1, k // 2 + 1) float, 1 where allowed; the centre is the last tap.
+    """
+    half = kernel_size // 2
+    mask = torch.ones(len(out_groups), len(in_groups), 1, half + 1)
+    mask[:, :, 0, half] = centre_mask(mask_type, in_groups, out_groups)
+    return mask

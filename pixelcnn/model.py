@@ -1,0 +1,165 @@
+"""PixelCNN and Gated PixelCNN: levels in, logits out.
+
+p(x) is the product over rows, columns, then channels (raster order) of p(x_i | x_1, ..., x_{i-1}); each factor is a
+categorical over K levels, whose logits one forward pass gives for all sub-pixels at once.
+
+Sources: PixelCNN, van den Oord et al. 2016, arXiv:1601.06759; Gated PixelCNN, van den Oord et al. 2016,
+arXiv:1606.05328. Departures: labels in both architectures, Adam and EMA in training (training.py), a softmax of two
+levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the multi-scale
+PixelCNN, the autoencoder of the second paper, a context network for drawings.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixelcnn.config import GatedPixelCNNConfig, ModelConfig, PixelCNNConfig
+from pixelcnn.layers import GatedLayer, MaskedConv2d, ResidualBlock, masked_1x1
+from pixelcnn.masks import colour_groups, raster_mask
+
+
+def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
+    """Raise ValueError unless `levels` is (B, C, H, W) int64 in [0, K) for this config."""
+    expected = ("B", *config.image_shape)
+    if levels.dim() != 4 or tuple(levels.shape[1:]) != config.image_shape:
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(levels.shape)}.")
+    if levels.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 levels 0..{config.num_levels - 1}, got dtype {levels.dtype}.")
+    if levels.numel() and (levels.min() < 0 or levels.max() >= config.num_levels):
+        raise ValueError(
+            f"{name} must lie in 0..{config.num_levels - 1}, got {int(levels.min())}..{int(levels.max())}."
+        )
+
+
+def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
+    """Raise ValueError unless `label` is (B,) int64 in [-1, num_labels)."""
+    if label.shape != (batch_size,) or label.dtype != torch.int64:
+        raise ValueError(
+            f"label must have shape ({batch_size},) and dtype int64, got {tuple(label.shape)} and {label.dtype}."
+        )
+    if label.numel() and (label.min() < -1 or label.max() >= config.num_labels):
+        if config.num_labels == 0:
+            raise ValueError("label must be None or -1: this model was built without labels.")
+        raise ValueError(
+            f"label must lie in -1..{config.num_labels - 1} (-1 for none), got {int(label.min())}..{int(label.max())}."
+        )
+
+
+class _AutoregressiveModel(nn.Module):
+    """What both architectures share: input checks and scaling, and the two 1x1 layers of the head."""
+
+    def __init__(self, config: ModelConfig, in_maps: int) -> None:
+        super().__init__()
+        self.config = config
+        num_colours = config.image_shape[0]
+        head = colour_groups(config.head_features, num_colours)
+        logits = colour_groups(num_colours * config.num_levels, num_colours)
+        self.head = masked_1x1("B", colour_groups(in_maps, num_colours), head)
+        self.logits = masked_1x1("B", head, logits)
+
+    def features(self, x: Tensor, label: Tensor | None) -> Tensor:
+        """Return the head's input, (B, maps, H, W), from scaled levels."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        levels: Tensor,
+        label: Tensor | None = None,
+        drawing: Tensor | None = None,
+        observed: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of every sub-pixel given all earlier ones.
+
+        Args:
+            levels: (B, C, H, W) int64 in [0, K).
+            label: (B,) int64 in [-1, num_labels), -1 for no label; None for no labels at all.
+            drawing, observed: for networks with a context network; this version has none, so they must be None.
+
+        Returns:
+            (B, K, C, H, W) logits in the dtype of the weights.
+
+        Raises:
+            ValueError: a shape, dtype or range differs from the above.
+        """
+        config = self.config
+        check_levels(levels, config)
+        if label is not None:
+            check_label(label, len(levels), config)
+        if drawing is not None or observed is not None:
+            raise ValueError("drawing and observed must be None: this model has no context network.")
+        batch, (channels, height, width) = len(levels), config.image_shape
+        # [-1, 1]: centred, so that the zero padding is no level of a binary image.
+        x = levels.to(self.head.weight.dtype) * (2 / (config.num_levels - 1)) - 1
+        y = self.logits(F.relu(self.head(F.relu(self.features(x, label)))))  # (B, C*K, H, W)
+        return y.reshape(batch, channels, config.num_levels, height, width).transpose(1, 2)
+
+
+class PixelCNN(_AutoregressiveModel):
+    """PixelCNN: a mask-A convolution, residual blocks with mask B, skip connections from each to the head.
+
+    It has the *blind spot* of its paper: a wedge to the upper right of each pixel is never seen.
+    """
+
+    config: PixelCNNConfig
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__(config, in_maps=config.head_features)
+        num_colours = config.image_shape[0]
+        outer = colour_groups(2 * config.num_features, num_colours)
+        first_mask = raster_mask("A", config.first_kernel_size, torch.arange(num_colours), outer)
+        self.first = MaskedConv2d(first_mask, right=config.first_kernel_size // 2)
+        self.first_skip = masked_1x1("B", outer, colour_groups(config.head_features, num_colours))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(
+                config.num_features, config.head_features, config.kernel_size, num_colours, config.num_labels
+            )
+            for _ in range(config.num_blocks)
+        )
+
+    def features(self, x: Tensor, label: Tensor | None) -> Tensor:
+        x = self.first(x)  # (B, 2h, H, W)
+        skips = self.first_skip(x)  # (B, head, H, W)
+        for block in self.blocks:
+            x, skip = block(x, label)
+            skips = skips + skip
+        return skips
+
+
+class GatedPixelCNN(_AutoregressiveModel):
+    """Gated PixelCNN: two stacks without a blind spot, gated units, a residual on the horizontal stack."""
+
+    config: GatedPixelCNNConfig
+
+    def __init__(self, config: GatedPixelCNNConfig) -> None:
+        super().__init__(config, in_maps=config.num_features)
+        num_colours = config.image_shape[0]
+        self.layers = nn.ModuleList(
+            GatedLayer(
+                "A" if i == 0 else "B",
+                num_colours if i == 0 else config.num_features,
+                config.num_features,
+                config.kernel_size,
+                num_colours,
+                config.num_labels,
+            )
+            for i in range(config.num_layers)
+        )
+
+    def features(self, x: Tensor, label: Tensor | None) -> Tensor:
+        v = h = x
+        for layer in self.layers:
+            v, h = layer(v, h, label)
+        return h  # (B, p, H, W)
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """Build the architecture that a config describes, with fresh weights.
+
+    Raises:
+        ValueError: the config is of no known architecture.
+    """
+    if isinstance(config, PixelCNNConfig):
+        return PixelCNN(config)
+    if isinstance(config, GatedPixelCNNConfig):
+        return GatedPixelCNN(config)
+    raise ValueError(f"config must be PixelCNNConfig or GatedPixelCNNConfig, got {type(config).__name__}.")

@@ -1,0 +1,113 @@
+"""Sampling: slow, obvious, the reference that every faster sampler must equal.
+
+A sampler is a function of (model, u): the noise is an argument, so the same `u` gives the same image.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pixelcnn.model import check_levels
+
+
+def check_noise(u: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless `u` is (B, C, H, W) float in [0, 1)."""
+    if u.dim() != 4 or tuple(u.shape[1:]) != image_shape:
+        raise ValueError(f"u must have shape (B, {', '.join(map(str, image_shape))}), got {tuple(u.shape)}.")
+    if not u.is_floating_point():
+        raise ValueError(f"u must be uniform noise of a float dtype, got {u.dtype}.")
+    if not bool(((u >= 0) & (u < 1)).all()):
+        raise ValueError("u must lie in [0, 1), as torch.rand gives it.")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless the temperature is a finite number of at least 0."""
+    if not math.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
+
+
+def check_observed(image: Tensor, observed: Tensor, config) -> None:
+    """Raise ValueError unless `observed` is (B, 1, H, W) bool and the observed pixels of `image` are levels."""
+    expected = (len(image), 1, *config.image_shape[1:])
+    if observed.dtype != torch.bool or tuple(observed.shape) != expected:
+        raise ValueError(
+            f"observed must be bool of shape {expected}, True where a pixel is known, "
+            f"got {observed.dtype} of shape {tuple(observed.shape)}."
+        )
+    if tuple(image.shape[1:]) != config.image_shape:
+        check_levels(image, config, "image")
+    check_levels(torch.where(observed, image, 0), config, "image (where observed)")
+
+
+def draw_level(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """Draw one level per row by inverting the cumulative distribution at `u`.
+
+    Args:
+        logits: (..., K).
+        u: (...) in [0, 1).
+        temperature: divides the logits; 0 takes the most likely level (the lowest one of a tie).
+
+    Returns:
+        (...) int64: the smallest level whose cumulative probability exceeds `u`.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # float64, so that the same logits give the same level whatever the dtype of the network.
+    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    # Rounding can leave the last entry just below 1: the last level is what remains.
+    return (cumulative[..., :-1] <= u.double()[..., None]).sum(dim=-1)
+
+
+@torch.inference_mode()
+def naive_sample(
+    model: nn.Module,
+    u: Tensor,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
+    """Sample images in raster order, with one full forward pass per sub-pixel.
+
+    Args:
+        u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
+        label: (B,) int64, -1 for none; None for no labels.
+        temperature: divides the logits; 1 samples the model itself, 0 takes the most likely level of each sub-pixel.
+        drawing: (B, C, H, W) int64 levels that are kept where observed; ignored elsewhere.
+        observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.
+
+    Returns:
+        (B, C, H, W) int64 levels in [0, K).
+
+    Raises:
+        ValueError: a shape, dtype or range differs from the above.
+    """
+    config = model.config
+    check_noise(u, config.image_shape)
+    check_temperature(temperature)
+    if (drawing is None) != (observed is None):
+        raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
+    levels = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
+    missing = torch.ones(len(u), *u.shape[2:], dtype=torch.bool, device=u.device)  # (B, H, W)
+    if drawing is not None and observed is not None:
+        if len(drawing) != len(u):
+            raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
+        check_observed(drawing, observed, config)
+        levels = torch.where(observed, drawing, levels)
+        missing = ~observed[:, 0]
+    channels, height, width = config.image_shape
+    for row in range(height):
+        for column in range(width):
+            here = missing[:, row, column]  # (B,)
+            if not here.any():
+                continue
+            for channel in range(channels):
+                logits = model(levels, label)[:, :, channel, row, column]  # (B, K)
+                drawn = draw_level(logits, u[:, channel, row, column], temperature)
+                levels[:, channel, row, column] = torch.where(here, drawn, levels[:, channel, row, column])
+    return levels
+
+
+# The one name that callers use; a cached sampler of the same signature takes its place.
+sample = naive_sample

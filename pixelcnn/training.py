@@ -1,0 +1,444 @@
+"""Training and evaluation: one loop, callbacks, no tracker.
+
+Everything random in step s depends on (seed, s) alone, so a run that was stopped and resumed sees the same batches,
+the same Bernoulli samples and the same dropped labels as one that was not.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixelcnn.config import config_to_dict
+from pixelcnn.data import Dataset
+from pixelcnn.likelihood import bits_per_dim, log_prob
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        batch_size: images per optimiser step.
+        learning_rate: Adam's peak learning rate.
+        max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.
+        max_minutes: minutes of training; 0 for no limit. The schedule is fitted to whichever ends first.
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: last part of the run in which the learning rate falls linearly to zero.
+        ema_decay: decay per step of the averaged weights, those that are scored and kept; 0 for no average.
+        clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
+        label_dropout: share of the images whose label is withheld, so that one network serves with and without.
+        horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
+        precision: `float32`, or `bfloat16` for autocast of the matrix work.
+        accumulate: parts that a batch is split into, to save memory.
+        num_validations: how often the validation split is scored, evenly over the run.
+        num_validation_images: how many of its images are scored then; 0 for all.
+        save_minutes: minutes between saves of the state file.
+        seed: of the batches and everything else that is drawn.
+
+    Raises:
+        ValueError: a value is impossible.
+    """
+
+    batch_size: int
+    learning_rate: float
+    max_epochs: float
+    max_minutes: float = 0
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    ema_decay: float = 0.999
+    clip_norm: float = 1.0
+    label_dropout: float = 0.5
+    horizontal_flips: bool = False
+    precision: str = "float32"
+    accumulate: int = 1
+    num_validations: int = 10
+    num_validation_images: int = 0
+    save_minutes: float = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "num_validations"):
+            _check(name, getattr(self, name), int, 1, 1_000_000)
+        for name in ("warmup_steps", "num_validation_images", "seed"):
+            _check(name, getattr(self, name), int, 0, 2**63 - 1)
+        for name in ("learning_rate", "max_epochs", "clip_norm"):
+            _check(name, getattr(self, name), float, 0, {"learning_rate": 1.0}.get(name, 1e9), above=True)
+        for name in ("max_minutes", "save_minutes"):
+            _check(name, getattr(self, name), float, 0, 1e9)
+        for name in ("decay_fraction", "ema_decay", "label_dropout"):
+            _check(name, getattr(self, name), float, 0, 1)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        if not isinstance(self.horizontal_flips, bool):
+            raise ValueError(f"horizontal_flips must be true or false, got {self.horizontal_flips!r}.")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
+
+
+def _check(name: str, value: Any, kind: type, least: float, most: float, above: bool = False) -> None:
+    kinds = (int,) if kind is int else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not (least <= value <= most):
+        word = "whole number" if kind is int else "number"
+        raise ValueError(f"{name} must be a {word} from {least} to {most}, got {value!r}.")
+    if above and value == least:
+        raise ValueError(f"{name} must be above {least}, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What `fit` tells its callback after each step.
+
+    Args:
+        step: steps done.
+        epoch: passes over the training split done.
+        train_nll_nats: mean loss of this step's batch, nats per image.
+        learning_rate: of this step.
+        images_per_s: since the start or the resume.
+        remaining_s: estimate of the seconds left.
+        validation_nll_nats: of the averaged weights, where it was scored after this step.
+    """
+
+    step: int
+    epoch: float
+    train_nll_nats: float
+    learning_rate: float
+    images_per_s: float
+    remaining_s: float
+    validation_nll_nats: float | None
+
+
+def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int) -> str:
+    """Return a negative log-likelihood in the unit the field uses: nats for binary images, else bits/dim."""
+    if num_levels == 2:
+        return f"{nats:.2f} nats"
+    return f"{bits_per_dim(nats, dataset_shape):.4f} bits/dim"
+
+
+def format_progress(report: StepReport, data: Dataset) -> str:
+    """Return one line for a person: how far, how good, how fast, how long still."""
+    minutes, seconds = divmod(round(report.remaining_s), 60)
+    loss = format_nll(report.train_nll_nats, data.image_shape, data.num_levels)
+    line = f"step {report.step}, epoch {report.epoch:.2f}: train {loss}"
+    if report.validation_nll_nats is not None:
+        line += f", validation {format_nll(report.validation_nll_nats, data.image_shape, data.num_levels)}"
+    return f"{line}, {report.images_per_s:.0f} images/s, {minutes}:{seconds:02d} left"
+
+
+def generator_for(seed: int, *path: int) -> torch.Generator:
+    """Return a generator that depends on (seed, path) alone."""
+    state = np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
+
+
+class _Trainer:
+    """The state of one run: weights, their average, the optimiser, the clock."""
+
+    def __init__(self, model: nn.Module, data: Dataset, config: TrainConfig) -> None:
+        self.model, self.data, self.config = model, data, config
+        self.parameters = list(model.parameters())
+        self.device = self.parameters[0].device
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.best = [p.detach().clone() for p in self.parameters]
+        self.best_nll = math.inf
+        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99))
+        self.step = 0
+        self.elapsed_s = 0.0
+        self.num_validations = 0
+        num_train = len(data.images["train"])
+        if config.batch_size > num_train:
+            raise ValueError(
+                f"batch_size must be at most the {num_train} training images of {data.name}, got {config.batch_size}."
+            )
+        self.steps_per_epoch = num_train // config.batch_size
+        self.max_steps = max(1, round(config.max_epochs * self.steps_per_epoch))
+
+    def progress(self) -> float:
+        """Return the part of the run that is done, in [0, 1]."""
+        progress = self.step / self.max_steps
+        if self.config.max_minutes:
+            progress = max(progress, self.elapsed_s / (60 * self.config.max_minutes))
+        return min(progress, 1.0)
+
+    def learning_rate(self) -> float:
+        config = self.config
+        warm_up = min(1.0, (self.step + 1) / (config.warmup_steps + 1))
+        decay = min(1.0, (1 - self.progress()) / config.decay_fraction) if config.decay_fraction else 1.0
+        return config.learning_rate * warm_up * decay
+
+    def batch(self) -> tuple[Tensor, Tensor | None]:
+        """Return the levels and labels of the step to come."""
+        config = self.config
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if getattr(self, "_order_epoch", None) != epoch:
+            num_train = len(self.data.images["train"])
+            self._order = torch.randperm(num_train, generator=generator_for(config.seed, 0, epoch))
+            self._order_epoch = epoch
+        index = self._order[position * config.batch_size : (position + 1) * config.batch_size]
+        generator = generator_for(config.seed, 1, self.step)
+        levels = self.data.levels("train", index, generator)
+        if config.horizontal_flips:
+            flip = torch.rand(len(levels), generator=generator) < 0.5
+            levels = torch.where(flip[:, None, None, None], levels.flip(-1), levels)
+        if not self.model.config.num_labels:
+            return levels.to(self.device), None
+        keep = torch.rand(len(levels), generator=generator) >= config.label_dropout
+        label = torch.where(keep, self.data.labels["train"][index], -1)
+        return levels.to(self.device), label.to(self.device)
+
+    def train_step(self) -> tuple[float, float]:
+        """Take one step; return the loss in nats per image, and the learning rate."""
+        config = self.config
+        levels, label = self.batch()
+        num_dims = math.prod(self.data.image_shape)
+        nats = 0.0
+        self.optimiser.zero_grad(set_to_none=True)
+        for part in torch.arange(len(levels)).tensor_split(config.accumulate):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                logits = self.model(levels[part], None if label is None else label[part])
+            loss = F.cross_entropy(logits.float(), levels[part], reduction="sum") / (len(levels) * num_dims)
+            loss.backward()
+            nats += loss.item() * num_dims
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
+        if not (math.isfinite(nats) and bool(torch.isfinite(norm))):
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at step {self.step + 1} (loss {nats} nats): "
+                "lower learning_rate. The last saved state is untouched."
+            )
+        rate = self.learning_rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        self.step += 1
+        # The average forgets the random start: its decay warms up, as in Polyak averaging of the first steps.
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step)) if config.ema_decay else 0.0
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        return nats, rate
+
+    def use(self, weights: list[Tensor]) -> list[Tensor]:
+        """Put weights into the model; return those that were there."""
+        before = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            for parameter, weight in zip(self.parameters, weights, strict=True):
+                parameter.copy_(weight)
+        return before
+
+    def validate(self) -> float:
+        """Score the averaged weights on the validation split; keep them if they are the best so far."""
+        before = self.use(self.average)
+        num_images = self.config.num_validation_images or None
+        nll = per_image_nll(self.model, self.data, "validation", num_images=num_images).mean().item()
+        self.use(before)
+        if nll < self.best_nll:
+            self.best_nll = nll
+            self.best = [w.clone() for w in self.average]
+        self.num_validations += 1
+        return nll
+
+    def description(self) -> dict[str, Any]:
+        """Return what a saved state must share with the run that resumes it."""
+        return {
+            "model": config_to_dict(self.model.config),
+            "train": asdict(self.config),
+            "data_hash": self.data.data_hash,
+        }
+
+    def save(self, path: Path) -> None:
+        tensors = {}
+        for i, parameter in enumerate(self.parameters):
+            tensors[f"weights/{i}"] = parameter.detach()
+            tensors[f"average/{i}"] = self.average[i]
+            tensors[f"best/{i}"] = self.best[i]
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"adam/{i}/{key}"] = value
+        state = {
+            "description": self.description(),
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "best_nll": self.best_nll if math.isfinite(self.best_nll) else None,
+            "num_validations": self.num_validations,
+        }
+        temporary = path.with_name(f".{path.name}.new")
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+        temporary.replace(path)
+
+    def resume(self, path: Path) -> None:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
+        for key, expected in self.description().items():
+            if state["description"].get(key) != expected:
+                raise ValueError(f"{path} belongs to a run with another {key}. Delete it to start afresh.")
+        self.use([tensors[f"weights/{i}"] for i in range(len(self.parameters))])
+        for i, parameter in enumerate(self.parameters):
+            self.average[i].copy_(tensors[f"average/{i}"])
+            self.best[i].copy_(tensors[f"best/{i}"])
+            prefix = f"adam/{i}/"
+            adam = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if adam:
+                self.optimiser.state[parameter] = {
+                    k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in adam.items()
+                }
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
+        self.num_validations = state["num_validations"]
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    on_step: Callable[[StepReport], None] | None = None,
+    state_file: str | Path | None = None,
+) -> float:
+    """Train a model in place; it ends in eval mode, with the averaged weights that validated best.
+
+    Args:
+        model: as `build_model` makes it, for images of this dataset; on the device to train on.
+        data: a prepared dataset.
+        config: how to train.
+        on_step: called after every step.
+        state_file: where the run's state is saved now and then, by way of a temporary file; a run that finds one goes
+            on from it. None saves nothing.
+
+    Returns:
+        The best validation score, nats per image.
+
+    Raises:
+        ValueError: model and dataset do not fit, the batch is larger than the split, or the state is of another run.
+        FloatingPointError: the loss is no longer finite; the last saved state is left as it was.
+    """
+    _check_fit(model, data)
+    trainer = _Trainer(model, data, config)
+    state_path = None if state_file is None else Path(state_file)
+    if state_path is not None and state_path.exists():
+        trainer.resume(state_path)
+        logger.info("resumed from %s at step %d", state_path, trainer.step)
+    start, start_step, elapsed_before = time.monotonic(), trainer.step, trainer.elapsed_s
+    last_save = start
+    while trainer.progress() < 1:
+        model.train()
+        nats, rate = trainer.train_step()
+        now = time.monotonic()
+        trainer.elapsed_s = elapsed_before + now - start
+        progress = trainer.progress()
+        validation = None
+        if progress >= (trainer.num_validations + 1) / config.num_validations:
+            model.eval()
+            validation = trainer.validate()
+        if state_path is not None and (now - last_save > 60 * config.save_minutes or progress >= 1):
+            trainer.save(state_path)
+            last_save = now
+        if on_step is not None:
+            steps = trainer.step - start_step
+            on_step(
+                StepReport(
+                    step=trainer.step,
+                    epoch=trainer.step / trainer.steps_per_epoch,
+                    train_nll_nats=nats,
+                    learning_rate=rate,
+                    images_per_s=steps * config.batch_size / (now - start),
+                    remaining_s=(1 - progress) / progress * trainer.elapsed_s,
+                    validation_nll_nats=validation,
+                )
+            )
+    trainer.use(trainer.best)
+    model.eval()
+    return trainer.best_nll
+
+
+def _check_fit(model: nn.Module, data: Dataset) -> None:
+    config = model.config
+    if (config.image_shape, config.num_levels) != (data.image_shape, data.num_levels):
+        raise ValueError(
+            f"the model is for images {config.image_shape} of {config.num_levels} levels, "
+            f"{data.name} has {data.image_shape} of {data.num_levels}."
+        )
+    if config.num_labels not in (0, len(data.label_names)):
+        raise ValueError(f"the model has {config.num_labels} labels, {data.name} has {len(data.label_names)}.")
+
+
+@torch.inference_mode()
+def per_image_nll(
+    model: nn.Module,
+    data: Dataset,
+    split: str,
+    with_label: bool = False,
+    num_images: int | None = None,
+    batch_size: int = 250,
+) -> Tensor:
+    """Score images one by one.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        with_label: tell the model the true label.
+        num_images: the first so many; None for all.
+
+    Returns:
+        (N,) float64, nats per image.
+    """
+    device = next(model.parameters()).device
+    nlls = [
+        -log_prob(model, levels.to(device), label.to(device) if with_label else None)
+        for levels, label in data.batches(split, batch_size, num_images)
+    ]
+    return torch.cat(nlls).double().cpu()
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    splits: tuple[str, ...] = ("validation", "test"),
+    num_images: int | None = None,
+    batch_size: int = 250,
+) -> dict[str, float]:
+    """Measure the exact likelihood of a model on a dataset.
+
+    Args:
+        model: in eval mode.
+        data: a prepared dataset; its `protocol` belongs beside every figure.
+        splits: which splits.
+        num_images: the first so many images of each; None for all.
+
+    Returns:
+        Scores by name, for each split: `test/nll_nats` (mean per image, without label), `test/nll_nats_stderr` (its
+        standard error), `test/bits_per_dim`, `test/num_images`, and for models with labels
+        `test/nll_nats_given_label`.
+
+    Raises:
+        ValueError: model and dataset do not fit.
+    """
+    _check_fit(model, data)
+    was_training = model.training
+    model.eval()
+    scores: dict[str, float] = {}
+    for split in splits:
+        nll = per_image_nll(model, data, split, num_images=num_images, batch_size=batch_size)
+        scores[f"{split}/nll_nats"] = nll.mean().item()
+        scores[f"{split}/nll_nats_stderr"] = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else 0.0
+        scores[f"{split}/bits_per_dim"] = bits_per_dim(nll.mean().item(), data.image_shape)
+        scores[f"{split}/num_images"] = len(nll)
+        if model.config.num_labels:
+            given = per_image_nll(model, data, split, with_label=True, num_images=num_images, batch_size=batch_size)
+            scores[f"{split}/nll_nats_given_label"] = given.mean().item()
+    model.train(was_training)
+    return scores
