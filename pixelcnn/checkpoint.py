@@ -8,10 +8,9 @@ from typing import Any
 
 import safetensors
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from pixelcnn.config import config_from_dict, config_to_dict
-from pixelcnn.model import build_model
+from pixelcnn.model import AutoregressiveModel, build_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -24,7 +23,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(folder: str | Path, model: nn.Module, scores: dict[str, Any]) -> None:
+def save_checkpoint(folder: str | Path, model: AutoregressiveModel, scores: dict[str, Any]) -> None:
     """Write a model and its scores into a folder, which is replaced as a whole: no half-written one is ever seen.
 
     Args:
@@ -53,7 +52,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, scores: dict[str, Any]
         shutil.rmtree(new, ignore_errors=True)
 
 
-def load_checkpoint(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Read what `save_checkpoint` wrote.
 
     Returns:

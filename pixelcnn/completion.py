@@ -6,14 +6,15 @@ observed pixels after it.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixelcnn.likelihood import pixel_log_prob
+from pixelcnn.model import AutoregressiveModel
 from pixelcnn.sampling import check_observed, sample
 
 
 def complete(
-    model: nn.Module,
+    model: AutoregressiveModel,
     image: Tensor,
     observed: Tensor,
     u: Tensor,
@@ -41,7 +42,9 @@ def complete(
 
 
 @torch.inference_mode()
-def completion_log_prob(model: nn.Module, levels: Tensor, observed: Tensor, label: Tensor | None = None) -> Tensor:
+def completion_log_prob(
+    model: AutoregressiveModel, levels: Tensor, observed: Tensor, label: Tensor | None = None
+) -> Tensor:
     """Return the log-probability with which `complete` (temperature 1) fills in these missing pixels.
 
     It is the sum over the missing sub-pixels of log p(x_i | x_1, ..., x_{i-1}): a normalised distribution over them.

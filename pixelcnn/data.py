@@ -48,7 +48,7 @@ class Dataset:
             images, labels = self.images[split], self.labels[split]
             if images.dim() != 4 or images.dtype != torch.uint8 or len(images) != len(labels) or len(images) == 0:
                 raise ValueError(f"{self.name}: split {split} must hold (N, C, H, W) uint8 images and N labels.")
-            if not self._has_intensities(split) and images.max() >= self.num_levels:
+            if not self._has_intensities(split) and int(images.max()) >= self.num_levels:
                 raise ValueError(f"{self.name}: split {split} has levels above {self.num_levels - 1}.")
 
     def _has_intensities(self, split: str) -> bool:
@@ -56,7 +56,8 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.images["test"].shape[1:])
+        _, channels, height, width = self.images["test"].shape
+        return channels, height, width
 
     def levels(self, split: str, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
         """Return images as levels.

@@ -43,10 +43,10 @@ def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int) -> 
     if len(png) > MAX_PNG_BYTES:
         raise ValueError(f"image must be a PNG of at most {MAX_PNG_BYTES} bytes, got {len(png)}.")
     try:
-        picture = Image.open(io.BytesIO(png), formats=["PNG"])
-        if picture.size != (width, height):
-            raise ValueError(f"image must be {width} x {height} pixels, got {picture.width} x {picture.height}.")
-        picture = picture.convert("L" if channels == 1 else "RGB")
+        file = Image.open(io.BytesIO(png), formats=["PNG"])
+        if file.size != (width, height):
+            raise ValueError(f"image must be {width} x {height} pixels, got {file.width} x {file.height}.")
+        picture = file.convert("L" if channels == 1 else "RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image is no readable PNG: {error}.") from None
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, channels)

@@ -24,7 +24,7 @@ class MaskedConv2d(nn.Module):
 
     def __init__(self, mask: Tensor, right: int) -> None:
         super().__init__()
-        out_maps, in_maps, height, width = mask.shape
+        out_maps, _, height, width = mask.shape
         self.padding = (width - 1 - right, right, height - 1, 0)  # left, right, top, bottom
         self.weight = nn.Parameter(torch.empty_like(mask))
         self.bias = nn.Parameter(torch.zeros(out_maps))
@@ -34,12 +34,7 @@ class MaskedConv2d(nn.Module):
         nn.init.normal_(self.weight, std=fan_in**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in, H, W) -> (B, out, H, W)
-        left, right, top, _ = self.padding
-        weight = self.weight * self.mask
-        if left != right:
-            return F.conv2d(F.pad(x, self.padding), weight, self.bias)
-        # Symmetric padding lets the convolution pad by itself; the rows it adds below are cropped.
-        return F.conv2d(x, weight, self.bias, padding=(top, left))[:, :, : x.shape[2]]
+        return F.conv2d(F.pad(x, self.padding), self.weight * self.mask, self.bias)
 
 
 def masked_1x1(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> MaskedConv2d:

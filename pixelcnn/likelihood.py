@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from pixelcnn.model import AutoregressiveModel
 
-def pixel_log_prob(model: nn.Module, levels: Tensor, label: Tensor | None = None) -> Tensor:
+
+def pixel_log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = None) -> Tensor:
     """Return log p(x_i | x_1, ..., x_{i-1}) of every sub-pixel.
 
     Args:
@@ -23,7 +25,7 @@ def pixel_log_prob(model: nn.Module, levels: Tensor, label: Tensor | None = None
     return -F.cross_entropy(logits, levels, reduction="none")
 
 
-def log_prob(model: nn.Module, levels: Tensor, label: Tensor | None = None) -> Tensor:
+def log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = None) -> Tensor:
     """Return the exact log-probability of each image.
 
     Args:

@@ -45,8 +45,11 @@ def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
         )
 
 
-class _AutoregressiveModel(nn.Module):
-    """What both architectures share: input checks and scaling, and the two 1x1 layers of the head."""
+class AutoregressiveModel(nn.Module):
+    """What both architectures share: input checks and scaling, and the two 1x1 layers of the head.
+
+    `config` says which images it is for.
+    """
 
     def __init__(self, config: ModelConfig, in_maps: int) -> None:
         super().__init__()
@@ -89,12 +92,13 @@ class _AutoregressiveModel(nn.Module):
             raise ValueError("drawing and observed must be None: this model has no context network.")
         batch, (channels, height, width) = len(levels), config.image_shape
         # [-1, 1]: centred, so that the zero padding is no level of a binary image.
-        x = levels.to(self.head.weight.dtype) * (2 / (config.num_levels - 1)) - 1
+        # Channels last, down to the strides of a single channel: the layout in which convolutions are fastest.
+        x = levels.to(self.head.weight.dtype, memory_format=torch.channels_last) * (2 / (config.num_levels - 1)) - 1
         y = self.logits(F.relu(self.head(F.relu(self.features(x, label)))))  # (B, C*K, H, W)
         return y.reshape(batch, channels, config.num_levels, height, width).transpose(1, 2)
 
 
-class PixelCNN(_AutoregressiveModel):
+class PixelCNN(AutoregressiveModel):
     """PixelCNN: a mask-A convolution, residual blocks with mask B, skip connections from each to the head.
 
     It has the *blind spot* of its paper: a wedge to the upper right of each pixel is never seen.
@@ -110,9 +114,7 @@ class PixelCNN(_AutoregressiveModel):
         self.first = MaskedConv2d(first_mask, right=config.first_kernel_size // 2)
         self.first_skip = masked_1x1("B", outer, colour_groups(config.head_features, num_colours))
         self.blocks = nn.ModuleList(
-            ResidualBlock(
-                config.num_features, config.head_features, config.kernel_size, num_colours, config.num_labels
-            )
+            ResidualBlock(config.num_features, config.head_features, config.kernel_size, num_colours, config.num_labels)
             for _ in range(config.num_blocks)
         )
 
@@ -125,7 +127,7 @@ class PixelCNN(_AutoregressiveModel):
         return skips
 
 
-class GatedPixelCNN(_AutoregressiveModel):
+class GatedPixelCNN(AutoregressiveModel):
     """Gated PixelCNN: two stacks without a blind spot, gated units, a residual on the horizontal stack."""
 
     config: GatedPixelCNNConfig
@@ -152,7 +154,7 @@ class GatedPixelCNN(_AutoregressiveModel):
         return h  # (B, p, H, W)
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> AutoregressiveModel:
     """Build the architecture that a config describes, with fresh weights.
 
     Raises:

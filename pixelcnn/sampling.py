@@ -6,9 +6,10 @@ A sampler is a function of (model, u): the noise is an argument, so the same `u`
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pixelcnn.model import check_levels
+from pixelcnn.config import ModelConfig
+from pixelcnn.model import AutoregressiveModel, check_levels
 
 
 def check_noise(u: Tensor, image_shape: tuple[int, int, int]) -> None:
@@ -27,7 +28,7 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
 
 
-def check_observed(image: Tensor, observed: Tensor, config) -> None:
+def check_observed(image: Tensor, observed: Tensor, config: ModelConfig) -> None:
     """Raise ValueError unless `observed` is (B, 1, H, W) bool and the observed pixels of `image` are levels."""
     expected = (len(image), 1, *config.image_shape[1:])
     if observed.dtype != torch.bool or tuple(observed.shape) != expected:
@@ -54,14 +55,17 @@ def draw_level(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(dim=-1)
     # float64, so that the same logits give the same level whatever the dtype of the network.
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    logits = logits.double()
+    # The largest logit becomes 0: divided by a tiny temperature it stays finite.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
     # Rounding can leave the last entry just below 1: the last level is what remains.
     return (cumulative[..., :-1] <= u.double()[..., None]).sum(dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors cannot be scored by log_prob while gradients are on
 def naive_sample(
-    model: nn.Module,
+    model: AutoregressiveModel,
     u: Tensor,
     label: Tensor | None = None,
     temperature: float = 1.0,

@@ -17,12 +17,13 @@ import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import Dataset
 from pixelcnn.likelihood import bits_per_dim, log_prob
+from pixelcnn.model import AutoregressiveModel
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +150,9 @@ def generator_for(seed: int, *path: int) -> torch.Generator:
 class _Trainer:
     """The state of one run: weights, their average, the optimiser, the clock."""
 
-    def __init__(self, model: nn.Module, data: Dataset, config: TrainConfig) -> None:
+    def __init__(self, model: AutoregressiveModel, data: Dataset, config: TrainConfig) -> None:
         self.model, self.data, self.config = model, data, config
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.device = self.parameters[0].device
         self.average = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
@@ -248,15 +249,16 @@ class _Trainer:
         if nll < self.best_nll:
             self.best_nll = nll
             self.best = [w.clone() for w in self.average]
-        self.num_validations += 1
+        self.num_validations = math.floor(self.progress() * self.config.num_validations)
         return nll
 
     def description(self) -> dict[str, Any]:
-        """Return what a saved state must share with the run that resumes it."""
+        """Return what a saved state must share with the run that resumes it: all but the budget, which may grow."""
+        budget = ("max_epochs", "max_minutes", "num_validations", "save_minutes")
         return {
             "model": config_to_dict(self.model.config),
-            "train": asdict(self.config),
-            "data_hash": self.data.data_hash,
+            "train settings": {k: v for k, v in asdict(self.config).items() if k not in budget},
+            "data hash": self.data.data_hash,
         }
 
     def save(self, path: Path) -> None:
@@ -272,7 +274,6 @@ class _Trainer:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "best_nll": self.best_nll if math.isfinite(self.best_nll) else None,
-            "num_validations": self.num_validations,
         }
         temporary = path.with_name(f".{path.name}.new")
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
@@ -282,12 +283,12 @@ class _Trainer:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
         except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
         for key, expected in self.description().items():
             if state["description"].get(key) != expected:
-                raise ValueError(f"{path} belongs to a run with another {key}. Delete it to start afresh.")
+                raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
         self.use([tensors[f"weights/{i}"] for i in range(len(self.parameters))])
         for i, parameter in enumerate(self.parameters):
             self.average[i].copy_(tensors[f"average/{i}"])
@@ -300,11 +301,11 @@ class _Trainer:
                 }
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
-        self.num_validations = state["num_validations"]
+        self.num_validations = math.floor(self.progress() * self.config.num_validations)
 
 
 def fit(
-    model: nn.Module,
+    model: AutoregressiveModel,
     data: Dataset,
     config: TrainConfig,
     on_step: Callable[[StepReport], None] | None = None,
@@ -342,7 +343,7 @@ def fit(
         trainer.elapsed_s = elapsed_before + now - start
         progress = trainer.progress()
         validation = None
-        if progress >= (trainer.num_validations + 1) / config.num_validations:
+        if math.floor(progress * config.num_validations) > trainer.num_validations:
             model.eval()
             validation = trainer.validate()
         if state_path is not None and (now - last_save > 60 * config.save_minutes or progress >= 1):
@@ -366,7 +367,7 @@ def fit(
     return trainer.best_nll
 
 
-def _check_fit(model: nn.Module, data: Dataset) -> None:
+def _check_fit(model: AutoregressiveModel, data: Dataset) -> None:
     config = model.config
     if (config.image_shape, config.num_levels) != (data.image_shape, data.num_levels):
         raise ValueError(
@@ -379,7 +380,7 @@ def _check_fit(model: nn.Module, data: Dataset) -> None:
 
 @torch.inference_mode()
 def per_image_nll(
-    model: nn.Module,
+    model: AutoregressiveModel,
     data: Dataset,
     split: str,
     with_label: bool = False,
@@ -405,7 +406,7 @@ def per_image_nll(
 
 
 def evaluate(
-    model: nn.Module,
+    model: AutoregressiveModel,
     data: Dataset,
     splits: tuple[str, ...] = ("validation", "test"),
     num_images: int | None = None,
@@ -435,7 +436,7 @@ def evaluate(
         nll = per_image_nll(model, data, split, num_images=num_images, batch_size=batch_size)
         scores[f"{split}/nll_nats"] = nll.mean().item()
         scores[f"{split}/nll_nats_stderr"] = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else 0.0
-        scores[f"{split}/bits_per_dim"] = bits_per_dim(nll.mean().item(), data.image_shape)
+        scores[f"{split}/bits_per_dim"] = float(bits_per_dim(nll.mean().item(), data.image_shape))
         scores[f"{split}/num_images"] = len(nll)
         if model.config.num_labels:
             given = per_image_nll(model, data, split, with_label=True, num_images=num_images, batch_size=batch_size)

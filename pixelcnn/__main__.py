@@ -1,0 +1,230 @@
+"""The core by command line: python -m pixelcnn {train,evaluate,sample,complete,bench} ...
+
+It needs the core's packages alone, and reads prepared datasets (`dvc repro prepare@DATASET` writes them).
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
+from pixelcnn.completion import complete, completion_log_prob
+from pixelcnn.config import CONFIG_CLASSES, checked_config
+from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.images import from_png, to_sheet
+from pixelcnn.likelihood import log_prob
+from pixelcnn.model import AutoregressiveModel, build_model
+from pixelcnn.sampling import naive_sample, sample
+from pixelcnn.training import StepReport, TrainConfig, evaluate, fit, format_nll, format_progress
+
+KNOWN_PARTS = ("top", "left", "bottom", "right")
+FROM_DATASET = ("image_shape", "num_levels", "num_labels")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can use. Leave it out for the CPU.")
+    return torch.device(name)
+
+
+def _add_fields(parser: argparse.ArgumentParser, config_class: type, leave_out: tuple[str, ...] = ()) -> None:
+    """Offer each field of a config dataclass as an option."""
+    for field in dataclasses.fields(config_class):
+        if field.name in leave_out:
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            parser.add_argument(option, action="store_true", default=None)
+        else:
+            required = field.default is dataclasses.MISSING
+            default = "" if required else f"default {field.default}"
+            parser.add_argument(option, type=field.type, required=required, help=default)
+
+
+def _given(arguments: argparse.Namespace, config_class: type, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(config_class) if f.name not in leave_out]
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _load_with_noise(arguments: argparse.Namespace) -> tuple[AutoregressiveModel, Tensor, Tensor | None]:
+    """Return the model, the noise for the samples that are asked for, and their label."""
+    device = _device(arguments.device)
+    model, _ = load_checkpoint(arguments.checkpoint)
+    num = arguments.num_samples
+    if not 1 <= num <= 1024:
+        raise ValueError(f"--num-samples must be from 1 to 1024, got {num}.")
+    # Drawn on the CPU, so that a seed means the same noise on every device.
+    u = torch.rand(num, *model.config.image_shape, generator=torch.Generator().manual_seed(arguments.seed))
+    label = None if arguments.label is None else torch.full((num,), arguments.label, device=device)
+    return model.to(device), u.to(device), label
+
+
+def _write_sheet(levels: Tensor, num_levels: int, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    to_sheet(levels, num_levels, num_columns=min(8, len(levels)), zoom=4).save(out, format="PNG")
+    print(f"wrote {out}")
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    """Train a network on a prepared dataset, evaluate it, and write its checkpoint."""
+    data = load_dataset(arguments.data)
+    network = {"image_shape": data.image_shape, "num_levels": data.num_levels, "num_labels": len(data.label_names)}
+    network |= _given(arguments, CONFIG_CLASSES[arguments.model], FROM_DATASET)
+    config = checked_config(CONFIG_CLASSES[arguments.model], network, arguments.model)
+    train_config = checked_config(TrainConfig, _given(arguments, TrainConfig), "train")
+    torch.manual_seed(train_config.seed)
+    model = build_model(config).to(_device(arguments.device))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{arguments.model} on {data.name} ({data.protocol}): {num_parameters:,} parameters")
+    last_line = 0.0
+
+    def print_progress(report: StepReport) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line > 5 or report.validation_nll_nats is not None:
+            last_line = time.monotonic()
+            print(format_progress(report, data), flush=True)
+
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state_file = out.with_name(f"{out.name}.state")
+    fit(model, data, train_config, print_progress, state_file=state_file)
+    scores = evaluate(model, data) | {"dataset": data.name, "protocol": data.protocol, "data_hash": data.data_hash}
+    save_checkpoint(out, model, scores)
+    print(json.dumps(scores, indent=2))
+    print(f"wrote {out}; {state_file} lets a longer run go on from here")
+
+
+def evaluate_command(arguments: argparse.Namespace) -> None:
+    """Measure the likelihood of a checkpoint on a prepared dataset."""
+    model, _ = load_checkpoint(arguments.checkpoint)
+    data: Dataset = load_dataset(arguments.data)
+    scores = evaluate(model.to(_device(arguments.device)), data, num_images=arguments.num_images)
+    print(json.dumps({"protocol": data.protocol, **scores}, indent=2))
+
+
+def sample_command(arguments: argparse.Namespace) -> None:
+    """Draw whole images from a checkpoint into a PNG."""
+    model, u, label = _load_with_noise(arguments)
+    config = model.config
+    levels = sample(model, u, label, arguments.temperature)
+    with torch.inference_mode():
+        nats = -log_prob(model, levels, label)
+    for value in nats.tolist():
+        print(format_nll(value, config.image_shape, config.num_levels))
+    _write_sheet(levels, config.num_levels, Path(arguments.out))
+
+
+def complete_command(arguments: argparse.Namespace) -> None:
+    """Complete the missing half of a PNG, several ways, into a PNG."""
+    model, u, label = _load_with_noise(arguments)
+    config = model.config
+    _, height, width = config.image_shape
+    try:
+        png = Path(arguments.image).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--image {arguments.image} cannot be read: {error.strerror}.") from None
+    image = from_png(png, config.image_shape, config.num_levels)
+    observed = torch.zeros(1, 1, height, width, dtype=torch.bool)
+    half = {
+        "top": (slice(None, height // 2), slice(None)),
+        "bottom": (slice(height // 2, None), slice(None)),
+        "left": (slice(None), slice(None, width // 2)),
+        "right": (slice(None), slice(width // 2, None)),
+    }[arguments.known]
+    observed[0, 0][half] = True
+    image = image.expand(len(u), -1, -1, -1).to(u.device)
+    observed = observed.expand(len(u), -1, -1, -1).to(u.device)
+    levels = complete(model, image, observed, u, label, arguments.temperature)
+    for value in completion_log_prob(model, levels, observed, label).tolist():
+        print(f"log p(missing | observed) = {value:.2f} nats")
+    given = torch.where(observed[:1], image[:1], 0)
+    _write_sheet(torch.cat([given, levels]), config.num_levels, Path(arguments.out))
+
+
+def bench_command(arguments: argparse.Namespace) -> None:
+    """Time the samplers on a checkpoint, in seconds per image."""
+    model, _ = load_checkpoint(arguments.checkpoint)
+    samplers: dict[str, Callable[..., Tensor]] = {"naive": naive_sample}
+    if sample is not naive_sample:
+        samplers["sample"] = sample
+    print(f"{'batch':>5} {'sampler':>8} {'s/image':>9} {'ratio':>7}")
+    for batch_size in arguments.batch_sizes:
+        u = torch.rand(batch_size, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
+        baseline = 0.0
+        for name, sampler in samplers.items():
+            sampler(model, u[:1])  # compile and warm up
+            start = time.perf_counter()
+            sampler(model, u)
+            per_image = (time.perf_counter() - start) / batch_size
+            baseline = baseline or per_image
+            print(f"{batch_size:>5} {name:>8} {per_image:>9.4f} {baseline / per_image:>6.1f}x")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pixelcnn", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="{train,evaluate,sample,complete,bench}")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], parent: Any = commands) -> argparse.ArgumentParser:
+        command = parent.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        return command
+
+    train = commands.add_parser("train", help=train_command.__doc__)
+    architectures = train.add_subparsers(required=True, dest="model", metavar="{pixelcnn,gated_pixelcnn}")
+    for name, config_class in CONFIG_CLASSES.items():
+        command = add(name, train_command, architectures)
+        command.add_argument("--data", required=True, help="prepared dataset, e.g. data/mnist.safetensors")
+        command.add_argument("--out", required=True, help="folder for the checkpoint")
+        _add_fields(command, config_class, FROM_DATASET)
+        _add_fields(command, TrainConfig)
+
+    evaluation = add("evaluate", evaluate_command)
+    evaluation.add_argument("--checkpoint", required=True)
+    evaluation.add_argument("--data", required=True)
+    evaluation.add_argument("--num-images", type=int, help="the first so many of each split; all if left out")
+
+    for name, run in (("sample", sample_command), ("complete", complete_command)):
+        command = add(name, run)
+        command.add_argument("--checkpoint", required=True)
+        command.add_argument("--out", required=True, help="PNG to write")
+        command.add_argument("--num-samples", type=int, default=8)
+        command.add_argument("--label", type=int, help="class to draw; left out for none")
+        command.add_argument("--temperature", type=float, default=1.0)
+        command.add_argument("--seed", type=int, default=0)
+        if run is complete_command:
+            command.add_argument("--image", required=True, help="PNG of exactly the model's size")
+            command.add_argument("--known", choices=KNOWN_PARTS, default="top", help="the half that is known")
+
+    bench = add("bench", bench_command)
+    bench.add_argument("--checkpoint", required=True)
+    bench.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a mistake of the user's ends in one sentence and exit code 1."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        arguments.run(arguments)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
