@@ -1,0 +1,65 @@
+# Two commands do all: `make demo` and `make test`. Everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The tools' telemetry stays off (see also prefect.toml, .dvc/config, .streamlit/config.toml).
+export DO_NOT_TRACK := 1
+export BENTOML_DO_NOT_TRACK := True
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export STREAMLIT_BROWSER_GATHER_USAGE_STATS := false
+
+.PHONY: demo test check bench serve app pipeline install clean
+.DEFAULT_GOAL := help
+help:
+	@echo "make demo      everything from a fresh clone: install, train the quick start, serve it, open the canvas"
+	@echo "make test      install, then every test"
+	@echo "make check     format, lint, types, architecture"
+	@echo "make pipeline  the quick-start pipeline alone (dvc repro)"
+	@echo "make serve     the service alone, on 127.0.0.1:3000"
+	@echo "make app       the canvas alone, on 127.0.0.1:8501"
+	@echo "make bench     the samplers, timed"
+
+demo: install
+	@python -m app.demo --check-ports
+	dvc repro
+	@python -m app.demo
+
+test: install
+	python -m pytest
+
+check: install
+	ruff format --check .
+	ruff check .
+	mypy
+	python -m pytest -q tests/test_architecture.py
+
+bench: install
+	dvc repro
+	@for pair in pixelcnn-mnist5k gated_pixelcnn-mnist5k; do \
+	  echo "$$pair"; python -m pixelcnn bench --checkpoint models/$$pair || exit 1; done
+
+serve: install
+	bentoml serve app.service:PixelCNNService
+
+app: install
+	streamlit run app/canvas.py
+
+pipeline: install
+	dvc repro
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "error: Python 3.11 to 3.13 is needed, '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' has no venv module. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (about 2.5 GB; some minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pipelines,service,app,dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
