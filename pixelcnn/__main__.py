@@ -20,10 +20,11 @@ from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.completion import complete, completion_log_prob
 from pixelcnn.config import CONFIG_CLASSES, checked_config
 from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.fast_sampling import sample
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import log_prob
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.sampling import naive_sample, sample
+from pixelcnn.sampling import naive_sample
 from pixelcnn.training import StepReport, TrainConfig, evaluate, fit, format_nll, format_progress
 
 KNOWN_PARTS = ("top", "left", "bottom", "right")
@@ -153,9 +154,7 @@ def complete_command(arguments: argparse.Namespace) -> None:
 def bench_command(arguments: argparse.Namespace) -> None:
     """Time the samplers on a checkpoint, in seconds per image."""
     model, _ = load_checkpoint(arguments.checkpoint)
-    samplers: dict[str, Callable[..., Tensor]] = {"naive": naive_sample}
-    if sample is not naive_sample:
-        samplers["sample"] = sample
+    samplers: dict[str, Callable[..., Tensor]] = {"naive": naive_sample, "cached": sample}
     print(f"{'batch':>5} {'sampler':>8} {'s/image':>9} {'ratio':>7}")
     for batch_size in arguments.batch_sizes:
         u = torch.rand(batch_size, *model.config.image_shape, generator=torch.Generator().manual_seed(0))

@@ -46,7 +46,12 @@ def save_checkpoint(folder: str | Path, model: AutoregressiveModel, scores: dict
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)

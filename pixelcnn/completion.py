@@ -8,9 +8,10 @@ observed pixels after it.
 import torch
 from torch import Tensor
 
+from pixelcnn.fast_sampling import OnRow, sample
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.model import AutoregressiveModel
-from pixelcnn.sampling import check_observed, sample
+from pixelcnn.sampling import check_observed
 
 
 def complete(
@@ -20,6 +21,7 @@ def complete(
     u: Tensor,
     label: Tensor | None = None,
     temperature: float = 1.0,
+    on_row: OnRow | None = None,
 ) -> Tensor:
     """Fill in the missing pixels of a batch of images.
 
@@ -31,6 +33,7 @@ def complete(
         u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
         label: (B,) int64, -1 for none; None for no labels.
         temperature: divides the logits; 0 takes the most likely level.
+        on_row: called after each finished row with its index and (B, C, W) levels.
 
     Returns:
         (B, C, H, W) int64 levels in [0, K), equal to `image` where observed.
@@ -38,7 +41,7 @@ def complete(
     Raises:
         ValueError: a shape, dtype or range differs from the above.
     """
-    return sample(model, u, label, temperature, drawing=image, observed=observed)
+    return sample(model, u, label, temperature, drawing=image, observed=observed, on_row=on_row)
 
 
 @torch.inference_mode()

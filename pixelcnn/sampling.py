@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.model import AutoregressiveModel, check_levels
+from pixelcnn.model import AutoregressiveModel, check_label, check_levels
 
 
 def check_noise(u: Tensor, image_shape: tuple[int, int, int]) -> None:
@@ -63,6 +63,39 @@ def draw_level(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
     return (cumulative[..., :-1] <= u.double()[..., None]).sum(dim=-1)
 
 
+def prepare_canvas(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None,
+    temperature: float,
+    drawing: Tensor | None,
+    observed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Check a sampler's arguments, as `naive_sample` describes them; return what it starts from.
+
+    Returns:
+        levels: (B, C, H, W) int64, the drawing where observed, else 0.
+        missing: (B, H, W) bool.
+
+    Raises:
+        ValueError: a shape, dtype or range is wrong.
+    """
+    config = model.config
+    check_noise(u, config.image_shape)
+    check_temperature(temperature)
+    if label is not None:
+        check_label(label, len(u), config)
+    if (drawing is None) != (observed is None):
+        raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
+    if drawing is None or observed is None:
+        missing = torch.ones(len(u), *u.shape[2:], dtype=torch.bool, device=u.device)
+        return torch.zeros(u.shape, dtype=torch.int64, device=u.device), missing
+    if len(drawing) != len(u):
+        raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
+    check_observed(drawing, observed, config)
+    return torch.where(observed, drawing, 0), ~observed[:, 0]
+
+
 @torch.no_grad()  # not inference_mode: its tensors cannot be scored by log_prob while gradients are on
 def naive_sample(
     model: AutoregressiveModel,
@@ -87,20 +120,8 @@ def naive_sample(
     Raises:
         ValueError: a shape, dtype or range differs from the above.
     """
-    config = model.config
-    check_noise(u, config.image_shape)
-    check_temperature(temperature)
-    if (drawing is None) != (observed is None):
-        raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
-    levels = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
-    missing = torch.ones(len(u), *u.shape[2:], dtype=torch.bool, device=u.device)  # (B, H, W)
-    if drawing is not None and observed is not None:
-        if len(drawing) != len(u):
-            raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
-        check_observed(drawing, observed, config)
-        levels = torch.where(observed, drawing, levels)
-        missing = ~observed[:, 0]
-    channels, height, width = config.image_shape
+    levels, missing = prepare_canvas(model, u, label, temperature, drawing, observed)
+    channels, height, width = model.config.image_shape
     for row in range(height):
         for column in range(width):
             here = missing[:, row, column]  # (B,)
@@ -111,7 +132,3 @@ def naive_sample(
                 drawn = draw_level(logits, u[:, channel, row, column], temperature)
                 levels[:, channel, row, column] = torch.where(here, drawn, levels[:, channel, row, column])
     return levels
-
-
-# The one name that callers use; a cached sampler of the same signature takes its place.
-sample = naive_sample

@@ -275,19 +275,24 @@ class _Trainer:
             "elapsed_s": self.elapsed_s,
             "best_nll": self.best_nll if math.isfinite(self.best_nll) else None,
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.new")
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
-        temporary.replace(path)
+        try:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def resume(self, path: Path) -> None:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
+                description = state["description"]
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
         except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
         for key, expected in self.description().items():
-            if state["description"].get(key) != expected:
+            if description.get(key) != expected:
                 raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
         self.use([tensors[f"weights/{i}"] for i in range(len(self.parameters))])
         for i, parameter in enumerate(self.parameters):

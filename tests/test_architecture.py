@@ -10,7 +10,7 @@ import pytest
 import pixelcnn
 
 ROOT = Path(__file__).parents[1]
-CORE = {"torch", "numpy", "safetensors", "PIL", "pixelcnn"}
+CORE = {"torch", "numpy", "safetensors", "PIL", "numba", "pixelcnn"}
 ONLY_IN = {
     "mlflow": {"pipelines/tracking.py", "pipelines/registry.py", "pipelines/logged_model.py"},
     "bentoml": {"pipelines/store.py", "app/service.py"},

@@ -1,0 +1,187 @@
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import ARCHITECTURES, beginning, exactly, random_levels, tiny_model
+
+from pixelcnn import checkpoint, load_checkpoint, save_checkpoint
+
+SHAPE = (1, 3, 3)
+SCORES = {"test/nll_nats": 5.25, "dataset": "toy", "label_names": ["a", "b"]}
+
+
+def saved(folder: Path, architecture: str = "pixelcnn", seed: int = 0) -> Path:
+    """Write a checkpoint of a small float32 network."""
+    save_checkpoint(folder, tiny_model(architecture, SHAPE, 2, num_labels=2, seed=seed).float(), SCORES)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refresh_sha256(folder: Path) -> None:
+    """Make config.json agree with whatever weights file lies there."""
+    config = json.loads((folder / "config.json").read_text())
+    config["weights_sha256"] = checkpoint.sha256_of(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_round_trip(architecture, tmp_path):
+    model = tiny_model(architecture, SHAPE, 2, num_labels=2).float()
+    folder = tmp_path / "deep" / "down"
+    save_checkpoint(folder, model, SCORES)
+    loaded, scores = load_checkpoint(folder)
+    assert scores == SCORES
+    assert loaded.config == model.config
+    assert not loaded.training
+    levels, label = random_levels(SHAPE, 2, num=4), torch.tensor([0, 1, -1, 0])
+    assert torch.equal(loaded(levels, label), model(levels, label))
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "scores.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["down"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] == architecture
+    assert config["weights_sha256"] == checkpoint.sha256_of(folder / "model.safetensors")
+
+
+def test_saving_again_replaces_the_whole_folder(tmp_path):
+    folder = saved(tmp_path / "model")
+    (folder / "stale.txt").write_text("of the old one")
+    save_checkpoint(folder, tiny_model("gated_pixelcnn", SHAPE, 2).float(), {})
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "scores.json"}
+    assert type(load_checkpoint(folder)[0]).__name__ == "GatedPixelCNN"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_equal_weights_give_equal_bytes(tmp_path):
+    assert content(saved(tmp_path / "a")) == content(saved(tmp_path / "b"))
+
+
+def fail(*_args, **_kwargs):
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("before_it", [True, False], ids=["over an old one", "into nothing"])
+@pytest.mark.parametrize("failure", ["weights", "scores", "rename"])
+def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, failure, before_it):
+    folder = tmp_path / "model"
+    if before_it:
+        saved(folder)
+    old = content(tmp_path)
+    model = tiny_model("pixelcnn", SHAPE, 2, num_labels=2, seed=1).float()
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        if failure == "weights":
+            patch.setattr(checkpoint, "save_file", fail)
+        if failure == "rename":  # of the new folder; others go through
+            patch.setattr(Path, "rename", lambda self, to: fail() if ".new" in self.name else rename(self, to))
+        scores = {"test/nll_nats": float("nan")} if failure == "scores" else SCORES
+        with pytest.raises(ValueError if failure == "scores" else OSError):
+            save_checkpoint(folder, model, scores)
+    assert content(tmp_path) == old
+    assert [path.name for path in tmp_path.iterdir()] == (["model"] if before_it else [])
+    save_checkpoint(folder, model, SCORES)
+    assert load_checkpoint(folder)[1] == SCORES
+
+
+def test_an_altered_byte_is_named(tmp_path):
+    folder = saved(tmp_path / "model")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    message = f"{folder / 'model.safetensors'} is not the file that was saved: its SHA-256 is "
+    with pytest.raises(ValueError, match=beginning(message) + r".*\. Fetch the checkpoint again\.$"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights_are_named(tmp_path, keep):
+    folder = saved(tmp_path / "model")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:keep])
+    with pytest.raises(ValueError, match=r"model.safetensors is not the file that was saved"):
+        load_checkpoint(folder)
+    refresh_sha256(folder)  # even where the digest agrees
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "scores.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    folder = saved(tmp_path / "model")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=exactly(f"{folder} is no checkpoint: {name} is missing.")):
+        load_checkpoint(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is no checkpoint: config.json is missing."):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"model": "pixelcnn"}', "\udcff"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    folder = saved(tmp_path / "model")
+    (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"model is no checkpoint: config.json or scores.json is damaged"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("change", [{"num_features": 8}, {"num_blocks": 3}, {"num_blocks": 1}, {"num_levels": 3}])
+def test_a_config_of_another_size_is_refused(tmp_path, change):
+    folder = saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
+        load_checkpoint(folder)
+
+
+def test_weights_of_the_other_architecture_are_refused(tmp_path):
+    folder, other = saved(tmp_path / "model"), saved(tmp_path / "other", "gated_pixelcnn")
+    shutil.copy(other / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(ValueError, match="is not the file that was saved"):
+        load_checkpoint(folder)
+    refresh_sha256(folder)
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
+        load_checkpoint(folder)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    folder = saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"model": "pixelcnn++"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="unknown model 'pixelcnn"):
+        load_checkpoint(folder)
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model")
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a checkpoint was unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    load_checkpoint(folder)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap()))
+    refresh_sha256(folder)
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
+        load_checkpoint(folder)
+
+
+def test_weights_of_other_names_are_refused(tmp_path):
+    folder = saved(tmp_path / "model")
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    refresh_sha256(folder)
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
+        load_checkpoint(folder)

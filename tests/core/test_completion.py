@@ -1,0 +1,165 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, all_images, exactly, middle_noise, random_levels, tiny_model
+
+from pixelcnn import complete, completion_log_prob, log_prob, sample
+
+SHAPE = (1, 2, 3)
+
+
+def noise(shape, num, seed=0):
+    return torch.rand(num, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fillings(image: torch.Tensor, observed: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """Return every image that agrees with this one where it is observed: (1, C, H, W) -> (N, C, H, W)."""
+    images = all_images(tuple(image.shape[1:]), num_levels)
+    return images[((images == image) | ~observed).flatten(1).all(dim=1)]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    architecture=st.sampled_from(ARCHITECTURES),
+    shape=st.sampled_from([(1, 2, 3), (3, 2, 2), (2, 1, 3)]),
+    filler=st.sampled_from([-1, 0, 3, 2**40, -(2**63)]),
+    temperature=st.sampled_from([0, 0.7, 1]),
+    data=st.data(),
+)
+def test_observed_pixels_are_kept_and_the_filler_means_nothing(architecture, shape, filler, temperature, data):
+    model = tiny_model(architecture, shape, 3, num_labels=2)
+    bits = data.draw(st.lists(st.booleans(), min_size=2 * shape[1] * shape[2], max_size=2 * shape[1] * shape[2]))
+    observed = torch.tensor(bits).reshape(2, 1, *shape[1:])
+    image, u = random_levels(shape, 3, 2, seed=data.draw(st.integers(0, 999))), noise(shape, 2)
+    label = torch.tensor([0, -1])
+    given_image = image.clone()
+    completed = complete(model, image, observed, u, label, temperature)
+    assert torch.equal(image, given_image)
+    assert completed.dtype == torch.int64
+    assert completed.min() >= 0
+    assert completed.max() < 3
+    assert torch.equal(torch.where(observed, completed, 0), torch.where(observed, image, 0))
+    other = torch.where(observed, image, filler)
+    assert torch.equal(complete(model, other, observed, u, label, temperature), completed)
+
+
+@pytest.mark.parametrize(("shape", "num_known"), [((1, 2, 3), 2), ((1, 3, 2), 3), ((2, 1, 3), 1), ((3, 1, 2), 1)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_missing_suffix_is_drawn_from_the_exact_conditional(architecture, shape, num_known):
+    model = tiny_model(architecture, shape, 2, num_labels=2)
+    width = shape[2]
+    observed = (torch.arange(shape[1] * width) < num_known).reshape(1, 1, shape[1], width)
+    joint_images = all_images(shape, 2)
+    for seed, label in itertools.product(range(3), (None, 1)):
+        image = random_levels(shape, 2, num=1, seed=seed)
+        filled = fillings(image, observed, 2)
+        num = len(filled)
+        labels = {n: None if label is None else torch.full((n,), label) for n in (num, len(joint_images))}
+        joint = log_prob(model, joint_images, labels[len(joint_images)]).detach()
+        agrees = ((joint_images == image) | ~observed).flatten(1).all(dim=1)
+        conditional = joint[agrees] - joint[agrees].logsumexp(dim=0)  # Bayes, by enumeration
+        torch.testing.assert_close(
+            completion_log_prob(model, filled, observed.expand(num, -1, -1, -1), labels[num]),
+            conditional, rtol=0, atol=1e-12,
+        )  # fmt: skip
+        u = middle_noise(conditional, filled)
+        drawn = complete(model, image.expand_as(filled), observed.expand(num, -1, -1, -1), u, labels[num])
+        assert torch.equal(drawn, filled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_frequencies_of_a_missing_suffix(architecture):
+    model, num = tiny_model(architecture, (1, 2, 2), 2, seed=2), 20_000
+    image, observed = torch.tensor([[[[1, 0], [0, 0]]]]), torch.tensor([[[[True, True], [False, False]]]])
+    filled = fillings(image, observed, 2)
+    joint = log_prob(model, filled).exp().detach()
+    probs = joint / joint.sum()
+    drawn = complete(
+        model, image.expand(num, -1, -1, -1), observed.expand(num, -1, -1, -1), noise((1, 2, 2), num, seed=3)
+    )
+    counts = (drawn[:, 0, 1] * torch.tensor([2, 1])).sum(dim=1).bincount(minlength=4)
+    assert ((counts - num * probs) ** 2 / (num * probs)).sum().item() < 16.3  # 0.1 % point, 3 degrees of freedom
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_completion_log_prob_is_normalised_and_belongs_to_complete_for_every_mask(architecture):
+    model = tiny_model(architecture, SHAPE, 2, num_labels=2)
+    for bits in itertools.product([False, True], repeat=6):
+        observed = torch.tensor(bits).reshape(1, *SHAPE)
+        image = random_levels(SHAPE, 2, num=1, seed=sum(2**i for i, bit in enumerate(bits) if bit))
+        filled = fillings(image, observed, 2)
+        assert len(filled) == 2 ** (6 - sum(bits))
+        masks = observed.expand(len(filled), -1, -1, -1)
+        for label in (None, torch.ones(len(filled), dtype=torch.int64)):
+            log_probs = completion_log_prob(model, filled, masks, label)
+            assert abs(log_probs.exp().sum().item() - 1) < 1e-12
+            u = middle_noise(log_probs, filled)
+            assert torch.equal(complete(model, image.expand_as(filled), masks, u, label), filled)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (3, 2, 2)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_everything_and_nothing_observed(architecture, shape):
+    model = tiny_model(architecture, shape, 3, num_labels=2)
+    image, u, label = random_levels(shape, 3, num=3), noise(shape, 3), torch.tensor([1, -1, 0])
+    everything = torch.ones(3, 1, *shape[1:], dtype=torch.bool)
+    assert torch.equal(complete(model, image, everything, u, label), image)
+    assert completion_log_prob(model, image, everything, label).tolist() == [0, 0, 0]
+    drawn = complete(model, image, ~everything, u, label)
+    assert torch.equal(drawn, sample(model, u, label))
+    assert torch.equal(completion_log_prob(model, drawn, ~everything, label), log_prob(model, drawn, label))
+
+
+def test_every_image_has_its_own_mask():
+    model = tiny_model("gated_pixelcnn", SHAPE, 3)
+    image, u = random_levels(SHAPE, 3, num=3), noise(SHAPE, 3)
+    observed = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0)) < 0.5
+    together = complete(model, image, observed, u)
+    together_log_prob = completion_log_prob(model, together, observed)
+    for i in range(3):
+        one = slice(i, i + 1)
+        assert torch.equal(complete(model, image[one], observed[one], u[one])[0], together[i])
+        torch.testing.assert_close(
+            completion_log_prob(model, together[one], observed[one])[0], together_log_prob[i], rtol=0, atol=1e-12
+        )
+
+
+IMAGE, OBSERVED = torch.zeros(2, *SHAPE, dtype=torch.int64), torch.ones(2, 1, 2, 3, dtype=torch.bool)
+BAD = [
+    (
+        {"observed": OBSERVED[:, 0]},
+        "observed must be bool of shape (2, 1, 2, 3), True where a pixel is known, got torch.bool of shape (2, 2, 3).",
+    ),
+    (
+        {"observed": OBSERVED.long()},
+        "observed must be bool of shape (2, 1, 2, 3), True where a pixel is known, "
+        "got torch.int64 of shape (2, 1, 2, 3).",
+    ),
+    ({"image": IMAGE + 2}, "image (where observed) must lie in 0..1, got 2..2."),
+    ({"image": IMAGE - 1}, "image (where observed) must lie in 0..1, got -1..-1."),
+    (
+        {"image": IMAGE.double()},
+        "image (where observed) must be int64 levels 0..1, got dtype torch.float64.",
+    ),
+    ({"image": IMAGE.expand(2, 3, 2, 3)}, "image must have shape (B, 1, 2, 3), got (2, 3, 2, 3)."),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD)
+def test_bad_arguments_are_named(bad, message):
+    model = tiny_model("pixelcnn", SHAPE, 2)
+    arguments = {"image": IMAGE, "observed": OBSERVED, **bad}
+    with pytest.raises(ValueError, match=exactly(message)):
+        complete(model, u=torch.zeros(2, *SHAPE), **arguments)
+    arguments["levels"] = arguments.pop("image")
+    with pytest.raises(ValueError, match=exactly(message)):
+        completion_log_prob(model, **arguments)
+
+
+def test_the_missing_part_is_checked_when_it_is_scored():
+    model = tiny_model("pixelcnn", SHAPE, 2)
+    with pytest.raises(ValueError, match=r"levels must lie in 0..1, got 5..5."):
+        completion_log_prob(model, IMAGE + 5, ~OBSERVED)

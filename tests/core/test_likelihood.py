@@ -1,0 +1,103 @@
+import math
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, all_images, random_levels, tiny_model
+
+from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, fit, log_prob, pixel_log_prob
+
+SPACES = [
+    ((1, 2, 2), 2),
+    ((1, 2, 3), 2),
+    ((1, 1, 3), 3),
+    ((2, 1, 2), 2),
+    ((2, 2, 1), 3),
+    ((3, 1, 1), 3),
+    ((3, 1, 2), 2),
+]
+
+
+@pytest.mark.parametrize("num_labels", [0, 3])
+@pytest.mark.parametrize(("shape", "num_levels"), SPACES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_probabilities_of_all_images_sum_to_one(architecture, shape, num_levels, num_labels):
+    images = all_images(shape, num_levels)
+    for seed in range(2):
+        model = tiny_model(architecture, shape, num_levels, num_labels, seed=seed)
+        labels = [None, *range(-1, num_labels)]
+        results = []
+        for label in labels:
+            tensor = None if label is None else torch.full((len(images),), label)
+            results.append(log_prob(model, images, tensor))
+            assert abs(results[-1].exp().sum().item() - 1) < 1e-12
+        assert torch.equal(results[0], results[1])
+        assert results[0].std() > 0.01  # not uniform: the sum is no accident of equal probabilities
+        distances = [(a - b).abs().max() for i, a in enumerate(results[1:]) for b in results[1:][:i]]
+        assert all(distance > 0.01 for distance in distances)  # each label is a distribution of its own
+
+
+@pytest.mark.parametrize("num_levels", [2, 3, 256])
+@pytest.mark.parametrize("shape", [(1, 2, 3), (3, 2, 2)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_zero_output_layer_is_uniform(architecture, shape, num_levels):
+    model = tiny_model(architecture, shape, num_levels)
+    torch.nn.init.zeros_(model.logits.weight)
+    torch.nn.init.zeros_(model.logits.bias)
+    nats = -log_prob(model, random_levels(shape, num_levels, num=5))
+    torch.testing.assert_close(bits_per_dim(nats, shape), torch.full((5,), math.log2(num_levels), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_constant_biases_give_a_product_done_by_hand(architecture):
+    model = tiny_model(architecture, (2, 1, 2), 3)
+    torch.nn.init.zeros_(model.logits.weight)
+    # First channel: 0.2, 0.3, 0.5. Second channel: 0.7, 0.2, 0.1.
+    model.logits.bias.data = torch.tensor([2.0, 3.0, 5.0, 7.0, 2.0, 1.0], dtype=torch.float64).log()
+    levels = torch.tensor([[[[0, 2]], [[1, 0]]], [[[1, 1]], [[2, 2]]]])  # (2, 2, 1, 2)
+    expected = torch.tensor([[[[0.2, 0.5]], [[0.2, 0.7]]], [[[0.3, 0.3]], [[0.1, 0.1]]]], dtype=torch.float64)
+    torch.testing.assert_close(pixel_log_prob(model, levels).exp(), expected)
+    torch.testing.assert_close(
+        log_prob(model, levels).exp(), torch.tensor([0.2 * 0.5 * 0.2 * 0.7, 0.3 * 0.3 * 0.1 * 0.1]).double()
+    )
+
+
+def test_bits_per_dim():
+    assert bits_per_dim(784 * math.log(2), (1, 28, 28)) == pytest.approx(1.0)
+    assert bits_per_dim(math.log(256) * 3072, (3, 32, 32)) == pytest.approx(8.0)
+    nats = torch.tensor([0.0, math.log(2)])
+    assert bits_per_dim(nats, (2, 1, 1)).tolist() == pytest.approx([0.0, 0.5])
+
+
+def test_log_prob_is_at_least_float32():
+    model = tiny_model("pixelcnn", (1, 2, 2), 2)
+    levels = random_levels((1, 2, 2), 2, num=1)
+    assert log_prob(model, levels).dtype == torch.float64
+    assert log_prob(model.bfloat16(), levels).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"levels must lie in 0..1, got 2..2."):
+        log_prob(model, torch.full((1, 1, 2, 2), 2))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_short_training_comes_close_to_the_entropy_and_never_below(architecture):
+    """The training split lists a source's 16 images in proportion to their probability: its mean is an expectation."""
+    images = all_images((1, 2, 2), 2)
+    times = torch.tensor([1, 9, 2, 2, 4, 1, 1, 1, 12, 2, 1, 3, 1, 1, 8, 15])  # 64 in all
+    source = images.repeat_interleave(times, dim=0).to(torch.uint8)
+    probs = times.double() / 64
+    entropy = -(probs * probs.log()).sum().item()
+    splits = dict.fromkeys(("train", "validation", "test"), source)
+    data = Dataset(
+        name="source", num_levels=2, protocol="8-bit", label_names=["only"],
+        images=splits, labels={split: torch.zeros(64, dtype=torch.int64) for split in splits},
+    )  # fmt: skip
+    model = tiny_model(architecture, (1, 2, 2), 2, num_features=8)
+    before = evaluate(model, data, ("train",))["train/nll_nats"]
+    scores = []
+    config = TrainConfig(
+        batch_size=64, learning_rate=0.02, max_epochs=250, warmup_steps=5, ema_decay=0.9, num_validations=25
+    )
+    best = fit(model, data, config, on_step=lambda report: scores.append(report.validation_nll_nats))
+    scores = [score for score in scores if score is not None]
+    assert min(scores) == best == pytest.approx(evaluate(model, data, ("train",))["train/nll_nats"], abs=1e-12)
+    assert min(scores) >= entropy - 1e-12
+    assert best < entropy + 0.02 < before
