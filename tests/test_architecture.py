@@ -16,7 +16,7 @@ ONLY_IN = {
     "bentoml": {"pipelines/store.py", "app/service.py"},
     "streamlit": {"app/canvas.py"},
 }
-CANVAS_SIDE = ("app/canvas.py", "app/client.py", "app/demo.py")
+CANVAS_SIDE = ("app/canvas.py", "app/client.py", "app/demo.py", "app/drawing.py")
 
 
 def imports_of(path: Path) -> set[str]:

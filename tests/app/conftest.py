@@ -1,0 +1,13 @@
+"""Fixtures of the page's tests: a stand-in for the service, on a port of its own."""
+
+from collections.abc import Iterator
+
+import pytest
+from stub_service import StubService
+
+
+@pytest.fixture
+def service() -> Iterator[StubService]:
+    stub = StubService()
+    yield stub
+    stub.close()

@@ -1,0 +1,364 @@
+"""The page in a real Chromium: mouse, finger and keyboard, with a stand-in for the service."""
+
+import base64
+import contextlib
+import io
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from stub_service import StubService
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SIZE = 28
+expect.set_options(timeout=15_000)  # a loaded machine is no failure
+# The upper half of a 3, as places in cells.
+HALF_DIGIT = [(9, 8), (10, 6), (12, 4.5), (15, 4.5), (17.5, 6), (18, 8.5), (16.5, 10.5), (14, 12)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("There is no `chromium` on the PATH. Install the Debian package `chromium`: apt install chromium.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[dict[str, StubService]]:
+    """The one service that the page of this module knows; tests may stop it and start another on its port."""
+    services = {"now": StubService()}
+    yield services
+    services["now"].close()
+
+
+@contextlib.contextmanager
+def running_page(port: int, service_url: str, log: Path) -> Iterator[str]:
+    """Run the page as a person does, from the repository's root; yield its address once it is healthy."""
+    command = [sys.executable, "-m", "streamlit", "run", "app/canvas.py", "--server.port", str(port)]
+    environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url}
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/_stcore/health", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+        yield url
+        assert "Traceback" not in log.read_text(), log.read_text()
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def page_url(services: dict[str, StubService], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("streamlit") / "log.txt"
+    with running_page(free_port(), services["now"].url, log) as url:
+        yield url
+
+
+@pytest.fixture
+def service(services: dict[str, StubService]) -> StubService:
+    """The service, fresh."""
+    stub = services["now"]
+    stub.requests.clear()
+    stub.answers.clear()
+    stub.row_s = 0.0
+    return stub
+
+
+OpenPage = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(browser: Browser, page_url: str, service: StubService) -> Iterator[OpenPage]:
+    """Open the page; afterwards, check that its scripts ran without errors and asked nobody but this machine."""
+    contexts, troubles = [], []
+
+    def open_it(width: int = 1280, height: int = 900, url: str = page_url, **options: Any) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda request: troubles.append(request.url) if is_elsewhere(request.url) else None)
+        page.goto(url)
+        grid(page).wait_for()
+        expect(page.get_by_text("Serving pixelcnn-mnist5k version 3")).to_be_visible()
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def is_elsewhere(url: str) -> bool:
+    return not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:"))
+
+
+def grid(page: Page) -> Locator:
+    return page.locator(".drawing canvas")
+
+
+def cells(page: Page) -> np.ndarray:
+    """What the grid shows, (28, 28): 1 ink, 0 known blank, -1 unknown."""
+    pixels = grid(page).evaluate(
+        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data)"
+    )
+    pixels = np.array(pixels).reshape(SIZE, SIZE, 4)
+    return np.where(pixels[..., 3] == 0, -1, (pixels[..., 0] < 128).astype(int))
+
+
+def ink(page: Page) -> np.ndarray:
+    return (cells(page) == 1).astype(int)
+
+
+def points_on_screen(page: Page, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    box = grid(page).bounding_box()
+    assert box is not None
+    return [(box["x"] + x * box["width"] / SIZE, box["y"] + y * box["height"] / SIZE) for x, y in points]
+
+
+def draw(page: Page, points: list[tuple[float, float]]) -> None:
+    """Draw one stroke with the mouse, in as few moves as there are points: as fast as a hand can be."""
+    (x, y), *rest = points_on_screen(page, points)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for x, y in rest:
+        page.mouse.move(x, y)
+    page.mouse.up()
+
+
+def tool(page: Page, name: str) -> Locator:
+    return page.locator(".tools").get_by_role("button", name=name)
+
+
+def press_complete(page: Page) -> None:
+    page.get_by_role("button", name="Complete").click()
+
+
+def wait_for_endings(page: Page, number: int = 6) -> None:
+    expect(page.locator(".endings figcaption").filter(has_text="nats")).to_have_count(number)
+
+
+def shown_endings(page: Page) -> list[np.ndarray]:
+    """The endings as the browser has them, each (28, 28, 3)."""
+    sources = page.locator(".endings img").evaluate_all("images => images.map(image => image.src)")
+    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
+    return [np.array(picture)[4::8, 4::8, :3] for picture in pictures]
+
+
+def test_draw_press_see(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
+    page = open_page()
+    assert (cells(page) == -1).all()
+    draw(page, HALF_DIGIT)
+    drawn = cells(page)
+    lowest = np.flatnonzero((drawn == 1).any(axis=1))[-1]
+    assert lowest == 12
+    assert (drawn[: lowest + 1] >= 0).all()
+    assert (drawn[lowest + 1 :] == -1).all()
+    press_complete(page)
+    wait_for_endings(page)
+    path, body = service.requests[-1]
+    assert path == "/complete_stream"
+    assert body["image"] == (drawn == 1).astype(int).tolist()  # seen is sent
+    assert body["observed"] == (drawn >= 0).astype(int).tolist()
+    for picture in shown_endings(page):
+        assert (picture[drawn == 1] == (28, 31, 43)).all()
+        assert (picture[drawn == 0] == 255).all()
+        assert (picture[drawn == -1] == (217, 72, 15)).all(axis=-1).any()
+    captions = page.locator(".endings figcaption").all_inner_texts()
+    assert all(re.fullmatch(r"\N{MINUS SIGN}\d+\.\d nats", caption) for caption in captions)
+    assert (cells(page) == drawn).all()  # and the drawing is still there
+    page.screenshot(path=tmp_path / "canvas.png")
+    assert (tmp_path / "canvas.png").stat().st_size > 10_000
+
+
+def test_rows_appear_while_the_model_draws(open_page: OpenPage, service: StubService) -> None:
+    service.row_s = 0.05
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    press_complete(page)
+    expect(page.get_by_text("The model is drawing")).to_be_visible()
+    expect(page.locator(".endings img")).to_have_count(6)
+    assert page.locator(".endings figcaption").first.inner_text() == "\N{HORIZONTAL ELLIPSIS}"
+    wait_for_endings(page)
+    expect(page.get_by_text("The model is drawing")).not_to_be_visible()
+
+
+def test_undo_redo_eraser_clear(open_page: OpenPage) -> None:
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    first = ink(page)
+    tool(page, "Brush 1").click()
+    draw(page, [(3.5, 3.5), (3.5, 7.5)])
+    second = ink(page)
+    assert (np.argwhere(second != first) == [(row, 3) for row in range(3, 8)]).all()
+    tool(page, "Eraser").click()
+    draw(page, [(0.5, 4.5), (5.5, 4.5)])
+    erased = ink(page)
+    assert np.argwhere(erased != second).tolist() == [[4, 3]]
+    tool(page, "Clear").click()
+    assert not ink(page).any()
+    expect(tool(page, "Clear")).to_be_disabled()
+    for expected in (erased, second, first, np.zeros_like(first)):  # a stroke, and clear, is one step each
+        tool(page, "Undo").click()
+        assert (ink(page) == expected).all()
+    expect(tool(page, "Undo")).to_be_disabled()
+    for expected in (first, second, erased):
+        page.keyboard.press("Control+Shift+Z")
+        assert (ink(page) == expected).all()
+    page.keyboard.press("Control+Z")
+    assert (ink(page) == second).all()
+
+
+def test_brush_widths(open_page: OpenPage) -> None:
+    page = open_page()
+    for brush, column in ((1, 4.5), (2, 11.0), (3, 18.5)):
+        tool(page, f"Brush {brush}").click()
+        draw(page, [(column, 5), (column, 20)])
+    expected = np.zeros(SIZE, dtype=int)
+    expected[[4, 10, 11, 17, 18, 19]] = 1
+    assert (ink(page)[10] == expected).all()
+
+
+def test_fast_stroke_has_no_gaps_and_may_cross_the_edge(open_page: OpenPage) -> None:
+    page = open_page()
+    tool(page, "Brush 1").click()
+    draw(page, [(0.5, 3.5), (27.5, 17.5)])
+    drawn = ink(page)
+    assert drawn.any(axis=0).all()
+    columns = [np.flatnonzero(drawn[:, column]) for column in range(SIZE)]
+    assert all(b.min() - a.max() <= 1 for a, b in itertools.pairwise(columns))
+    tool(page, "Clear").click()
+    draw(page, [(20.5, 9.5), (31.0, 9.5), (31.0, 14.5), (20.5, 14.5)])  # out on the right, and in again
+    expected = np.zeros((SIZE, SIZE), dtype=int)
+    expected[[9, 14], 20:] = 1
+    assert (ink(page) == expected).all()
+
+
+def test_only_my_ink(open_page: OpenPage, service: StubService) -> None:
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    drawn = ink(page)
+    page.get_by_text("Only my ink").click()
+    deadline = time.monotonic() + 5
+    while (cells(page) == 0).any():
+        assert time.monotonic() < deadline, "blank cells above the ink still look known"
+        time.sleep(0.05)
+    assert (ink(page) == drawn).all()
+    press_complete(page)
+    wait_for_endings(page)
+    assert service.requests[-1][1]["observed"] == drawn.tolist()
+
+
+def test_as_i_draw(open_page: OpenPage, service: StubService) -> None:
+    page = open_page()
+    page.get_by_text("As I draw").click()
+    draw(page, HALF_DIGIT)
+    wait_for_endings(page)
+    draw(page, [(14, 12), (16, 15)])
+    deadline = time.monotonic() + 10
+    while not service.requests or service.requests[-1][1]["image"] != ink(page).tolist():
+        assert time.monotonic() < deadline, "the last stroke was never sent"
+        time.sleep(0.05)
+
+
+def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
+    page = open_page(390, 844, has_touch=True, is_mobile=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    client = page.context.new_cdp_session(page)
+    for kind, points in (
+        ("touchStart", HALF_DIGIT[:1]),
+        *(("touchMove", [point]) for point in HALF_DIGIT[1:]),
+        ("touchEnd", []),
+    ):
+        touches = [{"x": x, "y": y} for x, y in points_on_screen(page, points)]
+        client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    by_finger = ink(page)
+    assert by_finger.any()
+    page.get_by_role("button", name="Complete").tap()
+    wait_for_endings(page)
+    assert service.requests[-1][1]["image"] == by_finger.tolist()
+    page.screenshot(path=tmp_path / "phone.png", full_page=True)
+    tool(page, "Clear").tap()
+    draw(page, HALF_DIGIT)
+    assert (ink(page) == by_finger).all()  # the mouse draws the same cells
+
+
+def test_service_down_keeps_the_drawing(open_page: OpenPage, services: dict[str, StubService], tmp_path: Path) -> None:
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    drawn = ink(page)
+    down = services["now"]
+    down.close()
+    try:
+        press_complete(page)
+        sentence = f"The service at {down.url} does not answer. Start it with make serve; your drawing is kept."
+        expect(page.get_by_text(sentence)).to_be_visible()
+        draw(page, [(20, 3), (22, 5)])
+        drawn = drawn | ink(page)
+        assert (ink(page) == drawn).all()
+        page.screenshot(path=tmp_path / "service-down.png")
+    finally:
+        services["now"] = StubService(port=down.port)
+    press_complete(page)
+    wait_for_endings(page)
+    assert page.get_by_text("does not answer").count() == 0
+    assert services["now"].requests[-1][1]["image"] == drawn.tolist()
+
+
+def test_page_restarted_keeps_the_drawing(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
+    port = free_port()
+    with running_page(port, service.url, tmp_path / "first.txt") as url:
+        page = open_page(url=url)
+        draw(page, HALF_DIGIT)
+    draw(page, [(20, 3), (22, 5)])  # while nobody listens
+    drawn = ink(page)
+    with running_page(port, service.url, tmp_path / "second.txt"):
+        app = page.locator('.stApp[data-test-connection-state="CONNECTED"][data-test-script-state="notRunning"]')
+        app.wait_for()
+        press_complete(page)  # the first press already counts
+        wait_for_endings(page)
+        assert service.requests[-1][1]["image"] == drawn.tolist()
+        assert (ink(page) == drawn).all()

@@ -1,0 +1,188 @@
+"""The client against a stand-in of the same wire, and against answers that the wire does not allow."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from stub_service import MODEL, StubService
+
+import app.client
+from app.client import DEFAULT_URL, Rows, ServiceClient, ServiceError, service_url
+
+IMAGE = [[int(column == 9 and row < 14) for column in range(28)] for row in range(28)]
+OBSERVED = [[int(row < 14)] * 28 for row in range(28)]
+
+
+def answering(handler: Any) -> ServiceClient:
+    return ServiceClient("http://service.test", transport=httpx.MockTransport(handler))
+
+
+def test_models_are_typed(service: StubService) -> None:
+    models = ServiceClient(service.url).models()
+    assert list(models) == ["cifar10", "fashion_mnist", "mnist5k"]
+    served = models["mnist5k"]
+    assert (served.shape, served.levels, served.labels[3]) == ([1, 28, 28], 2, "3")
+    assert (served.protocol, served.architecture, served.model) == ("dynamic", "gated_pixelcnn", MODEL)
+    assert served.scores["test/nll_nats"] == 98.765
+
+
+def test_complete_sends_the_wire_format(service: StubService) -> None:
+    answer = ServiceClient(service.url).complete(
+        "mnist5k", IMAGE, OBSERVED, num_samples=3, label=7, temperature=0.9, seed=2**63 - 1
+    )
+    assert service.requests == [
+        (
+            "/complete",
+            {
+                "dataset": "mnist5k",
+                "image": IMAGE,
+                "observed": OBSERVED,
+                "num_samples": 3,
+                "label": 7,
+                "temperature": 0.9,
+                "seed": 2**63 - 1,
+            },
+        )
+    ]
+    assert len(answer.completions) == len(answer.log_probs) == 3
+    assert answer.completions[0][:14] == IMAGE[:14]
+    assert (answer.seed, answer.model) == (2**63 - 1, MODEL)
+
+
+def test_no_label_and_no_seed(service: StubService) -> None:
+    ServiceClient(service.url).complete("mnist5k", IMAGE, OBSERVED)
+    body = service.requests[0][1]
+    assert body["label"] == -1
+    assert "seed" not in body
+
+
+def test_stream_gives_every_row_then_the_answer(service: StubService) -> None:
+    client = ServiceClient(service.url)
+    *rows, answer = client.complete_stream("mnist5k", IMAGE, OBSERVED, num_samples=2, seed=5)
+    assert all(isinstance(event, Rows) for event in rows)
+    assert [event.start for event in rows] == list(range(28))
+    assert [[event.rows[i][0] for event in rows] for i in range(2)] == answer.completions
+    assert answer == client.complete("mnist5k", IMAGE, OBSERVED, num_samples=2, seed=5)
+
+
+def test_stream_without_an_end_is_an_error(service: StubService) -> None:
+    service.break_stream = True
+    with pytest.raises(ServiceError, match=r"stopped in mid-answer\. Try again; your drawing is kept"):
+        list(ServiceClient(service.url).complete_stream("mnist5k", IMAGE, OBSERVED))
+
+
+def test_stream_error_event_is_an_error() -> None:
+    text = ': drawing\n\nevent: error\ndata: {"error": "The model failed."}\n\n'
+    client = answering(lambda request: httpx.Response(200, text=text))
+    with pytest.raises(ServiceError, match=r"^The model failed\.$"):
+        list(client.complete_stream("mnist5k", IMAGE, OBSERVED))
+
+
+def test_stream_refused_before_drawing(service: StubService) -> None:
+    service.refusal = (404, '{"error": "No champion for mnist5k. Run the promotion once."}')
+    with pytest.raises(ServiceError, match=r"^No champion for mnist5k\. Run the promotion once\.$"):
+        list(ServiceClient(service.url).complete_stream("mnist5k", IMAGE, OBSERVED))
+
+
+def test_generate_and_likelihood() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        if request.url.path == "/generate":
+            assert body == {"dataset": "mnist5k", "num_samples": 1, "label": 2, "temperature": 1.0, "seed": 8}
+            return httpx.Response(200, json={"images": [IMAGE], "log_probs": [-90.5], "seed": 8, "model": MODEL})
+        assert request.url.path == "/likelihood"
+        assert body == {"dataset": "mnist5k", "image": IMAGE, "label": -1}
+        surprise = [[0.5] * 28] * 28
+        return httpx.Response(
+            200, json={"log_prob": -392.0, "bits_per_dim": 0.72, "surprise": surprise, "model": MODEL}
+        )
+
+    client = answering(handler)
+    assert client.generate("mnist5k", label=2, seed=8).log_probs == [-90.5]
+    likelihood = client.likelihood("mnist5k", IMAGE)
+    assert (likelihood.log_prob, likelihood.bits_per_dim, likelihood.surprise[27][27]) == (-392.0, 0.72, 0.5)
+
+
+def test_service_down_says_how_to_start_it(service: StubService) -> None:
+    service.close()
+    client = ServiceClient(service.url)
+    sentence = f"The service at {service.url} does not answer. Start it with `make serve`; your drawing is kept."
+    for call in (
+        client.models,
+        lambda: client.complete("mnist5k", IMAGE, OBSERVED),
+        lambda: list(client.complete_stream("mnist5k", IMAGE, OBSERVED)),
+        lambda: client.generate("mnist5k"),
+        lambda: client.likelihood("mnist5k", IMAGE),
+    ):
+        with pytest.raises(ServiceError) as caught:
+            call()
+        assert str(caught.value) == sentence
+
+
+def test_service_back_after_a_restart(service: StubService) -> None:
+    client = ServiceClient(service.url)
+    client.models()
+    service.close()
+    with pytest.raises(ServiceError):
+        client.models()
+    again = StubService(port=service.port)
+    try:
+        assert "mnist5k" in client.models()
+    finally:
+        again.close()
+
+
+def test_slow_service() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("timed out", request=request)
+
+    with pytest.raises(ServiceError, match=r"takes too long to answer\. Try again"):
+        answering(handler).complete("mnist5k", IMAGE, OBSERVED)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "sentence"),
+    [
+        (400, '{"error": "temperature must be at most 100, got 1000."}', "temperature must be at most 100, got 1000."),
+        (429, '{"error": "Too many at once. Try again."}', "Too many at once. Try again."),
+        (429, "busy", "The service at http://service.test is busy. Try again in a moment; your drawing is kept."),
+        (500, "oh", "The service at http://service.test failed; its log says why. Your drawing is kept."),
+    ],
+)
+def test_refusals_become_their_sentence(status: int, text: str, sentence: str) -> None:
+    client = answering(lambda request: httpx.Response(status, text=text))
+    with pytest.raises(ServiceError) as caught:
+        client.complete("mnist5k", IMAGE, OBSERVED)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        httpx.Response(200, text="<html>another program</html>"),
+        httpx.Response(200, json=[1, 2]),
+        httpx.Response(200, json={"completions": []}),
+        httpx.Response(404, text="Not Found"),
+    ],
+)
+def test_another_program_on_the_port(response: httpx.Response) -> None:
+    client = answering(lambda request: response)
+    with pytest.raises(ServiceError, match=r"does not speak like the completion service\. Set PIXELCNN_SERVICE_URL"):
+        client.complete("mnist5k", IMAGE, OBSERVED)
+
+
+def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIXELCNN_SERVICE_URL", raising=False)
+    assert service_url() == DEFAULT_URL == "http://127.0.0.1:3000"
+    monkeypatch.setenv("PIXELCNN_SERVICE_URL", "http://127.0.0.1:9999/")
+    assert service_url() == "http://127.0.0.1:9999"
+
+
+def test_client_knows_the_wire_alone() -> None:
+    tree = ast.parse(Path(app.client.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"json", "os", "collections.abc", "dataclasses", "typing", "httpx"}

@@ -1,0 +1,153 @@
+"""`python -m pixelcnn`: every command does its work on a tiny dataset, and says what is wrong in one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pixelcnn import load_checkpoint, load_dataset, log_prob, save_dataset
+from pixelcnn.__main__ import main
+from pixelcnn.data import Dataset
+from pixelcnn.images import to_png
+
+NETWORK = ["--num-features", "4", "--num-blocks", "1"]
+SCHEDULE = ["--batch-size", "8", "--learning-rate", "0.01", "--max-epochs", "1", "--warmup-steps", "0"]
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "toy.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    images = {split: torch.randint(4, (16, 1, 6, 5), generator=generator).byte() for split in ("train", "test")}
+    images["validation"] = images["test"].clone()
+    labels = {split: torch.arange(16) % 2 for split in images}
+    dataset = Dataset(
+        name="toy", num_levels=4, protocol="toy levels", label_names=["even", "odd"], images=images, labels=labels
+    )
+    save_dataset(path, dataset)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data_file: Path) -> Path:
+    out = data_file.with_name("model")
+    assert main(["train", "pixelcnn", "--data", str(data_file), "--out", str(out), *NETWORK, *SCHEDULE]) == 0
+    return out
+
+
+def test_train_writes_a_checkpoint_with_its_scores(checkpoint: Path, data_file: Path) -> None:
+    model, scores = load_checkpoint(checkpoint)
+    data = load_dataset(data_file)
+    assert scores["protocol"] == "toy levels"
+    assert scores["data_hash"] == data.data_hash
+    nll = -log_prob(model, data.images["test"].long()).mean().item()
+    assert scores["test/nll_nats"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_train_goes_on_from_its_state(checkpoint: Path, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = [*SCHEDULE[:-3], "3", "--warmup-steps", "0"]
+    assert main(["train", "pixelcnn", "--data", str(data_file), "--out", str(checkpoint), *NETWORK, *longer]) == 0
+    assert "epoch 3.00" in capsys.readouterr().out
+    assert json.loads((checkpoint / "scores.json").read_text())["test/num_images"] == 16
+
+
+def test_evaluate_prints_scores_and_protocol(
+    checkpoint: Path, data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--checkpoint", str(checkpoint), "--data", str(data_file), "--num-images", "4"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["protocol"] == "toy levels"
+    assert scores["test/num_images"] == 4
+
+
+def test_sample_writes_a_sheet(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "samples.png"
+    command = ["sample", "--checkpoint", str(checkpoint), "--out", str(out), "--num-samples", "3", "--label", "1"]
+    assert main(command) == 0
+    first = out.read_bytes()
+    assert capsys.readouterr().out.count("bits/dim") == 3
+    assert Image.open(out).size == (3 * 22 + 2, 26 + 2)
+    assert main(command) == 0
+    assert out.read_bytes() == first  # the same seed
+    assert main([*command, "--seed", "1"]) == 0
+    assert out.read_bytes() != first
+
+
+@pytest.mark.parametrize("known", ["top", "left", "bottom", "right"])
+def test_complete_keeps_the_known_half(checkpoint: Path, tmp_path: Path, known: str) -> None:
+    image, out = tmp_path / "image.png", tmp_path / "completed.png"
+    levels = torch.randint(4, (1, 6, 5), generator=torch.Generator().manual_seed(1))
+    image.write_bytes(to_png(levels, 4))
+    command = ["complete", "--checkpoint", str(checkpoint), "--image", str(image), "--out", str(out)]
+    assert main([*command, "--num-samples", "2", "--known", known]) == 0
+    sheet = torch.tensor(list(Image.open(out).tobytes())).reshape(28, -1)
+    half = {
+        "top": (slice(0, 3), slice(0, 5)),
+        "bottom": (slice(3, 6), slice(0, 5)),
+        "left": (slice(0, 6), slice(0, 2)),
+        "right": (slice(0, 6), slice(2, 5)),
+    }[known]
+    for i in range(3):  # given, then two completions
+        cell = sheet[2:26:4, 2 + 22 * i : 22 * i + 22 : 4]
+        assert torch.equal(cell[half], (levels[0] * 255 / 3).round().long()[half])
+
+
+def test_bench_prints_a_ratio(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--checkpoint", str(checkpoint), "--batch-sizes", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ["naive", "cached"]
+    assert lines[1].endswith("1.0x")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["train", "pixelcnn", "--data", "no.safetensors", "--out", "x"],
+            "no.safetensors does not exist. Make it: dvc",
+        ),
+        (["evaluate", "--checkpoint", "nowhere", "--data", "no"], "nowhere is no checkpoint: config.json is missing."),
+        (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--num-samples", "0"], "from 1 to 1024, got 0"),
+        (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--label", "7"], "label must lie in -1..1"),
+        (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--temperature", "-1"], "temperature must be 0"),
+        (["complete", "--checkpoint", "{checkpoint}", "--out", "x.png", "--image", "no.png"], "no.png cannot be read"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [part.format(checkpoint=checkpoint) for part in command]
+    if command[0] == "train":
+        arguments += NETWORK + SCHEDULE
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_learning_rate_out_of_range_is_named(data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rate in ("0", "1e9"):
+        schedule = [*SCHEDULE[:3], rate, *SCHEDULE[4:]]
+        out = data_file.with_name("never")
+        assert main(["train", "pixelcnn", "--data", str(data_file), "--out", str(out), *NETWORK, *schedule]) == 1
+        assert "train: learning_rate must be" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_an_absent_gpu_is_named(
+    checkpoint: Path, data_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data_file), "--device", "cuda"]
+    assert main(command) == 1
+    assert "no CUDA device" in capsys.readouterr().err
