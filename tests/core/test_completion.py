@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, all_images, exactly, middle_noise, random_levels, tiny_model
+from tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_model
 
 from pixelcnn import complete, completion_log_prob, log_prob, sample
 
@@ -65,14 +65,15 @@ def test_a_missing_suffix_is_drawn_from_the_exact_conditional(architecture, shap
             completion_log_prob(model, filled, observed.expand(num, -1, -1, -1), labels[num]),
             conditional, rtol=0, atol=1e-12,
         )  # fmt: skip
-        u = middle_noise(conditional, filled)
-        drawn = complete(model, image.expand_as(filled), observed.expand(num, -1, -1, -1), u, labels[num])
-        assert torch.equal(drawn, filled)
+        for where in (0.5, 1e-6, 1 - 1e-6):
+            u = interval_noise(conditional, filled, where)
+            drawn = complete(model, image.expand_as(filled), observed.expand(num, -1, -1, -1), u, labels[num])
+            assert torch.equal(drawn, filled)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_frequencies_of_a_missing_suffix(architecture):
-    model, num = tiny_model(architecture, (1, 2, 2), 2, seed=2), 20_000
+    model, num = tiny_model(architecture, (1, 2, 2), 2, seed=2), 5_000
     image, observed = torch.tensor([[[[1, 0], [0, 0]]]]), torch.tensor([[[[True, True], [False, False]]]])
     filled = fillings(image, observed, 2)
     joint = log_prob(model, filled).exp().detach()
@@ -96,8 +97,25 @@ def test_completion_log_prob_is_normalised_and_belongs_to_complete_for_every_mas
         for label in (None, torch.ones(len(filled), dtype=torch.int64)):
             log_probs = completion_log_prob(model, filled, masks, label)
             assert abs(log_probs.exp().sum().item() - 1) < 1e-12
-            u = middle_noise(log_probs, filled)
-            assert torch.equal(complete(model, image.expand_as(filled), masks, u, label), filled)
+            for where in (1e-6, 1 - 1e-6):
+                u = interval_noise(log_probs, filled, where)
+                assert torch.equal(complete(model, image.expand_as(filled), masks, u, label), filled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_temperature(architecture):
+    model, num = tiny_model(architecture, SHAPE, 4), 40
+    image, u = random_levels(SHAPE, 4, num), noise(SHAPE, num)
+    observed = torch.rand(num, *SHAPE, generator=torch.Generator().manual_seed(1)) < 0.5
+    plain = complete(model, image, observed, u)
+    coldest = complete(model, image, observed, u, temperature=0)
+    assert torch.equal(torch.where(observed, image, model(coldest).argmax(dim=1)), coldest)
+    assert not torch.equal(coldest, plain)
+    with torch.no_grad():
+        model.logits.weight.mul_(3)
+        model.logits.bias.mul_(3)
+    assert torch.equal(complete(model, image, observed, u, temperature=3.0), plain)
+    assert not torch.equal(complete(model, image, observed, u), plain)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (3, 2, 2)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, all_images, exactly, middle_noise, tiny_model
+from tiny import ARCHITECTURES, all_images, exactly, interval_noise, tiny_model
 
 from pixelcnn import log_prob, naive_sample, sample
 from pixelcnn.sampling import draw_level
@@ -20,19 +20,20 @@ def noise(shape, num, seed=0):
 @SAMPLERS
 @pytest.mark.parametrize(("shape", "num_levels"), SPACES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_noise_in_the_middle_of_an_images_interval_gives_that_image(architecture, shape, num_levels, sampler):
+def test_noise_inside_an_images_interval_gives_that_image(architecture, shape, num_levels, sampler):
     images = all_images(shape, num_levels)
     model = tiny_model(architecture, shape, num_levels, num_labels=2)
     for label in (None, 0, 1, -1):
         tensor = None if label is None else torch.full((len(images),), label)
-        u = middle_noise(log_prob(model, images, tensor).detach(), images)
-        assert torch.equal(sampler(model, u, tensor), images)
+        log_probs = log_prob(model, images, tensor).detach()
+        for where in (0.5, 1e-6, 1 - 1e-6):  # and just inside both of its ends
+            assert torch.equal(sampler(model, interval_noise(log_probs, images, where), tensor), images)
 
 
-def test_middle_noise_by_hand():
+def test_interval_noise_by_hand():
     # Two pixels: p(1st = 0) = 0.4; given 0 the 2nd is 0 with 0.75, given 1 with 0.5.
     images = all_images((1, 1, 2), 2)
-    u = middle_noise(torch.tensor([0.3, 0.1, 0.3, 0.3]).double().log(), images)
+    u = interval_noise(torch.tensor([0.3, 0.1, 0.3, 0.3]).double().log(), images)
     expected = torch.tensor([[0.2, 0.375], [0.2, 0.875], [0.7, 0.25], [0.7, 0.75]]).double()
     torch.testing.assert_close(u.flatten(1), expected, rtol=0, atol=1e-7)
 

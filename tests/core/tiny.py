@@ -62,12 +62,13 @@ def from_raster_order(values: Tensor, shape: Shape) -> Tensor:
     return values.reshape(-1, height, width, channels).permute(0, 3, 1, 2).contiguous()
 
 
-def middle_noise(log_probs: Tensor, images: Tensor) -> Tensor:
-    """Return, for each image, the noise in the middle of the intervals that give it, from joint probabilities alone.
+def interval_noise(log_probs: Tensor, images: Tensor, where: float = 0.5) -> Tensor:
+    """Return, for each image, noise inside the intervals that give it, found from joint probabilities alone.
 
     Args:
         log_probs: (N,) nats, of each image.
         images: (N, C, H, W), all those that can come out; those of equal beginning share their earlier intervals.
+        where: how far between an interval's ends, in (0, 1).
 
     Returns:
         (N, C, H, W) float64. A sub-pixel that is the same in every image gets 0.5, whatever its interval.
@@ -80,7 +81,7 @@ def middle_noise(log_probs: Tensor, images: Tensor) -> Tensor:
         same_beginning = (values[:, :i] == values[n, :i]).all(dim=1)
         below = probs[same_beginning & (values[:, i] < values[n, i])].sum()
         here = probs[same_beginning & (values[:, i] == values[n, i])].sum()
-        u[n, i] = (below + here / 2) / probs[same_beginning].sum()
+        u[n, i] = (below + here * where) / probs[same_beginning].sum()
     return from_raster_order(u, tuple(images.shape[1:]))
 
 

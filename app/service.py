@@ -1,0 +1,641 @@
+"""The HTTP service: decode a request, call the core, encode the answer. It serves what promotion put into BentoML's
+model store, and takes up a new champion without a restart.
+
+Settings (environment): `BENTOML_HOME` (the store), `BENTOML_HOST`, `BENTOML_PORT`, `PIXELCNN_THREADS` (per request, as
+many as there are cores, at most 4), `PIXELCNN_MAX_BODY_BYTES` (1,000,000).
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+import os
+import secrets
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+import bentoml
+import torch
+from bentoml._internal.models import ModelStore
+from bentoml._internal.utils.analytics import usage_stats
+from bentoml.exceptions import BentoMLException
+from fastapi import FastAPI
+from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+
+from pixelcnn import bits_per_dim, complete, completion_log_prob, load_checkpoint, log_prob, sample
+from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
+from pixelcnn.config import ModelConfig, model_name
+from pixelcnn.fast_sampling import OnRow
+from pixelcnn.images import from_png
+from pixelcnn.likelihood import pixel_log_prob
+from pixelcnn.model import AutoregressiveModel
+from pixelcnn.training import generator_for
+
+# `bentoml serve` asked before this module was imported, and would report usage to its makers.
+usage_stats.do_not_track.cache_clear()
+
+logger = logging.getLogger("bentoml.pixelcnn")
+
+NAME_PREFIX = "pixelcnn-"  # model `pixelcnn-DATASET` in the store
+POLL_S = 1.0
+NUM_THREADS = 2  # requests that are computed at the same time; the others wait their turn
+MAX_ACTIVE = 32  # requests that are computed or wait; more are refused with 429
+TIMEOUT_S = 120
+MAX_BODY_BYTES = int(os.environ.get("PIXELCNN_MAX_BODY_BYTES", "1000000"))
+MAX_SEED = 2**63 - 1
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
+
+
+class RequestError(BentoMLException):
+    """What is wrong with a request, in one sentence for whoever sent it."""
+
+    def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+        super().__init__(message, error_code=status)
+
+
+class _NotForTheLog(logging.Filter):
+    """Keep a client's mistakes out of the server's log: BentoML writes a traceback for each."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], RequestError))
+
+
+logging.getLogger("bentoml._internal.server.http_app").addFilter(_NotForTheLog())
+
+
+# The wire: requests and answers.
+
+
+def quoted(value: Any) -> str:
+    """Return a value from a request for an error message: short, and in ASCII, so that it can always be sent."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def sentence(error: ValidationError, known: list[str]) -> str:
+    """Return the first of pydantic's complaints as one sentence."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{name} is missing: add it to the request."
+    if first["type"] == "extra_forbidden":
+        return f"unknown field {quoted(name)}. Known: {', '.join(known)}."
+    if not name:
+        return f"the request must be a JSON object with the fields {', '.join(known)}."
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"].replace("Input should be", "must be")
+    return f"{name} {message[0].lower()}{message[1:]}, got {quoted(first['input'])}."
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body, counted while it comes in, so that a chunked one cannot be too large either."""
+    too_large = RequestError(
+        f"the request must have at most {MAX_BODY_BYTES} bytes: send one image, as levels or as a PNG.",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    )
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+class ApiRequest(bentoml.IODescriptor):
+    """A request: a JSON object of exactly the declared fields and types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    async def from_http_request(cls, request: Request, serde: Any) -> "ApiRequest":
+        content_type = request.headers.get("content-type", "")
+        if content_type.split(";")[0].strip().lower() != "application/json":
+            raise RequestError(
+                f"the request must have the header Content-Type: application/json, got {quoted(content_type)}.",
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            )
+        body = await read_body(request)
+        known = list(cls.model_fields)
+        if not body.strip():
+            raise RequestError(f"the request is empty: send a JSON object with the fields {', '.join(known)}.")
+        try:
+            values = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the request is no readable JSON: {quoted(str(error))}.") from None
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RequestError(sentence(error, known)) from None
+
+
+_PIXELS = {"type": "array", "items": {"type": "array", "items": {}}}
+# Any to pydantic: the shape and range depend on the champion, so `read_image` and `read_observed` check them.
+ImageField = Annotated[
+    Any,
+    WithJsonSchema({"oneOf": [_PIXELS, {"type": "string", "format": "byte"}]}),
+    Field(description="levels 0 to K-1, H x W or H x W x 3; or a PNG of exactly this size in base64"),
+]
+ObservedField = Annotated[
+    Any,
+    WithJsonSchema(_PIXELS),
+    Field(description="H x W: 1 where the pixel is known, 0 where it is missing"),
+]
+NumSamples = Annotated[int, Field(ge=1, le=16)]
+Label = Annotated[int | None, Field(ge=-1, description="-1 or absent for none")]
+Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, description="0 takes the most likely level")]
+Seed = Annotated[int | None, Field(ge=0, le=MAX_SEED, description="drawn and returned when absent")]
+
+
+class GenerateRequest(ApiRequest):
+    dataset: str
+    num_samples: NumSamples = 1
+    label: Label = None
+    temperature: Temperature = 1.0
+    seed: Seed = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_tiny(cls, value: float) -> float:
+        # Logits divided by less than this could overflow.
+        if 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"temperature must be 0, or from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {value}.")
+        return value
+
+
+class CompleteRequest(GenerateRequest):
+    image: ImageField
+    observed: ObservedField
+
+
+class LikelihoodRequest(ApiRequest):
+    dataset: str
+    image: ImageField
+    label: Label = None
+
+
+class Identity(bentoml.IODescriptor):
+    """Which model answered: its version in MLflow's registry, and what it was made from."""
+
+    name: str
+    version: str
+    run_id: str
+    git_commit: str
+    data_hash: str
+    weights_sha256: str
+
+
+class CompleteAnswer(bentoml.IODescriptor):
+    completions: list[list[list[Any]]]
+    log_probs: list[float]
+    seed: int
+    model: Identity
+
+
+class GenerateAnswer(bentoml.IODescriptor):
+    images: list[list[list[Any]]]
+    log_probs: list[float]
+    seed: int
+    model: Identity
+
+
+class LikelihoodAnswer(bentoml.IODescriptor):
+    log_prob: float
+    bits_per_dim: float
+    surprise: list[list[float]]
+    model: Identity
+
+
+def read_numbers(name: str, value: Any, shape: tuple[int, ...]) -> list[int]:
+    """Return nested lists of exactly this shape as one flat list of whole numbers."""
+    if not shape:
+        if type(value) is not int:
+            raise RequestError(f"{name} must be a whole number, got {quoted(value)}.")
+        return [value]
+    if not isinstance(value, list):
+        raise RequestError(f"{name} must be a list of {shape[0]} entries, got {quoted(value)}.")
+    if len(value) != shape[0]:
+        raise RequestError(f"{name} must have {shape[0]} entries, got {len(value)}.")
+    return [number for i, item in enumerate(value) for number in read_numbers(f"{name}[{i}]", item, shape[1:])]
+
+
+def read_observed(value: Any, config: ModelConfig) -> Tensor:
+    """Return the field `observed` as (1, 1, H, W) bool."""
+    _, height, width = config.image_shape
+    numbers = read_numbers("observed", value, (height, width))
+    for i, number in enumerate(numbers):
+        if number not in (0, 1):
+            raise RequestError(f"observed[{i // width}][{i % width}] must be 0 or 1, got {quoted(number)}.")
+    return torch.tensor(numbers, dtype=torch.bool).reshape(1, 1, height, width)
+
+
+def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) -> Tensor:
+    """Return the field `image` as (1, C, H, W) int64 levels; 0 where it is not observed."""
+    channels, height, width = config.image_shape
+    if isinstance(value, str):
+        try:
+            levels = from_png(base64.b64decode(value, validate=True), config.image_shape, config.num_levels)[None]
+        except binascii.Error as error:
+            raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+    else:
+        shape = (height, width) if channels == 1 else (height, width, channels)
+        # Out-of-range levels become -1 here: whatever stands under a missing pixel is ignored, however large.
+        numbers = [n if 0 <= n < config.num_levels else -1 for n in read_numbers("image", value, shape)]
+        levels = torch.tensor(numbers).reshape(height, width, channels).permute(2, 0, 1)[None]
+    if observed is not None:
+        levels = torch.where(observed, levels, 0)
+    if bool((levels < 0).any()):
+        _, _, row, column = (levels < 0).nonzero()[0].tolist()
+        raise RequestError(
+            f"image[{row}][{column}] must be a level from 0 to {config.num_levels - 1}, "
+            f"got {quoted(value[row][column])}."
+        )
+    return levels
+
+
+def read_label(label: int | None, config: ModelConfig, num_images: int = 1) -> Tensor | None:
+    """Return the field `label` as (B,) int64, or None for no label."""
+    if label is None or label == -1:
+        return None
+    if config.num_labels == 0:
+        raise RequestError(f"label must be absent: this model knows no labels, got {label}.")
+    if label >= config.num_labels:
+        raise RequestError(f"label must be from 0 to {config.num_labels - 1}, or -1 for none, got {quoted(label)}.")
+    return torch.full((num_images,), label)
+
+
+def noise(seed: int, num_images: int, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return (B, C, H, W) uniform noise; image i depends on (seed, i) alone, not on how many were asked for."""
+    return torch.stack(
+        [torch.rand(image_shape, generator=generator_for(seed, i), dtype=torch.float64) for i in range(num_images)]
+    )
+
+
+def to_lists(levels: Tensor) -> list:
+    """Return (B, C, H, W) levels as B nested lists, H x W or H x W x 3."""
+    return (levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)).tolist()
+
+
+def sse(event: str, data: str) -> str:
+    """Return one server-sent event; `data` is JSON on one line."""
+    return f"event: {event}\ndata: {data}\n\n"
+
+
+# The champions in BentoML's model store.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Champion:
+    """A loaded model with all that is told about it."""
+
+    model: AutoregressiveModel
+    identity: Identity
+    label_names: list[str]
+    protocol: str
+    scores: dict[str, Any]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "shape": list(self.config.image_shape),
+            "levels": self.config.num_levels,
+            "labels": self.label_names if self.config.num_labels else [],
+            "protocol": self.protocol,
+            "architecture": model_name(self.config),
+            "model": self.identity.model_dump(),
+            "scores": self.scores,
+        }
+
+
+def load_champion(store: Path, tag: str) -> Champion:
+    """Load a model of the store, and check that its weights are those that were promoted.
+
+    Raises:
+        ValueError: the model is damaged, or lacks its lineage.
+    """
+    stored = bentoml.models.get(tag, _model_store=ModelStore(store))
+    metadata: dict[str, Any] = dict(stored.info.metadata)
+    try:
+        identity = Identity(**{name: metadata[name] for name in Identity.model_fields})
+        label_names, protocol = list(metadata["label_names"]), str(metadata["protocol"])
+    except (KeyError, ValidationError) as error:
+        raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
+    found = sha256_of(Path(stored.path) / WEIGHTS_FILE)
+    if found != identity.weights_sha256:
+        raise ValueError(
+            f"its weights are not those that were promoted: their SHA-256 is {found[:12]}..., "
+            f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
+        )
+    model, scores = load_checkpoint(stored.path)
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
+    # The first sample compiles the sampler for this network: nobody should wait for that.
+    sample(model, noise(0, 1, model.config.image_shape))
+    return Champion(model=model, identity=identity, label_names=label_names, protocol=protocol, scores=scores)
+
+
+def store_folder() -> Path:
+    """Return where BentoML keeps its models."""
+    home = os.environ.get("BENTOML_HOME") or Path.home() / "bentoml"
+    return Path(os.path.expandvars(home)).expanduser() / "models"
+
+
+class Champions:
+    """The latest model of each dataset in the store; a new one takes over between two requests.
+
+    A request keeps the champion it began with. A damaged new model is logged and not taken up.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._by_dataset: dict[str, Champion] = {}
+        self._seen: dict[str, tuple] = {}  # what was found on disk when a dataset was last looked at
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Load what is there, then look again about once a second."""
+        self.refresh()
+        self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self.refresh()
+
+    def get(self, dataset: str) -> Champion:
+        champion = self._by_dataset.get(dataset)
+        if champion is None:
+            known = ", ".join(sorted(self._by_dataset)) or "none"
+            raise RequestError(
+                f"there is no champion for dataset {quoted(dataset)} (served: {known}): promote a model first, "
+                "python -m pipelines.steps promote DATASET.",
+                HTTPStatus.NOT_FOUND,
+            )
+        return champion
+
+    def describe(self) -> dict[str, Any]:
+        return {dataset: champion.describe() for dataset, champion in sorted(self._by_dataset.items())}
+
+    def refresh(self) -> None:
+        """Take up every champion that changed on disk; a failure leaves the one that was served."""
+        folders = {f.name.removeprefix(NAME_PREFIX): f for f in self.folder.glob(f"{NAME_PREFIX}*") if f.is_dir()}
+        for dataset in set(self._seen) - set(folders):
+            del self._seen[dataset]
+            self._by_dataset.pop(dataset, None)
+            logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
+        for dataset, folder in folders.items():
+            try:
+                version = (folder / "latest").read_text().strip()
+                if not version:  # being rewritten
+                    continue
+                stats = [file.stat() for file in sorted((folder / version).iterdir())]
+                seen = (version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
+            except OSError:  # no version yet, or being replaced: look again in a second
+                continue
+            if self._seen.get(dataset) == seen:
+                continue
+            self._seen[dataset] = seen
+            tag = f"{folder.name}:{version}"
+            try:
+                self._by_dataset[dataset] = load_champion(self.folder, tag)
+                logger.info("serving %s.", tag)
+            except Exception as error:  # Whatever is wrong with a new model, the old one must go on answering.
+                kept = self._by_dataset.get(dataset)
+                kept_text = f"version {kept.identity.version} is still served" if kept else "nothing is served for it"
+                logger.error("%s cannot be served: %s %s.", tag, error, kept_text)
+
+
+# The service.
+
+
+class _Stopped(Exception):
+    """Nobody waits for this completion any more."""
+
+
+class OneSentence:
+    """Give every error the one form `{"error": sentence}`, and refuse requests when too many wait."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.num_active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if scope["method"] != "POST":
+            return await self._answer(scope, receive, send)
+        if self.num_active >= MAX_ACTIVE:
+            text = f"the service is busy with {self.num_active} requests: send this one again in a few seconds."
+            return await JSONResponse({"error": text}, 429, {"Retry-After": "5"})(scope, receive, send)
+        self.num_active += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self.num_active -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error: Message | None = None
+        body = b""
+
+        async def send_or_hold(message: Message) -> None:
+            nonlocal error, body
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                error = message
+            elif error is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body"):
+                    status = error["status"]
+                    kept = {k.decode(): v.decode() for k, v in error["headers"] if k.lower() in (b"allow", b"server")}
+                    response = JSONResponse({"error": self._text(scope, status, body)}, status, kept)
+                    await response(scope, receive, send)
+
+        await self.app(scope, receive, send_or_hold)
+
+    @staticmethod
+    def _text(scope: Scope, status: int, body: bytes) -> str:
+        if status == HTTPStatus.NOT_FOUND and not body.startswith((b"[", b"{")):
+            return f"there is nothing at {quoted(scope['path'])}: /docs.json lists what there is."
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            return f"{quoted(scope['path'])} does not take {quoted(scope['method'])}: /docs.json says what it takes."
+        try:
+            values = json.loads(body)
+            # BentoML wraps its own exceptions' text into a list.
+            return str((values[0] if isinstance(values, list) else values)["error"])
+        except (ValueError, LookupError, TypeError):
+            return f"the request failed: {HTTPStatus(status).phrase}."
+
+
+models_app = FastAPI(title="models", docs_url=None, redoc_url=None, openapi_url=None)
+
+
+@bentoml.service(
+    name="pixelcnn",
+    workers=1,
+    traffic={"timeout": TIMEOUT_S},
+    http={"host": "127.0.0.1", "port": 3000},
+)
+@bentoml.asgi_app(models_app)
+class PixelCNNService:
+    """Complete, generate and score images with the champion of each dataset."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(int(os.environ.get("PIXELCNN_THREADS") or min(4, os.cpu_count() or 1)))
+        self.champions = Champions(store_folder())
+        self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="compute")
+
+    @bentoml.on_startup
+    def start(self) -> None:
+        self.champions.start()
+
+    @bentoml.on_shutdown
+    def shut_down(self) -> None:
+        self.champions.stop()
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, function: Callable, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+
+    @models_app.get("/models")
+    def list_models(self) -> dict[str, Any]:
+        """Describe the champion of each dataset: shape, levels, labels, lineage, scores."""
+        return self.champions.describe()
+
+    @bentoml.api
+    async def complete(self, request: CompleteRequest, /) -> CompleteAnswer:
+        """Fill in the missing pixels of an image, several times."""
+        return await self._in_thread(CompletionJob(self.champions, request).run)
+
+    @bentoml.api
+    async def complete_stream(self, request: CompleteRequest, /) -> AsyncGenerator[str, None]:
+        """Do the same, telling each finished row: events `rows`, then `result` (or `error`)."""
+        job = CompletionJob(self.champions, request)
+        yield ": drawing\n\n"  # The answer begins now: its time is not limited from here on.
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[str | None] = asyncio.Queue()
+        stop = threading.Event()
+
+        def tell(event: str | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def on_row(row: int, levels: Tensor) -> None:
+            if stop.is_set():
+                raise _Stopped
+            tell(sse("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])})))
+
+        def draw() -> None:
+            try:
+                tell(sse("result", job.run(on_row).model_dump_json()))
+            except _Stopped:
+                pass
+            except Exception:
+                logger.exception("completion failed while it was streamed")
+                tell(sse("error", json.dumps({"error": "the completion failed: the service's log says why."})))
+            finally:
+                tell(None)
+
+        self.threads.submit(draw)
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+        finally:
+            stop.set()  # The client may have left: do not draw for nobody.
+
+    @bentoml.api
+    async def generate(self, request: GenerateRequest, /) -> GenerateAnswer:
+        """Sample whole images."""
+        champion = self.champions.get(request.dataset)
+        config = champion.config
+        label = read_label(request.label, config, request.num_samples)
+        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+
+        def run() -> GenerateAnswer:
+            u = noise(seed, request.num_samples, config.image_shape)
+            levels = sample(champion.model, u, label, request.temperature)
+            with torch.inference_mode():
+                scores = log_prob(champion.model, levels, label).tolist()
+            return GenerateAnswer(images=to_lists(levels), log_probs=scores, seed=seed, model=champion.identity)
+
+        return await self._in_thread(run)
+
+    @bentoml.api
+    async def likelihood(self, request: LikelihoodRequest, /) -> LikelihoodAnswer:
+        """Score an image: its log-probability, and how surprising each pixel is."""
+        champion = self.champions.get(request.dataset)
+        config = champion.config
+        levels = read_image(request.image, config)
+        label = read_label(request.label, config)
+
+        def run() -> LikelihoodAnswer:
+            with torch.inference_mode():
+                nats = -pixel_log_prob(champion.model, levels, label)[0].double()  # (C, H, W)
+            total = nats.sum().item()
+            return LikelihoodAnswer(
+                log_prob=-total,
+                bits_per_dim=bits_per_dim(total, config.image_shape),
+                surprise=nats.sum(dim=0).tolist(),
+                model=champion.identity,
+            )
+
+        return await self._in_thread(run)
+
+
+class CompletionJob:
+    """A checked request for completions, ready to run in a thread.
+
+    Raises:
+        RequestError: the request does not fit the champion.
+    """
+
+    def __init__(self, champions: Champions, request: CompleteRequest) -> None:
+        self.champion = champions.get(request.dataset)
+        config = self.champion.config
+        num = request.num_samples
+        self.observed = read_observed(request.observed, config)
+        self.image = read_image(request.image, config, self.observed)
+        self.label = read_label(request.label, config, num)
+        self.seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        self.num_samples, self.temperature = num, request.temperature
+
+    def run(self, on_row: OnRow | None = None) -> CompleteAnswer:
+        """Complete, telling each finished row; what `on_row` raises ends it."""
+        num, model = self.num_samples, self.champion.model
+        image, observed = self.image.repeat(num, 1, 1, 1), self.observed.repeat(num, 1, 1, 1)
+        u = noise(self.seed, num, self.champion.config.image_shape)
+        levels = complete(model, image, observed, u, self.label, self.temperature, on_row)
+        return CompleteAnswer(
+            completions=to_lists(levels),
+            log_probs=completion_log_prob(model, levels, observed, self.label).tolist(),
+            seed=self.seed,
+            model=self.champion.identity,
+        )
+
+
+cast(bentoml.Service, PixelCNNService).add_asgi_middleware(OneSentence)

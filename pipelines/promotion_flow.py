@@ -1,0 +1,408 @@
+"""The promotion flow: the best candidate takes the champion's place if the evidence says so; and the way back.
+
+The rule. Candidates are the registered versions that were measured on the current prepared data. The best one (by its
+recorded validation NLL) and the champion are scored afresh, without label, on the same validation images. The
+candidate becomes champion only if the confidence interval of the mean per-image difference in NLL, candidate minus
+champion, lies wholly below zero. In every other case nothing moves and the report says why. Where there is no champion
+yet, the better of the two best candidates takes the place if it beats the uniform distribution.
+
+The order of writes. A new champion is exported to the model store before the alias moves, and served after it:
+whenever a run is cut off, what is served is whole, and running again completes the rest. A version that was rolled
+back is passed over from then on; a second rollback brings it back.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from pipelines import registry, store
+from pipelines.params import DATASETS, PromoteParams, load_params
+from pipelines.registry import Version
+from pipelines.tracking import CHALLENGER, CHAMPION, PREVIOUS, registered_name, tracking_uri
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.training import format_nll, per_image_nll
+
+DATA_FOLDER = Path("data")
+REPORTS_FOLDER = Path("reports/promotions")
+
+PROMOTED, KEPT, FAILED, ROLLED_BACK = "promoted", "kept", "failed", "rolled back"
+
+Report = dict[str, Any]
+Scorer = Callable[[Version, Dataset, int], torch.Tensor]
+
+
+def score(version: Version, data: Dataset, batch_size: int) -> torch.Tensor:
+    """Fetch a version and score it on the validation split.
+
+    Returns:
+        (N,) float64, nats per image.
+
+    Raises:
+        ValueError: it cannot be fetched or loaded, does not fit the data, or a score is not a finite number.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = load_checkpoint(registry.download(version, Path(folder)))
+    if (model.config.image_shape, model.config.num_levels) != (data.image_shape, data.num_levels):
+        raise ValueError(
+            f"it is for images {model.config.image_shape} of {model.config.num_levels} levels, "
+            f"{data.name} has {data.image_shape} of {data.num_levels}."
+        )
+    nll = per_image_nll(model, data, "validation", batch_size=batch_size)
+    if not bool(nll.isfinite().all()):
+        raise ValueError(f"its NLL is not a finite number for {int((~nll.isfinite()).sum())} of {len(nll)} images.")
+    return nll
+
+
+def paired_difference(candidate: torch.Tensor, champion: torch.Tensor, confidence: float) -> dict[str, float] | None:
+    """Return mean and confidence interval of candidate minus champion, (N,) NLLs each of the same images.
+
+    The interval is the normal one, mean -/+ z * standard error; None for fewer than two images.
+    """
+    difference = candidate - champion
+    if len(difference) < 2:
+        return None
+    mean = difference.mean().item()
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * difference.std().item() / math.sqrt(len(difference))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "num_images": len(difference)}
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unreachable(error: Exception) -> str:
+    return (
+        f"MLflow at {tracking_uri()} or the model store in {store.home()} cannot be used ({_reason(error)[:120]}). "
+        "Run this again once they can."
+    )
+
+
+class _Decision:
+    """One decision under way: the report that it fills, and the moves that it makes."""
+
+    def __init__(self, dataset: str, data: Dataset, params: PromoteParams, scorer: Scorer) -> None:
+        self.dataset, self.data, self.params, self.scorer = dataset, data, params, scorer
+        self.report: Report = {
+            "dataset": dataset,
+            "data_hash": data.data_hash,
+            "protocol": data.protocol,
+            "decision": KEPT,
+            "reason": "",
+            "champion": None,
+            "candidate": None,
+            "runner_up": None,
+            "difference": None,
+            "confidence": params.confidence,
+            "skipped": [],
+            "served": None,
+        }
+
+    def kept(self, reason: str) -> None:
+        self.report["decision"], self.report["reason"] = KEPT, reason
+
+    def describe(self, version: Version, nll: torch.Tensor | None = None) -> dict[str, Any]:
+        pair = version.tags.get("pair", "unknown")
+        return {**version.lineage(), "pair": pair, "nll_nats": None if nll is None else nll.mean().item()}
+
+    def skip(self, version: Version, reason: str) -> None:
+        self.report["skipped"].append({"version": version.version, "reason": reason})
+
+    def candidates(self, found: list[Version], champion: Version | None) -> list[Version]:
+        """Return who may compete, the best first; say of each other one why not."""
+        able = []
+        for version in found:
+            if champion is not None and version.version == champion.version:
+                continue
+            data_hash = version.tags.get("data_hash", "")
+            if data_hash != self.data.data_hash:
+                now = self.data.data_hash[:12]
+                self.skip(version, f"it was measured on other data (hash {data_hash[:12] or 'unknown'}, now {now})")
+            elif version.rolled_back:
+                self.skip(version, "it was rolled back; a second rollback would bring it back")
+            elif not math.isfinite(version.recorded_nll):
+                self.skip(version, "its recorded validation NLL is not a finite number")
+            else:
+                able.append(version)
+        return sorted(able, key=lambda v: (v.recorded_nll, int(v.version)))
+
+    def scored(self, candidates: list[Version], num: int) -> list[tuple[Version, torch.Tensor]]:
+        """Return the first candidates that can be scored, `num` at most, with their scores; the best first."""
+        scored: list[tuple[Version, torch.Tensor]] = []
+        for version in candidates:
+            if len(scored) == num:
+                break
+            try:
+                scored.append((version, self.scorer(version, self.data, self.params.batch_size)))
+            except Exception as error:  # whatever is wrong with one candidate, the next may be fine
+                self.skip(version, _reason(error))
+        return sorted(scored, key=lambda one: one[1].mean().item())
+
+    def decide(self, found: list[Version], champion: Version | None) -> Version | None:
+        """Fill the report; return the version that is to become champion, or None."""
+        candidates = self.candidates(found, champion)
+        if champion is None:
+            return self._first(self.scored(candidates, 2))
+        self.report["champion"] = self.describe(champion)
+        if not candidates:
+            self.kept(f"no other version can compete{self._why_skipped()}")
+            return None
+        try:
+            champion_nll = self.scorer(champion, self.data, self.params.batch_size)
+        except Exception as error:  # without the champion's score there is no evidence, whatever the cause
+            self.kept(f"champion version {champion.version} cannot be scored: {_reason(error)}")
+            return None
+        self.report["champion"] = self.describe(champion, champion_nll)
+        best = self.scored(candidates, 1)
+        if not best:
+            self.kept("no other version can be scored")
+            return None
+        version, nll = best[0]
+        self.report["candidate"] = self.describe(version, nll)
+        difference = paired_difference(nll, champion_nll, self.params.confidence)
+        self.report["difference"] = difference
+        if difference is None:
+            self.kept("one validation image gives no interval")
+            return None
+        interval = self._interval(difference, "champion")
+        if not difference["high"] < 0:
+            self.kept(f"{interval} is not wholly below zero")
+            return None
+        self.report["decision"], self.report["reason"] = PROMOTED, f"{interval} lies below zero"
+        return version
+
+    def _interval(self, difference: dict[str, float], rival: str) -> str:
+        low, high = difference["low"], difference["high"]
+        return (
+            f"the {100 * self.params.confidence:g} % interval of candidate minus {rival}, [{low:.3f}, {high:.3f}] nats,"
+        )
+
+    def _first(self, scored: list[tuple[Version, torch.Tensor]]) -> Version | None:
+        """Choose the first champion from the best and the runner-up, whose scores go into the report."""
+        if not scored:
+            self.kept(f"there is no champion and no version can become it{self._why_skipped()}")
+            return None
+        version, nll = scored[0]
+        self.report["candidate"] = self.describe(version, nll)
+        uniform = math.prod(self.data.image_shape) * math.log(self.data.num_levels)
+        if not nll.mean().item() < uniform:
+            self.kept(
+                f"the best version is no better than the uniform distribution ({self._format(nll.mean().item())} "
+                f"against {self._format(uniform)})"
+            )
+            return None
+        reason = f"there was no champion and it beats the uniform distribution, {self._format(uniform)}"
+        if len(scored) > 1:
+            runner_up, runner_up_nll = scored[1]
+            self.report["runner_up"] = self.describe(runner_up, runner_up_nll)
+            self.report["difference"] = paired_difference(nll, runner_up_nll, self.params.confidence)
+            if self.report["difference"] is not None:
+                reason += f"; {self._interval(self.report['difference'], 'runner-up').removesuffix(',')}"
+        self.report["decision"], self.report["reason"] = PROMOTED, reason
+        return version
+
+    def _why_skipped(self, before: str = " (", after: str = ")") -> str:
+        skipped = [f"version {s['version']}: {s['reason'].rstrip('.')}" for s in self.report["skipped"]]
+        return f"{before}{'; '.join(skipped)}{after}" if skipped else ""
+
+    def _format(self, nats: float) -> str:
+        return format_nll(nats, self.data.image_shape, self.data.num_levels)
+
+    def text(self) -> str:
+        """Return the decision in a sentence or two."""
+        report = self.report
+        head = f"{self.dataset} ({self.data.protocol}, data {self.data.data_hash[:12]}): "
+        scores = [
+            f"{name} version {scored['version']} ({scored['pair']}) {self._format(scored['nll_nats'])}"
+            for role, name in (("candidate", "candidate"), ("runner_up", "runner-up"), ("champion", "champion"))
+            if (scored := report[role]) and scored["nll_nats"] is not None
+        ]
+        measured = f" Validation: {', '.join(scores)}." if scores else ""
+        if scores:
+            measured += self._why_skipped(" Passed over: ", ".")
+        if report["decision"] == PROMOTED:
+            return f"{head}version {report['candidate']['version']} is the new champion: {report['reason']}.{measured}"
+        return f"{head}nothing moved: {report['reason'].rstrip('.')}.{measured}"
+
+
+def _metadata(version: Version, data_names: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        **version.lineage(),
+        "dataset": version.tags["dataset"],
+        "label_names": list(data_names),
+        "protocol": version.tags["protocol"],
+        "promoted_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def export(version: Version) -> str:
+    """Put a version into the model store, not yet served; return its tag. One that is there, whole, stays."""
+    tag = store.tag_of(version.lineage())
+    if store.is_intact(tag, version.tags["weights_sha256"]):
+        return tag
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = registry.download(version, Path(folder))
+        _, scores = load_checkpoint(checkpoint)
+        return store.export(checkpoint, _metadata(version, tuple(scores["label_names"])))
+
+
+def run_promotion(dataset: str, data: Dataset, params: PromoteParams, scorer: Scorer = score) -> Report:
+    """Decide, move, and record the decision.
+
+    Args:
+        data: the current prepared data.
+        scorer: like `score`.
+
+    Returns:
+        The report; its `decision` is `promoted` or `kept`, its `text` says it in words.
+
+    Raises:
+        Exception: the registry or the model store cannot be reached; nothing has moved that a second run would not
+            complete.
+    """
+    decision = _Decision(dataset, data, params, scorer)
+    report = decision.report
+    found = registry.versions(dataset)
+    if not found:
+        raise LookupError(
+            f"no version of {registered_name(dataset)} is registered: train a pair of {dataset} first, "
+            f"dvc repro promote@{dataset}."
+        )
+    by_version = {version.version: version for version in found}
+    champion = by_version.get(registry.aliases(dataset).get(CHAMPION, ""))
+    with registry.decision_run(dataset, "promotion") as run_id:
+        report["decision_run_id"] = run_id
+        chosen = decision.decide(found, champion)
+        report["text"] = decision.text()
+        if chosen is not None:
+            report["served"] = export(chosen)
+            if champion is not None:
+                registry.set_alias(dataset, PREVIOUS, champion.version)
+            registry.set_alias(dataset, CHAMPION, chosen.version)
+            if registry.aliases(dataset).get(CHALLENGER) == chosen.version:
+                registry.remove_alias(dataset, CHALLENGER)
+            store.serve(report["served"])
+        elif champion is not None:
+            report["served"] = _repair_store(champion, report)
+        registry.record_decision(run_id, report)
+    return report
+
+
+def _repair_store(champion: Version, report: Report) -> str | None:
+    """Let the store serve the champion, if a run was cut off or the store is a new one; else do nothing."""
+    try:
+        tag = export(champion)
+        if store.latest(champion.name) != tag:
+            store.serve(tag)
+            report["text"] += f" The model store serves {tag} now."
+        return tag
+    except ValueError as error:
+        # The champion's own files are damaged: what is served stays, as does everything else.
+        report["text"] += f" The model store was left as it is: {_reason(error)}"
+        return store.latest(champion.name)
+
+
+def run_rollback(dataset: str) -> Report:
+    """Make the previous champion the champion again, and serve it; the rolled-back one becomes `previous`.
+
+    Raises:
+        LookupError: there is no previous champion; nothing has moved.
+        ValueError: the previous champion cannot be fetched whole; nothing has moved.
+    """
+    by_version = {version.version: version for version in registry.versions(dataset)}
+    aliases = registry.aliases(dataset)
+    champion, previous = by_version.get(aliases.get(CHAMPION, "")), by_version.get(aliases.get(PREVIOUS, ""))
+    if champion is None or previous is None or champion.version == previous.version:
+        raise LookupError(
+            f"{registered_name(dataset)} has no previous champion to roll back to: nothing moved. "
+            "A rollback is possible after a second version was promoted."
+        )
+    with registry.decision_run(dataset, "rollback") as run_id:
+        tag = export(previous)
+        registry.mark_rolled_back(champion, datetime.now(UTC).isoformat(timespec="seconds"))
+        registry.unmark_rolled_back(previous)
+        # Whoever asks for a rollback wants it served first of all.
+        store.serve(tag)
+        registry.set_alias(dataset, CHAMPION, previous.version)
+        registry.set_alias(dataset, PREVIOUS, champion.version)
+        report: Report = {
+            "dataset": dataset,
+            "decision": ROLLED_BACK,
+            "reason": f"asked for: from version {champion.version} back to version {previous.version}",
+            "champion": previous.lineage(),
+            "rolled_back": champion.lineage(),
+            "served": tag,
+            "decision_run_id": run_id,
+            "text": f"{dataset}: version {previous.version} is the champion again and {tag} is served; version "
+            f"{champion.version} is now `previous` and is not promoted again by itself.",
+        }
+        registry.record_decision(run_id, report)
+    return report
+
+
+def write_report(report: Report, folder: Path = REPORTS_FOLDER) -> Path:
+    """Write a report as DATASET.json, by way of a temporary file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{report['dataset']}.json"
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    new.replace(path)
+    return path
+
+
+def _check_dataset(dataset: str) -> None:
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {dataset!r}. Known: {', '.join(DATASETS)}.")
+
+
+@task(name="score", persist_result=False, cache_policy=NO_CACHE)
+def _score(version: Version, data: Dataset, batch_size: int) -> torch.Tensor:
+    nll = score(version, data, batch_size)
+    mean = format_nll(nll.mean().item(), data.image_shape, data.num_levels)
+    get_run_logger().info("version %s: validation %s", version.version, mean)
+    return nll
+
+
+@flow(name="promote", persist_result=False, log_prints=True)
+def promote(dataset: str) -> Report:
+    """Let the best registered version of a dataset become champion, if it is better beyond doubt.
+
+    The report is written to reports/promotions/DATASET.json in any case.
+
+    Raises:
+        ValueError: the dataset is unknown, or its prepared file is missing or damaged.
+        LookupError: nothing is registered.
+        ConnectionError: no decision was possible, because the registry or the store cannot be reached.
+    """
+    _check_dataset(dataset)
+    data = load_dataset(DATA_FOLDER / f"{dataset}.safetensors")
+    try:
+        report = run_promotion(dataset, data, load_params().promote, _score)
+    except Exception as error:
+        ours = isinstance(error, (LookupError, ValueError))
+        reason = _reason(error) if ours else _unreachable(error)
+        text = f"{dataset}: nothing moved: {reason}"
+        write_report({"dataset": dataset, "decision": FAILED, "reason": reason, "text": text})
+        if ours:
+            raise
+        raise ConnectionError(text) from error
+    write_report(report)
+    print(report["text"])
+    return report
+
+
+def rollback(dataset: str) -> Report:
+    """Undo the last promotion of a dataset; see `run_rollback`."""
+    _check_dataset(dataset)
+    report = run_rollback(dataset)
+    print(report["text"])
+    return report

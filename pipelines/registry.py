@@ -1,0 +1,184 @@
+"""MLflow's side of promotion: the versions of a dataset's registered model, their aliases, and the record of decisions.
+
+Decisions are runs of the experiment `promotions`; none is ever changed or removed.
+"""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# An HTTP registry that is down must be noticed within seconds: MLflow alone would retry for minutes. Read at each call.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+from pipelines import tracking  # noqa: I001  # Sets what MLflow reads when it is imported.
+import mlflow
+from mlflow.entities import Metric, RunTag
+from mlflow.exceptions import MlflowException
+
+from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_of
+
+DECISIONS_EXPERIMENT = "promotions"
+ROLLED_BACK_TAG = "rolled_back"
+VALIDATION_METRIC = "validation/nll_nats"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A version of a dataset's registered model.
+
+    Args:
+        name: of the registered model.
+        version: its number, as text.
+        run_id: the training that made it.
+        tags: `pair`, `dataset`, `data_hash`, `git_commit`, `weights_sha256`, `protocol`.
+        recorded_nll: validation NLL in nats per image as the training measured it; NaN if it recorded none.
+    """
+
+    name: str
+    version: str
+    run_id: str
+    tags: dict[str, str]
+    recorded_nll: float
+
+    @property
+    def rolled_back(self) -> bool:
+        return ROLLED_BACK_TAG in self.tags
+
+    def lineage(self) -> dict[str, str]:
+        """Return what every answer of the service says about its model."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "run_id": self.run_id,
+            **{key: self.tags.get(key, "unknown") for key in ("git_commit", "data_hash", "weights_sha256")},
+        }
+
+
+def versions(dataset: str) -> list[Version]:
+    """Return every version of a dataset's registered model, the oldest first; none if nothing was registered."""
+    client = tracking.client()
+    name = tracking.registered_name(dataset)
+    found = sorted(client.search_model_versions(f"name='{name}'"), key=lambda v: int(v.version))
+    return [
+        Version(
+            name=name,
+            version=str(v.version),
+            run_id=v.run_id or "unknown",
+            tags=dict(v.tags),
+            recorded_nll=_recorded_nll(client, v.run_id),
+        )
+        for v in found
+    ]
+
+
+def _recorded_nll(client: mlflow.MlflowClient, run_id: str | None) -> float:
+    if not run_id:
+        return math.nan
+    try:
+        return client.get_run(run_id).data.metrics.get(VALIDATION_METRIC, math.nan)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return math.nan
+        raise
+
+
+def aliases(dataset: str) -> dict[str, str]:
+    """Return alias -> version of a dataset's registered model."""
+    name = tracking.registered_name(dataset)
+    found = tracking.client().search_registered_models(f"name='{name}'")
+    return {alias: str(version) for model in found for alias, version in model.aliases.items()}
+
+
+def set_alias(dataset: str, alias: str, version: str) -> None:
+    """Point an alias at a version."""
+    tracking.client().set_registered_model_alias(tracking.registered_name(dataset), alias, version)
+
+
+def remove_alias(dataset: str, alias: str) -> None:
+    """Remove an alias; one that is not there is fine."""
+    if alias in aliases(dataset):
+        tracking.client().delete_registered_model_alias(tracking.registered_name(dataset), alias)
+
+
+def mark_rolled_back(version: Version, when: str) -> None:
+    """Tag a version as one that was rolled back: promotion passes over it from now on."""
+    tracking.client().set_model_version_tag(version.name, version.version, ROLLED_BACK_TAG, when)
+
+
+def unmark_rolled_back(version: Version) -> None:
+    """Take the tag away."""
+    if version.rolled_back:
+        tracking.client().delete_model_version_tag(version.name, version.version, ROLLED_BACK_TAG)
+
+
+def download(version: Version, folder: Path) -> Path:
+    """Fetch a version's checkpoint into a folder and check that its weights are those that were registered.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: the version holds no checkpoint, or other weights than its tag says.
+    """
+    tracking.client()  # sets the URI
+    top = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
+    checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
+    if not (checkpoint / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{version.name} version {version.version} holds no {WEIGHTS_FILE}. Register it again.")
+    found, expected = sha256_of(checkpoint / WEIGHTS_FILE), version.tags.get("weights_sha256", "")
+    if found != expected:
+        raise ValueError(
+            f"{version.name} version {version.version} does not hold the weights that were registered: their SHA-256 "
+            f"is {found[:12]}..., its tag says {expected[:12] or 'nothing'}.... Train and register it again."
+        )
+    # Only a checkpoint's own files go any further: whatever else an artifact folder holds stays behind.
+    clean = folder / "checkpoint"
+    clean.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE):
+        shutil.copyfile(checkpoint / name, clean / name)
+    return clean
+
+
+@contextmanager
+def decision_run(dataset: str, kind: str) -> Iterator[str]:
+    """Open the run that records a decision; it ends FAILED if the decision could not be carried out.
+
+    Yields:
+        The run's ID.
+    """
+    client = tracking.client()
+    experiment = tracking.experiment_id(DECISIONS_EXPERIMENT)
+    run_id = client.create_run(experiment, run_name=f"{kind}-{dataset}", tags={"dataset": dataset, "kind": kind})
+    run_id = run_id.info.run_id
+    try:
+        yield run_id
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def record_decision(run_id: str, report: dict[str, Any]) -> None:
+    """Write a decision into its run: numbers as metrics, words as tags, the whole report as an artifact."""
+    tags = {key: str(report[key]) for key in ("decision", "reason", "data_hash") if report.get(key)}
+    metrics = {f"difference/{key}": value for key, value in (report.get("difference") or {}).items()}
+    for role in ("champion", "candidate", "runner_up"):
+        if scored := report.get(role):
+            tags[f"{role}_version"] = scored["version"]
+            if scored.get("nll_nats") is not None:
+                metrics[f"{role}/nll_nats"] = scored["nll_nats"]
+    client = tracking.client()
+    now_ms = int(time.time() * 1000)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items()],
+        tags=[RunTag(key, value) for key, value in tags.items()],
+    )
+    client.log_dict(run_id, report, "report.json")

@@ -1,0 +1,484 @@
+"""Promotion on evidence, with a real MLflow registry (SQLite) and a real BentoML store, and models known by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import bentoml
+import mlflow
+import pytest
+import torch
+from bentoml._internal.models import ModelStore
+
+from pipelines import promotion_flow, registry, store, tracking
+from pipelines.params import PromoteParams
+from pipelines.promotion_flow import paired_difference, run_promotion, run_rollback
+from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
+
+PARAMS = PromoteParams(confidence=0.95, batch_size=50)
+INK = 0.1  # of the toy images: a model that says so is the best there is
+CONFIG = GatedPixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=2, num_layers=1, kernel_size=3)
+
+
+@pytest.fixture(scope="module")
+def registry_folder(tmp_path_factory):
+    """One MLflow database for the file: making its schema takes seconds. Each test has a dataset of its own name."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        tracking.client()
+        yield folder
+        mlflow.set_tracking_uri(None)
+
+
+class Toy:
+    """A dataset, and versions of its registered model that put the same probability on ink everywhere."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.data = self.prepare(seed=0)
+        self.weight_seed = 0
+
+    def prepare(self, seed: int) -> Dataset:
+        generator = torch.Generator().manual_seed(seed)
+        images = (torch.rand((600, 1, 4, 4), generator=generator) < INK).to(torch.uint8)
+        parts = dict(zip(("train", "validation", "test"), images.split([100, 400, 100]), strict=True))
+        data = Dataset(
+            name=self.name,
+            num_levels=2,
+            protocol="toy",
+            label_names=["a", "b"],
+            images=parts,
+            labels={split: torch.zeros(len(part), dtype=torch.int64) for split, part in parts.items()},
+        )
+        path = self.folder / "data" / f"{self.name}.safetensors"
+        save_dataset(path, data)
+        return load_dataset(path)
+
+    def model(self, ink: float):
+        torch.manual_seed(self.weight_seed)
+        self.weight_seed += 1
+        model = build_model(CONFIG).eval()
+        with torch.no_grad():
+            model.logits.weight.zero_()
+            model.logits.bias.copy_(torch.tensor([1 - ink, ink]).log())
+        return model
+
+    def checkpoint(self, ink: float, data: Dataset, broken: bool) -> tuple[Path, dict]:
+        model = self.model(ink)
+        scores = {
+            **evaluate(model, data),
+            **{"dataset": self.name, "protocol": data.protocol, "label_names": data.label_names},
+            "data_hash": data.data_hash,
+        }
+        if broken:
+            with torch.no_grad():
+                model.logits.bias.fill_(math.nan)
+        folder = self.folder / "models" / str(self.weight_seed)
+        save_checkpoint(folder, model, scores)
+        return folder, scores
+
+    def train(self, ink: float) -> str:
+        """Record and register a model exactly as the training flow does; return the version."""
+        folder, scores = self.checkpoint(ink, self.data, broken=False)
+        run_id = tracking.log_training_run(
+            pair=f"gated_pixelcnn-{self.name}",
+            dataset=self.name,
+            data_hash=self.data.data_hash,
+            folder=folder,
+            params={},
+            scores=scores,
+            curve=[],
+            pictures=[],
+            tags={"git_commit": "c0ffee", "protocol": self.data.protocol},
+        )
+        return tracking.register(run_id, folder, f"gated_pixelcnn-{self.name}", self.name)
+
+    def register(self, ink: float, data: Dataset | None = None, broken: bool = False, nll: float | None = None) -> str:
+        """Do the same in a tenth of the time: without MLflow's own wrapping of the model."""
+        data = data or self.data
+        folder, scores = self.checkpoint(ink, data, broken)
+        client = tracking.client()
+        run = client.create_run(tracking.experiment_id(self.name))
+        client.log_metric(run.info.run_id, "validation/nll_nats", scores["validation/nll_nats"] if nll is None else nll)
+        client.log_artifacts(run.info.run_id, str(folder), f"model/artifacts/{tracking.CHECKPOINT_NAME}")
+        if not client.search_registered_models(f"name='{self.model_name}'"):
+            client.create_registered_model(self.model_name)
+        tags = {
+            "pair": f"gated_pixelcnn-{self.name}",
+            "dataset": self.name,
+            "data_hash": data.data_hash,
+            "protocol": data.protocol,
+            "weights_sha256": registry.sha256_of(folder / "model.safetensors"),
+            "git_commit": "c0ffee",
+        }
+        source = f"{run.info.artifact_uri}/model"
+        return str(client.create_model_version(self.model_name, source, run.info.run_id, tags).version)
+
+    def promote(self) -> promotion_flow.Report:
+        return run_promotion(self.name, self.data, PARAMS)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return registry.aliases(self.name)
+
+    @property
+    def model_name(self) -> str:
+        return f"pixelcnn-{self.name}"
+
+    def served(self):
+        """Return the model that BentoML itself calls the latest."""
+        return bentoml.models.get(f"{self.model_name}:latest", _model_store=ModelStore(store.home() / "models"))
+
+    def stored(self) -> list[str]:
+        return sorted(f.name for f in (store.home() / "models" / self.model_name).iterdir() if f.is_dir())
+
+
+@pytest.fixture
+def toy(registry_folder, tmp_path, monkeypatch, request):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bentoml").mkdir()
+    return Toy(request.node.name.removeprefix("test_").replace("[", "-").replace("]", ""), tmp_path)
+
+
+def nll_by_hand(data: Dataset, ink: float) -> torch.Tensor:
+    images = data.images["validation"].double().flatten(1)
+    return -(images * math.log(ink) + (1 - images) * math.log(1 - ink)).sum(dim=1)
+
+
+def decisions(toy: Toy) -> list:
+    client = tracking.client()
+    experiment = client.get_experiment_by_name("promotions")
+    runs = client.search_runs([experiment.experiment_id], f"tags.dataset = '{toy.name}'", order_by=["start_time ASC"])
+    return list(runs)
+
+
+def test_better_moves(toy):
+    first = toy.train(0.3)
+    report = toy.promote()
+    assert report["decision"] == "promoted"
+    assert toy.aliases == {"champion": first}
+
+    second = toy.train(INK)
+    assert toy.aliases["challenger"] == second
+    report = toy.promote()
+    assert report["decision"] == "promoted"
+    assert toy.aliases == {"champion": second, "previous": first}
+
+    # Both were scored on the same validation images, and the interval is the one computed by hand.
+    difference = nll_by_hand(toy.data, INK) - nll_by_hand(toy.data, 0.3)
+    half = 1.959964 * difference.std().item() / math.sqrt(len(difference))
+    assert report["difference"] == pytest.approx(
+        {
+            "mean": difference.mean().item(),
+            "low": difference.mean().item() - half,
+            "high": difference.mean().item() + half,
+            "num_images": 400,
+        },
+        rel=1e-5,
+    )
+    assert report["candidate"]["nll_nats"] == pytest.approx(nll_by_hand(toy.data, INK).mean().item(), rel=1e-6)
+    assert report["champion"]["nll_nats"] == pytest.approx(nll_by_hand(toy.data, 0.3).mean().item(), rel=1e-6)
+    assert f"version {second} is the new champion" in report["text"]
+    assert "(toy, data" in report["text"]  # no figure without its protocol
+
+    run = decisions(toy)[-1]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["decision"] == "promoted"
+    assert run.data.tags["champion_version"] == first
+    assert run.data.tags["candidate_version"] == second
+    assert run.data.metrics["difference/high"] == pytest.approx(report["difference"]["high"])
+    assert run.data.metrics["candidate/nll_nats"] == pytest.approx(report["candidate"]["nll_nats"])
+    assert run.data.metrics["champion/nll_nats"] == pytest.approx(report["champion"]["nll_nats"])
+
+
+def test_export_has_the_lineage(toy):
+    version = toy.train(INK)
+    report = toy.promote()
+    model = toy.served()
+    metadata = model.info.metadata
+    (registered,) = registry.versions(toy.name)
+    assert model.tag.version == f"v{version}-{registered.tags['weights_sha256'][:8]}"
+    assert report["served"] == str(model.tag)
+    assert metadata["name"] == toy.model_name
+    assert metadata["version"] == version
+    assert metadata["run_id"] == registered.run_id
+    assert metadata["git_commit"] == "c0ffee"
+    assert metadata["data_hash"] == toy.data.data_hash
+    assert metadata["weights_sha256"] == registered.tags["weights_sha256"]
+    assert (metadata["dataset"], metadata["label_names"], metadata["protocol"]) == (toy.name, ["a", "b"], "toy")
+    # Forward again: from the metadata to the run.
+    run = tracking.client().get_run(metadata["run_id"])
+    assert run.data.tags["data_hash"] == metadata["data_hash"]
+    # Nothing but a checkpoint's files and BentoML's own: no code and no pickle.
+    assert sorted(f.name for f in Path(model.path).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "model.yaml",
+        "scores.json",
+    ]
+
+
+def test_worse_stays(toy):
+    first = toy.register(INK)
+    toy.promote()
+    toy.register(0.3)
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert "is not wholly below zero" in report["reason"]
+    assert report["difference"]["low"] > 0
+    assert toy.aliases == {"champion": first}
+    assert len(toy.stored()) == 1
+    assert decisions(toy)[-1].data.tags["decision"] == "kept"
+
+
+def test_tie_stays(toy):
+    first = toy.register(INK)
+    toy.promote()
+    toy.register(INK)  # other weights, the same distribution
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert report["difference"]["mean"] == report["difference"]["high"] == 0
+    assert toy.aliases["champion"] == first
+
+
+def test_better_by_less_than_the_noise_stays(toy):
+    best = toy.data.images["validation"].double().mean().item()
+    first = toy.register(best + 0.003)
+    toy.promote()
+    toy.register(best)
+    report = toy.promote()
+    assert report["difference"]["mean"] < 0 < report["difference"]["high"]
+    assert report["decision"] == "kept"
+    assert toy.aliases["champion"] == first
+
+
+def test_the_best_candidate_competes(toy):
+    toy.register(0.4)
+    toy.promote()
+    toy.register(0.3)
+    best = toy.register(INK)
+    toy.register(0.2)
+    report = toy.promote()
+    assert report["candidate"]["version"] == best
+    assert toy.aliases["champion"] == best
+
+
+def test_weights_that_are_not_numbers_are_passed_over(toy):
+    first = toy.register(0.3)
+    toy.promote()
+    unmeasured = toy.register(INK, broken=True, nll=math.nan)
+    broken = toy.register(INK, broken=True, nll=1.0)
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert report["skipped"] == [
+        {"version": unmeasured, "reason": "its recorded validation NLL is not a finite number"},
+        {"version": broken, "reason": "its NLL is not a finite number for 400 of 400 images."},
+    ]
+    assert f"version {broken}: its NLL is not a finite number" in report["text"]
+    assert toy.aliases["champion"] == first
+    # It does not stand in the way of a good one.
+    good = toy.register(INK)
+    assert toy.promote()["decision"] == "promoted"
+    assert toy.aliases["champion"] == good
+
+
+def test_first_champion_must_be_a_number(toy):
+    toy.register(INK, broken=True, nll=1.0)
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert "no version can become it" in report["reason"]
+    assert "champion" not in toy.aliases
+    assert not (store.home() / "models").exists()
+
+
+def test_first_champion_must_beat_uniform(toy):
+    toy.register(0.9)
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert "no better than the uniform distribution" in report["reason"]
+    assert "champion" not in toy.aliases
+
+
+def test_first_champion_is_the_better_of_two(toy):
+    second_best = toy.register(0.3, nll=1.0)  # its training recorded a better score than it has
+    best = toy.register(INK)
+    report = toy.promote()
+    assert toy.aliases == {"champion": best}
+    assert report["runner_up"]["version"] == second_best
+    expected = (nll_by_hand(toy.data, INK) - nll_by_hand(toy.data, 0.3)).mean().item()
+    assert report["difference"]["mean"] == pytest.approx(expected, rel=1e-5)
+    run = decisions(toy)[-1]
+    assert run.data.metrics["runner_up/nll_nats"] == pytest.approx(report["runner_up"]["nll_nats"])
+
+
+def test_other_data_stays_out(toy):
+    first = toy.register(0.3)
+    toy.promote()
+    other = toy.prepare(seed=1)
+    assert other.data_hash != toy.data.data_hash
+    stranger = toy.register(INK, data=other)
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert report["skipped"][0]["version"] == stranger
+    assert f"other data (hash {other.data_hash[:12]}, now {toy.data.data_hash[:12]})" in report["text"]
+    assert toy.aliases["champion"] == first
+
+
+def test_champion_that_cannot_be_scored_stays(toy, registry_folder):
+    first = toy.register(0.3)
+    toy.promote()
+    (version,) = registry.versions(toy.name)
+    (damaged,) = (registry_folder / "mlruns").rglob(f"{version.run_id}/**/model.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    toy.register(INK)
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert f"champion version {first} cannot be scored" in report["reason"]
+    assert "does not hold the weights that were registered" in report["reason"]
+    assert toy.aliases["champion"] == first
+
+
+def test_again_changes_nothing_and_repairs_the_store(toy):
+    version = toy.register(INK)
+    served = toy.promote()["served"]
+    before = (toy.aliases, toy.stored(), toy.served().info.metadata)
+
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert "no other version can compete" in report["reason"]
+    assert (toy.aliases, toy.stored(), toy.served().info.metadata) == before
+    assert len(registry.versions(toy.name)) == 1
+
+    # A store that lost the champion, or holds a damaged one, gets it back.
+    folder = store.home() / "models" / served.replace(":", "/")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    toy.promote()
+    assert store.is_intact(served, registry.versions(toy.name)[0].tags["weights_sha256"])
+    bentoml.models.delete(served, _model_store=ModelStore(store.home() / "models"))
+    assert store.latest(toy.model_name) is None
+    toy.promote()
+    assert str(toy.served().tag) == served
+    assert toy.aliases["champion"] == version
+
+
+@pytest.mark.parametrize("cut", ["export", "alias", "serve"])
+def test_cut_off_and_run_again(toy, monkeypatch, cut):
+    first = toy.register(0.3)
+    served = toy.promote()["served"]
+    second = toy.register(INK)
+
+    def fail(*arguments):
+        if cut != "alias" or arguments[1] == "champion":
+            raise OSError("cut off here")
+
+    with monkeypatch.context() as patch:
+        target = {"export": (store, "export"), "alias": (registry, "set_alias"), "serve": (store, "serve")}[cut]
+        patch.setattr(*target, fail)
+        with pytest.raises(OSError, match="cut off here"):
+            toy.promote()
+    # What is served is still a whole model.
+    assert str(toy.served().tag) == served
+    assert decisions(toy)[-1].info.status == "FAILED"
+    assert toy.aliases["champion"] == (second if cut == "serve" else first)
+
+    toy.promote()
+    assert toy.aliases["champion"] == second
+    assert toy.aliases["previous"] == first
+    assert toy.served().info.metadata["version"] == second
+
+
+def test_rollback(toy):
+    first = toy.register(0.3)
+    toy.promote()
+    second = toy.register(INK)
+    toy.promote()
+
+    report = run_rollback(toy.name)
+    assert report["decision"] == "rolled back"
+    assert toy.aliases == {"champion": first, "previous": second}
+    assert toy.served().info.metadata["version"] == first
+    run = decisions(toy)[-1]
+    assert (run.data.tags["kind"], run.data.tags["decision"]) == ("rollback", "rolled back")
+
+    # What a person has undone is not done again by itself.
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert report["skipped"] == [
+        {"version": second, "reason": "it was rolled back; a second rollback would bring it back"}
+    ]
+    assert toy.aliases["champion"] == first
+    assert toy.served().info.metadata["version"] == first
+    # It is said, too, when another version competes.
+    toy.register(0.4)
+    assert f"Passed over: version {second}: it was rolled back" in toy.promote()["text"]
+
+    run_rollback(toy.name)
+    assert toy.aliases == {"champion": second, "previous": first}
+    assert toy.served().info.metadata["version"] == second
+    assert not registry.versions(toy.name)[1].rolled_back
+
+
+def test_rollback_without_a_previous_champion(toy):
+    with pytest.raises(LookupError, match="no previous champion to roll back to: nothing moved"):
+        run_rollback(toy.name)
+    version = toy.register(INK)
+    toy.promote()
+    served = toy.served().tag
+    with pytest.raises(LookupError, match="nothing moved"):
+        run_rollback(toy.name)
+    assert toy.aliases == {"champion": version}
+    assert toy.served().tag == served
+
+
+def test_nothing_registered(toy):
+    with pytest.raises(LookupError, match="train a pair of nothing_registered first"):
+        toy.promote()
+
+
+def test_interval_needs_two_images():
+    assert paired_difference(torch.tensor([1.0]), torch.tensor([2.0]), 0.95) is None
+
+
+@pytest.fixture
+def mnist5k(toy):
+    """The working folder of the flow: params.yaml and the prepared data of a known dataset."""
+    root = Path(promotion_flow.__file__).parents[1]
+    (toy.folder / "params.yaml").write_text((root / "params.yaml").read_text())
+    toy.name = "mnist5k"
+    toy.data = toy.prepare(seed=0)
+    return toy
+
+
+def test_flow(mnist5k, prefect_server, capsys):
+    mnist5k.register(0.3)
+    promotion_flow.promote("mnist5k")
+    best = mnist5k.register(INK)
+    report = promotion_flow.promote("mnist5k")
+    assert report["decision"] == "promoted"
+    assert json.loads(Path("reports/promotions/mnist5k.json").read_text()) == report
+    assert mnist5k.served().info.metadata["version"] == best
+    promotion_flow.rollback("mnist5k")
+    assert "mnist5k: version 1 is the champion again" in capsys.readouterr().out
+
+
+def test_unreachable_registry(mnist5k, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(
+        ConnectionError,
+        match=r"mnist5k: nothing moved: MLflow at http://127.0.0.1:9 or .* Run this again once they can\.",
+    ):
+        promotion_flow.promote.fn("mnist5k")
+    report = json.loads(Path("reports/promotions/mnist5k.json").read_text())
+    assert report["decision"] == "failed"
+    assert report["text"].startswith("mnist5k: nothing moved: ")
+    assert not (store.home() / "models").exists()
+
+
+def test_unknown_dataset(mnist5k):
+    with pytest.raises(ValueError, match=r"unknown dataset 'mnist6k'\. Known: mnist5k, mnist, "):
+        promotion_flow.promote.fn("mnist6k")
+    with pytest.raises(ValueError, match="unknown dataset"):
+        promotion_flow.rollback("mnist6k")

@@ -1,0 +1,82 @@
+"""The built Bento, served as a person would serve it, from another folder."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENTOML = str(Path(sys.executable).with_name("bentoml"))
+REQUEST = {
+    "dataset": "grey",
+    "image": [[1, 0, 1, 0]] * 5,
+    "observed": [[1] * 4] * 2 + [[0] * 4] * 3,
+    "num_samples": 4,
+    "seed": 42,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_bento_answers_like_the_service(client, service_home, tmp_path):
+    expected = client.post("/complete", json=REQUEST).json()
+    environment = {**os.environ, "BENTOML_HOME": str(service_home), "BENTOML_DO_NOT_TRACK": "True"}
+    # A Bento brings its own code: what is installed here must not stand in for it.
+    environment.pop("PYTHONPATH", None)
+    built = subprocess.run(
+        [BENTOML, "build", "--output", "tag"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert built.returncode == 0, built.stderr
+    sources = service_home / "bentos/pixelcnn" / built.stdout.strip().rpartition(":")[2] / "src"
+    files = {str(file.relative_to(sources)) for file in sources.rglob("*") if file.is_file()}
+    assert {"app/service.py", "pixelcnn/model.py"} <= files
+    assert not [file for file in files if file.split("/")[0] not in ("app", "pixelcnn", "bentofile.yaml")]
+    assert "app/canvas.py" not in files
+
+    port = free_port()
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        server = subprocess.Popen(
+            [BENTOML, "serve", "pixelcnn:latest", "--port", str(port)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 90
+        while True:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                if httpx.get(f"{url}/readyz").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        assert httpx.post(f"{url}/complete", json=REQUEST, timeout=60).json() == expected
+        assert httpx.get(f"{url}/models").json() == client.get("/models").json()
+        # Through a real server, too, a huge body is refused in the one form.
+        response = httpx.post(
+            f"{url}/complete", content=b" " * 50_000_000, headers={"Content-Type": "application/json"}, timeout=60
+        )
+        assert response.status_code == 413
+        assert list(response.json()) == ["error"]
+        # It listens on the loopback address alone, without being told so.
+        with socket.socket() as other, pytest.raises(ConnectionRefusedError):
+            other.connect(("127.0.0.2", port))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
