@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_model
 
-from pixelcnn import complete, completion_log_prob, log_prob, sample
+from pixelcnn import complete, completion_log_prob, log_prob, naive_sample, sample
 
 SHAPE = (1, 2, 3)
 
@@ -44,6 +44,7 @@ def test_observed_pixels_are_kept_and_the_filler_means_nothing(architecture, sha
     assert torch.equal(torch.where(observed, completed, 0), torch.where(observed, image, 0))
     other = torch.where(observed, image, filler)
     assert torch.equal(complete(model, other, observed, u, label, temperature), completed)
+    assert torch.equal(naive_sample(model, u, label, temperature, drawing=other, observed=observed), completed)
 
 
 @pytest.mark.parametrize(("shape", "num_known"), [((1, 2, 3), 2), ((1, 3, 2), 3), ((2, 1, 3), 1), ((3, 1, 2), 1)])

@@ -137,6 +137,13 @@ def test_binarisation_follows_the_intensity():
     assert abs(share[1].item() - 64 / 255) < 0.015  # five standard errors
 
 
+def test_binarisation_at_the_ends_of_the_noise(monkeypatch):
+    intensities = torch.tensor([0, 1, 254, 255], dtype=torch.uint8)
+    for u, expected in ((0.0, [0, 1, 1, 1]), (1 - 2**-24, [0, 0, 0, 1])):  # what torch.rand can give at most
+        monkeypatch.setattr(torch, "rand", lambda shape, generator, u=u: torch.full(shape, u))
+        assert binarize(intensities, None).tolist() == expected
+
+
 @pytest.mark.parametrize("num_images", [None, 5, 100])
 def test_batches_cover_the_first_images_in_order_and_come_out_the_same_twice(num_images):
     toy = toy_dataset((1, 8, 8), num_levels=2, protocol="dynamic", num_train=7)

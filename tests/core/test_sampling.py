@@ -124,6 +124,15 @@ def test_an_image_depends_on_its_own_noise_alone(sampler, data):
     assert torch.equal(sampler(model, u, label), drawn)  # a second call is the same call
 
 
+@SAMPLERS
+def test_samples_are_ordinary_tensors(sampler):
+    """They can be scored while gradients are on."""
+    model = tiny_model("pixelcnn", (1, 2, 2), 2)
+    drawn = sampler(model, noise((1, 2, 2), 2))
+    log_prob(model, drawn).sum().backward()
+    assert not drawn.is_inference()
+
+
 GOOD = torch.full((2, 1, 2, 3), 0.5)
 IMAGE = torch.zeros(2, 1, 2, 3, dtype=torch.int64)
 OBSERVED = torch.ones(2, 1, 2, 3, dtype=torch.bool)
