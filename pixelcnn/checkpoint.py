@@ -74,6 +74,8 @@ def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, 
         found = sha256_of(folder / WEIGHTS_FILE)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no checkpoint: {Path(error.filename).name} is missing.") from None
+    except OSError as error:
+        raise ValueError(f"{folder} is no checkpoint that can be read: {error.strerror}.") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} is no checkpoint: {CONFIG_FILE} or {SCORES_FILE} is damaged ({error}).") from None
     if found != expected:

@@ -246,6 +246,11 @@ class _Trainer:
         num_images = self.config.num_validation_images or None
         nll = per_image_nll(self.model, self.data, "validation", num_images=num_images).mean().item()
         self.use(before)
+        if not math.isfinite(nll):
+            raise FloatingPointError(
+                f"the validation loss is not finite at step {self.step} ({nll} nats): lower learning_rate. "
+                "The last saved state is untouched."
+            )
         if nll < self.best_nll:
             self.best_nll = nll
             self.best = [w.clone() for w in self.average]

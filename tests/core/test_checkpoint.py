@@ -185,3 +185,10 @@ def test_weights_of_other_names_are_refused(tmp_path):
     refresh_sha256(folder)
     with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
         load_checkpoint(folder)
+
+
+def test_a_plain_file_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("not a folder")
+    with pytest.raises(ValueError, match=exactly(f"{path} is no checkpoint that can be read: Not a directory.")):
+        load_checkpoint(path)

@@ -1,0 +1,42 @@
+"""A Prefect server for the flows, and a small project to run them in."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from projects import tiny_dataset, tiny_params, write_params
+
+from pixelcnn.data import save_dataset
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a Prefect server for the session; flows called in a test use it. Yields its API's URL."""
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_RESULTS_LOCAL_STORAGE_PATH,
+        temporary_settings,
+    )
+    from prefect.testing.utilities import prefect_test_harness
+
+    # Results lie outside the harness's own database: those of an earlier session must not be found.
+    storage = tmp_path_factory.mktemp("prefect-results")
+    # Without heartbeats, whose thread each flow would wait a second for.
+    quick = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_RESULTS_LOCAL_STORAGE_PATH: str(storage)}
+    with prefect_test_harness(server_startup_timeout=120), temporary_settings(quick):
+        yield PREFECT_API_URL.value()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty folder with tiny params.yaml and a tiny mnist5k the current one; MLflow's file lies there too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    write_params(tmp_path, tiny_params())
+    save_dataset(tmp_path / "data/mnist5k.safetensors", tiny_dataset())
+    return tmp_path

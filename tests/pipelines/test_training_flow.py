@@ -1,0 +1,323 @@
+"""The training flow on a tiny dataset, with MLflow on SQLite: what it writes, records and registers, and what not."""
+
+import csv
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from projects import ROOT, tiny_dataset, tiny_params, write_params
+
+from pipelines import steps, tracking, training_flow
+from pipelines.training_flow import baseline_scores, git_state, train_all, train_pair
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.data import load_dataset, save_dataset
+from pixelcnn.likelihood import log_prob
+
+PAIR = "pixelcnn-mnist5k"
+OUT, REPORT = Path("models") / PAIR, Path("reports") / PAIR
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str):
+    """One project, in which a pair was trained once; yields its folder and what the flow returned."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
+        patch.setattr(training_flow, "PROGRESS_S", 0.0)
+        write_params(folder, tiny_params())
+        save_dataset(folder / "data/mnist5k.safetensors", tiny_dataset())
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("prefect.task_runs").addHandler(handler)
+        result = train_pair(PAIR, str(OUT), str(REPORT))
+        logging.getLogger("prefect.task_runs").removeHandler(handler)
+        yield folder, result, lines
+
+
+def runs() -> list[mlflow.entities.Run]:
+    client = tracking.client()
+    return list(client.search_runs([tracking.experiment_id("mnist5k")]))
+
+
+def versions() -> list[mlflow.entities.model_registry.ModelVersion]:
+    return list(tracking.client().search_model_versions("name='pixelcnn-mnist5k'"))
+
+
+def test_the_folders_that_it_was_told(trained) -> None:
+    folder, result, _ = trained
+    assert sorted(p.name for p in OUT.iterdir()) == ["config.json", "model.safetensors", "scores.json"]
+    reports = ["completions.png", "curve.csv", "curve.png", "metrics.json", "samples.png"]
+    assert sorted(p.name for p in REPORT.iterdir()) == reports
+    assert [p.name for p in (folder / "models").iterdir()] == [PAIR], "the state is gone at the end"
+    assert result["out"] == str(OUT)
+    model, scores = load_checkpoint(OUT)
+    data = load_dataset("data/mnist5k.safetensors")
+    assert scores["data_hash"] == data.data_hash
+    assert (scores["dataset"], scores["protocol"], scores["label_names"]) == ("mnist5k", "dynamic", data.label_names)
+    assert scores["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert scores["train_minutes"] > 0
+    expected = -log_prob(model, data.levels("test", slice(0, 8))).mean().item()
+    assert scores["test/nll_nats"] == pytest.approx(expected)
+    metrics = json.loads((REPORT / "metrics.json").read_text())
+    assert metrics == {key: value for key, value in scores.items() if isinstance(value, int | float)}
+    assert metrics["test/nll_nats_uniform"] == pytest.approx(784 * math.log(2))
+    with open(REPORT / "curve.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "epoch", "train_nll_nats", "validation_nll_nats", "learning_rate"]
+    assert len(rows) == 2
+    assert Image.open(REPORT / "samples.png").size[0] > 28
+
+
+def test_progress_is_in_the_log(trained) -> None:
+    _, _, lines = trained
+    assert any("step 1, epoch" in line and "nats" in line and "images/s" in line for line in lines)
+    assert any("validation" in line and "left" in line for line in lines)
+    assert any("for comparison, test: uniform 543.43 nats, independent pixels" in line for line in lines)
+
+
+def test_the_run_has_everything(trained) -> None:
+    _, result, _ = trained
+    client = tracking.client()
+    run = client.get_run(result["run_id"])
+    data = load_dataset("data/mnist5k.safetensors")
+    _, scores = load_checkpoint(OUT)
+    assert run.info.status == "FINISHED"
+    assert client.get_experiment(run.info.experiment_id).name == "mnist5k"
+    assert run.data.params["train.learning_rate"] == "0.01"
+    assert run.data.params["network.num_features"] == "3"
+    assert run.data.params["data.split_seed"] == str(tiny_params()["data"]["split_seed"])
+    assert run.data.tags["pair"] == PAIR
+    assert run.data.tags["data_hash"] == data.data_hash
+    assert run.data.tags["protocol"] == "dynamic"
+    assert run.data.tags["git_commit"] == "unknown", "this folder is no git repository"
+    assert run.data.metrics["test/nll_nats"] == pytest.approx(scores["test/nll_nats"])
+    assert run.data.metrics["test/nll_nats_independent"] == pytest.approx(scores["test/nll_nats_independent"])
+    history = client.get_metric_history(result["run_id"], "curve/validation_nll_nats")
+    with open(REPORT / "curve.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [m.step for m in history] == [int(float(row["step"])) for row in rows]
+    assert [m.value for m in history] == [float(row["validation_nll_nats"]) for row in rows]
+    assert run.inputs.dataset_inputs[0].dataset.digest == data.data_hash
+    assert {f.path for f in client.list_artifacts(result["run_id"])} >= {
+        "samples.png",
+        "completions.png",
+        "curve.png",
+        "scores.json",
+    }
+
+
+def test_the_version_holds_the_checkpoint_without_a_pickle(trained, tmp_path: Path) -> None:
+    folder, result, _ = trained
+    client = tracking.client()
+    version = client.get_model_version_by_alias("pixelcnn-mnist5k", "challenger")
+    config = json.loads((OUT / "config.json").read_text())
+    assert (str(version.version), version.run_id) == (result["version"], result["run_id"])
+    assert version.tags == {
+        "pair": PAIR,
+        "dataset": "mnist5k",
+        "data_hash": load_dataset("data/mnist5k.safetensors").data_hash,
+        "protocol": "dynamic",
+        "weights_sha256": config["weights_sha256"],
+        "git_commit": "unknown",
+    }
+    uri = f"models:/pixelcnn-mnist5k/{version.version}"
+    top = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
+    checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
+    for file in ("config.json", "model.safetensors", "scores.json"):
+        assert (checkpoint / file).read_bytes() == (OUT / file).read_bytes()
+    levels = load_dataset("data/mnist5k.safetensors").levels("test", slice(0, 3))
+    model, _ = load_checkpoint(OUT)
+    predicted = mlflow.pyfunc.load_model(uri).predict(levels.numpy())
+    np.testing.assert_allclose(predicted, log_prob(model, levels).detach().numpy(), rtol=1e-6)
+    pickles = [p for p in (*folder.rglob("*"), *top.rglob("*")) if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
+    assert pickles == []
+    assert "python_model.pkl" not in (top / "MLmodel").read_text()
+
+
+def test_the_same_work_twice_makes_no_second_version(trained) -> None:
+    _, result, _ = trained
+    before = len(versions())
+    again = train_pair(PAIR, "models/again", "reports/again")
+    assert again["version"] == result["version"]
+    assert again["run_id"] != result["run_id"]
+    assert len(versions()) == before
+    weights = Path("models/again/model.safetensors").read_bytes()
+    assert weights == (OUT / "model.safetensors").read_bytes(), "one seed, one result"
+
+
+def test_another_pair_is_the_next_version_and_the_challenger(trained) -> None:
+    client = tracking.client()
+    client.set_registered_model_alias("pixelcnn-mnist5k", "champion", trained[1]["version"])
+    # Without `out`: where a deployment writes.
+    result = train_pair("gated_pixelcnn-mnist5k")
+    out = Path(result["out"])
+    assert out.parent.parent == Path("models/deployments")
+    assert out.name == "gated_pixelcnn-mnist5k"
+    assert load_checkpoint(out)[1]["dataset"] == "mnist5k"
+
+    def aliases() -> dict[str, str]:
+        found = client.get_registered_model("pixelcnn-mnist5k").aliases
+        return {alias: str(version) for alias, version in found.items()}
+
+    before = aliases()
+    assert before == {"champion": trained[1]["version"], "challenger": result["version"]}
+    assert int(result["version"]) == len(versions())
+    # Registering the champion's weights once more does not make it its own challenger.
+    assert tracking.register(trained[1]["run_id"], OUT, PAIR, "mnist5k") == trained[1]["version"]
+    assert aliases() == before
+
+
+def test_a_busy_store_is_asked_again(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_flow, "log", training_flow.log.with_options(retry_delay_seconds=[0, 0]))
+    asked = []
+
+    def busy_once(**words: object) -> str:
+        asked.append(words)
+        if len(asked) == 1:
+            raise mlflow.exceptions.MlflowException("database is locked")
+        return real(**words)
+
+    real = tracking.log_training_run
+    monkeypatch.setattr(tracking, "log_training_run", busy_once)
+    assert train_pair(PAIR, "models/busy", "reports/busy")["version"] == trained[1]["version"]
+    assert len(asked) == 2
+
+
+def test_a_training_is_not_lost_with_the_store(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store stays out of reach: the flow fails, and the next attempt finds the training done."""
+
+    def out_of_reach(**words: object) -> str:
+        raise mlflow.exceptions.MlflowException("no route to host")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_flow, "log", training_flow.log.with_options(retries=0))
+        patch.setattr(tracking, "log_training_run", out_of_reach)
+        with pytest.raises(mlflow.exceptions.MlflowException, match="no route to host"):
+            train_pair(PAIR, "models/lost", "reports/lost")
+    reports: list[object] = []
+    monkeypatch.setattr(training_flow, "format_progress", lambda report, data: reports.append(report) or "")
+    assert train_pair(PAIR, "models/lost", "reports/lost")["version"] == trained[1]["version"]
+    assert reports == [], "no step was done again"
+    assert Path("reports/lost/curve.csv").read_bytes() == (REPORT / "curve.csv").read_bytes()
+    assert list(Path("models").glob(".*")) == []
+
+
+def test_a_state_of_other_settings_is_not_taken_up(project: Path) -> None:
+    params = training_flow.load_params()
+    data = load_dataset("data/mnist5k.safetensors")
+    first = training_flow._work_folder(OUT, params.pair(PAIR), data)
+    assert training_flow._work_folder(OUT, params.pair(PAIR), data) == first
+    values = tiny_params()
+    values["pairs"][PAIR]["train"]["learning_rate"] = 0.02
+    write_params(project, values)
+    second = training_flow._work_folder(OUT, training_flow.load_params().pair(PAIR), data)
+    assert second != first
+    assert second.is_dir()
+    assert not first.exists()
+
+
+def test_one_failing_pair_does_not_stop_the_others(trained) -> None:
+    with pytest.raises(RuntimeError, match=r"these pairs failed: pixelcnn-nope \(.*unknown pair.*Trained: pixelcnn-mn"):
+        train_all(["pixelcnn-nope", PAIR])
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        return subprocess.run(["git", *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    for name in ("code.py", "dvc.lock"):
+        Path(name).write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    assert git_state() == {"git_commit": commit, "git_dirty": "false"}
+    Path("dvc.lock").write_text("2")
+    assert git_state() == {"git_commit": commit, "git_dirty": "false"}
+    Path("code.py").write_text("2")
+    assert git_state() == {"git_commit": commit, "git_dirty": "true"}
+
+
+def test_baselines_of_two_levels_by_hand() -> None:
+    data = tiny_dataset(shape=(1, 1, 2))
+    # Column 0 is inked in a quarter of the 1,000 images, column 1 always half: 250 and 500 ones are expected.
+    data.images["train"][:, 0, 0, 0] = torch.tensor([255, 0, 0, 0], dtype=torch.uint8).repeat(250)
+    data.images["train"][:, 0, 0, 1] = torch.tensor([255, 0], dtype=torch.uint8).repeat(500)
+    data.images["test"][:] = torch.tensor([1, 0], dtype=torch.uint8)
+    scores = baseline_scores(data)
+    assert scores["test/nll_nats_uniform"] == pytest.approx(2 * math.log(2))
+    assert scores["test/nll_nats_independent"] == pytest.approx(-math.log(251 / 1002) - math.log(501 / 1002))
+
+
+def test_baselines_of_256_levels_by_hand() -> None:
+    data = tiny_dataset("cifar10", 256, (3, 1, 1))
+    data.images["train"][:, :, 0, 0] = torch.tensor([7, 200, 255], dtype=torch.uint8)
+    data.images["test"][:, :, 0, 0] = torch.tensor([7, 200, 0], dtype=torch.uint8)
+    scores = baseline_scores(data)
+    assert scores["test/nll_nats_uniform"] == pytest.approx(3 * math.log(256))
+    expected = -2 * math.log(1001 / 1256) - math.log(1 / 1256)
+    assert scores["test/nll_nats_independent"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train pixelcnn-svhn --out o --report r", "train: unknown pair 'pixelcnn-svhn'. Known pairs in params.yaml: "),
+        ("train pixelcnn-mnist --out o --report r", "train: data/mnist.safetensors does not exist. Make it: dvc repro"),
+        ("prepare svhn", "prepare: unknown dataset 'svhn'. Known: mnist5k, mnist, fashion_mnist, cifar10."),
+    ],
+)
+def test_a_mistake_is_one_sentence(project: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    assert steps.main(words.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+    assert not (project / "o").exists()
+
+
+def test_a_mistake_in_params_is_one_sentence(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = tiny_params()
+    values["pairs"][PAIR]["train"]["learning_rat"] = 0.02
+    write_params(project, values)
+    assert steps.main(["train", PAIR, "--out", "o", "--report", "r"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"train: params.yaml: unknown key 'pairs.{PAIR}.train.learning_rat'. Known: accumulate, ")
+    assert error.count("\n") == 1
+
+
+def test_a_bug_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*words: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("pipelines.prepare.prepare", bug)
+    with pytest.raises(AssertionError, match="a bug"):
+        steps.main(["prepare", "mnist5k"])
+
+
+def test_two_processes_may_make_one_new_database(tmp_path: Path) -> None:
+    """Without a lock the second dies in the middle of the first one's schema."""
+    code = "from pipelines import tracking; tracking.experiment_id('x')"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+    assert (tmp_path / "mlflow.db").stat().st_size > 0
