@@ -237,3 +237,9 @@ def test_repro_for_real(copy: Path, prefect_server: str) -> None:
     assert list(copy.rglob("*.pkl")) == []
     plots = dvc(copy, "plots", "show", "-o", "plots", "reports/pixelcnn-mnist5k/curve.csv")
     assert plots.returncode == 0, plots.stderr
+
+
+def test_the_installed_dvc_command_is_the_projects() -> None:
+    """Both DVC and this project bring a script of this name: the project's must be the one that was written last."""
+    script = Path(sys.executable).with_name("dvc")
+    assert "pipelines.dvc_cli" in script.read_text(), f"{script} is DVC's own: run `make install`"
