@@ -59,6 +59,8 @@ install: .venv/installed
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (about 2.5 GB; some minutes) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pipelines,service,app,dev]' -c constraints.txt
+	@# Once more, alone: the project's `dvc` command must be written after DVC's own (see pyproject.toml).
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall -e .
 	@touch $@
 
 clean:
