@@ -1,13 +1,18 @@
 """Cached sampling, compiled for the CPU with numba: the same function of (model, u) as `naive_sample`.
 
-Nothing is computed twice. Whatever depends on rows above alone is matrix work over a whole row, done when the row
-begins: the vertical stack of Gated PixelCNN, and in PixelCNN the part of each kernel that lies above. A pixel then
-adds what lies to its left and at its centre, layer by layer; with several colours, the maps of one colour at a time.
-Known pixels take no head and no draw. Weights lie as (input, output), so that the inner loops run over contiguous
-outputs and the compiler turns them into vector instructions.
+The algorithm is that of cached_sampling.py, which says it in torch; here it is laid out for the machine.
 
-Cached activations: Ramachandran et al. 2017, arXiv:1704.06001. Here they are kept for a few rows only (a ring), so
-the cost of a pixel does not grow with the image.
+- A row of pixels lies in memory as (column, map), so what a kernel's row covers is one run of numbers: a kernel's row
+  is one matrix, and what lies left of a pixel joins its centre in one product.
+- With several colours, each colour has its own matrices, holding just the inputs that it may see.
+- The rows above are multiplied four columns at a time, so that a weight is read once for four products.
+- Matrices are cut into panels as wide as two vector registers, one panel after the other: the inner loop reads
+  memory in order and keeps its sums in registers. It is written in vector instructions (`_tile`), because compilers
+  do not find that form by themselves.
+- Activations are kept for a few rows only (a ring), so the cost of a pixel does not grow with the image.
+
+Arrays are flat; a place in one is an offset. Every array that a product reads has a vector's length to spare at its
+end.
 """
 
 import math
@@ -17,328 +22,498 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
 
 from pixelcnn.layers import MaskedConv2d
 from pixelcnn.model import AutoregressiveModel, GatedPixelCNN, PixelCNN
 
 # Fused multiply-add is allowed; nothing else that changes a result is.
-_compiled = njit(nogil=True, cache=True, fastmath={"contract"})
+# error_model: a check for division by zero would keep a loop from becoming vector instructions.
+_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+_compiled: Any = njit(**_options, fastmath={"contract"})
+_inlined: Any = njit(**_options, fastmath={"contract"}, forceinline=True)
+_reordered: Any = njit(**_options, fastmath={"contract", "reassoc", "nnan", "nsz"}, forceinline=True)  # for max and sum
 
 Array = np.ndarray[Any, Any]
+ir = cgutils.ir  # numba's own builder of LLVM code
+
+VECTOR_BYTES = 64  # wider than the machine's registers is fine: LLVM splits it
+NO_FLOOR = -np.inf
+BLOCK = 128  # inputs of a panel that are read again and again: 16 KiB
+_u: Any = np.uintp  # an index that cannot be negative: loops over it become vector instructions
 
 
-@_compiled
-def _add_matvec(out, weight, x, i0, i1, o0, o1):
-    """out[o0:o1] += x[i0:i1] @ weight[i0:i1, o0:o1]."""
-    i = i0
-    while i + 8 <= i1:
-        a0, a1, a2, a3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-        a4, a5, a6, a7 = x[i + 4], x[i + 5], x[i + 6], x[i + 7]
-        for o in range(o0, o1):
-            out[o] += (
-                a0 * weight[i, o]
-                + a1 * weight[i + 1, o]
-                + a2 * weight[i + 2, o]
-                + a3 * weight[i + 3, o]
-                + a4 * weight[i + 4, o]
-                + a5 * weight[i + 5, o]
-                + a6 * weight[i + 6, o]
-                + a7 * weight[i + 7, o]
-            )
-        i += 8
-    while i < i1:
-        a0 = x[i]
-        for o in range(o0, o1):
-            out[o] += a0 * weight[i, o]
-        i += 1
+def _tile(num_columns: int, num_vectors: int, num_chains: int) -> Any:
+    """Return the innermost product, as vector instructions for numba's code.
 
+    tile(out, o, o_step, base, b, b_step, x, i, x_step, num_in, w, at, floor, count) does, for each r < num_columns,
 
-@_compiled
-def _relu(out, x, o0, o1):
-    zero = x.dtype.type(0)
-    for o in range(o0, o1):
-        out[o] = x[o] if x[o] > zero else zero
+        out[o + r * o_step :] = max(floor, base[b + r * b_step :] + x[i + r * x_step :][:num_in] @ panel)
 
+    where panel is the (num_in, num_vectors * lanes) matrix at w[at:]. Of a single vector's results the first `count`
+    are written; more than one are written in full.
 
-@_compiled
-def _exp32(out, whole, x, n):
-    """exp of float32 values in [-87, 87], within about 1e-7: 2^k times a polynomial, in vector instructions.
-
-    `whole` is an int32 view's buffer of 2^k, written as float32 bits.
+    Args:
+        num_chains: independent sums per result, added at the end: a sum waits for its last addition.
     """
-    bits = whole.view(np.int32)
-    for i in range(n):
-        k = np.floor(x[i] * np.float32(1.44269504) + np.float32(0.5))
-        bits[i] = (np.int32(k) + np.int32(127)) << np.int32(23)
-        # Reduced argument, |r| <= ln(2) / 2, with ln 2 in two parts; then Taylor to the 7th power (error 5e-9).
-        r = (x[i] - k * np.float32(0.693359375)) + k * np.float32(2.12194440e-4)
-        p = np.float32(1 / 5040)
-        p = p * r + np.float32(1 / 720)
-        p = p * r + np.float32(1 / 120)
-        p = p * r + np.float32(1 / 24)
-        p = p * r + np.float32(1 / 6)
-        p = p * r + np.float32(0.5)
-        p = p * r + np.float32(1)
-        out[i] = p * r + np.float32(1)
-    for i in range(n):
-        out[i] *= whole[i]
+
+    def tile(_, out, o, o_step, base, b, b_step, x, i, x_step, num_in, w, at, floor, count):
+        n = types.intp
+        signature = types.void(out, n, n, base, n, n, x, n, n, n, w, n, types.float64, n)
+
+        def generate(context, builder, signature, arguments):
+            element = context.get_data_type(out.dtype)
+            size = context.get_abi_sizeof(element)
+            lanes = VECTOR_BYTES // size
+            vector, index = ir.VectorType(element, lanes), ir.IntType(64)
+
+            def data(k):
+                return context.make_array(signature.args[k])(context, builder, arguments[k]).data
+
+            def whole(value):
+                return ir.Constant(index, value)
+
+            def load(pointer, offset):
+                place = builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer())
+                return builder.load(place, align=size)
+
+            def splat(value):
+                undefined = ir.Constant(vector, ir.Undefined)
+                first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+                zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+                return builder.shuffle_vector(first, undefined, zeros)
+
+            out_data, base_data, x_data, w_data = data(0), data(3), data(6), data(10)
+            _, o, o_step, _, b, b_step, _, i, x_step, num_in, _, at, floor, count = arguments
+            cells = [(r, v) for r in range(num_columns) for v in range(num_vectors)]
+
+            def place(start, step, r, v):
+                return builder.add(builder.add(start, builder.mul(step, whole(r))), whole(v * lanes))
+
+            zero = ir.Constant(vector, [ir.Constant(element, 0.0)] * lanes)
+            chains = [[load(base_data, place(b, b_step, r, v)) for r, v in cells]]
+            chains += [[zero] * len(cells) for _ in range(num_chains - 1)]
+
+            def loop(start, chains, step):
+                """Add the products of inputs start, start + 1, ... while `step` of them are left."""
+                before = builder.block
+                head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+                builder.branch(head)
+                builder.position_at_end(head)
+                k = builder.phi(index)
+                sums = [[builder.phi(vector) for _ in cells] for _ in chains]
+                builder.cbranch(builder.icmp_signed("<=", builder.add(k, whole(step)), num_in), body, after)
+                builder.position_at_end(body)
+                new = [list(chain) for chain in sums]
+                for s in range(step):
+                    input_ = builder.add(k, whole(s))
+                    row = builder.add(at, builder.mul(input_, whole(num_vectors * lanes)))
+                    weights = [load(w_data, builder.add(row, whole(v * lanes))) for v in range(num_vectors)]
+                    offsets = [builder.add(place(i, x_step, r, 0), input_) for r in range(num_columns)]
+                    inputs = [splat(builder.load(builder.gep(x_data, [offset]))) for offset in offsets]
+                    chain = new[s % num_chains]
+                    for cell, (r, v) in enumerate(cells):
+                        product = builder.fmul(inputs[r], weights[v], flags=["contract"])
+                        chain[cell] = builder.fadd(chain[cell], product, flags=["contract"])
+                k.add_incoming(start, before)
+                k.add_incoming(builder.add(k, whole(step)), body)
+                for phis, firsts, nexts in zip(sums, chains, new, strict=True):
+                    for phi, first, next_ in zip(phis, firsts, nexts, strict=True):
+                        phi.add_incoming(first, before)
+                        phi.add_incoming(next_, body)
+                builder.branch(head)
+                builder.position_at_end(after)
+                return k, sums
+
+            k, chains = loop(whole(0), chains, 4)
+            _, chains = loop(k, chains, 1)
+            least = splat(floor if element == floor.type else builder.fptrunc(floor, element))
+            for cell, (r, v) in enumerate(cells):
+                total = chains[0][cell]
+                for chain in chains[1:]:
+                    total = builder.fadd(total, chain[cell])
+                total = builder.select(builder.fcmp_ordered(">", total, least), total, least)
+                pointer = builder.gep(out_data, [place(o, o_step, r, v)])
+
+                def store_all(pointer=pointer, total=total):
+                    builder.store(total, builder.bitcast(pointer, vector.as_pointer()), align=size)
+
+                if num_vectors > 1:
+                    store_all()
+                    continue
+                with builder.if_else(builder.icmp_signed(">=", count, whole(lanes))) as (full, part):
+                    with full:
+                        store_all()
+                    with part, cgutils.for_range(builder, count) as lane:
+                        number = builder.extract_element(total, builder.trunc(lane.index, ir.IntType(32)))
+                        builder.store(number, builder.gep(pointer, [lane.index]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return intrinsic(tile)
+
+
+_tile_1x1, _tile_1x2 = _tile(1, 1, 4), _tile(1, 2, 4)
+_tile_4x1, _tile_4x2 = _tile(4, 1, 2), _tile(4, 2, 1)
+
+
+@_inlined
+def _product(out, o, base, b, x, i, num_in, w, at, num_out, floor):
+    """out[o:] = max(floor, base[b:] + x[i : i + num_in] @ matrix), the (num_in, num_out) matrix packed at w[at:]."""
+    lanes = VECTOR_BYTES // w.itemsize
+    k = 0
+    while k + 2 * lanes <= num_out:
+        _tile_1x2(out, o + k, 0, base, b + k, 0, x, i, 0, num_in, w, at + num_in * k, floor, lanes)
+        k += 2 * lanes
+    while k < num_out:
+        _tile_1x1(out, o + k, 0, base, b + k, 0, x, i, 0, num_in, w, at + num_in * k, floor, num_out - k)
+        k += lanes
 
 
 @_compiled
-def _gate32(out, gates, scratch, a0, b0, n):
-    """out[a0:a0+n] = tanh(gates[a0:a0+n]) * sigmoid(gates[b0:b0+n]), float32."""
-    arguments, exps, whole = scratch[0], scratch[1], scratch[2]
-    for i in range(n):
-        a = gates[a0 + i]
-        a = min(max(a, np.float32(-15)), np.float32(15))  # tanh is +-1 in float32 from 9 on
-        b = min(max(gates[b0 + i], np.float32(-80)), np.float32(80))
-        arguments[i] = np.float32(-2) * a
-        arguments[n + i] = -b
-    _exp32(exps, whole, arguments, 2 * n)
-    one = np.float32(1)
-    for i in range(n):
-        e = exps[i]
-        out[a0 + i] = (one - e) / ((one + e) * (one + exps[n + i]))
+def _add_products(out, o, o_step, x, i, x_step, num_columns, num_in, w, at, num_out):
+    """out[o + r * o_step :] += x[i + r * x_step :][:num_in] @ matrix, for each column r of a row."""
+    lanes = VECTOR_BYTES // w.itemsize
+    k = 0
+    while k < num_out:
+        wide = k + 2 * lanes <= num_out
+        width = 2 * lanes if wide else lanes
+        count = min(lanes, num_out - k)
+        # A part of the panel that stays in the first-level cache for all columns.
+        for first in range(0, num_in, BLOCK):
+            n, panel, r = min(BLOCK, num_in - first), at + num_in * k + first * width, 0
+            while r < num_columns:
+                to, of = o + r * o_step + k, i + r * x_step + first
+                if r + 4 <= num_columns:
+                    if wide:
+                        _tile_4x2(out, to, o_step, out, to, o_step, x, of, x_step, n, w, panel, NO_FLOOR, count)
+                    else:
+                        _tile_4x1(out, to, o_step, out, to, o_step, x, of, x_step, n, w, panel, NO_FLOOR, count)
+                    r += 4
+                else:
+                    if wide:
+                        _tile_1x2(out, to, 0, out, to, 0, x, of, 0, n, w, panel, NO_FLOOR, count)
+                    else:
+                        _tile_1x1(out, to, 0, out, to, 0, x, of, 0, n, w, panel, NO_FLOOR, count)
+                    r += 1
+        k += width
 
 
 @_compiled
-def _gate64(out, gates, scratch, a0, b0, n):
-    """The same in float64, by the C library."""
-    for i in range(n):
-        out[a0 + i] = math.tanh(gates[a0 + i]) / (1.0 + math.exp(-gates[b0 + i]))
+def _fill_columns(out, o, num_columns, bias, b, n):
+    """Write bias[b : b + n] into each column of a row."""
+    o, b, n = _u(o), _u(b), _u(n)
+    for _ in range(num_columns):
+        for k in range(n):
+            out[o + k] = bias[b + k]
+        o += n
 
 
-@_compiled
-def _gate(out, gates, scratch, a0, b0, n):
+@_inlined
+def _add(out, o, x, i, y, j, n):
+    """out[o : o + n] = x[i : i + n] + y[j : j + n]."""
+    o, i, j = _u(o), _u(i), _u(j)
+    for k in range(_u(n)):
+        out[o + k] = x[i + k] + y[j + k]
+
+
+@_inlined
+def _relu(out, o, x, i, y, j, n):
+    """out[o : o + n] = max(0, x[i : i + n] + y[j : j + n])."""
+    o, i, j = _u(o), _u(i), _u(j)
+    zero = x.dtype.type(0)
+    for k in range(_u(n)):
+        total = x[i + k] + y[j + k]
+        out[o + k] = total if total > zero else zero
+
+
+def _bitcast(_, bits):
+    """The float of the same bits as an integer."""
+    floats: Any = types.float32 if bits == types.int32 else types.float64
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_data_type(signature.return_type))
+
+    return floats(bits), generate
+
+
+_from_bits: Any = intrinsic(_bitcast)
+
+
+@_inlined
+def _exp32(x):
+    """exp of a float32 in [-87, 87], within about 1e-7: 2^k times a polynomial, without a branch."""
+    k = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    # Reduced argument, |r| <= ln(2) / 2, with ln 2 in two parts; then Taylor to the 7th power (error 5e-9).
+    r = (x - k * np.float32(0.693359375)) + k * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1)
+    p = p * r + np.float32(1)
+    return p * _from_bits(np.int32((np.int32(k) + np.int32(127)) << np.int32(23)))
+
+
+@_inlined
+def _exp64(x):
+    """exp of a float64 in [-700, 0], within about 3e-16: likewise, to the 13th power."""
+    k = np.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10
+    p = 1 / 6227020800
+    p = p * r + 1 / 479001600
+    p = p * r + 1 / 39916800
+    p = p * r + 1 / 3628800
+    p = p * r + 1 / 362880
+    p = p * r + 1 / 40320
+    p = p * r + 1 / 5040
+    p = p * r + 1 / 720
+    p = p * r + 1 / 120
+    p = p * r + 1 / 24
+    p = p * r + 1 / 6
+    p = p * r + 0.5
+    p = p * r + 1.0
+    p = p * r + 1.0
+    return p * _from_bits((np.int64(k) + 1023) << 52)
+
+
+@_inlined
+def _gate32(a, b):
+    """tanh(a) * sigmoid(b) of float32 numbers."""
+    a = min(max(a, np.float32(-15)), np.float32(15))  # tanh is +-1 in float32 from 9 on
+    b = min(max(b, np.float32(-80)), np.float32(80))
+    e, one = _exp32(np.float32(-2) * a), np.float32(1)
+    return (one - e) / ((one + e) * (one + _exp32(-b)))
+
+
+@_inlined
+def _gate(out, o, gates, g, n):
+    """out[o : o + n] = tanh(gates[g : g + n]) * sigmoid(gates[g + n : g + 2 * n])."""
+    o, g, n = _u(o), _u(g), _u(n)
     if gates.itemsize == 4:
-        _gate32(out, gates, scratch, a0, b0, n)
+        for k in range(n):
+            out[o + k] = _gate32(gates[g + k], gates[g + n + k])
     else:
-        _gate64(out, gates, scratch, a0, b0, n)
+        for k in range(n):
+            out[o + k] = math.tanh(gates[g + k]) / (1.0 + math.exp(-gates[g + n + k]))
+
+
+@_reordered
+def _largest(logits, num_levels):
+    most = logits[0]
+    for k in range(num_levels):
+        most = max(most, logits[k])
+    return most
+
+
+@_reordered
+def _sum(values, num_levels):
+    total = 0.0
+    for k in range(num_levels):
+        total += values[k]
+    return total
 
 
 @_compiled
-def _draw(logits, cumulative, k0, num_levels, u, temperature):
+def _draw(logits, exps, num_levels, u, temperature):
     """Return the level that `sampling.draw_level` would return."""
     if temperature == 0:
         best = 0
         for k in range(1, num_levels):
-            if logits[k0 + k] > logits[k0 + best]:
+            if logits[k] > logits[best]:
                 best = k
         return best
-    most = -np.inf
+    most = np.float64(_largest(logits, num_levels))
     for k in range(num_levels):
-        most = max(most, np.float64(logits[k0 + k]))
-    total = 0.0
-    for k in range(num_levels):
-        cumulative[k] = math.exp((logits[k0 + k] - most) / temperature)
-        total += cumulative[k]
+        exps[k] = _exp64(max((np.float64(logits[k]) - most) / temperature, -700.0))
+    total = _sum(exps, num_levels)
     reached = 0.0
     for k in range(num_levels - 1):
-        reached += cumulative[k] / total
+        reached += exps[k] / total
         if reached > u:
             return k
     return num_levels - 1
 
 
-@_compiled
-def _head_and_draw(w, s, features, y, x, c, levels, logits_out, u, missing, temperature):
-    """Score colour c of pixel (y, x) from the network's features; draw it where it is missing."""
-    head_w, head_b, logits_w, logits_b = w
-    hidden, positive, logits, cumulative = s
-    num_colours = levels.shape[0]
-    num_levels = logits_w.shape[1] // num_colours
-    num_in, num_head = head_w.shape[0] // num_colours, head_w.shape[1] // num_colours
-    h0, h1 = c * num_head, (c + 1) * num_head
-    k0, k1 = c * num_levels, (c + 1) * num_levels
+@_inlined
+def _head_and_draw(w, at, s, y, x, c, levels, logits_out, u, missing, temperature):
+    """Score colour c of pixel (y, x) from the rectified features; draw it where it is missing."""
+    head, head_b, logits_at, logits_b, num_in, num_head, num_levels = at
+    features, hidden, logits, exps = s
     # The maps of earlier colours are there from their own turn.
-    _relu(positive[0], features, c * num_in, (c + 1) * num_in)
-    hidden[h0:h1] = head_b[h0:h1]
-    _add_matvec(hidden, head_w, positive[0], 0, (c + 1) * num_in, h0, h1)
-    _relu(positive[1], hidden, h0, h1)
-    logits[k0:k1] = logits_b[k0:k1]
-    _add_matvec(logits, logits_w, positive[1], 0, h1, k0, k1)
+    _product(hidden, c * num_head, w, head_b + c * num_head, features, 0, (c + 1) * num_in, w, head[c], num_head, 0.0)
+    b = logits_b + c * num_levels
+    _product(logits, 0, w, b, hidden, 0, (c + 1) * num_head, w, logits_at[c], num_levels, NO_FLOOR)
     if logits_out.shape[0]:
         for k in range(num_levels):
-            logits_out[k, c, y, x] = logits[k0 + k]
+            logits_out[k, c, y, x] = logits[k]
     if missing[y, x]:
-        levels[c, y, x] = _draw(logits, cumulative, k0, num_levels, u[c, y, x], temperature)
+        levels[c, y, x] = _draw(logits, exps, num_levels, u[c, y, x], temperature)
 
 
 @_compiled
-def _pixelcnn_rows(w, head, label_bias, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
+def _pixelcnn_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
     """Sample rows y0..y1-1 of one image in place."""
-    first_above, first_left, first_centre, first_b, first_skip_w, first_skip_b = w[0]
-    reduce_w, reduce_b, above_w, left_w, centre_w, conv_b, expand_w, expand_b, skip_w, skip_b = w[1]
-    image, cache, first_row, above_row, stream, positive_stream, base, positive, skips = s
-    num_colours, height, width = levels.shape
-    num_levels = head[2].shape[1] // num_colours
-    num_blocks, num_features = reduce_b.shape
-    num_head = skip_b.shape[1]
-    first_half, half = image.shape[0] - height, (cache.shape[2] - width) // 2
-    num_slots = cache.shape[1]
-    inner, outer, skip_maps = num_features // num_colours, 2 * num_features // num_colours, num_head // num_colours
-    scale = image.dtype.type(2) / image.dtype.type(num_levels - 1)
+    first_half, half, num_blocks, num_features, num_head = sizes
+    first_above, first_b, first_left, first_skip, skips_b, above, reduce, reduce_b, conv, stream_b, grow = at
+    image, cache, first_row, above_row, first, stream, positive_stream, positive = s
+    num_colours, _, width = levels.shape
+    num_levels = head[6]
+    num_slots = half + 1
+    image_step, cache_step = (width + 2 * first_half) * num_colours, (width + 2 * half) * num_features
+    h, num_first = num_features, 2 * num_features
+    inner, outer, skips = h // num_colours, num_first // num_colours, num_head // num_colours
+    scale = w.dtype.type(2) / w.dtype.type(num_levels - 1)
     always = logits_out.shape[0] > 0
 
     for y in range(y0, y1):
-        slot = y % num_slots
-        for x in range(width):
-            first_row[x] = first_b
-        tap = 0
+        # What lies above, over the whole row.
+        _fill_columns(first_row, 0, width, w, first_b, num_first)
+        num_in = (2 * first_half + 1) * num_colours
         for dy in range(first_half):
-            for dx in range(2 * first_half + 1):
-                for x in range(width):
-                    _add_matvec(first_row[x], first_above[tap], image[y + dy, x + dx], 0, num_colours, 0, first_b.size)
-                tap += 1
+            i = (y + dy) * image_step
+            _add_products(first_row, 0, num_first, image, i, num_colours, width, num_in, w, first_above[dy], num_first)
         for layer in range(num_blocks):
-            for x in range(width):
-                for o in range(num_features):
-                    above_row[layer, x, o] = conv_b[layer, o] + label_bias[layer, o]
-            tap = 0
-            for dy in range(-half, 0):
-                row = cache[layer, (y + dy) % num_slots]
-                for dx in range(2 * half + 1):
-                    for x in range(width):
-                        _add_matvec(
-                            above_row[layer, x], above_w[layer, tap], row[x + dx], 0, num_features, 0, num_features
-                        )
-                    tap += 1
+            o = layer * width * h
+            _fill_columns(above_row, o, width, bias, layer * h, h)
+            for dy in range(half):
+                i = (layer * num_slots + (y - half + dy) % num_slots) * cache_step
+                _add_products(above_row, o, h, cache, i, h, width, (2 * half + 1) * h, w, above[layer, dy], h)
 
         for x in range(width):
-            stream[0] = first_row[x]
-            for tap in range(first_half):
-                pixel = image[y + first_half, x + tap]
-                _add_matvec(stream[0], first_left[tap], pixel, 0, num_colours, 0, first_b.size)
-            for layer in range(num_blocks):
-                base[layer] = above_row[layer, x]
-                for tap in range(half):
-                    left = cache[layer, slot, x + tap]
-                    _add_matvec(base[layer], left_w[layer, tap], left, 0, num_features, 0, num_features)
+            pixel = (y + first_half) * image_step + (x + first_half) * num_colours
             for c in range(num_colours):
-                i0, i1, o0, o1 = c * inner, (c + 1) * inner, c * outer, (c + 1) * outer
-                s0, s1 = c * skip_maps, (c + 1) * skip_maps
-                pixel = image[y + first_half, x + first_half]
-                _add_matvec(stream[0], first_centre, pixel, 0, c, o0, o1)
-                skips[s0:s1] = first_skip_b[s0:s1]
-                _add_matvec(skips, first_skip_w, stream[0], 0, o1, s0, s1)
+                # Of this colour: the residual stream, then the skip connections' sum, both without their biases.
+                o, num_in = c * outer, first_half * num_colours + c
+                i = pixel - first_half * num_colours
+                _product(first, o, first_row, x * num_first + o, image, i, num_in, w, first_left[c], outer, NO_FLOOR)
+                for k in range(outer):
+                    stream[k] = first[o + k]
+                _product(stream, outer, w, skips_b + c * skips, first, 0, o + outer, w, first_skip[c], skips, NO_FLOOR)
                 for layer in range(num_blocks):
-                    here = cache[layer, slot, x + half]
-                    _relu(positive_stream[layer], stream[layer], o0, o1)
-                    here[i0:i1] = reduce_b[layer, i0:i1]
-                    _add_matvec(here, reduce_w[layer], positive_stream[layer], 0, o1, i0, i1)
-                    _relu(here, here, i0, i1)
-                    _add_matvec(base[layer], centre_w[layer], here, 0, i1, i0, i1)
-                    _relu(positive[layer], base[layer], i0, i1)
-                    for o in range(s0, s1):
-                        skips[o] += skip_b[layer, o]
-                    _add_matvec(skips, skip_w[layer], positive[layer], 0, i1, s0, s1)
-                    if layer + 1 < num_blocks:
-                        for o in range(o0, o1):
-                            stream[layer + 1, o] = stream[layer, o] + expand_b[layer, o]
-                        _add_matvec(stream[layer + 1], expand_w[layer], positive[layer], 0, i1, o0, o1)
+                    p, i, num_in = layer * num_first, layer * h, (c + 1) * inner
+                    here = (layer * num_slots + y % num_slots) * cache_step + (x + half) * h
+                    _relu(positive_stream, p + o, stream, 0, w, stream_b + p + o, outer)
+                    _product(
+                        cache, here + c * inner, w, reduce_b + i + c * inner,
+                        positive_stream, p, o + outer, w, reduce[layer, c], inner, 0.0,
+                    )  # fmt: skip
+                    _product(
+                        positive, i + c * inner, above_row, (layer * width + x) * h + c * inner,
+                        cache, here - half * h, half * h + num_in, w, conv[layer, c], inner, 0.0,
+                    )  # fmt: skip
+                    start = 0 if layer + 1 < num_blocks else outer  # nothing reads the last block's stream
+                    _product(
+                        stream, start, stream, start,
+                        positive, i, num_in, w, grow[layer, c], outer + skips - start, NO_FLOOR,
+                    )  # fmt: skip
                 if always or missing[y, x]:
-                    _head_and_draw(head, head_s, skips, y, x, c, levels, logits_out, u, missing, temperature)
-                level = image.dtype.type(levels[c, y, x])
-                image[y + first_half, x + first_half, c] = level * scale - image.dtype.type(1)
+                    _relu(head_s[0], c * skips, stream, outer, w, stream_b + num_blocks * num_first, skips)
+                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, u, missing, temperature)
+                image[pixel + c] = w.dtype.type(levels[c, y, x]) * scale - w.dtype.type(1)
 
 
 @_compiled
-def _gated_rows(w, head, label_bias, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
+def _gated_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
     """Sample rows y0..y1-1 of one image in place."""
-    first_v, first_left, first_centre, v_w, v_b, link_w, link_b, left_w, centre_w, h_b, out_w, out_b = w
-    v_label, h_label = label_bias
-    image, v_cache, h_cache, v_gates, link_row, gates, gated, scratch = s
-    num_colours, height, width = levels.shape
-    num_levels = head[2].shape[1] // num_colours
-    num_layers, num_features = out_b.shape
-    num_gates = 2 * num_features
-    half = image.shape[0] - height
+    half, num_layers, num_features = sizes
+    v_conv, v_b, link, h_conv, h_out, out_b, zeros = at
+    v_label, h_bias = bias
+    image, v_cache, h_cache, v_gates, link_row, gates, gated, residual = s
+    num_colours, _, width = levels.shape
+    num_levels = head[6]
     num_slots = half + 1
-    maps = num_features // num_colours
-    scale = image.dtype.type(2) / image.dtype.type(num_levels - 1)
+    p, num_gates, maps = num_features, 2 * num_features, num_features // num_colours
+    image_step, v_step, h_step = (width + 2 * half) * num_colours, (width + 2 * half) * p, (width + half) * p
+    scale = w.dtype.type(2) / w.dtype.type(num_levels - 1)
     always = logits_out.shape[0] > 0
 
     for y in range(y0, y1):
         # The vertical stack of the row above, over its full width, and its link to this row.
         for layer in range(num_layers):
-            for x in range(width):
-                for o in range(num_gates):
-                    link_row[layer, x, o] = link_b[layer, o] + h_b[layer, o] + h_label[layer, o]
+            _fill_columns(link_row, layer * width * num_gates, width, h_bias, layer * num_gates, num_gates)
         if y > 0:
             for layer in range(num_layers):
-                for x in range(width):
-                    v_gates[x] = v_b[layer]
-                tap = 0
+                _fill_columns(v_gates, 0, width, w, v_b + layer * num_gates, num_gates)
                 for dy in range(half + 1):
-                    for dx in range(2 * half + 1):
-                        for x in range(width):
-                            if layer == 0:
-                                pixel = image[y - 1 + dy, x + dx]
-                                _add_matvec(v_gates[x], first_v[tap], pixel, 0, num_colours, 0, num_gates)
-                            else:
-                                above = v_cache[layer - 1, (y - 1 + dy - half) % num_slots, x + dx]
-                                _add_matvec(v_gates[x], v_w[layer - 1, tap], above, 0, num_features, 0, num_gates)
-                        tap += 1
-                for x in range(width):
-                    _add_matvec(link_row[layer, x], link_w[layer], v_gates[x], 0, num_gates, 0, num_gates)
-                    if layer + 1 < num_layers:
-                        for o in range(num_gates):
-                            v_gates[x, o] += v_label[layer, o]
-                        new = v_cache[layer, (y - 1) % num_slots, x + half]
-                        _gate(new, v_gates[x], scratch, 0, num_features, num_features)
+                    at_w = v_conv[layer, dy]
+                    if layer == 0:
+                        i, n = (y - 1 + dy) * image_step, (2 * half + 1) * num_colours
+                        _add_products(v_gates, 0, num_gates, image, i, num_colours, width, n, w, at_w, num_gates)
+                    else:
+                        i = ((layer - 1) * num_slots + (y - 1 + dy - half) % num_slots) * v_step
+                        n = (2 * half + 1) * p
+                        _add_products(v_gates, 0, num_gates, v_cache, i, p, width, n, w, at_w, num_gates)
+                o = layer * width * num_gates
+                _add_products(
+                    link_row, o, num_gates, v_gates, 0, num_gates, width, num_gates, w, link[layer], num_gates
+                )
+                if layer + 1 < num_layers:
+                    o = (layer * num_slots + (y - 1) % num_slots) * v_step + half * p
+                    for x in range(width):
+                        g = x * num_gates
+                        _add(v_gates, g, v_gates, g, v_label, layer * num_gates, num_gates)
+                        _gate(v_cache, o + x * p, v_gates, g, p)
 
         for x in range(width):
-            for layer in range(num_layers):
-                gates[layer] = link_row[layer, x]
-                for tap in range(half):
-                    if layer == 0:
-                        pixel = image[y + half, x + tap]
-                        _add_matvec(gates[layer], first_left[tap], pixel, 0, num_colours, 0, num_gates)
-                    else:
-                        left = h_cache[layer, x + tap]
-                        _add_matvec(gates[layer], left_w[layer - 1, tap], left, 0, num_features, 0, num_gates)
+            pixel = (y + half) * image_step + (x + half) * num_colours
             for c in range(num_colours):
-                m0, m1 = c * maps, (c + 1) * maps
                 for layer in range(num_layers):
-                    # Maps of this colour lie in both halves, that of tanh and that of sigmoid.
-                    for part in range(2):
-                        g0, g1 = part * num_features + m0, part * num_features + m1
-                        if layer == 0:
-                            pixel = image[y + half, x + half]
-                            _add_matvec(gates[layer], first_centre, pixel, 0, c, g0, g1)
-                        else:
-                            here = h_cache[layer, x + half]
-                            _add_matvec(gates[layer], centre_w[layer - 1], here, 0, m1, g0, g1)
-                    _gate(gated[layer], gates[layer], scratch, m0, num_features + m0, maps)
-                    new = h_cache[layer + 1, x + half]
-                    for o in range(m0, m1):
-                        new[o] = out_b[layer, o] + (h_cache[layer, x + half, o] if layer > 0 else 0)
-                    _add_matvec(new, out_w[layer], gated[layer], 0, m1, m0, m1)
+                    b, at_w = (layer * width + x) * num_gates + c * 2 * maps, h_conv[layer, c]
+                    here = layer * h_step + (x + half) * p  # the layer's input
+                    if layer == 0:
+                        i, n = pixel - half * num_colours, half * num_colours + c
+                        _product(gates, 0, link_row, b, image, i, n, w, at_w, 2 * maps, NO_FLOOR)
+                    else:
+                        i, n = here - half * p, half * p + (c + 1) * maps
+                        _product(gates, 0, link_row, b, h_cache, i, n, w, at_w, 2 * maps, NO_FLOOR)
+                    _gate(gated, layer * p + c * maps, gates, 0, maps)
+                    # The first layer's input is the image, in place of which zeros lie here: no residual.
+                    _add(residual, 0, h_cache, here + c * maps, w, out_b + layer * p + c * maps, maps)
+                    o, i, n = here + h_step + c * maps, layer * p, (c + 1) * maps
+                    _product(h_cache, o, residual, 0, gated, i, n, w, h_out[layer, c], maps, NO_FLOOR)
                 if always or missing[y, x]:
-                    features = h_cache[num_layers, x + half]
-                    _head_and_draw(head, head_s, features, y, x, c, levels, logits_out, u, missing, temperature)
-                level = image.dtype.type(levels[c, y, x])
-                image[y + half, x + half, c] = level * scale - image.dtype.type(1)
+                    i = num_layers * h_step + (x + half) * p + c * maps
+                    _relu(head_s[0], c * maps, h_cache, i, w, zeros, maps)
+                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, u, missing, temperature)
+                image[pixel + c] = w.dtype.type(levels[c, y, x]) * scale - w.dtype.type(1)
 
 
-def _array(tensor: Tensor) -> Array:
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+class _Weights:
+    """Collects matrices and vectors into one flat array, in the order in which they are read."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.parts: list[Tensor] = []
+        self.size = 0
+        self.dtype = dtype
+        self.lanes = VECTOR_BYTES // dtype.itemsize
 
-def _weight(conv: MaskedConv2d) -> Tensor:
-    return (conv.weight * conv.mask).detach()  # (out, in, kh, kw)
+    def vector(self, values: Tensor) -> int:
+        """Append values as they are; return their offset."""
+        offset = self.size
+        self.parts.append(values.detach().to("cpu", self.dtype).flatten())
+        self.size += values.numel()
+        return offset
 
+    def matrix(self, matrix: Tensor) -> int:
+        """Append an (in, out) matrix as panels of two vectors' width, the rest as panels of one; return its offset."""
+        offset, column, num_out = self.size, 0, matrix.shape[1]
+        while column < num_out:
+            width = 2 * self.lanes if column + 2 * self.lanes <= num_out else self.lanes
+            panel = matrix[:, column : column + width]
+            self.vector(torch.nn.functional.pad(panel, (0, width - panel.shape[1])))
+            column += width
+        return offset
 
-def _taps(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) -> (kh * kw, in, out), one (in, out) matrix for each tap in raster order."""
-    return weight.permute(2, 3, 1, 0).flatten(0, 1)
-
-
-def _stack(tensors: list[Tensor], like: tuple[int, ...]) -> Array:
-    """Stack layers along a new first axis; `like` is the shape of one, for a network that has none."""
-    return _array(torch.stack(tensors)) if tensors else np.zeros((0, *like))
+    def array(self) -> Array:
+        """Return all of it, with a vector to spare at the end."""
+        return torch.cat([*self.parts, torch.zeros(self.lanes, dtype=self.dtype)]).numpy()
 
 
 @dataclass(frozen=True)
@@ -358,143 +533,177 @@ class Engine:
     rows: Callable[..., None]
 
 
-def _head_weights(model: AutoregressiveModel) -> tuple[Array, ...]:
-    matrices = []
-    for conv in (model.head, model.logits):
-        matrices += [_array(_weight(conv)[:, :, 0, 0].T), _array(conv.bias)]
-    return tuple(matrices)
+def _weight(conv: MaskedConv2d) -> Tensor:
+    return (conv.weight * conv.mask).detach()  # (out, in, kh, kw)
+
+
+def _matrix(conv: MaskedConv2d) -> Tensor:
+    return _weight(conv)[:, :, 0, 0].T  # of a 1x1 layer: (in, out)
+
+
+def _row_matrix(weight: Tensor) -> Tensor:
+    """(out, in, kw), one row of a kernel -> (kw * in, out)."""
+    return weight.permute(2, 1, 0).flatten(0, 1)
+
+
+def _offsets(values: Any) -> Array:
+    return np.array(values, dtype=np.intp)
+
+
+def _colour(matrix: Tensor, c: int, num_colours: int, before: int = 0, own: bool = True) -> Tensor:
+    """Cut colour c's outputs out of an (in, out) matrix, and the inputs that they see.
+
+    Args:
+        before: inputs that lie left of the pixel, which all outputs see.
+        own: whether the colour sees its own inputs (mask B), or earlier ones only (mask A).
+    """
+    num_in, num_out = (matrix.shape[0] - before) // num_colours, matrix.shape[1] // num_colours
+    return matrix[: before + (c + own) * num_in, c * num_out : (c + 1) * num_out]
+
+
+def _lay_out_head(model: AutoregressiveModel, weights: _Weights) -> tuple[Any, ...]:
+    colours = range(model.config.image_shape[0])
+    num_in, num_head = model.head.weight.shape[1] // len(colours), model.head.weight.shape[0] // len(colours)
+    matrices = [
+        _offsets([weights.matrix(_colour(_matrix(conv), c, len(colours))) for c in colours])
+        for conv in (model.head, model.logits)
+    ]
+    biases = [weights.vector(conv.bias) for conv in (model.head, model.logits)]
+    return matrices[0], biases[0], matrices[1], biases[1], num_in, num_head, model.config.num_levels
+
+
+def _zeros(size: int, dtype: Any) -> Array:
+    return np.zeros(size + VECTOR_BYTES // dtype.itemsize, dtype)
 
 
 def _head_state(model: AutoregressiveModel, dtype: Any) -> tuple[Array, ...]:
-    in_maps, head = model.head.weight.shape[1], model.head.weight.shape[0]
-    return (
-        np.zeros(head, dtype),
-        np.zeros((2, max(in_maps, head)), dtype),
-        np.zeros(model.logits.weight.shape[0], dtype),
-        np.zeros(model.config.num_levels, np.float64),
-    )
+    levels = model.config.num_levels
+    num_head, num_in = model.head.weight.shape[:2]
+    return _zeros(num_in, dtype), _zeros(num_head, dtype), _zeros(levels, dtype), np.zeros(levels)
 
 
-def _label_rows(tables: list[Any], label: int, shape: tuple[int, int], dtype: Any) -> Array:
+def _label_table(tables: list[Any], label: int, like: Tensor) -> Tensor:
+    """Return what a label adds in each layer, (layers, maps) like `like`; -1 adds nothing."""
     if label < 0 or tables[0] is None:
-        return np.zeros(shape, dtype)
-    return _array(torch.stack([table[label] for table in tables if table is not None]))
+        return torch.zeros_like(like)
+    return torch.stack([table.table[label] for table in tables]).detach()
+
+
+def _padded(values: Tensor) -> Array:
+    flat = values.detach().flatten()
+    return torch.nn.functional.pad(flat, (0, VECTOR_BYTES // flat.dtype.itemsize)).numpy()
 
 
 def _pixelcnn_engine(model: PixelCNN) -> Engine:
     config = model.config
     blocks: list[Any] = list(model.blocks)
-    colours, height, width = config.image_shape
+    num_colours, height, width = config.image_shape
+    colours = range(num_colours)
     first_half, half = config.first_kernel_size // 2, config.kernel_size // 2
     h, num_blocks = config.num_features, config.num_blocks
-    first = _taps(_weight(model.first))  # (taps, C, 2h)
-    num_above = first_half * config.first_kernel_size
-    convs = torch.stack([_taps(_weight(block.conv)) for block in blocks])  # (L, taps, h, h)
-    above = half * config.kernel_size
+    first = _weight(model.first)  # (2h, C, first_half + 1, 2 * first_half + 1)
+    convs = [_weight(block.conv) for block in blocks]
+    weights = _Weights(first.dtype)
+    first_left = _row_matrix(first[:, :, -1, : first_half + 1])
+    above = [_row_matrix(first[:, :, dy]) for dy in range(first_half)]
+    # Biases are summed over the layers: the stream's and the skips' sums are kept without theirs.
+    stream_b = torch.stack([torch.zeros_like(model.first.bias), *(block.expand.bias for block in blocks)]).cumsum(0)
+    stream_b = torch.cat([stream_b[:num_blocks].flatten(), torch.zeros(config.head_features, dtype=first.dtype)])
+    skips_b = torch.stack([model.first_skip.bias, *(block.skip.bias for block in blocks)]).sum(0)
 
-    def matrices(name: str) -> Array:
-        return _array(torch.stack([_weight(getattr(block, name))[:, :, 0, 0].T for block in blocks]))
+    def grow(i: int, c: int) -> Tensor:
+        parts = [_colour(_matrix(conv), c, num_colours) for conv in (blocks[i].expand, blocks[i].skip)]
+        return torch.cat(parts, dim=1) if i + 1 < num_blocks else parts[1]
 
-    def biases(name: str) -> Array:
-        return _array(torch.stack([getattr(block, name).bias for block in blocks]))
+    def conv(i: int, c: int) -> Tensor:
+        return _colour(_row_matrix(convs[i][:, :, -1, : half + 1]), c, num_colours, before=half * h)
 
-    weights = (
-        (
-            _array(first[:num_above]),
-            _array(first[num_above : num_above + first_half]),
-            _array(first[num_above + first_half]),
-            _array(model.first.bias),
-            _array(_weight(model.first_skip)[:, :, 0, 0].T),
-            _array(model.first_skip.bias),
+    at: list[Any] = [
+        _offsets([weights.matrix(matrix) for matrix in above]),
+        weights.vector(model.first.bias),
+        _offsets(
+            [weights.matrix(_colour(first_left, c, num_colours, first_half * num_colours, own=False)) for c in colours]
         ),
-        (
-            matrices("reduce"),
-            biases("reduce"),
-            _array(convs[:, :above]),
-            _array(convs[:, above : above + half]),
-            _array(convs[:, above + half]),
-            biases("conv"),
-            matrices("expand"),
-            biases("expand"),
-            matrices("skip"),
-            biases("skip"),
-        ),
-    )
-    head = _head_weights(model)
-    dtype = head[0].dtype
-    tables = [None if b.label_bias is None else b.label_bias.table for b in blocks]
+        _offsets([weights.matrix(_colour(_matrix(model.first_skip), c, num_colours)) for c in colours]),
+        weights.vector(skips_b),
+        _offsets([[weights.matrix(_row_matrix(weight[:, :, dy])) for dy in range(half)] for weight in convs]),
+    ]
+    reduce_b = weights.vector(torch.stack([block.reduce.bias for block in blocks]))
+    pixel: list[list[list[int]]] = [[], [], []]
+    for i, block in enumerate(blocks):
+        pixel[0].append([weights.matrix(_colour(_matrix(block.reduce), c, num_colours)) for c in colours])
+        pixel[1].append([weights.matrix(conv(i, c)) for c in colours])
+        pixel[2].append([weights.matrix(grow(i, c)) for c in colours])
+    at += [_offsets(pixel[0]), reduce_b, _offsets(pixel[1]), weights.vector(stream_b), _offsets(pixel[2])]
+    head = _lay_out_head(model, weights)
+    w = weights.array()
+    dtype = w.dtype
+    sizes = (first_half, half, num_blocks, h, config.head_features)
+    conv_b = torch.stack([block.conv.bias for block in blocks])
+    tables = [block.label_bias for block in blocks]
 
     def new_state() -> Any:
-        return (
-            (
-                np.zeros((height + first_half, width + 2 * first_half, colours), dtype),
-                np.zeros((num_blocks, half + 1, width + 2 * half, h), dtype),
-                np.zeros((width, 2 * h), dtype),
-                np.zeros((num_blocks, width, h), dtype),
-                np.zeros((num_blocks, 2 * h), dtype),
-                np.zeros((num_blocks, 2 * h), dtype),
-                np.zeros((num_blocks, h), dtype),
-                np.zeros((num_blocks, h), dtype),
-                np.zeros(config.head_features, dtype),
-            ),
-            _head_state(model, dtype),
-        )
+        image = (height + first_half) * (width + 2 * first_half) * num_colours
+        cache = num_blocks * (half + 1) * (width + 2 * half) * h
+        outer_and_skips = (2 * h + config.head_features) // num_colours
+        others = (width * 2 * h, num_blocks * width * h, 2 * h, outer_and_skips, num_blocks * 2 * h, num_blocks * h)
+        return tuple(_zeros(size, dtype) for size in (image, cache, *others)), _head_state(model, dtype)
+
+    def label_bias(label: int) -> Any:
+        return _padded(conv_b + _label_table(tables, label, conv_b))
 
     def rows(bias: Any, state: Any, *arguments: Any) -> None:
-        _pixelcnn_rows(weights, head, bias, *state, *arguments)
+        _pixelcnn_rows(w, sizes, tuple(at), head, bias, *state, *arguments)
 
-    return Engine(dtype, new_state, lambda label: _label_rows(tables, label, (num_blocks, h), dtype), rows)
+    return Engine(dtype, new_state, label_bias, rows)
 
 
 def _gated_engine(model: GatedPixelCNN) -> Engine:
     config = model.config
     layers: list[Any] = list(model.layers)
-    colours, height, width = config.image_shape
+    num_colours, height, width = config.image_shape
+    colours = range(num_colours)
     half, p, num_layers = config.kernel_size // 2, config.num_features, config.num_layers
-    v_taps = [_taps(_weight(layer.v_conv)) for layer in layers]
-    h_taps = [_taps(_weight(layer.h_conv)) for layer in layers]
-    num_taps = len(v_taps[0])
-    weights: tuple[Array, ...] = (
-        _array(v_taps[0]),
-        _array(h_taps[0][:half]),
-        _array(h_taps[0][half]),
-        _stack(v_taps[1:], (num_taps, p, 2 * p)),
-        _array(torch.stack([layer.v_conv.bias for layer in layers])),
-        _array(torch.stack([layer.link.weight[:, :, 0, 0].T for layer in layers])),
-        _array(torch.stack([layer.link.bias for layer in layers])),
-        _stack([taps[:half] for taps in h_taps[1:]], (half, p, 2 * p)),
-        _stack([taps[half] for taps in h_taps[1:]], (p, 2 * p)),
-        _array(torch.stack([layer.h_conv.bias for layer in layers])),
-        _array(torch.stack([_weight(layer.h_out)[:, :, 0, 0].T for layer in layers])),
-        _array(torch.stack([layer.h_out.bias for layer in layers])),
-    )
-    head = _head_weights(model)
-    dtype = head[0].dtype
-    weights = tuple(array.astype(dtype, copy=False) for array in weights)
-    v_tables = [None if layer.v_label_bias is None else layer.v_label_bias.table for layer in layers]
-    h_tables = [None if layer.h_label_bias is None else layer.h_label_bias.table for layer in layers]
+    maps = p // num_colours
+    # The horizontal gates' order: for each colour its tanh maps, then its sigmoid maps.
+    order = torch.arange(2 * p).reshape(2, num_colours, maps).transpose(0, 1).flatten()
+    v_convs, h_convs = [_weight(layer.v_conv) for layer in layers], [_weight(layer.h_conv)[order] for layer in layers]
+    weights = _Weights(v_convs[0].dtype)
+
+    def h_conv(i: int, c: int) -> Tensor:
+        before = half * (p if i > 0 else num_colours)
+        return _colour(_row_matrix(h_convs[i][:, :, 0]), c, num_colours, before, own=i > 0)
+
+    v_conv = [[weights.matrix(_row_matrix(weight[:, :, dy])) for dy in range(half + 1)] for weight in v_convs]
+    v_b = weights.vector(torch.stack([layer.v_conv.bias for layer in layers]))
+    link = [weights.matrix(layer.link.weight[order, :, 0, 0].T) for layer in layers]
+    pixel: list[list[list[int]]] = [[], []]
+    for i, layer in enumerate(layers):
+        pixel[0].append([weights.matrix(h_conv(i, c)) for c in colours])
+        pixel[1].append([weights.matrix(_colour(_matrix(layer.h_out), c, num_colours)) for c in colours])
+    out_b = weights.vector(torch.stack([layer.h_out.bias for layer in layers]))
+    zeros = weights.vector(torch.zeros(p))
+    at = (_offsets(v_conv), v_b, _offsets(link), _offsets(pixel[0]), _offsets(pixel[1]), out_b, zeros)
+    head = _lay_out_head(model, weights)
+    w = weights.array()
+    dtype = w.dtype
+    sizes = (half, num_layers, p)
+    h_b = torch.stack([layer.link.bias + layer.h_conv.bias for layer in layers])
+    v_tables, h_tables = [layer.v_label_bias for layer in layers], [layer.h_label_bias for layer in layers]
 
     def new_state() -> Any:
-        return (
-            (
-                np.zeros((height + half, width + 2 * half, colours), dtype),
-                np.zeros((num_layers, half + 1, width + 2 * half, p), dtype),
-                np.zeros((num_layers + 1, width + half, p), dtype),
-                np.zeros((width, 2 * p), dtype),
-                np.zeros((num_layers, width, 2 * p), dtype),
-                np.zeros((num_layers, 2 * p), dtype),
-                np.zeros((num_layers, p), dtype),
-                np.zeros((3, 2 * p), dtype),
-            ),
-            _head_state(model, dtype),
-        )
+        image = (height + half) * (width + 2 * half) * num_colours
+        v_cache = num_layers * (half + 1) * (width + 2 * half) * p
+        h_cache = (num_layers + 1) * (width + half) * p
+        others = (width * 2 * p, num_layers * width * 2 * p, 2 * maps, num_layers * p, maps)
+        return tuple(_zeros(size, dtype) for size in (image, v_cache, h_cache, *others)), _head_state(model, dtype)
 
     def label_bias(label: int) -> Any:
-        shape = (num_layers, 2 * p)
-        return _label_rows(v_tables, label, shape, dtype), _label_rows(h_tables, label, shape, dtype)
+        h_bias = (h_b + _label_table(h_tables, label, h_b))[:, order]
+        return _padded(_label_table(v_tables, label, h_b)), _padded(h_bias)
 
     def rows(bias: Any, state: Any, *arguments: Any) -> None:
-        _gated_rows(weights, head, bias, *state, *arguments)
+        _gated_rows(w, sizes, at, head, bias, *state, *arguments)
 
     return Engine(dtype, new_state, label_bias, rows)
 

@@ -1,17 +1,21 @@
 """The sampler that callers use: the same function of (model, u) as `naive_sample`, by the fastest way at hand.
 
-On the CPU that is the compiled cached sampler; elsewhere, or without numba, the naive one, with one notice.
+On the CPU that is the compiled cached sampler; elsewhere, or without numba, the cached one in torch. An architecture
+that neither knows is sampled naively.
 """
 
+import importlib
 import logging
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pixelcnn.cached_sampling import OnRow, cached_sample, has_cache
 from pixelcnn.model import AutoregressiveModel
 from pixelcnn.sampling import naive_sample, prepare_canvas
 
@@ -20,38 +24,66 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Called with a row's index and its levels, (B, C, W) int64, once the row is finished in every image.
-OnRow = Callable[[int, Tensor], None]
-
 _engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
 _notices: set[str] = set()
 
 
-def _engine_of(model: AutoregressiveModel) -> "Engine | None":
-    """Return the compiled engine with the model's present weights; None where there is none."""
-    parameters = list(model.parameters())
-    reason = ""
-    if parameters[0].device.type != "cpu":
-        reason = f"the model is on {parameters[0].device.type}"
-    elif parameters[0].dtype not in (torch.float32, torch.float64):
-        reason = f"the weights are {parameters[0].dtype}"
-    else:
-        try:
-            from pixelcnn.compiled_sampling import build_engine
-        except ImportError:
-            reason = "numba is not installed"
-    if reason:
-        if reason not in _notices:
-            _notices.add(reason)
-            logger.warning("sampling without the compiled sampler: %s", reason)
-        return None
+def engine_name(model: AutoregressiveModel) -> str:
+    """Return how `sample` samples this model, and why no faster: a sentence's end for logs."""
+    parameter = next(model.parameters())
+    if not has_cache(model):
+        return f"naively: there is no cached sampler for {type(model).__name__}"
+    if parameter.device.type != "cpu":
+        return f"cached, in torch: the model is on {parameter.device.type}"
+    if parameter.dtype not in (torch.float32, torch.float64):
+        return f"cached, in torch: the weights are {parameter.dtype}"
+    try:
+        importlib.import_module("pixelcnn.compiled_sampling")
+    except ImportError:
+        return "cached, in torch: numba is not installed"
+    return "cached, compiled"
+
+
+def _engine_of(model: AutoregressiveModel) -> "Engine":
+    """Return the compiled engine with the model's present weights."""
+    from pixelcnn.compiled_sampling import build_engine
+
     # Training changes weights in place: their version counters tell.
+    parameters = list(model.parameters())
     key = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
     known = _engines.get(model)
     if known is None or known[0] != key:
         known = (key, build_engine(model))
         _engines[model] = known
     return known[1]
+
+
+def _choose(model: AutoregressiveModel) -> str:
+    """Return `engine_name`'s first word or two; say once in the log why it is not the compiled one."""
+    name = engine_name(model)
+    if name not in _notices:
+        _notices.add(name)
+        level = logging.DEBUG if name == "cached, compiled" else logging.WARNING
+        logger.log(level, "sampling %s", name)
+    return name.split(":")[0]
+
+
+def warm_up(model: AutoregressiveModel) -> float:
+    """Compile the model's sampler and lay out its weights, so that no first user waits for it.
+
+    The compiled code is kept on disk, for the next process.
+
+    Returns:
+        The seconds it took: some the first time on a machine, less than one later.
+    """
+    start = time.perf_counter()
+    if _choose(model) == "cached, compiled":
+        shape = model.config.image_shape
+        u = torch.zeros(1, *shape, dtype=torch.float64)
+        _sample_compiled(model, u, None, 1.0, torch.zeros(1, *shape, dtype=torch.int64), u[:, 0] == 0, None, rows=0)
+    took = time.perf_counter() - start
+    logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
+    return took
 
 
 @torch.no_grad()
@@ -69,8 +101,8 @@ def sample(
     Equal to it in float64; in float32 a level can differ where `u` lies within rounding of a boundary between two.
 
     Args:
-        on_row: called after each finished row; what it raises stops the sampling. In the naive fallback it is called
-            for all rows at the end.
+        on_row: called with each finished row, (B, C, W), in order; what it raises stops the sampling. (For an
+            architecture without a cached sampler it is called for all rows at the end.)
 
     Returns:
         (B, C, H, W) int64 levels in [0, K).
@@ -78,38 +110,59 @@ def sample(
     Raises:
         ValueError: a shape, dtype or range differs from what `naive_sample` asks for.
     """
-    engine = _engine_of(model)
-    height = u.shape[2] if u.dim() == 4 else 0
-    if engine is None:
+    chosen = _choose(model)
+    if chosen == "cached, in torch":
+        return cached_sample(model, u, label, temperature, drawing, observed, on_row)
+    if chosen == "naively":
         levels = naive_sample(model, u, label, temperature, drawing, observed)
-        if on_row is not None:
-            for row in range(height):
-                on_row(row, levels[:, :, row])
+        for row in range(u.shape[2] if on_row is not None else 0):
+            on_row(row, levels[:, :, row])  # type: ignore[misc]
         return levels
     levels, missing = prepare_canvas(model, u, label, temperature, drawing, observed)
+    levels = levels.contiguous()
+    _sample_compiled(model, u, label, temperature, levels, missing, on_row, rows=u.shape[2])
+    return levels
+
+
+def _sample_compiled(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None,
+    temperature: float,
+    levels: Tensor,
+    missing: Tensor,
+    on_row: OnRow | None,
+    rows: int,
+) -> None:
+    """Sample the first `rows` rows in place, images in parallel: the compiled code runs without Python's lock."""
+    engine = _engine_of(model)
     labels = [-1] * len(u) if label is None else label.tolist()
+    biases = {label: engine.label_bias(label) for label in set(labels)}
     noise = u.double().contiguous().numpy()
     no_logits = torch.empty(0, *u.shape[1:], dtype=model.head.weight.dtype).numpy()
-    levels = levels.contiguous()
     images, holes = levels.numpy(), missing.contiguous().numpy()
-    biases = {label: engine.label_bias(label) for label in set(labels)}
-    states = [engine.new_state() for _ in range(len(u))]
-
-    def sample_rows(i: int, start: int, stop: int) -> None:
-        engine.rows(
-            biases[labels[i]], states[i], images[i], holes[i], noise[i], float(temperature), no_logits, start, stop
-        )
-
     # Rows below the last missing pixel need no work.
-    stops = [int(hole.any(axis=1).nonzero()[0].max(initial=-1)) + 1 for hole in holes]
-    steps = [(0, height)] if on_row is None else [(row, row + 1) for row in range(height)]
-    with ThreadPoolExecutor(max_workers=max(1, min(torch.get_num_threads(), len(u)))) as pool:
-        for start, stop in steps:
-            due = [i for i in range(len(u)) if start < stops[i]]
-            if len(due) == 1:
-                sample_rows(due[0], start, min(stop, stops[due[0]]))
-            else:
-                list(pool.map(lambda i, a=start, b=stop: sample_rows(i, a, min(b, stops[i])), due))
-            if on_row is not None:
-                on_row(start, levels[:, :, start])
-    return levels
+    stops = [min(rows, int(hole.any(axis=1).nonzero()[0].max(initial=-1)) + 1) for hole in holes]
+
+    def sample_rows(i: int, state: Any, start: int, stop: int) -> None:
+        engine.rows(biases[labels[i]], state, images[i], holes[i], noise[i], float(temperature), no_logits, start, stop)
+
+    def for_each(work: Any, images: Iterable[int]) -> None:
+        images = list(images)
+        if num_threads == 1 or len(images) <= 1:
+            for i in images:
+                work(i)
+        else:
+            list(pool.map(work, images))
+
+    num_threads = max(1, min(torch.get_num_threads(), len(u)))
+    with ThreadPoolExecutor(max_workers=num_threads) as pool:
+        if on_row is None:
+            # An image's buffers live while it is sampled: memory does not grow with the batch.
+            for_each(lambda i: sample_rows(i, engine.new_state(), 0, stops[i]), range(len(u)))
+            return
+        states = [engine.new_state() for _ in range(len(u))]
+        for row in range(rows):
+            due = [i for i in range(len(u)) if row < stops[i]]
+            for_each(lambda i, y=row: sample_rows(i, states[i], y, y + 1), due)
+            on_row(row, levels[:, :, row])

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import pixelcnn.fast_sampling as fast_sampling
-from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, naive_sample, sample
+from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, log_prob, naive_sample, sample
 from pixelcnn.compiled_sampling import build_engine
 from pixelcnn.config import ModelConfig
+from pixelcnn.fast_sampling import warm_up
+from pixelcnn.model import AutoregressiveModel
 
 SHAPES = [(1, 5, 6), (1, 1, 7), (1, 7, 1), (3, 4, 5), (2, 3, 3)]
 
@@ -172,21 +174,120 @@ def test_one_image_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(sample(model, u)[2:3], sample(model, u[2:3]))
 
 
-def test_without_numba_the_naive_sampler_answers_with_one_notice(
+def notices_of(model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sample twice; return what the log says."""
+    monkeypatch.setattr(fast_sampling, "_notices", set())
+    u = torch.rand(2, *model.config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows: list[int] = []
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(sample(model, u, on_row=lambda row, _: rows.append(row)), naive_sample(model, u))
+        sample(model, u)
+    assert rows == list(range(u.shape[2]))
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_without_numba_the_torch_sampler_answers_with_one_notice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "pixelcnn.compiled_sampling", None)
+    monkeypatch.setattr(fast_sampling, "naive_sample", None)
+    model, _ = tiny()
+    assert notices_of(model, caplog, monkeypatch) == ["sampling cached, in torch: numba is not installed"]
+
+
+def test_an_unknown_architecture_is_sampled_naively_with_one_notice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = tiny()
+
+    class Other(AutoregressiveModel):
+        features = type(model).features
+
+    model.__class__ = Other
+    expected = ["sampling naively: there is no cached sampler for Other"]
+    assert notices_of(model, caplog, monkeypatch) == expected
+
+
+def test_warm_up_compiles_and_lays_out_without_a_sample(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, u = tiny()
-    expected = sample(model, u)
-    monkeypatch.setitem(sys.modules, "pixelcnn.compiled_sampling", None)
-    monkeypatch.setattr(fast_sampling, "_notices", set())
-    rows = []
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(sample(model, u, on_row=lambda row, _: rows.append(row)), expected)
-        sample(model, u)
-    assert [record.getMessage() for record in caplog.records] == [
-        "sampling without the compiled sampler: numba is not installed"
-    ]
-    assert rows == list(range(6))
+    with caplog.at_level(logging.INFO):
+        assert warm_up(model) > 0
+    assert "sampling cached, compiled; ready after" in caplog.text
+    monkeypatch.setattr("pixelcnn.compiled_sampling.build_engine", None)  # it is there already
+    assert torch.equal(sample(model, u), naive_sample(model, u))
+
+
+WIDE = [
+    PixelCNNConfig(image_shape=(1, 5, 9), num_levels=256, num_features=40, num_blocks=2),
+    PixelCNNConfig(image_shape=(3, 4, 6), num_levels=40, num_features=57, num_blocks=2, kernel_size=5),
+    GatedPixelCNNConfig(image_shape=(1, 5, 9), num_levels=256, num_features=40, num_layers=2, kernel_size=7),
+    GatedPixelCNNConfig(image_shape=(3, 4, 6), num_levels=33, num_features=57, num_layers=2, kernel_size=5),
+]
+
+
+@pytest.mark.parametrize("config", WIDE, ids=name)
+def test_networks_wider_than_a_vector_register_are_sampled_alike(config: ModelConfig) -> None:
+    model = model_of(config, torch.float64)
+    levels = torch.randint(0, config.num_levels, (2, *config.image_shape))
+    with torch.no_grad():
+        expected = model(levels)
+    torch.testing.assert_close(cached_logits(model, levels, torch.tensor([-1, -1])), expected, rtol=0, atol=1e-10)
+    u = torch.rand(2, *config.image_shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert torch.equal(sample(model, u), naive_sample(model, u))
+
+
+@pytest.mark.parametrize("num_levels", [2, 3, 10, 256])
+def test_noise_at_the_extremes_gives_the_naive_levels(num_levels: int) -> None:
+    config = PixelCNNConfig(image_shape=(1, 3, 4), num_levels=num_levels, num_features=4, num_blocks=1)
+    model = model_of(config, torch.float64)
+    for value in (0.0, 1e-300, 2.0**-53, 0.5, 1 - 2.0**-24, 1 - 2.0**-53):
+        u = torch.full((1, 1, 3, 4), value, dtype=torch.float64)
+        assert torch.equal(sample(model, u), naive_sample(model, u)), value
+    for temperature in (1e-300, 1e-3, 50.0):
+        u = torch.rand(1, 1, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        assert torch.equal(sample(model, u, None, temperature), naive_sample(model, u, None, temperature))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PixelCNNConfig(image_shape=(1, 6, 6), num_levels=2, num_features=8, num_blocks=2),
+        GatedPixelCNNConfig(image_shape=(1, 6, 6), num_levels=16, num_features=8, num_layers=2, kernel_size=5),
+        GatedPixelCNNConfig(image_shape=(3, 4, 4), num_levels=16, num_features=6, num_layers=2, kernel_size=3),
+    ],
+    ids=name,
+)
+def test_a_thousand_images_on_two_threads_hold_no_difference(config: ModelConfig) -> None:
+    model = model_of(config, torch.float64)
+    u = torch.rand(1000, *config.image_shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    expected = naive_sample(model, u)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(sample(model, u), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_log_probability_of_its_steps_is_that_of_the_finished_image() -> None:
+    config = GatedPixelCNNConfig(
+        image_shape=(3, 4, 5), num_levels=4, num_features=6, num_layers=2, kernel_size=3, num_labels=3
+    )
+    model = model_of(config, torch.float64)
+    label = torch.tensor([0, -1, 2])
+    u = torch.rand(3, 3, 4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    engine = build_engine(model)
+    levels, missing = np.zeros((3, 3, 4, 5), np.int64), np.ones((4, 5), bool)
+    total = torch.zeros(3, dtype=torch.float64)
+    for i in range(3):  # the logits as they are when a level is drawn from them
+        logits = np.zeros((4, 3, 4, 5))
+        state, bias = engine.new_state(), engine.label_bias(int(label[i]))
+        engine.rows(bias, state, levels[i], missing, u[i].numpy(), 1.0, logits, 0, 4)
+        steps = torch.log_softmax(torch.from_numpy(logits), dim=0)
+        total[i] = steps.gather(0, torch.from_numpy(levels[i])[None]).sum()
+    with torch.no_grad():
+        torch.testing.assert_close(total, log_prob(model, torch.from_numpy(levels), label), rtol=0, atol=1e-9)
 
 
 def test_wrong_arguments_are_refused_as_by_the_naive_sampler() -> None:
