@@ -94,7 +94,8 @@ def main() -> int:
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     processes: list[subprocess.Popen] = []
     try:
         # Process groups of their own, so that Ctrl-C reaches this program alone and it ends all the others.
