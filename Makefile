@@ -36,9 +36,8 @@ check: install
 	python -m pytest -q tests/test_architecture.py
 
 bench: install
-	dvc repro
-	@for pair in pixelcnn-mnist5k gated_pixelcnn-mnist5k; do \
-	  echo "$$pair"; python -m pixelcnn bench --checkpoint models/$$pair || exit 1; done
+	@for pair in pixelcnn-mnist gated_pixelcnn-fashion_mnist gated_pixelcnn-cifar10; do \
+	  python -m pixelcnn bench --pair $$pair --sides 14 28 56 112 --out reports/bench/$$pair.json || exit 1; echo; done
 
 serve: install
 	bentoml serve app.service:PixelCNNService

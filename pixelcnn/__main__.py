@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelcnn.bench import PAIRS, SAMPLERS, bench, write_json
 from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.completion import complete, completion_log_prob
 from pixelcnn.config import CONFIG_CLASSES, checked_config
@@ -24,7 +25,6 @@ from pixelcnn.fast_sampling import sample
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import log_prob
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.sampling import naive_sample
 from pixelcnn.training import StepReport, TrainConfig, evaluate, fit, format_nll, format_progress
 
 KNOWN_PARTS = ("top", "left", "bottom", "right")
@@ -152,20 +152,24 @@ def complete_command(arguments: argparse.Namespace) -> None:
 
 
 def bench_command(arguments: argparse.Namespace) -> None:
-    """Time the samplers on a checkpoint, in seconds per image."""
-    model, _ = load_checkpoint(arguments.checkpoint)
-    samplers: dict[str, Callable[..., Tensor]] = {"naive": naive_sample, "cached": sample}
-    print(f"{'batch':>5} {'sampler':>8} {'s/image':>9} {'ratio':>7}")
-    for batch_size in arguments.batch_sizes:
-        u = torch.rand(batch_size, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
-        baseline = 0.0
-        for name, sampler in samplers.items():
-            sampler(model, u[:1])  # compile and warm up
-            start = time.perf_counter()
-            sampler(model, u)
-            per_image = (time.perf_counter() - start) / batch_size
-            baseline = baseline or per_image
-            print(f"{batch_size:>5} {name:>8} {per_image:>9.4f} {baseline / per_image:>6.1f}x")
+    """Time the samplers on a checkpoint, or on a released size with random weights."""
+    if min(arguments.batch_sizes) < 1 or min(arguments.sides or [1]) < 1 or arguments.exact_images < 0:
+        raise ValueError("--batch-sizes and --sides must be at least 1 and --exact-images at least 0.")
+    if not 0 < arguments.seconds <= 600:
+        raise ValueError(f"--seconds must be above 0 and at most 600, got {arguments.seconds}.")
+    if arguments.checkpoint is not None:
+        model, _ = load_checkpoint(arguments.checkpoint)
+    else:
+        torch.manual_seed(0)
+        model = build_model(PAIRS[arguments.pair]).eval()
+        print(f"{arguments.pair}: random weights")
+    samplers = arguments.samplers or list(SAMPLERS)
+    result = bench(
+        model, arguments.batch_sizes, samplers, arguments.seconds, arguments.exact_images, arguments.sides or []
+    )
+    if arguments.out is not None:
+        write_json(Path(arguments.out), result)
+        print(f"wrote {arguments.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,9 +208,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--image", required=True, help="PNG of exactly the model's size")
             command.add_argument("--known", choices=KNOWN_PARTS, default="top", help="the half that is known")
 
-    bench = add("bench", bench_command)
-    bench.add_argument("--checkpoint", required=True)
-    bench.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
+    timing = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)
+    timing.set_defaults(run=bench_command)
+    of = timing.add_mutually_exclusive_group(required=True)
+    of.add_argument("--checkpoint")
+    of.add_argument("--pair", choices=PAIRS, help="a released size, with random weights")
+    timing.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
+    timing.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="all if left out")
+    timing.add_argument("--seconds", type=float, default=3.0, help="how long to measure each figure, about")
+    timing.add_argument("--exact-images", type=int, default=16, help="images to compare with the model; 0 for none")
+    timing.add_argument("--sides", type=int, nargs="+", help="image sides at which to time a pixel; none if left out")
+    timing.add_argument("--out", help="JSON file to write, too")
     return parser
 
 

@@ -94,11 +94,16 @@ def test_complete_keeps_the_known_half(checkpoint: Path, tmp_path: Path, known: 
         assert torch.equal(cell[half], (levels[0] * 255 / 3).round().long()[half])
 
 
-def test_bench_prints_a_ratio(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--checkpoint", str(checkpoint), "--batch-sizes", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines[1:]] == ["naive", "cached"]
-    assert lines[1].endswith("1.0x")
+def test_bench_prints_and_writes_its_figures(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    command = ["bench", "--checkpoint", str(checkpoint), "--batch-sizes", "2", "--seconds", "0.05", "--out", str(out)]
+    assert main([*command, "--samplers", "naive", "cached, compiled"]) == 0
+    printed = capsys.readouterr().out
+    assert [row["sampler"] for row in json.loads(out.read_text())["timings"]] == ["naive", "cached, compiled"]
+    assert "float64: 0 of 16 images differ" in printed
+    assert printed.endswith(f"wrote {out}\n")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,8 @@ def test_bench_prints_a_ratio(checkpoint: Path, capsys: pytest.CaptureFixture[st
         (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--label", "7"], "label must lie in -1..1"),
         (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--temperature", "-1"], "temperature must be 0"),
         (["complete", "--checkpoint", "{checkpoint}", "--out", "x.png", "--image", "no.png"], "no.png cannot be read"),
+        (["bench", "--checkpoint", "{checkpoint}", "--batch-sizes", "0"], "--batch-sizes and --sides must be at least"),
+        (["bench", "--checkpoint", "{checkpoint}", "--seconds", "0"], "--seconds must be above 0"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

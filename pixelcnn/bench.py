@@ -1,0 +1,349 @@
+"""Time the samplers against fair baselines and against the machine, and count where they differ from the model.
+
+All figures of a table come from one run. A baseline that would take too long is timed on some of its forward passes,
+evenly spread over the image, and the table says so. Each baseline gets one thread or all, whichever is faster for it.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixelcnn.cached_sampling import cached_sample
+from pixelcnn.config import GatedPixelCNNConfig, ModelConfig, PixelCNNConfig
+from pixelcnn.fast_sampling import engine_name, sample, warm_up
+from pixelcnn.layers import MaskedConv2d
+from pixelcnn.model import AutoregressiveModel
+from pixelcnn.sampling import draw_level
+
+# The released sizes, to be timed without their weights: time does not depend on what the weights are.
+PAIRS: dict[str, ModelConfig] = {
+    "pixelcnn-mnist": PixelCNNConfig(image_shape=(1, 28, 28), num_levels=2, num_features=32, num_blocks=10),
+    "gated_pixelcnn-fashion_mnist": GatedPixelCNNConfig(
+        image_shape=(1, 28, 28), num_levels=256, num_features=48, num_layers=8, kernel_size=5
+    ),
+    "gated_pixelcnn-cifar10": GatedPixelCNNConfig(
+        image_shape=(3, 32, 32), num_levels=256, num_features=48, num_layers=8, kernel_size=5
+    ),
+}
+NAIVE, CROPPED, NAIVE_COMPILED = "naive", "naive, rows so far", "naive, torch.compile"
+CACHED_TORCH, CACHED = "cached, torch", "cached, compiled"
+SAMPLERS = (NAIVE, CROPPED, NAIVE_COMPILED, CACHED_TORCH, CACHED)
+
+
+def median_s(work: Callable[[], object], seconds: float) -> float:
+    """Return the median time of `work` over at least 3 runs, and as many more as fit into `seconds`."""
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < seconds and len(times) < 100):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def processor_name() -> str:
+    """Return what the system calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@contextmanager
+def _threads(num: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _best_s(work: Callable[[], object], times: int) -> float:
+    best = math.inf
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def matrix_peak() -> float:
+    """Measure float32 multiply-adds per second of the best matrix product that torch does on one thread."""
+    best = math.inf
+    with _threads(1):
+        for size in (256, 512, 1024):
+            a, b = torch.rand(2, size, size)
+            best = min(best, _best_s(partial(torch.mm, a, b), 10) / size**3)
+    return 1 / best
+
+
+def cache_bandwidth() -> float:
+    """Measure the bytes per second at which one thread's dot product reads half a megabyte, again and again."""
+    with _threads(1):
+        a, b = torch.rand(2, 1 << 16)
+        return (a.nbytes + b.nbytes) / _best_s(partial(torch.dot, a, b), 300)
+
+
+def work_per_pixel(model: AutoregressiveModel) -> tuple[int, int]:
+    """Return how many multiply-adds a pixel needs when nothing is computed twice, and how many of them are not part of
+    the work on whole rows: alone in a batch, a pixel reads as many weights for them."""
+    total = in_order = 0
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedConv2d):
+            kernel = module.mask.sum(dim=(0, 1))  # (kh, kw)
+            total += int(kernel.sum())
+            if not name.endswith("v_conv"):
+                in_order += int(kernel[-1].sum())  # the mask hides what lies right of the centre
+        elif isinstance(module, torch.nn.Conv2d):  # the link between the stacks
+            total += module.weight.numel()
+    return total, in_order
+
+
+def _resized(model: AutoregressiveModel, height: int, width: int) -> AutoregressiveModel:
+    """Return the same weights for another image size: no layer depends on it."""
+    resized = copy.copy(model)
+    shape = (model.config.image_shape[0], height, width)
+    resized.config = dataclasses.replace(model.config, image_shape=shape)
+    return resized
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds per image (NaN where there are none), and a note on how they were found."""
+
+    seconds: float
+    note: str = ""
+
+
+@torch.no_grad()
+def time_naive(
+    model: AutoregressiveModel, batch_size: int, seconds: float, kind: str = NAIVE, passes: int | None = None
+) -> Timing:
+    """Time one forward pass per sub-pixel: of the whole image, or of the rows so far (nothing below is read).
+
+    Args:
+        seconds: passes beyond this time are extrapolated from the others.
+        kind: NAIVE, CROPPED or NAIVE_COMPILED.
+        passes: at most so many passes.
+    """
+    channels, height, width = model.config.image_shape
+    levels = torch.zeros(batch_size, channels, height, width, dtype=torch.int64)
+    u = torch.rand(batch_size)
+    cropped = [_resized(model, y + 1, width) for y in range(height)] if kind == CROPPED else []
+    network: Any = torch.compile(model, dynamic=False) if kind == NAIVE_COMPILED else model
+
+    def step(place: int) -> None:
+        y, x, c = place // (width * channels), place // channels % width, place % channels
+        logits = cropped[y](levels[:, :, : y + 1]) if cropped else network(levels)
+        levels[:, c, y, x] = draw_level(logits[:, :, c, y, x], u, 1.0)
+
+    num = channels * height * width
+    trials = {}
+    for threads in {1, torch.get_num_threads()}:
+        with _threads(threads):
+            step(num // 2)  # compile and warm up
+            trials[threads] = max(_best_s(partial(step, num // 2), 2), 1e-6)
+    threads = min(trials, key=trials.__getitem__)
+    count = min(num, max(8, int(seconds / trials[threads])), passes or num)
+    with _threads(threads):
+        start = time.perf_counter()
+        for i in range(count):
+            step(int((i + 0.5) * num / count))
+        took = (time.perf_counter() - start) * num / count
+    note = f"{threads} thread" if threads == 1 else f"{threads} threads"
+    return Timing(took / batch_size, note if count == num else f"{note}; extrapolated from {count} of {num} passes")
+
+
+def time_sampler(name: str, model: AutoregressiveModel, batch_size: int, seconds: float) -> Timing:
+    """Time one of SAMPLERS on whole images of random noise."""
+    if name in (NAIVE, CROPPED):
+        return time_naive(model, batch_size, seconds, name)
+    if name == NAIVE_COMPILED:
+        try:
+            return time_naive(model, batch_size, seconds, name)
+        except Exception as error:  # whatever the compiler lacks here
+            return Timing(math.nan, f"skipped: {type(error).__name__}: {str(error).strip().splitlines()[0][:60]}")
+    u = torch.rand(batch_size, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
+    if name == CACHED:
+        return Timing(median_s(lambda: sample(model, u), seconds) / batch_size)
+    with _threads(1):  # more threads make small products slower
+        once = _best_s(lambda: cached_sample(model, u), 1)
+        took = once if once > seconds else median_s(lambda: cached_sample(model, u), seconds)
+    return Timing(took / batch_size, "1 thread" + ("; one run" if once > seconds else ""))
+
+
+@torch.no_grad()
+def count_differences(model: AutoregressiveModel, num_images: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare sampled images with the model's own conditionals.
+
+    One full forward pass over a finished image gives every sub-pixel's logits given all earlier ones; the level drawn
+    from them with the same noise must be the one that was sampled. Where that holds for all sub-pixels, the image is
+    the naive sampler's, step by step.
+
+    Returns:
+        num_images, num_images_that_differ, num_levels_that_differ, and max_distance_to_boundary: how far `u` lies at
+        most from a boundary of the cumulative distribution where levels differ (0 if none do).
+    """
+    model = copy.deepcopy(model).to(dtype)
+    u = torch.rand(
+        num_images, *model.config.image_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    levels = sample(model, u)
+    images = differing = 0
+    distance = 0.0
+    for part, noise in zip(levels.split(8), u.split(8), strict=True):
+        logits = model(part).movedim(1, -1)  # (B, C, H, W, K)
+        wrong = draw_level(logits, noise, 1.0) != part
+        images += int(wrong.flatten(1).any(dim=1).sum())
+        differing += int(wrong.sum())
+        if wrong.any():
+            boundaries = torch.softmax(logits[wrong].double(), dim=-1).cumsum(dim=-1)
+            distance = max(distance, float((boundaries - noise[wrong][:, None]).abs().amin(dim=1).max()))
+    return {
+        "num_images": num_images,
+        "num_images_that_differ": images,
+        "num_levels_that_differ": differing,
+        "max_distance_to_boundary": distance,
+    }
+
+
+def _memory(model: AutoregressiveModel) -> tuple[int, int]:
+    """Return the bytes of the compiled sampler's weights and of its buffers for one image; (0, 0) without it."""
+    if engine_name(model) != "cached, compiled":
+        return 0, 0
+    from pixelcnn.compiled_sampling import build_engine
+
+    buffers = sum(array.nbytes for group in build_engine(model).new_state() for array in group)
+    return sum(p.numel() * p.element_size() for p in model.parameters()), buffers
+
+
+def bench(
+    model: AutoregressiveModel,
+    batch_sizes: list[int],
+    samplers: list[str],
+    seconds: float,
+    num_exact: int,
+    sides: list[int],
+    show: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Time the samplers on a model in float32 on the CPU, show tables, and return the figures.
+
+    Args:
+        batch_sizes: images sampled together.
+        samplers: names out of SAMPLERS.
+        seconds: how long to measure each figure, about.
+        num_exact: images to compare with the model; 0 for none.
+        sides: image sides at which to time a pixel; empty for none.
+        show: takes each line of the tables.
+    """
+    channels, height, width = model.config.image_shape
+    num_threads, num_pixels = torch.get_num_threads(), height * width
+    warm_up_s = warm_up(model)
+    macs, in_order = work_per_pixel(model)
+    peak = matrix_peak()
+    bandwidth = cache_bandwidth()
+    weights, buffers = _memory(model)
+    show(
+        f"{processor_name()}, {num_threads} threads, torch {torch.__version__}; {type(model).__name__}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, images {channels}x{height}x{width}, "
+        f"{model.config.num_levels} levels"
+    )
+    show(f"sampled {engine_name(model)} (ready after {warm_up_s:.1f} s)")
+    show(
+        f"a sub-pixel: {macs / channels:,.0f} multiply-adds, {in_order * 4 / channels / 1024:,.0f} KiB of weights read "
+        f"in order; in all {weights / 2**20:.2f} MiB of weights, {buffers / 2**20:.2f} MiB of buffers per image"
+    )
+    show(
+        f"measured here, on one thread: {peak * 2 / 1e9:.0f} GFLOP/s of matrix products, reading at "
+        f"{bandwidth / 1e9:.0f} GB/s; for one image alone, the weights read in order take "
+        f"{in_order * 4 * num_pixels / bandwidth * 1e3:.2f} ms"
+    )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        show(f"other work is running here (load {load:.1f} on {os.cpu_count()} processors): times are too long")
+    rows: list[dict[str, Any]] = []
+    show("batch  sampler                ms/image  to naive to cropped  bound ms  x bound")
+    for batch_size in batch_sizes:
+        # The work at the measured peak of as many threads as there are images for.
+        bound = macs * num_pixels / (peak * min(num_threads, batch_size))
+        found: dict[str, float] = {}
+        for name in samplers:
+            if name == NAIVE_COMPILED and batch_size != batch_sizes[0]:
+                continue  # compiling takes long: once will do
+            timing = time_sampler(name, model, batch_size, seconds)
+            found[name] = timing.seconds
+            row = {"batch_size": batch_size, "sampler": name, "note": timing.note, "bound_seconds_per_image": bound}
+            rows.append(row | {"seconds_per_image": None if math.isnan(timing.seconds) else timing.seconds})
+            ratios = [f"{found[base] / timing.seconds:.1f}x" if base in found else "" for base in (NAIVE, CROPPED)]
+            show(
+                f"{batch_size:>5}  {name:<20} {timing.seconds * 1e3:>10.2f} {ratios[0]:>9} {ratios[1]:>10} "
+                f"{bound * 1e3:>9.2f} {timing.seconds / bound:>7.1f}x" + (f"  ({timing.note})" if timing.note else "")
+            )
+    result: dict[str, Any] = {
+        "processor": processor_name(),
+        "num_threads": num_threads,
+        "load": load,
+        "torch": torch.__version__,
+        "model": type(model).__name__,
+        "image_shape": list(model.config.image_shape),
+        "multiply_adds_per_pixel": macs,
+        "weights_read_in_order_per_pixel": in_order,
+        "matrix_peak_flops_per_thread": 2 * peak,
+        "cache_bandwidth_bytes_per_s": bandwidth,
+        "weights_bytes": weights,
+        "buffers_bytes_per_image": buffers,
+        "warm_up_s": warm_up_s,
+        "timings": rows,
+    }
+    if num_exact:
+        result["exactness"] = {}
+        for dtype in (torch.float64, torch.float32):
+            counted = count_differences(model, num_exact, dtype)
+            result["exactness"][str(dtype).removeprefix("torch.")] = counted
+            line = (
+                f"{dtype}: {counted['num_images_that_differ']} of {num_exact} images differ from the naive sampler's, "
+                f"in {counted['num_levels_that_differ']} levels"
+            )
+            if counted["num_levels_that_differ"]:
+                line += f", each with u within {counted['max_distance_to_boundary']:.0e} of a boundary"
+            show(line.removeprefix("torch."))
+    if sides:
+        result["sides"] = _bench_sides(model, sides, seconds, show)
+    return result
+
+
+def _bench_sides(
+    model: AutoregressiveModel, sides: list[int], seconds: float, show: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    found = []
+    show(f"{'side':>5} {'cached us/pixel':>16} {'naive us/pixel':>15} {'ratio':>9}")
+    for side in sides:
+        resized = _resized(model, side, side)
+        cached = time_sampler(CACHED, resized, 1, seconds).seconds / side**2
+        naive = time_naive(resized, 1, seconds, passes=200)
+        found.append({"side": side, "cached_s_per_pixel": cached, "naive_s_per_pixel": naive.seconds / side**2})
+        note = f"  (naive {naive.note})" if naive.note else ""
+        per_pixel = naive.seconds / side**2
+        show(f"{side:>5} {cached * 1e6:>16.2f} {per_pixel * 1e6:>15.0f} {per_pixel / cached:>8.0f}x{note}")
+    return found
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write the figures that `bench` returned; a file is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    new.replace(path)
