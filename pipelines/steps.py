@@ -33,7 +33,7 @@ def prepare(dataset: str) -> None:
     write(dataset, Path("data") / f"{dataset}.safetensors", load_params().data)
 
 
-def train(pair: str, out: str, report: str) -> None:
+def train(pair: str, out: str, report: str, state: str | None) -> None:
     """Run the training flow of a pair in this process."""
     from pixelcnn.data import load_dataset
 
@@ -41,7 +41,7 @@ def train(pair: str, out: str, report: str) -> None:
     load_dataset(Path("data") / f"{load_params().pair(pair).dataset}.safetensors")
     from pipelines.training_flow import train_pair
 
-    train_pair(pair, out, report)
+    train_pair(pair, out, report, state)
 
 
 def promote(dataset: str) -> None:
@@ -57,6 +57,14 @@ def rollback(dataset: str) -> None:
     from pipelines.promotion_flow import rollback as undo
 
     undo(dataset)
+
+
+def release() -> None:
+    """Register the weights of weights/PAIR/; they serve where a dataset has no champion yet."""
+    from pipelines.release import release_all
+
+    for text in release_all():
+        print(text)
 
 
 class _OneLine(logging.Filter):
@@ -77,7 +85,7 @@ def _is_for_user(error: BaseException | None) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines.steps", description="The pipeline's commands.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (prepare, train, promote, rollback):
+    for function in (prepare, train, promote, rollback, release):
         summary = (function.__doc__ or "").splitlines()[0]
         command = commands.add_parser(function.__name__, help=summary, description=summary)
         command.set_defaults(function=function)
@@ -85,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("pair", help="a pair of params.yaml, e.g. pixelcnn-mnist5k")
             command.add_argument("--out", required=True, help="folder of the checkpoint, replaced as a whole")
             command.add_argument("--report", required=True, help="folder of metrics, curve and sample sheet")
-        else:
+            command.add_argument("--state", help="folder of a training that is carried over days; it is kept")
+        elif function is not release:
             command.add_argument("dataset", help="e.g. mnist5k")
     return parser
 

@@ -1,7 +1,8 @@
 """The training flow: load, train, evaluate, log, register. DVC stages and Prefect deployments run this same function.
 
 The caller says which folder to write: DVC its out, a deployment a fresh one. While a training is under way its state
-lies in a hidden folder beside that, so that a run that was stopped goes on where it was; it is removed at the end.
+lies in a hidden folder beside that, so that a run that was stopped goes on where it was; it is removed at the end. A
+training that is carried over days names a folder for its state instead, which stays.
 """
 
 import csv
@@ -30,11 +31,13 @@ from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, load_dataset
 from pixelcnn.fast_sampling import sample
 from pixelcnn.images import to_sheet
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.training import StepReport, evaluate, fit, format_nll, format_progress
+from pixelcnn.training import StepReport, evaluate, fit, format_nll, format_progress, per_image_nll, trained_minutes
 
 DEPLOYMENTS_FOLDER = Path("models/deployments")
 _NUM_THREADS = torch.get_num_threads()
 PROGRESS_S = 5.0  # between lines of the log
+CHECKED_IMAGES = 200  # the first of the validation split: a score that is quick to measure again
+CHECKED_SCORE = f"validation/nll_nats_first_{CHECKED_IMAGES}"
 CURVE_COLUMNS = ("step", "epoch", "train_nll_nats", "validation_nll_nats", "learning_rate")
 
 # Tasks hand each other models and data in memory: nothing is cached or stored, so nothing is ever pickled.
@@ -104,9 +107,9 @@ def train(pair: PairParams, data: Dataset, work: Path) -> _Training:
             logger.info(format_progress(report, data))
             last_line = now
 
-    start = time.monotonic()
-    fit(model, data, pair.train, on_step, work / "state.safetensors")
-    return _Training(model, curve.rows, (time.monotonic() - start) / 60)
+    state_file = work / "state.safetensors"
+    fit(model, data, pair.train, on_step, state_file)
+    return _Training(model, curve.rows, trained_minutes(state_file))
 
 
 class _Curve:
@@ -177,6 +180,8 @@ def evaluate_model(params: Params, data: Dataset, training: _Training, out: Path
     num_images = params.evaluate.num_images or None
     scores: dict[str, Any] = evaluate(model, data, num_images=num_images, batch_size=params.evaluate.batch_size)
     scores.update(baseline_scores(data))
+    checked = per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES)
+    scores[CHECKED_SCORE] = checked.mean().item()
     numbers = {
         **scores,
         "train_minutes": training.minutes,
@@ -188,6 +193,7 @@ def evaluate_model(params: Params, data: Dataset, training: _Training, out: Path
         "protocol": data.protocol,
         "label_names": data.label_names,
         "data_hash": data.data_hash,
+        "git_commit": git_state()["git_commit"],
     }
     for split in ("validation", "test"):
         logger.info(
@@ -303,18 +309,21 @@ def _work_folder(out: Path, pair: PairParams, data: Dataset) -> Path:
     for other in out.parent.glob(f".{out.name}.run-*"):
         if other != work:
             shutil.rmtree(other)
-    work.mkdir(parents=True, exist_ok=True)
     return work
 
 
 @flow(name="train-pair", persist_result=False)
-def train_pair(pair: str, out: str | None = None, report: str | None = None) -> dict[str, str]:
+def train_pair(
+    pair: str, out: str | None = None, report: str | None = None, state: str | None = None
+) -> dict[str, str]:
     """Train, evaluate, record and register one pair.
 
     Args:
         pair: its name in params.yaml.
         out: folder of the checkpoint; None for a fresh one in models/deployments/.
         report: folder of metrics, curve and sample sheet; None for `report` beside a fresh `out`.
+        state: folder of the training's state, taken up if it is there and kept at the end: a larger budget in
+            params.yaml goes on from it. None for a hidden one beside `out`, removed at the end.
 
     Returns:
         `run_id` and `version` in MLflow, and `out`.
@@ -329,13 +338,15 @@ def train_pair(pair: str, out: str | None = None, report: str | None = None) -> 
     report_folder = Path(report) if report else out_folder.with_name(f"{out_folder.name}-report")
     torch.set_num_threads(settings.num_threads or _NUM_THREADS)
     data = load(settings.dataset)
-    work = _work_folder(out_folder, settings, data)
+    work = Path(state) if state else _work_folder(out_folder, settings, data)
+    work.mkdir(parents=True, exist_ok=True)
     training = train(settings, data, work)
     scores = evaluate_model(params, data, training, out_folder, report_folder)
     run_id = log(pair, params, scores, training, out_folder, report_folder)
     version = register(run_id, pair, settings.dataset, out_folder)
-    # Only now: if a store was out of reach, the next attempt finds the training done.
-    shutil.rmtree(work)
+    if not state:
+        # Only now: if a store was out of reach, the next attempt finds the training done.
+        shutil.rmtree(work)
     return {"run_id": run_id, "version": version, "out": str(out_folder)}
 
 

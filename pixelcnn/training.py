@@ -314,6 +314,12 @@ class _Trainer:
         self.num_validations = math.floor(self.progress() * self.config.num_validations)
 
 
+def trained_minutes(state_file: str | Path) -> float:
+    """Return the minutes of training behind a state file, all the runs that it was carried over together."""
+    with safetensors.safe_open(state_file, framework="pt") as file:
+        return json.loads(file.metadata()["state"])["elapsed_s"] / 60
+
+
 def fit(
     model: AutoregressiveModel,
     data: Dataset,

@@ -1,0 +1,89 @@
+"""Released weights: the first champion of their dataset, registered once, and only if they score what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import registry, store, tracking
+from pipelines.params import load_params
+from pipelines.release import release, release_all
+from pipelines.training_flow import CHECKED_IMAGES, CHECKED_SCORE
+from pixelcnn import build_model, evaluate, load_dataset, save_checkpoint
+from pixelcnn.training import per_image_nll
+
+PAIR = "pixelcnn-mnist5k"
+DATA = Path("data/mnist5k.safetensors")
+
+
+@pytest.fixture
+def weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BENTOML_HOME", str(project / "bentoml"))
+    return write_weights(seed=0)
+
+
+def write_weights(seed: int) -> Path:
+    data = load_dataset(DATA)
+    torch.manual_seed(seed)
+    model = build_model(load_params().pair(PAIR).network).eval()
+    scores = {
+        **evaluate(model, data),
+        CHECKED_SCORE: per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES).mean().item(),
+        "dataset": "mnist5k",
+        "protocol": data.protocol,
+        "label_names": data.label_names,
+        "data_hash": data.data_hash,
+        "git_commit": "0123abc",
+    }
+    folder = Path("weights") / PAIR
+    save_checkpoint(folder, model, scores)
+    return folder
+
+
+def test_released_weights_become_the_first_champion_once(weights: Path) -> None:
+    (text,) = release_all()
+    assert text == (
+        "pixelcnn-mnist5k: released weights are version 1 of pixelcnn-mnist5k (checksum checked, scored afresh on 200 "
+        "validation images); champion, as the first of its dataset."
+    )
+    assert registry.aliases("mnist5k") == {"champion": "1"}
+    sha256 = json.loads((weights / "config.json").read_text())["weights_sha256"]
+    assert store.latest("pixelcnn-mnist5k") == f"pixelcnn-mnist5k:v1-{sha256[:8]}"
+    (version,) = registry.versions("mnist5k")
+    assert version.lineage()["git_commit"] == "0123abc"
+    assert release(PAIR).endswith("; champion already.")
+    assert len(registry.versions("mnist5k")) == 1
+    experiment = tracking.client().get_experiment_by_name(registry.DECISIONS_EXPERIMENT)
+    (decision,) = tracking.client().search_runs([experiment.experiment_id])
+    assert decision.data.tags["decision"] == "released"
+
+
+def test_a_champion_that_is_there_stays(weights: Path) -> None:
+    release(PAIR)
+    served = store.latest("pixelcnn-mnist5k")
+    write_weights(seed=1)
+    assert "version 2" in (text := release(PAIR))
+    assert text.endswith("; version 1 stays champion until a promotion decides otherwise.")
+    assert registry.aliases("mnist5k") == {"champion": "1", "challenger": "2"}
+    assert store.latest("pixelcnn-mnist5k") == served
+
+
+def test_other_weights_under_the_same_scores_are_refused(weights: Path) -> None:
+    scores = (weights / "scores.json").read_text()
+    write_weights(seed=1)
+    (weights / "scores.json").write_text(scores)
+    with pytest.raises(ValueError, match=r"does not score what it says: .* nats on the first 200 .* Fetch the weights"):
+        release(PAIR)
+    assert registry.versions("mnist5k") == []
+    assert store.latest("pixelcnn-mnist5k") is None
+
+
+def test_without_the_data_the_checksum_alone_is_checked(weights: Path) -> None:
+    DATA.unlink()
+    assert "(checksum checked, not scored: the prepared data are not here)" in release(PAIR)
+    with open(weights / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x00")
+    with pytest.raises(ValueError, match="is not the file that was saved"):
+        release(PAIR)
