@@ -156,6 +156,14 @@ def log_training_run(
     return run_id
 
 
+def log_evaluation(experiment: str, name: str, scores: Mapping[str, float], tags: Mapping[str, str]) -> str:
+    """Record scores of a model that was trained before, as a run of its own; return the run's ID."""
+    client()
+    with mlflow.start_run(experiment_id=experiment_id(experiment), run_name=name, tags=dict(tags)) as run:
+        mlflow.log_metrics(dict(scores))
+    return run.info.run_id
+
+
 def _log_model(folder: Path) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
     levels = np.zeros((1, *config["image_shape"]), dtype=np.int64)

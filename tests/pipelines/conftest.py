@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from projects import tiny_dataset, tiny_params, write_params
+from projects import tiny_dataset, tiny_params, write_params, write_weights
 
 from pixelcnn.data import save_dataset
 
@@ -40,3 +40,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_params(tmp_path, tiny_params())
     save_dataset(tmp_path / "data/mnist5k.safetensors", tiny_dataset())
     return tmp_path
+
+
+@pytest.fixture
+def weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write random weights of a tiny pair, with their scores, as released ones; BentoML's store is a new one."""
+    monkeypatch.setenv("BENTOML_HOME", str(project / "bentoml"))
+    return write_weights(seed=0)

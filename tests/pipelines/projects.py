@@ -6,8 +6,13 @@ from pathlib import Path
 import torch
 import yaml
 
+from pipelines.params import load_params
+from pipelines.training_flow import CHECKED_IMAGES, CHECKED_SCORE
+from pixelcnn import build_model, evaluate, load_dataset, save_checkpoint
 from pixelcnn.data import Dataset
+from pixelcnn.training import per_image_nll
 
+PAIR = "pixelcnn-mnist5k"
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,3 +62,22 @@ def copy_project(folder: Path) -> None:
     for name in ("dvc.yaml", ".dvcignore", "prefect.toml", "prefect.yaml"):
         shutil.copy(ROOT / name, folder / name)
     write_params(folder, tiny_params())
+
+
+def write_weights(seed: int) -> Path:
+    """Write random weights of PAIR with their scores to weights/PAIR, measured on data/mnist5k.safetensors."""
+    data = load_dataset("data/mnist5k.safetensors")
+    torch.manual_seed(seed)
+    model = build_model(load_params().pair(PAIR).network).eval()
+    scores = {
+        **evaluate(model, data),
+        CHECKED_SCORE: per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES).mean().item(),
+        "dataset": "mnist5k",
+        "protocol": data.protocol,
+        "label_names": data.label_names,
+        "data_hash": data.data_hash,
+        "git_commit": "0123abc",
+    }
+    folder = Path("weights") / PAIR
+    save_checkpoint(folder, model, scores)
+    return folder

@@ -4,41 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from projects import PAIR, write_weights
 
 from pipelines import registry, store, tracking
-from pipelines.params import load_params
 from pipelines.release import release, release_all
-from pipelines.training_flow import CHECKED_IMAGES, CHECKED_SCORE
-from pixelcnn import build_model, evaluate, load_dataset, save_checkpoint
-from pixelcnn.training import per_image_nll
 
-PAIR = "pixelcnn-mnist5k"
 DATA = Path("data/mnist5k.safetensors")
-
-
-@pytest.fixture
-def weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BENTOML_HOME", str(project / "bentoml"))
-    return write_weights(seed=0)
-
-
-def write_weights(seed: int) -> Path:
-    data = load_dataset(DATA)
-    torch.manual_seed(seed)
-    model = build_model(load_params().pair(PAIR).network).eval()
-    scores = {
-        **evaluate(model, data),
-        CHECKED_SCORE: per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES).mean().item(),
-        "dataset": "mnist5k",
-        "protocol": data.protocol,
-        "label_names": data.label_names,
-        "data_hash": data.data_hash,
-        "git_commit": "0123abc",
-    }
-    folder = Path("weights") / PAIR
-    save_checkpoint(folder, model, scores)
-    return folder
 
 
 def test_released_weights_become_the_first_champion_once(weights: Path) -> None:
