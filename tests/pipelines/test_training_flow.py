@@ -220,7 +220,7 @@ def test_a_state_of_other_settings_is_not_taken_up(project: Path) -> None:
     params = training_flow.load_params()
     data = load_dataset("data/mnist5k.safetensors")
     first = training_flow._work_folder(OUT, params.pair(PAIR), data)
-    first.mkdir()
+    first.mkdir(parents=True)
     assert training_flow._work_folder(OUT, params.pair(PAIR), data) == first
     values = tiny_params()
     values["pairs"][PAIR]["train"]["learning_rate"] = 0.02
