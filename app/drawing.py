@@ -1,22 +1,38 @@
-"""What the page makes of a drawing, and of the service's answer: no Streamlit here, no model, only arrays and PNG."""
+"""What the page makes of a drawing, and of the service's answers: no Streamlit here, no model, only arrays and PNG."""
 
 import base64
+import binascii
+import html
 import io
+import json
 import math
-from dataclasses import dataclass
+import zlib
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 MAX_SEED = 2**63 - 1
-ENLARGE = 8  # PNG pixels per cell: crisp when saved, too
+NO_MARK, TOUCHED, HOLE = 0, 1, 2  # a cell's mark, as in app/grid/grid.js
+SAVED_CELL = 20  # pixels per cell of a picture to keep
+SAVED_GAP = 10
 
 # Colours of the endings, red, green, blue.
 INK = (28, 31, 43)  # drawn by the person
 PAPER = (255, 255, 255)
 ADDED_INK = (217, 72, 15)  # added by the model
 ADDED_PAPER = (255, 246, 240)  # left blank by the model
+# Nats of a pixel, from nothing to the most surprising one of the picture.
+HEAT = np.array([(252, 250, 245), (253, 208, 140), (238, 115, 43), (165, 28, 48), (52, 8, 44)], dtype=float)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is on the grid: (H, W) int64 each. `strength` of the ink, 0 to 255; `mark`: NO_MARK, TOUCHED or HOLE."""
+
+    strength: np.ndarray
+    mark: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -44,21 +60,105 @@ class Ending:
     model: dict[str, Any] | None = None
 
 
-def parse_ink(text: Any, shape: tuple[int, int]) -> np.ndarray:
-    """Return the grid's state as (H, W) int64 of 0 and 1; blank if it is not such a state."""
-    if not isinstance(text, str) or len(text) != math.prod(shape) or set(text) - {"0", "1"}:
-        return np.zeros(shape, dtype=np.int64)
-    return np.array(list(text), dtype=np.int64).reshape(shape)
+def blank_drawing(shape: tuple[int, int]) -> Drawing:
+    """Return an empty grid."""
+    return Drawing(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64))
 
 
-def known_cells(ink: np.ndarray, mode: str) -> np.ndarray:
-    """Return (H, W) int64, 1 where a cell counts as known. `app/grid/grid.js` shows the same cells as known."""
-    if mode == "ink" or not ink.any():
-        return ink.copy()
-    lowest = int(np.flatnonzero(ink.any(axis=1))[-1])
-    known = np.zeros_like(ink)
-    known[: lowest + 1] = 1
-    return known
+def drawing_text(drawing: Drawing) -> str:
+    """Return a drawing as the grid's state: per cell two hexadecimal digits of strength, and the mark."""
+    pairs = zip(drawing.strength.ravel().tolist(), drawing.mark.ravel().tolist(), strict=True)
+    return "".join(f"{strength:02x}{mark}" for strength, mark in pairs)
+
+
+def parse_drawing(text: Any, shape: tuple[int, int]) -> Drawing:
+    """Return the grid's state as a drawing; blank if it is not such a state."""
+    if not isinstance(text, str) or not text.isascii() or len(text) != 3 * math.prod(shape):
+        return blank_drawing(shape)
+    digits = np.array(["0123456789abcdef".find(character) for character in text]).reshape(*shape, 3)
+    if digits.min() < 0 or digits[..., 2].max() > HOLE:
+        return blank_drawing(shape)
+    return Drawing(16 * digits[..., 0] + digits[..., 1], digits[..., 2])
+
+
+def encode_drawing(drawing: Drawing) -> str:
+    """Return a drawing as short text for an address; empty for a blank one."""
+    if not drawing.strength.any() and not drawing.mark.any():
+        return ""
+    values = np.stack([drawing.strength, drawing.mark]).astype(np.uint8).tobytes()
+    packed = zlib.compress(values, level=9, wbits=-15)
+    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
+
+
+def decode_drawing(text: str, shape: tuple[int, int]) -> Drawing:
+    """Undo `encode_drawing`; blank if the text is no drawing of this shape."""
+    size = 2 * math.prod(shape)
+    try:
+        packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        values = zlib.decompressobj(wbits=-15).decompress(packed, size + 1)
+    except (ValueError, binascii.Error, zlib.error):
+        return blank_drawing(shape)
+    if len(values) != size:
+        return blank_drawing(shape)
+    strength, mark = np.frombuffer(values, dtype=np.uint8).astype(np.int64).reshape(2, *shape)
+    return Drawing(strength, mark) if mark.max() <= HOLE else blank_drawing(shape)
+
+
+def levels_of(drawing: Drawing, num_levels: int) -> np.ndarray:
+    """Return (H, W) levels, rounded as the grid shows them; 0 in holes, whatever ink is below."""
+    levels = np.floor(drawing.strength * (num_levels - 1) / 255 + 0.5).astype(np.int64)
+    return np.where(drawing.mark == HOLE, 0, levels)
+
+
+def strength_of(levels: np.ndarray, num_levels: int) -> np.ndarray:
+    """Return the strengths, 0 to 255, that `levels_of` turns into these levels."""
+    return np.rint(levels * 255 / (num_levels - 1)).astype(np.int64)
+
+
+def known_cells(drawing: Drawing, mode: str, num_levels: int) -> np.ndarray:
+    """Return (H, W) int64, 1 where a cell counts as known; `isKnown` in `app/grid/grid.js` shows the same.
+
+    Args:
+        mode: "above": every row down to the lowest ink; "ink"; "touched": ink and known blanks; "mask": all but holes.
+    """
+    ink = levels_of(drawing, num_levels) > 0
+    if mode == "mask":
+        known = np.ones_like(ink)
+    elif mode == "touched":
+        known = drawing.mark == TOUCHED
+    else:
+        known = ink.copy()
+        if mode == "above" and ink.any():
+            known[: int(np.flatnonzero(ink.any(axis=1))[-1]) + 1] = True
+    return (known & (drawing.mark != HOLE)).astype(np.int64)
+
+
+def fit_picture(data: bytes, shape: tuple[int, int], channels: int, dark_ink: bool) -> np.ndarray:
+    """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
+
+    Args:
+        dark_ink: whether a grey picture shows dark ink on light paper, as photographs do; then dark becomes high.
+
+    Raises:
+        ValueError: it is no picture that can be read.
+    """
+    height, width = shape
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            picture = file.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError("This file is no picture that can be read. Upload a PNG or a JPEG.") from None
+    invert = dark_ink and channels == 1
+    paper = (255, 255, 255, 255) if invert else (0, 0, 0, 255)
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert(
+        "L" if channels == 1 else "RGB"
+    )
+    scale = min(width / flat.width, height / flat.height)
+    size = max(1, round(flat.width * scale)), max(1, round(flat.height * scale))
+    whole = Image.new(flat.mode, (width, height), paper[:channels] if channels > 1 else paper[0])
+    whole.paste(flat.resize(size, Image.Resampling.BOX), ((width - size[0]) // 2, (height - size[1]) // 2))
+    values = np.asarray(whole, dtype=np.int64)
+    return 255 - values if invert else values
 
 
 def parse_seed(text: str) -> int | None:
@@ -75,8 +175,20 @@ def parse_seed(text: str) -> int | None:
     return int(text)
 
 
-def picture(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> bytes:
-    """Return a PNG of one ending.
+def as_png(pixels: np.ndarray) -> bytes:
+    """Return (H, W, 3 or 4) uint8 pixels as a PNG. The page shows them enlarged without blur (`image-rendering`)."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(png: bytes) -> str:
+    """Return a PNG as the source of an `img`."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def ending_pixels(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> np.ndarray:
+    """Return one ending as (H, W, 4) uint8 pixels.
 
     Args:
         image: (H, W) levels in 0..levels-1, -1 where not drawn yet (transparent).
@@ -90,9 +202,48 @@ def picture(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -
     pixels = np.empty((*image.shape, 4), dtype=np.uint8)
     pixels[..., :3] = np.rint(paper + (ink - paper) * strength)
     pixels[..., 3] = np.where(image < 0, 0, 255)
-    file = io.BytesIO()
-    Image.fromarray(np.kron(pixels, np.ones((ENLARGE, ENLARGE, 1), dtype=np.uint8))).save(file, "PNG")
-    return file.getvalue()
+    return pixels
+
+
+def whole_pixels(image: np.ndarray, levels: int) -> np.ndarray:
+    """Return a whole image, (H, W) or (H, W, 3) levels, as (H, W, 3) uint8 pixels: grey ones as ink on paper."""
+    if image.ndim == 3:
+        return np.rint(image * 255 / (levels - 1)).astype(np.uint8)
+    return ending_pixels(image, np.ones_like(image), levels, coloured=False)[..., :3]
+
+
+def heat_pixels(surprise: np.ndarray) -> np.ndarray:
+    """Return (H, W) nats as (H, W, 3) uint8 pixels: light is expected, dark is the most surprising pixel."""
+    place = surprise / max(float(surprise.max()), 1e-9) * (len(HEAT) - 1)
+    channels = [np.interp(place, np.arange(len(HEAT)), HEAT[:, channel]) for channel in range(3)]
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def sheet(pictures: list[np.ndarray], columns: int) -> bytes:
+    """Return (H, W, C) pictures side by side as one large PNG to keep: each cell a crisp square."""
+    height, width = SAVED_CELL * pictures[0].shape[0], SAVED_CELL * pictures[0].shape[1]
+    rows = -(-len(pictures) // columns)
+    paper = np.full(
+        (rows * (height + SAVED_GAP) + SAVED_GAP, columns * (width + SAVED_GAP) + SAVED_GAP, 3), 226, dtype=np.uint8
+    )
+    for i, picture in enumerate(pictures):
+        top = SAVED_GAP + i // columns * (height + SAVED_GAP)
+        left = SAVED_GAP + i % columns * (width + SAVED_GAP)
+        large = picture[..., :3].repeat(SAVED_CELL, axis=0).repeat(SAVED_CELL, axis=1)
+        paper[top : top + height, left : left + width] = large
+    return as_png(paper)
+
+
+def record(ending: Ending) -> str:
+    """Return the endings as JSON. Its `request`, sent to /complete, gives the same `result` from the same model."""
+    assert ending.log_probs is not None
+    values = {
+        "request": {name: value for name, value in asdict(ending.request).items() if value is not None}
+        | {"seed": ending.seed},
+        "result": {"completions": ending.images.tolist(), "log_probs": ending.log_probs},
+        "model": ending.model,
+    }
+    return json.dumps(values, indent=1)
 
 
 def nats(value: float) -> str:
@@ -100,18 +251,70 @@ def nats(value: float) -> str:
     return f"{value:.1f} nats".replace("-", "\N{MINUS SIGN}")
 
 
-def endings_html(ending: Ending, coloured: bool) -> str:
-    """Return the endings as a grid of figures, the most likely first once they are scored."""
+def bits_per_dim(log_prob: float, num: int) -> str:
+    """Write a log-probability in nats as bits per each of `num` dimensions."""
+    return f"{abs(log_prob) / (max(num, 1) * math.log(2)):.3f} bits/dim"
+
+
+def order_of(ending: Ending, order: str) -> list[int]:
+    """Return the endings' indices in the order to show: "likely" or "rare" first, or as "drawn"."""
+    found = list(range(len(ending.images)))
+    if ending.log_probs is None or order == "drawn":
+        return found
+    return sorted(found, key=ending.log_probs.__getitem__, reverse=order == "likely")
+
+
+def endings_html(ending: Ending, coloured: bool, order: str = "likely", drawing: Drawing | None = None) -> str:
+    """Return the endings as a grid of figures, in `order` once they are scored: then a click continues from one.
+
+    Args:
+        drawing: what is on the grid; an ending that it equals is shown as chosen.
+    """
     known = np.array(ending.request.observed)
-    order, captions = list(range(len(ending.images))), ["\N{HORIZONTAL ELLIPSIS}"] * len(ending.images)
-    if ending.log_probs is not None:
-        order = sorted(order, key=[-value for value in ending.log_probs].__getitem__)
-        captions = [nats(value) for value in ending.log_probs]
+    num_added = int((known == 0).sum())
+    on_grid = None if drawing is None else levels_of(drawing, ending.levels)
     figures = []
-    for rank, i in enumerate(order, start=1):
-        data = base64.b64encode(picture(ending.images[i], known, ending.levels, coloured)).decode()
+    for rank, i in enumerate(order_of(ending, order), start=1):
+        image = ending.images[i]
+        source = data_url(as_png(ending_pixels(image, known, ending.levels, coloured)))
+        if ending.log_probs is None:
+            figures.append(
+                f'<figure><img src="{source}" alt="Ending {rank}, being drawn">'
+                "<figcaption>\N{HORIZONTAL ELLIPSIS}<small>&nbsp;</small></figcaption></figure>"
+            )
+            continue
+        score, bits = nats(ending.log_probs[i]), bits_per_dim(ending.log_probs[i], num_added)
+        ink = strength_of(image, ending.levels).astype(np.uint8).tobytes().hex()
+        chosen = on_grid is not None and np.array_equal(on_grid, image)
         figures.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="Ending {rank}: {captions[i]}">'
-            f"<figcaption>{captions[i]}</figcaption></figure>"
+            f'<figure><button type="button" data-ink="{ink}" aria-pressed="{str(chosen).lower()}"'
+            f' aria-label="Continue from ending {rank}" title="Continue from this ending">'
+            f'<img src="{source}" alt="Ending {rank}: {score}"></button>'
+            f"<figcaption>{score}<small>{bits}</small></figcaption></figure>"
         )
     return f'<div class="endings">{"".join(figures)}</div>'
+
+
+def gallery_html(endings: list[Ending]) -> str:
+    """Return the likeliest ending of each past request, as small buttons that continue from it."""
+    figures = []
+    for ending in endings:
+        image = ending.images[order_of(ending, "likely")[0]]
+        source = data_url(as_png(ending_pixels(image, np.array(ending.request.observed), ending.levels, True)))
+        ink = strength_of(image, ending.levels).astype(np.uint8).tobytes().hex()
+        seed = html.escape(str(ending.seed))
+        figures.append(
+            f'<button type="button" data-ink="{ink}" title="Continue from this one (seed {seed})"'
+            f' aria-label="Continue from the ending of seed {seed}"><img src="{source}" alt=""></button>'
+        )
+    return f'<div class="gallery">{"".join(figures)}</div>'
+
+
+def sheet_html(pictures: list[np.ndarray], captions: list[str]) -> str:
+    """Return (H, W, 3) pictures with captions as a grid."""
+    figures = [
+        f'<figure><img src="{data_url(as_png(picture))}" alt="{html.escape(caption)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for picture, caption in zip(pictures, captions, strict=True)
+    ]
+    return f'<div class="endings sheet">{"".join(figures)}</div>'

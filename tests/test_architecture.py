@@ -14,9 +14,9 @@ CORE = {"torch", "numpy", "safetensors", "PIL", "numba", "pixelcnn"}
 ONLY_IN = {
     "mlflow": {"pipelines/tracking.py", "pipelines/registry.py", "pipelines/logged_model.py"},
     "bentoml": {"pipelines/store.py", "app/service.py"},
-    "streamlit": {"app/canvas.py"},
+    "streamlit": {"app/canvas.py", "app/pages.py"},
 }
-CANVAS_SIDE = ("app/canvas.py", "app/client.py", "app/demo.py", "app/drawing.py")
+CANVAS_SIDE = ("app/canvas.py", "app/client.py", "app/demo.py", "app/drawing.py", "app/pages.py")
 
 
 def imports_of(path: Path) -> set[str]:

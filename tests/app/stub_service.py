@@ -65,6 +65,10 @@ class StubService:
                     self._send(stub.refusal[0], "application/json", stub.refusal[1].encode())
                 elif self.path == "/complete":
                     self._json(200, stub.answer(body))
+                elif self.path == "/generate":
+                    self._json(200, stub.generated(body))
+                elif self.path == "/likelihood":
+                    self._json(200, stub.likelihood(body))
                 elif self.path == "/complete_stream":
                     self._stream(stub.answer(body))
 
@@ -123,6 +127,26 @@ class StubService:
         answer = {"completions": completions, "log_probs": log_probs, "seed": seed, "model": MODEL}
         self.answers.append(answer)
         return answer
+
+    def generated(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return whole images of random levels."""
+        channels, height, width = self.models[body["dataset"]]["shape"]
+        seed = body["seed"] if body.get("seed") is not None else 4711
+        draw = random.Random(seed)
+
+        def pixel() -> Any:
+            levels = [draw.randrange(self.models[body["dataset"]]["levels"]) for _ in range(channels)]
+            return levels if channels == 3 else levels[0]
+
+        images = [[[pixel() for _ in range(width)] for _ in range(height)] for _ in range(body["num_samples"])]
+        return {"images": images, "log_probs": [-100 * draw.random() for _ in images], "seed": seed, "model": MODEL}
+
+    def likelihood(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return a nat for each inked pixel, half as many when told that the image is a 4."""
+        each = 0.5 if body["label"] == 4 else 1.0
+        surprise = [[each * (level != 0) for level in row] for row in body["image"]]
+        total = sum(map(sum, surprise))
+        return {"log_prob": -total, "bits_per_dim": total / 543.4, "surprise": surprise, "model": MODEL}
 
     def close(self) -> None:
         """Stop listening: the port refuses connections from now on."""

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ import PIL.Image
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from stub_service import StubService
+
+from app.drawing import Drawing, encode_drawing
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM_ARGUMENTS = [
@@ -177,15 +180,23 @@ def press_complete(page: Page) -> None:
     page.get_by_role("button", name="Complete").click()
 
 
-def wait_for_endings(page: Page, number: int = 6) -> None:
+def wait_for_endings(page: Page, number: int = 9) -> None:
     expect(page.locator(".endings figcaption").filter(has_text="nats")).to_have_count(number)
 
 
 def shown_endings(page: Page) -> list[np.ndarray]:
     """The endings as the browser has them, each (28, 28, 3)."""
-    sources = page.locator(".endings img").evaluate_all("images => images.map(image => image.src)")
+    sources = page.locator(".endings button img").evaluate_all("images => images.map(image => image.src)")
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
-    return [np.array(picture)[4::8, 4::8, :3] for picture in pictures]
+    return [np.array(picture)[..., :3] for picture in pictures]
+
+
+def until(condition: Callable[[], Any], failure: str) -> None:
+    """Wait for something that the page does by itself."""
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.05)
 
 
 def test_draw_press_see(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
@@ -208,7 +219,7 @@ def test_draw_press_see(open_page: OpenPage, service: StubService, tmp_path: Pat
         assert (picture[drawn == 0] == 255).all()
         assert (picture[drawn == -1] == (217, 72, 15)).all(axis=-1).any()
     captions = page.locator(".endings figcaption").all_inner_texts()
-    assert all(re.fullmatch(r"\N{MINUS SIGN}\d+\.\d nats", caption) for caption in captions)
+    assert all(re.fullmatch(r"\N{MINUS SIGN}\d+\.\d nats\s*0\.\d{3} bits/dim", caption) for caption in captions)
     assert (cells(page) == drawn).all()  # and the drawing is still there
     page.screenshot(path=tmp_path / "canvas.png")
     assert (tmp_path / "canvas.png").stat().st_size > 10_000
@@ -220,10 +231,17 @@ def test_rows_appear_while_the_model_draws(open_page: OpenPage, service: StubSer
     draw(page, HALF_DIGIT)
     press_complete(page)
     expect(page.get_by_text("The model is drawing")).to_be_visible()
-    expect(page.locator(".endings img")).to_have_count(6)
-    assert page.locator(".endings figcaption").first.inner_text() == "\N{HORIZONTAL ELLIPSIS}"
+    expect(page.locator(".endings img")).to_have_count(9)
+    assert page.locator(".endings figcaption").first.inner_text().strip() == "\N{HORIZONTAL ELLIPSIS}"
     wait_for_endings(page)
     expect(page.get_by_text("The model is drawing")).not_to_be_visible()
+    service.row_s = 0.4
+    drawn, endings = ink(page), shown_endings(page)
+    press_complete(page)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("The model is drawing")).not_to_be_visible()
+    assert (ink(page) == drawn).all()
+    assert np.array_equal(shown_endings(page), endings)
 
 
 def test_undo_redo_eraser_clear(open_page: OpenPage) -> None:
@@ -252,7 +270,7 @@ def test_undo_redo_eraser_clear(open_page: OpenPage) -> None:
     assert (ink(page) == second).all()
 
 
-def test_brush_widths(open_page: OpenPage) -> None:
+def test_brush_widths_and_fast_strokes(open_page: OpenPage) -> None:
     page = open_page()
     for brush, column in ((1, 4.5), (2, 11.0), (3, 18.5)):
         tool(page, f"Brush {brush}").click()
@@ -260,11 +278,8 @@ def test_brush_widths(open_page: OpenPage) -> None:
     expected = np.zeros(SIZE, dtype=int)
     expected[[4, 10, 11, 17, 18, 19]] = 1
     assert (ink(page)[10] == expected).all()
-
-
-def test_fast_stroke_has_no_gaps_and_may_cross_the_edge(open_page: OpenPage) -> None:
-    page = open_page()
-    tool(page, "Brush 1").click()
+    tool(page, "Clear").click()
+    tool(page, "Brush 1").click()  # from here on: fast strokes have no gaps, and may cross the edge
     draw(page, [(0.5, 3.5), (27.5, 17.5)])
     drawn = ink(page)
     assert drawn.any(axis=0).all()
@@ -277,31 +292,145 @@ def test_fast_stroke_has_no_gaps_and_may_cross_the_edge(open_page: OpenPage) -> 
     assert (ink(page) == expected).all()
 
 
-def test_only_my_ink(open_page: OpenPage, service: StubService) -> None:
+def test_what_is_known(open_page: OpenPage, service: StubService) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
+    tool(page, "Blank").click()
+    draw(page, [(3, 20), (24, 20)])
+    page.keyboard.press("h")  # without the grid being in focus
+    page.keyboard.press("3")
+    draw(page, [(14, 4.5), (16, 4.5)])
     drawn = ink(page)
-    page.get_by_text("Only my ink").click()
-    deadline = time.monotonic() + 5
-    while (cells(page) == 0).any():
-        assert time.monotonic() < deadline, "blank cells above the ink still look known"
-        time.sleep(0.05)
-    assert (ink(page) == drawn).all()
-    press_complete(page)
-    wait_for_endings(page)
-    assert service.requests[-1][1]["observed"] == drawn.tolist()
+    shown = {}
+    for number, mode in enumerate(("Only my ink", "All I touched", "Free mask", "All above"), start=1):
+        page.get_by_role("radio", name=mode).click()
+        press_complete(page)
+        until(lambda number=number: len(service.answers) == number, "the endings were not asked for")
+        wait_for_endings(page)
+        shown[mode] = cells(page)
+        body = service.requests[-1][1]
+        assert body["observed"] == (shown[mode] >= 0).astype(int).tolist(), mode  # seen is sent
+        assert body["image"] == drawn.tolist(), mode
+        assert (ink(page) == drawn).all()
+    blank = np.zeros((SIZE, SIZE), dtype=bool)
+    blank[19:21, 2:25] = True
+    assert (shown["Only my ink"] == np.where(drawn, 1, -1)).all()
+    assert (shown["All I touched"] == np.where(drawn, 1, np.where(blank, 0, -1))).all()
+    hole = shown["Free mask"] == -1
+    assert hole[3:6, 13:17].all()
+    assert hole.sum() == hole[3:6, 12:18].sum()
+    assert (shown["All above"][:13][hole[:13]] == -1).all()
 
 
 def test_as_i_draw(open_page: OpenPage, service: StubService) -> None:
     page = open_page()
     page.get_by_text("As I draw").click()
-    draw(page, HALF_DIGIT)
+    places = points_on_screen(page, HALF_DIGIT)
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place)
+        time.sleep(0.1)
+    until(lambda: service.requests, "nothing was sent while the stroke was drawn")
+    page.mouse.up()
+    first = ink(page)
     wait_for_endings(page)
+    tool(page, "Undo").click()
+    assert not ink(page).any()  # what was sent on the way is no step of its own
+    tool(page, "Redo").click()
+    service.row_s = 0.05  # a slow answer to this drawing comes too late: the next stroke is made before
     draw(page, [(14, 12), (16, 15)])
-    deadline = time.monotonic() + 10
-    while not service.requests or service.requests[-1][1]["image"] != ink(page).tolist():
-        assert time.monotonic() < deadline, "the last stroke was never sent"
-        time.sleep(0.05)
+    until(lambda: service.requests[-1][1]["image"] == ink(page).tolist(), "the stroke was never sent")
+    service.row_s = 0.0
+    draw(page, [(16, 15), (18, 19)])
+    last = ink(page)
+    assert (last >= first).all()
+    until(lambda: service.requests[-1][1]["image"] == last.tolist(), "the last stroke was never sent")
+    time.sleep(1)  # the slow answer would be complete by now
+    wait_for_endings(page)
+    for picture in shown_endings(page):
+        assert (picture[last == 1] == (28, 31, 43)).all()
+
+
+def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    drawn = ink(page)
+    page.keyboard.press("f")
+    wait_for_endings(page)
+    endings = page.locator(".endings button")
+    endings.nth(2).click()
+    expect(endings.nth(2)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator('.endings button[aria-pressed="true"]')).to_have_count(1)
+    answer = service.answers[-1]
+    third = sorted(range(9), key=lambda i: -answer["log_probs"][i])[2]
+    assert ink(page).tolist() == answer["completions"][third]
+    page.screenshot(path=tmp_path / "continued.png")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON").click()
+    assert json.loads(download.value.path().read_text())["result"]["completions"] == answer["completions"]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="PNG").click()
+    assert PIL.Image.open(download.value.path()).size == (1720, 1720)
+    page.keyboard.press("Control+z")  # one step
+    assert (ink(page) == drawn).all()
+    endings.nth(0).focus()
+    page.keyboard.press("Enter")
+    assert (ink(page) != drawn).any()
+
+
+def test_link_and_reload(open_page: OpenPage, service: StubService, page_url: str) -> None:
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    page.get_by_role("radio", name="Only my ink").click()
+    press_complete(page)
+    wait_for_endings(page)
+    page.wait_for_url("**seed=4711**")
+    drawn, endings, link = cells(page), shown_endings(page), page.url
+    friend = open_page(url=link)  # another browser, without this one's memory
+    wait_for_endings(friend)
+    assert (cells(friend) == drawn).all()
+    assert np.array_equal(shown_endings(friend), endings)
+    assert service.requests[-1][1]["seed"] == 4711
+    draw(page, [(20, 3), (22, 5)])
+    more = ink(page)
+    page.get_by_role("radio", name="Models").click()
+    expect(page.get_by_text("data hash").first).to_be_visible()
+    page.get_by_role("radio", name="Draw").click()
+    grid(page).wait_for()
+    assert (ink(page) == more).all()
+    page.reload()
+    grid(page).wait_for()
+    until(lambda: (ink(page) == more).all(), "the last stroke was lost")
+    other = np.zeros((SIZE, SIZE), dtype=int)
+    other[3:9, 4:6] = 1
+    page.goto(f"{page_url}/?d={encode_drawing(Drawing(255 * other, other))}")  # comes before what is remembered
+    until(lambda: (ink(page) == other).all(), "the link was not followed")
+
+
+def test_picture_and_grey(open_page: OpenPage, service: StubService, page_url: str) -> None:
+    page = open_page(url=f"{page_url}/?dataset=fashion_mnist")
+    page.locator(".grey input").fill("120")
+    draw(page, HALF_DIGIT)
+    press_complete(page)
+    wait_for_endings(page)
+    sent = np.array(service.requests[-1][1]["image"])
+    assert set(sent.ravel()) == {0, 120}
+    photograph = np.full((280, 280), 255, dtype=np.uint8)
+    photograph[100:180, 100:180] = 55
+    file = io.BytesIO()
+    PIL.Image.fromarray(photograph).save(file, "PNG")
+    page.get_by_text("Start from a picture").click()
+    page.locator("input[type=file]").set_input_files(
+        {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    )
+    page.get_by_role("button", name="Put it on the grid").click()
+    until(lambda: cells(page)[10:18, 10:18].sum() == 64, "the picture did not come")
+    press_complete(page)
+    until(lambda: len(service.answers) == 2, "the picture was not sent")
+    sent = np.array(service.requests[-1][1]["image"])
+    assert (sent[10:18, 10:18] == 200).all()
+    assert np.count_nonzero(sent) == 64
 
 
 def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:

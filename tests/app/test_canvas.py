@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,17 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from stub_service import StubService
 
+from app.drawing import Drawing, drawing_text
+
 PAGE = Path(__file__).parents[2] / "app" / "canvas.py"
 INK = np.zeros((28, 28), dtype=int)
 INK[5:12, 10:12] = 1  # a stroke that ends in row 11
+
+
+def grid_text(ink: np.ndarray) -> str:
+    """The grid's state with full ink where `ink` is 1."""
+    return drawing_text(Drawing(255 * ink, ink))
+
 
 OpenPage = Callable[[], AppTest]
 
@@ -26,26 +35,27 @@ def open_page(service: StubService, monkeypatch: pytest.MonkeyPatch) -> OpenPage
 
     def open_it() -> AppTest:
         page = AppTest.from_file(str(PAGE), default_timeout=20)
-        page.session_state["grid-28x28"] = {"ink": "".join(map(str, INK.ravel()))}
+        page.session_state["grid-28x28"] = {"ink": grid_text(INK)}
         return page.run()
 
     return open_it
 
 
 def complete(page: AppTest) -> AppTest:
-    page.button[0].click().run()
+    next(button for button in page.button if button.label == "Complete").click().run()
     assert not page.exception
     return page
 
 
 def pictures(page: AppTest) -> list[np.ndarray]:
     """The endings on the page as (28, 28, 4) pixels, one per cell."""
-    body = "".join(element.proto.body for element in page.get("html"))
+    bodies = [element.proto.body for element in page.get("html")]
+    body = "".join(body for body in bodies if body.startswith('<div class="endings'))
     found = []
     for data in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", body):
         pixels = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
-        assert pixels.shape == (224, 224, 4)
-        found.append(pixels[4::8, 4::8])
+        assert pixels.shape == (28, 28, 4)
+        found.append(pixels)
     return found
 
 
@@ -59,19 +69,23 @@ def test_complete_shows_endings_that_keep_the_drawing(service: StubService, open
     assert path == "/complete_stream"
     assert body["image"] == INK.tolist()
     assert body["observed"] == [[int(row <= 11)] * 28 for row in range(28)]
-    assert (body["dataset"], body["num_samples"], body["label"], body["temperature"]) == ("mnist5k", 6, -1, 1.0)
+    assert (body["dataset"], body["num_samples"], body["label"], body["temperature"]) == ("mnist5k", 9, -1, 1.0)
     assert "seed" not in body
     shown = pictures(page)
-    assert len(shown) == 6
+    assert len(shown) == 9
     for pixels in shown:
         assert (pixels[:12][INK[:12] == 1] == (28, 31, 43, 255)).all()
         assert (pixels[:12][INK[:12] == 0] == 255).all()
         added = pixels[12:].reshape(-1, 4)
         assert {tuple(map(int, pixel)) for pixel in added} == {(217, 72, 15, 255), (255, 246, 240, 255)}
     log_probs = sorted(service.answers[-1]["log_probs"], reverse=True)
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", html_text(page))
-    assert captions == [f"\N{MINUS SIGN}{-value:.1f} nats" for value in log_probs]
-    assert "by pixelcnn-mnist5k version 3, seed 4711" in html_text(page)
+    captions = re.findall(r"<figcaption>(.*?)<small>(.*?)</small></figcaption>", html_text(page))
+    num_added = 28 * 16
+    assert captions == [
+        (f"\N{MINUS SIGN}{-value:.1f} nats", f"{-value / num_added / math.log(2):.3f} bits/dim") for value in log_probs
+    ]
+    assert "by pixelcnn-mnist5k version 3" in html_text(page)
+    assert page.code[0].value == "4711"
 
 
 def test_model_line_names_version_score_and_protocol(open_page: OpenPage) -> None:
@@ -84,7 +98,7 @@ def test_model_line_names_version_score_and_protocol(open_page: OpenPage) -> Non
 
 def test_only_my_ink_leaves_everything_else_to_the_model(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
-    page.button_group[0].set_value("ink").run()
+    page.button_group(key="known").set_value("ink").run()
     complete(page)
     assert service.requests[-1][1]["observed"] == INK.tolist()
     for pixels in pictures(page):
@@ -93,10 +107,10 @@ def test_only_my_ink_leaves_everything_else_to_the_model(service: StubService, o
 
 def test_settings_reach_the_service(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
-    page.selectbox[1].set_value(7)
-    page.slider[0].set_value(4)
-    page.slider[1].set_value(0.8)
-    page.text_input[0].set_value("9223372036854775807").run()
+    page.selectbox(key="label").set_value(7)
+    page.slider(key="n").set_value(4)
+    page.slider(key="temperature").set_value(0.8)
+    page.text_input(key="typed_seed").set_value("9223372036854775807").run()
     complete(page)
     body = service.requests[-1][1]
     assert (body["label"], body["num_samples"], body["temperature"], body["seed"]) == (7, 4, 0.8, 2**63 - 1)
@@ -104,8 +118,8 @@ def test_settings_reach_the_service(service: StubService, open_page: OpenPage) -
 
 def test_ink_of_a_grey_dataset_is_its_highest_level(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
-    assert page.selectbox[0].options == ["mnist5k", "fashion_mnist"]  # digits first; no colour images
-    page.selectbox[0].set_value("fashion_mnist").run()
+    assert page.selectbox(key="dataset").options == ["mnist5k", "fashion_mnist"]  # digits first; no colour images
+    page.selectbox(key="dataset").set_value("fashion_mnist").run()
     complete(page)
     assert service.requests[-1][1]["image"] == (255 * INK).tolist()
     assert "test NLL 3.21 bits/dim (protocol: 8-bit" in page.caption[-1].value
@@ -113,7 +127,7 @@ def test_ink_of_a_grey_dataset_is_its_highest_level(service: StubService, open_p
 
 def test_one_colour_when_asked(open_page: OpenPage) -> None:
     page = complete(open_page())
-    page.toggle[1].set_value(False).run()
+    page.toggle(key="coloured").set_value(False).run()
     colours = {tuple(map(int, pixel)) for pixels in pictures(page) for pixel in pixels.reshape(-1, 4)}
     assert colours == {(28, 31, 43, 255), (255, 255, 255, 255)}
 
@@ -121,32 +135,32 @@ def test_one_colour_when_asked(open_page: OpenPage) -> None:
 def test_as_i_draw_needs_no_button_and_asks_once(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
     assert service.requests == []
-    page.toggle[0].set_value(True).run()
+    page.toggle(key="live").set_value(True).run()
     assert len(service.requests) == 1
-    assert len(pictures(page)) == 6
+    assert len(pictures(page)) == 9
     page.run()
     assert len(service.requests) == 1
-    page.slider[0].set_value(2).run()
+    page.slider(key="n").set_value(2).run()
     assert len(service.requests) == 2
     assert len(pictures(page)) == 2
 
 
 def test_wrong_seed_is_said_and_nothing_is_sent(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
-    page.text_input[0].set_value("-1").run()
+    page.text_input(key="typed_seed").set_value("-1").run()
     complete(page)
     assert page.warning[0].value == (
         "The seed must be a whole number from 0 to 9223372036854775807, got '-1'. Empty means a new one."
     )
     assert service.requests == []
-    page.text_input[0].set_value("12").run()
+    page.text_input(key="typed_seed").set_value("12").run()
     assert not page.warning
     assert len(service.requests) == 1  # Complete was pressed: it is done as soon as it can be
 
 
 def test_nothing_left_to_fill_in(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
-    page.session_state["grid-28x28"] = {"ink": "0" * 783 + "1"}
+    page.session_state["grid-28x28"] = {"ink": "000" * 783 + "ff1"}
     complete(page)
     assert "Nothing is left to fill in" in page.warning[0].value
     assert service.requests == []
@@ -159,7 +173,7 @@ def test_service_refuses(service: StubService, open_page: OpenPage) -> None:
     service.refusal = None
     complete(page)
     assert not page.warning
-    assert len(pictures(page)) == 6
+    assert len(pictures(page)) == 9
 
 
 def test_stream_that_breaks_keeps_the_last_endings(service: StubService, open_page: OpenPage) -> None:
@@ -178,7 +192,7 @@ def test_service_down_then_up_keeps_drawing_and_endings(service: StubService, op
     assert [warning.value for warning in page.warning] == [
         f"The service at {service.url} does not answer. Start it with `make serve`; your drawing is kept."
     ]
-    assert len(pictures(page)) == 6
+    assert len(pictures(page)) == 9
     again = StubService(port=service.port)
     try:
         complete(page)
@@ -198,7 +212,7 @@ def test_service_down_from_the_start(service: StubService, open_page: OpenPage) 
         complete(page)
         assert not page.warning
         assert again.requests[-1][1]["image"] == INK.tolist()
-        assert len(pictures(page)) == 6
+        assert len(pictures(page)) == 9
     finally:
         again.close()
 
@@ -220,3 +234,164 @@ def test_address_that_is_none(open_page: OpenPage, monkeypatch: pytest.MonkeyPat
     assert page.error[0].value == (
         "PIXELCNN_SERVICE_URL must be an address like http://127.0.0.1:3000, got 'localhost:3000'. Set it anew."
     )
+
+
+def at(open_page: OpenPage, page_name: str) -> AppTest:
+    """Open the page and go to one of its pages."""
+    page = open_page()
+    page.button_group(key="page").set_value(page_name).run()
+    assert not page.exception
+    return page
+
+
+def press(page: AppTest, label: str) -> None:
+    next(button for button in page.button if button.label == label).click().run()
+    assert not page.exception
+
+
+def test_endings_can_be_sorted_and_hold_what_a_click_takes_over(service: StubService, open_page: OpenPage) -> None:
+    page = complete(open_page())
+    answer = service.answers[-1]
+
+    def order() -> list[int]:
+        inks = re.findall(r'data-ink="([0-9a-f]*)"', html_text(page).split('class="gallery"')[0])
+        images = [(np.frombuffer(bytes.fromhex(ink), dtype=np.uint8) // 255).reshape(28, 28).tolist() for ink in inks]
+        return [answer["completions"].index(image) for image in images]
+
+    assert order() == sorted(range(9), key=lambda i: -answer["log_probs"][i])
+    page.button_group(key="order").set_value("rare").run()
+    assert order() == sorted(range(9), key=lambda i: answer["log_probs"][i])
+    page.button_group(key="order").set_value("drawn").run()
+    assert order() == list(range(9))
+
+
+def test_an_ending_on_the_grid_is_shown_as_chosen_and_not_completed_live(
+    service: StubService, open_page: OpenPage
+) -> None:
+    page = complete(open_page())
+    assert ' aria-pressed="true" aria-label' not in html_text(page)
+    image = np.array(service.answers[-1]["completions"][3])
+    page.session_state["grid-28x28"] = {"ink": grid_text(image)}
+    page.toggle(key="live").set_value(True).run()
+    assert html_text(page).count(' aria-pressed="true" aria-label') == 1
+    assert len(service.requests) == 1
+
+
+def test_blanks_and_holes(service: StubService, open_page: OpenPage) -> None:
+    mark = INK.copy()
+    mark[2:4] = 1  # known blank
+    mark[6, 10:12] = 2  # a hole, with ink below it
+    expected = {
+        "above": np.where(mark == 2, 0, np.arange(28)[:, None] < 12),
+        "ink": np.where(mark == 2, 0, INK),
+        "touched": mark == 1,
+        "mask": mark != 2,
+    }
+    page = open_page()
+    for mode, observed in expected.items():
+        page.session_state["grid-28x28"] = {"ink": drawing_text(Drawing(255 * INK, mark))}
+        page.button_group(key="known").set_value(mode).run()
+        complete(page)
+        body = service.requests[-1][1]
+        assert body["observed"] == observed.astype(int).tolist(), mode
+        assert body["image"] == np.where(mark == 2, 0, INK).tolist()
+
+
+def test_link_draws_the_same_at_once(service: StubService, open_page: OpenPage) -> None:
+    page = complete(open_page())
+    first = service.answers[-1]
+    link = {name: value if isinstance(value, str) else value[0] for name, value in page.query_params.items()}
+    assert link["seed"] == "4711"
+    again = AppTest.from_file(str(PAGE), default_timeout=20)
+    for name, value in link.items():
+        again.query_params[name] = value
+    again.run()
+    assert not again.exception
+    assert service.requests[-1][1] == service.requests[0][1] | {"seed": 4711}
+    assert service.answers[-1] == first
+    assert len(pictures(again)) == 9
+    complete(again)
+    assert "seed" not in service.requests[-1][1]  # the next press draws anew
+
+
+@pytest.mark.parametrize(("seed", "drawing"), [("x", "AAAA"), ("-1", "%%%"), ("7", "")])
+def test_broken_link_is_a_blank_page(service: StubService, open_page: OpenPage, seed: str, drawing: str) -> None:
+    page = AppTest.from_file(str(PAGE), default_timeout=20)
+    open_page()
+    page.query_params["seed"] = seed
+    page.query_params["d"] = drawing
+    page.run()
+    assert not page.exception
+    assert service.requests == []
+
+
+def test_visit_keeps_a_gallery(open_page: OpenPage) -> None:
+    page = complete(open_page())
+    page.text_input(key="typed_seed").set_value("5").run()
+    complete(page)
+    seeds = re.findall(r"the ending of seed (\d+)", html_text(page))
+    assert seeds == ["5", "4711"]
+
+
+def test_generate(service: StubService, open_page: OpenPage) -> None:
+    page = at(open_page, "Generate")
+    page.selectbox(key="dataset").set_value("cifar10").run()
+    page.selectbox(key="label").set_value(1)
+    page.text_input(key="generate_seed").set_value("8").run()
+    press(page, "Generate")
+    assert service.requests == [
+        ("/generate", {"dataset": "cifar10", "num_samples": 16, "label": 1, "temperature": 1.0, "seed": 8})
+    ]
+    expected = service.generated(service.requests[0][1])
+    order = sorted(range(16), key=lambda i: -expected["log_probs"][i])
+    shown = re.findall(r"base64,([A-Za-z0-9+/=]+)", html_text(page))
+    assert len(shown) == 16
+    for data, i in zip(shown, order, strict=True):
+        pixels = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
+        assert (pixels == np.array(expected["images"][i])).all()
+    assert page.code[0].value == "8"
+    service.refusal = (429, '{"error": "Too many requests at once."}')
+    press(page, "Generate")
+    assert page.warning[0].value == "Too many requests at once."
+
+
+def test_surprise_of_the_drawing(service: StubService, open_page: OpenPage) -> None:
+    page = at(open_page, "Surprise")
+    assert service.requests == [("/likelihood", {"dataset": "mnist5k", "image": INK.tolist(), "label": -1})]
+    metrics = {metric.label: metric.value for metric in page.metric}
+    assert metrics["log-probability"] == f"\N{MINUS SIGN}{INK.sum()}.0 nats"
+    assert metrics["per dimension"] == f"{INK.sum() / 784 / math.log(2):.3f} bits/dim"
+    heat = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(re.findall(r"base64,([^\"]+)", html_text(page))[1]))))
+    assert (heat[INK == 1] == (52, 8, 44)).all()
+    assert (heat[INK == 0] == (252, 250, 245)).all()
+    press(page, "Which label explains it best?")
+    assert [request[1]["label"] for request in service.requests[1:]] == list(range(10))
+    assert re.findall(r"<th>(\d)</th>", html_text(page))[0] == "4"
+
+
+def test_models(open_page: OpenPage, service: StubService) -> None:
+    page = at(open_page, "Models")
+    assert [header.value for header in page.subheader] == ["pixelcnn-mnist5k version 3"] * 3
+    text = html_text(page)
+    for value in ("d41d8cd98f00b204e9800998ecf8427e", "0123456789abcdef", "0a1b2c"):
+        assert value in text
+    assert "promoted" not in text  # the service does not tell
+    assert page.metric[0].label == "test NLL (8-bit)"
+    service.close()
+    page.session_state["models_at"] = -math.inf
+    page.run()
+    assert not page.exception
+
+
+def test_other_pages_without_a_service(open_page: OpenPage, service: StubService) -> None:
+    service.close()
+    page = at(open_page, "Generate")
+    assert "does not answer" in page.warning[0].value
+    again = StubService(port=service.port)
+    try:
+        press(page, "Try again")
+        assert not page.warning
+        assert page.selectbox(key="dataset").options == ["cifar10", "fashion_mnist", "mnist5k"]
+        assert again.requests == []
+    finally:
+        again.close()
