@@ -33,7 +33,7 @@ def prepare(dataset: str) -> None:
     write(dataset, Path("data") / f"{dataset}.safetensors", load_params().data)
 
 
-def train(pair: str, out: str, report: str, state: str | None) -> None:
+def train(pair: str, out: str, report: str, state: str | None, half: bool) -> None:
     """Run the training flow of a pair in this process."""
     from pixelcnn.data import load_dataset
 
@@ -41,7 +41,7 @@ def train(pair: str, out: str, report: str, state: str | None) -> None:
     load_dataset(Path("data") / f"{load_params().pair(pair).dataset}.safetensors")
     from pipelines.training_flow import train_pair
 
-    train_pair(pair, out, report, state)
+    train_pair(pair, out, report, state, half)
 
 
 def promote(dataset: str) -> None:
@@ -67,6 +67,14 @@ def release() -> None:
         print(text)
 
 
+def results() -> None:
+    """Write RESULTS.md from the scores in weights/PAIR/."""
+    from pipelines.results import RESULTS_FILE, write_results
+
+    write_results()
+    print(f"wrote {RESULTS_FILE}")
+
+
 class _OneLine(logging.Filter):
     """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
 
@@ -85,7 +93,7 @@ def _is_for_user(error: BaseException | None) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines.steps", description="The pipeline's commands.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (prepare, train, promote, rollback, release):
+    for function in (prepare, train, promote, rollback, release, results):
         summary = (function.__doc__ or "").splitlines()[0]
         command = commands.add_parser(function.__name__, help=summary, description=summary)
         command.set_defaults(function=function)
@@ -94,7 +102,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", required=True, help="folder of the checkpoint, replaced as a whole")
             command.add_argument("--report", required=True, help="folder of metrics, curve and sample sheet")
             command.add_argument("--state", help="folder of a training that is carried over days; it is kept")
-        elif function is not release:
+            command.add_argument(
+                "--half", action="store_true", help="store half-precision weights where they score alike"
+            )
+        elif function not in (release, results):
             command.add_argument("dataset", help="e.g. mnist5k")
     return parser
 

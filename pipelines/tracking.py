@@ -23,10 +23,12 @@ from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE
 # Read when mlflow is imported: no usage reports, and no progress bars in the flow's log.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# A server that is away is asked for seconds, not minutes: a training waits meanwhile, and the flow's tasks try again.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 import mlflow
 import mlflow.pyfunc
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 
@@ -94,6 +96,66 @@ def registered_name(dataset: str) -> str:
     return f"pixelcnn-{dataset}"
 
 
+def start_training_run(
+    *,
+    pair: str,
+    dataset: str,
+    data_hash: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    run_id: str | None = None,
+) -> str:
+    """Begin the MLflow run of a training, or go on with the one that it began before it was stopped.
+
+    Args:
+        run_id: of the run that it began; another one is begun if the store has lost it or the settings have changed.
+
+    Returns:
+        The run's ID; the run is shown as running.
+    """
+    c = client()
+    settings = {name: str(value) for name, value in params.items()}
+    if run_id is not None:
+        try:
+            run = c.get_run(run_id)
+            if run.info.lifecycle_stage == "active" and run.data.params == settings:
+                c.update_run(run_id, status="RUNNING")
+                return run_id
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    identity = {**tags, "pair": pair, "dataset": dataset, "data_hash": data_hash}
+    run = c.create_run(experiment_id(dataset), run_name=pair, tags=identity)
+    c.log_batch(run.info.run_id, params=[Param(name, value) for name, value in settings.items()])
+    return run.info.run_id
+
+
+def log_curve(run_id: str, curve: Sequence[Mapping[str, float]]) -> None:
+    """Log the rows of a training curve that the run does not have yet, as `curve/NAME` at their steps."""
+    c = client()
+    there = {m.step for m in c.get_metric_history(run_id, "curve/train_nll_nats")} if curve else set()
+    now_ms = int(time.time() * 1000)
+    metrics = [
+        Metric(f"curve/{name}", float(value), now_ms, int(row["step"]))
+        for row in curve
+        if row["step"] not in there
+        for name, value in row.items()
+        if name != "step"
+    ]
+    for start in range(0, len(metrics), 1000):  # the most that one request may hold
+        c.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def log_picture(run_id: str, picture: Path, folder: str) -> None:
+    """Keep a file with a run that is under way."""
+    client().log_artifact(run_id, str(picture), folder)
+
+
+def fail_run(run_id: str) -> None:
+    """Show that a run has failed; it can still be gone on with."""
+    client().set_terminated(run_id, "FAILED")
+
+
 def log_training_run(
     *,
     pair: str,
@@ -105,6 +167,7 @@ def log_training_run(
     curve: Sequence[Mapping[str, float]],
     pictures: Sequence[Path],
     tags: Mapping[str, str],
+    run_id: str | None = None,
 ) -> str:
     """Record one training as an MLflow run, with its model.
 
@@ -118,6 +181,7 @@ def log_training_run(
         curve: rows of step and values, logged as `curve/NAME` at their steps.
         pictures: files to keep with the run.
         tags: what else identifies the run.
+        run_id: the run that `start_training_run` began; None for a new one.
 
     Returns:
         The run's ID.
@@ -126,12 +190,6 @@ def log_training_run(
     now_ms = int(time.time() * 1000)
     last_step = int(curve[-1]["step"]) if curve else 0
     metrics = [
-        Metric(f"curve/{name}", float(value), now_ms, int(row["step"]))
-        for row in curve
-        for name, value in row.items()
-        if name != "step"
-    ]
-    metrics += [
         Metric(name, float(value), now_ms, last_step)
         for name, value in scores.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -143,11 +201,11 @@ def log_training_run(
         tags=[InputTag("mlflow.data.context", "training")],
     )
     # As a context: a failure in here leaves a run that says FAILED.
-    with mlflow.start_run(experiment_id=experiment_id(dataset), run_name=pair, tags=identity) as run:
+    with mlflow.start_run(run_id, experiment_id(dataset), run_name=pair, tags=identity) as run:
         run_id = run.info.run_id
         mlflow.log_params(dict(params))
-        for start in range(0, len(metrics), 1000):  # the most that one request may hold
-            c.log_batch(run_id, metrics=metrics[start : start + 1000])
+        log_curve(run_id, curve)
+        c.log_batch(run_id, metrics=metrics)
         c.log_inputs(run_id, [data_input])
         for picture in pictures:
             mlflow.log_artifact(str(picture))

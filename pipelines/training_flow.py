@@ -12,6 +12,7 @@ import math
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,18 @@ import yaml
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
+from safetensors.torch import save_file
 
 from pipelines import tracking
+from pipelines.model_card import model_card
 from pipelines.params import PairParams, Params, SampleParams, load_params
-from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint, save_checkpoint
+from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, load_checkpoint, save_checkpoint
 from pixelcnn.completion import complete
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, load_dataset
-from pixelcnn.fast_sampling import sample
+from pixelcnn.fast_sampling import sample, warm_up
 from pixelcnn.images import to_sheet
+from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.model import AutoregressiveModel, build_model
 from pixelcnn.training import StepReport, evaluate, fit, format_nll, format_progress, per_image_nll, trained_minutes
 
@@ -38,7 +42,14 @@ _NUM_THREADS = torch.get_num_threads()
 PROGRESS_S = 5.0  # between lines of the log
 CHECKED_IMAGES = 200  # the first of the validation split: a score that is quick to measure again
 CHECKED_SCORE = f"validation/nll_nats_first_{CHECKED_IMAGES}"
-CURVE_COLUMNS = ("step", "epoch", "train_nll_nats", "validation_nll_nats", "learning_rate")
+CURVE_COLUMNS = (
+    *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
+    *("validation_nll_nats", "learning_rate"),
+)
+PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validation/nll_nats, test/nll_nats
+NUM_EXTREMES = 8  # best and worst test images on their sheet
+HALF_TOLERANCE = 0.001  # bits/dim that the validation score may change when weights are stored in half precision
+TRACKER_PAUSE_S = 300.0  # after the tracking store failed, until the training tries it again
 
 # Tasks hand each other models and data in memory: nothing is cached or stored, so nothing is ever pickled.
 _IN_MEMORY: dict[str, Any] = {"persist_result": False, "cache_policy": NO_CACHE}
@@ -53,6 +64,7 @@ class _Training:
     model: AutoregressiveModel
     curve: list[dict[str, float]]
     minutes: float
+    run_id: str | None
 
 
 @task(name="load", **_IN_MEMORY)
@@ -85,31 +97,112 @@ def recorded_hash(dataset: str) -> str | None:
 
 
 @task(name="train", **_IN_MEMORY)
-def train(pair: PairParams, data: Dataset, work: Path) -> _Training:
-    """Train a pair's network.
+def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
+    """Train a pair's network; its MLflow run begins with it, and shows the curve and a sheet of samples as it goes.
 
     Args:
-        work: folder of the state; a state that is there is taken up.
+        work: folder of the state; a state that is there is taken up, and its run gone on with.
     """
     logger = get_run_logger()
+    pair = params.pair(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(pair.train.seed)
     model = build_model(pair.network).to(device)
     logger.info("training %d parameters on %s", sum(p.numel() for p in model.parameters()), device)
+    warm_up(model)
     curve = _Curve(work / "curve.csv")
+    live = _LiveRun(work / "run_id", name, params, data)
+    sheets = work / "samples"
+    sheets.mkdir(exist_ok=True)
     last_line = 0.0
 
     def on_step(report: StepReport) -> None:
         nonlocal last_line
         curve.add(report)
         now = time.monotonic()
+        if report.validation_nll_nats is not None:
+            live.show(curve.rows, sheets / f"step-{report.step:07d}.png")
         if report.validation_nll_nats is not None or now - last_line > PROGRESS_S:
             logger.info(format_progress(report, data))
             last_line = now
 
+    def on_validation(step: int) -> None:
+        _draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
+
     state_file = work / "state.safetensors"
-    fit(model, data, pair.train, on_step, state_file)
-    return _Training(model, curve.rows, trained_minutes(state_file))
+    try:
+        fit(model, data, pair.train, on_step, state_file, on_validation)
+    except BaseException:
+        live.fail()
+        raise
+    return _Training(model, curve.rows, trained_minutes(state_file), live.run_id)
+
+
+class _LiveRun:
+    """The MLflow run of a training that is under way.
+
+    A store that fails costs the training nothing but a warning: what it missed is logged later, at the end at the
+    latest. The run's ID lies beside the state, so that a training that was stopped goes on with its run.
+    """
+
+    def __init__(self, path: Path, name: str, params: Params, data: Dataset) -> None:
+        self.path, self.name, self.params, self.data = path, name, params, data
+        self.run_id = path.read_text() if path.exists() else None
+        self.started = False
+        self.silent_until = 0.0
+        self._try(self._start)
+
+    def _start(self) -> None:
+        pair = self.params.pair(self.name)
+        self.run_id = tracking.start_training_run(
+            pair=self.name,
+            dataset=pair.dataset,
+            data_hash=self.data.data_hash,
+            params=_logged_params(self.name, self.params),
+            tags={**git_state(), "protocol": self.data.protocol},
+            run_id=self.run_id,
+        )
+        self.path.write_text(self.run_id)
+        self.started = True
+
+    def show(self, rows: list[dict[str, float]], sheet: Path) -> None:
+        """Log the curve so far, and the newest sheet of samples."""
+
+        def log_both() -> None:
+            if not self.started:
+                self._start()
+            assert self.run_id is not None
+            tracking.log_curve(self.run_id, rows)
+            tracking.log_picture(self.run_id, sheet, "samples")
+
+        self._try(log_both)
+
+    def fail(self) -> None:
+        """Show that the training has stopped before its end."""
+        if self.started and self.run_id is not None:
+            run_id = self.run_id
+            self._try(lambda: tracking.fail_run(run_id))
+
+    def _try(self, work: Callable[[], None]) -> None:
+        if time.monotonic() < self.silent_until:
+            return
+        try:
+            work()
+        except Exception as error:
+            self.silent_until = time.monotonic() + TRACKER_PAUSE_S
+            get_run_logger().warning(
+                "MLflow failed (%s). The training goes on; its run shows it later.", str(error).partition("\n")[0]
+            )
+
+
+def _logged_params(name: str, params: Params) -> dict[str, Any]:
+    """Return the settings that an MLflow run of a pair names."""
+    pair = params.pair(name)
+    return {
+        **{f"network.{key}": value for key, value in config_to_dict(pair.network).items()},
+        **{f"train.{key}": value for key, value in asdict(pair.train).items()},
+        **{f"data.{key}": value for key, value in asdict(params.data).items()},
+    }
 
 
 class _Curve:
@@ -121,17 +214,19 @@ class _Curve:
         self._nats: list[float] = []
         if path.exists():
             with open(path, newline="") as file:
-                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+                # A column that an older training did not write is not a number.
+                rows = [{name: float(row.get(name, "nan")) for name in CURVE_COLUMNS} for row in csv.DictReader(file)]
             self.rows = [{**row, "step": int(row["step"])} for row in rows]
 
     def add(self, report: StepReport) -> None:
         self._nats.append(report.train_nll_nats)
-        if report.validation_nll_nats is None:
+        if report.validation_nll_nats is None or report.train_subset_nll_nats is None:
             return
         # Rows from this step on are of work that was lost when the run was stopped, and done again.
         self.rows = [row for row in self.rows if row["step"] < report.step]
         mean = math.fsum(self._nats) / len(self._nats)
-        values = (report.step, report.epoch, mean, report.validation_nll_nats, report.learning_rate)
+        scored = (report.train_subset_nll_nats, report.validation_nll_nats)
+        values = (report.step, report.epoch, mean, *scored, report.learning_rate)
         self.rows.append(dict(zip(CURVE_COLUMNS, values, strict=True)))
         self._nats = []
         write_curve(self.path, self.rows)
@@ -169,16 +264,24 @@ def baseline_scores(data: Dataset) -> dict[str, float]:
 
 
 @task(name="evaluate", **_IN_MEMORY)
-def evaluate_model(params: Params, data: Dataset, training: _Training, out: Path, report: Path) -> dict[str, Any]:
+def evaluate_model(
+    name: str, params: Params, data: Dataset, training: _Training, out: Path, report: Path, half: bool
+) -> dict[str, Any]:
     """Score the model; write the checkpoint folder `out` and the folder of reports.
+
+    Args:
+        half: store the weights in half precision, and score them so, where validation changes little.
 
     Returns:
         What the checkpoint's `scores.json` holds.
     """
     logger = get_run_logger()
     model = training.model
-    num_images = params.evaluate.num_images or None
-    scores: dict[str, Any] = evaluate(model, data, num_images=num_images, batch_size=params.evaluate.batch_size)
+    num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
+    dtype = torch.float16 if half and _half_is_enough(model, data, num_images, batch_size) else torch.float32
+    per_image: dict[str, torch.Tensor] = {}
+    scores: dict[str, Any] = evaluate(model, data, num_images=num_images, batch_size=batch_size, per_image=per_image)
+    scores["test/nll_nats_max"] = per_image["test"].max().item()
     scores.update(baseline_scores(data))
     checked = per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES)
     scores[CHECKED_SCORE] = checked.mean().item()
@@ -194,6 +297,10 @@ def evaluate_model(params: Params, data: Dataset, training: _Training, out: Path
         "label_names": data.label_names,
         "data_hash": data.data_hash,
         "git_commit": git_state()["git_commit"],
+        "pair": name,
+        "hardware": _hardware(model),
+        "weights_dtype": str(dtype).removeprefix("torch."),
+        "train_settings": asdict(params.pair(name).train),
     }
     for split in ("validation", "test"):
         logger.info(
@@ -208,19 +315,75 @@ def evaluate_model(params: Params, data: Dataset, training: _Training, out: Path
         format_nll(scores["test/nll_nats_uniform"], data.image_shape, data.num_levels),
         format_nll(scores["test/nll_nats_independent"], data.image_shape, data.num_levels),
     )
-    save_checkpoint(out, model, scores)
+    save_checkpoint(out, model, scores, dtype, model_card(config_to_dict(model.config), scores))
     report.mkdir(parents=True, exist_ok=True)
     (report / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     write_curve(report / "curve.csv", training.curve)
     _draw_curve(report / "curve.png", training.curve, scores, f"{data.name}, {data.protocol}")
+    save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
+    _draw_extremes(report / "extremes.png", data, per_image["test"])
     model.cpu()  # where sampling is fast
-    u = torch.rand(
-        (params.sample.num_images, *data.image_shape), generator=torch.Generator().manual_seed(params.sample.seed)
-    )
-    drawn = sample(model, u, temperature=params.sample.temperature)
-    to_sheet(drawn, data.num_levels, params.sample.num_columns).save(report / "samples.png")
+    _draw_samples(report / "samples.png", model, params.sample)
+    if model.config.num_labels:
+        _draw_samples(report / "class_samples.png", model, params.sample, per_class=True)
     _draw_completions(report / "completions.png", model, data, params.sample)
     return scores
+
+
+def _half_is_enough(model: AutoregressiveModel, data: Dataset, num_images: int | None, batch_size: int) -> bool:
+    """Round the weights to half precision; take that back if the validation score suffers."""
+
+    def validate() -> float:
+        nll = per_image_nll(model, data, "validation", num_images=num_images, batch_size=batch_size)
+        return float(bits_per_dim(nll.mean().item(), data.image_shape))
+
+    before = validate()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.load_state_dict({name: weight.half() for name, weight in weights.items()})
+    change = validate() - before
+    enough = abs(change) <= HALF_TOLERANCE
+    if not enough:
+        model.load_state_dict(weights)
+    verdict = "kept" if enough else "not kept"
+    get_run_logger().info("half precision changes validation by %.6f bits/dim: %s", change, verdict)
+    return enough
+
+
+def _hardware(model: AutoregressiveModel) -> str:
+    """Return what the model was trained on."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    num = torch.get_num_threads()
+    return f"{num} CPU thread{'s' if num > 1 else ''} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _draw_samples(path: Path, model: AutoregressiveModel, params: SampleParams, per_class: bool = False) -> None:
+    """Draw whole images into a sheet: without label, or a row for each class."""
+    config, device = model.config, next(model.parameters()).device
+    num = config.num_labels * params.num_columns if per_class else params.num_images
+    u = torch.rand((num, *config.image_shape), generator=torch.Generator().manual_seed(params.seed)).to(device)
+    label = torch.arange(config.num_labels, device=device).repeat_interleave(params.num_columns) if per_class else None
+    drawn = sample(model, u, label, temperature=params.temperature)
+    to_sheet(drawn.cpu(), config.num_levels, params.num_columns).save(path)
+
+
+def _draw_extremes(path: Path, data: Dataset, nll: torch.Tensor) -> None:
+    """Draw the test images that the model finds most and least probable, with their nats."""
+    from matplotlib.figure import Figure
+
+    num = min(NUM_EXTREMES, len(nll))
+    order = nll.argsort().tolist()
+    figure = Figure(figsize=(1.1 * NUM_EXTREMES, 3.2), layout="constrained")
+    grid = figure.subplots(2, NUM_EXTREMES, squeeze=False)
+    for row, title, indices in ((0, "best", order[:num]), (1, "worst", order[::-1][:num])):
+        for axes in grid[row]:
+            axes.set_axis_off()
+        for axes, index in zip(grid[row], indices, strict=False):
+            picture = to_sheet(data.levels("test", slice(index, index + 1)), data.num_levels, 1, gap=0)
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axes.set_title(f"{title} {nll[index]:.1f} nats", fontsize=7)
+    figure.savefig(path, dpi=120)
 
 
 def _draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, params: SampleParams) -> None:
@@ -248,8 +411,9 @@ def _draw_curve(path: Path, curve: list[dict[str, float]], scores: dict[str, Any
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     steps = [row["step"] for row in curve]
-    axes.plot(steps, [row["train_nll_nats"] for row in curve], label="train")
-    axes.plot(steps, [row["validation_nll_nats"] for row in curve], label="validation", marker=".")
+    axes.plot(steps, [row["train_nll_nats"] for row in curve], label="train, batches since the last point", color="0.8")
+    axes.plot(steps, [row["train_subset_nll_nats"] for row in curve], label="train, averaged weights", marker=".")
+    axes.plot(steps, [row["validation_nll_nats"] for row in curve], label="validation, averaged weights", marker=".")
     axes.axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
     axes.set(xlabel="step", ylabel="NLL, nats per image", title=title)
     axes.legend()
@@ -280,15 +444,12 @@ def log(name: str, params: Params, scores: dict[str, Any], training: _Training, 
         dataset=pair.dataset,
         data_hash=scores["data_hash"],
         folder=out,
-        params={
-            **{f"network.{key}": value for key, value in config_to_dict(pair.network).items()},
-            **{f"train.{key}": value for key, value in asdict(pair.train).items()},
-            **{f"data.{key}": value for key, value in asdict(params.data).items()},
-        },
+        params=_logged_params(name, params),
         scores=scores,
         curve=training.curve,
-        pictures=[report / name for name in ("samples.png", "completions.png", "curve.png")],
+        pictures=[*sorted(report.glob("*.png")), report / PER_IMAGE_FILE, out / CARD_FILE],
         tags={**git_state(), "protocol": scores["protocol"], "weights_sha256": weights_sha256},
+        run_id=training.run_id,
     )
 
 
@@ -314,7 +475,7 @@ def _work_folder(out: Path, pair: PairParams, data: Dataset) -> Path:
 
 @flow(name="train-pair", persist_result=False)
 def train_pair(
-    pair: str, out: str | None = None, report: str | None = None, state: str | None = None
+    pair: str, out: str | None = None, report: str | None = None, state: str | None = None, half: bool = False
 ) -> dict[str, str]:
     """Train, evaluate, record and register one pair.
 
@@ -324,6 +485,7 @@ def train_pair(
         report: folder of metrics, curve and sample sheet; None for `report` beside a fresh `out`.
         state: folder of the training's state, taken up if it is there and kept at the end: a larger budget in
             params.yaml goes on from it. None for a hidden one beside `out`, removed at the end.
+        half: store the weights in half precision, where the validation score changes by 0.001 bits/dim at most.
 
     Returns:
         `run_id` and `version` in MLflow, and `out`.
@@ -340,12 +502,14 @@ def train_pair(
     data = load(settings.dataset)
     work = Path(state) if state else _work_folder(out_folder, settings, data)
     work.mkdir(parents=True, exist_ok=True)
-    training = train(settings, data, work)
-    scores = evaluate_model(params, data, training, out_folder, report_folder)
+    training = train(pair, params, data, work)
+    scores = evaluate_model(pair, params, data, training, out_folder, report_folder, half)
     run_id = log(pair, params, scores, training, out_folder, report_folder)
     version = register(run_id, pair, settings.dataset, out_folder)
-    if not state:
-        # Only now: if a store was out of reach, the next attempt finds the training done.
+    # Only now: if a store was out of reach, the next attempt finds the training done.
+    if state:
+        (work / "run_id").unlink(missing_ok=True)  # this run is complete: a larger budget is another one
+    else:
         shutil.rmtree(work)
     return {"run_id": run_id, "version": version, "out": str(out_folder)}
 

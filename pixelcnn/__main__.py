@@ -1,4 +1,4 @@
-"""The core by command line: python -m pixelcnn {train,evaluate,sample,complete,bench} ...
+"""The core by command line: python -m pixelcnn {train,evaluate,check,sample,complete,bench,bench-training} ...
 
 It needs the core's packages alone, and reads prepared datasets (`dvc repro prepare@DATASET` writes them).
 """
@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pixelcnn.bench import PAIRS, SAMPLERS, bench, write_json
+from pixelcnn.causality import count_leaks
 from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.completion import complete, completion_log_prob
 from pixelcnn.config import CONFIG_CLASSES, checked_config
@@ -25,7 +28,8 @@ from pixelcnn.fast_sampling import sample
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import log_prob
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.training import StepReport, TrainConfig, evaluate, fit, format_nll, format_progress
+from pixelcnn.training import StepReport, TrainConfig, check_fit, evaluate, fit, format_nll, format_progress
+from pixelcnn.training_bench import bench_training
 
 KNOWN_PARTS = ("top", "left", "bottom", "right")
 FROM_DATASET = ("image_shape", "num_levels", "num_labels")
@@ -75,17 +79,39 @@ def _write_sheet(levels: Tensor, num_levels: int, out: Path) -> None:
     print(f"wrote {out}")
 
 
+def _join_processes(device: torch.device) -> tuple[torch.device, int]:
+    """Join the processes that torchrun started, if it did; return this one's device and rank."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device, 0
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun --nproc_per_node must be at most the {torch.cuda.device_count()} CUDA devices of this "
+                f"machine, got {os.environ['LOCAL_WORLD_SIZE']}."
+            )
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank()
+
+
 def train_command(arguments: argparse.Namespace) -> None:
-    """Train a network on a prepared dataset, evaluate it, and write its checkpoint."""
+    """Train a network on a prepared dataset, evaluate it, and write its checkpoint.
+
+    `torchrun --nproc_per_node N -m pixelcnn train ...` shares every batch among N processes; process 0 alone prints,
+    validates and writes.
+    """
     data = load_dataset(arguments.data)
     network = {"image_shape": data.image_shape, "num_levels": data.num_levels, "num_labels": len(data.label_names)}
     network |= _given(arguments, CONFIG_CLASSES[arguments.model], FROM_DATASET)
     config = checked_config(CONFIG_CLASSES[arguments.model], network, arguments.model)
     train_config = checked_config(TrainConfig, _given(arguments, TrainConfig), "train")
+    device, rank = _join_processes(_device(arguments.device))
     torch.manual_seed(train_config.seed)
-    model = build_model(config).to(_device(arguments.device))
+    model = build_model(config).to(device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{arguments.model} on {data.name} ({data.protocol}): {num_parameters:,} parameters")
+    if rank == 0:
+        print(f"{arguments.model} on {data.name} ({data.protocol}): {num_parameters:,} parameters")
     last_line = 0.0
 
     def print_progress(report: StepReport) -> None:
@@ -98,6 +124,10 @@ def train_command(arguments: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
     fit(model, data, train_config, print_progress, state_file=state_file)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank != 0:
+        return
     scores = evaluate(model, data) | {"dataset": data.name, "protocol": data.protocol, "data_hash": data.data_hash}
     save_checkpoint(out, model, scores)
     print(json.dumps(scores, indent=2))
@@ -110,6 +140,26 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     data: Dataset = load_dataset(arguments.data)
     scores = evaluate(model.to(_device(arguments.device)), data, num_images=arguments.num_images)
     print(json.dumps({"protocol": data.protocol, **scores}, indent=2))
+
+
+def check_command(arguments: argparse.Namespace) -> None:
+    """Change every sub-pixel of an image, and count those that reach an earlier logit: 0, or the likelihood is none."""
+    model, _ = load_checkpoint(arguments.checkpoint)
+    config = model.config
+    if arguments.data is None:
+        generator = torch.Generator().manual_seed(arguments.seed)
+        levels = torch.randint(config.num_levels, config.image_shape, generator=generator)
+    else:
+        data = load_dataset(arguments.data)
+        check_fit(model, data)
+        levels = data.levels("test", slice(0, 1))[0]
+    leaks, reaching = count_leaks(model, levels)
+    num = levels.numel()
+    print(f"{leaks} leaks in {num:,} sub-pixels; {reaching:,} reach a later logit")
+    if leaks:
+        raise ValueError(
+            f"{leaks} of {num:,} sub-pixels reach their own or an earlier logit: the model sees the future."
+        )
 
 
 def sample_command(arguments: argparse.Namespace) -> None:
@@ -172,9 +222,24 @@ def bench_command(arguments: argparse.Namespace) -> None:
         print(f"wrote {arguments.out}")
 
 
+def bench_training_command(arguments: argparse.Namespace) -> None:
+    """Time the trainer's step against the plain loop's, on a checkpoint's network or a released size."""
+    if not 1 <= arguments.batch_size <= 4096 or not 1 <= arguments.rounds <= 10_000:
+        raise ValueError("--batch-size must be from 1 to 4096 and --rounds from 1 to 10000.")
+    if arguments.threads is not None:
+        if not 1 <= arguments.threads <= 1024:
+            raise ValueError(f"--threads must be from 1 to 1024, got {arguments.threads}.")
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    model = build_model(PAIRS[arguments.pair]) if arguments.pair else load_checkpoint(arguments.checkpoint)[0]
+    bench_training(model, arguments.batch_size, arguments.rounds)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pixelcnn", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="{train,evaluate,sample,complete,bench}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{train,evaluate,check,sample,complete,bench,bench-training}"
+    )
 
     def add(name: str, run: Callable[[argparse.Namespace], None], parent: Any = commands) -> argparse.ArgumentParser:
         command = parent.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -195,6 +260,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--checkpoint", required=True)
     evaluation.add_argument("--data", required=True)
     evaluation.add_argument("--num-images", type=int, help="the first so many of each split; all if left out")
+
+    check = add("check", check_command)
+    check.add_argument("--checkpoint", required=True)
+    check.add_argument("--data", help="take its first test image; a random image if left out")
+    check.add_argument("--seed", type=int, default=0, help="of the random image")
 
     for name, run in (("sample", sample_command), ("complete", complete_command)):
         command = add(name, run)
@@ -219,6 +289,16 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--exact-images", type=int, default=16, help="images to compare with the model; 0 for none")
     timing.add_argument("--sides", type=int, nargs="+", help="image sides at which to time a pixel; none if left out")
     timing.add_argument("--out", help="JSON file to write, too")
+
+    summary = bench_training_command.__doc__
+    training = commands.add_parser("bench-training", help=summary, description=summary)
+    training.set_defaults(run=bench_training_command)
+    of = training.add_mutually_exclusive_group(required=True)
+    of.add_argument("--checkpoint")
+    of.add_argument("--pair", choices=PAIRS, help="a released size, with random weights")
+    training.add_argument("--batch-size", type=int, default=32)
+    training.add_argument("--rounds", type=int, default=20, help="steps of each loop; the median counts")
+    training.add_argument("--threads", type=int, help="torch's own choice if left out")
     return parser
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
 
 from pixelcnn.config import config_from_dict, config_to_dict
@@ -15,6 +16,7 @@ from pixelcnn.model import AutoregressiveModel, build_model
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SCORES_FILE = "scores.json"
+CARD_FILE = "README.md"
 
 
 def sha256_of(path: Path) -> str:
@@ -23,13 +25,25 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(folder: str | Path, model: AutoregressiveModel, scores: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: str | Path,
+    model: AutoregressiveModel,
+    scores: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
     """Write a model and its scores into a folder, which is replaced as a whole: no half-written one is ever seen.
 
     Args:
         folder: the folder to write; its parent is made if missing.
         model: as `build_model` makes it.
         scores: JSON-ready values, e.g. of `evaluate`.
+        dtype: of the stored weights, e.g. torch.float16; None for the model's own. They are float32 again when loaded.
+        card: text of a model card to keep with them, as `README.md`.
+
+    Raises:
+        ValueError: a weight lies outside the range of `dtype`.
+        OSError: the folder cannot be written; one that was there before is left as it was.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +51,15 @@ def save_checkpoint(folder: str | Path, model: AutoregressiveModel, scores: dict
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, new / WEIGHTS_FILE)
+        weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in model.state_dict().items()}
+        if dtype is not None and not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            raise ValueError(f"a weight is too large for {dtype}. Store the model as it is.")
+        try:
+            save_file(weights, new / WEIGHTS_FILE)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{folder} could not be saved ({error}). Make room on its disk.") from None
+        if card is not None:
+            (new / CARD_FILE).write_text(card)
         config = {**config_to_dict(model.config), "weights_sha256": sha256_of(new / WEIGHTS_FILE)}
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (new / SCORES_FILE).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")

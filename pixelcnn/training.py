@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +29,8 @@ from pixelcnn.model import AutoregressiveModel
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")
+SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
+TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,7 @@ class StepReport:
         images_per_s: since the start or the resume.
         remaining_s: estimate of the seconds left.
         validation_nll_nats: of the averaged weights, where it was scored after this step.
+        train_subset_nll_nats: of the same weights then, on the first `TRAIN_SUBSET` training images, without labels.
     """
 
     step: int
@@ -122,6 +126,7 @@ class StepReport:
     images_per_s: float
     remaining_s: float
     validation_nll_nats: float | None
+    train_subset_nll_nats: float | None = None
 
 
 def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int) -> str:
@@ -147,8 +152,12 @@ def generator_for(seed: int, *path: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
-class _Trainer:
-    """The state of one run: weights, their average, the optimiser, the clock."""
+class Trainer:
+    """The state of one run: weights, their average, the optimiser, the clock.
+
+    Started by torchrun, each process takes its share of every batch and adds up the gradients with the others: all
+    hold the same weights at each step. Process 0 alone has the clock, validates and saves.
+    """
 
     def __init__(self, model: AutoregressiveModel, data: Dataset, config: TrainConfig) -> None:
         self.model, self.data, self.config = model, data, config
@@ -161,6 +170,12 @@ class _Trainer:
         self.step = 0
         self.elapsed_s = 0.0
         self.num_validations = 0
+        self.rank, self.num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if config.batch_size < self.num_processes * config.accumulate:
+            raise ValueError(
+                f"batch_size must be at least accumulate times the {self.num_processes} processes, "
+                f"got {config.batch_size} for {config.accumulate} times {self.num_processes}."
+            )
         num_train = len(data.images["train"])
         if config.batch_size > num_train:
             raise ValueError(
@@ -209,12 +224,15 @@ class _Trainer:
         num_dims = math.prod(self.data.image_shape)
         nats = 0.0
         self.optimiser.zero_grad(set_to_none=True)
-        for part in torch.arange(len(levels)).tensor_split(config.accumulate):
+        share = torch.arange(len(levels)).tensor_split(self.num_processes)[self.rank]
+        for part in share.tensor_split(config.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 logits = self.model(levels[part], None if label is None else label[part])
             loss = F.cross_entropy(logits.float(), levels[part], reduction="sum") / (len(levels) * num_dims)
             loss.backward()
             nats += loss.item() * num_dims
+        if self.num_processes > 1:
+            nats = self.add_up(nats)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
         if not (math.isfinite(nats) and bool(torch.isfinite(norm))):
             raise FloatingPointError(
@@ -232,6 +250,24 @@ class _Trainer:
             torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
         return nats, rate
 
+    def add_up(self, nats: float) -> float:
+        """Add up the gradients of all processes, in place, and their shares of the loss."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([nats])])
+        dist.all_reduce(flat)
+        *parts, total = flat.split([g.numel() for g in gradients] + [1])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return total.item()
+
+    def agree(self, *values: float) -> list[float]:
+        """Return the values of process 0 in all of them."""
+        if self.num_processes == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return shared.tolist()
+
     def use(self, weights: list[Tensor]) -> list[Tensor]:
         """Put weights into the model; return those that were there."""
         before = [p.detach().clone() for p in self.parameters]
@@ -240,11 +276,15 @@ class _Trainer:
                 parameter.copy_(weight)
         return before
 
-    def validate(self) -> float:
-        """Score the averaged weights on the validation split; keep them if they are the best so far."""
+    def validate(self, on_validation: Callable[[int], None] | None) -> tuple[float, float]:
+        """Score the averaged weights on validation and some training images; keep them if they validate best so far."""
         before = self.use(self.average)
         num_images = self.config.num_validation_images or None
         nll = per_image_nll(self.model, self.data, "validation", num_images=num_images).mean().item()
+        num_train = min(TRAIN_SUBSET, num_images or TRAIN_SUBSET)
+        train_nll = per_image_nll(self.model, self.data, "train", num_images=num_train).mean().item()
+        if on_validation is not None and math.isfinite(nll):
+            on_validation(self.step)
         self.use(before)
         if not math.isfinite(nll):
             raise FloatingPointError(
@@ -254,8 +294,7 @@ class _Trainer:
         if nll < self.best_nll:
             self.best_nll = nll
             self.best = [w.clone() for w in self.average]
-        self.num_validations = math.floor(self.progress() * self.config.num_validations)
-        return nll
+        return nll, train_nll
 
     def description(self) -> dict[str, Any]:
         """Return what a saved state must share with the run that resumes it: all but the budget, which may grow."""
@@ -285,6 +324,11 @@ class _Trainer:
         try:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
             temporary.replace(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise OSError(
+                f"{path} could not be saved ({error}). Make room on its disk, then run the same command again: "
+                "the state that was saved before is untouched, and the run goes on from it."
+            ) from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -326,6 +370,7 @@ def fit(
     config: TrainConfig,
     on_step: Callable[[StepReport], None] | None = None,
     state_file: str | Path | None = None,
+    on_validation: Callable[[int], None] | None = None,
 ) -> float:
     """Train a model in place; it ends in eval mode, with the averaged weights that validated best.
 
@@ -336,6 +381,10 @@ def fit(
         on_step: called after every step.
         state_file: where the run's state is saved now and then, by way of a temporary file; a run that finds one goes
             on from it. None saves nothing.
+        on_validation: called with the step whenever the model was scored, while it has the averaged weights.
+
+    Where torch.distributed is initialised, every process of it must call this with the same arguments: each takes its
+    share of every batch. The callbacks are called in process 0 alone; the others end with the same model.
 
     Returns:
         The best validation score, nats per image.
@@ -343,9 +392,10 @@ def fit(
     Raises:
         ValueError: model and dataset do not fit, the batch is larger than the split, or the state is of another run.
         FloatingPointError: the loss is no longer finite; the last saved state is left as it was.
+        OSError: the state could not be saved; the one that was saved before is left as it was.
     """
-    _check_fit(model, data)
-    trainer = _Trainer(model, data, config)
+    check_fit(model, data)
+    trainer = Trainer(model, data, config)
     state_path = None if state_file is None else Path(state_file)
     if state_path is not None and state_path.exists():
         trainer.resume(state_path)
@@ -356,12 +406,16 @@ def fit(
         model.train()
         nats, rate = trainer.train_step()
         now = time.monotonic()
-        trainer.elapsed_s = elapsed_before + now - start
+        trainer.elapsed_s = trainer.agree(elapsed_before + now - start)[0]
         progress = trainer.progress()
-        validation = None
+        validation = train_subset = None
         if math.floor(progress * config.num_validations) > trainer.num_validations:
-            model.eval()
-            validation = trainer.validate()
+            trainer.num_validations = math.floor(progress * config.num_validations)
+            if trainer.rank == 0:
+                model.eval()
+                validation, train_subset = trainer.validate(on_validation)
+        if trainer.rank != 0:
+            continue
         if state_path is not None and (now - last_save > 60 * config.save_minutes or progress >= 1):
             trainer.save(state_path)
             last_save = now
@@ -376,14 +430,24 @@ def fit(
                     images_per_s=steps * config.batch_size / (now - start),
                     remaining_s=(1 - progress) / progress * trainer.elapsed_s,
                     validation_nll_nats=validation,
+                    train_subset_nll_nats=train_subset,
                 )
             )
+    if trainer.num_processes > 1:
+        trainer.best_nll = trainer.agree(trainer.best_nll)[0]
+        for weight in trainer.best:
+            dist.broadcast(weight, 0)
     trainer.use(trainer.best)
     model.eval()
     return trainer.best_nll
 
 
-def _check_fit(model: AutoregressiveModel, data: Dataset) -> None:
+def check_fit(model: AutoregressiveModel, data: Dataset) -> None:
+    """Check that a model is for images and labels such as a dataset's.
+
+    Raises:
+        ValueError: it is not.
+    """
     config = model.config
     if (config.image_shape, config.num_levels) != (data.image_shape, data.num_levels):
         raise ValueError(
@@ -401,7 +465,7 @@ def per_image_nll(
     split: str,
     with_label: bool = False,
     num_images: int | None = None,
-    batch_size: int = 250,
+    batch_size: int = SCORED_BATCH,
 ) -> Tensor:
     """Score images one by one.
 
@@ -426,7 +490,8 @@ def evaluate(
     data: Dataset,
     splits: tuple[str, ...] = ("validation", "test"),
     num_images: int | None = None,
-    batch_size: int = 250,
+    batch_size: int = SCORED_BATCH,
+    per_image: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Measure the exact likelihood of a model on a dataset.
 
@@ -435,6 +500,7 @@ def evaluate(
         data: a prepared dataset; its `protocol` belongs beside every figure.
         splits: which splits.
         num_images: the first so many images of each; None for all.
+        per_image: filled, if given, with each split's (N,) nats of the images one by one, without label.
 
     Returns:
         Scores by name, for each split: `test/nll_nats` (mean per image, without label), `test/nll_nats_stderr` (its
@@ -444,12 +510,14 @@ def evaluate(
     Raises:
         ValueError: model and dataset do not fit.
     """
-    _check_fit(model, data)
+    check_fit(model, data)
     was_training = model.training
     model.eval()
     scores: dict[str, float] = {}
     for split in splits:
         nll = per_image_nll(model, data, split, num_images=num_images, batch_size=batch_size)
+        if per_image is not None:
+            per_image[split] = nll
         scores[f"{split}/nll_nats"] = nll.mean().item()
         scores[f"{split}/nll_nats_stderr"] = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else 0.0
         scores[f"{split}/bits_per_dim"] = float(bits_per_dim(nll.mean().item(), data.image_shape))

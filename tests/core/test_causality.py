@@ -8,6 +8,8 @@ import torch
 from tiny import ARCHITECTURES, Shape, from_raster_order, in_raster_order, random_levels, tiny_model
 from torch import Tensor
 
+from pixelcnn.causality import count_leaks
+
 SHAPES = [(1, 3, 3), (1, 2, 4), (1, 4, 2), (1, 1, 5), (1, 5, 1), (2, 2, 3), (3, 2, 2), (3, 1, 3), (3, 3, 1)]
 
 
@@ -246,3 +248,33 @@ def test_the_blind_spot_as_drawn_by_hand(picture, first_kernel_size):
     drawn = "".join("X" if i == here else ".#"[int(seen)] for i, seen in enumerate(model_reach[here]))
     assert drawn == "".join(rows)
     assert torch.equal(as_matrix(shape, pixelcnn_reach(shape, first_kernel_size, 3, len(rows) + 1)), model_reach)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+@pytest.mark.parametrize("shape", [(1, 3, 4), (3, 3, 2)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_leak_is_counted_in_a_correct_model(architecture, shape, batch_size):
+    levels = random_levels(shape, 4, 1)[0]
+    asked = []
+    found = count_leaks(tiny_model(architecture, shape, 4), levels, batch_size, asked.append)
+    assert found[0] == 0
+    assert found[1] >= levels.numel() - 2, "and all but the last reach a later one, unless a ReLU is dead"
+    assert asked[-1] == levels.numel()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_leak_is_counted(architecture):
+    shape = (2, 3, 3)
+    model = tiny_model(architecture, shape, 4)
+    levels = random_levels(shape, 4, 1)[0]
+    forward = model.forward
+
+    def leaky(x, *arguments, **words):
+        """The last sub-pixel is seen by the first logit, and the second channel's first pixel by its own."""
+        logits = forward(x, *arguments, **words).clone()
+        logits[:, 0, 0, 0, 0] += x[:, 1, 2, 2]
+        logits[:, 0, 1, 0, 0] += x[:, 1, 0, 0]
+        return logits
+
+    model.forward = leaky
+    assert count_leaks(model, levels)[0] == 2

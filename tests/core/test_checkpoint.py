@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, beginning, exactly, random_levels, tiny_model
 
 from pixelcnn import checkpoint, load_checkpoint, save_checkpoint
@@ -192,3 +192,28 @@ def test_a_plain_file_is_no_checkpoint(tmp_path: Path) -> None:
     path.write_text("not a folder")
     with pytest.raises(ValueError, match=exactly(f"{path} is no checkpoint that can be read: Not a directory.")):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_half_precision_on_disk_is_float32_once_loaded(architecture, tmp_path):
+    model = tiny_model(architecture, SHAPE, 2, num_labels=2).float()
+    save_checkpoint(tmp_path / "half", model, SCORES, torch.float16, card="# A model\n")
+    save_checkpoint(tmp_path / "whole", model, SCORES)
+    loaded, _ = load_checkpoint(tmp_path / "half")
+    for found, weight in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, weight.half().float())
+    stored = {tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()}
+    assert stored == {torch.float16}
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["weights_sha256"] == checkpoint.sha256_of(tmp_path / "half" / "model.safetensors")
+    assert (tmp_path / "half" / "README.md").read_text() == "# A model\n"
+    assert not (tmp_path / "whole" / "README.md").exists()
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
+    model = tiny_model("pixelcnn", SHAPE, 2).float()
+    next(model.parameters()).data.fill_(1e6)
+    with pytest.raises(ValueError, match=exactly("a weight is too large for torch.float16. Store the model as it is.")):
+        save_checkpoint(tmp_path / "model", model, SCORES, torch.float16)
+    assert list(tmp_path.iterdir()) == []

