@@ -35,7 +35,16 @@ from pixelcnn.fast_sampling import sample, warm_up
 from pixelcnn.images import to_sheet
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.training import StepReport, evaluate, fit, format_nll, format_progress, per_image_nll, trained_minutes
+from pixelcnn.training import (
+    StepReport,
+    evaluate,
+    evaluate_completion,
+    fit,
+    format_nll,
+    format_progress,
+    per_image_nll,
+    trained_minutes,
+)
 
 DEPLOYMENTS_FOLDER = Path("models/deployments")
 _NUM_THREADS = torch.get_num_threads()
@@ -282,6 +291,8 @@ def evaluate_model(
     per_image: dict[str, torch.Tensor] = {}
     scores: dict[str, Any] = evaluate(model, data, num_images=num_images, batch_size=batch_size, per_image=per_image)
     scores["test/nll_nats_max"] = per_image["test"].max().item()
+    if model.config.context_features:
+        scores.update(evaluate_completion(model, data, num_images=num_images, batch_size=batch_size))
     scores.update(baseline_scores(data))
     checked = per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES)
     scores[CHECKED_SCORE] = checked.mean().item()

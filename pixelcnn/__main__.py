@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pixelcnn.bench import PAIRS, SAMPLERS, bench, write_json
 from pixelcnn.causality import count_leaks
-from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
+from pixelcnn.checkpoint import load_checkpoint, load_joint_weights, save_checkpoint
 from pixelcnn.completion import complete, completion_log_prob
 from pixelcnn.config import CONFIG_CLASSES, checked_config
 from pixelcnn.data import Dataset, load_dataset
@@ -28,7 +28,16 @@ from pixelcnn.fast_sampling import sample
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import log_prob
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.training import StepReport, TrainConfig, check_fit, evaluate, fit, format_nll, format_progress
+from pixelcnn.training import (
+    StepReport,
+    TrainConfig,
+    check_fit,
+    evaluate,
+    evaluate_completion,
+    fit,
+    format_nll,
+    format_progress,
+)
 from pixelcnn.training_bench import bench_training
 
 KNOWN_PARTS = ("top", "left", "bottom", "right")
@@ -108,7 +117,10 @@ def train_command(arguments: argparse.Namespace) -> None:
     train_config = checked_config(TrainConfig, _given(arguments, TrainConfig), "train")
     device, rank = _join_processes(_device(arguments.device))
     torch.manual_seed(train_config.seed)
-    model = build_model(config).to(device)
+    model = build_model(config)
+    if arguments.init_from is not None:
+        load_joint_weights(model, arguments.init_from)
+    model = model.to(device)
     num_parameters = sum(p.numel() for p in model.parameters())
     if rank == 0:
         print(f"{arguments.model} on {data.name} ({data.protocol}): {num_parameters:,} parameters")
@@ -128,7 +140,10 @@ def train_command(arguments: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rank != 0:
         return
-    scores = evaluate(model, data) | {"dataset": data.name, "protocol": data.protocol, "data_hash": data.data_hash}
+    scores: dict[str, Any] = evaluate(model, data)
+    if config.context_features:
+        scores |= evaluate_completion(model, data)
+    scores |= {"dataset": data.name, "protocol": data.protocol, "data_hash": data.data_hash}
     save_checkpoint(out, model, scores)
     print(json.dumps(scores, indent=2))
     print(f"wrote {out}; {state_file} lets a longer run go on from here")
@@ -138,7 +153,10 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     """Measure the likelihood of a checkpoint on a prepared dataset."""
     model, _ = load_checkpoint(arguments.checkpoint)
     data: Dataset = load_dataset(arguments.data)
-    scores = evaluate(model.to(_device(arguments.device)), data, num_images=arguments.num_images)
+    model = model.to(_device(arguments.device))
+    scores = evaluate(model, data, num_images=arguments.num_images)
+    if arguments.completion:
+        scores |= evaluate_completion(model, data, num_images=arguments.num_images)
     print(json.dumps({"protocol": data.protocol, **scores}, indent=2))
 
 
@@ -253,6 +271,9 @@ def _parser() -> argparse.ArgumentParser:
         command = add(name, train_command, architectures)
         command.add_argument("--data", required=True, help="prepared dataset, e.g. data/mnist.safetensors")
         command.add_argument("--out", required=True, help="folder for the checkpoint")
+        command.add_argument(
+            "--init-from", help="checkpoint to start from: the same network, with or without a context network"
+        )
         _add_fields(command, config_class, FROM_DATASET)
         _add_fields(command, TrainConfig)
 
@@ -260,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--checkpoint", required=True)
     evaluation.add_argument("--data", required=True)
     evaluation.add_argument("--num-images", type=int, help="the first so many of each split; all if left out")
+    evaluation.add_argument("--completion", action="store_true", help="score completion of the test split, too")
 
     check = add("check", check_command)
     check.add_argument("--checkpoint", required=True)

@@ -9,6 +9,7 @@ twice:
   pixels to the right will need them.
 - With several colours, a sub-pixel computes the maps of its own colour only; those of earlier colours are there.
 - The head runs at the pixel in turn alone, and not at all at a known pixel.
+- The map of a drawing is made once; what it adds to each layer is computed row by row, for the whole row at once.
 
 Only the rows that a kernel reaches are kept, so the cost of a pixel does not grow with the image.
 
@@ -86,7 +87,7 @@ class _Rows:
 class _PixelCNNCache:
     """What PixelCNN has computed of a batch of images so far."""
 
-    def __init__(self, model: PixelCNN, batch: int, label: Tensor | None) -> None:
+    def __init__(self, model: PixelCNN, batch: int, label: Tensor | None, context: Tensor | None) -> None:
         config = model.config
         self.num_colours, _, width = config.image_shape
         self.h, self.num_head = config.num_features, config.head_features
@@ -104,6 +105,7 @@ class _PixelCNNCache:
         self.bias = [block.conv.bias[:, None] for block in self.blocks]  # (h, 1)
         if label is not None and config.num_labels:
             self.bias = [b + block.label_bias(label)[..., 0] for b, block in zip(self.bias, self.blocks, strict=True)]
+        self.context, self.num_rows = context, 0
         self.image = _Rows(first, batch, n, first_half + 1, width, first_half)
         self.reduced = [_Rows(first, batch, self.h, half + 1, width, half) for _ in self.blocks]
         # Of the pixel in turn: the residual stream before each block, each block's output, the skips' sum.
@@ -116,9 +118,13 @@ class _PixelCNNCache:
         above = F.conv2d(self.image.values[:, :, :-1], self.first_above, self.first_bias)
         self.first_row = above[:, :, 0]  # (B, 2h, W)
         self.rows = []
-        for rows, kernel, bias in zip(self.reduced, self.above, self.bias, strict=True):
+        for block, rows, kernel, bias in zip(self.blocks, self.reduced, self.above, self.bias, strict=True):
             rows.new_row()
-            self.rows.append(F.conv2d(rows.values[:, :, :-1], kernel)[:, :, 0] + bias)  # (B, h, W)
+            row = F.conv2d(rows.values[:, :, :-1], kernel)[:, :, 0] + bias  # (B, h, W)
+            if self.context is not None:
+                row = row + F.conv1d(self.context[:, :, self.num_rows], block.context.weight[..., 0])
+            self.rows.append(row)
+        self.num_rows += 1
 
     def features(self, x: int, c: int) -> Tensor:  # (B, head)
         outer, inner, head = (_own(c, maps, self.num_colours) for maps in (2 * self.h, self.h, self.num_head))
@@ -136,7 +142,7 @@ class _PixelCNNCache:
 class _GatedCache:
     """What Gated PixelCNN has computed of a batch of images so far."""
 
-    def __init__(self, model: GatedPixelCNN, batch: int, label: Tensor | None) -> None:
+    def __init__(self, model: GatedPixelCNN, batch: int, label: Tensor | None, context: Tensor | None) -> None:
         config = model.config
         n, _, self.width = config.image_shape
         self.num_colours, self.p, half = n, config.num_features, config.kernel_size // 2
@@ -153,6 +159,8 @@ class _GatedCache:
             self.v_label = [layer.v_label_bias(label) for layer in self.layers]  # (B, 2p, 1, 1)
             h_label = [layer.h_label_bias(label)[:, order, :, 0] for layer in self.layers]  # (B, 2p, 1)
             self.h_bias = [bias + more for bias, more in zip(self.h_bias, h_label, strict=True)]
+        self.context = context
+        self.h_context = [] if context is None else [layer.h_context.weight[order, :, :, 0] for layer in self.layers]
         like = self.v_kernels[0]
         inputs = [n] + [self.p] * (len(self.layers) - 1)
         # The vertical stack trails one row behind: its input ends with the row above.
@@ -167,14 +175,20 @@ class _GatedCache:
         row = self.image.values  # the row above: (B, C, 1, W + 2 half)
         self.rows = []
         for i, rows in enumerate(self.v_inputs):
+            h_bias, v_bias = self.h_bias[i], self.v_label[i]
+            if self.context is not None:
+                h_bias = h_bias + F.conv1d(self.context[:, :, self.num_rows], self.h_context[i])  # (B, 2p, W)
+                if self.num_rows:
+                    above = self.context[:, :, self.num_rows - 1 : self.num_rows]
+                    v_bias = v_bias + F.conv2d(above, self.layers[i].v_context.weight)  # (B, 2p, 1, W)
             if self.num_rows == 0:  # nothing lies above the first row, and its link sees zeros
-                self.rows.append(self.h_bias[i].expand(len(row), -1, self.width))
+                self.rows.append(h_bias.expand(len(row), -1, self.width))
                 continue
             rows.new_row()
             rows.values[:, :, -1:] = row
             gates = F.conv2d(rows.values, self.v_kernels[i], self.layers[i].v_conv.bias)  # (B, 2p, 1, W)
-            self.rows.append(F.conv1d(gates[:, :, 0], self.links[i]) + self.h_bias[i])  # (B, 2p, W)
-            row = F.pad(gate(gates + self.v_label[i]), (rows.half, rows.half))
+            self.rows.append(F.conv1d(gates[:, :, 0], self.links[i]) + h_bias)  # (B, 2p, W)
+            row = F.pad(gate(gates + v_bias), (rows.half, rows.half))
         self.num_rows += 1
         for inputs in self.h_inputs:
             inputs.new_row()
@@ -228,8 +242,9 @@ def cached_sample(
     for start in range(0, len(u), size):
         part = slice(start, start + size)
         part_label = None if label is None else label[part]
+        context = model.context(drawing[part], observed[part]) if drawing is not None and observed is not None else None
         # A slice is a view: the levels are written in place.
-        _sample_part(model, u[part], part_label, temperature, levels[part], missing[part], on_row, on_logits)
+        _sample_part(model, u[part], part_label, temperature, levels[part], missing[part], context, on_row, on_logits)
     return levels
 
 
@@ -240,6 +255,7 @@ def _sample_part(
     temperature: float,
     levels: Tensor,
     missing: Tensor,
+    context: Tensor | None,
     on_row: OnRow | None,
     on_logits: OnLogits | None,
 ) -> None:
@@ -247,10 +263,10 @@ def _sample_part(
     num_colours, height, width = config.image_shape
     cache: _PixelCNNCache | _GatedCache
     if isinstance(model, PixelCNN):
-        cache = _PixelCNNCache(model, len(u), label)
+        cache = _PixelCNNCache(model, len(u), label, context)
     else:
         assert isinstance(model, GatedPixelCNN)
-        cache = _GatedCache(model, len(u), label)
+        cache = _GatedCache(model, len(u), label, context)
     head, logits_layer = _pixelwise(model.head, num_colours), _pixelwise(model.logits, num_colours)
     hidden = model.head.weight.new_zeros(len(u), config.head_features)
     any_missing = missing.any(dim=0).tolist()

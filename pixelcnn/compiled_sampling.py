@@ -9,6 +9,7 @@ The algorithm is that of cached_sampling.py, which says it in torch; here it is 
 - Matrices are cut into panels as wide as two vector registers, one panel after the other: the inner loop reads
   memory in order and keeps its sums in registers. It is written in vector instructions (`_tile`), because compilers
   do not find that form by themselves.
+- What a label and a drawing add is a bias: the drawing's is one per pixel, made by torch before the first row.
 - Activations are kept for a few rows only (a ring), so the cost of a pixel does not grow with the image.
 
 Arrays are flat; a place in one is an offset. Every array that a product reads has a vector's length to spare at its
@@ -359,12 +360,13 @@ def _head_and_draw(w, at, s, y, x, c, levels, logits_out, u, missing, temperatur
 
 
 @_compiled
-def _pixelcnn_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
+def _pixelcnn_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
     """Sample rows y0..y1-1 of one image in place."""
     first_half, half, num_blocks, num_features, num_head = sizes
     first_above, first_b, first_left, first_skip, skips_b, above, reduce, reduce_b, conv, stream_b, grow = at
     image, cache, first_row, above_row, first, stream, positive_stream, positive = s
-    num_colours, _, width = levels.shape
+    bias, context = biases
+    num_colours, height, width = levels.shape
     num_levels = head[6]
     num_slots = half + 1
     image_step, cache_step = (width + 2 * first_half) * num_colours, (width + 2 * half) * num_features
@@ -383,6 +385,8 @@ def _pixelcnn_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, temp
         for layer in range(num_blocks):
             o = layer * width * h
             _fill_columns(above_row, o, width, bias, layer * h, h)
+            if context.shape[0]:
+                _add(above_row, o, above_row, o, context, (layer * height + y) * width * h, width * h)
             for dy in range(half):
                 i = (layer * num_slots + (y - half + dy) % num_slots) * cache_step
                 _add_products(above_row, o, h, cache, i, h, width, (2 * half + 1) * h, w, above[layer, dy], h)
@@ -421,13 +425,13 @@ def _pixelcnn_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, temp
 
 
 @_compiled
-def _gated_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
+def _gated_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
     """Sample rows y0..y1-1 of one image in place."""
     half, num_layers, num_features = sizes
     v_conv, v_b, link, h_conv, h_out, out_b, zeros = at
-    v_label, h_bias = bias
+    v_label, h_bias, v_context, h_context = biases
     image, v_cache, h_cache, v_gates, link_row, gates, gated, residual = s
-    num_colours, _, width = levels.shape
+    num_colours, height, width = levels.shape
     num_levels = head[6]
     num_slots = half + 1
     p, num_gates, maps = num_features, 2 * num_features, num_features // num_colours
@@ -438,7 +442,11 @@ def _gated_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, tempera
     for y in range(y0, y1):
         # The vertical stack of the row above, over its full width, and its link to this row.
         for layer in range(num_layers):
-            _fill_columns(link_row, layer * width * num_gates, width, h_bias, layer * num_gates, num_gates)
+            o = layer * width * num_gates
+            _fill_columns(link_row, o, width, h_bias, layer * num_gates, num_gates)
+            if h_context.shape[0]:
+                i = (layer * height + y) * width * num_gates
+                _add(link_row, o, link_row, o, h_context, i, width * num_gates)
         if y > 0:
             for layer in range(num_layers):
                 _fill_columns(v_gates, 0, width, w, v_b + layer * num_gates, num_gates)
@@ -456,6 +464,9 @@ def _gated_rows(w, sizes, at, head, bias, s, head_s, levels, missing, u, tempera
                     link_row, o, num_gates, v_gates, 0, num_gates, width, num_gates, w, link[layer], num_gates
                 )
                 if layer + 1 < num_layers:
+                    if v_context.shape[0]:
+                        i = (layer * height + y - 1) * width * num_gates
+                        _add(v_gates, 0, v_gates, 0, v_context, i, width * num_gates)
                     o = (layer * num_slots + (y - 1) % num_slots) * v_step + half * p
                     for x in range(width):
                         g = x * num_gates
@@ -524,13 +535,13 @@ class Engine:
     Args:
         dtype: of the weights.
         new_state: returns fresh buffers for one image.
-        label_bias: returns what a label adds.
+        biases: returns what a label, and the map of a drawing, (context_features, H, W) or None, add in one image.
         rows: samples rows of one image in place.
     """
 
     dtype: Any
     new_state: Callable[[], Any]
-    label_bias: Callable[[int], Any]
+    biases: Callable[[int, Tensor | None], Any]
     rows: Callable[..., None]
 
 
@@ -590,6 +601,21 @@ def _label_table(tables: list[Any], label: int, like: Tensor) -> Tensor:
     return torch.stack([table.table[label] for table in tables]).detach()
 
 
+def _context_weights(projections: list[Any]) -> Tensor | None:
+    """Return how the map of a drawing enters each layer, (layers, maps, features); None if it does not."""
+    if projections[0] is None:
+        return None
+    return torch.stack([projection.weight[:, :, 0, 0] for projection in projections]).detach()
+
+
+def _context_bias(weights: Tensor | None, context: Tensor | None, dtype: Any) -> Array:
+    """Return what the map of a drawing adds in each layer, (layers, H, W, maps), flat; nothing at all without one."""
+    if weights is None or context is None:
+        return np.zeros(0, dtype)
+    pixels = context.flatten(1).T.contiguous()  # (H * W, features)
+    return torch.matmul(pixels, weights.transpose(1, 2)).flatten().numpy()
+
+
 def _padded(values: Tensor) -> Array:
     flat = values.detach().flatten()
     return torch.nn.functional.pad(flat, (0, VECTOR_BYTES // flat.dtype.itemsize)).numpy()
@@ -642,6 +668,7 @@ def _pixelcnn_engine(model: PixelCNN) -> Engine:
     sizes = (first_half, half, num_blocks, h, config.head_features)
     conv_b = torch.stack([block.conv.bias for block in blocks])
     tables = [block.label_bias for block in blocks]
+    projections = _context_weights([block.context for block in blocks])
 
     def new_state() -> Any:
         image = (height + first_half) * (width + 2 * first_half) * num_colours
@@ -650,13 +677,14 @@ def _pixelcnn_engine(model: PixelCNN) -> Engine:
         others = (width * 2 * h, num_blocks * width * h, 2 * h, outer_and_skips, num_blocks * 2 * h, num_blocks * h)
         return tuple(_zeros(size, dtype) for size in (image, cache, *others)), _head_state(model, dtype)
 
-    def label_bias(label: int) -> Any:
-        return _padded(conv_b + _label_table(tables, label, conv_b))
+    def biases(label: int, context: Tensor | None) -> Any:
+        bias = _padded(conv_b + _label_table(tables, label, conv_b))
+        return bias, _context_bias(projections, context, dtype)
 
-    def rows(bias: Any, state: Any, *arguments: Any) -> None:
-        _pixelcnn_rows(w, sizes, tuple(at), head, bias, *state, *arguments)
+    def rows(biases: Any, state: Any, *arguments: Any) -> None:
+        _pixelcnn_rows(w, sizes, tuple(at), head, biases, *state, *arguments)
 
-    return Engine(dtype, new_state, label_bias, rows)
+    return Engine(dtype, new_state, biases, rows)
 
 
 def _gated_engine(model: GatedPixelCNN) -> Engine:
@@ -691,6 +719,10 @@ def _gated_engine(model: GatedPixelCNN) -> Engine:
     sizes = (half, num_layers, p)
     h_b = torch.stack([layer.link.bias + layer.h_conv.bias for layer in layers])
     v_tables, h_tables = [layer.v_label_bias for layer in layers], [layer.h_label_bias for layer in layers]
+    v_projections = _context_weights([layer.v_context for layer in layers])
+    h_projections = _context_weights([layer.h_context for layer in layers])
+    if h_projections is not None:
+        h_projections = h_projections[:, order]
 
     def new_state() -> Any:
         image = (height + half) * (width + 2 * half) * num_colours
@@ -699,14 +731,15 @@ def _gated_engine(model: GatedPixelCNN) -> Engine:
         others = (width * 2 * p, num_layers * width * 2 * p, 2 * maps, num_layers * p, maps)
         return tuple(_zeros(size, dtype) for size in (image, v_cache, h_cache, *others)), _head_state(model, dtype)
 
-    def label_bias(label: int) -> Any:
+    def biases(label: int, context: Tensor | None) -> Any:
         h_bias = (h_b + _label_table(h_tables, label, h_b))[:, order]
-        return _padded(_label_table(v_tables, label, h_b)), _padded(h_bias)
+        context_biases = (_context_bias(weights, context, dtype) for weights in (v_projections, h_projections))
+        return _padded(_label_table(v_tables, label, h_b)), _padded(h_bias), *context_biases
 
-    def rows(bias: Any, state: Any, *arguments: Any) -> None:
-        _gated_rows(w, sizes, at, head, bias, *state, *arguments)
+    def rows(biases: Any, state: Any, *arguments: Any) -> None:
+        _gated_rows(w, sizes, at, head, biases, *state, *arguments)
 
-    return Engine(dtype, new_state, label_bias, rows)
+    return Engine(dtype, new_state, biases, rows)
 
 
 def build_engine(model: AutoregressiveModel) -> Engine:

@@ -1,8 +1,9 @@
 """Fill in the missing pixels of an image, and score what was filled in.
 
-Pixels are visited in raster order and known ones are clamped. If every missing pixel comes after every observed one
-(a lower half, say), this is an exact sample of p(missing | observed). Otherwise it is not: a missing pixel cannot see
-observed pixels after it.
+Pixels are visited in raster order and known ones are clamped. A model with a context network draws each missing pixel
+from p(x_i | x_1, ..., x_{i-1}, all that is known): for any mask, a sample of a normalised p(missing | observed). With a
+model without one, known pixels that come after a missing one do not count: exact only where every missing pixel comes
+after every observed one (a lower half, say).
 """
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from pixelcnn.fast_sampling import OnRow, sample
 from pixelcnn.likelihood import pixel_log_prob
-from pixelcnn.model import AutoregressiveModel
-from pixelcnn.sampling import check_observed
+from pixelcnn.model import AutoregressiveModel, check_observed
 
 
 def complete(
@@ -25,7 +25,8 @@ def complete(
 ) -> Tensor:
     """Fill in the missing pixels of a batch of images.
 
-    Each missing sub-pixel is drawn from p(x_i | x_1, ..., x_{i-1}), the known ones in place.
+    Each missing sub-pixel is drawn from p(x_i | x_1, ..., x_{i-1}), the known ones in place, given the drawing too if
+    the model has a context network.
 
     Args:
         image: (B, C, H, W) int64 levels in [0, K); ignored where missing.
@@ -50,7 +51,8 @@ def completion_log_prob(
 ) -> Tensor:
     """Return the log-probability with which `complete` (temperature 1) fills in these missing pixels.
 
-    It is the sum over the missing sub-pixels of log p(x_i | x_1, ..., x_{i-1}): a normalised distribution over them.
+    It is the sum over the missing sub-pixels of log p(x_i | x_1, ..., x_{i-1}), given the drawing too if the model has
+    a context network: a normalised distribution over them.
 
     Args:
         levels: (B, C, H, W) int64 in [0, K), the finished images.
@@ -64,4 +66,5 @@ def completion_log_prob(
         ValueError: a shape, dtype or range differs from the above.
     """
     check_observed(levels, observed, model.config)
-    return (pixel_log_prob(model, levels, label) * ~observed).sum(dim=(1, 2, 3))
+    seen = (levels, observed) if model.config.context_features else (None, None)
+    return (pixel_log_prob(model, levels, label, *seen) * ~observed).sum(dim=(1, 2, 3))

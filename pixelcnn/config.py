@@ -18,7 +18,8 @@ class ModelConfig:
         num_levels: K, the values 0..K-1 that each sub-pixel can take.
         num_features: width of the network; a multiple of C, so that the maps split evenly into colour groups.
         num_labels: number of classes that the network can be told; 0 for a network without labels.
-        context_features: width of the map computed from a drawing; only 0 (no context network) is supported.
+        context_features: maps that the context network makes of a drawing; 0 for a network without one.
+        context_width: width of the context network's own layers; 0 means `context_features`.
         head_features: width of the head's 1x1 layer; 0 means twice `num_features`.
 
     Raises:
@@ -31,6 +32,7 @@ class ModelConfig:
     num_labels: int = 0
     context_features: int = 0
     head_features: int = 0
+    context_width: int = 0
 
     def __post_init__(self) -> None:
         shape = self.image_shape
@@ -43,11 +45,12 @@ class ModelConfig:
         _check_int("num_features", self.num_features, 1)
         _check_int("num_labels", self.num_labels, 0)
         _check_int("head_features", self.head_features, 0)
-        if self.context_features != 0:
-            raise ValueError(
-                f"context_features must be 0, got {self.context_features!r}: "
-                "this version has no context network; completion clamps known pixels in raster order."
-            )
+        _check_int("context_features", self.context_features, 0)
+        _check_int("context_width", self.context_width, 0)
+        if self.context_width and not self.context_features:
+            raise ValueError(f"context_width must be 0 where context_features is 0, got {self.context_width}.")
+        if self.context_width == 0:
+            object.__setattr__(self, "context_width", self.context_features)
         if self.head_features == 0:
             object.__setattr__(self, "head_features", 2 * self.num_features)
         num_colours = shape[0]

@@ -80,7 +80,8 @@ def warm_up(model: AutoregressiveModel) -> float:
     if _choose(model) == "cached, compiled":
         shape = model.config.image_shape
         u = torch.zeros(1, *shape, dtype=torch.float64)
-        _sample_compiled(model, u, None, 1.0, torch.zeros(1, *shape, dtype=torch.int64), u[:, 0] == 0, None, rows=0)
+        levels = torch.zeros(1, *shape, dtype=torch.int64)
+        _sample_compiled(model, u, None, 1.0, levels, u[:, 0] == 0, None, None, rows=0)
     took = time.perf_counter() - start
     logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
     return took
@@ -120,8 +121,29 @@ def sample(
         return levels
     levels, missing = prepare_canvas(model, u, label, temperature, drawing, observed)
     levels = levels.contiguous()
-    _sample_compiled(model, u, label, temperature, levels, missing, on_row, rows=u.shape[2])
+    _sample_compiled(model, u, label, temperature, levels, missing, observed, on_row, rows=u.shape[2])
     return levels
+
+
+def _contexts(model: AutoregressiveModel, levels: Tensor, observed: Tensor | None) -> list[Tensor | None]:
+    """Return the map of each image's drawing, (context_features, H, W), or None where nothing is to be added.
+
+    Each is made by itself, so that no bit of an image depends on those beside it; equal ones are made once.
+
+    Args:
+        levels: (B, C, H, W) int64, 0 where not observed.
+    """
+    if observed is None or not model.config.context_features:
+        return [None] * len(levels)
+    made: dict[bytes, Tensor | None] = {}
+    keys = [
+        image.numpy().tobytes() + known.numpy().tobytes() for image, known in zip(levels, observed.cpu(), strict=True)
+    ]
+    for i, key in enumerate(keys):
+        if key not in made:
+            context = model.context(levels[i : i + 1], observed[i : i + 1]) if bool(observed[i].any()) else None
+            made[key] = None if context is None else context[0]
+    return [made[key] for key in keys]
 
 
 def _sample_compiled(
@@ -131,21 +153,34 @@ def _sample_compiled(
     temperature: float,
     levels: Tensor,
     missing: Tensor,
+    observed: Tensor | None,
     on_row: OnRow | None,
     rows: int,
 ) -> None:
     """Sample the first `rows` rows in place, images in parallel: the compiled code runs without Python's lock."""
     engine = _engine_of(model)
     labels = [-1] * len(u) if label is None else label.tolist()
-    biases = {label: engine.label_bias(label) for label in set(labels)}
+    contexts = _contexts(model, levels, observed)
     noise = u.double().contiguous().numpy()
     no_logits = torch.empty(0, *u.shape[1:], dtype=model.head.weight.dtype).numpy()
     images, holes = levels.numpy(), missing.contiguous().numpy()
     # Rows below the last missing pixel need no work.
     stops = [min(rows, int(hole.any(axis=1).nonzero()[0].max(initial=-1)) + 1) for hole in holes]
 
-    def sample_rows(i: int, state: Any, start: int, stop: int) -> None:
-        engine.rows(biases[labels[i]], state, images[i], holes[i], noise[i], float(temperature), no_logits, start, stop)
+    keys = [(label, id(context)) for label, context in zip(labels, contexts, strict=True)]
+    # Candidates of one drawing share its biases. Those of a single image live no longer than its other buffers.
+    shared = {
+        key: engine.biases(labels[i], contexts[i])
+        for key, i in dict(zip(keys, range(len(keys)), strict=True)).items()
+        if contexts[i] is None or keys.count(key) > 1
+    }
+
+    def begin(i: int) -> tuple[Any, Any]:
+        biases = shared[keys[i]] if keys[i] in shared else engine.biases(labels[i], contexts[i])
+        return biases, engine.new_state()
+
+    def sample_rows(i: int, begun: tuple[Any, Any], start: int, stop: int) -> None:
+        engine.rows(*begun, images[i], holes[i], noise[i], float(temperature), no_logits, start, stop)
 
     def for_each(work: Any, images: Iterable[int]) -> None:
         images = list(images)
@@ -159,10 +194,10 @@ def _sample_compiled(
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
         if on_row is None:
             # An image's buffers live while it is sampled: memory does not grow with the batch.
-            for_each(lambda i: sample_rows(i, engine.new_state(), 0, stops[i]), range(len(u)))
+            for_each(lambda i: sample_rows(i, begin(i), 0, stops[i]), range(len(u)))
             return
-        states = [engine.new_state() for _ in range(len(u))]
+        begun = [begin(i) for i in range(len(u))]
         for row in range(rows):
             due = [i for i in range(len(u)) if row < stops[i]]
-            for_each(lambda i, y=row: sample_rows(i, states[i], y, y + 1), due)
+            for_each(lambda i, y=row: sample_rows(i, begun[i], y, y + 1), due)
             on_row(row, levels[:, :, row])

@@ -10,17 +10,25 @@ from torch.nn import functional as F
 from pixelcnn.model import AutoregressiveModel
 
 
-def pixel_log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = None) -> Tensor:
-    """Return log p(x_i | x_1, ..., x_{i-1}) of every sub-pixel.
+def pixel_log_prob(
+    model: AutoregressiveModel,
+    levels: Tensor,
+    label: Tensor | None = None,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
+    """Return log p(x_i | x_1, ..., x_{i-1}) of every sub-pixel, given the drawing too where one is given.
 
     Args:
         levels: (B, C, H, W) int64 in [0, K).
         label: (B,) int64, -1 for none; None for no labels.
+        drawing, observed: as the model's forward pass takes them. What is observed is scored like the rest; only
+            the missing sub-pixels' values mean anything.
 
     Returns:
         (B, C, H, W) nats, in float32 or better.
     """
-    logits = model(levels, label)  # (B, K, C, H, W)
+    logits = model(levels, label, drawing, observed)  # (B, K, C, H, W)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(logits, levels, reduction="none")
 

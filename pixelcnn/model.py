@@ -6,7 +6,11 @@ categorical over K levels, whose logits one forward pass gives for all sub-pixel
 Sources: PixelCNN, van den Oord et al. 2016, arXiv:1601.06759; Gated PixelCNN, van den Oord et al. 2016,
 arXiv:1606.05328. Departures: labels in both architectures, Adam and EMA in training (training.py), a softmax of two
 levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the multi-scale
-PixelCNN, the autoencoder of the second paper, a context network for drawings.
+PixelCNN, the autoencoder of the second paper.
+
+With a context network the model also is p(missing | observed) for any observed part of an image, the product over the
+missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of the drawing enters every layer (section
+2.3 of the second paper). With nothing observed the map is zero, and the same weights are p(x).
 """
 
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.config import GatedPixelCNNConfig, ModelConfig, PixelCNNConfig
-from pixelcnn.layers import GatedLayer, MaskedConv2d, ResidualBlock, masked_1x1
+from pixelcnn.layers import ContextNetwork, GatedLayer, MaskedConv2d, ResidualBlock, masked_1x1
 from pixelcnn.masks import colour_groups, raster_mask
 
 
@@ -45,8 +49,21 @@ def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
         )
 
 
+def check_observed(image: Tensor, observed: Tensor, config: ModelConfig, name: str = "image") -> None:
+    """Raise ValueError unless `observed` is (B, 1, H, W) bool and the observed pixels of `image` are levels."""
+    expected = (len(image), 1, *config.image_shape[1:])
+    if observed.dtype != torch.bool or tuple(observed.shape) != expected:
+        raise ValueError(
+            f"observed must be bool of shape {expected}, True where a pixel is known, "
+            f"got {observed.dtype} of shape {tuple(observed.shape)}."
+        )
+    if tuple(image.shape[1:]) != config.image_shape:
+        check_levels(image, config, name)
+    check_levels(torch.where(observed, image, 0), config, f"{name} (where observed)")
+
+
 class AutoregressiveModel(nn.Module):
-    """What both architectures share: input checks and scaling, and the two 1x1 layers of the head.
+    """What both architectures share: input checks and scaling, the context network, the two 1x1 layers of the head.
 
     `config` says which images it is for.
     """
@@ -59,10 +76,35 @@ class AutoregressiveModel(nn.Module):
         logits = colour_groups(num_colours * config.num_levels, num_colours)
         self.head = masked_1x1("B", colour_groups(in_maps, num_colours), head)
         self.logits = masked_1x1("B", head, logits)
+        self.context_network: ContextNetwork | None = None
+        if config.context_features:
+            side = max(config.image_shape[1:])
+            self.context_network = ContextNetwork(num_colours, config.context_width, config.context_features, side)
 
-    def features(self, x: Tensor, label: Tensor | None) -> Tensor:
-        """Return the head's input, (B, maps, H, W), from scaled levels."""
+    def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
+        """Return the head's input, (B, maps, H, W), from scaled levels and a map of the drawing."""
         raise NotImplementedError
+
+    def scale(self, levels: Tensor) -> Tensor:
+        """Return levels as the network sees them, in [-1, 1] and in the dtype of the weights."""
+        # Centred, so that the zero padding is no level of a binary image.
+        # Channels last, down to the strides of a single channel: the layout in which convolutions are fastest.
+        x = levels.to(self.head.weight.dtype, memory_format=torch.channels_last)
+        return x * (2 / (self.config.num_levels - 1)) - 1
+
+    def context(self, drawing: Tensor | None, observed: Tensor | None) -> Tensor | None:
+        """Return the map of a drawing that enters every layer; None without a drawing or without a context network.
+
+        Args:
+            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
+            observed: (B, 1, H, W) bool.
+
+        Returns:
+            (B, context_features, H, W), zero for an image of which nothing is observed.
+        """
+        if self.context_network is None or drawing is None or observed is None:
+            return None
+        return self.context_network(self.scale(torch.where(observed, drawing, 0)), observed)
 
     def forward(
         self,
@@ -71,12 +113,13 @@ class AutoregressiveModel(nn.Module):
         drawing: Tensor | None = None,
         observed: Tensor | None = None,
     ) -> Tensor:
-        """Return the logits of every sub-pixel given all earlier ones.
+        """Return the logits of every sub-pixel given all earlier ones, and the drawing where one is given.
 
         Args:
             levels: (B, C, H, W) int64 in [0, K).
             label: (B,) int64 in [-1, num_labels), -1 for no label; None for no labels at all.
-            drawing, observed: for networks with a context network; this version has none, so they must be None.
+            drawing: (B, C, H, W) int64 levels, ignored where not observed; only for models with a context network.
+            observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.
 
         Returns:
             (B, K, C, H, W) logits in the dtype of the weights.
@@ -88,13 +131,17 @@ class AutoregressiveModel(nn.Module):
         check_levels(levels, config)
         if label is not None:
             check_label(label, len(levels), config)
-        if drawing is not None or observed is not None:
+        if self.context_network is None and (drawing is not None or observed is not None):
             raise ValueError("drawing and observed must be None: this model has no context network.")
+        if (drawing is None) != (observed is None):
+            raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
+        if drawing is not None and observed is not None:
+            if len(drawing) != len(levels):
+                raise ValueError(f"drawing must have the batch size of levels, {len(levels)}, got {len(drawing)}.")
+            check_observed(drawing, observed, config, "drawing")
         batch, (channels, height, width) = len(levels), config.image_shape
-        # [-1, 1]: centred, so that the zero padding is no level of a binary image.
-        # Channels last, down to the strides of a single channel: the layout in which convolutions are fastest.
-        x = levels.to(self.head.weight.dtype, memory_format=torch.channels_last) * (2 / (config.num_levels - 1)) - 1
-        y = self.logits(F.relu(self.head(F.relu(self.features(x, label)))))  # (B, C*K, H, W)
+        features = self.features(self.scale(levels), label, self.context(drawing, observed))
+        y = self.logits(F.relu(self.head(F.relu(features))))  # (B, C*K, H, W)
         return y.reshape(batch, channels, config.num_levels, height, width).transpose(1, 2)
 
 
@@ -114,15 +161,22 @@ class PixelCNN(AutoregressiveModel):
         self.first = MaskedConv2d(first_mask, right=config.first_kernel_size // 2)
         self.first_skip = masked_1x1("B", outer, colour_groups(config.head_features, num_colours))
         self.blocks = nn.ModuleList(
-            ResidualBlock(config.num_features, config.head_features, config.kernel_size, num_colours, config.num_labels)
+            ResidualBlock(
+                config.num_features,
+                config.head_features,
+                config.kernel_size,
+                num_colours,
+                config.num_labels,
+                config.context_features,
+            )
             for _ in range(config.num_blocks)
         )
 
-    def features(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         x = self.first(x)  # (B, 2h, H, W)
         skips = self.first_skip(x)  # (B, head, H, W)
         for block in self.blocks:
-            x, skip = block(x, label)
+            x, skip = block(x, label, context)
             skips = skips + skip
         return skips
 
@@ -143,14 +197,15 @@ class GatedPixelCNN(AutoregressiveModel):
                 config.kernel_size,
                 num_colours,
                 config.num_labels,
+                config.context_features,
             )
             for i in range(config.num_layers)
         )
 
-    def features(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         v = h = x
         for layer in self.layers:
-            v, h = layer(v, h, label)
+            v, h = layer(v, h, label, context)
         return h  # (B, p, H, W)
 
 

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from pixelcnn.config import ModelConfig
-from pixelcnn.model import AutoregressiveModel, check_label, check_levels
+from pixelcnn.model import AutoregressiveModel, check_label, check_observed
 
 
 def check_noise(u: Tensor, image_shape: tuple[int, int, int]) -> None:
@@ -26,19 +25,6 @@ def check_temperature(temperature: float) -> None:
     """Raise ValueError unless the temperature is a finite number of at least 0."""
     if not math.isfinite(temperature) or temperature < 0:
         raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
-
-
-def check_observed(image: Tensor, observed: Tensor, config: ModelConfig) -> None:
-    """Raise ValueError unless `observed` is (B, 1, H, W) bool and the observed pixels of `image` are levels."""
-    expected = (len(image), 1, *config.image_shape[1:])
-    if observed.dtype != torch.bool or tuple(observed.shape) != expected:
-        raise ValueError(
-            f"observed must be bool of shape {expected}, True where a pixel is known, "
-            f"got {observed.dtype} of shape {tuple(observed.shape)}."
-        )
-    if tuple(image.shape[1:]) != config.image_shape:
-        check_levels(image, config, "image")
-    check_levels(torch.where(observed, image, 0), config, "image (where observed)")
 
 
 def draw_level(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -111,7 +97,8 @@ def naive_sample(
         u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
         label: (B,) int64, -1 for none; None for no labels.
         temperature: divides the logits; 1 samples the model itself, 0 takes the most likely level of each sub-pixel.
-        drawing: (B, C, H, W) int64 levels that are kept where observed; ignored elsewhere.
+        drawing: (B, C, H, W) int64 levels that are kept where observed; ignored elsewhere. A model with a context
+            network sees all of it at every pixel; one without sees of it what lies before the pixel.
         observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.
 
     Returns:
@@ -121,6 +108,7 @@ def naive_sample(
         ValueError: a shape, dtype or range differs from the above.
     """
     levels, missing = prepare_canvas(model, u, label, temperature, drawing, observed)
+    seen = (drawing, observed) if model.config.context_features else (None, None)
     channels, height, width = model.config.image_shape
     for row in range(height):
         for column in range(width):
@@ -128,7 +116,7 @@ def naive_sample(
             if not here.any():
                 continue
             for channel in range(channels):
-                logits = model(levels, label)[:, :, channel, row, column]  # (B, K)
+                logits = model(levels, label, *seen)[:, :, channel, row, column]  # (B, K)
                 drawn = draw_level(logits, u[:, channel, row, column], temperature)
                 levels[:, channel, row, column] = torch.where(here, drawn, levels[:, channel, row, column])
     return levels

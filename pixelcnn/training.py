@@ -1,7 +1,11 @@
 """Training and evaluation: one loop, callbacks, no tracker.
 
 Everything random in step s depends on (seed, s) alone, so a run that was stopped and resumed sees the same batches,
-the same Bernoulli samples and the same dropped labels as one that was not.
+the same Bernoulli samples, the same dropped labels and the same masks as one that was not.
+
+A model with a context network is trained to complete: of a share of the images it is shown a part (observed.py), and
+its loss is the negative log-likelihood of the rest given that part. For the other images it is that of the whole image,
+so the same weights stay the joint model.
 """
 
 import json
@@ -23,8 +27,9 @@ from torch.nn import functional as F
 
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import Dataset
-from pixelcnn.likelihood import bits_per_dim, log_prob
+from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
 from pixelcnn.model import AutoregressiveModel
+from pixelcnn.observed import SCORED, scored_masks, training_masks
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +52,7 @@ class TrainConfig:
         ema_decay: decay per step of the averaged weights, those that are scored and kept; 0 for no average.
         clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
         label_dropout: share of the images whose label is withheld, so that one network serves with and without.
+        context_share: share of the images that are shown in part, for models with a context network.
         horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
         precision: `float32`, or `bfloat16` for autocast of the matrix work.
         accumulate: parts that a batch is split into, to save memory.
@@ -68,6 +74,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     clip_norm: float = 1.0
     label_dropout: float = 0.5
+    context_share: float = 0.75
     horizontal_flips: bool = False
     precision: str = "float32"
     accumulate: int = 1
@@ -85,7 +92,7 @@ class TrainConfig:
             _check(name, getattr(self, name), float, 0, {"learning_rate": 1.0}.get(name, 1e9), above=True)
         for name in ("max_minutes", "save_minutes"):
             _check(name, getattr(self, name), float, 0, 1e9)
-        for name in ("decay_fraction", "ema_decay", "label_dropout"):
+        for name in ("decay_fraction", "ema_decay", "label_dropout", "context_share"):
             _check(name, getattr(self, name), float, 0, 1)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
@@ -111,12 +118,15 @@ class StepReport:
     Args:
         step: steps done.
         epoch: passes over the training split done.
-        train_nll_nats: mean loss of this step's batch, nats per image.
+        train_nll_nats: mean loss of this step's batch, nats per image; of its missing part for images shown in part.
         learning_rate: of this step.
         images_per_s: since the start or the resume.
         remaining_s: estimate of the seconds left.
-        validation_nll_nats: of the averaged weights, where it was scored after this step.
+        validation_nll_nats: of the averaged weights, where it was scored after this step; of whole images, without
+            a drawing.
         train_subset_nll_nats: of the same weights then, on the first `TRAIN_SUBSET` training images, without labels.
+        validation_completion_nats: likewise, the mean over masks as in training of what is missing given the rest;
+            None for models without a context network.
     """
 
     step: int
@@ -127,6 +137,7 @@ class StepReport:
     remaining_s: float
     validation_nll_nats: float | None
     train_subset_nll_nats: float | None = None
+    validation_completion_nats: float | None = None
 
 
 def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int) -> str:
@@ -143,6 +154,8 @@ def format_progress(report: StepReport, data: Dataset) -> str:
     line = f"step {report.step}, epoch {report.epoch:.2f}: train {loss}"
     if report.validation_nll_nats is not None:
         line += f", validation {format_nll(report.validation_nll_nats, data.image_shape, data.num_levels)}"
+    if report.validation_completion_nats is not None:
+        line += f" (completion {report.validation_completion_nats:.2f} nats)"
     return f"{line}, {report.images_per_s:.0f} images/s, {minutes}:{seconds:02d} left"
 
 
@@ -217,18 +230,34 @@ class Trainer:
         label = torch.where(keep, self.data.labels["train"][index], -1)
         return levels.to(self.device), label.to(self.device)
 
+    def masks(self, levels: Tensor, *path: int, share: float) -> Tensor | None:
+        """Return what is observed of these images, depending on them and on (seed, path); None without a context."""
+        if not self.model.config.context_features:
+            return None
+        rng = np.random.default_rng([self.config.seed, *path])
+        return training_masks(rng, levels, self.data.num_levels, share)
+
     def train_step(self) -> tuple[float, float]:
         """Take one step; return the loss in nats per image, and the learning rate."""
         config = self.config
         levels, label = self.batch()
+        observed = self.masks(levels, 2, self.step, share=config.context_share)
         num_dims = math.prod(self.data.image_shape)
         nats = 0.0
         self.optimiser.zero_grad(set_to_none=True)
         share = torch.arange(len(levels)).tensor_split(self.num_processes)[self.rank]
         for part in share.tensor_split(config.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                logits = self.model(levels[part], None if label is None else label[part])
-            loss = F.cross_entropy(logits.float(), levels[part], reduction="sum") / (len(levels) * num_dims)
+                inputs = [levels[part], None if label is None else label[part]]
+                if observed is not None:
+                    inputs += [levels[part], observed[part]]
+                logits = self.model(*inputs)
+            # Divided by all sub-pixels, the observed ones too: an image counts by the nats that are to be explained.
+            if observed is None:
+                loss = F.cross_entropy(logits.float(), levels[part], reduction="sum") / (len(levels) * num_dims)
+            else:
+                nlls = F.cross_entropy(logits.float(), levels[part], reduction="none")
+                loss = (nlls * ~observed[part]).sum() / (len(levels) * num_dims)
             loss.backward()
             nats += loss.item() * num_dims
         if self.num_processes > 1:
@@ -276,32 +305,58 @@ class Trainer:
                 parameter.copy_(weight)
         return before
 
-    def validate(self, on_validation: Callable[[int], None] | None) -> tuple[float, float]:
-        """Score the averaged weights on validation and some training images; keep them if they validate best so far."""
+    def validate(self, on_validation: Callable[[int], None] | None) -> tuple[float, float, float | None]:
+        """Score the averaged weights on validation and some training images; keep them if they are the best so far.
+
+        The best are those of the lowest loss, the images with and without a mask in the proportion of the training.
+
+        Returns:
+            The nats of whole validation images; of whole training images; and of the missing part of masked validation
+            images, for models with a context network.
+        """
         before = self.use(self.average)
         num_images = self.config.num_validation_images or None
         nll = per_image_nll(self.model, self.data, "validation", num_images=num_images).mean().item()
         num_train = min(TRAIN_SUBSET, num_images or TRAIN_SUBSET)
         train_nll = per_image_nll(self.model, self.data, "train", num_images=num_train).mean().item()
-        if on_validation is not None and math.isfinite(nll):
+        completion = None
+        score = nll
+        if self.model.config.context_features:
+            completion = self.completion_nll(num_images)
+            score = nll + self.config.context_share * (completion - nll)
+        if on_validation is not None and math.isfinite(score):
             on_validation(self.step)
         self.use(before)
-        if not math.isfinite(nll):
+        if not math.isfinite(score):
             raise FloatingPointError(
-                f"the validation loss is not finite at step {self.step} ({nll} nats): lower learning_rate. "
+                f"the validation loss is not finite at step {self.step} ({score} nats): lower learning_rate. "
                 "The last saved state is untouched."
             )
-        if nll < self.best_nll:
-            self.best_nll = nll
+        if score < self.best_nll:
+            self.best_nll = score
             self.best = [w.clone() for w in self.average]
-        return nll, train_nll
+        return nll, train_nll, completion
+
+    @torch.inference_mode()
+    def completion_nll(self, num_images: int | None) -> float:
+        """Return the mean nats of the missing part of validation images, one fixed mask each."""
+        total, num = 0.0, 0
+        for i, (levels, _) in enumerate(self.data.batches("validation", 250, num_images)):
+            observed = self.masks(levels, 3, i, share=1.0)
+            assert observed is not None
+            levels, observed = levels.to(self.device), observed.to(self.device)
+            nlls = -pixel_log_prob(self.model, levels, None, levels, observed) * ~observed
+            total, num = total + nlls.sum().item(), num + len(levels)
+        return total / num
 
     def description(self) -> dict[str, Any]:
         """Return what a saved state must share with the run that resumes it: all but the budget, which may grow."""
-        budget = ("max_epochs", "max_minutes", "num_validations", "save_minutes")
+        left_out = ["max_epochs", "max_minutes", "num_validations", "save_minutes"]
+        if not self.model.config.context_features:
+            left_out += ["context_width", "context_share"]  # they have no meaning: a state from before them is the same
         return {
-            "model": config_to_dict(self.model.config),
-            "train settings": {k: v for k, v in asdict(self.config).items() if k not in budget},
+            "model": {k: v for k, v in config_to_dict(self.model.config).items() if k not in left_out},
+            "train settings": {k: v for k, v in asdict(self.config).items() if k not in left_out},
             "data hash": self.data.data_hash,
         }
 
@@ -387,7 +442,8 @@ def fit(
     share of every batch. The callbacks are called in process 0 alone; the others end with the same model.
 
     Returns:
-        The best validation score, nats per image.
+        The best validation score, nats per image: of whole images; for a model with a context network, the mean over
+        whole images and images shown in part, in the proportion `context_share`.
 
     Raises:
         ValueError: model and dataset do not fit, the batch is larger than the split, or the state is of another run.
@@ -408,12 +464,12 @@ def fit(
         now = time.monotonic()
         trainer.elapsed_s = trainer.agree(elapsed_before + now - start)[0]
         progress = trainer.progress()
-        validation = train_subset = None
+        validation = train_subset = completion = None
         if math.floor(progress * config.num_validations) > trainer.num_validations:
             trainer.num_validations = math.floor(progress * config.num_validations)
             if trainer.rank == 0:
                 model.eval()
-                validation, train_subset = trainer.validate(on_validation)
+                validation, train_subset, completion = trainer.validate(on_validation)
         if trainer.rank != 0:
             continue
         if state_path is not None and (now - last_save > 60 * config.save_minutes or progress >= 1):
@@ -431,6 +487,7 @@ def fit(
                     remaining_s=(1 - progress) / progress * trainer.elapsed_s,
                     validation_nll_nats=validation,
                     train_subset_nll_nats=train_subset,
+                    validation_completion_nats=completion,
                 )
             )
     if trainer.num_processes > 1:
@@ -526,4 +583,58 @@ def evaluate(
             given = per_image_nll(model, data, split, with_label=True, num_images=num_images, batch_size=batch_size)
             scores[f"{split}/nll_nats_given_label"] = given.mean().item()
     model.train(was_training)
+    return scores
+
+
+@torch.inference_mode()
+def evaluate_completion(
+    model: AutoregressiveModel,
+    data: Dataset,
+    split: str = "test",
+    num_images: int | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Measure -log p(missing | observed), without label, on masks that depend on the seed and the images alone.
+
+    Beside each figure stands that of raster clamping on the same masks: the joint model, in which a missing pixel sees
+    of the known ones only those that come before it. A model without a context network has that alone.
+
+    Args:
+        model: in eval mode.
+        data: a prepared dataset; its `protocol` belongs beside every figure.
+        split: which split.
+        num_images: the first so many images; None for all.
+        seed: of the masks.
+
+    Returns:
+        Scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),
+        `test/completion_top_nats_stderr` (its standard error), `test/completion_top_raster_nats` and its standard
+        error.
+
+    Raises:
+        ValueError: model and dataset do not fit.
+    """
+    check_fit(model, data)
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    found: dict[str, list[Tensor]] = {}
+    for i, (levels, _) in enumerate(data.batches(split, batch_size, num_images)):
+        levels = levels.to(device)
+        joint = pixel_log_prob(model, levels)
+        for k, name in enumerate(SCORED):
+            observed = scored_masks(name, np.random.default_rng([seed, k, i]), levels, data.num_levels)
+            given = joint
+            if model.config.context_features:
+                given = pixel_log_prob(model, levels, None, levels, observed)
+            for key, log_probs in ((f"{name}_nats", given), (f"{name}_raster_nats", joint)):
+                nats = -(log_probs * ~observed).sum(dim=(1, 2, 3))
+                found.setdefault(f"{split}/completion_{key}", []).append(nats.double().cpu())
+    model.train(was_training)
+    scores: dict[str, float] = {}
+    for key, parts in found.items():
+        nats = torch.cat(parts)
+        scores[key] = nats.mean().item()
+        scores[f"{key}_stderr"] = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else 0.0
     return scores

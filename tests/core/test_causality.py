@@ -94,9 +94,9 @@ def gradients(model, num_levels: int, num_images: int) -> Tensor:
     leaves: list[Tensor] = []
     features = model.features
 
-    def features_of_a_leaf(x: Tensor, label: Tensor | None) -> Tensor:
+    def features_of_a_leaf(x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         leaves.append(x.detach().requires_grad_())
-        return features(leaves[-1], label)
+        return features(leaves[-1], label, context)
 
     model.features = features_of_a_leaf  # levels are whole numbers: the gradient is that of the scaled ones
     logits = in_raster_order(model(random_levels(shape, num_levels, num_images)))  # (N, D, K)

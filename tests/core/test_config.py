@@ -22,7 +22,9 @@ BAD = [
     ({"num_features": 4}, "num_features must be a multiple of the 3 colour channels, got 4."),
     ({"head_features": 4}, "head_features must be a multiple of the 3 colour channels, got 4."),
     ({"num_labels": -1}, "num_labels must be a whole number of at least 0, got -1."),
-    ({"context_features": 8}, "context_features must be 0, got 8: this version has no context network"),
+    ({"context_features": -1}, "context_features must be a whole number of at least 0, got -1."),
+    ({"context_width": True}, "context_width must be a whole number of at least 0, got True."),
+    ({"context_width": 8}, "context_width must be 0 where context_features is 0, got 8."),
     ({"kernel_size": 4}, "kernel_size must be odd, so that it has a centre, got 4."),
     ({"kernel_size": 1}, "kernel_size must be a whole number of at least 3, got 1."),
 ]
@@ -71,7 +73,7 @@ def test_dict_round_trip(architecture):
     ("change", "message"),
     [
         ({"model": "pixel_cnn"}, "unknown model 'pixel_cnn'. Known: pixelcnn, gated_pixelcnn."),
-        ({"num_layer": 3}, "pixelcnn: unknown key 'num_layer'. Known: context_features, first_kernel_size, "),
+        ({"num_layer": 3}, "pixelcnn: unknown key 'num_layer'. Known: context_features, context_width, "),
         ({"num_levels": 0}, "pixelcnn: num_levels must be a whole number of at least 2, got 0."),
         ({"num_blocks": None}, "pixelcnn: num_blocks must be a whole number of at least 1, got None."),
     ],

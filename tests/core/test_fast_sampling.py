@@ -45,7 +45,7 @@ def model_of(config: ModelConfig, dtype: torch.dtype):
     model = build_model(config).to(dtype).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith(("bias", "table")):  # zeros would hide a bias that is left out
+            if key.endswith(("bias", "table", "context.weight")):  # zeros would hide a term that is left out
                 parameter.copy_(0.5 * torch.randn_like(parameter))
     return model
 
@@ -59,7 +59,7 @@ def cached_logits(model, levels: Tensor, label: Tensor) -> Tensor:
         logits = np.zeros((model.config.num_levels, *shape), engine.dtype)
         known = np.zeros(shape[1:], dtype=bool)
         u = np.zeros(shape)
-        state, bias = engine.new_state(), engine.label_bias(number)
+        state, bias = engine.new_state(), engine.biases(number, None)
         engine.rows(bias, state, image.numpy().copy(), known, u, 1.0, logits, 0, shape[1])
         found.append(torch.from_numpy(logits))
     return torch.stack(found)
@@ -282,7 +282,7 @@ def test_the_log_probability_of_its_steps_is_that_of_the_finished_image() -> Non
     total = torch.zeros(3, dtype=torch.float64)
     for i in range(3):  # the logits as they are when a level is drawn from them
         logits = np.zeros((4, 3, 4, 5))
-        state, bias = engine.new_state(), engine.label_bias(int(label[i]))
+        state, bias = engine.new_state(), engine.biases(int(label[i]), None)
         engine.rows(bias, state, levels[i], missing, u[i].numpy(), 1.0, logits, 0, 4)
         steps = torch.log_softmax(torch.from_numpy(logits), dim=0)
         total[i] = steps.gather(0, torch.from_numpy(levels[i])[None]).sum()

@@ -29,12 +29,12 @@ def tiny_config(architecture: str, shape: Shape, num_levels: int, num_labels: in
 def tiny_model(
     architecture: str, shape: Shape, num_levels: int, num_labels: int = 0, seed: int = 0, **changes: int
 ) -> nn.Module:
-    """Return a network in float64 and eval mode whose weights are all random, biases and label tables included."""
+    """Return a network in float64 and eval mode whose weights are all random: biases, tables and projections, too."""
     torch.manual_seed(seed)
     model = build_model(tiny_config(architecture, shape, num_levels, num_labels, **changes)).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "table")):
+            if name.endswith(("bias", "table", "context.weight")):
                 parameter.copy_(0.5 * torch.randn_like(parameter))
     return model
 

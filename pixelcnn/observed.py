@@ -1,0 +1,201 @@
+"""Which pixels are observed: masks to train completion with, and the fixed ones that it is scored on.
+
+A mask is (B, 1, H, W) bool, True where the pixel is known. Masks are functions of a generator and, where they follow
+the drawing, of the levels: what is hidden never decides which of its pixels are shown, except in that the ink of a
+beginning is shown in the order in which a pen would lay it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Mask = np.ndarray[Any, Any]
+
+# What a scored mask leaves to be completed; in each the known pixels are those that it does not name.
+SCORED = ("top", "left", "bottom", "rectangles", "pixels50", "beginnings")
+SCORED_INK = 0.3  # part of the ink that a scored beginning shows
+
+
+def rectangles(rng: np.random.Generator, num: int, height: int, width: int) -> Mask:
+    """Return (B, H, W) bool, True inside a rectangle whose sides are a quarter to all but a pixel of the image's."""
+
+    def interval(size: int) -> tuple[Mask, Mask]:
+        length = rng.integers(max(1, size // 4), max(2, size), num)
+        start = rng.integers(0, size - np.minimum(length, size) + 1)
+        at = np.arange(size)
+        return at >= start[:, None], at < (start + length)[:, None]
+
+    (after, before), (right, left) = interval(height), interval(width)
+    return (after & before)[:, :, None] & (right & left)[:, None]
+
+
+def strokes(rng: np.random.Generator, num: int, height: int, width: int) -> Mask:
+    """Return (B, H, W) bool, True under a brush of random width that was moved along two to five random lines."""
+    num_points = 6
+    points = rng.random((num, num_points, 2)) * (height, width) - 0.5  # (B, points, 2)
+    used = np.arange(num_points - 1) < rng.integers(2, num_points, (num, 1))  # (B, lines)
+    radius = rng.uniform(0.04, 0.14, num) * max(height, width)
+    pixel = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)  # (H, W, 2)
+    start, step = points[:, :-1, None, None], np.diff(points, axis=1)[:, :, None, None]  # (B, lines, 1, 1, 2)
+    along = ((pixel - start) * step).sum(-1) / np.maximum((step**2).sum(-1), 1e-9)  # (B, lines, H, W)
+    distance = ((pixel - start - along.clip(0, 1)[..., None] * step) ** 2).sum(-1)
+    return ((distance <= radius[:, None, None, None] ** 2) & used[:, :, None, None]).any(axis=1)
+
+
+def ink_of(levels: Tensor, num_levels: int) -> Mask:
+    """Return (B, H, W) bool, True where the brightest channel exceeds a quarter of the range."""
+    return (levels.amax(dim=1) * 4 > num_levels - 1).cpu().numpy()
+
+
+def _spread(mask: Mask) -> Mask:
+    """Return the pixels of a mask and their eight neighbours: (B, H, W) -> (B, H, W)."""
+    tall = mask.copy()
+    tall[:, 1:] |= mask[:, :-1]
+    tall[:, :-1] |= mask[:, 1:]
+    wide = tall.copy()
+    wide[:, :, 1:] |= tall[:, :, :-1]
+    wide[:, :, :-1] |= tall[:, :, 1:]
+    return wide
+
+
+def beginnings(rng: np.random.Generator, ink: Mask, part: Mask) -> Mask:
+    """Return the first part of the ink, as a pen would lay it: (B, H, W) bool, a subset of `ink`.
+
+    The pen starts at the ink's outermost pixel in a random direction and follows the strokes both ways (a breadth-first
+    search); from a stroke's end it jumps to the nearest ink that is left.
+
+    Args:
+        ink: (B, H, W) bool.
+        part: (B,) in [0, 1], how much of the ink to lay. At least one pixel is laid where there is ink.
+    """
+    num, height, width = ink.shape
+    size = height * width
+    angle = rng.uniform(0, 2 * np.pi, (num, 1, 1))
+    y, x = np.mgrid[:height, :width]
+    outward = np.where(ink, np.sin(angle) * y + np.cos(angle) * x, -np.inf)
+    front = np.zeros_like(ink)
+    front.reshape(num, size)[np.arange(num), outward.reshape(num, size).argmax(axis=1)] = True
+    front &= ink
+    laid, searched = front.copy(), front.copy()
+    wanted = np.ceil(part * ink.sum(axis=(1, 2))).clip(1, None)
+    # When a pixel is laid: the step of the search, pixels of the same step in random order.
+    time = np.where(front, 0.0, np.inf)
+    for step in range(1, 2 * size + 1):
+        if (laid.sum(axis=(1, 2)) >= np.minimum(wanted, ink.sum(axis=(1, 2)))).all():
+            break
+        searched = _spread(searched)
+        new = searched & ink & ~laid
+        time[new] = step
+        laid |= new
+        # Where ink was found the search goes on from the ink alone; elsewhere it widens over the background.
+        found = new.any(axis=(1, 2))
+        searched[found] = laid[found]
+    time = (time + rng.random(time.shape)).reshape(num, size)
+    rank = time.argsort(axis=1).argsort(axis=1).reshape(ink.shape)
+    return (rank < wanted[:, None, None]) & ink
+
+
+def surroundings(rng: np.random.Generator, drawn: Mask) -> Mask:
+    """Add to what is drawn, at random: nothing, its neighbours, its bounding box, or all rows down to its lowest."""
+    num = len(drawn)
+    kind = rng.integers(0, 4, num)[:, None, None]
+    rows: Mask = np.any(drawn, axis=2)
+    columns: Mask = np.any(drawn, axis=1)
+
+    def after(occupied: Mask) -> Mask:  # from the first True on
+        return np.logical_or.accumulate(occupied, axis=1)
+
+    def until(occupied: Mask) -> Mask:  # up to the last True
+        return after(occupied[:, ::-1])[:, ::-1]
+
+    near = _spread(drawn)
+    near = np.where(rng.random((num, 1, 1)) < 0.5, near, _spread(near))
+    box = (after(rows) & until(rows))[:, :, None] & (after(columns) & until(columns))[:, None]
+    above = np.broadcast_to(until(rows)[:, :, None], drawn.shape)
+    return np.select([kind == 1, kind == 2, kind == 3], [near, box, above], drawn)
+
+
+def _training_parts(rng: np.random.Generator, num: int, height: int, width: int) -> Mask:
+    """Return top, bottom, left or right parts of random size."""
+    side = rng.integers(0, 4, num)[:, None, None]
+    share = rng.random((num, 1, 1))
+    y, x = (np.arange(height)[:, None] + 0.5) / height, (np.arange(width) + 0.5) / width
+    shape = (num, height, width)
+    parts = [np.broadcast_to(part, shape) for part in (y < share, y > share, x < share, x > share)]
+    return np.select([side == 0, side == 1, side == 2, side == 3], parts)
+
+
+def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> Tensor:
+    """Draw what is observed of each image of a training batch.
+
+    Of the images that get a mask: a quarter know a top, bottom, left or right part; a sixth the inside or the outside
+    of a rectangle; a twelfth random pixels; a sixth the inside or the outside of brush strokes; a third the beginning
+    of their drawing, 10 to 70 % of the ink, alone or with what surrounds it. Nothing is known of the others.
+
+    Args:
+        levels: (B, C, H, W) int64 in [0, K).
+        num_levels: K.
+        share: of the images that get a mask.
+
+    Returns:
+        (B, 1, H, W) bool on the device of `levels`.
+    """
+    num, _, height, width = levels.shape
+    kind = np.where(rng.random(num) < share, rng.integers(0, 12, num), -1)
+    observed = np.zeros((num, height, width), dtype=bool)
+
+    def inside_or_outside(mask: Mask) -> Mask:
+        return mask ^ (rng.random((len(mask), 1, 1)) < 0.5)
+
+    def pixels(n: int) -> Mask:
+        return rng.random((n, height, width)) < rng.random((n, 1, 1))
+
+    makers: list[tuple[int, int, Callable[[int], Mask]]] = [
+        (0, 3, lambda n: _training_parts(rng, n, height, width)),
+        (3, 5, lambda n: inside_or_outside(rectangles(rng, n, height, width))),
+        (5, 6, pixels),
+        (6, 8, lambda n: inside_or_outside(strokes(rng, n, height, width))),
+    ]
+    for first, end, make in makers:
+        chosen = (kind >= first) & (kind < end)
+        if chosen.any():
+            observed[chosen] = make(int(chosen.sum()))
+    chosen = kind >= 8
+    if chosen.any():
+        ink = ink_of(levels[torch.from_numpy(chosen).to(levels.device)], num_levels)
+        observed[chosen] = surroundings(rng, beginnings(rng, ink, rng.uniform(0.1, 0.7, len(ink))))
+    return torch.from_numpy(observed)[:, None].to(levels.device)
+
+
+def scored_masks(name: str, rng: np.random.Generator, levels: Tensor, num_levels: int) -> Tensor:
+    """Return one of the masks that completion is scored on.
+
+    Args:
+        name: what is missing (`top`, `left`, `bottom`: that half; `rectangles`: a random one; `pixels50`: each pixel
+            with probability 1/2), or `beginnings`: all but 30 % of the ink.
+        levels: (B, C, H, W) int64 in [0, K).
+        num_levels: K.
+
+    Returns:
+        (B, 1, H, W) bool, True where observed.
+    """
+    num, _, height, width = levels.shape
+    missing = np.zeros((num, height, width), dtype=bool)
+    if name == "top":
+        missing[:, : height // 2] = True
+    elif name == "bottom":
+        missing[:, height // 2 :] = True
+    elif name == "left":
+        missing[:, :, : width // 2] = True
+    elif name == "rectangles":
+        missing = rectangles(rng, num, height, width)
+    elif name == "pixels50":
+        missing = rng.random(missing.shape) < 0.5
+    elif name == "beginnings":
+        missing = ~beginnings(rng, ink_of(levels, num_levels), np.full(num, SCORED_INK))
+    else:
+        raise ValueError(f"mask must be one of {', '.join(SCORED)}, got {name!r}.")
+    return torch.from_numpy(~missing)[:, None].to(levels.device)

@@ -1,0 +1,325 @@
+"""The context network: any drawing counts as a whole, the distribution stays normalised, the joint model stays."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_fast_sampling import model_of, name
+from tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_config, tiny_model
+from torch import Tensor
+
+import pixelcnn.fast_sampling as fast_sampling
+from pixelcnn import (
+    GatedPixelCNNConfig,
+    PixelCNNConfig,
+    build_model,
+    complete,
+    completion_log_prob,
+    load_checkpoint,
+    log_prob,
+    naive_sample,
+    sample,
+    save_checkpoint,
+)
+from pixelcnn.cached_sampling import cached_sample
+from pixelcnn.checkpoint import load_joint_weights
+from pixelcnn.config import ModelConfig
+from pixelcnn.layers import ContextNetwork
+
+SHAPE = (1, 2, 3)
+
+
+def context_model(architecture: str, shape=SHAPE, num_levels=2, num_labels=0, seed=0, **changes):
+    return tiny_model(architecture, shape, num_levels, num_labels, seed, context_features=3, context_width=4, **changes)
+
+
+def random_mask(num: int, shape, seed: int = 0) -> Tensor:
+    return torch.rand(num, 1, *shape[1:], generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def fillings(image: Tensor, observed: Tensor, num_levels: int) -> Tensor:
+    """Return every image that agrees with this one where it is observed: (1, C, H, W) -> (N, C, H, W)."""
+    images = all_images(tuple(image.shape[1:]), num_levels)
+    return images[((images == image) | ~observed).flatten(1).all(dim=1)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_completions_of_every_mask_are_a_normalised_distribution(architecture):
+    model = context_model(architecture, num_labels=2)
+    for bits in itertools.product([False, True], repeat=6):
+        observed = torch.tensor(bits).reshape(1, *SHAPE)
+        image = random_levels(SHAPE, 2, num=1, seed=sum(2**i for i, bit in enumerate(bits) if bit))
+        filled = fillings(image, observed, 2)
+        masks = observed.expand(len(filled), -1, -1, -1)
+        for label in (None, torch.ones(len(filled), dtype=torch.int64)):
+            log_probs = completion_log_prob(model, filled, masks, label)
+            assert abs(log_probs.exp().sum().item() - 1) < 1e-10
+            u = interval_noise(log_probs, filled)
+            assert torch.equal(complete(model, image.expand_as(filled), masks, u, label), filled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_completions_of_colour_images_are_normalised(architecture):
+    shape = (3, 1, 3)
+    model = context_model(architecture, shape)
+    for bits in itertools.product([False, True], repeat=3):
+        observed = torch.tensor(bits).reshape(1, 1, 1, 3)
+        filled = fillings(random_levels(shape, 2, num=1), observed, 2)
+        log_probs = completion_log_prob(model, filled, observed.expand(len(filled), -1, -1, -1))
+        assert abs(log_probs.exp().sum().item() - 1) < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 5), (3, 3, 4)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_observed_pixel_counts_everywhere_and_no_other_does(architecture, shape):
+    levels, height, width = random_levels(shape, 3, num=1), *shape[1:]
+    reached = torch.zeros(height, width, *shape, dtype=torch.bool)
+    for seed in range(12):  # several, because a unit can be off whatever the drawing
+        model = context_model(architecture, shape, 3, seed=seed)
+        observed, drawing = random_mask(1, shape, seed), random_levels(shape, 3, num=1, seed=seed)
+        before = model(levels, None, drawing, observed)
+        for y, x in itertools.product(range(height), range(width)):
+            changed = drawing.clone()
+            changed[0, seed % shape[0], y, x] = (changed[0, seed % shape[0], y, x] + 1) % 3
+            after = model(levels, None, changed, observed)
+            if observed[0, 0, y, x]:
+                reached[y, x] |= (after != before).any(dim=1)[0]
+            else:
+                assert torch.equal(after, before)
+    assert reached.all()  # from each pixel above, left, below, right, and its own place
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_which_pixels_are_observed_counts_too(architecture):
+    model = context_model(architecture, num_levels=3)
+    levels = drawing = torch.ones(1, *SHAPE, dtype=torch.int64)  # scaled, the level in the middle is 0
+    logits = {tuple(m.flatten().tolist()): model(levels, None, drawing, m) for m in (all_images(SHAPE, 2) > 0)[:, None]}
+    for a, b in itertools.combinations(logits.values(), 2):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_completed_pixel_sees_earlier_ones_and_the_drawing_alone(architecture):
+    model = context_model(architecture, (1, 4, 4), 2)
+    levels, observed = random_levels((1, 4, 4), 2, num=1), random_mask(1, (1, 4, 4), 3)
+    before = model(levels, None, levels, observed)
+    for i in range(16):
+        changed = levels.clone().flatten()
+        changed[i] = 1 - changed[i]
+        after = model(changed.reshape(levels.shape), None, levels, observed)
+        same = (after == before).all(dim=1).flatten()
+        assert same[: i + 1].all()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 5), (3, 3, 4)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_observed_is_the_joint_model(architecture, shape):
+    model = context_model(architecture, shape, 3, num_labels=2)
+    levels, label = random_levels(shape, 3, num=3), torch.tensor([0, -1, 1])
+    nothing = torch.zeros(3, 1, *shape[1:], dtype=torch.bool)
+    joint = model(levels, label)
+    assert torch.equal(model(levels, label, levels, nothing), joint)
+    # Beside images that do have a drawing, too.
+    mixed = nothing.clone()
+    mixed[1] = True
+    logits = model(levels, label, levels, mixed)
+    torch.testing.assert_close(logits[::2], joint[::2], rtol=0, atol=1e-12)
+    assert not torch.equal(logits[1], joint[1])
+    u = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = complete(model, levels, nothing, u, label)
+    assert torch.equal(drawn, sample(model, u, label))
+    assert torch.equal(completion_log_prob(model, drawn, nothing, label), log_prob(model, drawn, label))
+    everything = ~nothing
+    assert torch.equal(complete(model, levels, everything, u, label), levels)
+    assert completion_log_prob(model, levels, everything, label).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_context_network_changes_nothing_and_can_learn(architecture):
+    config = tiny_config(architecture, (1, 4, 4), 2, context_features=3)
+    assert config.context_width == 3
+    torch.manual_seed(0)
+    model = build_model(config).double()
+    levels, observed = random_levels((1, 4, 4), 2, num=4), random_mask(4, (1, 4, 4))
+    logits = model(levels, None, levels, observed)
+    assert torch.equal(logits, model(levels))
+    logits.square().sum().backward()
+    gradients = [p.grad for key, p in model.named_parameters() if key.endswith("context.weight")]
+    # The last vertical stack feeds nothing beside its link.
+    assert [bool(g is not None and g.any()) for g in gradients].count(False) == (architecture == "gated_pixelcnn")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_path):
+    joint = tiny_model(architecture, (1, 4, 4), 3, num_labels=2).float()
+    save_checkpoint(tmp_path / "joint", joint, {})
+    torch.manual_seed(7)
+    model = build_model(tiny_config(architecture, (1, 4, 4), 3, 2, context_features=3))
+    load_joint_weights(model, tmp_path / "joint")
+    levels, label, observed = random_levels((1, 4, 4), 3, num=2), torch.tensor([1, -1]), random_mask(2, (1, 4, 4))
+    assert torch.equal(model(levels, label, levels, observed), joint(levels, label))
+    # A checkpoint of a network with this context is taken whole.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    save_checkpoint(tmp_path / "whole", model, {})
+    other = build_model(model.config)
+    load_joint_weights(other, tmp_path / "whole")
+    assert torch.equal(other(levels, label, levels, observed), model(levels, label, levels, observed))
+    loaded, _ = load_checkpoint(tmp_path / "whole")
+    assert loaded.config == model.config
+
+    wider = build_model(tiny_config(architecture, (1, 4, 4), 3, 2, context_features=4))
+    folder = tmp_path / "whole"
+    message = f"{folder} holds a context network of other sizes. Start from a network without one."
+    with pytest.raises(ValueError, match=exactly(message)):
+        load_joint_weights(wider, folder)
+    binary = build_model(tiny_config(architecture, (1, 4, 4), 2, 2, context_features=3))
+    message = f"{tmp_path / 'joint'} holds a network of num_levels 3, the one to train has 2."
+    with pytest.raises(ValueError, match=exactly(message)):
+        load_joint_weights(binary, tmp_path / "joint")
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 28, 32])
+def test_the_context_network_reaches_from_corner_to_corner(side):
+    torch.manual_seed(0)
+    network = ContextNetwork(1, 2, 2, side).double()
+    drawing = torch.randn(1, 1, side, side, dtype=torch.float64, requires_grad=True)
+    # Straight through: where all hidden maps are positive no path is cut.
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.abs_()
+        network.first.bias.add_(100)
+    observed = torch.ones(1, 1, side, side, dtype=torch.bool)
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        (gradient,) = torch.autograd.grad(network(drawing, observed)[0, :, y, x].sum(), drawing)
+        assert gradient.all()
+
+
+CONTEXT = {"context_features": 3, "context_width": 5, "num_labels": 3}
+ENGINE_CONFIGS: list[ModelConfig] = [
+    PixelCNNConfig(image_shape=(1, 5, 6), num_levels=2, num_features=4, num_blocks=3, **CONTEXT),
+    PixelCNNConfig(image_shape=(3, 4, 5), num_levels=5, num_features=27, num_blocks=2, kernel_size=5, **CONTEXT),
+    PixelCNNConfig(image_shape=(2, 1, 4), num_levels=3, num_features=4, num_blocks=1, **CONTEXT),
+    GatedPixelCNNConfig(image_shape=(1, 5, 6), num_levels=2, num_features=4, num_layers=3, kernel_size=3, **CONTEXT),
+    GatedPixelCNNConfig(image_shape=(3, 4, 5), num_levels=5, num_features=27, num_layers=2, kernel_size=5, **CONTEXT),
+    GatedPixelCNNConfig(image_shape=(2, 4, 1), num_levels=3, num_features=4, num_layers=1, kernel_size=3, **CONTEXT),
+]
+
+
+@pytest.mark.parametrize("config", ENGINE_CONFIGS, ids=name)
+def test_every_sampler_is_the_naive_one_with_a_drawing(config: ModelConfig) -> None:
+    model = model_of(config, torch.float64)
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.rand(4, *config.image_shape, generator=generator, dtype=torch.float64)
+        label = torch.tensor([-1, 0, 2, 1])
+        drawing = torch.randint(0, config.num_levels, u.shape, generator=generator)
+        observed = torch.rand(4, 1, *config.image_shape[1:], generator=generator) < 0.5
+        observed[3] = False
+        found = torch.zeros(4, config.num_levels, *config.image_shape, dtype=torch.float64)
+
+        def keep(place: tuple[int, int, int], logits: Tensor, found: Tensor = found) -> None:
+            found[(slice(None), slice(None), *place)] = logits
+
+        expected = naive_sample(model, u, label, drawing=drawing, observed=observed)
+        filler = torch.where(observed, drawing, -9)
+        assert torch.equal(cached_sample(model, u, label, 1.0, filler, observed, on_logits=keep), expected)
+        rows: list[Tensor] = []
+        assert torch.equal(sample(model, u, label, 1.0, filler, observed), expected)
+        streamed = sample(model, u, label, 1.0, filler, observed, lambda _, row, rows=rows: rows.append(row.clone()))
+        assert torch.equal(streamed, expected)
+        assert torch.equal(torch.stack(rows, dim=2), expected)
+        assert torch.equal(naive_sample(model, u, label), sample(model, u, label))  # nothing of it is left behind
+        with torch.no_grad():
+            logits = model(expected, label, drawing, observed)
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            compiled_logits(model, expected, label, drawing, observed), logits, rtol=0, atol=1e-10
+        )
+
+
+def compiled_logits(model, levels: Tensor, label: Tensor, drawing: Tensor, observed: Tensor) -> Tensor:
+    """Force images through the compiled path; return every logit that it computes on the way."""
+    engine, shape = fast_sampling._engine_of(model), model.config.image_shape
+    found = torch.zeros(len(levels), model.config.num_levels, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        contexts = model.context(drawing, observed)
+    known = torch.zeros(shape[1:], dtype=torch.bool).numpy()
+    u = torch.zeros(shape, dtype=torch.float64).numpy()
+    for i, number in enumerate(label.tolist()):
+        biases, state = engine.biases(number, contexts[i]), engine.new_state()
+        engine.rows(biases, state, levels[i].clone().numpy(), known, u, 1.0, found[i].numpy(), 0, shape[1])
+    return found
+
+
+@pytest.mark.parametrize("config", ENGINE_CONFIGS[1::3], ids=name)
+def test_an_image_does_not_depend_on_those_beside_it_in_float32(config: ModelConfig) -> None:
+    model = model_of(config, torch.float32)
+    u, observed = torch.rand(9, *config.image_shape), random_mask(9, config.image_shape)
+    drawing = torch.randint(0, config.num_levels, u.shape)
+    contexts = fast_sampling._contexts(model, torch.where(observed, drawing, 0), observed)
+    together = complete(model, drawing, observed, u)
+    for i in range(9):
+        one = slice(i, i + 1)
+        (alone,) = fast_sampling._contexts(model, torch.where(observed, drawing, 0)[one], observed[one])
+        assert torch.equal(alone, contexts[i])
+        assert torch.equal(complete(model, drawing[one], observed[one], u[one])[0], together[i])
+
+
+def test_candidates_of_one_drawing_share_its_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = context_model("pixelcnn")
+    calls = []
+    context = model.context
+    monkeypatch.setattr(model, "context", lambda *given: (calls.append(given), context(*given))[1])
+    drawing = random_levels(SHAPE, 2, num=2).repeat_interleave(4, dim=0)
+    observed = torch.ones(8, 1, 2, 3, dtype=torch.bool)
+    observed[:, :, 1, 2] = False
+    u = torch.rand(8, *SHAPE, dtype=torch.float64)
+    completed = complete(model, drawing, observed, u)
+    assert len(calls) == 2
+    assert torch.equal(completed, naive_sample(model, u, drawing=drawing, observed=observed))
+
+
+LEVELS = torch.zeros(2, *SHAPE, dtype=torch.int64)
+OBSERVED = torch.ones(2, 1, 2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("context_features", "drawing", "observed", "message"),
+    [
+        (0, LEVELS, OBSERVED, "drawing and observed must be None: this model has no context network."),
+        (0, None, OBSERVED, "drawing and observed must be None: this model has no context network."),
+        (3, LEVELS, None, "drawing and observed must be given together: one says what is known, the other where."),
+        (3, None, OBSERVED, "drawing and observed must be given together: one says what is known, the other where."),
+        (3, LEVELS[:1], OBSERVED[:1], "drawing must have the batch size of levels, 2, got 1."),
+        (3, LEVELS + 2, OBSERVED, "drawing (where observed) must lie in 0..1, got 2..2."),
+        (
+            3,
+            LEVELS,
+            OBSERVED.long(),
+            "observed must be bool of shape (2, 1, 2, 3), True where a pixel is known, "
+            "got torch.int64 of shape (2, 1, 2, 3).",
+        ),
+    ],
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_wrong_drawing_is_named(architecture, context_features, drawing, observed, message):
+    model = tiny_model(architecture, SHAPE, 2, context_features=context_features)
+    with pytest.raises(ValueError, match=exactly(message)):
+        model(LEVELS, None, drawing, observed)
+
+
+def test_a_network_without_context_has_the_parameters_it_always_had():
+    for architecture in ARCHITECTURES:
+        assert not [key for key in tiny_model(architecture, SHAPE, 2).state_dict() if "context" in key]
+
+
+def test_context_is_cheap_at_the_released_size():
+    sizes = {"image_shape": (1, 28, 28), "num_levels": 2, "num_features": 32, "num_blocks": 10, "num_labels": 10}
+    plain, with_context = (
+        sum(math.prod(p.shape) for key, p in build_model(PixelCNNConfig(**sizes, **more)).named_parameters())
+        for more in ({}, {"context_features": 24})
+    )
+    assert with_context < 1.3 * plain

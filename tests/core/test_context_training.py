@@ -1,0 +1,198 @@
+"""Training to complete: masks by seed and step, a better completion than raster clamping, the joint model kept."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from test_training import batches_seen, config, run, same, weights
+from tiny import ARCHITECTURES, tiny_config, tiny_model, toy_dataset
+
+from pixelcnn import (
+    build_model,
+    completion_log_prob,
+    evaluate,
+    fit,
+    load_checkpoint,
+    log_prob,
+    save_checkpoint,
+    save_dataset,
+    training,
+)
+from pixelcnn.__main__ import main
+from pixelcnn.data import Dataset
+from pixelcnn.observed import SCORED
+from pixelcnn.training import evaluate_completion
+
+
+def mirrored_dataset() -> Dataset:
+    """Return binary 4x4 images whose lower half repeats the upper one: the lower half gives the upper away."""
+    generator = torch.Generator().manual_seed(0)
+    images = {}
+    for split, num in (("train", 512), ("validation", 64), ("test", 64)):
+        half = torch.randint(2, (num, 1, 2, 4), generator=generator)
+        images[split] = torch.cat([half, half], dim=2).to(torch.uint8)
+    return Dataset(
+        name="mirrored",
+        num_levels=2,
+        protocol="8-bit",
+        label_names=["all"],
+        images=images,
+        labels={split: torch.zeros(len(x), dtype=torch.int64) for split, x in images.items()},
+    )
+
+
+def context_model(data: Dataset, architecture: str = "pixelcnn", num_labels: int = 0):
+    torch.manual_seed(0)
+    sizes = {"num_features": 8, "context_features": 8, "context_width": 16}
+    return build_model(tiny_config(architecture, data.image_shape, data.num_levels, num_labels, **sizes))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fit_learns_to_use_what_is_known_further_down(architecture):
+    data = mirrored_dataset()
+    model = context_model(data, architecture)
+    best, reports = run(
+        model, data, config(batch_size=64, max_epochs=24, learning_rate=0.02, num_validations=2, ema_decay=0.95)
+    )
+    scores = evaluate_completion(model, data)
+    # The joint model cannot know: eight fair coins. The drawing says it all.
+    assert scores["test/completion_top_raster_nats"] > 7 * math.log(2)
+    assert scores["test/completion_top_nats"] < 0.5 * scores["test/completion_top_raster_nats"]
+    assert scores["test/completion_pixels50_nats"] < scores["test/completion_pixels50_raster_nats"] - 0.5
+    # And the same weights are the joint model.
+    joint = evaluate(model, data)
+    assert joint["test/nll_nats"] < 8 * math.log(2) + 1
+    last = reports[-1]
+    assert last.validation_nll_nats == pytest.approx(joint["validation/nll_nats"], abs=1.0)
+    assert last.validation_completion_nats < last.validation_nll_nats
+    assert best <= last.validation_nll_nats + 0.75 * (last.validation_completion_nats - last.validation_nll_nats) + 1e-6
+
+
+def test_masks_depend_on_seed_and_step_alone_and_a_resumed_run_is_the_same_run(tmp_path):
+    data, state = toy_dataset(shape=(1, 4, 4), num_levels=2), tmp_path / "state"
+    model = context_model(data, num_labels=2)
+    whole = copy.deepcopy(model)
+    batches = batches_seen(whole, data, config(max_epochs=4))
+    assert all(len(inputs) == 4 for inputs in batches)
+    masks = [observed for _, _, _, observed in batches]
+    assert any(not torch.equal(masks[0], mask) for mask in masks[1:])
+    torch.manual_seed(9)
+    again = batches_seen(copy.deepcopy(model), data, config(max_epochs=4))
+    assert same(masks, [observed for _, _, _, observed in again])
+    # Levels and labels are those of a model without a context network.
+    joint = tiny_model("pixelcnn", (1, 4, 4), 2, 2)
+    plain = batches_seen(joint, data, config(max_epochs=4))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(batches, plain, strict=True))
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(report):
+        if report.step == 5:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(copy.deepcopy(model), data, config(max_epochs=4), stop, state)
+    resumed = copy.deepcopy(model)
+    fit(resumed, data, config(max_epochs=4), state_file=state)
+    assert same(weights(resumed), weights(whole))
+
+
+def test_the_loss_is_that_of_the_missing_part():
+    data = toy_dataset(shape=(1, 4, 4), num_levels=2)
+    model = tiny_model("pixelcnn", (1, 4, 4), 2, 2, context_features=3)
+    before = copy.deepcopy(model)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs) if module.training else None)
+    _, reports = run(model, data, config(context_share=1.0, accumulate=3))
+    levels, label, drawing, observed = (torch.cat([part[i] for part in seen[:3]]) for i in range(4))
+    assert observed.any()
+    assert torch.equal(drawing, levels)
+    expected = -completion_log_prob(before, levels, observed, label).mean().item()
+    assert reports[0].train_nll_nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_a_share_it_trains_the_joint_model():
+    data = toy_dataset(shape=(1, 4, 4), num_levels=2)
+    model = tiny_model("pixelcnn", (1, 4, 4), 2, 2, context_features=3)
+    before = copy.deepcopy(model)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs) if module.training else None)
+    _, reports = run(model, data, config(context_share=0.0))
+    levels, label, _, observed = seen[0]
+    assert not observed.any()
+    assert reports[0].train_nll_nats == pytest.approx(-log_prob(before, levels, label).mean().item(), rel=1e-6)
+
+
+def test_a_state_from_before_there_was_a_context_still_loads(tmp_path):
+    data = toy_dataset()
+    description = training._Trainer(tiny_model("pixelcnn", (1, 3, 3), 3, 2), data, config()).description()
+    assert set(description["model"]) == {
+        "model", "image_shape", "num_levels", "num_features", "num_labels", "context_features", "head_features",
+        "num_blocks", "first_kernel_size", "kernel_size",
+    }  # fmt: skip
+    assert not [key for key in description["train settings"] if "context" in key]
+    with_context = tiny_model("pixelcnn", (1, 3, 3), 3, 2, context_features=3)
+    description = training._Trainer(with_context, data, config()).description()
+    assert description["model"]["context_width"] == 3
+    assert description["train settings"]["context_share"] == 0.75
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_completion_is_scored_on_fixed_masks(architecture):
+    data = toy_dataset(shape=(1, 4, 4), num_levels=2)
+    model = tiny_model(architecture, (1, 4, 4), 2, context_features=3)
+    scores = evaluate_completion(model, data, num_images=5)
+    assert set(scores) == {
+        f"test/completion_{name}_{kind}" for name in SCORED
+        for kind in ("nats", "nats_stderr", "raster_nats", "raster_nats_stderr")
+    }  # fmt: skip
+    levels = data.images["test"][:5].long()
+    observed = torch.ones(5, 1, 4, 4, dtype=torch.bool)
+    observed[:, :, :2] = False
+    nats = -completion_log_prob(model, levels, observed)
+    assert scores["test/completion_top_nats"] == pytest.approx(nats.mean().item(), rel=1e-9)
+    assert scores["test/completion_top_nats_stderr"] == pytest.approx((nats.std() / 5**0.5).item(), rel=1e-9)
+    assert evaluate_completion(model, data, num_images=5) == scores
+    other = evaluate_completion(model, data, num_images=5, seed=1)
+    assert other["test/completion_top_nats"] == scores["test/completion_top_nats"]
+    assert other["test/completion_pixels50_nats"] != scores["test/completion_pixels50_nats"]
+    # Without its context network the same model clamps in raster order.
+    plain = tiny_model(architecture, (1, 4, 4), 2)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "context" not in k})
+    clamped = evaluate_completion(plain, data, num_images=5)
+    for name in SCORED:
+        assert clamped[f"test/completion_{name}_nats"] == scores[f"test/completion_{name}_raster_nats"]
+        assert clamped[f"test/completion_{name}_raster_nats"] == scores[f"test/completion_{name}_raster_nats"]
+        assert scores[f"test/completion_{name}_nats"] != scores[f"test/completion_{name}_raster_nats"]
+
+
+def test_the_command_line_trains_on_from_joint_weights_and_scores_completion(tmp_path, capsys):
+    data = dataclasses.replace(toy_dataset(shape=(1, 4, 4), num_levels=2), data_hash="")
+    save_dataset(tmp_path / "toy.safetensors", data)
+    joint = tiny_model("pixelcnn", (1, 4, 4), 2, 2).float()
+    save_checkpoint(tmp_path / "joint", joint, {})
+    arguments = [
+        "train", "pixelcnn", "--data", f"{tmp_path}/toy.safetensors", "--out", f"{tmp_path}/model",
+        "--num-features", "4", "--num-blocks", "2", "--first-kernel-size", "3", "--context-features", "3",
+        "--batch-size", "8", "--learning-rate", "1e-9", "--max-epochs", "1", "--context-share", "1",
+        "--init-from", f"{tmp_path}/joint",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    model, scores = load_checkpoint(tmp_path / "model")
+    assert (model.config.context_features, model.config.context_width) == (3, 3)
+    assert scores["test/completion_top_nats"] > 0
+    assert scores["test/nll_nats"] == pytest.approx(evaluate(joint, data)["test/nll_nats"], rel=1e-4)
+    capsys.readouterr()
+    command = ["evaluate", "--checkpoint", f"{tmp_path}/model", "--data", f"{tmp_path}/toy.safetensors"]
+    assert main(command) == 0
+    assert "completion" not in capsys.readouterr().out
+    assert main([*command, "--completion"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    for key, value in evaluate_completion(model, data).items():
+        assert printed[key] == pytest.approx(value, rel=1e-6)
+    assert main([*arguments[:-1], f"{tmp_path}/nowhere"]) == 1
+    assert "nowhere is no checkpoint" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""Masks: what each kind shows, and that the generator and the levels alone decide."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import exactly, random_levels
+
+from pixelcnn.observed import (
+    SCORED,
+    beginnings,
+    ink_of,
+    rectangles,
+    scored_masks,
+    strokes,
+    surroundings,
+    training_masks,
+)
+
+SHAPE = (1, 28, 28)
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def crosses(num: int) -> torch.Tensor:
+    """Return binary images of a plus sign and, apart from it, a bar: 27 + 27 - 1 + 5 pixels of ink at most."""
+    levels = torch.zeros(num, *SHAPE, dtype=torch.int64)
+    levels[:, 0, 10, 3:20] = 1
+    levels[:, 0, 4:17, 12] = 1
+    levels[:, 0, 24, 20:25] = 1
+    return levels
+
+
+def test_training_masks_are_a_function_of_generator_and_levels():
+    levels = random_levels(SHAPE, 2, num=64)
+    masks = training_masks(generator(), levels, 2, 0.75)
+    assert masks.shape == (64, 1, 28, 28)
+    assert masks.dtype == torch.bool
+    assert torch.equal(masks, training_masks(generator(), levels, 2, 0.75))
+    assert not torch.equal(masks, training_masks(generator(1), levels, 2, 0.75))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_images_that_are_shown_in_part(share):
+    masks = training_masks(generator(), crosses(2000), 2, share)
+    shown = masks.flatten(1).any(dim=1).double().mean().item()
+    assert share - 0.08 < shown <= (share + 0.04 if share else 0)  # some masks happen to be empty
+    # Nearly all of them leave something to be completed.
+    assert masks.flatten(1).all(dim=1).double().mean() < 0.05
+
+
+def test_training_masks_are_of_every_kind():
+    masks = training_masks(generator(), crosses(600), 2, 1.0)[:, 0].numpy()
+    rows, columns = (masks == masks[:, :, :1]).all(axis=(1, 2)), (masks == masks[:, :1]).all(axis=(1, 2))
+    some = masks.any(axis=(1, 2)) & ~masks.all(axis=(1, 2))
+    first, last = masks[:, 0, 0], masks[:, -1, -1]
+    for kind in (rows & first & ~last, rows & ~first & last, columns & first & ~last, columns & ~first & last):
+        assert (kind & some).sum() > 15  # top, bottom, left, right
+    ink = ink_of(crosses(1), 2)
+    only_ink = (masks & ~ink).sum(axis=(1, 2)) == 0
+    assert (only_ink & some).sum() > 25  # beginnings by themselves
+    full = masks.all(axis=2)
+    ends_in_full_row = full.any(axis=1) & (full.sum(axis=1) == (masks.any(axis=2)).sum(axis=1))
+    assert ends_in_full_row.sum() > 50  # parts of the image, and all rows down to the drawing's lowest
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (2, 3), (1, 7), (5, 1), (1, 1)])
+def test_every_size_has_masks(height, width):
+    levels = random_levels((1, height, width), 2, num=100)
+    assert training_masks(generator(), levels, 2, 1.0).shape == (100, 1, height, width)
+    for name in SCORED:
+        assert scored_masks(name, generator(), levels, 2).shape == (100, 1, height, width)
+
+
+def test_rectangles_are_rectangles():
+    found = rectangles(generator(), 300, 28, 20)
+    for mask in found:
+        rows, columns = mask.any(axis=1), mask.any(axis=0)
+        assert (mask == rows[:, None] & columns).all()
+        for line, size in ((rows, 28), (columns, 20)):
+            assert np.abs(np.diff(line.astype(int))).sum() <= 2  # in one piece
+            assert size // 4 <= line.sum() < size
+    assert found.any(axis=0).all()
+
+
+def test_strokes_are_in_one_piece_and_all_over():
+    found = strokes(generator(), 300, 28, 28)
+    part = found.mean(axis=(1, 2))
+    assert 0.02 < part.mean() < 0.6
+    assert found.any(axis=0).all()
+    for mask in found[:50]:
+        assert pieces(mask) <= 1
+
+
+def pieces(mask: np.ndarray) -> int:
+    """Count the parts of a mask that hang together, diagonals included."""
+    left, count = {tuple(p) for p in np.argwhere(mask)}, 0
+    while left:
+        count, todo = count + 1, [left.pop()]
+        while todo:
+            y, x = todo.pop()
+            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            todo += near
+    return count
+
+
+def test_a_beginning_grows_along_the_strokes_from_an_outermost_pixel():
+    ink = ink_of(crosses(200), 2)
+    total = ink[0].sum()
+    for part in (0.0, 0.1, 0.5, 0.7):
+        laid = beginnings(generator(), ink, np.full(200, part))
+        assert not (laid & ~ink).any()
+        assert (laid.sum(axis=(1, 2)) == max(1, np.ceil(part * total))).all()
+        # The bar stands apart: a pen that began there jumps to the cross once the bar is laid.
+        for mask in laid[:20]:
+            assert pieces(mask) <= 1 + (part > 0.1)
+    whole = beginnings(generator(), ink, np.ones(200))
+    assert (whole == ink).all()
+    first = beginnings(generator(), ink, np.zeros(200))
+    places = {tuple(np.argwhere(mask)[0]) for mask in first}
+    ends = {(10, 3), (10, 19), (4, 12), (16, 12), (24, 20), (24, 24)}
+    assert places <= ends
+    assert len(places) > 3
+
+
+def test_a_longer_beginning_holds_the_shorter_one():
+    ink = ink_of(crosses(50), 2)
+    laid = [beginnings(generator(), ink, np.full(50, part)) for part in (0.2, 0.4)]
+    # Pixels of one step of the search come in random order; up to one step they agree.
+    assert (laid[0] & ~laid[1]).sum(axis=(1, 2)).max() <= 4
+
+
+def test_an_image_without_ink_has_no_beginning():
+    assert not beginnings(generator(), np.zeros((3, 5, 5), dtype=bool), np.full(3, 0.5)).any()
+    assert not surroundings(generator(), np.zeros((40, 5, 5), dtype=bool)).any()
+
+
+def test_surroundings_hold_the_drawing_and_follow_from_it():
+    drawn = beginnings(generator(), ink_of(crosses(400), 2), np.full(400, 0.4))
+    known = surroundings(generator(1), drawn)
+    assert not (drawn & ~known).any()
+    alone = (known == drawn).all(axis=(1, 2))
+    lowest = np.array([np.argwhere(mask)[:, 0].max() for mask in drawn])
+    above = np.array([mask[: y + 1].all() and not mask[y + 1 :].any() for mask, y in zip(known, lowest, strict=True)])
+    assert (alone.sum() > 60) & (above.sum() > 60)
+    assert (~alone & ~above).sum() > 120
+
+
+def test_ink_is_what_exceeds_a_quarter_of_the_range():
+    levels = torch.tensor([[[[0, 63, 64, 255]], [[0, 0, 0, 0]], [[0, 1, 2, 3]]]])
+    assert ink_of(levels, 256).tolist() == [[[False, False, True, True]]]
+    assert ink_of(torch.tensor([[[[0, 1]]]]), 2).tolist() == [[[False, True]]]
+
+
+def test_scored_masks_hide_what_their_name_says():
+    levels = crosses(500)
+    masks = {name: scored_masks(name, generator(), levels, 2)[:, 0] for name in SCORED}
+    assert not masks["top"][:, :14].any()
+    assert masks["top"][:, 14:].all()
+    assert not masks["bottom"][:, 14:].any()
+    assert masks["bottom"][:, :14].all()
+    assert not masks["left"][:, :, :14].any()
+    assert masks["left"][:, :, 14:].all()
+    assert abs(masks["pixels50"].double().mean() - 0.5) < 0.01
+    for mask in ~masks["rectangles"][:20]:
+        assert torch.equal(mask, mask.any(dim=1)[:, None] & mask.any(dim=0))
+    ink = levels[:, 0].sum(dim=(1, 2))
+    assert torch.equal(masks["beginnings"].sum(dim=(1, 2)), (ink * 0.3).ceil().long())
+    assert levels[:, 0][masks["beginnings"]].all()
+    with pytest.raises(ValueError, match=exactly(f"mask must be one of {', '.join(SCORED)}, got 'right'.")):
+        scored_masks("right", generator(), levels, 2)
