@@ -24,6 +24,7 @@ help:
 demo: install
 	@python -m app.demo --check-ports
 	dvc repro
+	@python -m pipelines.steps release
 	@python -m app.demo
 
 test: install
