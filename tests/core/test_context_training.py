@@ -129,14 +129,14 @@ def test_without_a_share_it_trains_the_joint_model():
 
 def test_a_state_from_before_there_was_a_context_still_loads(tmp_path):
     data = toy_dataset()
-    description = training._Trainer(tiny_model("pixelcnn", (1, 3, 3), 3, 2), data, config()).description()
+    description = training.Trainer(tiny_model("pixelcnn", (1, 3, 3), 3, 2), data, config()).description()
     assert set(description["model"]) == {
         "model", "image_shape", "num_levels", "num_features", "num_labels", "context_features", "head_features",
         "num_blocks", "first_kernel_size", "kernel_size",
     }  # fmt: skip
     assert not [key for key in description["train settings"] if "context" in key]
     with_context = tiny_model("pixelcnn", (1, 3, 3), 3, 2, context_features=3)
-    description = training._Trainer(with_context, data, config()).description()
+    description = training.Trainer(with_context, data, config()).description()
     assert description["model"]["context_width"] == 3
     assert description["train settings"]["context_share"] == 0.75
 
