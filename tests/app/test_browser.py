@@ -193,7 +193,7 @@ def shown_endings(page: Page) -> list[np.ndarray]:
 
 def until(condition: Callable[[], Any], failure: str) -> None:
     """Wait for something that the page does by itself."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 40
     while not condition():
         assert time.monotonic() < deadline, failure
         time.sleep(0.05)

@@ -465,6 +465,7 @@ def test_a_new_champion_takes_over_without_a_failed_request(client, tmp_path):
     thread = threading.Thread(target=ask)
     thread.start()
     try:
+        wait_until(lambda: bool(answers))
         for version in ("2", "3"):
             store.serve(put(tmp_path, "swap", GREY, version, seed=int(version)))
             wait_until(lambda version=version: answers[-1].json()["model"]["version"] == version)
