@@ -105,10 +105,10 @@ def check_scores(folder: Path, model: Any, scores: dict[str, Any], dataset: str)
     data = load_dataset(path)
     if data.data_hash != scores["data_hash"]:
         return "checksum checked, not scored: the prepared data are others than those it was measured on"
-    found = per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES).mean().item()
+    found = per_image_nll(model, data, "test", num_images=CHECKED_IMAGES).mean().item()
     if abs(found - scores[CHECKED_SCORE]) > TOLERANCE_NATS:
         raise ValueError(
-            f"{folder} does not score what it says: {found:.2f} nats on the first {CHECKED_IMAGES} validation images, "
+            f"{folder} does not score what it says: {found:.2f} nats on the first {CHECKED_IMAGES} test images, "
             f"its scores.json says {scores[CHECKED_SCORE]:.2f}. Fetch the weights again."
         )
-    return f"checksum checked, scored afresh on {CHECKED_IMAGES} validation images"
+    return f"checksum checked, scored afresh on {CHECKED_IMAGES} test images"

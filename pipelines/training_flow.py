@@ -43,14 +43,14 @@ from pixelcnn.training import (
     format_nll,
     format_progress,
     per_image_nll,
-    trained_minutes,
+    training_history,
 )
 
 DEPLOYMENTS_FOLDER = Path("models/deployments")
 _NUM_THREADS = torch.get_num_threads()
 PROGRESS_S = 5.0  # between lines of the log
-CHECKED_IMAGES = 200  # the first of the validation split: a score that is quick to measure again
-CHECKED_SCORE = f"validation/nll_nats_first_{CHECKED_IMAGES}"
+CHECKED_IMAGES = 200  # the first of the test split: a score that is quick to measure again
+CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
 CURVE_COLUMNS = (
     *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
     *("validation_nll_nats", "learning_rate"),
@@ -58,6 +58,7 @@ CURVE_COLUMNS = (
 PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validation/nll_nats, test/nll_nats
 NUM_EXTREMES = 8  # best and worst test images on their sheet
 HALF_TOLERANCE = 0.001  # bits/dim that the validation score may change when weights are stored in half precision
+HALF_IMAGES = 1000  # of the validation split: the change hardly varies between images
 TRACKER_PAUSE_S = 300.0  # after the tracking store failed, until the training tries it again
 
 # Tasks hand each other models and data in memory: nothing is cached or stored, so nothing is ever pickled.
@@ -73,6 +74,7 @@ class _Training:
     model: AutoregressiveModel
     curve: list[dict[str, float]]
     minutes: float
+    label_dropouts: list[tuple[int, float]]
     run_id: str | None
 
 
@@ -144,7 +146,7 @@ def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
     except BaseException:
         live.fail()
         raise
-    return _Training(model, curve.rows, trained_minutes(state_file), live.run_id)
+    return _Training(model, curve.rows, *training_history(state_file), live.run_id)
 
 
 class _LiveRun:
@@ -287,15 +289,14 @@ def evaluate_model(
     logger = get_run_logger()
     model = training.model
     num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
-    dtype = torch.float16 if half and _half_is_enough(model, data, num_images, batch_size) else torch.float32
+    dtype = torch.float16 if half and _half_is_enough(model, data, num_images or HALF_IMAGES, batch_size) else torch.float32
     per_image: dict[str, torch.Tensor] = {}
     scores: dict[str, Any] = evaluate(model, data, num_images=num_images, batch_size=batch_size, per_image=per_image)
     scores["test/nll_nats_max"] = per_image["test"].max().item()
     if model.config.context_features:
         scores.update(evaluate_completion(model, data, num_images=num_images, batch_size=batch_size))
     scores.update(baseline_scores(data))
-    checked = per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES)
-    scores[CHECKED_SCORE] = checked.mean().item()
+    scores[CHECKED_SCORE] = per_image["test"][:CHECKED_IMAGES].mean().item()
     numbers = {
         **scores,
         "train_minutes": training.minutes,
@@ -311,7 +312,7 @@ def evaluate_model(
         "pair": name,
         "hardware": _hardware(model),
         "weights_dtype": str(dtype).removeprefix("torch."),
-        "train_settings": asdict(params.pair(name).train),
+        "train_settings": {**asdict(params.pair(name).train), **_shifted(training.label_dropouts)},
     }
     for split in ("validation", "test"):
         logger.info(
@@ -341,7 +342,14 @@ def evaluate_model(
     return scores
 
 
-def _half_is_enough(model: AutoregressiveModel, data: Dataset, num_images: int | None, batch_size: int) -> bool:
+def _shifted(label_dropouts: list[tuple[int, float]]) -> dict[str, str]:
+    """Return how the share of withheld labels went, if it changed on the way."""
+    if len(label_dropouts) == 1:
+        return {}
+    return {"label_dropout": ", then ".join(f"{share} from step {step}" for step, share in label_dropouts)}
+
+
+def _half_is_enough(model: AutoregressiveModel, data: Dataset, num_images: int, batch_size: int) -> bool:
     """Round the weights to half precision; take that back if the validation score suffers."""
 
     def validate() -> float:

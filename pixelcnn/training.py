@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import Dataset
@@ -183,6 +182,7 @@ class Trainer:
         self.step = 0
         self.elapsed_s = 0.0
         self.num_validations = 0
+        self.label_dropouts: list[tuple[int, float]] = [(0, config.label_dropout)]  # (from this step on, share)
         self.rank, self.num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size < self.num_processes * config.accumulate:
             raise ValueError(
@@ -248,16 +248,12 @@ class Trainer:
         share = torch.arange(len(levels)).tensor_split(self.num_processes)[self.rank]
         for part in share.tensor_split(config.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                inputs = [levels[part], None if label is None else label[part]]
-                if observed is not None:
-                    inputs += [levels[part], observed[part]]
-                logits = self.model(*inputs)
+                drawing = () if observed is None else (levels[part], observed[part])
+                nlls = -pixel_log_prob(self.model, levels[part], None if label is None else label[part], *drawing)
+            if observed is not None:
+                nlls = nlls * ~observed[part]
             # Divided by all sub-pixels, the observed ones too: an image counts by the nats that are to be explained.
-            if observed is None:
-                loss = F.cross_entropy(logits.float(), levels[part], reduction="sum") / (len(levels) * num_dims)
-            else:
-                nlls = F.cross_entropy(logits.float(), levels[part], reduction="none")
-                loss = (nlls * ~observed[part]).sum() / (len(levels) * num_dims)
+            loss = nlls.sum() / (len(levels) * num_dims)
             loss.backward()
             nats += loss.item() * num_dims
         if self.num_processes > 1:
@@ -350,8 +346,12 @@ class Trainer:
         return total / num
 
     def description(self) -> dict[str, Any]:
-        """Return what a saved state must share with the run that resumes it: all but the budget, which may grow."""
-        left_out = ["max_epochs", "max_minutes", "num_validations", "save_minutes"]
+        """Return what a saved state must share with the run that resumes it.
+
+        All but the budget, which may grow, and the share of withheld labels, which a run that goes on may shift
+        between the network's two uses; the state keeps its history.
+        """
+        left_out = ["max_epochs", "max_minutes", "num_validations", "save_minutes", "label_dropout"]
         if not self.model.config.context_features:
             left_out += ["context_width", "context_share"]  # they have no meaning: a state from before them is the same
         return {
@@ -373,6 +373,7 @@ class Trainer:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "best_nll": self.best_nll if math.isfinite(self.best_nll) else None,
+            "label_dropouts": self.label_dropouts,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.new")
@@ -392,6 +393,8 @@ class Trainer:
             with safetensors.safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
                 description = state["description"]
+                # States once held the share among the settings.
+                label_dropout = description["train settings"].pop("label_dropout", self.config.label_dropout)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
         except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
@@ -410,13 +413,21 @@ class Trainer:
                 }
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
+        self.label_dropouts = [(step, share) for step, share in state.get("label_dropouts", [(0, label_dropout)])]
+        if self.label_dropouts[-1][1] != self.config.label_dropout:
+            self.label_dropouts.append((self.step, self.config.label_dropout))
         self.num_validations = math.floor(self.progress() * self.config.num_validations)
 
 
-def trained_minutes(state_file: str | Path) -> float:
-    """Return the minutes of training behind a state file, all the runs that it was carried over together."""
+def training_history(state_file: str | Path) -> tuple[float, list[tuple[int, float]]]:
+    """Return what is behind a state file, all the runs that it was carried over together.
+
+    Returns:
+        The minutes of training, and the shares of withheld labels, each with the step that it began with.
+    """
     with safetensors.safe_open(state_file, framework="pt") as file:
-        return json.loads(file.metadata()["state"])["elapsed_s"] / 60
+        state = json.loads(file.metadata()["state"])
+    return state["elapsed_s"] / 60, [(step, share) for step, share in state["label_dropouts"]]
 
 
 def fit(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
 
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, training
-from pixelcnn.training import StepReport, format_progress, per_image_nll
+from pixelcnn.training import StepReport, format_progress, per_image_nll, training_history
 
 CONFIG = TrainConfig(
     batch_size=8, learning_rate=0.01, max_epochs=4, warmup_steps=2, ema_decay=0.9, num_validations=4, save_minutes=0
@@ -33,12 +33,13 @@ def run(model, data, train_config, **arguments) -> tuple[float, list[StepReport]
 
 
 def batches_seen(model, data, train_config) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return the (levels, label) of every training step."""
+    """Return the (levels, label) of every training step; with a context network, the drawing and its mask too."""
     seen = []
 
     def remember(module, inputs):
         if module.training:
-            seen.append(tuple(None if x is None else x.clone() for x in inputs))
+            given = inputs[:2] if inputs[2] is None else inputs
+            seen.append(tuple(None if x is None else x.clone() for x in given))
 
     handle = model.register_forward_pre_hook(remember)
     fit(model, data, train_config)
@@ -79,7 +80,7 @@ def test_the_reported_loss_is_that_of_the_batch_in_nats_per_image():
     model = toy_model(data)
     before = copy.deepcopy(model)
     seen = []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs) if module.training else None)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]) if module.training else None)
     _, reports = run(model, data, config())
     assert reports[0].train_nll_nats == pytest.approx(-log_prob(before, *seen[0]).mean().item(), rel=1e-6)
 
@@ -160,7 +161,7 @@ def test_saves_are_as_rare_as_asked(tmp_path):
     [
         ({"learning_rate": 0.02}, {}, {}, "train settings"),
         ({"seed": 1}, {}, {}, "train settings"),
-        ({"label_dropout": 0.1}, {}, {}, "train settings"),
+        ({"batch_size": 3}, {}, {}, "train settings"),
         ({}, {"num_blocks": 3}, {}, "model"),
         ({}, {}, {"data_hash": "other"}, "data hash"),
     ],
@@ -181,6 +182,13 @@ def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
     fit(toy_model(data), data, config(max_epochs=2), state_file=state)
     _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
     assert [report.step for report in reports] == [7, 8, 9]
+
+
+def test_a_run_that_goes_on_may_withhold_more_labels_and_remembers(tmp_path):
+    data, state = toy_dataset(), tmp_path / "state"
+    for epochs, share in ((2, 0.25), (3, 0.25), (4, 0.9), (5, 0.9)):
+        fit(toy_model(data), data, config(max_epochs=epochs, label_dropout=share), state_file=state)
+    assert training_history(state)[1] == [(0, 0.25), (9, 0.9)]
 
 
 def test_a_damaged_state_is_named(tmp_path):
@@ -413,7 +421,7 @@ def test_the_gradient_is_clipped(clip_norm):
     model = toy_model(data)
     before = copy.deepcopy(model)
     seen, norms = [], []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs) if module.training else None)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]) if module.training else None)
 
     def norm(module) -> float:
         return math.sqrt(sum(p.grad.square().sum().item() for p in module.parameters() if p.grad is not None))

@@ -71,7 +71,7 @@ def write_weights(seed: int) -> Path:
     model = build_model(load_params().pair(PAIR).network).eval()
     scores = {
         **evaluate(model, data),
-        CHECKED_SCORE: per_image_nll(model, data, "validation", num_images=CHECKED_IMAGES).mean().item(),
+        CHECKED_SCORE: per_image_nll(model, data, "test", num_images=CHECKED_IMAGES).mean().item(),
         "dataset": "mnist5k",
         "protocol": data.protocol,
         "label_names": data.label_names,

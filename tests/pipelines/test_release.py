@@ -16,7 +16,7 @@ def test_released_weights_become_the_first_champion_once(weights: Path) -> None:
     (text,) = release_all()
     assert text == (
         "pixelcnn-mnist5k: released weights are version 1 of pixelcnn-mnist5k (checksum checked, scored afresh on 200 "
-        "validation images); champion, as the first of its dataset."
+        "test images); champion, as the first of its dataset."
     )
     assert registry.aliases("mnist5k") == {"champion": "1"}
     sha256 = json.loads((weights / "config.json").read_text())["weights_sha256"]
