@@ -33,6 +33,7 @@ class ServedModel:
         labels: the names of the classes; empty for a model without labels.
         protocol: how the images were made, which belongs beside every score.
         architecture: `pixelcnn` or `gated_pixelcnn`.
+        promoted_at: when it became champion, ISO 8601.
         model: lineage: name, version, run_id, git_commit, data_hash, weights_sha256.
         scores: measured when it was trained, e.g. `test/nll_nats`.
     """
@@ -42,6 +43,7 @@ class ServedModel:
     labels: list[str]
     protocol: str
     architecture: str
+    promoted_at: str
     model: dict[str, Any]
     scores: dict[str, Any]
 

@@ -342,7 +342,7 @@ def models_page(served: dict[str, ServedModel]) -> None:
                 "git commit": model.model.get("git_commit"),
                 "MLflow run": model.model.get("run_id"),
                 "weights sha256": model.model.get("weights_sha256"),
-                "promoted": model.model.get("promoted_at"),
+                "promoted": model.promoted_at,
             }
             st.html(facts_html({name: str(value) for name, value in lineage.items() if value}))
             with st.expander("All scores"):

@@ -37,7 +37,7 @@ from torch import Tensor
 from pixelcnn import bits_per_dim, complete, completion_log_prob, load_checkpoint, log_prob, sample
 from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
 from pixelcnn.config import ModelConfig, model_name
-from pixelcnn.fast_sampling import OnRow
+from pixelcnn.fast_sampling import OnRow, warm_up
 from pixelcnn.images import from_png
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.model import AutoregressiveModel
@@ -310,6 +310,7 @@ class Champion:
     label_names: list[str]
     protocol: str
     scores: dict[str, Any]
+    promoted_at: str
 
     @property
     def config(self) -> ModelConfig:
@@ -322,6 +323,7 @@ class Champion:
             "labels": self.label_names if self.config.num_labels else [],
             "protocol": self.protocol,
             "architecture": model_name(self.config),
+            "promoted_at": self.promoted_at,
             "model": self.identity.model_dump(),
             "scores": self.scores,
         }
@@ -349,9 +351,15 @@ def load_champion(store: Path, tag: str) -> Champion:
     model, scores = load_checkpoint(stored.path)
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
-    # The first sample compiles the sampler for this network: nobody should wait for that.
-    sample(model, noise(0, 1, model.config.image_shape))
-    return Champion(model=model, identity=identity, label_names=label_names, protocol=protocol, scores=scores)
+    warm_up(model)
+    return Champion(
+        model=model,
+        identity=identity,
+        label_names=label_names,
+        protocol=protocol,
+        scores=scores,
+        promoted_at=str(metadata.get("promoted_at", "")),
+    )
 
 
 def store_folder() -> Path:

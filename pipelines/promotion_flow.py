@@ -255,6 +255,19 @@ def export(version: Version) -> str:
         return store.export(checkpoint, _metadata(version, tuple(scores["label_names"])))
 
 
+def ensure_served(version: Version) -> tuple[str, bool]:
+    """Let the model store serve a version, if a run was cut off or the store is a new one; else do nothing.
+
+    Returns:
+        The version's tag, and whether anything was to be done.
+    """
+    tag = export(version)
+    if store.latest(version.name) == tag:
+        return tag, False
+    store.serve(tag)
+    return tag, True
+
+
 def run_promotion(dataset: str, data: Dataset, params: PromoteParams, scorer: Scorer = score) -> Report:
     """Decide, move, and record the decision.
 
@@ -298,11 +311,10 @@ def run_promotion(dataset: str, data: Dataset, params: PromoteParams, scorer: Sc
 
 
 def _repair_store(champion: Version, report: Report) -> str | None:
-    """Let the store serve the champion, if a run was cut off or the store is a new one; else do nothing."""
+    """Let the store serve the champion; say so in the report if it did not before."""
     try:
-        tag = export(champion)
-        if store.latest(champion.name) != tag:
-            store.serve(tag)
+        tag, moved = ensure_served(champion)
+        if moved:
             report["text"] += f" The model store serves {tag} now."
         return tag
     except ValueError as error:

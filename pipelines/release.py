@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines import registry, store, tracking
 from pipelines.params import load_params
-from pipelines.promotion_flow import export
+from pipelines.promotion_flow import ensure_served, export
 from pipelines.training_flow import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
 from pixelcnn.data import load_dataset
@@ -84,9 +84,7 @@ def release(pair: str) -> str:
             report = {"decision": "released", "reason": "there was no champion", "text": text, "served": tag}
             registry.record_decision(run, report | {"candidate": version.lineage(), "data_hash": scores["data_hash"]})
     elif aliases[tracking.CHAMPION] == number:
-        tag = export(version)
-        if store.latest(name) != tag:
-            store.serve(tag)
+        ensure_served(version)
         text += "; champion already."
     else:
         text += f"; version {aliases[tracking.CHAMPION]} stays champion until a promotion decides otherwise."

@@ -74,7 +74,7 @@ class _Training:
     model: AutoregressiveModel
     curve: list[dict[str, float]]
     minutes: float
-    label_dropouts: list[tuple[int, float]]
+    phases: list[dict[str, Any]]
     run_id: str | None
 
 
@@ -289,7 +289,8 @@ def evaluate_model(
     logger = get_run_logger()
     model = training.model
     num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
-    dtype = torch.float16 if half and _half_is_enough(model, data, num_images or HALF_IMAGES, batch_size) else torch.float32
+    stored_half = half and _half_is_enough(model, data, num_images or HALF_IMAGES, batch_size)
+    dtype = torch.float16 if stored_half else torch.float32
     per_image: dict[str, torch.Tensor] = {}
     scores: dict[str, Any] = evaluate(model, data, num_images=num_images, batch_size=batch_size, per_image=per_image)
     scores["test/nll_nats_max"] = per_image["test"].max().item()
@@ -312,7 +313,7 @@ def evaluate_model(
         "pair": name,
         "hardware": _hardware(model),
         "weights_dtype": str(dtype).removeprefix("torch."),
-        "train_settings": {**asdict(params.pair(name).train), **_shifted(training.label_dropouts)},
+        "train_settings": {**asdict(params.pair(name).train), **_shifted(training.phases)},
     }
     for split in ("validation", "test"):
         logger.info(
@@ -342,11 +343,15 @@ def evaluate_model(
     return scores
 
 
-def _shifted(label_dropouts: list[tuple[int, float]]) -> dict[str, str]:
-    """Return how the share of withheld labels went, if it changed on the way."""
-    if len(label_dropouts) == 1:
-        return {}
-    return {"label_dropout": ", then ".join(f"{share} from step {step}" for step, share in label_dropouts)}
+def _shifted(phases: list[dict[str, Any]]) -> dict[str, str]:
+    """Return how the settings went that changed on the way, by name."""
+    found = {}
+    for name in phases[-1]:
+        values = [(phase["from_step"], phase[name]) for phase in phases if name in phase]
+        changes = [one for before, one in zip([(0, None), *values], values, strict=False) if one[1] != before[1]]
+        if name != "from_step" and (len(changes) > 1 or changes[0][0] > 0):
+            found[name] = ", then ".join(f"{value} from step {step}" for step, value in changes)
+    return found
 
 
 def _half_is_enough(model: AutoregressiveModel, data: Dataset, num_images: int, batch_size: int) -> bool:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ from torch import Tensor
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import Dataset
 from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
-from pixelcnn.model import AutoregressiveModel
+from pixelcnn.model import AutoregressiveModel, build_model
 from pixelcnn.observed import SCORED, scored_masks, training_masks
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
+# What may shift when a run goes on with a larger budget; all but the first have a meaning with a context network alone.
+PHASE_SETTINGS = ("label_dropout", "context_features", "context_width", "context_share")
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -182,7 +184,7 @@ class Trainer:
         self.step = 0
         self.elapsed_s = 0.0
         self.num_validations = 0
-        self.label_dropouts: list[tuple[int, float]] = [(0, config.label_dropout)]  # (from this step on, share)
+        self.phases = [{"from_step": 0, **self.phase()}]
         self.rank, self.num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size < self.num_processes * config.accumulate:
             raise ValueError(
@@ -346,19 +348,19 @@ class Trainer:
         return total / num
 
     def description(self) -> dict[str, Any]:
-        """Return what a saved state must share with the run that resumes it.
-
-        All but the budget, which may grow, and the share of withheld labels, which a run that goes on may shift
-        between the network's two uses; the state keeps its history.
-        """
-        left_out = ["max_epochs", "max_minutes", "num_validations", "save_minutes", "label_dropout"]
-        if not self.model.config.context_features:
-            left_out += ["context_width", "context_share"]  # they have no meaning: a state from before them is the same
+        """Return what a saved state must share with the run that resumes it: all but the budget and the phase."""
+        left_out = ["max_epochs", "max_minutes", "num_validations", "save_minutes", *PHASE_SETTINGS]
         return {
             "model": {k: v for k, v in config_to_dict(self.model.config).items() if k not in left_out},
             "train settings": {k: v for k, v in asdict(self.config).items() if k not in left_out},
             "data hash": self.data.data_hash,
         }
+
+    def phase(self) -> dict[str, Any]:
+        """Return what a run that goes on with a larger budget may shift: the uses that the network learns for."""
+        values = {**asdict(self.model.config), **asdict(self.config)}
+        names = PHASE_SETTINGS if values["context_features"] else PHASE_SETTINGS[:1]
+        return {name: values[name] for name in names}
 
     def save(self, path: Path) -> None:
         tensors = {}
@@ -373,7 +375,7 @@ class Trainer:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "best_nll": self.best_nll if math.isfinite(self.best_nll) else None,
-            "label_dropouts": self.label_dropouts,
+            "phases": self.phases,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.new")
@@ -392,42 +394,55 @@ class Trainer:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
-                description = state["description"]
-                # States once held the share among the settings.
-                label_dropout = description["train settings"].pop("label_dropout", self.config.label_dropout)
+                description, last_phase = state["description"], state["phases"][-1]
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
         except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
         for key, expected in self.description().items():
             if description.get(key) != expected:
                 raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
-        self.use([tensors[f"weights/{i}"] for i in range(len(self.parameters))])
-        for i, parameter in enumerate(self.parameters):
-            self.average[i].copy_(tensors[f"average/{i}"])
-            self.best[i].copy_(tensors[f"best/{i}"])
-            prefix = f"adam/{i}/"
-            adam = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if adam:
-                self.optimiser.state[parameter] = {
-                    k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in adam.items()
-                }
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        indices = range(len(self.parameters))
         self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
-        self.label_dropouts = [(step, share) for step, share in state.get("label_dropouts", [(0, label_dropout)])]
-        if self.label_dropouts[-1][1] != self.config.label_dropout:
-            self.label_dropouts.append((self.step, self.config.label_dropout))
+        if self.model.config.context_features and not last_phase.get("context_features"):
+            # Its joint weights, and a context network that adds nothing yet. What is best is measured otherwise now.
+            indices = self.joint_indices()
+            self.best_nll = math.inf
+        elif any(self.phase().get(name) != last_phase.get(name) for name in ("context_features", "context_width")):
+            raise ValueError(f"{path} is the state of a run with another context network. Delete it to start afresh.")
+        with torch.no_grad():
+            for saved, i in enumerate(indices):
+                self.parameters[i].copy_(tensors[f"weights/{saved}"])
+                self.average[i].copy_(tensors[f"average/{saved}"])
+                self.best[i].copy_(tensors[f"best/{saved}"])
+                prefix = f"adam/{saved}/"
+                adam = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                if adam:
+                    self.optimiser.state[self.parameters[i]] = {
+                        k: v if k == "step" else torch.empty_like(self.parameters[i]).copy_(v) for k, v in adam.items()
+                    }
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.phases = state["phases"]
+        if self.phase() != {name: value for name, value in last_phase.items() if name != "from_step"}:
+            self.phases.append({"from_step": self.step, **self.phase()})
         self.num_validations = math.floor(self.progress() * self.config.num_validations)
 
+    def joint_indices(self) -> list[int]:
+        """Return which of the parameters the same network without a context network has, in its order."""
+        joint = build_model(replace(self.model.config, context_features=0, context_width=0))
+        names = [name for name, _ in self.model.named_parameters()]
+        return [names.index(name) for name, _ in joint.named_parameters()]
 
-def training_history(state_file: str | Path) -> tuple[float, list[tuple[int, float]]]:
+
+def training_history(state_file: str | Path) -> tuple[float, list[dict[str, Any]]]:
     """Return what is behind a state file, all the runs that it was carried over together.
 
     Returns:
-        The minutes of training, and the shares of withheld labels, each with the step that it began with.
+        The minutes of training; and its phases, each with the step that it began with as `from_step`, and the settings
+        that it shifted.
     """
     with safetensors.safe_open(state_file, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
-    return state["elapsed_s"] / 60, [(step, share) for step, share in state["label_dropouts"]]
+    return state["elapsed_s"] / 60, state["phases"]
 
 
 def fit(

@@ -25,6 +25,7 @@ def served(shape: tuple[int, int, int], levels: int, labels: list[str], protocol
         "labels": labels,
         "protocol": protocol,
         "architecture": "gated_pixelcnn",
+        "promoted_at": "2025-01-01T00:00:00+00:00",
         "model": MODEL,
         "scores": {"test/nll_nats": 98.765, "test/bits_per_dim": 3.21, "test/num_images": 500},
     }

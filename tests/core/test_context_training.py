@@ -24,7 +24,7 @@ from pixelcnn import (
 from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
 from pixelcnn.observed import SCORED
-from pixelcnn.training import evaluate_completion
+from pixelcnn.training import evaluate_completion, training_history
 
 
 def mirrored_dataset() -> Dataset:
@@ -127,18 +127,40 @@ def test_without_a_share_it_trains_the_joint_model():
     assert reports[0].train_nll_nats == pytest.approx(-log_prob(before, levels, label).mean().item(), rel=1e-6)
 
 
-def test_a_state_from_before_there_was_a_context_still_loads(tmp_path):
-    data = toy_dataset()
-    description = training.Trainer(tiny_model("pixelcnn", (1, 3, 3), 3, 2), data, config()).description()
-    assert set(description["model"]) == {
-        "model", "image_shape", "num_levels", "num_features", "num_labels", "context_features", "head_features",
-        "num_blocks", "first_kernel_size", "kernel_size",
-    }  # fmt: skip
-    assert not [key for key in description["train settings"] if "context" in key]
-    with_context = tiny_model("pixelcnn", (1, 3, 3), 3, 2, context_features=3)
-    description = training.Trainer(with_context, data, config()).description()
-    assert description["model"]["context_width"] == 3
-    assert description["train settings"]["context_share"] == 0.75
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture):
+    data, state = toy_dataset(shape=(1, 4, 4), num_levels=2), tmp_path / "state"
+    joint = context_model(data, architecture, num_labels=2)
+    plain = build_model(dataclasses.replace(joint.config, context_features=0, context_width=0))
+    fit(plain, data, config(max_epochs=2), state_file=state)
+    trainer = training.Trainer(joint, data, config(max_epochs=4, context_share=0.5))
+    trainer.resume(state)
+    assert trainer.step == 6
+    levels, label = data.levels("validation", slice(0, 8)), data.labels["validation"][:8]
+    saved = training.Trainer(build_model(plain.config), data, config(max_epochs=2))
+    saved.resume(state)
+    with torch.no_grad():
+        assert torch.equal(joint(levels, label), saved.model(levels, label)), "it is the same joint model"
+    for mine, theirs in (("parameters", "parameters"), ("average", "average"), ("best", "best")):
+        kept = [getattr(trainer, mine)[i] for i in trainer.joint_indices()]
+        assert same(kept, getattr(saved, theirs))
+    pairs = zip((trainer.parameters[i] for i in trainer.joint_indices()), saved.parameters, strict=True)
+    states = [(trainer.optimiser.state[a], saved.optimiser.state[b]) for a, b in pairs]
+    assert sum(len(state) for state, _ in states) > 0
+    assert all(a.keys() == b.keys() and same(a.values(), b.values()) for a, b in states), "the momenta are kept"
+    before = copy.deepcopy(joint.context_network.state_dict())
+    assert math.isinf(trainer.best_nll), "the two runs measure different things"
+    fit(joint, data, config(max_epochs=4, context_share=0.5), state_file=state)
+    assert any(not torch.equal(w, before[name]) for name, w in joint.context_network.state_dict().items())
+    assert training_history(state)[1] == [
+        {"from_step": 0, "label_dropout": 0.5},
+        {"from_step": 6, "label_dropout": 0.5, "context_features": 8, "context_width": 16, "context_share": 0.5},
+    ]
+    other = build_model(dataclasses.replace(joint.config, context_features=4))
+    with pytest.raises(ValueError, match="is the state of a run with another context network"):
+        fit(other, data, config(max_epochs=5), state_file=state)
+    with pytest.raises(ValueError, match="is the state of a run with another context network"):
+        fit(plain, data, config(max_epochs=5), state_file=state)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -188,7 +188,10 @@ def test_a_run_that_goes_on_may_withhold_more_labels_and_remembers(tmp_path):
     data, state = toy_dataset(), tmp_path / "state"
     for epochs, share in ((2, 0.25), (3, 0.25), (4, 0.9), (5, 0.9)):
         fit(toy_model(data), data, config(max_epochs=epochs, label_dropout=share), state_file=state)
-    assert training_history(state)[1] == [(0, 0.25), (9, 0.9)]
+    assert training_history(state)[1] == [
+        {"from_step": 0, "label_dropout": 0.25},
+        {"from_step": 9, "label_dropout": 0.9},
+    ]
 
 
 def test_a_damaged_state_is_named(tmp_path):

@@ -171,6 +171,7 @@ def test_models(client):
     assert (grey["shape"], grey["levels"], grey["labels"]) == ([1, 5, 4], 2, ["cat", "dog", "owl"])
     assert grey["scores"] == SCORES
     assert (grey["protocol"], grey["architecture"]) == ("toy", "gated_pixelcnn")
+    assert grey["promoted_at"] == "2025-01-01T00:00:00+00:00"
     assert set(grey["model"]) == MODEL_KEYS
     assert (models["colour"]["shape"], models["colour"]["labels"]) == ([3, 4, 5], [])
     assert client.post("/generate", json={"dataset": "grey"}).json()["model"] == grey["model"]

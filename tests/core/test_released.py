@@ -1,0 +1,87 @@
+"""The weights that come with the repository, on stored test images: without the data, without the pipeline."""
+
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from write_released import FOLDER, NUM_IMAGES
+
+from pixelcnn import complete, load_checkpoint, log_prob
+from pixelcnn.bench import count_differences
+
+WEIGHTS = Path(__file__).parents[2] / "weights"
+PAIRS = sorted(folder.name for folder in WEIGHTS.iterdir())
+SEED_PAIRS = ["gated_pixelcnn-cifar10", "gated_pixelcnn-fashion_mnist", "pixelcnn-mnist"]
+
+
+def released(pair: str):
+    """Return the model, its scores, and the stored images: (N, C, H, W) levels and (N,) labels."""
+    model, scores = load_checkpoint(WEIGHTS / pair)
+    with safetensors.safe_open(FOLDER / f"{scores['dataset']}.safetensors", framework="pt") as file:
+        assert file.metadata()["data_hash"] == scores["data_hash"], "the images are of the data that was scored"
+        return model, scores, file.get_tensor("levels").long(), file.get_tensor("label").long()
+
+
+def mean_nats(model, levels: torch.Tensor, label: torch.Tensor | None = None) -> float:
+    labels = [None] * len(levels) if label is None else label.split(50)
+    with torch.inference_mode():
+        return (
+            -torch.cat([log_prob(model, part, given) for part, given in zip(levels.split(50), labels, strict=False)])
+            .mean()
+            .item()
+        )
+
+
+def test_the_seed_pairs_are_released():
+    assert set(SEED_PAIRS) <= set(PAIRS)
+    size = sum(path.stat().st_size for path in WEIGHTS.glob("*/*"))
+    assert size <= 40e6
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_weights_score_what_they_say(pair):
+    model, scores, levels, label = released(pair)
+    assert scores["pair"] == pair
+    assert len(levels) == NUM_IMAGES
+    found = mean_nats(model, levels)
+    assert found == pytest.approx(scores[f"test/nll_nats_first_{NUM_IMAGES}"], rel=1e-4)
+    true, wrong = label[:100], (label[:100] + 1) % len(scores["label_names"])
+    assert mean_nats(model, levels[:100], true) < mean_nats(model, levels[:100], wrong), "it knows the labels"
+    assert mean_nats(model, levels[:50].flip(-2)) > mean_nats(model, levels[:50]), "upside down is less probable"
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_its_samples_are_the_naive_samplers(pair):
+    model, *_ = released(pair)
+    counted = count_differences(model, num_images=4, dtype=torch.float64)
+    assert counted["num_levels_that_differ"] == 0
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_changing_a_pixel_reaches_no_earlier_logit(pair):
+    """Twelve sub-pixels of one image; `python -m pixelcnn check` asks all of them."""
+    model, _, levels, _ = released(pair)
+    model, image = model.double(), levels[0]
+    channels, height, width = image.shape
+    order = torch.arange(image.numel()).view(height, width, channels).permute(2, 0, 1)  # raster order
+    with torch.inference_mode():
+        before = model(image[None])[0]  # (K, C, H, W)
+        for place in torch.randperm(image.numel(), generator=torch.Generator().manual_seed(0))[:12].tolist():
+            changed = torch.where(
+                order == place, (image + model.config.num_levels // 2) % model.config.num_levels, image
+            )
+            moved = (model(changed[None])[0] != before).any(dim=0)
+            assert not moved[order <= place].any()
+            assert moved[order > place].any()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_completion_keeps_what_is_known(pair):
+    model, _, levels, _ = released(pair)
+    observed = torch.zeros(2, 1, *levels.shape[2:], dtype=torch.bool)
+    observed[:, :, : levels.shape[2] // 2] = True
+    u = torch.rand(2, *levels.shape[1:], generator=torch.Generator().manual_seed(0))
+    completed = complete(model, levels[:2], observed, u)
+    assert torch.equal(torch.where(observed, completed, 0), torch.where(observed, levels[:2], 0))
+    assert not torch.equal(completed, levels[:2])
