@@ -37,8 +37,10 @@ check: install
 	python -m pytest -q tests/test_architecture.py
 
 bench: install
-	@for pair in pixelcnn-mnist gated_pixelcnn-fashion_mnist gated_pixelcnn-cifar10; do \
-	  python -m pixelcnn bench --pair $$pair --sides 14 28 56 112 --out reports/bench/$$pair.json || exit 1; echo; done
+	@for pair in $(notdir $(wildcard weights/*)); do \
+	  python -m pixelcnn bench --checkpoint weights/$$pair --sides 14 28 56 112 --out reports/bench/$$pair.json \
+	    || exit 1; echo; done
+	python -m pipelines.steps plot_bench
 
 serve: install
 	bentoml serve app.service:PixelCNNService

@@ -75,6 +75,13 @@ def results() -> None:
     print(f"wrote {RESULTS_FILE}")
 
 
+def plot_bench() -> None:
+    """Draw reports/bench/*.json, the figures of `make bench`, as reports/bench/bench.png."""
+    from pipelines.bench_plot import plot
+
+    print(f"wrote {plot(Path('reports/bench'))}")
+
+
 class _OneLine(logging.Filter):
     """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
 
@@ -93,7 +100,7 @@ def _is_for_user(error: BaseException | None) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines.steps", description="The pipeline's commands.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (prepare, train, promote, rollback, release, results):
+    for function in (prepare, train, promote, rollback, release, results, plot_bench):
         summary = (function.__doc__ or "").splitlines()[0]
         command = commands.add_parser(function.__name__, help=summary, description=summary)
         command.set_defaults(function=function)
@@ -105,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--half", action="store_true", help="store half-precision weights where they score alike"
             )
-        elif function not in (release, results):
+        elif function not in (release, results, plot_bench):
             command.add_argument("dataset", help="e.g. mnist5k")
     return parser
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pixelcnn.bench import PAIRS, SAMPLERS, bench, write_json
+from pixelcnn.bench import SAMPLERS, bench, write_json
 from pixelcnn.causality import count_leaks
 from pixelcnn.checkpoint import load_checkpoint, load_joint_weights, save_checkpoint
 from pixelcnn.completion import complete, completion_log_prob
@@ -220,17 +220,12 @@ def complete_command(arguments: argparse.Namespace) -> None:
 
 
 def bench_command(arguments: argparse.Namespace) -> None:
-    """Time the samplers on a checkpoint, or on a released size with random weights."""
+    """Time the samplers on a checkpoint."""
     if min(arguments.batch_sizes) < 1 or min(arguments.sides or [1]) < 1 or arguments.exact_images < 0:
         raise ValueError("--batch-sizes and --sides must be at least 1 and --exact-images at least 0.")
     if not 0 < arguments.seconds <= 600:
         raise ValueError(f"--seconds must be above 0 and at most 600, got {arguments.seconds}.")
-    if arguments.checkpoint is not None:
-        model, _ = load_checkpoint(arguments.checkpoint)
-    else:
-        torch.manual_seed(0)
-        model = build_model(PAIRS[arguments.pair]).eval()
-        print(f"{arguments.pair}: random weights")
+    model, _ = load_checkpoint(arguments.checkpoint)
     samplers = arguments.samplers or list(SAMPLERS)
     result = bench(
         model, arguments.batch_sizes, samplers, arguments.seconds, arguments.exact_images, arguments.sides or []
@@ -241,7 +236,7 @@ def bench_command(arguments: argparse.Namespace) -> None:
 
 
 def bench_training_command(arguments: argparse.Namespace) -> None:
-    """Time the trainer's step against the plain loop's, on a checkpoint's network or a released size."""
+    """Time the trainer's step against the plain loop's, on a checkpoint's network."""
     if not 1 <= arguments.batch_size <= 4096 or not 1 <= arguments.rounds <= 10_000:
         raise ValueError("--batch-size must be from 1 to 4096 and --rounds from 1 to 10000.")
     if arguments.threads is not None:
@@ -249,7 +244,7 @@ def bench_training_command(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--threads must be from 1 to 1024, got {arguments.threads}.")
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = build_model(PAIRS[arguments.pair]) if arguments.pair else load_checkpoint(arguments.checkpoint)[0]
+    model, _ = load_checkpoint(arguments.checkpoint)
     bench_training(model, arguments.batch_size, arguments.rounds)
 
 
@@ -302,9 +297,7 @@ def _parser() -> argparse.ArgumentParser:
 
     timing = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)
     timing.set_defaults(run=bench_command)
-    of = timing.add_mutually_exclusive_group(required=True)
-    of.add_argument("--checkpoint")
-    of.add_argument("--pair", choices=PAIRS, help="a released size, with random weights")
+    timing.add_argument("--checkpoint", required=True)
     timing.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
     timing.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="all if left out")
     timing.add_argument("--seconds", type=float, default=3.0, help="how long to measure each figure, about")
@@ -315,9 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     summary = bench_training_command.__doc__
     training = commands.add_parser("bench-training", help=summary, description=summary)
     training.set_defaults(run=bench_training_command)
-    of = training.add_mutually_exclusive_group(required=True)
-    of.add_argument("--checkpoint")
-    of.add_argument("--pair", choices=PAIRS, help="a released size, with random weights")
+    training.add_argument("--checkpoint", required=True)
     training.add_argument("--batch-size", type=int, default=32)
     training.add_argument("--rounds", type=int, default=20, help="steps of each loop; the median counts")
     training.add_argument("--threads", type=int, help="torch's own choice if left out")

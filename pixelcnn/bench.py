@@ -21,22 +21,11 @@ from typing import Any
 import torch
 
 from pixelcnn.cached_sampling import cached_sample
-from pixelcnn.config import GatedPixelCNNConfig, ModelConfig, PixelCNNConfig
 from pixelcnn.fast_sampling import engine_name, sample, warm_up
 from pixelcnn.layers import MaskedConv2d
 from pixelcnn.model import AutoregressiveModel
 from pixelcnn.sampling import draw_level
 
-# The released sizes, to be timed without their weights: time does not depend on what the weights are.
-PAIRS: dict[str, ModelConfig] = {
-    "pixelcnn-mnist": PixelCNNConfig(image_shape=(1, 28, 28), num_levels=2, num_features=32, num_blocks=10),
-    "gated_pixelcnn-fashion_mnist": GatedPixelCNNConfig(
-        image_shape=(1, 28, 28), num_levels=256, num_features=48, num_layers=8, kernel_size=5
-    ),
-    "gated_pixelcnn-cifar10": GatedPixelCNNConfig(
-        image_shape=(3, 32, 32), num_levels=256, num_features=48, num_layers=8, kernel_size=5
-    ),
-}
 NAIVE, CROPPED, NAIVE_COMPILED = "naive", "naive, rows so far", "naive, torch.compile"
 CACHED_TORCH, CACHED = "cached, torch", "cached, compiled"
 SAMPLERS = (NAIVE, CROPPED, NAIVE_COMPILED, CACHED_TORCH, CACHED)

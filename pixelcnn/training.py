@@ -401,7 +401,7 @@ class Trainer:
         for key, expected in self.description().items():
             if description.get(key) != expected:
                 raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
-        indices = range(len(self.parameters))
+        indices = list(range(len(self.parameters)))
         self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
         if self.model.config.context_features and not last_phase.get("context_features"):
             # Its joint weights, and a context network that adds nothing yet. What is best is measured otherwise now.

@@ -15,7 +15,6 @@ from pixelcnn.bench import (
     CROPPED,
     NAIVE,
     NAIVE_COMPILED,
-    PAIRS,
     SAMPLERS,
     bench,
     count_differences,
@@ -101,7 +100,3 @@ def test_tables_and_figures_agree(tmp_path: Path) -> None:
     assert result["exactness"]["float64"]["num_levels_that_differ"] == 0
     assert [row["side"] for row in result["sides"]] == [4, 8]
     assert "float64: 0 of 4 images differ from the naive sampler's, in 0 levels" in lines
-
-
-def test_released_sizes_are_named_after_pairs() -> None:
-    assert list(PAIRS) == ["pixelcnn-mnist", "gated_pixelcnn-fashion_mnist", "gated_pixelcnn-cifar10"]

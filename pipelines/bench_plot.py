@@ -1,0 +1,80 @@
+"""The figures of `make bench` as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+PICTURE = "bench.png"
+_COLOURS = {
+    "naive": "#9aa0a6",
+    "naive, rows so far": "#7b8794",
+    "naive, torch.compile": "#5f6b7a",
+    "cached, torch": "#e0a458",
+    "cached, compiled": "#2a7f62",
+}
+
+
+def plot(folder: Path) -> Path:
+    """Draw every benchmark of a folder: milliseconds per image by batch, and the cost of a pixel by image side.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        ValueError: the folder has no benchmark, or one that cannot be read.
+    """
+    from matplotlib.figure import Figure
+
+    results: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results[path.stem] = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{path} is no JSON. Make it again: make bench") from None
+    if not results:
+        raise ValueError(f"{folder} holds no benchmark. Make one: make bench")
+    figure = Figure(figsize=(11, 3.1 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), 2, squeeze=False, width_ratios=(3, 2))
+    for (left, right), (name, result) in zip(grid, results.items(), strict=True):
+        _draw_batches(left, name, result)
+        _draw_sides(right, result)
+    first = next(iter(results.values()))
+    figure.suptitle(f"{first['processor']}, {first['num_threads']} threads, torch {first['torch']}", fontsize=9)
+    temporary = folder / f".{PICTURE}.new"
+    figure.savefig(temporary, dpi=110, format="png")
+    return temporary.replace(folder / PICTURE)
+
+
+def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
+    batch_sizes = sorted({row["batch_size"] for row in result["timings"]})
+    for k, (sampler, colour) in enumerate(_COLOURS.items()):
+        rows = [r for r in result["timings"] if r["sampler"] == sampler and r["seconds_per_image"] is not None]
+        places = [batch_sizes.index(row["batch_size"]) + (k - 2) * 0.16 for row in rows]
+        heights = [1e3 * row["seconds_per_image"] for row in rows]
+        axes.bar(places, heights, 0.16, color=colour, label=sampler)
+        if sampler == "cached, compiled":
+            for place, height in zip(places, heights, strict=True):
+                axes.annotate(f"{height:.2g}", (place, height), ha="center", va="bottom", fontsize=7)
+    for place, size in enumerate(batch_sizes):
+        bound = next(r["bound_seconds_per_image"] for r in result["timings"] if r["batch_size"] == size)
+        label = "bound by arithmetic" if place == 0 else None
+        axes.hlines(1e3 * bound, place - 0.45, place + 0.45, colors="black", linestyles="dotted", label=label)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
+    axes.set_ylabel("ms per image")
+    channels, height, width = result["image_shape"]
+    axes.set_title(f"{name}, {height} x {width}{' x 3' if channels == 3 else ''}", fontsize=9)
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _draw_sides(axes: Any, result: dict[str, Any]) -> None:
+    found = result.get("sides", [])
+    sides = [row["side"] for row in found]
+    for key, sampler in (("naive_s_per_pixel", "naive"), ("cached_s_per_pixel", "cached, compiled")):
+        axes.plot(sides, [1e6 * row[key] for row in found], "o-", color=_COLOURS[sampler], label=sampler)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sides, [str(side) for side in sides])
+    axes.set_xlabel("image side, pixels")
+    axes.set_ylabel("us per pixel, batch 1")
+    axes.legend(fontsize=7)

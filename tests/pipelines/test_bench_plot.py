@@ -1,0 +1,33 @@
+"""The picture of the samplers' benchmark."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.bench_plot import plot
+from pixelcnn import PixelCNNConfig, build_model
+from pixelcnn.bench import SAMPLERS, bench, write_json
+
+
+def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = PixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, num_blocks=1)
+    samplers = [name for name in SAMPLERS if "torch.compile" not in name]
+    result = bench(build_model(config).eval(), [1, 2], samplers, 0.01, 0, [4, 8], lambda line: None)
+    write_json(tmp_path / "tiny.json", result)
+    path = plot(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.png", "tiny.json"]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 500
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_its_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no benchmark\. Make one: make bench"):
+        plot(tmp_path)
+    (tmp_path / "half.json").write_text("{")
+    with pytest.raises(ValueError, match=r"half\.json is no JSON. Make it again: make bench"):
+        plot(tmp_path)
