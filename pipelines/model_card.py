@@ -45,6 +45,47 @@ def score_text(scores: Mapping[str, Any], split: str, config: Mapping[str, Any])
     return f"{bits:.4f} ± {error * bits / nats:.4f} bits/dim"
 
 
+MASKS = {  # observed.SCORED in words: what is missing
+    "top": "top half",
+    "left": "left half",
+    "bottom": "bottom half",
+    "rectangles": "a rectangle, or all around it",
+    "pixels50": "half of the pixels, at random",
+    "beginnings": "all but the first 30 % of the ink",
+}
+
+
+def completion_rows(scores: Mapping[str, Any]) -> list[str]:
+    """Return a row for each scored mask: missing, nats given all that is known, nats by raster clamping."""
+    rows = []
+    for mask, words in MASKS.items():
+        name = f"test/completion_{mask}"
+        cells = [
+            f"{scores[f'{name}_{kind}']:.2f} ± {scores[f'{name}_{kind}_stderr']:.2f}"
+            for kind in ("nats", "raster_nats")
+        ]
+        rows.append(f"| {words} | {' | '.join(cells)} |")
+    return rows
+
+
+COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
+COMPLETION_HEAD = "| missing | nats given all that is known | raster clamping, the same masks |\n| --- | --- | --- |"
+
+
+def _completion(scores: Mapping[str, Any]) -> str:
+    if COMPLETES not in scores:
+        return ""
+    rows = "\n".join(completion_rows(scores))
+    return f"""## Completion
+-log p(missing | known) of test images, mean with its standard error. Raster clamping is the joint model, in which a
+missing pixel sees of the known ones only those that come before it.
+
+{COMPLETION_HEAD}
+{rows}
+
+"""
+
+
 def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     """Return the card, in Markdown.
 
@@ -119,7 +160,7 @@ Protocol: **{scores["protocol"]}**. Mean negative log-likelihood with its standa
 For comparison, test: every level equally likely {scores["test/nll_nats_uniform"]:.1f} nats, independent pixels
 {scores["test/nll_nats_independent"]:.1f} nats.
 
-## Training
+{_completion(scores)}## Training
 {scores["train_minutes"]:.0f} minutes on {scores["hardware"]}. Again: `dvc repro train@{pair}`
 
 | setting | value |

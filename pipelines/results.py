@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.model_card import score_text, title
+from pipelines.model_card import COMPLETES, COMPLETION_HEAD, completion_rows, score_text, title
 from pipelines.params import DATASETS
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE
 
@@ -37,6 +37,12 @@ PUBLISHED = {
         ("3.11", "PixelCNN++, no down-sampling, 11x5", "its paper"),
         ("3.14", "PixelCNN", f"{_SEED}, arXiv:1601.06759"),
     ],
+}
+_COMPLETION_NOTES = {
+    "mnist": "LMConv, about 46 M parameters (Jain et al. 2020, approximate), hidden top / left / bottom half: 41.76 / "
+    "39.83 / 43.35 nats without what lies below or to the right, 34.82 / 32.25 / 36.36 with it.",
+    "cifar10": "LMConv (Jain et al. 2020; top from the paper, the others approximate), bits/dim of the hidden top / "
+    "left / bottom half: 3.07 / 3.10 / 3.05 without what lies below or to the right, 2.762 / 2.82 / 2.75 with it.",
 }
 _NOTES = {
     "mnist": (
@@ -91,6 +97,12 @@ def results_text(weights: Path) -> str:
             )
         lines += [f"| {figure} | {model} | | | {source} |" for figure, model, source in PUBLISHED.get(dataset, [])]
         lines += ["", *([_NOTES[dataset], ""] if dataset in _NOTES else [])]
+        completing = [(config, scores) for config, scores in released.get(dataset, []) if COMPLETES in scores]
+        for config, scores in completing:
+            lines += [f"### {title(scores['pair'], config)}: completion, -log p(missing | known), test", ""]
+            lines += [COMPLETION_HEAD, *completion_rows(scores), ""]
+        if completing and dataset in _COMPLETION_NOTES:
+            lines += [_COMPLETION_NOTES[dataset], ""]
     return "\n".join(lines)
 
 

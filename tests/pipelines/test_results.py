@@ -10,6 +10,7 @@ from projects import PAIR, ROOT, write_weights
 from pipelines import steps
 from pipelines.model_card import model_card
 from pipelines.results import results_text, write_results
+from pixelcnn.observed import SCORED
 
 CARD_SCORES = {
     "pair": PAIR,
@@ -87,6 +88,25 @@ def test_eight_bit_figures_are_in_bits_per_dim(scored: Path) -> None:
     scores |= {"dataset": "fashion_mnist", "test/nll_nats": 1600.0, "test/nll_nats_stderr": 8.0}
     (target / "scores.json").write_text(json.dumps(scores | {"test/bits_per_dim": 2.944}))
     assert "| **2.9440 ± 0.0147** | Gated PixelCNN on fashion_mnist |" in results_text(Path("weights"))
+
+
+def test_completion_stands_beside_raster_clamping(scored: Path) -> None:
+    scores = json.loads((scored / "scores.json").read_text())
+    config = json.loads((scored / "config.json").read_text())
+    assert "ompletion" not in results_text(Path("weights")) + model_card(config, scores)
+    for k, mask in enumerate(SCORED):
+        for kind, value in (
+            ("nats", 30 + k),
+            ("nats_stderr", 0.5),
+            ("raster_nats", 40 + k),
+            ("raster_nats_stderr", 0.6),
+        ):
+            scores[f"test/completion_{mask}_{kind}"] = value
+    (scored / "scores.json").write_text(json.dumps(scores))
+    for text in (results_text(Path("weights")), model_card(config, scores)):
+        assert "| missing | nats given all that is known | raster clamping, the same masks |" in text
+        assert "| top half | 30.00 ± 0.50 | 40.00 ± 0.60 |" in text
+        assert "| all but the first 30 % of the ink | 35.00 ± 0.50 | 45.00 ± 0.60 |" in text
 
 
 def test_damaged_scores_are_named(weights: Path) -> None:
