@@ -17,8 +17,10 @@ _USER_ERRORS = (ValueError, LookupError, FloatingPointError, OSError)
 # What is wrong with a store or server; their own exceptions are no part of ours.
 _OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy")
 
-# Where a run without a Prefect server starts a temporary one, its chatter is of no use to anybody.
-_QUIET = {
+# Where a run without a Prefect server starts a temporary one, its chatter is of no use to anybody, and on a busy
+# machine it needs more than the default of 20 s to come up.
+_SETTINGS = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
     "BENTOML_DO_NOT_TRACK": "True",
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     arguments = vars(_parser().parse_args(argv))
     function, command = arguments.pop("function"), arguments.pop("command")

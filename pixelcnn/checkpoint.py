@@ -63,6 +63,7 @@ def save_checkpoint(
         config = {**config_to_dict(model.config), "weights_sha256": sha256_of(new / WEIGHTS_FILE)}
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (new / SCORES_FILE).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
+        shutil.copymode(new / SCORES_FILE, new / WEIGHTS_FILE)  # safetensors would keep it from everybody else
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

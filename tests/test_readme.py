@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.model_card import score_text
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -51,3 +53,20 @@ def test_the_table_is_that_of_the_metrics(path: str) -> None:
     assert cells[2] == f"{scores['test/bits_per_dim']:.4f}"
     assert f"{scores['test/nll_nats_independent']:.1f}" in README
     assert f"{scores['test/nll_nats_uniform']:.1f}" in README
+
+
+def test_the_released_table_is_that_of_the_scores() -> None:
+    folders = sorted((ROOT / "weights").iterdir())
+    rows = dict(re.findall(r"^\| `([a-z0-9_-]+)` \|(.*± [0-9.]+ (?:nats|bits/dim) .*)\|$", README, re.MULTILINE))
+    assert sorted(rows) == [folder.name for folder in folders]
+    for folder in folders:
+        config, scores = (json.loads((folder / name).read_text()) for name in ("config.json", "scores.json"))
+        expected = [
+            score_text(scores, "test", config),
+            f"{scores['num_parameters']:,}",
+            f"{scores['train_minutes']:.0f} min",
+            scores["protocol"],
+        ]
+        assert [cell.strip() for cell in rows[folder.name].split("|")] == expected
+        assert scores["hardware"].startswith("1 CPU thread")
+        assert scores["test/num_images"] == 10_000

@@ -217,3 +217,9 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match=exactly("a weight is too large for torch.float16. Store the model as it is.")):
         save_checkpoint(tmp_path / "model", model, SCORES, torch.float16)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_reads_the_scores_reads_the_weights(tmp_path):
+    save_checkpoint(tmp_path / "model", tiny_model("pixelcnn", (1, 3, 3), 3), {})
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["scores.json"]
