@@ -1,0 +1,31 @@
+"""Short trainings compared at equal time."""
+
+from pathlib import Path
+
+import pytest
+from projects import PAIR
+
+from pipelines.sizes import main
+
+
+def test_a_row_for_each_variant(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"minutes: 0.01\nnum_images: 8\npairs:\n  {PAIR}: [{{}}, {{network: {{num_features: 5}}}}]\n"
+    Path("variants.yaml").write_text(text)
+    assert main(["--variants", "variants.yaml", "--out", "table.md"]) == 0
+    rows = [line for line in Path("table.md").read_text().splitlines() if line.endswith(" nats |")]
+    assert [row.split(" | ")[0] for row in rows] == ["| as in params.yaml", "| num_features 5"]
+    printed = capsys.readouterr().out
+    parameters = [int(row.split(" | ")[1].replace(",", "")) for row in rows]
+    assert parameters[0] < parameters[1]
+    for row in rows:
+        assert 100 < float(row.split(" | ")[-1].removesuffix(" nats |")) < 1000
+        assert f"{PAIR} {row}" in printed
+
+
+def test_its_mistakes_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--variants", "nowhere.yaml"]) == 1
+    assert "sizes: nowhere.yaml must hold minutes, num_images and pairs" in capsys.readouterr().err
+    Path("variants.yaml").write_text(f"minutes: 0.01\nnum_images: 8\npairs:\n  {PAIR}: [{{size: 3}}]\n")
+    assert main(["--variants", "variants.yaml", "--out", "table.md"]) == 1
+    assert "unknown key 'size'. Known: network, train." in capsys.readouterr().err
+    assert not Path("table.md").exists()
