@@ -364,10 +364,12 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         tensors = {}
+        best_is_average = all(torch.equal(a, b) for a, b in zip(self.best, self.average, strict=True))
         for i, parameter in enumerate(self.parameters):
             tensors[f"weights/{i}"] = parameter.detach()
             tensors[f"average/{i}"] = self.average[i]
-            tensors[f"best/{i}"] = self.best[i]
+            if not best_is_average:  # as it is after a run's last validation, mostly: that file is kept
+                tensors[f"best/{i}"] = self.best[i]
             for key, value in self.optimiser.state[parameter].items():
                 tensors[f"adam/{i}/{key}"] = value
         state = {
@@ -413,7 +415,7 @@ class Trainer:
             for saved, i in enumerate(indices):
                 self.parameters[i].copy_(tensors[f"weights/{saved}"])
                 self.average[i].copy_(tensors[f"average/{saved}"])
-                self.best[i].copy_(tensors[f"best/{saved}"])
+                self.best[i].copy_(tensors.get(f"best/{saved}", tensors[f"average/{saved}"]))
                 prefix = f"adam/{saved}/"
                 adam = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 if adam:
