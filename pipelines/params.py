@@ -160,14 +160,17 @@ class PromoteParams:
     Args:
         confidence: of the interval of the paired per-image difference in validation NLL, which must lie below zero.
         batch_size: images per forward pass; it does not change the decision.
+        max_sample_s: seconds that a challenger may take to sample one image.
     """
 
     confidence: float
     batch_size: int
+    max_sample_s: float
 
     def __post_init__(self) -> None:
         _check_number("confidence", self.confidence, float, 0.5, 0.9999)
         _check_number("batch_size", self.batch_size, int, 1, 100_000)
+        _check_number("max_sample_s", self.max_sample_s, float, 0, 86_400)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
 """The promotion flow: the best candidate takes the champion's place if the evidence says so; and the way back.
 
-The rule. Candidates are the registered versions that were measured on the current prepared data. The best one (by its
-recorded validation NLL) and the champion are scored afresh, without label, on the same validation images. The
-candidate becomes champion only if the confidence interval of the mean per-image difference in NLL, candidate minus
-champion, lies wholly below zero. In every other case nothing moves and the report says why. Where there is no champion
-yet, the better of the two best candidates takes the place if it beats the uniform distribution.
+The rule. Candidates are the registered versions that were measured on the current prepared data and pass the checks of
+candidate_checks.py: none that gives no numbers, looks ahead, or samples too slowly. The best one (by its recorded
+validation NLL) and the champion are scored afresh, without label, on the same validation images. The candidate becomes
+champion only if the confidence interval of the mean per-image difference in NLL, candidate minus champion, lies wholly
+below zero. In every other case nothing moves and the report says why. Where there is no champion yet, the better of
+the two best candidates takes the place if it beats the uniform distribution.
 
 The order of writes. A new champion is exported to the model store before the alias moves, and served after it:
 whenever a run is cut off, what is served is whole, and running again completes the rest. A version that was rolled
@@ -25,7 +26,8 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from pipelines import registry, store
-from pipelines.params import DATASETS, PromoteParams, load_params
+from pipelines.candidate_checks import check_candidate
+from pipelines.params import PromoteParams, check_dataset, load_params
 from pipelines.registry import Version
 from pipelines.tracking import CHALLENGER, CHAMPION, PREVIOUS, registered_name, tracking_uri
 from pixelcnn.checkpoint import load_checkpoint
@@ -36,19 +38,24 @@ DATA_FOLDER = Path("data")
 REPORTS_FOLDER = Path("reports/promotions")
 
 PROMOTED, KEPT, FAILED, ROLLED_BACK = "promoted", "kept", "failed", "rolled back"
+RELEASED = "released"  # by pipelines/release.py
 
 Report = dict[str, Any]
-Scorer = Callable[[Version, Dataset, int], torch.Tensor]
+Scorer = Callable[[Version, Dataset, int, float | None], torch.Tensor]
 
 
-def score(version: Version, data: Dataset, batch_size: int) -> torch.Tensor:
+def score(version: Version, data: Dataset, batch_size: int, max_sample_s: float | None = None) -> torch.Tensor:
     """Fetch a version and score it on the validation split.
+
+    Args:
+        max_sample_s: of a candidate, which is checked before it is scored; None for a champion, which is not.
 
     Returns:
         (N,) float64, nats per image.
 
     Raises:
-        ValueError: it cannot be fetched or loaded, does not fit the data, or a score is not a finite number.
+        ValueError: it cannot be fetched or loaded, does not fit the data, fails the checks, or a score is not a finite
+            number.
     """
     with tempfile.TemporaryDirectory() as folder:
         model, _ = load_checkpoint(registry.download(version, Path(folder)))
@@ -57,6 +64,8 @@ def score(version: Version, data: Dataset, batch_size: int) -> torch.Tensor:
             f"it is for images {model.config.image_shape} of {model.config.num_levels} levels, "
             f"{data.name} has {data.image_shape} of {data.num_levels}."
         )
+    if max_sample_s is not None:
+        check_candidate(model, data.levels("validation", slice(0, 1))[0], max_sample_s)
     nll = per_image_nll(model, data, "validation", batch_size=batch_size)
     if not bool(nll.isfinite().all()):
         raise ValueError(f"its NLL is not a finite number for {int((~nll.isfinite()).sum())} of {len(nll)} images.")
@@ -142,7 +151,8 @@ class _Decision:
             if len(scored) == num:
                 break
             try:
-                scored.append((version, self.scorer(version, self.data, self.params.batch_size)))
+                nll = self.scorer(version, self.data, self.params.batch_size, self.params.max_sample_s)
+                scored.append((version, nll))
             except Exception as error:  # whatever is wrong with one candidate, the next may be fine
                 self.skip(version, _reason(error))
         return sorted(scored, key=lambda one: one[1].mean().item())
@@ -157,14 +167,14 @@ class _Decision:
             self.kept(f"no other version can compete{self._why_skipped()}")
             return None
         try:
-            champion_nll = self.scorer(champion, self.data, self.params.batch_size)
+            champion_nll = self.scorer(champion, self.data, self.params.batch_size, None)
         except Exception as error:  # without the champion's score there is no evidence, whatever the cause
             self.kept(f"champion version {champion.version} cannot be scored: {_reason(error)}")
             return None
         self.report["champion"] = self.describe(champion, champion_nll)
         best = self.scored(candidates, 1)
         if not best:
-            self.kept("no other version can be scored")
+            self.kept(f"no other version can be scored{self._why_skipped()}")
             return None
         version, nll = best[0]
         self.report["candidate"] = self.describe(version, nll)
@@ -217,10 +227,12 @@ class _Decision:
     def _format(self, nats: float) -> str:
         return format_nll(nats, self.data.image_shape, self.data.num_levels)
 
-    def text(self) -> str:
+    def text(self, dry_run: bool = False) -> str:
         """Return the decision in a sentence or two."""
         report = self.report
-        head = f"{self.dataset} ({self.data.protocol}, data {self.data.data_hash[:12]}): "
+        head = (
+            f"{'dry run: ' if dry_run else ''}{self.dataset} ({self.data.protocol}, data {self.data.data_hash[:12]}): "
+        )
         scores = [
             f"{name} version {scored['version']} ({scored['pair']}) {self._format(scored['nll_nats'])}"
             for role, name in (("candidate", "candidate"), ("runner_up", "runner-up"), ("champion", "champion"))
@@ -230,8 +242,10 @@ class _Decision:
         if scores:
             measured += self._why_skipped(" Passed over: ", ".")
         if report["decision"] == PROMOTED:
-            return f"{head}version {report['candidate']['version']} is the new champion: {report['reason']}.{measured}"
-        return f"{head}nothing moved: {report['reason'].rstrip('.')}.{measured}"
+            verb = "would be" if dry_run else "is"
+            new = report["candidate"]["version"]
+            return f"{head}version {new} {verb} the new champion: {report['reason']}.{measured}"
+        return f"{head}nothing {'would move' if dry_run else 'moved'}: {report['reason'].rstrip('.')}.{measured}"
 
 
 def _metadata(version: Version, data_names: tuple[str, ...]) -> dict[str, Any]:
@@ -268,12 +282,15 @@ def ensure_served(version: Version) -> tuple[str, bool]:
     return tag, True
 
 
-def run_promotion(dataset: str, data: Dataset, params: PromoteParams, scorer: Scorer = score) -> Report:
+def run_promotion(
+    dataset: str, data: Dataset, params: PromoteParams, scorer: Scorer = score, dry_run: bool = False
+) -> Report:
     """Decide, move, and record the decision.
 
     Args:
         data: the current prepared data.
         scorer: like `score`.
+        dry_run: decide only; nothing is moved, exported or recorded.
 
     Returns:
         The report; its `decision` is `promoted` or `kept`, its `text` says it in words.
@@ -292,6 +309,10 @@ def run_promotion(dataset: str, data: Dataset, params: PromoteParams, scorer: Sc
         )
     by_version = {version.version: version for version in found}
     champion = by_version.get(registry.aliases(dataset).get(CHAMPION, ""))
+    if dry_run:
+        decision.decide(found, champion)
+        report["text"] = decision.text(dry_run=True)
+        return report
     with registry.decision_run(dataset, "promotion") as run_id:
         report["decision_run_id"] = run_id
         chosen = decision.decide(found, champion)
@@ -371,50 +392,89 @@ def write_report(report: Report, folder: Path = REPORTS_FOLDER) -> Path:
     return path
 
 
-def _check_dataset(dataset: str) -> None:
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown dataset {dataset!r}. Known: {', '.join(DATASETS)}.")
-
-
 @task(name="score", persist_result=False, cache_policy=NO_CACHE)
-def _score(version: Version, data: Dataset, batch_size: int) -> torch.Tensor:
-    nll = score(version, data, batch_size)
+def _score(version: Version, data: Dataset, batch_size: int, max_sample_s: float | None) -> torch.Tensor:
+    nll = score(version, data, batch_size, max_sample_s)
     mean = format_nll(nll.mean().item(), data.image_shape, data.num_levels)
     get_run_logger().info("version %s: validation %s", version.version, mean)
     return nll
 
 
 @flow(name="promote", persist_result=False, log_prints=True)
-def promote(dataset: str) -> Report:
+def promote(dataset: str, dry_run: bool = False) -> Report:
     """Let the best registered version of a dataset become champion, if it is better beyond doubt.
 
-    The report is written to reports/promotions/DATASET.json in any case.
+    The report is written to reports/promotions/DATASET.json in any case but a dry run.
+
+    Args:
+        dry_run: decide and say so, but move and write nothing.
 
     Raises:
         ValueError: the dataset is unknown, or its prepared file is missing or damaged.
         LookupError: nothing is registered.
         ConnectionError: no decision was possible, because the registry or the store cannot be reached.
     """
-    _check_dataset(dataset)
+    check_dataset(dataset)
     data = load_dataset(DATA_FOLDER / f"{dataset}.safetensors")
     try:
-        report = run_promotion(dataset, data, load_params().promote, _score)
+        report = run_promotion(dataset, data, load_params().promote, _score, dry_run)
     except Exception as error:
         ours = isinstance(error, (LookupError, ValueError))
         reason = _reason(error) if ours else _unreachable(error)
         text = f"{dataset}: nothing moved: {reason}"
-        write_report({"dataset": dataset, "decision": FAILED, "reason": reason, "text": text})
+        if not dry_run:
+            write_report({"dataset": dataset, "decision": FAILED, "reason": reason, "text": text})
         if ours:
             raise
         raise ConnectionError(text) from error
-    write_report(report)
+    if not dry_run:
+        write_report(report)
     print(report["text"])
     return report
 
 
 def rollback(dataset: str) -> Report:
     """Undo the last promotion of a dataset; see `run_rollback`."""
-    _check_dataset(dataset)
+    check_dataset(dataset)
     report = run_rollback(dataset)
     print(report["text"])
     return report
+
+
+def history(dataset: str) -> list[str]:
+    """Say who replaced whom in a dataset, when, and by how much: a line for each decision, the oldest first.
+
+    Raises:
+        LookupError: nothing was decided yet.
+    """
+    check_dataset(dataset)
+    decisions = registry.decisions(dataset)
+    if not decisions:
+        raise LookupError(f"nothing was decided for {dataset} yet: run python -m pipelines.steps promote {dataset}.")
+    return [history_line(report) for report in decisions]
+
+
+def history_line(report: Report) -> str:
+    """Say a decision in one line.
+
+    Args:
+        report: as `registry.decisions` returns it.
+    """
+    what = report.get("reason", "")
+    if report["decision"] in (PROMOTED, RELEASED):
+        champion, difference = report.get("champion"), report.get("difference")
+        what = (
+            f"{_named(report['candidate'])} {'replaced ' + _named(champion) if champion else 'is the first champion'}"
+        )
+        if champion and difference:
+            what += (
+                f", {difference['mean']:+.3f} nats per image ({100 * report['confidence']:g} % interval "
+                f"{difference['low']:+.3f} to {difference['high']:+.3f}, {difference['num_images']} images)"
+            )
+    elif report["decision"] == ROLLED_BACK:
+        what = f"{_named(report['champion'])} replaced {_named(report['rolled_back'])}, asked for"
+    return f"{report['when']}  {report['decision']:<11}  {what}"
+
+
+def _named(scored: Report) -> str:
+    return f"version {scored['version']}" + (f" ({scored['pair']})" if "pair" in scored else "")

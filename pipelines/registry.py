@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,37 @@ def _recorded_nll(client: mlflow.MlflowClient, run_id: str | None) -> float:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return math.nan
         raise
+
+
+def datasets() -> list[str]:
+    """Return the datasets of which any version was registered."""
+    prefix = tracking.registered_name("")
+    found = tracking.client().search_registered_models(f"name LIKE '{prefix}%'", max_results=1000)
+    return sorted(model.name.removeprefix(prefix) for model in found)
+
+
+def training_run(version: Version) -> dict[str, Any]:
+    """Return what MLflow has of the training of a version: `params`, `metrics` (last values), `tags`, `started` (UTC).
+
+    Raises:
+        LookupError: the run was deleted.
+    """
+    try:
+        run = tracking.client().get_run(version.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise LookupError(f"run {version.run_id} of {version.name} version {version.version} was deleted.") from None
+    return {
+        "params": dict(run.data.params),
+        "metrics": dict(run.data.metrics),
+        "tags": dict(run.data.tags),
+        "started": _utc(run.info.start_time),
+    }
+
+
+def _utc(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def aliases(dataset: str) -> dict[str, str]:
@@ -182,3 +214,32 @@ def record_decision(run_id: str, report: dict[str, Any]) -> None:
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
     client.log_dict(run_id, report, "report.json")
+
+
+def decisions(dataset: str) -> list[dict[str, Any]]:
+    """Return the reports of all decisions about a dataset, the oldest first.
+
+    Each has `decision`, `kind` (promotion, rollback or release), `when` (UTC) and `decision_run_id`; a decision that
+    could not be carried out, or is still under way, has nothing else but a `reason`.
+    """
+    client = tracking.client()
+    experiment = client.get_experiment_by_name(DECISIONS_EXPERIMENT)
+    if experiment is None:
+        return []
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        f"tags.dataset = '{dataset}'",
+        order_by=["attributes.start_time ASC"],
+        max_results=10_000,
+    )
+    return [_decision(run) for run in runs]
+
+
+def _decision(run: mlflow.entities.Run) -> dict[str, Any]:
+    report: dict[str, Any] = {"decision": "failed", "reason": "it was cut off before it was recorded"}
+    if run.info.status == "FINISHED":
+        report = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/report.json")
+    elif run.info.status == "RUNNING":
+        report = {"decision": "unfinished", "reason": "it is under way, or its process was killed"}
+    when = _utc(run.info.start_time)
+    return {**report, "kind": run.data.tags["kind"], "when": when, "decision_run_id": run.info.run_id}

@@ -7,7 +7,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.params import load_params
@@ -46,12 +46,35 @@ def train(pair: str, out: str, report: str, state: str | None, half: bool) -> No
     train_pair(pair, out, report, state, half)
 
 
-def promote(dataset: str) -> None:
+def train_all(pairs: list[str], at_once: int) -> None:
+    """Train several pairs, each in a process of its own, and compare them."""
+    load_params()
+    from pipelines.train_all_flow import train_all as run_all
+
+    run_all(pairs or None, at_once)
+
+
+def compare() -> None:
+    """Write reports/comparison.html: the trained pairs beside each other, from reports/."""
+    from pipelines.comparison import REPORTS_FOLDER, read_reports, write_comparison
+
+    print(f"wrote {write_comparison(read_reports(REPORTS_FOLDER))}")
+
+
+def promote(dataset: str, dry_run: bool) -> None:
     """Let the best candidate of a dataset become champion, on evidence."""
     load_params()
     from pipelines.promotion_flow import promote as decide
 
-    decide(dataset)
+    decide(dataset, dry_run)
+
+
+def history(dataset: str) -> None:
+    """Say who replaced whom as champion of a dataset, when, and by how much."""
+    from pipelines.promotion_flow import history as lines
+
+    for line in lines(dataset):
+        print(line)
 
 
 def rollback(dataset: str) -> None:
@@ -88,12 +111,13 @@ class _OneLine(logging.Filter):
     """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and _is_for_user(record.exc_info[1]):
+        if record.exc_info and is_for_user(record.exc_info[1]):
             record.exc_info = None
         return True
 
 
-def _is_for_user(error: BaseException | None) -> bool:
+def is_for_user(error: BaseException | None) -> bool:
+    """Say whether a person can mend what an error names; if not, it is a bug of ours."""
     if isinstance(error, RuntimeError) and "Failed to reach API" in str(error):  # Prefect, of the server it was told of
         return True
     return isinstance(error, _USER_ERRORS) or type(error).__module__.partition(".")[0] in _OUTSIDE
@@ -102,10 +126,15 @@ def _is_for_user(error: BaseException | None) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines.steps", description="The pipeline's commands.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (prepare, train, promote, rollback, release, results, plot_bench):
+    of_dataset = (prepare, promote, history, rollback)
+    for function in (prepare, train, train_all, compare, promote, history, rollback, release, results, plot_bench):
         summary = (function.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(function.__name__, help=summary, description=summary)
+        name = function.__name__
+        aliases = [name.replace("_", "-")] if "_" in name else []
+        command = commands.add_parser(name, aliases=aliases, help=summary, description=summary)
         command.set_defaults(function=function)
+        if function in of_dataset:
+            command.add_argument("dataset", help="e.g. mnist5k")
         if function is train:
             command.add_argument("pair", help="a pair of params.yaml, e.g. pixelcnn-mnist5k")
             command.add_argument("--out", required=True, help="folder of the checkpoint, replaced as a whole")
@@ -114,23 +143,33 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--half", action="store_true", help="store half-precision weights where they score alike"
             )
-        elif function not in (release, results, plot_bench):
-            command.add_argument("dataset", help="e.g. mnist5k")
+        if function is train_all:
+            command.add_argument(
+                "pairs", nargs="*", metavar="PAIR", help="pairs of params.yaml; none for the quick start"
+            )
+            command.add_argument("--at-once", type=int, default=1, help="how many train at a time")
+        if function is promote:
+            command.add_argument("--dry-run", action="store_true", help="decide and say so, but move and write nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     arguments = vars(_parser().parse_args(argv))
     function, command = arguments.pop("function"), arguments.pop("command")
+    return run(command, lambda: function(**arguments))
+
+
+def run(command: str, work: Callable[[], None]) -> int:
+    """Do the work of a command; return the exit code. What a person can mend becomes one sentence on stderr."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_OneLine())
     try:
-        function(**arguments)
+        work()
     except Exception as error:
-        if not _is_for_user(error):
+        if not is_for_user(error):
             raise
         print(f"{command}: {error}", file=sys.stderr)
         return 1

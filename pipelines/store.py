@@ -44,6 +44,11 @@ def latest(name: str) -> str | None:
     return f"{name}:{version}" if version and (_models() / name / version).is_dir() else None
 
 
+def holds(tag: str) -> bool:
+    """Say whether the store has a model of this tag, whole or not."""
+    return (_models() / tag.replace(":", "/")).is_dir()
+
+
 def is_intact(tag: str, weights_sha256: str) -> bool:
     """Say whether the store holds this model with exactly these weights."""
     folder = _models() / tag.replace(":", "/")

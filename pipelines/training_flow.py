@@ -536,28 +536,3 @@ def train_pair(
     else:
         shutil.rmtree(work)
     return {"run_id": run_id, "version": version, "out": str(out_folder)}
-
-
-@flow(name="train-all", persist_result=False)
-def train_all(pairs: list[str] | None = None) -> dict[str, str]:
-    """Train several pairs, one after another; one that fails does not stop the others.
-
-    Args:
-        pairs: their names; None for the candidates of the quick start's dataset.
-
-    Returns:
-        The MLflow version of each.
-
-    Raises:
-        RuntimeError: at the end, naming the pairs that failed.
-    """
-    versions, failures = {}, []
-    for pair in load_params().candidates["mnist5k"] if pairs is None else pairs:
-        state = train_pair(pair, return_state=True)
-        if state.is_completed():
-            versions[pair] = state.result()["version"]
-        else:
-            failures.append(f"{pair} ({state.message})")
-    if failures:
-        raise RuntimeError(f"these pairs failed: {'; '.join(failures)}. Trained: {', '.join(versions) or 'none'}.")
-    return versions

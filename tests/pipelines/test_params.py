@@ -70,6 +70,7 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         ("default_targets", "promote@mnist5k", r"default_targets must be a list of stage names, got 'promote@mnist5k'"),
         ("data.split_seed", True, r"data: split_seed must be a whole number .* got True"),
         ("promote.confidence", 95, r"promote: confidence must be a number from 0\.5 to 0\.9999, got 95"),
+        ("promote.max_sample_s", "fast", r"promote: max_sample_s must be a number from 0 to 86400, got 'fast'"),
         ("evaluate.batch_size", 0, r"evaluate: batch_size must be .* got 0"),
         ("sample.temperature", float("nan"), r"sample: temperature must be .* got nan"),
     ],

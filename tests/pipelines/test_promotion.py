@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import bentoml
@@ -10,12 +12,14 @@ import pytest
 import torch
 from bentoml._internal.models import ModelStore
 
-from pipelines import promotion_flow, registry, store, tracking
+from pipelines import promotion_flow, registry, steps, store, tracking
 from pipelines.params import PromoteParams
 from pipelines.promotion_flow import paired_difference, run_promotion, run_rollback
 from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.layers import MaskedConv2d
 
-PARAMS = PromoteParams(confidence=0.95, batch_size=50)
+PARAMS = PromoteParams(confidence=0.95, batch_size=50, max_sample_s=60)
 INK = 0.1  # of the toy images: a model that says so is the best there is
 CONFIG = GatedPixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=2, num_layers=1, kernel_size=3)
 
@@ -274,14 +278,67 @@ def test_weights_that_are_not_numbers_are_passed_over(toy):
     assert report["decision"] == "kept"
     assert report["skipped"] == [
         {"version": unmeasured, "reason": "its recorded validation NLL is not a finite number"},
-        {"version": broken, "reason": "its NLL is not a finite number for 400 of 400 images."},
+        {"version": broken, "reason": "its logits are not finite numbers."},
     ]
-    assert f"version {broken}: its NLL is not a finite number" in report["text"]
+    assert f"version {broken}: its logits are not finite numbers" in report["text"]
     assert toy.aliases["champion"] == first
     # It does not stand in the way of a good one.
     good = toy.register(INK)
     assert toy.promote()["decision"] == "promoted"
     assert toy.aliases["champion"] == good
+
+
+def test_a_champion_that_gives_no_number_is_not_replaced_unseen(toy):
+    broken = toy.register(INK, broken=True, nll=1.0)
+    registry.set_alias(toy.name, tracking.CHAMPION, broken)
+    toy.register(INK)
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert report["reason"].endswith("cannot be scored: its NLL is not a finite number for 400 of 400 images.")
+    assert toy.aliases["champion"] == broken
+
+
+def test_a_leak_is_passed_over_however_well_it_scores(toy, monkeypatch):
+    first = toy.register(0.3)
+    toy.promote()
+    leaking = toy.register(INK, nll=0.1)
+    sha256 = registry.versions(toy.name)[-1].tags["weights_sha256"]
+
+    def load(folder):
+        model, scores = load_checkpoint(folder)
+        if registry.sha256_of(folder / "model.safetensors") == sha256:
+            with torch.no_grad():
+                model.logits.weight.normal_()
+                for module in model.modules():
+                    if isinstance(module, MaskedConv2d):
+                        module.mask.fill_(1)
+        return model, scores
+
+    monkeypatch.setattr(promotion_flow, "load_checkpoint", load)
+    report = toy.promote()
+    (skipped,) = report["skipped"]
+    assert skipped["version"] == leaking
+    assert "it leaks: at" in skipped["reason"]
+    assert "it leaks: at" in report["text"]
+    assert toy.aliases["champion"] == first
+    good = toy.register(INK)
+    assert toy.promote()["decision"] == "promoted"
+    assert toy.aliases["champion"] == good
+
+
+def test_a_slow_sampler_is_passed_over(toy):
+    first = toy.register(0.3)
+    toy.promote()
+    slow = toy.register(INK)
+    report = run_promotion(toy.name, toy.data, replace(PARAMS, max_sample_s=0))
+    assert report["decision"] == "kept"
+    (skipped,) = report["skipped"]
+    assert skipped["version"] == slow
+    assert "it samples too slowly" in skipped["reason"]
+    assert "promote.max_sample_s allows 0 s" in report["text"]
+    assert toy.aliases["champion"] == first
+    # The limit is for whoever wants the place: the champion itself is scored, and a fast enough rival compared with it.
+    assert toy.promote()["decision"] == "promoted"
 
 
 def test_first_champion_must_be_a_number(toy):
@@ -451,16 +508,65 @@ def mnist5k(toy):
     return toy
 
 
+def state_of(toy: Toy) -> tuple:
+    """Return all that a promotion may write."""
+    tags = [version.tags for version in registry.versions(toy.name)]
+    reports = {path: path.read_text() for path in Path("reports").rglob("*.json")}
+    return toy.aliases, tags, toy.stored(), toy.served().tag, len(decisions(toy)), reports
+
+
 def test_flow(mnist5k, prefect_server, capsys):
-    mnist5k.register(0.3)
+    first = mnist5k.register(0.3)
     promotion_flow.promote("mnist5k")
     best = mnist5k.register(INK)
+    before = state_of(mnist5k)
+    assert steps.main(["promote", "mnist5k", "--dry-run"]) == 0
+    dry = promotion_flow.promote("mnist5k", dry_run=True)
+    assert state_of(mnist5k) == before, "a dry run writes nothing"
+    assert dry["decision"] == "promoted"
+    assert re.match(rf"dry run: mnist5k \(.*\): version {best} would be the new champion: the 95 % ", dry["text"])
     report = promotion_flow.promote("mnist5k")
     assert report["decision"] == "promoted"
     assert json.loads(Path("reports/promotions/mnist5k.json").read_text()) == report
     assert mnist5k.served().info.metadata["version"] == best
+    assert report["difference"] == dry["difference"]
     promotion_flow.rollback("mnist5k")
     assert "mnist5k: version 1 is the champion again" in capsys.readouterr().out
+    mnist5k.register(0.4)
+    promotion_flow.promote("mnist5k")
+    with pytest.raises(OSError, match="cut off here"), registry.decision_run("mnist5k", "promotion"):
+        raise OSError("cut off here")
+
+    # The history of all that.
+    assert steps.main(["history", "mnist5k"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC  ", line) for line in lines)
+    low, high = report["difference"]["low"], report["difference"]["high"]
+    moved = f"version {best} (gated_pixelcnn-mnist5k) replaced version {first} (gated_pixelcnn-mnist5k), "
+    moved += f"{report['difference']['mean']:+.3f} nats per image (95 % interval {low:+.3f} to {high:+.3f}, 400 images)"
+    assert [re.split("  +", line)[1:] for line in lines[:3]] == [
+        ["promoted", f"version {first} (gated_pixelcnn-mnist5k) is the first champion"],
+        ["promoted", moved],
+        ["rolled back", f"version {first} replaced version {best}, asked for"],
+    ]
+    assert "  kept         the 95 % interval of candidate minus champion" in lines[3]
+    assert lines[4].endswith("  failed       it was cut off before it was recorded")
+    assert len(lines) == 5
+
+
+def test_history_before_any_decision(mnist5k, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mnist5k.folder}/new.db")
+    assert steps.main(["history", "mnist5k"]) == 1
+    error = capsys.readouterr().err
+    assert error == "history: nothing was decided for mnist5k yet: run python -m pipelines.steps promote mnist5k.\n"
+    assert steps.main(["history", "mnist6k"]) == 1
+    assert capsys.readouterr().err.startswith("history: unknown dataset 'mnist6k'. Known: mnist5k, ")
+
+
+def test_a_dry_run_says_why_nothing_would_move(toy):
+    toy.register(0.9)
+    report = run_promotion(toy.name, toy.data, PARAMS, dry_run=True)
+    assert "nothing would move: the best version is no better than the uniform distribution" in report["text"]
 
 
 def test_unreachable_registry(mnist5k, monkeypatch):

@@ -19,7 +19,7 @@ from projects import ROOT, tiny_dataset, tiny_params, write_params
 from safetensors.torch import load_file
 
 from pipelines import steps, tracking, training_flow
-from pipelines.training_flow import baseline_scores, git_state, train_all, train_pair
+from pipelines.training_flow import baseline_scores, git_state, train_pair
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.likelihood import log_prob
@@ -359,11 +359,6 @@ def test_a_state_of_other_settings_is_not_taken_up(project: Path) -> None:
     second = training_flow._work_folder(OUT, training_flow.load_params().pair(PAIR), data)
     assert second != first
     assert not first.exists()
-
-
-def test_one_failing_pair_does_not_stop_the_others(trained) -> None:
-    with pytest.raises(RuntimeError, match=r"these pairs failed: pixelcnn-nope \(.*unknown pair.*Trained: pixelcnn-mn"):
-        train_all(["pixelcnn-nope", PAIR])
 
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

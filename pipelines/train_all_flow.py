@@ -1,0 +1,148 @@
+"""The flow that trains several pairs, each in a process of its own, and compares them.
+
+A process, because a training that crashes, runs out of memory or is killed must not take the others along.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+
+from pipelines import registry
+from pipelines.comparison import read_reports, write_comparison
+from pipelines.params import load_params
+from pipelines.training_flow import DEPLOYMENTS_FOLDER
+from pixelcnn.checkpoint import CONFIG_FILE
+
+POLL_S = 0.2
+GRACE_S = 20.0  # for a training to end by itself when it is told to
+
+
+@flow(name="train-all", persist_result=False)
+def train_all(pairs: list[str] | None = None, at_once: int = 1) -> dict[str, str]:
+    """Train several pairs and compare them; one that fails neither stops nor hides the others.
+
+    Everything lies in a fresh folder of models/deployments/; the comparison is reports/comparison.html and the table
+    artifact `comparison`. Whoever cancels this stops the trainings that are under way, too.
+
+    Args:
+        pairs: their names; None for the candidates of the quick start's dataset.
+        at_once: how many train at a time.
+
+    Returns:
+        The MLflow version of each.
+
+    Raises:
+        ValueError: at_once is no positive number.
+        ChildProcessError: at the end, naming the pairs that failed.
+    """
+    if at_once < 1:
+        raise ValueError(f"at_once must be 1 or more, got {at_once}.")
+    params, logger = load_params(), get_run_logger()
+    folder = DEPLOYMENTS_FOLDER / str(flow_run.get_id())
+    commands, failures = {}, {}
+    for pair in params.candidates["mnist5k"] if pairs is None else pairs:
+        try:
+            params.pair(pair)
+        except ValueError as error:
+            failures[pair] = str(error)
+            continue
+        folders = ("--out", str(folder / pair), "--report", str(folder / "reports" / pair))
+        commands[pair] = [sys.executable, "-m", "pipelines.steps", "train", pair, *folders]
+    # Their runs belong to the server that this flow uses, even if it is one that was started for it alone.
+    with get_client(sync_client=True) as client:
+        environment = {**os.environ, "PREFECT_API_URL": str(client.api_url).rstrip("/")}
+    failures |= run_apart(commands, at_once, folder / "logs", environment, logger.info)
+    versions = {pair: _version(folder / pair, params.pair(pair).dataset) for pair in commands if pair not in failures}
+    reports = read_reports(folder / "reports", without=failures)
+    rows = [report.row() for report in reports] + [{"pair": pair, "test": why} for pair, why in failures.items()]
+    create_table_artifact(rows, key="comparison", description="The pairs of this run; test scores by dataset.")
+    logger.info("the comparison is %s", write_comparison(reports, failures))
+    if failures:
+        named = "; ".join(f"{pair} ({why.rstrip('.')})" for pair, why in failures.items())
+        raise ChildProcessError(f"these pairs failed: {named}. Trained: {', '.join(versions) or 'none'}.")
+    return versions
+
+
+def run_apart(
+    commands: Mapping[str, Sequence[str]],
+    at_once: int,
+    logs: Path,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Run commands in processes of their own, some at a time, in order; whatever ends this ends them, too.
+
+    Args:
+        commands: by name.
+        at_once: how many run at a time.
+        logs: folder of what they print, NAME.log.
+        environment: of the processes.
+        say: is told of each begin and end.
+
+    Returns:
+        For each command that failed, why.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting = dict(commands)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failures: dict[str, str] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name = next(iter(waiting))
+                say(f"{name}: begins, its log is {logs / name}.log")
+                with open(logs / f"{name}.log", "wb") as log:
+                    running[name] = subprocess.Popen(
+                        waiting.pop(name),
+                        env=dict(environment),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
+                code = running.pop(name).returncode
+                if code != 0:
+                    failures[name] = _why(logs / f"{name}.log", code)
+                say(f"{name}: {'failed: ' + failures[name] if name in failures else 'done'}")
+            if not ended:
+                time.sleep(POLL_S)
+    finally:
+        _stop(running.values())
+    return failures
+
+
+def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _why(log: Path, code: int) -> str:
+    """Return the sentence that a failed command ended with, or else how it ended."""
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("train: ")]
+    if said:
+        return said[-1].removeprefix("train: ")
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{how}; see {log}"
+
+
+def _version(checkpoint: Path, dataset: str) -> str:
+    """Return the version whose weights these are."""
+    sha256 = json.loads((checkpoint / CONFIG_FILE).read_text())["weights_sha256"]
+    return next(v.version for v in registry.versions(dataset) if v.tags.get("weights_sha256") == sha256)
