@@ -4,7 +4,7 @@ Run with `streamlit run app/canvas.py`. It knows the service's wire alone (`app.
 The grid itself is the component in `app/grid/`, which keeps the drawing in the browser.
 """
 
-import contextlib
+import copy
 import html
 import math
 import time
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app.client import Completions, Rows, ServedModel, ServiceClient, ServiceError, service_url
+from app.client import ServedModel, ServiceClient, ServiceError, service_url
 from app.drawing import (
     ADDED_INK,
+    HOLE,
     INK,
     TOUCHED,
     Drawing,
@@ -37,27 +38,32 @@ from app.drawing import (
     order_of,
     parse_drawing,
     parse_seed,
+    per_cell,
     record,
     sheet,
+    strength_of,
+    text_size,
+    whole_pixels,
+    without,
 )
 from app.pages import (
+    DRAWING,
     MAX_UPLOAD_MB,
     PICTURES,
-    busy,
     choose_dataset,
     choose_label,
     choose_temperature,
     generate_page,
-    in_background,
     models_page,
+    receive,
     shape_of,
     show_seed,
     surprise_page,
+    wait_for,
 )
 
 HERE = Path(__file__).parent
 MODELS_TTL_S = 5.0  # how long the list of served models is taken as current
-SHOW_S = 0.06  # at most this often are unfinished endings shown anew
 NUM_ENDINGS = 9
 GALLERY = 12  # past requests of a visit that are kept
 PAGES = ["Draw", "Generate", "Surprise", "Models"]
@@ -75,14 +81,27 @@ KNOWN_HELP = {
     "touched": "Your ink is kept, and what you brush with Blank stays empty. The model fills in the hatched cells.",
     "mask": "All is kept, blanks too, but what you brush with Hole. The model fills in the holes.",
 }
+# In colour, where no cell is blank: painted black, or not painted.
+PAINT_KNOWN_MODES = {"ink": "Only my paint", "above": "All above", "mask": "Free mask"}
+PAINT_KNOWN_HELP = {
+    "ink": "What you paint is kept, black too. The model fills in the hatched cells.",
+    "above": "The model works from top to bottom: each row down to your lowest paint is kept, and black where you did "
+    "not paint. It fills in the hatched rows.",
+    "mask": "All is kept, and black where you did not paint, but what you brush with Hole. The model fills the holes.",
+}
+SOURCES = {"model": "The model makes one", "file": "A picture of mine"}
+PARTS = {"": "None", "lower": "Lower", "upper": "Upper", "left": "Left", "right": "Right"}
 ORDERS = {"likely": "Likely first", "rare": "Rare first", "drawn": "As drawn"}
 KEYS = """
 | key | does |
 | --- | --- |
 | `P` `E` `B` `H` | pen, eraser, known blank, hole |
-| `1` `2` `3` | brush width in cells |
+| `1` `2` `3` `5` `8` | brush width in cells |
+| `S` | soft edge of the pen, on or off |
+| `C` | centre the drawing |
 | `Ctrl+Z`, `Ctrl+Shift+Z` | undo, redo |
 | `Delete` | clear; undo brings it back |
+| arrows, `Space` | on the grid: go to a cell, draw there; with `Shift`, draw on the way |
 | `F` | complete |
 | `Tab`, `Enter` | reach an ending, continue from it |
 """
@@ -98,7 +117,9 @@ START = {
     "asked": None,  # the last request that was sent
     "trouble": "",  # what went wrong with it
     "gallery": [],  # earlier endings of this visit, the last first
-    "grid": "",  # what is on the grid, as its text; for when another page is shown
+    "drawn": {},  # what is on the grid of each shape, as its text; for when another page is shown
+    "example_wanted": False,
+    "example": None,  # (dataset, strengths) of the last picture that was made to start from
     "load": None,  # what the grid is to take over: {revision, ink}
     "link_seed": None,  # the seed of the address that the visit began with, until it is used
     "generate_wanted": False,
@@ -108,9 +129,8 @@ START = {
 
 
 def drawable(served: dict[str, ServedModel]) -> dict[str, ServedModel]:
-    """Return the grey datasets, those of handwritten digits first: the grid has one kind of ink."""
-    grey = {name: model for name, model in served.items() if model.shape[0] == 1}
-    return dict(sorted(grey.items(), key=lambda item: not item[0].startswith("mnist")))
+    """Return what can be drawn in the order to offer it: handwritten digits first, images in colour last."""
+    return dict(sorted(served.items(), key=lambda item: (item[1].shape[0], not item[0].startswith("mnist"))))
 
 
 def model_line(served: ServedModel) -> str:
@@ -172,7 +192,7 @@ def begin_visit() -> None:
     if "models" in state:
         return
     for name, value in START.items():
-        state[name] = list(value) if isinstance(value, list) else value
+        state[name] = copy.copy(value)
     try:
         state.link_seed = parse_seed(st.query_params.get("seed", ""))
     except ValueError:
@@ -182,7 +202,7 @@ def begin_visit() -> None:
         state.pending = not state.generate_wanted and bool(st.query_params.get("d"))
 
 
-def drawing_grid(shape: tuple[int, int], mode: str, levels: int, live: bool) -> Drawing:
+def drawing_grid(shape: tuple[int, ...], mode: str, levels: int, live: bool, centre: str) -> Drawing:
     """Show the grid; return what is on it.
 
     The key holds the shape alone: a drawing outlives a change of dataset, and a service that comes and goes.
@@ -193,50 +213,40 @@ def drawing_grid(shape: tuple[int, int], mode: str, levels: int, live: bool) -> 
         css=(HERE / "grid" / "grid.css").read_text(),
         js=(HERE / "grid" / "grid.js").read_text(),
     )
-    height, width = shape
     state = st.session_state
-    size = 3 * height * width
-    given = state.grid if len(state.grid) == size else drawing_text(decode_drawing(st.query_params.get("d", ""), shape))
+    name = "x".join(map(str, shape))
+    given = state.drawn.get(shape) or drawing_text(decode_drawing(st.query_params.get("d", ""), shape))
     result = component(
-        key=f"grid-{height}x{width}",
+        key=f"grid-{name}",
         data={
-            "height": height,
-            "width": width,
+            "height": shape[0],
+            "width": shape[1],
+            "channels": 1 if len(shape) == 2 else shape[2],
             "levels": levels,
             "known": mode,
             "live": live,
+            "centre": centre,
             "ink": given,
-            "load": state.load if state.load and len(state.load["ink"]) == size else None,
+            "load": state.load if state.load and len(state.load["ink"]) == text_size(shape) else None,
         },
         default={"ink": given},
         on_ink_change=lambda: None,
     )
-    state.grid = result.ink if isinstance(result.ink, str) else ""
-    return parse_drawing(state.grid, shape)
+    state.drawn[shape] = result.ink if isinstance(result.ink, str) else ""
+    return parse_drawing(state.drawn[shape], shape)
 
 
-def receive(client: ServiceClient, request: Request, levels: int, place: Any, coloured: bool) -> Ending:
+def complete(client: ServiceClient, request: Request, levels: int, place: Any, coloured: bool) -> Ending:
     """Send a request, show rows as they come, return the finished endings. Raises ServiceError."""
-    known = np.array(request.observed)
-    blank = np.where(known == 1, np.array(request.image), -1)
-    images = np.repeat(blank[None], request.num_samples, axis=0)  # (N, H, W)
-    shown_at = -math.inf
-    answers = in_background(client.complete_stream(**vars(request)))
-    # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
-    with busy("The model is drawing\N{HORIZONTAL ELLIPSIS}", stop) as beat, contextlib.closing(answers):
-        for event in answers:
-            if isinstance(event, Completions):
-                return Ending(request, levels, np.array(event.completions), event.log_probs, event.seed, event.model)
-            if isinstance(event, Rows):
-                rows: np.ndarray = np.array(event.rows)  # (N, rows, W)
-                images[:, event.start : event.start + rows.shape[1]] = rows
-                if time.monotonic() - shown_at < SHOW_S:
-                    continue
-                place.html(endings_html(Ending(request, levels, images), coloured))
-                shown_at = time.monotonic()
-            else:
-                beat()
-    raise AssertionError("the stream ends with the completions or an error")
+    known, image = np.array(request.observed), np.array(request.image)
+    blank = np.where(per_cell(known, image) == 1, image, -1)
+    images = np.repeat(blank[None], request.num_samples, axis=0)
+
+    def show() -> None:
+        place.html(endings_html(Ending(request, levels, images), coloured))
+
+    answer = receive(client, vars(request), images, stop, show)
+    return Ending(request, levels, np.array(answer.completions), answer.log_probs, answer.seed, answer.model)
 
 
 def show_ending(place: Any, note: Any, ending: Ending | None, coloured: bool, order: str, drawing: Drawing) -> None:
@@ -246,7 +256,7 @@ def show_ending(place: Any, note: Any, ending: Ending | None, coloured: bool, or
         return
     place.html(endings_html(ending, coloured, order, drawing))
     legend = ""
-    if coloured:
+    if coloured and ending.images.ndim == 3:
         legend = f'<span><i style="background: rgb{INK}"></i>yours</span>'
         legend += f'<span><i style="background: rgb{ADDED_INK}"></i>added by the model</span>'
     model = ending.model or {}
@@ -271,35 +281,72 @@ def downloads(ending: Ending, coloured: bool, order: str) -> None:
     st.download_button("JSON", lambda: record(ending), f"{name}.json", "application/json", key="json", **look)
 
 
-def upload(shape: tuple[int, int]) -> None:
-    """Let a picture take the place of the drawing, after showing what is left of it on the grid."""
+def start_from_picture(client: ServiceClient, dataset: str, model: ServedModel, label: int | None) -> None:
+    """Let a picture, or a part of one, take the place of the drawing, after showing what is left of it on the grid."""
+    state = st.session_state
+    shape = shape_of(model)
     with st.expander("Start from a picture"):
-        file = st.file_uploader("PNG or JPEG", type=PICTURES, max_upload_size=MAX_UPLOAD_MB)
-        dark_ink = st.toggle("Dark ink on light paper", value=True)
-        if file is None:
+        source = st.segmented_control(
+            "Source",
+            list(SOURCES),
+            format_func=lambda name: SOURCES[name],
+            default="model",
+            required=True,
+            key="source",
+        )
+        strength = None
+        if source == "file":
+            file = st.file_uploader("PNG or JPEG", type=PICTURES, max_upload_size=MAX_UPLOAD_MB)
+            dark_ink = len(shape) == 2 and st.toggle("Dark ink on light paper", value=True)
+            if file is not None:
+                try:
+                    strength = fit_picture(file.getvalue(), shape, dark_ink)
+                except ValueError as error:
+                    st.warning(str(error))
+        else:
+
+            def want(wanted: bool) -> None:
+                state.example_wanted = wanted
+
+            st.button("Make a picture", icon=":material/auto_awesome:", on_click=want, args=[True])
+            if state.example_wanted:  # still, if a stroke interrupted the page
+                try:
+                    answer = wait_for(lambda: client.generate(dataset, label=label), DRAWING, lambda: want(False))
+                    state.example = (dataset, strength_of(np.array(answer.images[0]), model.levels))
+                except ServiceError as error:
+                    st.warning(str(error))
+                want(False)
+            if state.example and state.example[0] == dataset:
+                strength = state.example[1]
+        if strength is None:
             return
-        try:
-            strength = fit_picture(file.getvalue(), shape, 1, dark_ink)
-        except ValueError as error:
-            st.warning(str(error))
-            return
-        drawing = Drawing(strength, np.full(shape, TOUCHED))
+        part = st.segmented_control(
+            "Half left to the model",
+            list(PARTS),
+            format_func=lambda name: PARTS[name],
+            default="" if source == "file" else "lower",
+            required=True,
+            key=f"part_{source}",
+        )
+        drawing = without(Drawing(strength, np.full(shape[:2], TOUCHED)), part)
         with st.container(horizontal=True, vertical_alignment="center"):
-            small = as_png(ending_pixels(strength, np.ones(shape), 256, coloured=False))
-            st.html(f'<img class="small" src="{data_url(small)}" alt="The picture, resized">')
+            shown = np.where(per_cell(drawing.mark == HOLE, strength), -1, levels_of(drawing, model.levels))
+            picture = data_url(as_png(whole_pixels(shown, model.levels)))
+            st.html(f'<img class="small" src="{picture}" alt="The picture, as the grid will show it">', width="content")
             st.caption(f"This is what {shape[0]} x {shape[1]} cells keep of it.", width="stretch")
 
             def put() -> None:
-                st.session_state.load = {"revision": uuid.uuid4().hex, "ink": drawing_text(drawing)}
+                state.load = {"revision": uuid.uuid4().hex, "ink": drawing_text(drawing)}
+                if part and len(shape) == 2:
+                    state.known = "touched"  # the other half counts as a whole, its blanks too
 
             st.button("Put it on the grid", on_click=put)
-        st.caption("Then brush a hole (H) into it, and the model fills it in.")
+        if not part:
+            st.caption("Then brush a hole (H) into it, and the model fills it in.")
 
 
-def what_is_missing(models: dict[str, ServedModel], trouble: str) -> str:
+def what_is_missing(trouble: str) -> str:
     """Say why no dataset can be drawn."""
-    if models:
-        return f"This page draws in one colour; only {', '.join(models)} is served. Promote a grey one."
     return trouble or "No model is promoted yet. Run `make pipeline`, then press Complete again."
 
 
@@ -321,36 +368,43 @@ def main() -> None:
     if page == "Draw":
         draw_page(client, drawable(state.models))
     elif not state.models:
-        st.warning(what_is_missing({}, state.models_trouble))
+        st.warning(what_is_missing(state.models_trouble))
         st.button("Try again", on_click=forget_models)
     elif page == "Generate":
         generate_page(client, state.models)
     elif page == "Surprise":
-        surprise_page(client, state.models, state.grid)
+        surprise_page(client, state.models, state.drawn)
     else:
         models_page(state.models)
+
+
+def choose_known(painting: bool) -> str:
+    """Show what may count as known; return the chosen one."""
+    modes = PAINT_KNOWN_MODES if painting else KNOWN_MODES
+    return st.segmented_control(
+        "What the model must keep",
+        list(modes),
+        format_func=lambda name: modes[name],
+        default="ink" if painting else "above",
+        required=True,
+        label_visibility="collapsed",
+        width="stretch",
+        wrap=True,
+        key="known_paint" if painting else "known",
+        bind="query-params",
+    )
 
 
 def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
     """Draw; endings appear."""
     state = st.session_state
     st.title("Draw the beginning. PixelCNN finishes it.", anchor=False)
-    st.markdown("Start a digit from the top and press **Complete**: the model shows nine ways it could go on.")
-    # In the order of a phone: grid, button, endings, settings. The grid is filled last, for it needs the settings.
+    # In the order of a phone: grid, button, endings, settings. What needs the settings is filled last. Above the grid
+    # nothing may be `st.empty`, which vanishes for a moment at each redrawing: the grid would move under the hand.
+    intro = st.container()
     left, right = st.columns(2, gap="medium")
     with left:
-        mode = st.segmented_control(
-            "What the model must keep",
-            list(KNOWN_MODES),
-            format_func=lambda name: KNOWN_MODES[name],
-            default="above",
-            required=True,
-            label_visibility="collapsed",
-            width="stretch",
-            wrap=True,
-            key="known",
-            bind="query-params",
-        )
+        mode_place = st.container()
         grid_place = st.container()
         with st.container(horizontal=True, vertical_alignment="center"):
             if st.button(
@@ -363,13 +417,13 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
             ):
                 state.pending = True  # a visit that goes on after a restart of this program has no callback yet
             live = st.toggle("As I draw", key="live", persist_state="session")
-        st.caption(KNOWN_HELP[mode])
+        help_place = st.container()
     with right:
         status, place, note = st.empty(), st.empty(), st.empty()
         actions = st.container(horizontal=True, vertical_alignment="center")
     left, right = st.columns(2, gap="medium")
     with left:
-        upload_place = st.container()
+        picture_place = st.container()
         with st.expander("Keys"):
             st.markdown(KEYS)
     with right:
@@ -382,18 +436,36 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
             label = choose_label(model.labels if model else [], "Finish it as")
             num_samples = st.slider("Endings", 1, 16, NUM_ENDINGS, key="n", bind="query-params")
         typed = st.text_input("Seed", placeholder="a new one each time", key="typed_seed")
-        coloured = st.toggle("Colour what the model added", value=True, key="coloured", persist_state="session")
+        painting = model is not None and model.shape[0] == 3
+        coloured = painting or st.toggle(
+            "Colour what the model added", value=True, key="coloured", persist_state="session"
+        )
     shape = shape_of(model) if model else (28, 28)
     levels = model.levels if model else 2
-    with upload_place:
-        upload(shape)
+    if painting:
+        beginning = "Paint a part of a picture"
+    elif dataset.startswith("mnist") or not dataset:
+        beginning = "Start a digit from the top"
+    else:
+        beginning = "Draw the upper part of a picture"
+    intro.markdown(
+        f"{beginning} and press **Complete**: the model shows {num_samples} {'ways' if num_samples > 1 else 'way'} "
+        "it could go on."
+    )
+    with mode_place:
+        mode = choose_known(painting)
+    help_place.caption((PAINT_KNOWN_HELP if painting else KNOWN_HELP)[mode])
+    centre = "" if painting else "mass" if dataset.startswith("mnist") else "box"
     with grid_place:
-        drawing = drawing_grid(shape, mode, levels, live)
+        drawing = drawing_grid(shape, mode, levels, live, centre)
     known = known_cells(drawing, mode, levels)
-    image = levels_of(drawing, levels) * known
+    image = levels_of(drawing, levels)
+    image *= per_cell(known, image)
+    # Endings of another shape could not be continued from: they wait until such images are drawn again.
+    last = state.ending if state.ending and state.ending.images.shape[1:] == shape else None
     with actions:
         order = "likely"
-        if state.ending:
+        if last:
             order = st.segmented_control(
                 "Order",
                 list(ORDERS),
@@ -404,13 +476,16 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
                 key="order",
                 persist_state="session",
             )
-            downloads(state.ending, coloured, order)
-    show_ending(place, note, state.ending, coloured, order, drawing)
-    if state.gallery:
+            downloads(last, coloured, order)
+    show_ending(place, note, last, coloured, order, drawing)
+    earlier = [ending for ending in state.gallery if ending.images.shape[1:] == shape]
+    if earlier:
         st.caption("This visit: the likeliest ending each time")
-        st.html(gallery_html(state.gallery))
+        st.html(gallery_html(earlier))
     if model:
         st.caption(f"Serving {model_line(model)}")
+        with picture_place:
+            start_from_picture(client, dataset, model, label)
 
     try:
         seed = parse_seed(typed)
@@ -419,9 +494,9 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
         return
     if model is None:
         state.pending = False
-        status.warning(what_is_missing(state.models, state.models_trouble))
+        status.warning(what_is_missing(state.models_trouble))
         return
-    chosen = state.ending is not None and any(np.array_equal(image, ending) for ending in state.ending.images)
+    chosen = last is not None and any(np.array_equal(image, ending) for ending in last.images)
     wanted = state.pending or (live and drawing.mark.any() and not chosen)
     if wanted and known.all():
         state.pending = False
@@ -440,7 +515,7 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
         state.trouble, state.asked = "", request
         try:
             with status:
-                ending = receive(client, request, levels, place, coloured)
+                ending = complete(client, request, levels, place, coloured)
         except ServiceError as error:
             state.trouble = str(error)
         else:

@@ -29,7 +29,12 @@ HEAT = np.array([(252, 250, 245), (253, 208, 140), (238, 115, 43), (165, 28, 48)
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is on the grid: (H, W) int64 each. `strength` of the ink, 0 to 255; `mark`: NO_MARK, TOUCHED or HOLE."""
+    """What is on the grid, int64.
+
+    Args:
+        strength: (H, W), of the ink, 0 to 255; or (H, W, 3), the colour of the paint.
+        mark: (H, W), NO_MARK, TOUCHED or HOLE.
+    """
 
     strength: np.ndarray
     mark: np.ndarray
@@ -40,7 +45,7 @@ class Request:
     """All that one press of Complete sends; equal requests need not be sent twice. `image` and `observed` as rows."""
 
     dataset: str
-    image: list[list[int]]
+    image: list[list[Any]]
     observed: list[list[int]]
     num_samples: int
     label: int | None
@@ -50,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Ending:
-    """What is shown: (N, H, W) levels, -1 where not drawn yet, and the request that they answer."""
+    """What is shown: (N, H, W) or (N, H, W, 3) levels, -1 where not drawn yet, and the request that they answer."""
 
     request: Request
     levels: int
@@ -60,39 +65,51 @@ class Ending:
     model: dict[str, Any] | None = None
 
 
-def blank_drawing(shape: tuple[int, int]) -> Drawing:
-    """Return an empty grid."""
-    return Drawing(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64))
+def blank_drawing(shape: tuple[int, ...]) -> Drawing:
+    """Return an empty grid: (H, W) for ink, (H, W, 3) for paint; so are the shapes below."""
+    return Drawing(np.zeros(shape, dtype=np.int64), np.zeros(shape[:2], dtype=np.int64))
+
+
+def per_cell(values: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return (H, W) values with an axis more if the image is in colour, so that the two go together."""
+    return values[..., None] if image.ndim == 3 else values
+
+
+def text_size(shape: tuple[int, ...]) -> int:
+    """Return how many characters `drawing_text` takes."""
+    return 2 * math.prod(shape) + math.prod(shape[:2])
 
 
 def drawing_text(drawing: Drawing) -> str:
-    """Return a drawing as the grid's state: per cell two hexadecimal digits of strength, and the mark."""
-    pairs = zip(drawing.strength.ravel().tolist(), drawing.mark.ravel().tolist(), strict=True)
-    return "".join(f"{strength:02x}{mark}" for strength, mark in pairs)
+    """Return a drawing as the grid's state: per cell two hexadecimal digits for each channel, and the mark."""
+    strengths = drawing.strength.astype(np.uint8).reshape(drawing.mark.size, -1)
+    cells = zip(strengths, drawing.mark.ravel().tolist(), strict=True)
+    return "".join(f"{strength.tobytes().hex()}{mark}" for strength, mark in cells)
 
 
-def parse_drawing(text: Any, shape: tuple[int, int]) -> Drawing:
+def parse_drawing(text: Any, shape: tuple[int, ...]) -> Drawing:
     """Return the grid's state as a drawing; blank if it is not such a state."""
-    if not isinstance(text, str) or not text.isascii() or len(text) != 3 * math.prod(shape):
+    if not isinstance(text, str) or not text.isascii() or len(text) != text_size(shape):
         return blank_drawing(shape)
-    digits = np.array(["0123456789abcdef".find(character) for character in text]).reshape(*shape, 3)
-    if digits.min() < 0 or digits[..., 2].max() > HOLE:
+    digits = np.array(["0123456789abcdef".find(character) for character in text]).reshape(math.prod(shape[:2]), -1)
+    if digits.min() < 0 or digits[:, -1].max() > HOLE:
         return blank_drawing(shape)
-    return Drawing(16 * digits[..., 0] + digits[..., 1], digits[..., 2])
+    strength = 16 * digits[:, :-1:2] + digits[:, 1:-1:2]  # (H * W, channels)
+    return Drawing(strength.reshape(shape), digits[:, -1].reshape(shape[:2]))
 
 
 def encode_drawing(drawing: Drawing) -> str:
     """Return a drawing as short text for an address; empty for a blank one."""
     if not drawing.strength.any() and not drawing.mark.any():
         return ""
-    values = np.stack([drawing.strength, drawing.mark]).astype(np.uint8).tobytes()
+    values = np.concatenate([drawing.strength.ravel(), drawing.mark.ravel()]).astype(np.uint8).tobytes()
     packed = zlib.compress(values, level=9, wbits=-15)
     return base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
 
-def decode_drawing(text: str, shape: tuple[int, int]) -> Drawing:
+def decode_drawing(text: str, shape: tuple[int, ...]) -> Drawing:
     """Undo `encode_drawing`; blank if the text is no drawing of this shape."""
-    size = 2 * math.prod(shape)
+    size = math.prod(shape) + math.prod(shape[:2])
     try:
         packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         values = zlib.decompressobj(wbits=-15).decompress(packed, size + 1)
@@ -100,14 +117,15 @@ def decode_drawing(text: str, shape: tuple[int, int]) -> Drawing:
         return blank_drawing(shape)
     if len(values) != size:
         return blank_drawing(shape)
-    strength, mark = np.frombuffer(values, dtype=np.uint8).astype(np.int64).reshape(2, *shape)
+    found = np.frombuffer(values, dtype=np.uint8).astype(np.int64)
+    strength, mark = found[: math.prod(shape)].reshape(shape), found[math.prod(shape) :].reshape(shape[:2])
     return Drawing(strength, mark) if mark.max() <= HOLE else blank_drawing(shape)
 
 
 def levels_of(drawing: Drawing, num_levels: int) -> np.ndarray:
-    """Return (H, W) levels, rounded as the grid shows them; 0 in holes, whatever ink is below."""
+    """Return the levels, rounded as the grid shows them; 0 in holes, whatever ink is below."""
     levels = np.floor(drawing.strength * (num_levels - 1) / 255 + 0.5).astype(np.int64)
-    return np.where(drawing.mark == HOLE, 0, levels)
+    return np.where(per_cell(drawing.mark == HOLE, levels), 0, levels)
 
 
 def strength_of(levels: np.ndarray, num_levels: int) -> np.ndarray:
@@ -118,10 +136,12 @@ def strength_of(levels: np.ndarray, num_levels: int) -> np.ndarray:
 def known_cells(drawing: Drawing, mode: str, num_levels: int) -> np.ndarray:
     """Return (H, W) int64, 1 where a cell counts as known; `isKnown` in `app/grid/grid.js` shows the same.
 
+    Ink is what is not 0; paint is ink of any colour, black too.
+
     Args:
         mode: "above": every row down to the lowest ink; "ink"; "touched": ink and known blanks; "mask": all but holes.
     """
-    ink = levels_of(drawing, num_levels) > 0
+    ink = drawing.mark == TOUCHED if drawing.strength.ndim == 3 else levels_of(drawing, num_levels) > 0
     if mode == "mask":
         known = np.ones_like(ink)
     elif mode == "touched":
@@ -133,7 +153,22 @@ def known_cells(drawing: Drawing, mode: str, num_levels: int) -> np.ndarray:
     return (known & (drawing.mark != HOLE)).astype(np.int64)
 
 
-def fit_picture(data: bytes, shape: tuple[int, int], channels: int, dark_ink: bool) -> np.ndarray:
+def without(drawing: Drawing, part: str) -> Drawing:
+    """Return a drawing whose "lower", "upper", "left" or "right" half is a hole; unchanged for any other `part`."""
+    height, width = drawing.mark.shape
+    halves = {
+        "lower": np.s_[height // 2 :, :],
+        "upper": np.s_[: height // 2, :],
+        "left": np.s_[:, : width // 2],
+        "right": np.s_[:, width // 2 :],
+    }
+    strength, mark = drawing.strength.copy(), drawing.mark.copy()
+    if part in halves:
+        strength[halves[part]], mark[halves[part]] = 0, HOLE
+    return Drawing(strength, mark)
+
+
+def fit_picture(data: bytes, shape: tuple[int, ...], dark_ink: bool) -> np.ndarray:
     """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
 
     Args:
@@ -142,20 +177,19 @@ def fit_picture(data: bytes, shape: tuple[int, int], channels: int, dark_ink: bo
     Raises:
         ValueError: it is no picture that can be read.
     """
-    height, width = shape
+    height, width = shape[:2]
+    colour = len(shape) == 3
     try:
         with Image.open(io.BytesIO(data)) as file:
             picture = file.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise ValueError("This file is no picture that can be read. Upload a PNG or a JPEG.") from None
-    invert = dark_ink and channels == 1
+    invert = dark_ink and not colour
     paper = (255, 255, 255, 255) if invert else (0, 0, 0, 255)
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert(
-        "L" if channels == 1 else "RGB"
-    )
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert("RGB" if colour else "L")
     scale = min(width / flat.width, height / flat.height)
     size = max(1, round(flat.width * scale)), max(1, round(flat.height * scale))
-    whole = Image.new(flat.mode, (width, height), paper[:channels] if channels > 1 else paper[0])
+    whole = Image.new(flat.mode, (width, height), paper[:3] if colour else paper[0])
     whole.paste(flat.resize(size, Image.Resampling.BOX), ((width - size[0]) // 2, (height - size[1]) // 2))
     values = np.asarray(whole, dtype=np.int64)
     return 255 - values if invert else values
@@ -191,25 +225,27 @@ def ending_pixels(image: np.ndarray, known: np.ndarray, levels: int, coloured: b
     """Return one ending as (H, W, 4) uint8 pixels.
 
     Args:
-        image: (H, W) levels in 0..levels-1, -1 where not drawn yet (transparent).
+        image: (H, W) or (H, W, 3) levels in 0..levels-1, -1 where not drawn yet (transparent).
         known: (H, W), 1 where the person drew it.
-        coloured: whether what the model added has a colour of its own.
+        coloured: whether what the model added has a colour of its own; an image in colour keeps its own.
     """
+    strength = np.clip(image, 0, None) / (levels - 1)
+    pixels = np.empty((*image.shape[:2], 4), dtype=np.uint8)
+    if image.ndim == 3:
+        pixels[..., :3] = np.rint(255 * strength)
+        pixels[..., 3] = np.where((image < 0).any(axis=-1), 0, 255)
+        return pixels
     drawn = (known == 1) | (not coloured)  # (H, W)
     ink = np.where(drawn[..., None], INK, ADDED_INK)  # (H, W, 3)
     paper = np.where(drawn[..., None], PAPER, ADDED_PAPER)
-    strength = np.clip(image, 0, None)[..., None] / (levels - 1)
-    pixels = np.empty((*image.shape, 4), dtype=np.uint8)
-    pixels[..., :3] = np.rint(paper + (ink - paper) * strength)
+    pixels[..., :3] = np.rint(paper + (ink - paper) * strength[..., None])
     pixels[..., 3] = np.where(image < 0, 0, 255)
     return pixels
 
 
 def whole_pixels(image: np.ndarray, levels: int) -> np.ndarray:
-    """Return a whole image, (H, W) or (H, W, 3) levels, as (H, W, 3) uint8 pixels: grey ones as ink on paper."""
-    if image.ndim == 3:
-        return np.rint(image * 255 / (levels - 1)).astype(np.uint8)
-    return ending_pixels(image, np.ones_like(image), levels, coloured=False)[..., :3]
+    """Return an image, (H, W) or (H, W, 3) levels, as (H, W, 4) uint8 pixels: grey ones as ink on paper."""
+    return ending_pixels(image, np.ones(image.shape[:2]), levels, coloured=False)
 
 
 def heat_pixels(surprise: np.ndarray) -> np.ndarray:
@@ -271,7 +307,7 @@ def endings_html(ending: Ending, coloured: bool, order: str = "likely", drawing:
         drawing: what is on the grid; an ending that it equals is shown as chosen.
     """
     known = np.array(ending.request.observed)
-    num_added = int((known == 0).sum())
+    num_added = int((known == 0).sum()) * (3 if ending.images.ndim == 4 else 1)
     on_grid = None if drawing is None else levels_of(drawing, ending.levels)
     figures = []
     for rank, i in enumerate(order_of(ending, order), start=1):
@@ -310,11 +346,13 @@ def gallery_html(endings: list[Ending]) -> str:
     return f'<div class="gallery">{"".join(figures)}</div>'
 
 
-def sheet_html(pictures: list[np.ndarray], captions: list[str]) -> str:
-    """Return (H, W, 3) pictures with captions as a grid."""
-    figures = [
-        f'<figure><img src="{data_url(as_png(picture))}" alt="{html.escape(caption)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for picture, caption in zip(pictures, captions, strict=True)
-    ]
+def sheet_html(pictures: list[np.ndarray], captions: list[str] | None) -> str:
+    """Return (H, W, 4) pictures with captions as a grid; without any while the pictures are being drawn."""
+    figures = []
+    for i, picture in enumerate(pictures):
+        caption = "\N{HORIZONTAL ELLIPSIS}" if captions is None else html.escape(captions[i])
+        text = f"Image {i + 1}, being drawn" if captions is None else f"Image {i + 1}: {caption}"
+        figures.append(
+            f'<figure><img src="{data_url(as_png(picture))}" alt="{text}"><figcaption>{caption}</figcaption></figure>'
+        )
     return f'<div class="endings sheet">{"".join(figures)}</div>'

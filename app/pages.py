@@ -3,16 +3,20 @@
 import contextlib
 import html
 import json
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import streamlit as st
 
-from app.client import ServedModel, ServiceClient, ServiceError
+from app.client import Completions, Rows, ServedModel, ServiceClient, ServiceError
 from app.drawing import (
+    TOUCHED,
+    Drawing,
     as_png,
     bits_per_dim,
     data_url,
@@ -29,6 +33,8 @@ from app.drawing import (
 
 Event = TypeVar("Event")
 WAIT_S = 0.1  # how often a page that waits looks whether it is to be redrawn
+SHOW_S = 0.06  # at most this often are unfinished images shown anew
+DRAWING = "The model is drawing\N{HORIZONTAL ELLIPSIS}"
 NUM_GENERATED = 16
 PICTURES = ["png", "jpg", "jpeg"]
 MAX_UPLOAD_MB = 10
@@ -109,6 +115,38 @@ def wait_for(call: Callable[[], Event], text: str, on_stop: Callable[[], None]) 
     raise AssertionError("a call returns or raises")
 
 
+def receive(
+    client: ServiceClient,
+    request: dict[str, Any],
+    images: np.ndarray,
+    on_stop: Callable[[], None],
+    show: Callable[[], Any],
+) -> Completions:
+    """Send a request for completions; return them once they are finished. Raises ServiceError.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 3) levels, into which rows are written as they come.
+        show: called when `images` has new rows.
+    """
+    shown_at = -math.inf
+    answers = in_background(client.complete_stream(**request))
+    # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
+    with busy(DRAWING, on_stop) as beat, contextlib.closing(answers):
+        for event in answers:
+            if isinstance(event, Completions):
+                return event
+            if isinstance(event, Rows):
+                rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
+                images[:, event.start : event.start + rows.shape[1]] = rows
+                if time.monotonic() - shown_at < SHOW_S:
+                    continue
+                show()
+                shown_at = time.monotonic()
+            else:
+                beat()
+    raise AssertionError("the stream ends with the completions or an error")
+
+
 def choose_dataset(served: dict[str, ServedModel]) -> str:
     """Show the datasets; return the chosen one, empty text if there is none."""
     if not served:  # under a key of its own, or the address would lose its dataset while the service is away
@@ -146,8 +184,10 @@ def choose_temperature() -> float:
     )
 
 
-def shape_of(model: ServedModel) -> tuple[int, int]:
-    return model.shape[1], model.shape[2]
+def shape_of(model: ServedModel) -> tuple[int, ...]:
+    """Return the shape of an image on the wire: (H, W), or (H, W, 3) for colour."""
+    channels, height, width = model.shape
+    return (height, width) if channels == 1 else (height, width, channels)
 
 
 def show_seed(seed: int | None) -> None:
@@ -172,10 +212,12 @@ def generate_page(client: ServiceClient, served: dict[str, ServedModel]) -> None
         typed = st.text_input("Seed", placeholder="a new one each time", key="generate_seed")
         if st.button("Generate", type="primary", icon=":material/auto_awesome:", width="stretch", shortcut="F"):
             state.generate_wanted = True
+    with right:
+        trouble, place = st.empty(), st.empty()
     try:
         seed = parse_seed(typed)
     except ValueError as error:
-        right.warning(str(error))
+        trouble.warning(str(error))
         return
     if state.generate_wanted:
         request: dict[str, Any] = {
@@ -189,31 +231,39 @@ def generate_page(client: ServiceClient, served: dict[str, ServedModel]) -> None
         def stop() -> None:
             state.generate_wanted = False
 
+        # An image of which nothing is known: its completion is what /generate draws, and comes row by row.
+        nothing = np.zeros(shape_of(model), dtype=np.int64)
+        unknown = {"image": nothing.tolist(), "observed": nothing.reshape(*nothing.shape[:2], -1)[..., 0].tolist()}
+        images = np.full((NUM_GENERATED, *nothing.shape), -1)
+
+        def show() -> None:
+            place.html(sheet_html([whole_pixels(image, model.levels) for image in images], None))
+
         try:
-            answer = wait_for(lambda: client.generate(**request), "The model is drawing\N{HORIZONTAL ELLIPSIS}", stop)
+            answer = receive(client, request | unknown, images, stop, show)
         except ServiceError as error:
-            right.warning(str(error))
+            trouble.warning(str(error))
         else:
             state.generated = (request | {"seed": answer.seed}, model, answer)
             st.query_params["seed"] = str(answer.seed)
             state.link_seed = None
         state.generate_wanted = False
     if not state.generated:
-        right.html('<div class="endings waiting"><p>Sixteen images appear here.</p></div>')
+        place.html('<div class="endings waiting"><p>Sixteen images appear here.</p></div>')
         return
     request, model, answer = state.generated
     # The likeliest first.
-    order = sorted(range(len(answer.images)), key=answer.log_probs.__getitem__, reverse=True)
-    pictures = [whole_pixels(np.array(answer.images[i]), model.levels) for i in order]
+    order = sorted(range(len(answer.completions)), key=answer.log_probs.__getitem__, reverse=True)
+    pictures = [whole_pixels(np.array(answer.completions[i]), model.levels) for i in order]
+    place.html(sheet_html(pictures, [nats(answer.log_probs[i]) for i in order]))
     with right:
-        st.html(sheet_html(pictures, [nats(answer.log_probs[i]) for i in order]))
         show_seed(answer.seed)
         with st.container(horizontal=True, vertical_alignment="center"):
             by = answer.model
             st.caption(f"by {by.get('name')} version {by.get('version')}, likeliest first", width="stretch")
             values = {
                 "request": request,
-                "result": {"images": answer.images, "log_probs": answer.log_probs},
+                "result": {"images": answer.completions, "log_probs": answer.log_probs},
                 "model": by,
             }
             name = f"{request['dataset']}-{answer.seed}"
@@ -235,8 +285,12 @@ def generate_page(client: ServiceClient, served: dict[str, ServedModel]) -> None
             )
 
 
-def surprise_page(client: ServiceClient, served: dict[str, ServedModel], grid_text: str) -> None:
-    """Where an image surprises the model: nats per pixel."""
+def surprise_page(client: ServiceClient, served: dict[str, ServedModel], drawn: dict[tuple[int, ...], str]) -> None:
+    """Where an image surprises the model: nats per pixel.
+
+    Args:
+        drawn: what is on the grid of each shape, as its text.
+    """
     state = st.session_state
     st.title("How surprised is the model?", anchor=False)
     st.markdown("Each pixel costs some nats given those before it. Their sum is the image's exact log-probability.")
@@ -244,19 +298,16 @@ def surprise_page(client: ServiceClient, served: dict[str, ServedModel], grid_te
     with left:
         dataset = choose_dataset(served)
         model = served[dataset]
-        channels, (height, width) = model.shape[0], shape_of(model)
+        shape = shape_of(model)
         file = st.file_uploader("A picture, instead of your drawing", type=PICTURES, max_upload_size=MAX_UPLOAD_MB)
-        dark_ink = channels == 1 and st.toggle("Dark ink on light paper", value=True)
+        dark_ink = len(shape) == 2 and st.toggle("Dark ink on light paper", value=True)
         label = choose_label(model.labels, "Told that it is")
     try:
         if file is not None:
-            values = fit_picture(file.getvalue(), (height, width), channels, dark_ink)
-            image = np.floor(values * (model.levels - 1) / 255 + 0.5).astype(np.int64)
-        elif channels == 1:
-            image = levels_of(parse_drawing(grid_text, (height, width)), model.levels)
+            drawing = Drawing(fit_picture(file.getvalue(), shape, dark_ink), np.full(shape[:2], TOUCHED))
         else:
-            right.info("Your drawing has one colour, these images have three: upload a picture.")
-            return
+            drawing = parse_drawing(drawn.get(shape), shape)
+        image = levels_of(drawing, model.levels)
     except ValueError as error:
         right.warning(str(error))
         return
@@ -280,11 +331,11 @@ def surprise_page(client: ServiceClient, served: dict[str, ServedModel], grid_te
             "</figure>"
             "</div>"
         )
-        if not image.any():
+        if not drawing.mark.any():
             st.caption("Nothing is drawn yet: this is what an empty page costs. Draw on the first page, or upload.")
         first, second, third = st.columns(3)
         first.metric("log-probability", nats(answer.log_prob))
-        second.metric("per dimension", bits_per_dim(answer.log_prob, channels * height * width))
+        second.metric("per dimension", bits_per_dim(answer.log_prob, image.size))
         usual = model.scores.get("test/nll_nats")
         if isinstance(usual, (int, float)):
             third.metric("a usual test image", nats(-usual))

@@ -1,11 +1,14 @@
 // A drawing grid of visible cells. Ink lives here, so no stroke waits for a server; the page is told of each finished
-// change as the state `ink`: three characters per cell, row by row: the strength of its ink as two hexadecimal digits
-// (00 none, ff full), then its mark: 0 none, 1 touched (inked, or made known blank), 2 hole (left to the model).
+// change as the state `ink`, row by row. A cell is the strength of its ink as two hexadecimal digits (00 none, ff full),
+// in colour its red, green and blue, two digits each; then its mark: 0 none, 1 touched (inked, or made known blank),
+// 2 hole (left to the model).
 //
-// data: {height, width: cells; levels: K of the images; known: the mode, see isKnown; live: tell of a stroke while it is
-// drawn; ink: what a new grid shows; load: {revision, ink} replaces the drawing, once, as one step that can be undone}.
-// Known cells are opaque, unknown ones transparent (hatched). Anything on the page with `data-ink` (strengths alone,
-// two digits per cell) takes the place of the drawing when it is clicked.
+// data: {height, width: cells; channels: 1 for ink, 3 for paint of any colour; levels: K of the images; known: the mode,
+// see isKnown; live: tell of a stroke while it is drawn; centre: what lies in the middle of the training data's images,
+// "mass" or "box" of the ink, empty where nothing does; ink: what a new grid shows; load: {revision, ink} replaces the
+// drawing, once, as one step that can be undone}.
+// Known cells are opaque, unknown ones transparent (hatched). Anything on the page with `data-ink` (cells without their
+// marks) takes the place of the drawing when it is clicked.
 //
 // The drawing is kept in sessionStorage: a reload, or another page and back, does not lose it. A link's drawing, `d` in
 // the address, comes first if the address is another one than when the kept drawing was made.
@@ -13,15 +16,21 @@
 const MAX_UNDO = 200;
 const LIVE_MS = 250; // at most four requests a second while a stroke lasts
 const [NONE, TOUCHED, HOLE] = [0, 1, 2];
+const BRUSHES = ["1", "2", "3", "5", "8"];
+const RAMP = 1.5; // a soft edge goes from full to none within so many cells, about as in MNIST
+const TEXT_FIELDS =
+  "input:not([type=range], [type=color], [type=checkbox], [type=radio]), textarea, select, [role=combobox]";
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const TOOLS = { p: "pen", e: "eraser", b: "blank", h: "hole" };
 
 const linked = () => new URLSearchParams(location.search).get("d");
 
-function createGrid(root, { height, width, ink: given }) {
+function createGrid(root, { height, width, channels, ink: given }) {
   const canvas = root.querySelector("canvas");
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const paper = root.querySelector(".paper");
   const grey = root.querySelector(".grey input");
+  const colour = root.querySelector(".paint input");
   const style = getComputedStyle(root);
   const rgb = (name) => {
     context.fillStyle = style.getPropertyValue(name).trim();
@@ -30,42 +39,57 @@ function createGrid(root, { height, width, ink: given }) {
   };
   const colours = { ink: rgb("--ink"), paper: rgb("--paper") };
   const size = height * width;
-  const storageKey = `pixelcnn-drawing-${height}x${width}`;
+  const marks = channels * size; // where they begin in the cells
+  const isPaint = channels === 3;
+  const storageKey = `pixelcnn-drawing-${height}x${width}${isPaint ? "x3" : ""}`;
 
   let cells = blank(); // strengths, then marks
   let undone = [];
   let done = [];
   let tool = "pen";
-  let brush = 2;
+  let brush = 2; // MNIST's strokes are two to three cells wide
+  let soft = true; // where there are levels for it
   let data = { levels: 2, known: "above", live: false };
   let send = () => {};
-  let stroke = null; // {id: pointer, before: cells at its start, x, y: last place in cells}
+  // {id: pointer, before: cells at its start, cover: of each cell, how much of it the soft pen covers, x, y: last place}
+  let stroke = null;
+  let cursor = [Math.floor(width / 2), Math.floor(height / 2)]; // the keyboard's cell: column, row
   let sentAt = 0;
   let loaded = null; // the last `load` that was taken
 
+  for (const button of root.querySelectorAll("[data-colour]")) button.style.background = button.dataset.colour;
   canvas.width = width;
   canvas.height = height;
   paper.style.setProperty("--columns", width);
   paper.style.setProperty("--rows", height);
 
   function blank() {
-    return new Uint8Array(2 * size);
+    return new Uint8Array(marks + size);
   }
 
   function toText() {
     let text = "";
-    for (let i = 0; i < size; i++) text += cells[i].toString(16).padStart(2, "0") + cells[size + i];
+    for (let i = 0; i < size; i++) {
+      for (let c = 0; c < channels; c++) text += cells[channels * i + c].toString(16).padStart(2, "0");
+      text += cells[marks + i];
+    }
     return text;
   }
 
   function fromText(text) {
     const found = blank();
-    if (typeof text !== "string" || !/^([0-9a-f]{2}[012])*$/.test(text) || text.length !== 3 * size) return found;
+    const form = isPaint ? /^([0-9a-f]{6}[012])*$/ : /^([0-9a-f]{2}[012])*$/;
+    const length = 2 * channels + 1; // of a cell
+    if (typeof text !== "string" || text.length !== length * size || !form.test(text)) return found;
     for (let i = 0; i < size; i++) {
-      found[i] = parseInt(text.slice(3 * i, 3 * i + 2), 16);
-      found[size + i] = Number(text[3 * i + 2]);
+      for (let c = 0; c < channels; c++) found[channels * i + c] = byteOf(text, length * i + 2 * c);
+      found[marks + i] = Number(text[length * (i + 1) - 1]);
     }
     return found;
+  }
+
+  function byteOf(hex, start) {
+    return parseInt(hex.slice(start, start + 2), 16);
   }
 
   // What of a strength the images' levels can show, 0 to 255.
@@ -73,18 +97,23 @@ function createGrid(root, { height, width, ink: given }) {
     return (Math.floor((strength * (data.levels - 1)) / 255 + 0.5) * 255) / (data.levels - 1);
   }
 
+  // Paint is ink of any colour, black too.
+  function isInk(i) {
+    return isPaint ? cells[marks + i] === TOUCHED : shown(cells[i]) > 0 && cells[marks + i] !== HOLE;
+  }
+
   function lowestInk() {
-    for (let i = size - 1; i >= 0; i--) if (shown(cells[i]) && cells[size + i] !== HOLE) return i;
+    for (let i = size - 1; i >= 0; i--) if (isInk(i)) return i;
     return -1;
   }
 
   // As `known_cells` in app/drawing.py.
   function isKnown(i, lowest) {
-    const mark = cells[size + i];
+    const mark = cells[marks + i];
     if (mark === HOLE) return false;
     if (data.known === "mask") return true;
     if (data.known === "touched") return mark === TOUCHED;
-    return shown(cells[i]) > 0 || (data.known === "above" && lowest >= 0 && i < (Math.floor(lowest / width) + 1) * width);
+    return isInk(i) || (data.known === "above" && lowest >= 0 && i < (Math.floor(lowest / width) + 1) * width);
   }
 
   function draw() {
@@ -92,9 +121,10 @@ function createGrid(root, { height, width, ink: given }) {
     const lowest = lowestInk();
     for (let i = 0; i < size; i++) {
       if (!isKnown(i, lowest)) continue;
-      const share = shown(cells[i]) / 255;
       for (let c = 0; c < 3; c++) {
-        picture.data[4 * i + c] = Math.round(colours.paper[c] + (colours.ink[c] - colours.paper[c]) * share);
+        picture.data[4 * i + c] = isPaint
+          ? Math.round(shown(cells[3 * i + c]))
+          : Math.round(colours.paper[c] + ((colours.ink[c] - colours.paper[c]) * shown(cells[i])) / 255);
       }
       picture.data[4 * i + 3] = 255;
     }
@@ -105,14 +135,18 @@ function createGrid(root, { height, width, ink: given }) {
     const used = cells.some((value) => value > 0);
     root.classList.toggle("inked", used || stroke !== null);
     root.classList.toggle("binary", data.levels === 2);
+    root.classList.toggle("in-colour", isPaint);
+    root.classList.toggle("off-centre", !data.centre);
     for (const button of root.querySelectorAll("button")) {
-      const { tool: t, brush: b, action } = button.dataset;
+      const { tool: t, brush: b, colour: c, edge, action } = button.dataset;
       if (t) button.setAttribute("aria-pressed", t === tool);
       if (b) button.setAttribute("aria-pressed", Number(b) === brush);
+      if (c) button.setAttribute("aria-pressed", c === colour.value);
+      if (edge) button.setAttribute("aria-pressed", soft);
       // Not `disabled`: a button that loses the focus would lose the place of who goes by keyboard.
       if (action === "undo") button.setAttribute("aria-disabled", done.length === 0);
       if (action === "redo") button.setAttribute("aria-disabled", undone.length === 0);
-      if (action === "clear") button.setAttribute("aria-disabled", !used);
+      if (action === "clear" || action === "centre") button.setAttribute("aria-disabled", !used);
     }
   }
 
@@ -145,16 +179,52 @@ function createGrid(root, { height, width, ink: given }) {
       // As above.
     }
     loaded = kept?.loaded ?? null;
-    cells = fromText(kept && kept.linked === linked() ? kept.text : given);
+    const nothing = /^0*$/.test(given); // such as the address of a drawing of another shape
+    cells = fromText(kept && (kept.linked === linked() || nothing) ? kept.text : given);
+  }
+
+  // What the pen leaves, a value for each channel.
+  function penInk() {
+    if (isPaint) return [byteOf(colour.value, 1), byteOf(colour.value, 3), byteOf(colour.value, 5)];
+    return [data.levels === 2 ? 255 : Number(grey.value)];
   }
 
   function setCell(i) {
     if (tool === "hole") {
-      cells[size + i] = HOLE;
+      cells[marks + i] = HOLE;
       return;
     }
-    cells[i] = tool === "pen" ? (data.levels === 2 ? 255 : Number(grey.value)) : 0;
-    cells[size + i] = tool === "eraser" ? NONE : TOUCHED;
+    const values = tool === "pen" ? penInk() : new Array(channels).fill(0);
+    cells.set(values, channels * i);
+    cells[marks + i] = tool === "eraser" ? NONE : TOUCHED;
+  }
+
+  // Draw a straight line with a soft edge, over what was there when the stroke began: a stroke that crosses itself gets
+  // no darker. Paint that covers less than half of an empty cell leaves it empty: there is no paper to mix with.
+  function softLine(fromX, fromY, toX, toY) {
+    const values = penInk();
+    const reach = (brush + RAMP) / 2;
+    const [dx, dy] = [toX - fromX, toY - fromY];
+    const squared = dx * dx + dy * dy;
+    const first = (a, b) => Math.max(Math.floor(Math.min(a, b) - reach), 0);
+    const last = (a, b, end) => Math.min(Math.ceil(Math.max(a, b) + reach), end);
+    for (let row = first(fromY, toY); row < last(fromY, toY, height); row++) {
+      for (let column = first(fromX, toX); column < last(fromX, toX, width); column++) {
+        const [x, y] = [column + 0.5 - fromX, row + 0.5 - fromY];
+        const along = squared ? Math.min(Math.max((x * dx + y * dy) / squared, 0), 1) : 0;
+        const cover = Math.min((reach - Math.hypot(x - along * dx, y - along * dy)) / RAMP, 1);
+        const i = row * width + column;
+        if (cover <= stroke.cover[i]) continue;
+        stroke.cover[i] = cover;
+        const wasInk = stroke.before[marks + i] === TOUCHED;
+        if (isPaint && !wasInk && cover < 0.5) continue;
+        for (let c = 0; c < channels; c++) {
+          const old = wasInk ? stroke.before[channels * i + c] : isPaint ? values[c] : 0;
+          cells[channels * i + c] = Math.round(old + (values[c] - old) * cover);
+        }
+        if (isPaint || cells[i] > 0) cells[marks + i] = TOUCHED;
+      }
+    }
   }
 
   // A square of brush x brush cells around a place; the parts outside the grid are cut off.
@@ -168,12 +238,17 @@ function createGrid(root, { height, width, ink: given }) {
 
   // Fast strokes report few places: steps of half a cell between them leave no gap.
   function lineTo(x, y) {
+    if (tool === "pen" && soft && data.levels > 2) softLine(stroke.x, stroke.y, x, y);
+    else hardLine(x, y);
+    stroke.x = x;
+    stroke.y = y;
+  }
+
+  function hardLine(x, y) {
     const steps = Math.max(1, Math.ceil(2 * Math.max(Math.abs(x - stroke.x), Math.abs(y - stroke.y))));
     for (let i = 1; i <= steps; i++) {
       stamp(stroke.x + ((x - stroke.x) * i) / steps, stroke.y + ((y - stroke.y) * i) / steps);
     }
-    stroke.x = x;
-    stroke.y = y;
   }
 
   function place(event) {
@@ -194,8 +269,8 @@ function createGrid(root, { height, width, ink: given }) {
     if (stroke || event.button !== 0) return;
     canvas.setPointerCapture(event.pointerId);
     const [x, y] = place(event);
-    stroke = { id: event.pointerId, before: cells.slice(), x, y };
-    stamp(x, y);
+    stroke = { id: event.pointerId, before: cells.slice(), cover: new Float32Array(size), x, y };
+    lineTo(x, y);
     draw();
     showTools();
   });
@@ -211,6 +286,34 @@ function createGrid(root, { height, width, ink: given }) {
   canvas.addEventListener("pointerup", endStroke);
   canvas.addEventListener("pointercancel", endStroke);
   canvas.addEventListener("lostpointercapture", endStroke);
+
+  // By keyboard: arrows go, with Shift they draw on the way; Space draws where one is.
+  canvas.addEventListener("keydown", (event) => {
+    const [right, down] = ARROWS[event.key] ?? [0, 0];
+    if ((!right && !down && event.key !== " ") || event.ctrlKey || event.metaKey || event.altKey || stroke) return;
+    event.preventDefault();
+    const [column, row] = cursor;
+    cursor = [Math.min(Math.max(column + right, 0), width - 1), Math.min(Math.max(row + down, 0), height - 1)];
+    if (event.key === " " || event.shiftKey) {
+      const before = cells.slice();
+      stroke = { before, cover: new Float32Array(size), x: column + 0.5, y: row + 0.5 };
+      lineTo(cursor[0] + 0.5, cursor[1] + 0.5);
+      stroke = null;
+      draw();
+      changed(before);
+    }
+    showCursor();
+  });
+  canvas.addEventListener("focus", showCursor);
+
+  function showCursor() {
+    const [column, row] = cursor;
+    paper.style.setProperty("--column", column);
+    paper.style.setProperty("--row", row);
+    const i = row * width + column;
+    const state = !isKnown(i, lowestInk()) ? "unknown" : isInk(i) ? "ink" : "blank";
+    root.querySelector(".spoken").textContent = `Row ${row + 1}, column ${column + 1}: ${state}`;
+  }
 
   const actions = {
     undo() {
@@ -228,6 +331,32 @@ function createGrid(root, { height, width, ink: given }) {
     clear() {
       replace(blank());
     },
+    // Shift all that is drawn to where the training data's images have it; no ink leaves the grid.
+    centre() {
+      const ink = [];
+      for (let i = 0; i < size; i++) if (isInk(i)) ink.push([i % width, Math.floor(i / width), isPaint ? 1 : cells[i]]);
+      if (!data.centre || ink.length === 0) return;
+      const shift = (axis, cellsOnAxis) => {
+        const places = ink.map((cell) => cell[axis]);
+        const [first, last] = [Math.min(...places), Math.max(...places)];
+        const mass = ink.reduce((sum, cell) => sum + cell[2], 0);
+        const middle = ink.reduce((sum, cell) => sum + cell[axis] * cell[2], 0) / mass;
+        const wanted = (cellsOnAxis - 1) / 2 - (data.centre === "mass" ? middle : (first + last) / 2);
+        return Math.min(Math.max(Math.round(wanted), -first), cellsOnAxis - 1 - last);
+      };
+      const [right, down] = [shift(0, width), shift(1, height)];
+      const next = blank();
+      for (let row = 0; row < height; row++) {
+        for (let column = 0; column < width; column++) {
+          const [toRow, toColumn] = [row + down, column + right];
+          if (toRow < 0 || toRow >= height || toColumn < 0 || toColumn >= width) continue;
+          const [from, to] = [row * width + column, toRow * width + toColumn];
+          next.set(cells.subarray(channels * from, channels * (from + 1)), channels * to);
+          next[marks + to] = cells[marks + from];
+        }
+      }
+      replace(next);
+    },
   };
 
   function replace(next) {
@@ -238,21 +367,27 @@ function createGrid(root, { height, width, ink: given }) {
   }
 
   function takeEnding(hex) {
-    if (hex.length !== 2 * size) return;
+    if (hex.length !== 2 * marks) return;
     const next = blank();
+    for (let k = 0; k < marks; k++) next[k] = byteOf(hex, 2 * k);
     for (let i = 0; i < size; i++) {
-      next[i] = parseInt(hex.slice(2 * i, 2 * i + 2), 16);
-      const wasBlank = cells[i] === 0 && cells[size + i] === TOUCHED;
-      next[size + i] = next[i] || wasBlank ? TOUCHED : NONE;
+      const wasBlank = cells[i] === 0 && cells[marks + i] === TOUCHED;
+      next[marks + i] = isPaint || next[i] || wasBlank ? TOUCHED : NONE;
     }
     replace(next);
   }
 
   root.querySelector(".tools").addEventListener("click", (event) => {
-    const { tool: t, brush: b, action } = event.target.closest("button")?.dataset ?? {};
+    const { tool: t, brush: b, colour: c, edge, action } = event.target.closest("button")?.dataset ?? {};
     if (t) tool = t;
     if (b) brush = Number(b);
+    if (c) [colour.value, tool] = [c, "pen"];
+    if (edge) soft = !soft;
     if (action) actions[action]();
+    showTools();
+  });
+  colour.addEventListener("input", () => {
+    tool = "pen";
     showTools();
   });
 
@@ -270,15 +405,17 @@ function createGrid(root, { height, width, ink: given }) {
   });
   onPage("keydown", (event) => {
     const [target] = event.composedPath(); // within shadow roots, too
-    if (target.isContentEditable || target.closest?.("input:not([type=range]), textarea, select, [role=combobox]")) return;
+    if (target.isContentEditable || target.closest?.(TEXT_FIELDS)) return;
     const key = event.key.toLowerCase();
     if (event.ctrlKey || event.metaKey) {
       if (key === "z") actions[event.shiftKey ? "redo" : "undo"]();
       else if (key === "y") actions.redo();
       else return;
     } else if (event.altKey) return;
-    else if (key in TOOLS) tool = TOOLS[key];
-    else if (["1", "2", "3"].includes(key)) brush = Number(key);
+    else if (key in TOOLS && !(isPaint && key === "b")) tool = TOOLS[key];
+    else if (BRUSHES.includes(key)) brush = Number(key);
+    else if (key === "s" && data.levels > 2) soft = !soft;
+    else if (key === "c" && data.centre) actions.centre();
     else if (key === "delete") actions.clear();
     else return;
     event.preventDefault();

@@ -110,16 +110,20 @@ class StubService:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Keep what is observed; put random ink into the middle of the rest."""
+        """Keep what is observed; put random ink into the middle of the rest, or any colours."""
         seed = body["seed"] if body.get("seed") is not None else 4711
         draw = random.Random(seed)
         top = self.models[body["dataset"]]["levels"] - 1
+        colour = self.models[body["dataset"]]["shape"][0] == 3
+
+        def drawn(x: int, y: int) -> Any:
+            if colour:
+                return [draw.randint(0, top) for _ in range(3)]
+            return top * (6 <= x < 22 and y < 25 and draw.random() < 0.3)
+
         completions = [
             [
-                [
-                    level if known else top * (6 <= x < 22 and y < 25 and draw.random() < 0.3)
-                    for x, (level, known) in enumerate(zip(*rows, strict=True))
-                ]
+                [level if known else drawn(x, y) for x, (level, known) in enumerate(zip(*rows, strict=True))]
                 for y, rows in enumerate(zip(body["image"], body["observed"], strict=True))
             ]
             for _ in range(body["num_samples"])

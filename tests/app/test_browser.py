@@ -143,12 +143,17 @@ def grid(page: Page) -> Locator:
     return page.locator(".drawing canvas")
 
 
-def cells(page: Page) -> np.ndarray:
-    """What the grid shows, (28, 28): 1 ink, 0 known blank, -1 unknown."""
+def grid_pixels(page: Page) -> np.ndarray:
+    """What the grid shows, (H, W, 4): red, green, blue, and 0 where it is unknown."""
     pixels = grid(page).evaluate(
         "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data)"
     )
-    pixels = np.array(pixels).reshape(SIZE, SIZE, 4)
+    return np.array(pixels).reshape(*grid(page).evaluate("canvas => [canvas.height, canvas.width]"), 4)
+
+
+def cells(page: Page) -> np.ndarray:
+    """What the grid shows, (28, 28): 1 ink, 0 known blank, -1 unknown."""
+    pixels = grid_pixels(page)
     return np.where(pixels[..., 3] == 0, -1, (pixels[..., 0] < 128).astype(int))
 
 
@@ -159,7 +164,8 @@ def ink(page: Page) -> np.ndarray:
 def points_on_screen(page: Page, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     box = grid(page).bounding_box()
     assert box is not None
-    return [(box["x"] + x * box["width"] / SIZE, box["y"] + y * box["height"] / SIZE) for x, y in points]
+    columns, rows = grid(page).evaluate("canvas => [canvas.width, canvas.height]")
+    return [(box["x"] + x * box["width"] / columns, box["y"] + y * box["height"] / rows) for x, y in points]
 
 
 def draw(page: Page, points: list[tuple[float, float]]) -> None:
@@ -170,6 +176,17 @@ def draw(page: Page, points: list[tuple[float, float]]) -> None:
     for x, y in rest:
         page.mouse.move(x, y)
     page.mouse.up()
+
+
+def draw_by_finger(page: Page, points: list[tuple[float, float]]) -> None:
+    client = page.context.new_cdp_session(page)
+    for kind, places in (
+        ("touchStart", points[:1]),
+        *(("touchMove", [point]) for point in points[1:]),
+        ("touchEnd", []),
+    ):
+        touches = [{"x": x, "y": y} for x, y in points_on_screen(page, places)]
+        client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
 
 
 def tool(page: Page, name: str) -> Locator:
@@ -185,7 +202,7 @@ def wait_for_endings(page: Page, number: int = 9) -> None:
 
 
 def shown_endings(page: Page) -> list[np.ndarray]:
-    """The endings as the browser has them, each (28, 28, 3)."""
+    """The endings as the browser has them, each (H, W, 3)."""
     sources = page.locator(".endings button img").evaluate_all("images => images.map(image => image.src)")
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
     return [np.array(picture)[..., :3] for picture in pictures]
@@ -390,7 +407,7 @@ def test_link_and_reload(open_page: OpenPage, service: StubService, page_url: st
     friend = open_page(url=link)  # another browser, without this one's memory
     wait_for_endings(friend)
     assert (cells(friend) == drawn).all()
-    assert np.array_equal(shown_endings(friend), endings)
+    until(lambda: np.array_equal(shown_endings(friend), endings), "the link shows other endings")
     assert service.requests[-1][1]["seed"] == 4711
     draw(page, [(20, 3), (22, 5)])
     more = ink(page)
@@ -411,6 +428,7 @@ def test_link_and_reload(open_page: OpenPage, service: StubService, page_url: st
 def test_picture_and_grey(open_page: OpenPage, service: StubService, page_url: str) -> None:
     page = open_page(url=f"{page_url}/?dataset=fashion_mnist")
     page.locator(".grey input").fill("120")
+    tool(page, "Soft").click()
     draw(page, HALF_DIGIT)
     press_complete(page)
     wait_for_endings(page)
@@ -421,6 +439,7 @@ def test_picture_and_grey(open_page: OpenPage, service: StubService, page_url: s
     file = io.BytesIO()
     PIL.Image.fromarray(photograph).save(file, "PNG")
     page.get_by_text("Start from a picture").click()
+    page.get_by_role("radio", name="A picture of mine").click()
     page.locator("input[type=file]").set_input_files(
         {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
     )
@@ -433,17 +452,266 @@ def test_picture_and_grey(open_page: OpenPage, service: StubService, page_url: s
     assert np.count_nonzero(sent) == 64
 
 
+def test_soft_pen(open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path) -> None:
+    page = open_page(url=f"{page_url}/?dataset=fashion_mnist")
+    expect(tool(page, "Soft")).to_have_attribute("aria-pressed", "true")
+    for brush, column in ((1, 4.5), (2, 11), (3, 18.5)):
+        page.keyboard.press(str(brush))
+        draw(page, [(column, 5), (column, 20), (column, 8)])  # there and back: no darker
+    draw(page, HALF_DIGIT)
+    page.screenshot(path=tmp_path / "soft.png")
+    tool(page, "Undo").click()
+    press_complete(page)
+    wait_for_endings(page)
+    row = np.array(service.requests[-1][1]["image"])[10]
+    assert row[[4, 10, 11, 17, 18, 19]].tolist() == [213, 213, 213, 213, 255, 213]  # 5/6 where the edge begins
+    assert row[[3, 5, 9, 12, 16, 20]].tolist() == [43] * 6
+    assert np.count_nonzero(row) == 12
+    page.keyboard.press("s")
+    expect(tool(page, "Soft")).to_have_attribute("aria-pressed", "false")
+    draw(page, [(24.5, 5), (24.5, 20)])
+    press_complete(page)
+    until(lambda: len(service.requests) == 2, "the endings were not asked for")
+    assert np.array(service.requests[-1][1]["image"])[10, 22:].tolist() == [0, 255, 255, 255, 0, 0]
+
+
+def test_digits_have_hard_edges_and_can_be_centred(open_page: OpenPage, service: StubService) -> None:
+    page = open_page()
+    expect(page.locator(".tools").get_by_role("button", name="Soft")).to_have_count(0)
+    expect(tool(page, "Centre")).to_be_disabled()
+    draw(page, HALF_DIGIT)
+    tool(page, "Blank").click()
+    draw(page, [(9, 20), (12, 20)])
+    drawn, marks_at = ink(page), 20
+    page.keyboard.press("c")
+    centred = ink(page)
+    assert centred.sum() == drawn.sum()
+    middle = np.argwhere(centred).mean(axis=0)
+    assert (abs(middle - 13.5) <= 0.5).all()  # the centre of mass, as in MNIST
+    page.get_by_role("radio", name="All I touched").click()
+    until(lambda: (cells(page)[marks_at + 6 - 1] == 0).any(), "the known blanks did not go along")
+    tool(page, "Undo").click()
+    assert (ink(page) == drawn).all()  # one step
+    tool(page, "Redo").click()
+    tool(page, "Centre").click()  # it is there already: no step
+    assert (ink(page) == centred).all()
+    tool(page, "Undo").click()
+    assert (ink(page) == drawn).all()
+
+
+def test_centring_loses_no_ink(open_page: OpenPage) -> None:
+    page = open_page()
+    tool(page, "Brush 8").click()
+    draw(page, [(4, 4), (4, 24)])
+    tool(page, "Brush 1").click()
+    draw(page, [(8, 1.5), (25.5, 1.5)])  # far to the right, but light
+    drawn = ink(page)
+    tool(page, "Centre").click()
+    centred = ink(page)
+    assert centred.sum() == drawn.sum()
+    assert not (centred == drawn).all()
+
+
+def test_drawing_by_keyboard(open_page: OpenPage, tmp_path: Path) -> None:
+    page = open_page()
+    grid(page).focus()
+    page.keyboard.press("1")
+    for key in ("ArrowUp", "Shift+ArrowLeft", "Shift+ArrowLeft", "ArrowDown", "Space"):
+        page.keyboard.press(key)
+    expected = np.zeros((SIZE, SIZE), dtype=int)
+    expected[13, 12:15] = 1
+    expected[14, 12] = 1
+    assert (ink(page) == expected).all()
+    expect(page.get_by_role("status").filter(has_text="Row 15, column 13: ink")).to_have_count(1)
+    page.screenshot(path=tmp_path / "keyboard.png")
+    for _ in range(30):
+        page.keyboard.press("ArrowRight")  # stops at the edge
+    page.keyboard.press("Space")
+    expected[14, 27] = 1
+    assert (ink(page) == expected).all()
+    page.keyboard.press("Control+z")
+    page.keyboard.press("Control+z")
+    expected[14, [12, 27]] = 0
+    assert (ink(page) == expected).all()
+
+
+def test_painting_in_colour(open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path) -> None:
+    page = open_page(url=f"{page_url}/?dataset=cifar10")
+    for name in ("Blank", "Centre"):
+        expect(page.locator(".tools").get_by_role("button", name=name)).to_have_count(0)
+    assert grid_pixels(page).shape == (32, 32, 4)
+    tool(page, "Soft").click()
+    page.locator(".paint input").fill("#123456")
+    page.keyboard.press("8")
+    draw(page, [(4, 4), (28, 4)])
+    first = grid_pixels(page)
+    assert (first[:8] == (0x12, 0x34, 0x56, 255)).all()
+    assert (first[8:, :, 3] == 0).all()
+    tool(page, "Black").focus()
+    page.keyboard.press("Enter")
+    expect(tool(page, "Black")).to_have_attribute("aria-pressed", "true")
+    draw(page, [(10, 12), (16, 12)])
+    assert (grid_pixels(page)[8:16, 6:20] == (0, 0, 0, 255)).all()  # black is paint, too
+    tool(page, "Hole").click()
+    tool(page, "Brush 2").click()
+    draw(page, [(16, 4), (20, 4)])
+    tool(page, "Eraser").click()
+    draw(page, [(10, 12), (12, 12)])
+    last = grid_pixels(page)
+    assert (last[3:5, 15:21, 3] == 0).all()
+    assert (last[11:13, 9:13, 3] == 0).all()
+    press_complete(page)
+    wait_for_endings(page)
+    body = service.requests[-1][1]
+    assert body["observed"] == (last[..., 3] // 255).tolist()  # seen is sent
+    assert body["image"] == last[..., :3].tolist()
+    answer = service.answers[-1]
+    order = sorted(range(9), key=lambda i: -answer["log_probs"][i])
+    for picture, i in zip(shown_endings(page), order, strict=True):
+        assert picture.tolist() == answer["completions"][i]
+    page.screenshot(path=tmp_path / "colour.png", full_page=True)
+    page.locator(".endings button").nth(3).click()
+    assert grid_pixels(page)[..., :3].tolist() == answer["completions"][order[3]]
+    tool(page, "Undo").click()
+    assert (grid_pixels(page) == last).all()
+    page.wait_for_url("**seed=4711**")
+    friend = open_page(url=page.url)
+    wait_for_endings(friend)
+    assert (grid_pixels(friend) == last).all()
+
+
+def test_soft_paint_mixes_with_paint_alone(open_page: OpenPage, page_url: str) -> None:
+    page = open_page(url=f"{page_url}/?dataset=cifar10")
+    tool(page, "White").click()
+    page.keyboard.press("8")
+    draw(page, [(4, 4), (28, 4)])
+    tool(page, "Black").click()
+    page.keyboard.press("3")
+    draw(page, [(10.5, 4), (10.5, 20)])
+    pixels = grid_pixels(page)
+    assert pixels[3, 10, 0] == 0
+    assert (abs(pixels[3, [9, 11], 0] - 43) < 30).all()  # the mouse is in whole pixels, so not quite in the middle
+    assert (abs(pixels[3, [8, 12], 0] - 212) < 30).all()
+    assert (pixels[14, 9:12] == (0, 0, 0, 255)).all()
+    assert (pixels[14, [8, 12], 3] == 0).all()
+
+
+def test_each_shape_keeps_its_own_drawing(open_page: OpenPage, page_url: str) -> None:
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    digit = ink(page)
+
+    def choose(dataset: str, columns: int) -> None:
+        page.locator('.stApp[data-test-script-state="notRunning"]').wait_for()
+        box = page.get_by_role("combobox", name="Dataset")
+        box.click()
+        box.fill(dataset)
+        expect(page.get_by_role("option")).to_have_count(1)
+        box.press("Enter")
+        until(lambda: grid(page).evaluate("canvas => canvas.width") == columns, "the grid did not change")
+
+    choose("cifar10", 32)
+    tool(page, "Green").click()
+    draw(page, [(4, 4), (28, 20)])
+    press_complete(page)
+    wait_for_endings(page)
+    page.wait_for_url("**seed=4711**")  # the address now holds a drawing in colour
+    painted = grid_pixels(page)
+    choose("mnist5k", SIZE)
+    until(lambda: (ink(page) == digit).all(), "the digit was lost")
+    choose("cifar10", 32)
+    until(lambda: (grid_pixels(page) == painted).all(), "the painting was lost")
+
+
+def test_start_from_half_a_generated_picture(
+    open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path
+) -> None:
+    page = open_page(url=f"{page_url}/?dataset=cifar10")
+    page.get_by_text("Start from a picture").click()
+    page.get_by_role("button", name="Make a picture").click()
+    page.get_by_role("radio", name="Upper").click()
+    page.get_by_role("button", name="Put it on the grid").click()
+    made = np.array(service.generated(service.requests[-1][1])["images"][0])
+    until(lambda: (grid_pixels(page)[16:, :, :3] == made[16:]).all(), "the picture did not come")
+    assert (grid_pixels(page)[:16, :, 3] == 0).all()
+    page.screenshot(path=tmp_path / "half.png", full_page=True)
+    tool(page, "Undo").click()
+    assert (grid_pixels(page)[..., 3] == 0).all()  # one step
+    photograph = np.zeros((320, 320, 3), dtype=np.uint8)
+    photograph[:, :160] = (10, 120, 200)
+    file = io.BytesIO()
+    PIL.Image.fromarray(photograph).save(file, "PNG")
+    page.get_by_role("radio", name="A picture of mine").click()
+    page.locator("input[type=file]").set_input_files(
+        {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    )
+    page.get_by_role("radio", name="Lower").click()
+    page.get_by_role("button", name="Put it on the grid").click()
+    until(lambda: (grid_pixels(page)[:16, :16] == (10, 120, 200, 255)).all(), "the photograph did not come")
+    assert (grid_pixels(page)[:16, 16:] == (0, 0, 0, 255)).all()
+    assert (grid_pixels(page)[16:, :, 3] == 0).all()
+
+
+def test_generated_rows_appear_and_can_be_stopped(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
+    page = open_page()
+    page.get_by_role("radio", name="Generate").click()
+    service.row_s = 0.05
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".sheet img")).to_have_count(16)
+    assert page.locator(".sheet figcaption").first.inner_text().strip() == "\N{HORIZONTAL ELLIPSIS}"
+    page.screenshot(path=tmp_path / "generate.png")
+    expect(page.locator(".sheet figcaption").filter(has_text="nats")).to_have_count(16)
+    service.row_s = 0.4
+    sources = page.locator(".sheet img").evaluate_all("images => images.map(image => image.src)")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("The model is drawing")).not_to_be_visible()
+    expect(page.locator(".sheet figcaption").filter(has_text="nats")).to_have_count(16)
+    assert page.locator(".sheet img").evaluate_all("images => images.map(image => image.src)") == sources
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a loaded machine is no failure
+def test_none_of_500_strokes_is_lost(open_page: OpenPage, service: StubService) -> None:
+    page = open_page()
+    live = page.get_by_text("As I draw")
+    live.click()  # the page is redrawn all the time
+    tool(page, "Brush 1").click()
+    random = np.random.default_rng(0)
+    diagonal = [(i + 0.5, i + 0.5) for i in range(SIZE + 1)]
+    places = points_on_screen(page, diagonal)
+    expected = np.zeros((SIZE, SIZE), dtype=int)
+    for number in range(500):
+        if number == 100:
+            live.click()
+            places = points_on_screen(page, diagonal)  # the click may have scrolled the page
+        if number % 10 == 0:
+            page.keyboard.press("e" if number % 30 == 20 else "p")
+        row, column, length = random.integers(SIZE, size=3).tolist()
+        end = min(column + length, SIZE)
+        across = random.random() < 0.5  # a line of one row, else of one column; some go over the edge
+        (expected if across else expected.T)[row, column : end + 1] = number % 30 < 20
+        for i, act in ((column, page.mouse.down), (end, page.mouse.up)):
+            page.mouse.move(places[i if across else row][0], places[row if across else i][1])
+            act()
+        if number % 50 == 49:
+            assert points_on_screen(page, diagonal) == places  # nothing moves under the hand
+            assert (ink(page) == expected).all(), number
+    page.get_by_role("radio", name="Only my ink").click()
+    press_complete(page)
+    until(lambda: service.requests, "nothing was sent")
+    until(lambda: service.requests[-1][1]["image"] == expected.tolist(), "the last stroke was never sent")
+    for _ in range(60):
+        page.keyboard.press("Control+z")
+    for _ in range(60):
+        page.keyboard.press("Control+Shift+z")
+    assert (ink(page) == expected).all()
+
+
 def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     page = open_page(390, 844, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    client = page.context.new_cdp_session(page)
-    for kind, points in (
-        ("touchStart", HALF_DIGIT[:1]),
-        *(("touchMove", [point]) for point in HALF_DIGIT[1:]),
-        ("touchEnd", []),
-    ):
-        touches = [{"x": x, "y": y} for x, y in points_on_screen(page, points)]
-        client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    draw_by_finger(page, HALF_DIGIT)
     by_finger = ink(page)
     assert by_finger.any()
     page.get_by_role("button", name="Complete").tap()
@@ -453,6 +721,30 @@ def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: 
     tool(page, "Clear").tap()
     draw(page, HALF_DIGIT)
     assert (ink(page) == by_finger).all()  # the mouse draws the same cells
+
+
+def test_painting_on_a_phone_in_the_dark(
+    open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path
+) -> None:
+    page = open_page(390, 844, url=f"{page_url}/?dataset=cifar10", has_touch=True, is_mobile=True, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    tool(page, "Green").tap()
+    tool(page, "Brush 8").tap()
+    draw_by_finger(page, [(0, 30), (32, 28)])
+    tool(page, "Blue").tap()
+    draw_by_finger(page, [(0, 4), (32, 4)])
+    painted = grid_pixels(page)
+    assert (painted[4, 16] == (0x4A, 0x90, 0xD9, 255)).all()
+    assert (painted[29, 16] == (0x4C, 0x8C, 0x3F, 255)).all()
+    page.screenshot(path=tmp_path / "phone-colour.png")
+    page.get_by_role("button", name="Complete").tap()
+    wait_for_endings(page)
+    assert service.requests[-1][1]["image"] == painted[..., :3].tolist()
+    sizes = page.locator(".tools").evaluate(
+        "tools => [...tools.querySelectorAll('button, input')].filter(e => e.checkVisibility())"
+        ".map(e => e.getBoundingClientRect()).map(box => Math.min(box.width, box.height))"
+    )
+    assert min(sizes) >= 24  # for a finger
 
 
 def test_service_down_keeps_the_drawing(open_page: OpenPage, services: dict[str, StubService], tmp_path: Path) -> None:

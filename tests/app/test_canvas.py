@@ -13,7 +13,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from stub_service import StubService
 
-from app.drawing import Drawing, drawing_text
+from app.drawing import HOLE, TOUCHED, Drawing, decode_drawing, drawing_text
 
 PAGE = Path(__file__).parents[2] / "app" / "canvas.py"
 INK = np.zeros((28, 28), dtype=int)
@@ -48,13 +48,12 @@ def complete(page: AppTest) -> AppTest:
 
 
 def pictures(page: AppTest) -> list[np.ndarray]:
-    """The endings on the page as (28, 28, 4) pixels, one per cell."""
+    """The endings on the page as (H, W, 4) pixels, one per cell."""
     bodies = [element.proto.body for element in page.get("html")]
     body = "".join(body for body in bodies if body.startswith('<div class="endings'))
     found = []
     for data in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", body):
         pixels = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
-        assert pixels.shape == (28, 28, 4)
         found.append(pixels)
     return found
 
@@ -118,7 +117,7 @@ def test_settings_reach_the_service(service: StubService, open_page: OpenPage) -
 
 def test_ink_of_a_grey_dataset_is_its_highest_level(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
-    assert page.selectbox(key="dataset").options == ["mnist5k", "fashion_mnist"]  # digits first; no colour images
+    assert page.selectbox(key="dataset").options == ["mnist5k", "fashion_mnist", "cifar10"]  # digits first
     page.selectbox(key="dataset").set_value("fashion_mnist").run()
     complete(page)
     assert service.requests[-1][1]["image"] == (255 * INK).tolist()
@@ -222,9 +221,69 @@ def test_no_champion_yet(service: StubService, open_page: OpenPage) -> None:
     assert open_page().warning[0].value == "No model is promoted yet. Run `make pipeline`, then press Complete again."
 
 
-def test_only_colour_images_served(service: StubService, open_page: OpenPage) -> None:
+def test_paint_is_kept_and_sent_in_colour(service: StubService, open_page: OpenPage) -> None:
     service.models = {"cifar10": service.models["cifar10"]}
-    assert "This page draws in one colour; only cifar10 is served." in open_page().warning[0].value
+    page = open_page()
+    colours = np.random.default_rng(0).integers(256, size=(32, 32, 3))
+    mark = np.zeros((32, 32), dtype=int)
+    mark[3:9, 4:20] = TOUCHED
+    colours[4, 5] = 0  # black is paint, too
+    mark[5, 6] = HOLE
+    page.session_state["grid-32x32x3"] = {"ink": drawing_text(Drawing(colours, mark))}
+    complete(page)
+    body = service.requests[-1][1]
+    known = mark == TOUCHED
+    assert body["observed"] == known.astype(int).tolist()
+    assert body["image"] == (colours * known[..., None]).tolist()
+    answer = service.answers[-1]
+    shown = [pixels[..., :3].tolist() for pixels in pictures(page)]
+    order = sorted(range(9), key=lambda i: -answer["log_probs"][i])
+    assert shown == [answer["completions"][i] for i in order]  # in their own colours
+    num_added = 3 * int((~known).sum())
+    bits = re.findall(r"<small>(.*?) bits/dim", html_text(page))[0]
+    assert bits == f"{-answer['log_probs'][order[0]] / num_added / math.log(2):.3f}"
+    link = page.query_params["d"]
+    linked = decode_drawing(link if isinstance(link, str) else link[0], (32, 32, 3))
+    assert linked.mark.tolist() == mark.tolist()
+    assert linked.strength.tolist() == colours.tolist()
+    page.button_group(key="page").set_value("Surprise").run()
+    path, question = service.requests[-1]
+    assert path == "/likelihood"
+    assert question["image"] == (colours * (mark != HOLE)[..., None]).tolist()
+
+
+def test_endings_of_another_shape_wait_until_it_is_drawn_again(open_page: OpenPage) -> None:
+    page = complete(open_page())
+    page.selectbox(key="dataset").set_value("cifar10").run()
+    assert "Endings appear here" in html_text(page)
+    assert "data-ink" not in html_text(page)
+    page.selectbox(key="dataset").set_value("mnist5k").run()
+    assert len(pictures(page)) == 9
+
+
+@pytest.mark.parametrize("dataset", ["mnist5k", "cifar10"])
+def test_start_from_a_half_that_the_model_made(service: StubService, open_page: OpenPage, dataset: str) -> None:
+    page = open_page()
+    page.selectbox(key="dataset").set_value(dataset).run()
+    press(page, "Make a picture")
+    path, body = service.requests[-1]
+    assert (path, body["num_samples"]) == ("/generate", 1)
+    made = np.array(service.generated(body)["images"][0])
+    page.button_group(key="part_model").set_value("right").run()
+    half = made.shape[1] // 2
+    shown = re.findall(r'small" src="data:image/png;base64,([A-Za-z0-9+/=]+)', html_text(page))
+    pixels = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(shown[0]))))
+    assert (pixels[:, :half, 3] == 255).all()
+    assert (pixels[:, half:, 3] == 0).all()
+    press(page, "Put it on the grid")
+    load = page.session_state["load"]["ink"]
+    page.session_state["grid-28x28" if dataset == "mnist5k" else "grid-32x32x3"] = {"ink": load}  # as the grid does
+    complete(page)
+    body = service.requests[-1][1]
+    assert body["observed"] == [[int(column < half) for column in range(made.shape[1])]] * made.shape[0]
+    kept = made.copy()
+    kept[:, half:] = 0
+    assert body["image"] == kept.tolist()
 
 
 def test_address_that_is_none(open_page: OpenPage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,16 +398,16 @@ def test_generate(service: StubService, open_page: OpenPage) -> None:
     page.selectbox(key="label").set_value(1)
     page.text_input(key="generate_seed").set_value("8").run()
     press(page, "Generate")
-    assert service.requests == [
-        ("/generate", {"dataset": "cifar10", "num_samples": 16, "label": 1, "temperature": 1.0, "seed": 8})
-    ]
-    expected = service.generated(service.requests[0][1])
+    settings = {"dataset": "cifar10", "num_samples": 16, "label": 1, "temperature": 1.0, "seed": 8}
+    nothing = {"image": [[[0, 0, 0]] * 32] * 32, "observed": [[0] * 32] * 32}
+    assert service.requests == [("/complete_stream", settings | nothing)]
+    expected = service.answers[0]
     order = sorted(range(16), key=lambda i: -expected["log_probs"][i])
     shown = re.findall(r"base64,([A-Za-z0-9+/=]+)", html_text(page))
     assert len(shown) == 16
     for data, i in zip(shown, order, strict=True):
         pixels = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
-        assert (pixels == np.array(expected["images"][i])).all()
+        assert (pixels[..., :3] == np.array(expected["completions"][i])).all()
     assert page.code[0].value == "8"
     service.refusal = (429, '{"error": "Too many requests at once."}')
     press(page, "Generate")
@@ -375,7 +434,7 @@ def test_models(open_page: OpenPage, service: StubService) -> None:
     text = html_text(page)
     for value in ("d41d8cd98f00b204e9800998ecf8427e", "0123456789abcdef", "0a1b2c"):
         assert value in text
-    assert "promoted" not in text  # the service does not tell
+    assert "2025-01-01T00:00:00+00:00" in text
     assert page.metric[0].label == "test NLL (8-bit)"
     service.close()
     page.session_state["models_at"] = -math.inf

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from champions import COLOUR, GREY, SCORES, make_checkpoint, put, wait_until
@@ -71,6 +72,23 @@ def test_complete(client, grey):
     expected = completion_log_prob(grey, levels, observed.expand(5, 1, 5, 4), torch.full((5,), 2))
     assert answer["log_probs"] == pytest.approx(expected.tolist(), rel=1e-5)
     assert set(answer["model"]) == MODEL_KEYS
+
+
+@pytest.mark.parametrize(("dataset", "shape"), [("grey", (5, 4)), ("colour", (4, 5, 3))])
+def test_completing_nothing_is_generating(client, dataset, shape):
+    settings = {"dataset": dataset, "num_samples": 4, "seed": 8, "temperature": 0.9}
+    generated = client.post("/generate", json=settings).json()
+    unknown = {
+        "image": torch.zeros(shape, dtype=torch.int64).tolist(),
+        "observed": torch.zeros(shape[:2]).int().tolist(),
+    }
+    events = read_events(client.post("/complete_stream", json=settings | unknown))
+    event, completed = events[-1]
+    assert event == "result"
+    assert completed["completions"] == generated["images"]
+    assert completed["log_probs"] == pytest.approx(generated["log_probs"], rel=1e-5)
+    rows = [row for _, values in events[:-1] for row in np.array(values["rows"]).swapaxes(0, 1)]
+    assert np.array_equal(np.stack(rows, axis=1), generated["images"])
 
 
 def test_levels_under_missing_pixels_are_ignored(client):

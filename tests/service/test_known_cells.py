@@ -1,0 +1,73 @@
+"""From a drawing on the grid to its endings and back: the canvas's code, the client's and the service's, in process."""
+
+import json
+
+import httpx
+import numpy as np
+import torch
+from champions import COLOUR, GREY, make_checkpoint
+
+from app.client import ServiceClient
+from app.drawing import (
+    HOLE,
+    TOUCHED,
+    Drawing,
+    drawing_text,
+    known_cells,
+    levels_of,
+    parse_drawing,
+    per_cell,
+    strength_of,
+)
+from app.service import Champion, Champions, CompleteRequest, CompletionJob, Identity
+
+MODES = ("above", "ink", "touched", "mask")
+
+
+def random_drawing(draw: np.random.Generator, shape: tuple[int, ...]) -> Drawing:
+    """Ink of any strength or full, marks of every kind, dense or sparse."""
+    mark = draw.choice([0, TOUCHED, HOLE], size=shape[:2], p=draw.dirichlet([1, 1, 0.3]))
+    strength = draw.choice([draw.integers(256, size=shape), np.full(shape, 255)]) * draw.integers(2, size=shape)
+    return Drawing(np.where(per_cell(mark == 0, strength), 0, strength), mark)
+
+
+def in_process(tmp_path, monkeypatch) -> ServiceClient:
+    """Return a client whose requests are read, computed and answered by the service's code, without a server."""
+    champions = Champions(tmp_path)
+    identity = Identity(**dict.fromkeys(Identity.model_fields, "toy"))
+    for dataset, config in (("grey", GREY), ("colour", COLOUR)):
+        model = make_checkpoint(tmp_path / dataset, config, seed=0)
+        champion = Champion(
+            model=model, identity=identity, label_names=[], protocol="toy", scores={}, promoted_at="2025-01-01"
+        )
+        monkeypatch.setitem(champions._by_dataset, dataset, champion)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        job = CompletionJob(champions, CompleteRequest.model_validate(json.loads(request.content)))
+        return httpx.Response(200, text=job.run().model_dump_json())
+
+    return ServiceClient("http://service.test", transport=httpx.MockTransport(answer))
+
+
+def test_no_known_cell_changes_in_10000_random_drawings(tmp_path, monkeypatch) -> None:
+    client = in_process(tmp_path, monkeypatch)
+    draw = np.random.default_rng(0)
+    torch.set_num_threads(1)
+    num_changed, num_known, num_drawn = 0, 0, 0
+    for number in range(10_000):
+        dataset, shape, levels = (("grey", (5, 4), 2), ("colour", (4, 5, 3), 4))[number % 2]
+        drawing = random_drawing(draw, shape)
+        known = known_cells(drawing, MODES[number // 2 % 4], levels)
+        assert not known[drawing.mark == HOLE].any()
+        image = levels_of(parse_drawing(drawing_text(drawing), shape), levels)
+        image *= per_cell(known, image)
+        answer = client.complete(dataset, image.tolist(), known.tolist(), seed=number)
+        completion = np.array(answer.completions[0])
+        num_changed += int((completion != image)[known == 1].sum())
+        num_known += int(known.sum())
+        num_drawn += int((completion != image)[known == 0].sum())
+        taken = Drawing(strength_of(completion, levels), np.full(shape[:2], TOUCHED))  # by a click
+        assert np.array_equal(levels_of(taken, levels), completion)
+    assert num_known > 50_000
+    assert num_drawn > 50_000
+    assert num_changed == 0
