@@ -67,7 +67,7 @@ def test_changing_a_pixel_reaches_no_earlier_logit(pair):
     order = torch.arange(image.numel()).view(height, width, channels).permute(2, 0, 1)  # raster order
     with torch.inference_mode():
         before = model(image[None])[0]  # (K, C, H, W)
-        for place in torch.randperm(image.numel(), generator=torch.Generator().manual_seed(0))[:12].tolist():
+        for place in torch.randperm(image.numel() - 1, generator=torch.Generator().manual_seed(0))[:12].tolist():
             changed = torch.where(
                 order == place, (image + model.config.num_levels // 2) % model.config.num_levels, image
             )
