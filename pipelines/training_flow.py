@@ -75,6 +75,7 @@ class _Training:
     curve: list[dict[str, float]]
     minutes: float
     phases: list[dict[str, Any]]
+    code: dict[str, str]
     run_id: str | None
 
 
@@ -122,7 +123,8 @@ def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
     logger.info("training %d parameters on %s", sum(p.numel() for p in model.parameters()), device)
     warm_up(model)
     curve = _Curve(work / "curve.csv")
-    live = _LiveRun(work / "run_id", name, params, data)
+    code = git_state()  # now: what is committed while it trains is not what trains
+    live = _LiveRun(work / "run_id", name, params, data, code)
     sheets = work / "samples"
     sheets.mkdir(exist_ok=True)
     last_line = 0.0
@@ -146,7 +148,7 @@ def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
     except BaseException:
         live.fail()
         raise
-    return _Training(model, curve.rows, *training_history(state_file), live.run_id)
+    return _Training(model, curve.rows, *training_history(state_file), code, live.run_id)
 
 
 class _LiveRun:
@@ -156,8 +158,8 @@ class _LiveRun:
     latest. The run's ID lies beside the state, so that a training that was stopped goes on with its run.
     """
 
-    def __init__(self, path: Path, name: str, params: Params, data: Dataset) -> None:
-        self.path, self.name, self.params, self.data = path, name, params, data
+    def __init__(self, path: Path, name: str, params: Params, data: Dataset, code: dict[str, str]) -> None:
+        self.path, self.name, self.params, self.data, self.code = path, name, params, data, code
         self.run_id = path.read_text() if path.exists() else None
         self.started = False
         self.silent_until = 0.0
@@ -170,7 +172,7 @@ class _LiveRun:
             dataset=pair.dataset,
             data_hash=self.data.data_hash,
             params=_logged_params(self.name, self.params),
-            tags={**git_state(), "protocol": self.data.protocol},
+            tags={**self.code, "protocol": self.data.protocol},
             run_id=self.run_id,
         )
         self.path.write_text(self.run_id)
@@ -309,7 +311,7 @@ def evaluate_model(
         "protocol": data.protocol,
         "label_names": data.label_names,
         "data_hash": data.data_hash,
-        "git_commit": git_state()["git_commit"],
+        "git_commit": training.code["git_commit"],
         "pair": name,
         "hardware": _hardware(model),
         "weights_dtype": str(dtype).removeprefix("torch."),
@@ -472,7 +474,7 @@ def log(name: str, params: Params, scores: dict[str, Any], training: _Training, 
         scores=scores,
         curve=training.curve,
         pictures=[*sorted(report.glob("*.png")), report / PER_IMAGE_FILE, out / CARD_FILE],
-        tags={**git_state(), "protocol": scores["protocol"], "weights_sha256": weights_sha256},
+        tags={**training.code, "protocol": scores["protocol"], "weights_sha256": weights_sha256},
         run_id=training.run_id,
     )
 

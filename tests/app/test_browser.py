@@ -695,7 +695,8 @@ def test_none_of_500_strokes_is_lost(open_page: OpenPage, service: StubService) 
             page.mouse.move(places[i if across else row][0], places[row if across else i][1])
             act()
         if number % 50 == 49:
-            assert points_on_screen(page, diagonal) == places  # nothing moves under the hand
+            moved = np.abs(np.subtract(points_on_screen(page, diagonal), places)).max()
+            assert moved < 3, "the grid moves under the hand"  # pixels; a cell has a dozen and more
             assert (ink(page) == expected).all(), number
     page.get_by_role("radio", name="Only my ink").click()
     press_complete(page)

@@ -347,6 +347,13 @@ def test_half_precision_is_stored_where_it_scores_alike(trained, monkeypatch: py
     assert load_checkpoint("models/whole")[1]["weights_dtype"] == "float32"
 
 
+def test_the_code_of_a_training_is_that_of_its_start(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["a", "b", "c"])
+    monkeypatch.setattr(training_flow, "git_state", lambda: {"git_commit": next(commits), "git_dirty": "false"})
+    train_pair(PAIR, "models/committed", "reports/committed")
+    assert load_checkpoint("models/committed")[1]["git_commit"] == "a"
+
+
 def test_a_state_of_other_settings_is_not_taken_up(project: Path) -> None:
     params = training_flow.load_params()
     data = load_dataset("data/mnist5k.safetensors")
