@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import yaml
 
-from pipelines.params import load_params
+from pipelines.params import PairParams, load_params
+from pipelines.steps import run
 from pixelcnn.config import checked_config
-from pixelcnn.data import load_dataset
+from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.fast_sampling import warm_up
 from pixelcnn.model import build_model
 from pixelcnn.training import StepReport, TrainConfig, fit, format_nll
@@ -39,15 +40,15 @@ def load_variants(path: Path) -> dict[str, Any]:
     return {"minutes": minutes, "num_images": num_images, "pairs": pairs}
 
 
-def measure(pair: str, changes: dict[str, Any], minutes: float, num_images: int) -> str:
+def measure(
+    pair: str, settings: PairParams, data: Dataset, changes: dict[str, Any], minutes: float, num_images: int
+) -> str:
     """Train a pair with changed settings for some minutes; return its row of the table.
 
     Args:
         changes: of `network` and `train` in params.yaml; the minutes and the validations are set here.
         num_images: validation images that are scored, at the end.
     """
-    settings = load_params().pair(pair)
-    data = load_dataset(Path("data") / f"{settings.dataset}.safetensors")
     unknown = set(changes) - {"network", "train"}
     if unknown:
         raise ValueError(f"{VARIANTS_FILE}: {pair}: unknown key {sorted(unknown)[0]!r}. Known: network, train.")
@@ -89,8 +90,10 @@ def compare(path: Path = VARIANTS_FILE, out: Path = TABLE_FILE, pairs: Sequence[
             continue
         lines += [f"## {pair}", "", "| changed | parameters | images/s | images seen | validation NLL |"]
         lines += ["| --- | --- | --- | --- | --- |"]
+        settings = load_params().pair(pair)
+        data = load_dataset(Path("data") / f"{settings.dataset}.safetensors")
         for changes in changed:
-            lines.append(measure(pair, changes or {}, variants["minutes"], variants["num_images"]))
+            lines.append(measure(pair, settings, data, changes or {}, variants["minutes"], variants["num_images"]))
             print(pair, lines[-1], flush=True)
         lines.append("")
     temporary = out.with_name(f".{out.name}.new")
@@ -106,12 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", type=Path, default=VARIANTS_FILE)
     parser.add_argument("--out", type=Path, default=TABLE_FILE)
     arguments = parser.parse_args(argv)
-    try:
-        compare(arguments.variants, arguments.out, arguments.pairs)
-    except (ValueError, OSError) as error:
-        print(f"sizes: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run("sizes", lambda: compare(arguments.variants, arguments.out, arguments.pairs))
 
 
 if __name__ == "__main__":
