@@ -29,13 +29,15 @@ from pixelcnn.data import Dataset
 from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
 from pixelcnn.model import AutoregressiveModel, build_model
 from pixelcnn.observed import SCORED, scored_masks, training_masks
+from pixelcnn.optimisers import OPTIMISERS, Optimiser
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
-# What may shift when a run goes on with a larger budget; all but the first have a meaning with a context network alone.
-PHASE_SETTINGS = ("label_dropout", "context_features", "context_width", "context_share")
+# What may shift when a run goes on with a larger budget, some of it with a meaning for a context network alone.
+CONTEXT_SETTINGS = ("context_features", "context_width", "context_share")
+PHASE_SETTINGS = ("label_dropout", "precision", "optimiser", "learning_rate", *CONTEXT_SETTINGS)
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -45,7 +47,8 @@ class TrainConfig:
 
     Args:
         batch_size: images per optimiser step.
-        learning_rate: Adam's peak learning rate.
+        learning_rate: its peak.
+        optimiser: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimisers.py).
         max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.
         max_minutes: minutes of training; 0 for no limit. The schedule is fitted to whichever ends first.
         warmup_steps: steps of linear warm-up.
@@ -69,6 +72,7 @@ class TrainConfig:
     batch_size: int
     learning_rate: float
     max_epochs: float
+    optimiser: str = "adam"
     max_minutes: float = 0
     warmup_steps: int = 100
     decay_fraction: float = 0.3
@@ -95,8 +99,9 @@ class TrainConfig:
             _check(name, getattr(self, name), float, 0, 1e9)
         for name in ("decay_fraction", "ema_decay", "label_dropout", "context_share"):
             _check(name, getattr(self, name), float, 0, 1)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        for name, choices in (("precision", PRECISIONS), ("optimiser", OPTIMISERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if not isinstance(self.horizontal_flips, bool):
             raise ValueError(f"horizontal_flips must be true or false, got {self.horizontal_flips!r}.")
         if self.accumulate > self.batch_size:
@@ -180,7 +185,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
-        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99))
+        self.optimiser = Optimiser(model, config.optimiser, config.learning_rate)
         self.step = 0
         self.elapsed_s = 0.0
         self.num_validations = 0
@@ -246,7 +251,7 @@ class Trainer:
         observed = self.masks(levels, 2, self.step, share=config.context_share)
         num_dims = math.prod(self.data.image_shape)
         nats = 0.0
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         share = torch.arange(len(levels)).tensor_split(self.num_processes)[self.rank]
         for part in share.tensor_split(config.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -267,9 +272,7 @@ class Trainer:
                 "lower learning_rate. The last saved state is untouched."
             )
         rate = self.learning_rate()
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
+        self.optimiser.step(rate)
         self.step += 1
         # The average forgets the random start: its decay warms up, as in Polyak averaging of the first steps.
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step)) if config.ema_decay else 0.0
@@ -359,8 +362,8 @@ class Trainer:
     def phase(self) -> dict[str, Any]:
         """Return what a run that goes on with a larger budget may shift: the uses that the network learns for."""
         values = {**asdict(self.model.config), **asdict(self.config)}
-        names = PHASE_SETTINGS if values["context_features"] else PHASE_SETTINGS[:1]
-        return {name: values[name] for name in names}
+        left_out = () if values["context_features"] else CONTEXT_SETTINGS
+        return {name: values[name] for name in PHASE_SETTINGS if name not in left_out}
 
     def save(self, path: Path) -> None:
         tensors = {}
@@ -370,8 +373,8 @@ class Trainer:
             tensors[f"average/{i}"] = self.average[i]
             if not best_is_average:  # as it is after a run's last validation, mostly: that file is kept
                 tensors[f"best/{i}"] = self.best[i]
-            for key, value in self.optimiser.state[parameter].items():
-                tensors[f"adam/{i}/{key}"] = value
+            for key, value in self.optimiser.state(parameter).items():
+                tensors[f"optimiser/{i}/{key}"] = value
         state = {
             "description": self.description(),
             "step": self.step,
@@ -416,12 +419,10 @@ class Trainer:
                 self.parameters[i].copy_(tensors[f"weights/{saved}"])
                 self.average[i].copy_(tensors[f"average/{saved}"])
                 self.best[i].copy_(tensors.get(f"best/{saved}", tensors[f"average/{saved}"]))
-                prefix = f"adam/{saved}/"
-                adam = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                if adam:
-                    self.optimiser.state[self.parameters[i]] = {
-                        k: v if k == "step" else torch.empty_like(self.parameters[i]).copy_(v) for k, v in adam.items()
-                    }
+                prefix = f"optimiser/{saved}/"
+                remembered = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                if remembered:
+                    self.optimiser.restore(self.parameters[i], remembered)
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.phases = state["phases"]
         if self.phase() != {name: value for name, value in last_phase.items() if name != "from_step"}:

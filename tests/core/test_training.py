@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
 
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, training
+from pixelcnn.optimisers import OPTIMISERS
 from pixelcnn.training import StepReport, format_progress, per_image_nll, training_history
 
 CONFIG = TrainConfig(
@@ -56,8 +57,9 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("protocol", "num_levels"), [("8-bit", 3), ("dynamic", 2)])
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fit_lowers_the_loss(architecture, protocol, num_levels):
+def test_fit_lowers_the_loss(architecture, optimiser, protocol, num_levels):
     data = toy_dataset(num_levels=num_levels, protocol=protocol)
     images = {}
     for split, x in data.images.items():  # black and white in turn
@@ -66,7 +68,7 @@ def test_fit_lowers_the_loss(architecture, protocol, num_levels):
     data = dataclasses.replace(data, images=images)
     model = toy_model(data, architecture)
     before = evaluate(model, data)["validation/nll_nats"]
-    best, reports = run(model, data, config(max_epochs=30))
+    best, reports = run(model, data, config(max_epochs=30, optimiser=optimiser, learning_rate=0.03))
     # Every image is all black or all white: one fair coin, log 2 nats.
     assert before > 3
     assert math.log(2) - 0.05 < best < 1.3
@@ -117,10 +119,11 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("saved_at", "stopped_at"), [(7, 7), (5, 8), (6, 9), (1, 1)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, architecture, saved_at, stopped_at):
-    data = toy_dataset((1, 3, 3), num_levels=2, protocol="dynamic")
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimiser, architecture, saved_at, stopped_at):
+    data, settings = toy_dataset((1, 3, 3), num_levels=2, protocol="dynamic"), config(optimiser=optimiser)
     whole = toy_model(data, architecture)
-    best, reports = run(whole, data, CONFIG)
+    best, reports = run(whole, data, settings)
     state, kept = tmp_path / "state", tmp_path / "kept"
 
     def stop(report: StepReport) -> None:
@@ -130,10 +133,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, architecture, saved
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        fit(toy_model(data, architecture), data, CONFIG, stop, state)
+        fit(toy_model(data, architecture), data, settings, stop, state)
     shutil.copy(kept, state)  # as if saves were rarer than steps
     resumed = toy_model(data, architecture, seed=3)  # its own fresh weights play no part
-    resumed_best, rest = run(resumed, data, CONFIG, state_file=state)
+    resumed_best, rest = run(resumed, data, settings, state_file=state)
     assert [r.step for r in rest] == list(range(saved_at + 1, 13))
     for after, expected in zip(rest, reports[saved_at:], strict=True):
         assert after.train_nll_nats == expected.train_nll_nats
@@ -159,7 +162,7 @@ def test_saves_are_as_rare_as_asked(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "other_model", "other_data", "what"),
     [
-        ({"learning_rate": 0.02}, {}, {}, "train settings"),
+        ({"clip_norm": 2.0}, {}, {}, "train settings"),
         ({"seed": 1}, {}, {}, "train settings"),
         ({"batch_size": 3}, {}, {}, "train settings"),
         ({}, {"num_blocks": 3}, {}, "model"),
@@ -184,14 +187,17 @@ def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
     assert [report.step for report in reports] == [7, 8, 9]
 
 
-def test_a_run_that_goes_on_may_withhold_more_labels_and_remembers(tmp_path):
+def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
+    """To another machine's best precision, to another optimiser, to fewer labels: the weights are kept."""
     data, state = toy_dataset(), tmp_path / "state"
-    for epochs, share in ((2, 0.25), (3, 0.25), (4, 0.9), (5, 0.9)):
-        fit(toy_model(data), data, config(max_epochs=epochs, label_dropout=share), state_file=state)
-    assert training_history(state)[1] == [
-        {"from_step": 0, "label_dropout": 0.25},
-        {"from_step": 9, "label_dropout": 0.9},
-    ]
+    first = {"label_dropout": 0.25, "precision": "bfloat16", "optimiser": "adam", "learning_rate": 0.01}
+    then = {"label_dropout": 0.9, "precision": "float32", "optimiser": "muon", "learning_rate": 0.02}
+    losses = []
+    for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
+        _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
+        losses.append([report.validation_nll_nats for report in reports if report.validation_nll_nats is not None])
+    assert training_history(state)[1] == [{"from_step": 0, **first}, {"from_step": 60, **then}]
+    assert losses[2][0] < losses[0][0], "it went on from the weights that it found"
 
 
 def test_a_damaged_state_is_named(tmp_path):
