@@ -4,8 +4,10 @@ The rule. Candidates are the registered versions that were measured on the curre
 candidate_checks.py: none that gives no numbers, looks ahead, or samples too slowly. The best one (by its recorded
 validation NLL) and the champion are scored afresh, without label, on the same validation images. The candidate becomes
 champion only if the confidence interval of the mean per-image difference in NLL, candidate minus champion, lies wholly
-below zero. In every other case nothing moves and the report says why. Where there is no champion yet, the better of
-the two best candidates takes the place if it beats the uniform distribution.
+below zero; or if it has a context network, completes better by the same test (the mean over the masks of
+`observed.SCORED`), and its interval as a joint model lies below JOINT_ALLOWANCE: what completion may cost. In every
+other case nothing moves and the report says why. Where there is no champion yet, the better of the two best candidates
+takes the place if it beats the uniform distribution.
 
 The order of writes. A new champion is exported to the model store before the alias moves, and served after it:
 whenever a run is cut off, what is served is whole, and running again completes the rest. A version that was rolled
@@ -32,7 +34,10 @@ from pipelines.registry import Version
 from pipelines.tracking import CHALLENGER, CHAMPION, PREVIOUS, registered_name, tracking_uri
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
-from pixelcnn.training import format_nll, per_image_nll
+from pixelcnn.likelihood import bits_per_dim
+from pixelcnn.model import AutoregressiveModel
+from pixelcnn.observed import SCORED
+from pixelcnn.training import format_nll, per_image_completion_nll, per_image_nll
 
 DATA_FOLDER = Path("data")
 REPORTS_FOLDER = Path("reports/promotions")
@@ -40,8 +45,16 @@ REPORTS_FOLDER = Path("reports/promotions")
 PROMOTED, KEPT, FAILED, ROLLED_BACK = "promoted", "kept", "failed", "rolled back"
 RELEASED = "released"  # by pipelines/release.py
 
+JOINT_ALLOWANCE = {True: 0.3, False: 0.01}  # nats of a binary image; bits per dimension of others
+NUM_COMPLETED = 1000  # validation images that completion is scored on
+
 Report = dict[str, Any]
 Scorer = Callable[[Version, Dataset, int, float | None], torch.Tensor]
+
+
+def _fetch(version: Version) -> AutoregressiveModel:
+    with tempfile.TemporaryDirectory() as folder:
+        return load_checkpoint(registry.download(version, Path(folder)))[0]
 
 
 def score(version: Version, data: Dataset, batch_size: int, max_sample_s: float | None = None) -> torch.Tensor:
@@ -57,8 +70,7 @@ def score(version: Version, data: Dataset, batch_size: int, max_sample_s: float 
         ValueError: it cannot be fetched or loaded, does not fit the data, fails the checks, or a score is not a finite
             number.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        model, _ = load_checkpoint(registry.download(version, Path(folder)))
+    model = _fetch(version)
     if (model.config.image_shape, model.config.num_levels) != (data.image_shape, data.num_levels):
         raise ValueError(
             f"it is for images {model.config.image_shape} of {model.config.num_levels} levels, "
@@ -70,6 +82,24 @@ def score(version: Version, data: Dataset, batch_size: int, max_sample_s: float 
     if not bool(nll.isfinite().all()):
         raise ValueError(f"its NLL is not a finite number for {int((~nll.isfinite()).sum())} of {len(nll)} images.")
     return nll
+
+
+def completion_score(version: Version, data: Dataset, batch_size: int) -> tuple[torch.Tensor, bool]:
+    """Fetch a version and score how it completes the first validation images.
+
+    Returns:
+        (N,) float64, nats per image of what is missing, the mean over the scored masks; and whether it has a context
+        network: without one that of raster clamping.
+
+    Raises:
+        ValueError: it cannot be fetched or loaded, or a score is not a finite number.
+    """
+    model = _fetch(version)
+    by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size)
+    nll = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
+    if not bool(nll.isfinite().all()):
+        raise ValueError(f"its completion NLL is not a finite number for {int((~nll.isfinite()).sum())} images.")
+    return nll, bool(model.config.context_features)
 
 
 def paired_difference(candidate: torch.Tensor, champion: torch.Tensor, confidence: float) -> dict[str, float] | None:
@@ -111,6 +141,7 @@ class _Decision:
             "candidate": None,
             "runner_up": None,
             "difference": None,
+            "completion_difference": None,
             "confidence": params.confidence,
             "skipped": [],
             "served": None,
@@ -184,11 +215,35 @@ class _Decision:
             self.kept("one validation image gives no interval")
             return None
         interval = self._interval(difference, "champion")
-        if not difference["high"] < 0:
-            self.kept(f"{interval} is not wholly below zero")
-            return None
-        self.report["decision"], self.report["reason"] = PROMOTED, f"{interval} lies below zero"
-        return version
+        if difference["high"] < 0:
+            self.report["decision"], self.report["reason"] = PROMOTED, f"{interval} lies below zero"
+            return version
+        completes = self._completes_better(version, champion, difference)
+        if completes:
+            self.report["decision"], self.report["reason"] = PROMOTED, f"{interval} allows it; {completes}"
+            return version
+        self.kept(f"{interval} is not wholly below zero")
+        return None
+
+    def _completes_better(self, version: Version, champion: Version, difference: dict[str, float]) -> str:
+        """Return how much better a candidate completes, if it may cost what it does; else nothing."""
+        high = difference["high"]
+        binary = self.data.num_levels == 2
+        if (high if binary else bits_per_dim(high, self.data.image_shape)) > JOINT_ALLOWANCE[binary]:
+            return ""
+        try:
+            nll, has_context = completion_score(version, self.data, self.params.batch_size)
+            if not has_context:
+                return ""
+            champion_nll, _ = completion_score(champion, self.data, self.params.batch_size)
+        except Exception as error:  # without both scores there is no evidence, whatever the cause
+            self.skip(version, f"its completion cannot be compared ({_reason(error)})")
+            return ""
+        found = paired_difference(nll, champion_nll, self.params.confidence)
+        self.report["completion_difference"] = found
+        if found is None or not found["high"] < 0:
+            return ""
+        return f"of its completions it is [{found['low']:.3f}, {found['high']:.3f}] nats, below zero"
 
     def _interval(self, difference: dict[str, float], rival: str) -> str:
         low, high = difference["low"], difference["high"]

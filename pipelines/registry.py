@@ -200,7 +200,11 @@ def decision_run(dataset: str, kind: str) -> Iterator[str]:
 def record_decision(run_id: str, report: dict[str, Any]) -> None:
     """Write a decision into its run: numbers as metrics, words as tags, the whole report as an artifact."""
     tags = {key: str(report[key]) for key in ("decision", "reason", "data_hash") if report.get(key)}
-    metrics = {f"difference/{key}": value for key, value in (report.get("difference") or {}).items()}
+    metrics = {
+        f"{name}/{key}": value
+        for name in ("difference", "completion_difference")
+        for key, value in (report.get(name) or {}).items()
+    }
     for role in ("champion", "candidate", "runner_up"):
         if scored := report.get(role):
             tags[f"{role}_version"] = scored["version"]

@@ -616,6 +616,42 @@ def evaluate(
 
 
 @torch.inference_mode()
+def per_image_completion_nll(
+    model: AutoregressiveModel,
+    data: Dataset,
+    split: str,
+    num_images: int | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Score completion image by image: -log p(missing | observed), without label.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        num_images: the first so many; None for all.
+        seed: of the masks, which depend on it, on `batch_size` and on the images alone.
+
+    Returns:
+        For each mask of `observed.SCORED`, (N,) float64 nats as e.g. `top`; and as `top_raster` those of raster
+        clamping on the same masks: the joint model, in which a missing pixel sees of the known ones only those that
+        come before it. A model without a context network has that alone: both are the same.
+    """
+    device = next(model.parameters()).device
+    found: dict[str, list[Tensor]] = {}
+    for i, (levels, _) in enumerate(data.batches(split, batch_size, num_images)):
+        levels = levels.to(device)
+        joint = pixel_log_prob(model, levels)
+        for k, name in enumerate(SCORED):
+            observed = scored_masks(name, np.random.default_rng([seed, k, i]), levels, data.num_levels)
+            given = joint
+            if model.config.context_features:
+                given = pixel_log_prob(model, levels, None, levels, observed)
+            for key, log_probs in ((name, given), (f"{name}_raster", joint)):
+                nats = -(log_probs * ~observed).sum(dim=(1, 2, 3))
+                found.setdefault(key, []).append(nats.double().cpu())
+    return {key: torch.cat(parts) for key, parts in found.items()}
+
+
 def evaluate_completion(
     model: AutoregressiveModel,
     data: Dataset,
@@ -624,17 +660,12 @@ def evaluate_completion(
     batch_size: int = 250,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Measure -log p(missing | observed), without label, on masks that depend on the seed and the images alone.
-
-    Beside each figure stands that of raster clamping on the same masks: the joint model, in which a missing pixel sees
-    of the known ones only those that come before it. A model without a context network has that alone.
+    """Measure -log p(missing | observed), without label, and beside each figure that of raster clamping.
 
     Args:
         model: in eval mode.
         data: a prepared dataset; its `protocol` belongs beside every figure.
-        split: which split.
-        num_images: the first so many images; None for all.
-        seed: of the masks.
+        split, num_images, batch_size, seed: as `per_image_completion_nll` takes them.
 
     Returns:
         Scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),
@@ -647,23 +678,10 @@ def evaluate_completion(
     check_fit(model, data)
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    found: dict[str, list[Tensor]] = {}
-    for i, (levels, _) in enumerate(data.batches(split, batch_size, num_images)):
-        levels = levels.to(device)
-        joint = pixel_log_prob(model, levels)
-        for k, name in enumerate(SCORED):
-            observed = scored_masks(name, np.random.default_rng([seed, k, i]), levels, data.num_levels)
-            given = joint
-            if model.config.context_features:
-                given = pixel_log_prob(model, levels, None, levels, observed)
-            for key, log_probs in ((f"{name}_nats", given), (f"{name}_raster_nats", joint)):
-                nats = -(log_probs * ~observed).sum(dim=(1, 2, 3))
-                found.setdefault(f"{split}/completion_{key}", []).append(nats.double().cpu())
-    model.train(was_training)
     scores: dict[str, float] = {}
-    for key, parts in found.items():
-        nats = torch.cat(parts)
+    for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size, seed).items():
+        key = f"{split}/completion_{name}_nats"
         scores[key] = nats.mean().item()
         scores[f"{key}_stderr"] = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else 0.0
+    model.train(was_training)
     return scores

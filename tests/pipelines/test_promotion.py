@@ -18,9 +18,12 @@ from pipelines.promotion_flow import paired_difference, run_promotion, run_rollb
 from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.layers import MaskedConv2d
+from pixelcnn.observed import SCORED
+from pixelcnn.training import evaluate_completion
 
 PARAMS = PromoteParams(confidence=0.95, batch_size=50, max_sample_s=60)
 INK = 0.1  # of the toy images: a model that says so is the best there is
+NAN = torch.full((2,), math.nan)
 CONFIG = GatedPixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=2, num_layers=1, kernel_size=3)
 
 
@@ -588,3 +591,60 @@ def test_unknown_dataset(mnist5k):
         promotion_flow.promote.fn("mnist6k")
     with pytest.raises(ValueError, match="unknown dataset"):
         promotion_flow.rollback("mnist6k")
+
+
+@pytest.mark.parametrize(
+    ("cost", "gain", "has_context", "decision"),
+    [
+        (0.0, 0.5, True, "promoted"),  # a tie as a joint model
+        (0.2, 0.5, True, "promoted"),  # worse by less than completion may cost
+        (0.4, 0.5, True, "kept"),  # by more
+        (0.0, 0.0, True, "kept"),
+        (0.0, -0.5, True, "kept"),
+        (0.0, 0.5, False, "kept"),  # by luck: without a context network it is the joint model
+    ],
+    ids=["tie", "cheap", "dear", "no_gain", "worse", "no_context"],
+)
+def test_completing_better(toy, monkeypatch, cost, gain, has_context, decision):
+    first = toy.register(INK)
+    assert toy.promote()["decision"] == "promoted"
+    second = toy.register(INK)
+    wobble = 0.1 * torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wobble -= wobble.mean()
+    joint = {first: torch.full((400,), 5.0).double(), second: 5 + cost + wobble}
+    completion = {first: (torch.full((400,), 3.0).double(), False), second: (3 - gain + wobble, has_context)}
+    monkeypatch.setattr(promotion_flow, "completion_score", lambda version, data, batch: completion[version.version])
+    report = run_promotion(toy.name, toy.data, PARAMS, lambda version, *_: joint[version.version])
+    assert report["decision"] == decision
+    assert toy.aliases["champion"] == (second if decision == "promoted" else first)
+    if decision == "promoted":
+        assert report["completion_difference"]["mean"] == pytest.approx(-gain)
+        assert f"allows it; of its completions it is [{report['completion_difference']['low']:.3f}, " in report["text"]
+        run = decisions(toy)[-1]
+        assert run.data.metrics["completion_difference/mean"] == pytest.approx(-gain)
+
+
+def test_completions_that_cannot_be_scored_move_nothing(toy, monkeypatch):
+    first = toy.register(INK)
+    toy.promote()
+    second = toy.register(INK)
+    monkeypatch.setattr(promotion_flow, "per_image_completion_nll", lambda *_: dict.fromkeys(SCORED, NAN))
+    report = toy.promote()
+    assert (report["decision"], toy.aliases["champion"]) == ("kept", first)
+    assert report["skipped"] == [
+        {
+            "version": second,
+            "reason": "its completion cannot be compared (its completion NLL is not a finite number for 2 images.)",
+        }
+    ]
+
+
+def test_completion_is_scored_as_in_the_evaluation(toy):
+    toy.register(INK)
+    (version,) = registry.versions(toy.name)
+    nll, has_context = promotion_flow.completion_score(version, toy.data, batch_size=50)
+    scores = evaluate_completion(promotion_flow._fetch(version), toy.data, "validation", batch_size=50)
+    means = [scores[f"validation/completion_{name}_nats"] for name in SCORED]
+    assert nll.shape == (400,)
+    assert nll.mean().item() == pytest.approx(sum(means) / len(means))
+    assert not has_context
