@@ -66,6 +66,7 @@ HERE = Path(__file__).parent
 MODELS_TTL_S = 5.0  # how long the list of served models is taken as current
 NUM_ENDINGS = 9
 GALLERY = 12  # past requests of a visit that are kept
+COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
 PAGES = ["Draw", "Generate", "Surprise", "Models"]
 KNOWN_MODES = {
     "above": "All above",
@@ -338,7 +339,9 @@ def start_from_picture(client: ServiceClient, dataset: str, model: ServedModel, 
             def put() -> None:
                 state.load = {"revision": uuid.uuid4().hex, "ink": drawing_text(drawing)}
                 if part and len(shape) == 2:
-                    state.known = "touched"  # the other half counts as a whole, its blanks too
+                    state[known_key(False, COMPLETES in model.scores)] = (
+                        "touched"  # the other half counts as a whole, its blanks too
+                    )
 
             st.button("Put it on the grid", on_click=put)
         if not part:
@@ -378,21 +381,39 @@ def main() -> None:
         models_page(state.models)
 
 
-def choose_known(painting: bool) -> str:
-    """Show what may count as known; return the chosen one."""
+def known_key(painting: bool, sees_all: bool) -> str:
+    """Return where the mode is kept: apart for each default, as a link leaves out what is the default."""
+    return "known_paint" if painting else "known_all" if sees_all else "known"
+
+
+def choose_known(painting: bool, sees_all: bool) -> str:
+    """Show what may count as known; return the chosen one.
+
+    Args:
+        sees_all: the model takes into account what is known below a cell, too: then no rows need to be above others.
+    """
     modes = PAINT_KNOWN_MODES if painting else KNOWN_MODES
     return st.segmented_control(
         "What the model must keep",
         list(modes),
         format_func=lambda name: modes[name],
-        default="ink" if painting else "above",
+        default="ink" if painting or sees_all else "above",
         required=True,
         label_visibility="collapsed",
         width="stretch",
         wrap=True,
-        key="known_paint" if painting else "known",
+        key=known_key(painting, sees_all),
         bind="query-params",
     )
+
+
+def known_help(mode: str, painting: bool, sees_all: bool) -> str:
+    """Return a sentence on what counts as known, in this mode and for such a model."""
+    if painting:
+        return PAINT_KNOWN_HELP[mode]
+    if mode == "ink" and sees_all:
+        return "Your ink is kept, wherever it is: the model sees all of it, and may fill in any other cell."
+    return KNOWN_HELP[mode]
 
 
 def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
@@ -437,6 +458,7 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
             num_samples = st.slider("Endings", 1, 16, NUM_ENDINGS, key="n", bind="query-params")
         typed = st.text_input("Seed", placeholder="a new one each time", key="typed_seed")
         painting = model is not None and model.shape[0] == 3
+        sees_all = model is not None and COMPLETES in model.scores
         coloured = painting or st.toggle(
             "Colour what the model added", value=True, key="coloured", persist_state="session"
         )
@@ -445,7 +467,7 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
     if painting:
         beginning = "Paint a part of a picture"
     elif dataset.startswith("mnist") or not dataset:
-        beginning = "Start a digit from the top"
+        beginning = "Draw a part of a digit" if sees_all else "Start a digit from the top"
     else:
         beginning = "Draw the upper part of a picture"
     intro.markdown(
@@ -453,8 +475,8 @@ def draw_page(client: ServiceClient, served: dict[str, ServedModel]) -> None:
         "it could go on."
     )
     with mode_place:
-        mode = choose_known(painting)
-    help_place.caption((PAINT_KNOWN_HELP if painting else KNOWN_HELP)[mode])
+        mode = choose_known(painting, sees_all)
+    help_place.caption(known_help(mode, painting, sees_all))
     centre = "" if painting else "mass" if dataset.startswith("mnist") else "box"
     with grid_place:
         drawing = drawing_grid(shape, mode, levels, live, centre)

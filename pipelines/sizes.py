@@ -1,7 +1,8 @@
 """Short trainings compared at equal time: `python -m pipelines.sizes` measures docs/sizes.yaml, writes docs/sizes.md.
 
 A setting is worth its place in params.yaml if it scores best on validation after the same minutes on the same machine.
-Short runs favour small networks and small batches: what they say holds for the minutes that there are.
+Short runs favour small networks and small batches: what they say holds for the minutes that there are. Context networks
+are left out unless a row names one: they share the training with the likelihood of whole images, which is compared here.
 """
 
 import argparse
@@ -52,7 +53,13 @@ def measure(
     unknown = set(changes) - {"network", "train"}
     if unknown:
         raise ValueError(f"{VARIANTS_FILE}: {pair}: unknown key {sorted(unknown)[0]!r}. Known: network, train.")
-    network = {**vars(settings.network), "head_features": 0, "context_width": 0, **changes.get("network", {})}
+    network = {
+        **vars(settings.network),
+        "head_features": 0,
+        "context_features": 0,
+        "context_width": 0,
+        **changes.get("network", {}),
+    }
     fixed = {"max_minutes": minutes, "num_validations": 1, "num_validation_images": num_images}
     train = checked_config(TrainConfig, {**vars(settings.train), **changes.get("train", {}), **fixed}, where=pair)
     torch.set_num_threads(settings.num_threads or torch.get_num_threads())

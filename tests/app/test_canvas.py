@@ -104,6 +104,17 @@ def test_only_my_ink_leaves_everything_else_to_the_model(service: StubService, o
         assert (pixels[INK == 1] == (28, 31, 43, 255)).all()
 
 
+def test_a_model_that_sees_the_whole_drawing_is_given_my_ink_alone(service: StubService, open_page: OpenPage) -> None:
+    scores = {**service.models["mnist5k"]["scores"], "test/completion_top_nats": 37.0}
+    service.models["mnist5k"] = {**service.models["mnist5k"], "scores": scores}
+    page = complete(open_page())
+    assert service.requests[-1][1]["observed"] == INK.tolist()
+    assert any("wherever it is: the model sees all of it" in caption.value for caption in page.caption)
+    page.button_group(key="known_all").set_value("above").run()
+    complete(page)
+    assert service.requests[-1][1]["observed"] == [[int(row <= 11)] * 28 for row in range(28)]
+
+
 def test_settings_reach_the_service(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
     page.selectbox(key="label").set_value(7)
