@@ -1,7 +1,7 @@
 """PixelCNN and Gated PixelCNN: exact likelihoods, sampling and completion of images."""
 
 from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
-from pixelcnn.completion import complete, completion_log_prob
+from pixelcnn.completion import complete, completion_log_prob, resample
 from pixelcnn.config import GatedPixelCNNConfig, PixelCNNConfig
 from pixelcnn.data import Dataset, load_dataset, save_dataset
 from pixelcnn.fast_sampling import sample
@@ -26,6 +26,7 @@ __all__ = [
     "log_prob",
     "naive_sample",
     "pixel_log_prob",
+    "resample",
     "sample",
     "save_checkpoint",
     "save_dataset",

@@ -21,7 +21,7 @@ from torch import Tensor
 from pixelcnn.bench import SAMPLERS, bench, write_json
 from pixelcnn.causality import count_leaks
 from pixelcnn.checkpoint import load_checkpoint, load_joint_weights, save_checkpoint
-from pixelcnn.completion import complete, completion_log_prob
+from pixelcnn.completion import complete, completion_log_prob, resample
 from pixelcnn.config import CONFIG_CLASSES, checked_config
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.fast_sampling import sample
@@ -212,7 +212,17 @@ def complete_command(arguments: argparse.Namespace) -> None:
     observed[0, 0][half] = True
     image = image.expand(len(u), -1, -1, -1).to(u.device)
     observed = observed.expand(len(u), -1, -1, -1).to(u.device)
-    levels = complete(model, image, observed, u, label, arguments.temperature)
+    if arguments.proposals == 1:
+        levels = complete(model, image, observed, u, label, arguments.temperature)
+    else:
+        if not 1 <= arguments.proposals <= 1024 or arguments.temperature != 1:
+            raise ValueError("--proposals must be from 1 to 1024, and needs --temperature 1.")
+        generator = torch.Generator().manual_seed(arguments.seed)
+        num = len(u)
+        proposed = torch.rand(num, arguments.proposals, *config.image_shape, generator=generator).to(u.device)
+        choice = torch.rand(num, generator=generator).to(u.device)
+        levels, effective = resample(model, image, observed, proposed, choice, label)
+        print(f"{effective.mean().item():.1f} of {arguments.proposals} proposals are effective")
     for value in completion_log_prob(model, levels, observed, label).tolist():
         print(f"log p(missing | observed) = {value:.2f} nats")
     given = torch.where(observed[:1], image[:1], 0)
@@ -293,6 +303,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0)
         if run is complete_command:
             command.add_argument("--image", required=True, help="PNG of exactly the model's size")
+            command.add_argument(
+                "--proposals", type=int, default=1, help="choose each completion from so many, by the joint model"
+            )
             command.add_argument("--known", choices=KNOWN_PARTS, default="top", help="the half that is known")
 
     timing = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pixelcnn.fast_sampling import OnRow, sample
-from pixelcnn.likelihood import pixel_log_prob
+from pixelcnn.likelihood import log_prob, pixel_log_prob
 from pixelcnn.model import AutoregressiveModel, check_observed
 
 
@@ -68,3 +68,49 @@ def completion_log_prob(
     check_observed(levels, observed, model.config)
     seen = (levels, observed) if model.config.context_features else (None, None)
     return (pixel_log_prob(model, levels, label, *seen) * ~observed).sum(dim=(1, 2, 3))
+
+
+def resample(
+    model: AutoregressiveModel,
+    image: Tensor,
+    observed: Tensor,
+    u: Tensor,
+    choice: Tensor,
+    label: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Complete each image by one of M proposals, chosen by importance: the joint model's weight of it.
+
+    A proposal, drawn by `complete`, is weighted by p(x) / q(missing | observed), with p the joint model and q the
+    probability with which it was proposed. For many proposals the choice is a sample of the joint model's own
+    p(missing | observed); for M = 1 it is `complete`. It costs M completions and two forward passes each.
+
+    Args:
+        image: (B, C, H, W) int64 levels in [0, K); ignored where missing.
+        observed: (B, 1, H, W) bool, True where the pixel is known.
+        u: (B, M, C, H, W) uniform noise in [0, 1), that of the proposals.
+        choice: (B,) uniform noise in [0, 1), that of the choice between them.
+        label: (B,) int64, -1 for none; None for no labels.
+
+    Returns:
+        (B, C, H, W) int64 levels; and (B,) float64, the effective number of proposals, from 1 (one has all the weight)
+        to M (all weigh the same).
+
+    Raises:
+        ValueError: a shape, dtype or range differs from the above.
+
+    Source: sampling importance resampling, Rubin 1987; the effective number is Kong's, 1992.
+    """
+    if u.dim() != 5 or len(u) != len(image) or choice.shape != image.shape[:1]:
+        raise ValueError(
+            f"u must have shape (B, M, C, H, W) and choice (B,) for {len(image)} images, "
+            f"got {tuple(u.shape)} and {tuple(choice.shape)}."
+        )
+    num = u.shape[1]
+    repeated = [x.repeat_interleave(num, dim=0) for x in (image, observed)]
+    label = None if label is None else label.repeat_interleave(num)
+    levels = complete(model, repeated[0], repeated[1], u.flatten(0, 1), label)
+    with torch.inference_mode():
+        joint = log_prob(model, levels, label)
+    weights = (joint - completion_log_prob(model, levels, repeated[1], label)).double().view(-1, num).softmax(dim=1)
+    chosen = (weights.cumsum(dim=1) <= choice[:, None]).sum(dim=1).clamp(max=num - 1)
+    return levels.view(-1, num, *levels.shape[1:])[torch.arange(len(chosen)), chosen], 1 / weights.square().sum(dim=1)

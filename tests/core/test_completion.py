@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_model
 
-from pixelcnn import complete, completion_log_prob, log_prob, naive_sample, sample
+from pixelcnn import complete, completion_log_prob, log_prob, naive_sample, resample, sample
 
 SHAPE = (1, 2, 3)
 
@@ -182,3 +182,45 @@ def test_the_missing_part_is_checked_when_it_is_scored():
     model = tiny_model("pixelcnn", SHAPE, 2)
     with pytest.raises(ValueError, match=r"levels must lie in 0..1, got 5..5."):
         completion_log_prob(model, IMAGE + 5, ~OBSERVED)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_proposal_is_complete(architecture):
+    model = tiny_model(architecture, SHAPE, 3, num_labels=2, context_features=2)
+    image, observed = random_levels(SHAPE, 3, 4), noise((1, 2, 3), 4, seed=5) < 0.4
+    u, label = noise(SHAPE, 4), torch.tensor([0, -1, 1, -1])
+    levels, effective = resample(model, image, observed, u[:, None], torch.full((4,), 0.999), label)
+    assert torch.equal(levels, complete(model, image, observed, u, label))
+    assert effective.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("architecture", "wrong"), [("pixelcnn", 5), ("gated_pixelcnn", 80)])
+def test_many_proposals_are_the_joint_models_conditional(architecture, wrong):
+    """What is known last has its full say, although `complete` alone heeds it only as the context network learned."""
+    model = tiny_model(architecture, (1, 2, 2), 2, seed=2, context_features=2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("context.weight"):
+                weight.mul_(wrong)  # it has learned something that it should not have
+    image, observed = torch.tensor([[[[0, 0], [0, 1]]]]), torch.tensor([[[[False, False], [False, True]]]])
+    filled = fillings(image, observed, 2)
+    joint = log_prob(model, filled).detach()
+    expected = (joint - joint.logsumexp(dim=0)).exp()
+    proposed = completion_log_prob(model, filled, observed.expand(len(filled), -1, -1, -1)).exp()
+    num, num_proposals = 400, 30
+    u = noise((num_proposals, 1, 2, 2), num)
+    choice = torch.rand(num, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    levels, effective = resample(model, image.repeat(num, 1, 1, 1), observed.repeat(num, 1, 1, 1), u, choice)
+    counts = (levels[:, None] == filled[None]).flatten(2).all(dim=2).double().mean(dim=0)
+    assert (counts - expected).abs().max() < 0.05
+    assert (proposed - expected).abs().max() > 0.075, "the proposals alone are something else"
+    weight = (expected / proposed) ** 2
+    assert effective.mean().item() == pytest.approx(num_proposals / float((proposed * weight).sum()), rel=0.3)
+
+
+def test_a_choice_needs_noise_of_its_own():
+    model = tiny_model("pixelcnn", SHAPE, 3)
+    image, observed = random_levels(SHAPE, 3, 2), torch.zeros(2, 1, 2, 3, dtype=torch.bool)
+    message = "u must have shape (B, M, C, H, W) and choice (B,) for 2 images, got (2, 1, 2, 3) and (2,)."
+    with pytest.raises(ValueError, match=exactly(message)):
+        resample(model, image, observed, noise(SHAPE, 2), torch.rand(2))

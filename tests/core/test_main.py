@@ -1,6 +1,7 @@
 """`python -m pixelcnn`: every command does its work on a tiny dataset, and says what is wrong in one sentence."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,18 @@ def test_complete_keeps_the_known_half(checkpoint: Path, tmp_path: Path, known: 
     for i in range(3):  # given, then two completions
         cell = sheet[2:26:4, 2 + 22 * i : 22 * i + 22 : 4]
         assert torch.equal(cell[half], (levels[0] * 255 / 3).round().long()[half])
+
+
+def test_complete_by_proposals(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(to_png(torch.randint(4, (1, 6, 5), generator=torch.Generator().manual_seed(1)), 4))
+    command = ["complete", "--checkpoint", str(checkpoint), "--image", str(image), "--out", str(tmp_path / "out.png")]
+    assert main([*command, "--num-samples", "3", "--known", "bottom", "--proposals", "5"]) == 0
+    effective = re.search(r"^([0-9.]+) of 5 proposals are effective$", capsys.readouterr().out, re.MULTILINE)
+    assert effective is not None
+    assert 1 <= float(effective[1]) <= 5
+    assert main([*command, "--proposals", "5", "--temperature", "0.5"]) == 1
+    assert "--proposals must be from 1 to 1024, and needs --temperature 1." in capsys.readouterr().err
 
 
 def test_bench_prints_and_writes_its_figures(
