@@ -2,7 +2,7 @@
 
 A setting is worth its place in params.yaml if it scores best on validation after the same minutes on the same machine.
 Short runs favour small networks and small batches: what they say holds for the minutes that there are. Context networks
-are left out unless a row names one: they share the training with the likelihood of whole images, which is compared here.
+are left out unless a row names one: they share the training with what is compared here, whole images' likelihood.
 """
 
 import argparse

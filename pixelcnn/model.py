@@ -4,8 +4,8 @@ p(x) is the product over rows, columns, then channels (raster order) of p(x_i | 
 categorical over K levels, whose logits one forward pass gives for all sub-pixels at once.
 
 Sources: PixelCNN, van den Oord et al. 2016, arXiv:1601.06759; Gated PixelCNN, van den Oord et al. 2016,
-arXiv:1606.05328. Departures: labels in both architectures, Adam and EMA in training (training.py), a softmax of two
-levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the multi-scale
+arXiv:1606.05328. Departures: labels in both architectures, Adam or Muon and EMA in training (training.py), a softmax of
+two levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the multi-scale
 PixelCNN, the autoencoder of the second paper.
 
 With a context network the model also is p(missing | observed) for any observed part of an image, the product over the
