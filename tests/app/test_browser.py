@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from stub_service import StubService
 
@@ -708,6 +709,26 @@ def test_none_of_500_strokes_is_lost(open_page: OpenPage, service: StubService) 
     for _ in range(60):
         page.keyboard.press("Control+Shift+z")
     assert (ink(page) == expected).all()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(open_page: OpenPage, service: StubService, scheme: str) -> None:
+    page = open_page(color_scheme=scheme)
+    draw(page, HALF_DIGIT)
+    press_complete(page)
+    wait_for_endings(page)
+    for name in ("Draw", "Generate", "Surprise", "Models"):
+        page.get_by_role("radio", name=name).click()
+        page.locator("h1").get_by_text("" if name == "Draw" else name).first.wait_for()
+        page.locator('[data-test-script-state="notRunning"]').wait_for()
+        found = Axe().run(page).response["violations"]
+        serious = {
+            f"{violation['id']}: {node['html'][:200]}"
+            for violation in found
+            if violation["impact"] in ("serious", "critical")
+            for node in violation["nodes"]
+        }
+        assert serious == set(), name
 
 
 def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
