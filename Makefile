@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export STREAMLIT_BROWSER_GATHER_USAGE_STATS := false
 
-.PHONY: demo test check bench serve app pipeline install clean
+.PHONY: demo test check bench pictures serve app pipeline install clean
 .DEFAULT_GOAL := help
 help:
 	@echo "make demo      everything from a fresh clone: install, train the quick start, serve it, open the canvas"
@@ -20,6 +20,7 @@ help:
 	@echo "make serve     the service alone, on 127.0.0.1:3000"
 	@echo "make app       the canvas alone, on 127.0.0.1:8501"
 	@echo "make bench     the samplers, timed"
+	@echo "make pictures  the docs' pictures, from a demo that is running (chromium)"
 
 demo: install
 	@python -m app.demo --check-ports
@@ -41,6 +42,9 @@ bench: install
 	  python -m pixelcnn bench --checkpoint weights/$$pair --sides 14 28 56 112 --out reports/bench/$$pair.json \
 	    || exit 1; echo; done
 	python -m pipelines.steps plot_bench
+
+pictures: install
+	PYTHONPATH=. python tests/app/pictures.py --url http://127.0.0.1:$${CANVAS_PORT:-8501}
 
 serve: install
 	bentoml serve app.service:PixelCNNService
