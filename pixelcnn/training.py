@@ -37,7 +37,7 @@ PRECISIONS = ("float32", "bfloat16")
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
 # What may shift when a run goes on with a larger budget, some of it with a meaning for a context network alone.
 CONTEXT_SETTINGS = ("context_features", "context_width", "context_share")
-PHASE_SETTINGS = ("label_dropout", "precision", "optimiser", "learning_rate", *CONTEXT_SETTINGS)
+PHASE_SETTINGS = ("label_dropout", "precision", "optimiser", "learning_rate", "ema_decay", *CONTEXT_SETTINGS)
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -404,7 +404,10 @@ class Trainer:
         except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
         for key, expected in self.description().items():
-            if description.get(key) != expected:
+            found = description.get(key)
+            if isinstance(expected, dict) and isinstance(found, dict):
+                found = {name: found.get(name) for name in expected}  # older states name what may shift now
+            if found != expected:
                 raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
         indices = list(range(len(self.parameters)))
         self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
