@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -190,10 +191,10 @@ def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
 def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     """To another machine's best precision, to another optimiser, to fewer labels: the weights are kept."""
     data, state = toy_dataset(), tmp_path / "state"
-    first = {"label_dropout": 0.25, "precision": "bfloat16", "optimiser": "adam", "learning_rate": 0.01}
-    first["ema_decay"] = 0.9
-    then = {"label_dropout": 0.9, "precision": "float32", "optimiser": "muon", "learning_rate": 0.02}
-    then["ema_decay"] = 0.8
+    first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimiser": "adam"}
+    then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimiser": "muon"}
+    first |= {"learning_rate": 0.01, "ema_decay": 0.9}
+    then |= {"learning_rate": 0.02, "ema_decay": 0.8}
     losses = []
     for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
