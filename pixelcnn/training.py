@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = ("float32", "bfloat16")
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
 # What may shift when a run goes on with a larger budget, some of it with a meaning for a context network alone.
-CONTEXT_SETTINGS = ("context_features", "context_width", "context_share")
+CONTEXT_SETTINGS = ("context_features", "context_width", "context_share", "freeze_joint")
 PHASE_SETTINGS = ("label_dropout", "precision", "optimiser", "learning_rate", "ema_decay", *CONTEXT_SETTINGS)
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
@@ -57,6 +57,7 @@ class TrainConfig:
         clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
         label_dropout: share of the images whose label is withheld, so that one network serves with and without.
         context_share: share of the images that are shown in part, for models with a context network.
+        freeze_joint: train the context network and its projections alone: the joint model stays as it is, bit for bit.
         horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
         precision: `float32`, or `bfloat16` for autocast of the matrix work.
         accumulate: parts that a batch is split into, to save memory.
@@ -80,6 +81,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     label_dropout: float = 0.5
     context_share: float = 0.75
+    freeze_joint: bool = False
     horizontal_flips: bool = False
     precision: str = "float32"
     accumulate: int = 1
@@ -102,8 +104,9 @@ class TrainConfig:
         for name, choices in (("precision", PRECISIONS), ("optimiser", OPTIMISERS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        if not isinstance(self.horizontal_flips, bool):
-            raise ValueError(f"horizontal_flips must be true or false, got {self.horizontal_flips!r}.")
+        for name in ("horizontal_flips", "freeze_joint"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
 
@@ -171,6 +174,11 @@ def generator_for(seed: int, *path: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
+def is_of_context(name: str) -> bool:
+    """Say whether a parameter of this name is the context network's, or one of its projections."""
+    return any(part.startswith("context") for part in name.split("."))
+
+
 class Trainer:
     """The state of one run: weights, their average, the optimiser, the clock.
 
@@ -185,6 +193,13 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
+        if config.freeze_joint:
+            if not model.config.context_features:
+                raise ValueError(
+                    "freeze_joint must be false for a model without a context network: nothing would learn."
+                )
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(is_of_context(name))
         self.optimiser = Optimiser(model, config.optimiser, config.learning_rate)
         self.step = 0
         self.elapsed_s = 0.0
@@ -527,7 +542,7 @@ def fit(
         for weight in trainer.best:
             dist.broadcast(weight, 0)
     trainer.use(trainer.best)
-    model.eval()
+    model.requires_grad_(True).eval()
     return trainer.best_nll
 
 
