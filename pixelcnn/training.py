@@ -441,6 +441,12 @@ class Trainer:
                 remembered = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 if remembered:
                     self.optimiser.restore(self.parameters[i], remembered)
+        if self.config.freeze_joint:  # at what validated best, which is what was kept of the run so far
+            with torch.no_grad():
+                for parameter, average, best in zip(self.parameters, self.average, self.best, strict=True):
+                    if not parameter.requires_grad:
+                        parameter.copy_(best)
+                        average.copy_(best)
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.phases = state["phases"]
         if self.phase() != {name: value for name, value in last_phase.items() if name != "from_step"}:

@@ -163,6 +163,33 @@ def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_context_network_that_learns_alone_leaves_the_joint_model_as_it_is(tmp_path, architecture):
+    data, state = toy_dataset(shape=(1, 4, 4), num_levels=2), tmp_path / "state"
+    joint = context_model(data, architecture, num_labels=2)
+    plain = build_model(dataclasses.replace(joint.config, context_features=0, context_width=0))
+    fit(plain, data, config(max_epochs=2, num_validations=1, ema_decay=0.9), state_file=state)
+    alone = config(max_epochs=20, freeze_joint=True, context_share=1.0, learning_rate=0.03, ema_decay=0.9)
+    fit(joint, data, alone, state_file=state)
+    kept = plain.state_dict()
+    assert all(torch.equal(w, kept[name]) for name, w in joint.state_dict().items() if name in kept)
+    assert len(kept) < len(joint.state_dict())
+    assert all(p.requires_grad for p in joint.parameters())
+    scores = evaluate_completion(joint, data)
+    names = [name for name in SCORED if name != "pixels50"]
+    mean, raster = (sum(scores[f"test/completion_{n}{what}_nats"] for n in names) for what in ("", "_raster"))
+    assert mean < raster, "it has learned from what is known"
+    again = context_model(data, architecture, num_labels=2)
+    fit(again, data, dataclasses.replace(alone, max_epochs=21), state_file=state)
+    assert all(torch.equal(w, kept[name]) for name, w in again.state_dict().items() if name in kept)
+
+
+def test_a_model_without_context_network_has_nothing_else_to_learn():
+    data = toy_dataset(shape=(1, 4, 4), num_levels=2)
+    with pytest.raises(ValueError, match="freeze_joint must be false for a model without a context network"):
+        fit(tiny_model("pixelcnn", (1, 4, 4), 2), data, config(freeze_joint=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_completion_is_scored_on_fixed_masks(architecture):
     data = toy_dataset(shape=(1, 4, 4), num_levels=2)
     model = tiny_model(architecture, (1, 4, 4), 2, context_features=3)
