@@ -176,7 +176,7 @@ def generator_for(seed: int, *path: int) -> torch.Generator:
 
 def is_of_context(name: str) -> bool:
     """Say whether a parameter of this name is the context network's, or one of its projections."""
-    return any(part.startswith("context") for part in name.split("."))
+    return "context" in name
 
 
 class Trainer:
