@@ -1,20 +1,20 @@
 """The HTTP service: decode a request, call the core, encode the answer. It serves what promotion put into BentoML's
 model store, and takes up a new champion without a restart.
 
-Settings (environment): `BENTOML_HOME` (the store), `BENTOML_HOST`, `BENTOML_PORT`, `PIXELCNN_THREADS` (per request, as
-many as there are cores, at most 4), `PIXELCNN_MAX_BODY_BYTES` (1,000,000).
+Settings (environment): `BENTOML_HOME` (the store), `BENTOML_HOST`, `BENTOML_PORT`; `PIXELCNN_THREADS` (of a computation:
+as many as there are cores, at most 4); `PIXELCNN_MAX_BODY_BYTES` (1,000,000).
 """
 
 import asyncio
 import base64
 import binascii
+import itertools
 import json
 import logging
 import os
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -30,14 +30,14 @@ from bentoml.exceptions import BentoMLException
 from fastapi import FastAPI
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from pixelcnn import bits_per_dim, complete, completion_log_prob, load_checkpoint, log_prob, sample
+from app.batching import Batches, Full, Job
+from app.gate import TOKEN_VARIABLE, Gate, quoted, setting
+from pixelcnn import bits_per_dim, complete, completion_log_prob, load_checkpoint, log_prob
 from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
 from pixelcnn.config import ModelConfig, model_name
-from pixelcnn.fast_sampling import OnRow, warm_up
+from pixelcnn.fast_sampling import OnRow, engine_name, warm_up
 from pixelcnn.images import from_png
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.model import AutoregressiveModel
@@ -50,10 +50,10 @@ logger = logging.getLogger("bentoml.pixelcnn")
 
 NAME_PREFIX = "pixelcnn-"  # model `pixelcnn-DATASET` in the store
 POLL_S = 1.0
-NUM_THREADS = 2  # requests that are computed at the same time; the others wait their turn
-MAX_ACTIVE = 32  # requests that are computed or wait; more are refused with 429
-TIMEOUT_S = 120
-MAX_BODY_BYTES = int(os.environ.get("PIXELCNN_MAX_BODY_BYTES", "1000000"))
+MAX_BATCH_IMAGES = 32  # of requests that share a call
+MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
+TIMEOUT_S = setting("PIXELCNN_TIMEOUT_S", 120)
+MAX_BODY_BYTES = setting("PIXELCNN_MAX_BODY_BYTES", 1_000_000)
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
 
@@ -76,12 +76,6 @@ logging.getLogger("bentoml._internal.server.http_app").addFilter(_NotForTheLog()
 
 
 # The wire: requests and answers.
-
-
-def quoted(value: Any) -> str:
-    """Return a value from a request for an error message: short, and in ASCII, so that it can always be sent."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def sentence(error: ValidationError, known: list[str]) -> str:
@@ -442,63 +436,103 @@ class Champions:
 # The service.
 
 
-class _Stopped(Exception):
-    """Nobody waits for this completion any more."""
+class _NobodyWaits(Exception):
+    """Everybody who asked for these images has left."""
 
 
-class OneSentence:
-    """Give every error the one form `{"error": sentence}`, and refuse requests when too many wait."""
+class SamplingJob(Job):
+    """A checked request for completions, or for whole images: those of which nothing is observed.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self.num_active = 0
+    Args:
+        on_row: is told each finished row and its levels, (num_samples, C, W), from the thread that samples.
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        if scope["method"] != "POST":
-            return await self._answer(scope, receive, send)
-        if self.num_active >= MAX_ACTIVE:
-            text = f"the service is busy with {self.num_active} requests: send this one again in a few seconds."
-            return await JSONResponse({"error": text}, 429, {"Retry-After": "5"})(scope, receive, send)
-        self.num_active += 1
-        try:
-            await self._answer(scope, receive, send)
-        finally:
-            self.num_active -= 1
+    Raises:
+        RequestError: the request does not fit the champion.
+    """
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error: Message | None = None
-        body = b""
-
-        async def send_or_hold(message: Message) -> None:
-            nonlocal error, body
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                error = message
-            elif error is None:
-                await send(message)
-            else:
-                body += message.get("body", b"")
-                if not message.get("more_body"):
-                    status = error["status"]
-                    kept = {k.decode(): v.decode() for k, v in error["headers"] if k.lower() in (b"allow", b"server")}
-                    response = JSONResponse({"error": self._text(scope, status, body)}, status, kept)
-                    await response(scope, receive, send)
-
-        await self.app(scope, receive, send_or_hold)
+    def __init__(self, champion: Champion, request: GenerateRequest, on_row: OnRow | None = None) -> None:
+        config, num = champion.config, request.num_samples
+        self.champion, self.on_row = champion, on_row
+        self.is_completion = isinstance(request, CompleteRequest)
+        self.observed = torch.zeros(1, 1, *config.image_shape[1:], dtype=torch.bool)
+        self.image = torch.zeros(1, *config.image_shape, dtype=torch.int64)
+        if isinstance(request, CompleteRequest):
+            self.observed = read_observed(request.observed, config)
+            self.image = read_image(request.image, config, self.observed)
+        self.observed, self.image = self.observed.repeat(num, 1, 1, 1), self.image.repeat(num, 1, 1, 1)
+        self.label = read_label(request.label, config, num)
+        self.seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        self.temperature = request.temperature
+        # The compiled sampler computes each image by itself: not a bit of it depends on what is beside it. The others
+        # do not promise that, so with them nobody shares.
+        shares = engine_name(champion.model) == "cached, compiled"
+        super().__init__(request.dataset, (id(champion), request.temperature) if shares else object(), num)
 
     @staticmethod
-    def _text(scope: Scope, status: int, body: bytes) -> str:
-        if status == HTTPStatus.NOT_FOUND and not body.startswith((b"[", b"{")):
-            return f"there is nothing at {quoted(scope['path'])}: /docs.json lists what there is."
-        if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            return f"{quoted(scope['path'])} does not take {quoted(scope['method'])}: /docs.json says what it takes."
+    def run_together(jobs: list["SamplingJob"]) -> None:
+        champion, temperature = jobs[0].champion, jobs[0].temperature
+        config = champion.config
+        ends = list(itertools.accumulate(job.num_images for job in jobs))
+        parts = [slice(end - job.num_images, end) for job, end in zip(jobs, ends, strict=True)]
+
+        def on_row(row: int, levels: Tensor) -> None:
+            if all(job.done.cancelled() for job in jobs):
+                raise _NobodyWaits
+            for job, part in zip(jobs, parts, strict=True):
+                if job.on_row is not None:
+                    job.on_row(row, levels[part])
+
+        image, observed = (torch.cat([getattr(job, name) for job in jobs]) for name in ("image", "observed"))
+        u = torch.cat([noise(job.seed, job.num_images, config.image_shape) for job in jobs])
+        label = None
+        if config.num_labels:
+            none = [torch.full((job.num_images,), -1) for job in jobs]
+            label = torch.cat([n if job.label is None else job.label for job, n in zip(jobs, none, strict=True)])
         try:
-            values = json.loads(body)
-            # BentoML wraps its own exceptions' text into a list.
-            return str((values[0] if isinstance(values, list) else values)["error"])
-        except (ValueError, LookupError, TypeError):
-            return f"the request failed: {HTTPStatus(status).phrase}."
+            levels = complete(champion.model, image, observed, u, label, temperature, on_row)
+        except _NobodyWaits:
+            return
+        for job, part in zip(jobs, parts, strict=True):
+            if not job.done.cancelled():
+                job.finish(job.answer(levels[part]))
+
+    def answer(self, levels: Tensor) -> "CompleteAnswer | GenerateAnswer":
+        """Score the images, by themselves: the bits of a batched score depend on the batch."""
+        model, label = self.champion.model, self.label
+        common: dict[str, Any] = {"seed": self.seed, "model": self.champion.identity}
+        with torch.inference_mode():
+            if self.is_completion:
+                scores = completion_log_prob(model, levels, self.observed, label).tolist()
+                return CompleteAnswer(completions=to_lists(levels), log_probs=scores, **common)
+            return GenerateAnswer(images=to_lists(levels), log_probs=log_prob(model, levels, label).tolist(), **common)
+
+
+class LikelihoodJob(Job):
+    """A checked image to be scored. Scores share no call: the bits of a batched score depend on the batch.
+
+    Raises:
+        RequestError: the request does not fit the champion.
+    """
+
+    def __init__(self, champion: Champion, request: LikelihoodRequest) -> None:
+        self.champion = champion
+        self.levels = read_image(request.image, champion.config)
+        self.label = read_label(request.label, champion.config)
+        super().__init__("likelihood", object(), 1)
+
+    @staticmethod
+    def run_together(jobs: list["LikelihoodJob"]) -> None:
+        for job in jobs:
+            with torch.inference_mode():
+                nats = -pixel_log_prob(job.champion.model, job.levels, job.label)[0].double()  # (C, H, W)
+            total = nats.sum().item()
+            answer = LikelihoodAnswer(
+                log_prob=-total,
+                bits_per_dim=bits_per_dim(total, job.champion.config.image_shape),
+                surprise=nats.sum(dim=0).tolist(),
+                model=job.champion.identity,
+            )
+            job.finish(answer)
 
 
 models_app = FastAPI(title="models", docs_url=None, redoc_url=None, openapi_url=None)
@@ -517,7 +551,7 @@ class PixelCNNService:
     def __init__(self) -> None:
         torch.set_num_threads(int(os.environ.get("PIXELCNN_THREADS") or min(4, os.cpu_count() or 1)))
         self.champions = Champions(store_folder())
-        self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="compute")
+        self.batches = Batches(MAX_BATCH_IMAGES, MAX_QUEUE)
 
     @bentoml.on_startup
     def start(self) -> None:
@@ -526,10 +560,20 @@ class PixelCNNService:
     @bentoml.on_shutdown
     def shut_down(self) -> None:
         self.champions.stop()
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.batches.close()
 
-    async def _in_thread(self, function: Callable, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+    def _submit(self, job: Job) -> None:
+        try:
+            self.batches.submit(job)
+        except Full:
+            raise RequestError(
+                f"{self.batches.num_waiting} requests wait already: send this one again in a few seconds.",
+                HTTPStatus.TOO_MANY_REQUESTS,
+            ) from None
+
+    async def _answer(self, job: Job) -> Any:
+        self._submit(job)
+        return await asyncio.wrap_future(job.done)  # cancelled with the request
 
     @models_app.get("/models")
     def list_models(self) -> dict[str, Any]:
@@ -539,111 +583,43 @@ class PixelCNNService:
     @bentoml.api
     async def complete(self, request: CompleteRequest, /) -> CompleteAnswer:
         """Fill in the missing pixels of an image, several times."""
-        return await self._in_thread(CompletionJob(self.champions, request).run)
+        return await self._answer(SamplingJob(self.champions.get(request.dataset), request))
 
     @bentoml.api
     async def complete_stream(self, request: CompleteRequest, /) -> AsyncGenerator[str, None]:
         """Do the same, telling each finished row: events `rows`, then `result` (or `error`)."""
-        job = CompletionJob(self.champions, request)
-        yield ": drawing\n\n"  # The answer begins now: its time is not limited from here on.
         loop = asyncio.get_running_loop()
+        # It holds an image's rows at most, so the sampler never waits for a slow reader.
         events: asyncio.Queue[str | None] = asyncio.Queue()
-        stop = threading.Event()
-
-        def tell(event: str | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
 
         def on_row(row: int, levels: Tensor) -> None:
-            if stop.is_set():
-                raise _Stopped
-            tell(sse("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])})))
+            event = sse("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])}))
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def draw() -> None:
-            try:
-                tell(sse("result", job.run(on_row).model_dump_json()))
-            except _Stopped:
-                pass
-            except Exception:
-                logger.exception("completion failed while it was streamed")
-                tell(sse("error", json.dumps({"error": "the completion failed: the service's log says why."})))
-            finally:
-                tell(None)
-
-        self.threads.submit(draw)
+        job = SamplingJob(self.champions.get(request.dataset), request, on_row)
+        self._submit(job)
+        job.done.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
         try:
+            yield ": drawing\n\n"  # The answer begins now.
             while (event := await events.get()) is not None:
                 yield event
+            try:
+                yield sse("result", job.done.result().model_dump_json())
+            except Exception:
+                logger.exception("completion failed while it was streamed")
+                yield sse("error", json.dumps({"error": "the completion failed: the service's log says why."}))
         finally:
-            stop.set()  # The client may have left: do not draw for nobody.
+            job.done.cancel()  # The client may have left: do not draw for nobody.
 
     @bentoml.api
     async def generate(self, request: GenerateRequest, /) -> GenerateAnswer:
         """Sample whole images."""
-        champion = self.champions.get(request.dataset)
-        config = champion.config
-        label = read_label(request.label, config, request.num_samples)
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-
-        def run() -> GenerateAnswer:
-            u = noise(seed, request.num_samples, config.image_shape)
-            levels = sample(champion.model, u, label, request.temperature)
-            with torch.inference_mode():
-                scores = log_prob(champion.model, levels, label).tolist()
-            return GenerateAnswer(images=to_lists(levels), log_probs=scores, seed=seed, model=champion.identity)
-
-        return await self._in_thread(run)
+        return await self._answer(SamplingJob(self.champions.get(request.dataset), request))
 
     @bentoml.api
     async def likelihood(self, request: LikelihoodRequest, /) -> LikelihoodAnswer:
         """Score an image: its log-probability, and how surprising each pixel is."""
-        champion = self.champions.get(request.dataset)
-        config = champion.config
-        levels = read_image(request.image, config)
-        label = read_label(request.label, config)
-
-        def run() -> LikelihoodAnswer:
-            with torch.inference_mode():
-                nats = -pixel_log_prob(champion.model, levels, label)[0].double()  # (C, H, W)
-            total = nats.sum().item()
-            return LikelihoodAnswer(
-                log_prob=-total,
-                bits_per_dim=bits_per_dim(total, config.image_shape),
-                surprise=nats.sum(dim=0).tolist(),
-                model=champion.identity,
-            )
-
-        return await self._in_thread(run)
+        return await self._answer(LikelihoodJob(self.champions.get(request.dataset), request))
 
 
-class CompletionJob:
-    """A checked request for completions, ready to run in a thread.
-
-    Raises:
-        RequestError: the request does not fit the champion.
-    """
-
-    def __init__(self, champions: Champions, request: CompleteRequest) -> None:
-        self.champion = champions.get(request.dataset)
-        config = self.champion.config
-        num = request.num_samples
-        self.observed = read_observed(request.observed, config)
-        self.image = read_image(request.image, config, self.observed)
-        self.label = read_label(request.label, config, num)
-        self.seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        self.num_samples, self.temperature = num, request.temperature
-
-    def run(self, on_row: OnRow | None = None) -> CompleteAnswer:
-        """Complete, telling each finished row; what `on_row` raises ends it."""
-        num, model = self.num_samples, self.champion.model
-        image, observed = self.image.repeat(num, 1, 1, 1), self.observed.repeat(num, 1, 1, 1)
-        u = noise(self.seed, num, self.champion.config.image_shape)
-        levels = complete(model, image, observed, u, self.label, self.temperature, on_row)
-        return CompleteAnswer(
-            completions=to_lists(levels),
-            log_probs=completion_log_prob(model, levels, observed, self.label).tolist(),
-            seed=self.seed,
-            model=self.champion.identity,
-        )
-
-
-cast(bentoml.Service, PixelCNNService).add_asgi_middleware(OneSentence)
+cast(bentoml.Service, PixelCNNService).add_asgi_middleware(Gate, token=os.environ.get(TOKEN_VARIABLE, ""))
