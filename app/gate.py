@@ -39,7 +39,10 @@ SEND_TIMEOUT_S = setting("PIXELCNN_SEND_TIMEOUT_S", 30)
 
 def quoted(value: Any) -> str:
     """Return a value from a request for an error message: short, and in ASCII, so that it can always be sent."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        text = "something of many layers"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

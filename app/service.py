@@ -1,20 +1,31 @@
 """The HTTP service: decode a request, call the core, encode the answer. It serves what promotion put into BentoML's
 model store, and takes up a new champion without a restart.
 
-Settings (environment): `BENTOML_HOME` (the store), `BENTOML_HOST`, `BENTOML_PORT`; `PIXELCNN_THREADS` (of a computation:
-as many as there are cores, at most 4); `PIXELCNN_MAX_BODY_BYTES` (1,000,000).
+Settings (environment):
+
+- `BENTOML_HOME` (the store), `BENTOML_HOST`, `BENTOML_PORT`;
+- `PIXELCNN_THREADS`: of a computation; as many as there are cores, at most 4;
+- `PIXELCNN_TOKEN`: what callers must send as `Authorization: Bearer ...`; none by default;
+- `PIXELCNN_MAX_REQUESTS` (64): requests that are read, wait, are computed or sent; more are refused with 429;
+- `PIXELCNN_MAX_QUEUE` (48): those of them that wait for a computation; likewise;
+- `PIXELCNN_MAX_SAMPLES` (16): images of a request;
+- `PIXELCNN_MAX_BODY_BYTES` (1,000,000), `PIXELCNN_BODY_TIMEOUT_S` (10): size of a request, and the time to send it;
+- `PIXELCNN_TIMEOUT_S` (120): from there to the answer, or to a stream's last event;
+- `PIXELCNN_SEND_TIMEOUT_S` (30): how long a client may take nothing of its answer.
 """
 
 import asyncio
 import base64
-import binascii
+import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import secrets
 import threading
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -34,6 +45,8 @@ from torch import Tensor
 
 from app.batching import Batches, Full, Job
 from app.gate import TOKEN_VARIABLE, Gate, quoted, setting
+from app.metrics import metrics
+from app.openapi import corrected
 from pixelcnn import bits_per_dim, complete, completion_log_prob, load_checkpoint, log_prob
 from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
 from pixelcnn.config import ModelConfig, model_name
@@ -53,7 +66,9 @@ POLL_S = 1.0
 MAX_BATCH_IMAGES = 32  # of requests that share a call
 MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
 TIMEOUT_S = setting("PIXELCNN_TIMEOUT_S", 120)
+MAX_SAMPLES = setting("PIXELCNN_MAX_SAMPLES", 16)
 MAX_BODY_BYTES = setting("PIXELCNN_MAX_BODY_BYTES", 1_000_000)
+BODY_TIMEOUT_S = setting("PIXELCNN_BODY_TIMEOUT_S", 10)
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
 
@@ -104,11 +119,28 @@ async def read_body(request: Request) -> bytes:
     if length.isdecimal() and int(length) > MAX_BODY_BYTES:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError:
+        raise RequestError(
+            f"the request took longer than {BODY_TIMEOUT_S} s to arrive: send it anew, in one go.",
+            HTTPStatus.REQUEST_TIMEOUT,
+        ) from None
     return bytes(body)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; readers differ in which of two equal keys they believe, so that is a mistake."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise RequestError(f"the field {quoted(twice)} stands twice in the request: send it once.")
+    return values
 
 
 class ApiRequest(bentoml.IODescriptor):
@@ -129,7 +161,7 @@ class ApiRequest(bentoml.IODescriptor):
         if not body.strip():
             raise RequestError(f"the request is empty: send a JSON object with the fields {', '.join(known)}.")
         try:
-            values = json.loads(body)
+            values = json.loads(body, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is no readable JSON: {quoted(str(error))}.") from None
         try:
@@ -150,7 +182,7 @@ ObservedField = Annotated[
     WithJsonSchema(_PIXELS),
     Field(description="H x W: 1 where the pixel is known, 0 where it is missing"),
 ]
-NumSamples = Annotated[int, Field(ge=1, le=16)]
+NumSamples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 Label = Annotated[int | None, Field(ge=-1, description="-1 or absent for none")]
 Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, description="0 takes the most likely level")]
 Seed = Annotated[int | None, Field(ge=0, le=MAX_SEED, description="drawn and returned when absent")]
@@ -238,16 +270,30 @@ def read_observed(value: Any, config: ModelConfig) -> Tensor:
     return torch.tensor(numbers, dtype=torch.bool).reshape(1, 1, height, width)
 
 
+def read_png(png: bytes, config: ModelConfig) -> Tensor:
+    """Return a PNG as (C, H, W) int64 levels; what would be read as something else than is seen is refused."""
+    # The header, which comes first in every PNG, names the bits of a channel. Pillow would cut 16 of them to 8.
+    if png[12:16] == b"IHDR" and png[24:25] == b"\x10":
+        raise RequestError("image is a PNG of 16 bits per channel: save it with 8.")
+    if b"acTL" in png[: png.find(b"IDAT")]:
+        raise RequestError("image is an animated PNG: send one picture.")
+    try:
+        return from_png(png, config.image_shape, config.num_levels)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    except Exception:  # A decoder that is fed with anything may raise anything.
+        raise RequestError("image is no readable PNG: save it anew.") from None
+
+
 def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) -> Tensor:
     """Return the field `image` as (1, C, H, W) int64 levels; 0 where it is not observed."""
     channels, height, width = config.image_shape
     if isinstance(value, str):
         try:
-            levels = from_png(base64.b64decode(value, validate=True), config.image_shape, config.num_levels)[None]
-        except binascii.Error as error:
-            raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
+            png = base64.b64decode(value, validate=True)
         except ValueError as error:
-            raise RequestError(str(error)) from None
+            raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
+        levels = read_png(png, config)[None]
     else:
         shape = (height, width) if channels == 1 else (height, width, channels)
         # Out-of-range levels become -1 here: whatever stands under a missing pixel is ignored, however large.
@@ -404,12 +450,21 @@ class Champions:
     def describe(self) -> dict[str, Any]:
         return {dataset: champion.describe() for dataset, champion in sorted(self._by_dataset.items())}
 
+    def _put(self, dataset: str, champion: Champion | None) -> None:
+        """Serve this champion from now on."""
+        old = self._by_dataset.pop(dataset, None) if champion is None else self._by_dataset.get(dataset)
+        if champion is not None:
+            self._by_dataset[dataset] = champion
+        for served, value in ((old, 0), (champion, 1)):
+            if served is not None:
+                metrics().champion.labels(dataset, served.identity.version).set(value)
+
     def refresh(self) -> None:
         """Take up every champion that changed on disk; a failure leaves the one that was served."""
         folders = {f.name.removeprefix(NAME_PREFIX): f for f in self.folder.glob(f"{NAME_PREFIX}*") if f.is_dir()}
         for dataset in set(self._seen) - set(folders):
             del self._seen[dataset]
-            self._by_dataset.pop(dataset, None)
+            self._put(dataset, None)
             logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
         for dataset, folder in folders.items():
             try:
@@ -425,7 +480,7 @@ class Champions:
             self._seen[dataset] = seen
             tag = f"{folder.name}:{version}"
             try:
-                self._by_dataset[dataset] = load_champion(self.folder, tag)
+                self._put(dataset, load_champion(self.folder, tag))
                 logger.info("serving %s.", tag)
             except Exception as error:  # Whatever is wrong with a new model, the old one must go on answering.
                 kept = self._by_dataset.get(dataset)
@@ -453,6 +508,7 @@ class SamplingJob(Job):
     def __init__(self, champion: Champion, request: GenerateRequest, on_row: OnRow | None = None) -> None:
         config, num = champion.config, request.num_samples
         self.champion, self.on_row = champion, on_row
+        self.levels: Tensor | None = None
         self.is_completion = isinstance(request, CompleteRequest)
         self.observed = torch.zeros(1, 1, *config.image_shape[1:], dtype=torch.bool)
         self.image = torch.zeros(1, *config.image_shape, dtype=torch.int64)
@@ -494,6 +550,7 @@ class SamplingJob(Job):
             return
         for job, part in zip(jobs, parts, strict=True):
             if not job.done.cancelled():
+                job.levels = levels[part]
                 job.finish(job.answer(levels[part]))
 
     def answer(self, levels: Tensor) -> "CompleteAnswer | GenerateAnswer":
@@ -535,6 +592,24 @@ class LikelihoodJob(Job):
             job.finish(answer)
 
 
+class WatchJob(Job):
+    """Score what was known of a completed image, for the metrics alone: nothing of it is kept."""
+
+    def __init__(self, asked: SamplingJob, completion: Tensor) -> None:
+        self.asked, self.levels = asked, completion[:1]
+        super().__init__("watch", object(), 1)
+
+    @staticmethod
+    def run_together(jobs: list["WatchJob"]) -> None:
+        for job in jobs:
+            champion, observed = job.asked.champion, job.asked.observed[:1]
+            label = None if job.asked.label is None else job.asked.label[:1]
+            with torch.inference_mode():
+                nats = -(pixel_log_prob(champion.model, job.levels, label) * observed).sum().item()
+            num_dims = int(observed.sum()) * champion.config.image_shape[0]
+            job.finish(nats / (num_dims * math.log(2)))
+
+
 models_app = FastAPI(title="models", docs_url=None, redoc_url=None, openapi_url=None)
 
 
@@ -551,7 +626,8 @@ class PixelCNNService:
     def __init__(self) -> None:
         torch.set_num_threads(int(os.environ.get("PIXELCNN_THREADS") or min(4, os.cpu_count() or 1)))
         self.champions = Champions(store_folder())
-        self.batches = Batches(MAX_BATCH_IMAGES, MAX_QUEUE)
+        self.metrics = metrics()
+        self.batches = Batches(MAX_BATCH_IMAGES, MAX_QUEUE, on_wait=self.metrics.waiting.set, on_call=self._count_call)
 
     @bentoml.on_startup
     def start(self) -> None:
@@ -571,19 +647,54 @@ class PixelCNNService:
                 HTTPStatus.TOO_MANY_REQUESTS,
             ) from None
 
-    async def _answer(self, job: Job) -> Any:
-        self._submit(job)
-        return await asyncio.wrap_future(job.done)  # cancelled with the request
+    def _count_call(self, jobs: list[Job]) -> None:
+        lane = jobs[0].lane
+        self.metrics.batch_requests.labels(lane).observe(len(jobs))
+        self.metrics.batch_images.labels(lane).observe(sum(job.num_images for job in jobs))
+
+    @contextlib.contextmanager
+    def _measured(self, endpoint: str, dataset: str) -> Iterator[None]:
+        """Take the time of an answer; count it where its client left."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.left.labels(endpoint, dataset).inc()
+            raise
+        self.metrics.seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
+
+    async def _answer(self, endpoint: str, dataset: str, job: Job) -> Any:
+        with self._measured(endpoint, dataset):
+            self._submit(job)
+            return await asyncio.wrap_future(job.done)  # cancelled with the request
+
+    def _watch(self, endpoint: str, dataset: str, job: SamplingJob) -> None:
+        """Tell the metrics how likely the drawing was, if that keeps nobody waiting."""
+        if job.levels is None or self.batches.num_waiting or not bool(job.observed.any()):
+            return
+        watch = WatchJob(job, job.levels)
+        with contextlib.suppress(Full):
+            self.batches.submit(watch)
+        drawn = self.metrics.drawn.labels(endpoint, dataset)
+        watch.done.add_done_callback(lambda done: done.cancelled() or done.exception() or drawn.observe(done.result()))
 
     @models_app.get("/models")
     def list_models(self) -> dict[str, Any]:
         """Describe the champion of each dataset: shape, levels, labels, lineage, scores."""
         return self.champions.describe()
 
+    @models_app.get("/docs.json", include_in_schema=False)
+    def document(self) -> dict[str, Any]:
+        """Return the OpenAPI document, in place of BentoML's."""
+        return corrected(cast(bentoml.Service, PixelCNNService).openapi_spec.asdict(), self.champions.describe())
+
     @bentoml.api
     async def complete(self, request: CompleteRequest, /) -> CompleteAnswer:
         """Fill in the missing pixels of an image, several times."""
-        return await self._answer(SamplingJob(self.champions.get(request.dataset), request))
+        job = SamplingJob(self.champions.get(request.dataset), request)
+        answer = await self._answer("complete", request.dataset, job)
+        self._watch("complete", request.dataset, job)
+        return answer
 
     @bentoml.api
     async def complete_stream(self, request: CompleteRequest, /) -> AsyncGenerator[str, None]:
@@ -599,27 +710,35 @@ class PixelCNNService:
         job = SamplingJob(self.champions.get(request.dataset), request, on_row)
         self._submit(job)
         job.done.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+        end = loop.time() + TIMEOUT_S
         try:
-            yield ": drawing\n\n"  # The answer begins now.
-            while (event := await events.get()) is not None:
-                yield event
-            try:
+            with self._measured("complete_stream", request.dataset):
+                yield ": drawing\n\n"  # The answer begins now: BentoML's own limit on its time ends here.
+                while (event := await asyncio.wait_for(events.get(), end - loop.time())) is not None:
+                    yield event
                 yield sse("result", job.done.result().model_dump_json())
-            except Exception:
-                logger.exception("completion failed while it was streamed")
-                yield sse("error", json.dumps({"error": "the completion failed: the service's log says why."}))
+            self._watch("complete_stream", request.dataset, job)
+        except TimeoutError:
+            yield sse("error", json.dumps({"error": f"the completion took longer than {TIMEOUT_S} s: ask for less."}))
+        except Exception:
+            logger.exception("completion failed while it was streamed")
+            yield sse("error", json.dumps({"error": "the completion failed: the service's log says why."}))
         finally:
             job.done.cancel()  # The client may have left: do not draw for nobody.
 
     @bentoml.api
     async def generate(self, request: GenerateRequest, /) -> GenerateAnswer:
         """Sample whole images."""
-        return await self._answer(SamplingJob(self.champions.get(request.dataset), request))
+        job = SamplingJob(self.champions.get(request.dataset), request)
+        return await self._answer("generate", request.dataset, job)
 
     @bentoml.api
     async def likelihood(self, request: LikelihoodRequest, /) -> LikelihoodAnswer:
         """Score an image: its log-probability, and how surprising each pixel is."""
-        return await self._answer(LikelihoodJob(self.champions.get(request.dataset), request))
+        job = LikelihoodJob(self.champions.get(request.dataset), request)
+        answer = await self._answer("likelihood", request.dataset, job)
+        self.metrics.drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
+        return answer
 
 
-cast(bentoml.Service, PixelCNNService).add_asgi_middleware(Gate, token=os.environ.get(TOKEN_VARIABLE, ""))
+cast(bentoml.Service, PixelCNNService).add_asgi_middleware(Gate, token=os.environ.get(TOKEN_VARIABLE, "").strip())

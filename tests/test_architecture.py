@@ -16,7 +16,7 @@ ONLY_IN = {
     "bentoml": {"pipelines/store.py", "app/service.py"},
     "streamlit": {"app/canvas.py", "app/pages.py"},
 }
-SERVICE_SIDE = ("app/batching.py", "app/gate.py", "app/service.py")
+SERVICE_SIDE = ("app/batching.py", "app/gate.py", "app/metrics.py", "app/openapi.py", "app/service.py")
 CANVAS_SIDE = ("app/canvas.py", "app/client.py", "app/demo.py", "app/drawing.py", "app/pages.py")
 
 
