@@ -17,11 +17,13 @@ Settings (environment):
 import asyncio
 import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import secrets
 import threading
 import time
@@ -62,6 +64,9 @@ usage_stats.do_not_track.cache_clear()
 logger = logging.getLogger("bentoml.pixelcnn")
 
 NAME_PREFIX = "pixelcnn-"  # model `pixelcnn-DATASET` in the store
+VERSION = re.compile(r"[a-z0-9][a-z0-9._-]*")  # no path leads out of the store
+MODEL_FILE = "model.yaml"  # BentoML's own, with the metadata
+FILE_KINDS = (".safetensors", ".json", ".yaml", ".md", ".png")
 POLL_S = 1.0
 MAX_BATCH_IMAGES = 32  # of requests that share a call
 MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
@@ -369,12 +374,36 @@ class Champion:
         }
 
 
+def check_files(folder: Path, metadata: dict[str, Any]) -> None:
+    """Raise ValueError unless a model's folder holds plain files of the known kinds, those that were promoted.
+
+    Args:
+        metadata: where `manifest_sha256` is the SHA-256 of the rest and of each file's SHA-256, as JSON.
+    """
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise ValueError("its folder is a link: put the model itself into the store.")
+    for file in folder.iterdir():
+        if file.is_symlink() or not file.is_file():
+            raise ValueError(f"{quoted(file.name)} in its folder is no plain file. Promote it again.")
+        if file.suffix not in FILE_KINDS:
+            raise ValueError(f"{quoted(file.name)} does not belong into its folder. Promote it again.")
+    if "manifest_sha256" in metadata:  # models that were promoted before there was one have it not
+        files = {file.name: sha256_of(file) for file in folder.iterdir() if file.name != MODEL_FILE}
+        told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
+        text = json.dumps({"files": files, "metadata": told}, sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest() != metadata["manifest_sha256"]:
+            raise ValueError("its files or metadata are not those that were promoted. Promote it again.")
+
+
 def load_champion(store: Path, tag: str) -> Champion:
-    """Load a model of the store, and check that its weights are those that were promoted.
+    """Load a model of the store, and check that it is what was promoted.
 
     Raises:
-        ValueError: the model is damaged, or lacks its lineage.
+        ValueError: the model is damaged, holds what does not belong there, or lacks its lineage.
     """
+    name, _, version = tag.partition(":")
+    if not VERSION.fullmatch(version):
+        raise ValueError(f"{quoted(version)} is no name of a version. Promote it again.")
     stored = bentoml.models.get(tag, _model_store=ModelStore(store))
     metadata: dict[str, Any] = dict(stored.info.metadata)
     try:
@@ -382,13 +411,15 @@ def load_champion(store: Path, tag: str) -> Champion:
         label_names, protocol = list(metadata["label_names"]), str(metadata["protocol"])
     except (KeyError, ValidationError) as error:
         raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
-    found = sha256_of(Path(stored.path) / WEIGHTS_FILE)
+    folder = store / name / version
+    found = sha256_of(folder / WEIGHTS_FILE)
     if found != identity.weights_sha256:
         raise ValueError(
             f"its weights are not those that were promoted: their SHA-256 is {found[:12]}..., "
             f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
         )
-    model, scores = load_checkpoint(stored.path)
+    check_files(folder, metadata)
+    model, scores = load_checkpoint(folder)
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
     warm_up(model)
@@ -418,6 +449,7 @@ class Champions:
         self.folder = folder
         self._by_dataset: dict[str, Champion] = {}
         self._seen: dict[str, tuple] = {}  # what was found on disk when a dataset was last looked at
+        self._has_failed = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -434,7 +466,10 @@ class Champions:
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception:  # Whatever was put into the store, the next change must be seen.
+                logger.exception("the model store could not be looked through")
 
     def get(self, dataset: str) -> Champion:
         champion = self._by_dataset.get(dataset)
@@ -461,7 +496,16 @@ class Champions:
 
     def refresh(self) -> None:
         """Take up every champion that changed on disk; a failure leaves the one that was served."""
-        folders = {f.name.removeprefix(NAME_PREFIX): f for f in self.folder.glob(f"{NAME_PREFIX}*") if f.is_dir()}
+        try:
+            found = [Path(entry) for entry in os.scandir(self.folder) if entry.is_dir()]
+        except OSError as error:
+            # A store that fails is no order to stop serving.
+            if self._by_dataset and not self._has_failed:
+                logger.error("the model store cannot be read (%s); what was loaded is still served.", error)
+            self._has_failed = True
+            return
+        self._has_failed = False
+        folders = {f.name.removeprefix(NAME_PREFIX): f for f in found if f.name.startswith(NAME_PREFIX)}
         for dataset in set(self._seen) - set(folders):
             del self._seen[dataset]
             self._put(dataset, None)
@@ -471,14 +515,14 @@ class Champions:
                 version = (folder / "latest").read_text().strip()
                 if not version:  # being rewritten
                     continue
-                stats = [file.stat() for file in sorted((folder / version).iterdir())]
-                seen = (version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
-            except OSError:  # no version yet, or being replaced: look again in a second
+                files = sorted((folder / version).iterdir()) if VERSION.fullmatch(version) else []
+                seen = (version, *((stat.st_mtime_ns, stat.st_size) for stat in (file.stat() for file in files)))
+            except (OSError, UnicodeDecodeError):  # no version yet, or being replaced: look again in a second
                 continue
             if self._seen.get(dataset) == seen:
                 continue
             self._seen[dataset] = seen
-            tag = f"{folder.name}:{version}"
+            tag = f"{folder.name}:{ascii(version)[1:-1]}"
             try:
                 self._put(dataset, load_champion(self.folder, tag))
                 logger.info("serving %s.", tag)

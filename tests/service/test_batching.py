@@ -275,18 +275,25 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
     async def leave() -> None:
         instance = service.PixelCNNService.inner()
         instance.champions.refresh()
-        ask = [
-            asyncio.create_task(instance.generate(service.GenerateRequest(dataset="grey", num_samples=n)))
-            for n in (1, 2, 3)
-        ]
-        await asyncio.sleep(0)
-        while not drawn or instance.batches.num_waiting != 2:
-            await asyncio.sleep(0.005)
-        ask[1].cancel()
-        await asyncio.sleep(0)
-        assert instance.batches.num_waiting == 1
+
+        def ask(num_samples: int) -> asyncio.Task:
+            request = service.GenerateRequest(dataset="grey", num_samples=num_samples)
+            return asyncio.create_task(instance.generate(request))
+
+        async def until(condition) -> None:
+            async with asyncio.timeout(10):
+                while not condition():
+                    await asyncio.sleep(0.005)
+
+        first = ask(1)
+        await until(lambda: drawn)
+        leaves, stays = ask(2), ask(3)
+        await until(lambda: instance.batches.num_waiting == 2)
+        leaves.cancel()
+        await until(lambda: instance.batches.num_waiting == 1)
         go.set()
-        assert len((await ask[2]).images) == 3
+        assert len((await stays).images) == 3
+        assert len((await first).images) == 1
         instance.batches.close()
 
     asyncio.run(leave())

@@ -201,7 +201,7 @@ def test_a_body_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
         await asyncio.sleep(0.01)
         return {"type": "http.request", "body": b" ", "more_body": True}
 
-    with pytest.raises(service.RequestError, match="took longer than 0.05 s to arrive") as caught:
+    with pytest.raises(service.RequestError, match=r"took longer than 0\.05 s to arrive") as caught:
         asyncio.run(service.read_body(service.Request({"type": "http", "headers": []}, never)))
     assert caught.value.error_code == 408
 
