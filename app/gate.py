@@ -85,7 +85,7 @@ class Gate:
 
     async def _while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client leaves, or does not take what it asked for."""
-        read = asyncio.Event()
+        read, stuck = asyncio.Event(), asyncio.Event()
         has_begun = False
 
         async def receive_part() -> Message:
@@ -97,8 +97,13 @@ class Gate:
         async def send_in_time(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                await send(message)
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await send(message)
+            except TimeoutError:
+                logger.warning("a client took nothing for %g s: its answer was cut off.", SEND_TIMEOUT_S)
+                stuck.set()
+                await asyncio.Event().wait()  # until this is cancelled
 
         async def leave() -> None:
             await read.wait()
@@ -106,9 +111,9 @@ class Gate:
                 pass
 
         answer = asyncio.create_task(self._answer(scope, receive_part, send_in_time))
-        left = asyncio.create_task(leave())
+        ends = [asyncio.create_task(leave()), asyncio.create_task(stuck.wait())]
         try:
-            await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((answer, *ends), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 await answer
                 return
@@ -116,11 +121,9 @@ class Gate:
             await asyncio.wait((answer,))
             if not has_begun:  # Nobody reads this, but BentoML's own timer waits for an answer.
                 await _refusal(499, "the client has left.")(scope, receive, send)
-        except TimeoutError:
-            logger.warning("a client took nothing for %d s: its answer was cut off.", SEND_TIMEOUT_S)
         finally:
-            answer.cancel()
-            left.cancel()
+            for task in (answer, *ends):
+                task.cancel()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         error: Message | None = None
@@ -139,7 +142,20 @@ class Gate:
                     kept = {k.decode(): v.decode() for k, v in error["headers"] if k.lower() in (b"allow", b"server")}
                     await _refusal(status, _text(scope, status, body), kept)(scope, receive, send)
 
-        await self.app(scope, receive, send_or_hold)
+        has_begun = False
+
+        async def send_and_tell(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send_or_hold(message)
+
+        try:
+            await self.app(scope, receive, send_and_tell)
+        except Exception:
+            # BentoML would wait for an answer until its time is up.
+            logger.exception("a request failed")
+            if not has_begun:
+                await _refusal(500, "the service failed: its log says why.")(scope, receive, send)
 
 
 def _refusal(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:

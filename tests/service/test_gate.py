@@ -104,12 +104,13 @@ class Connection:
 
     def __init__(self, takes: int = 1_000_000) -> None:
         self.body, self.left = asyncio.Event(), asyncio.Event()
-        self.takes, self.sent = takes, []
+        self.is_read, self.takes, self.sent = False, takes, []
         self.scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/complete", "headers": []}
 
     async def receive(self) -> dict:
-        if not self.body.is_set():
-            await self.body.wait()
+        await self.body.wait()
+        if not self.is_read:
+            self.is_read = True
             return {"type": "http.request", "body": b"{}", "more_body": False}
         await self.left.wait()
         return {"type": "http.disconnect"}
@@ -146,6 +147,22 @@ def test_beyond_the_requests_in_flight_all_are_refused_at_once(monkeypatch):
         assert app.num_active == 0
 
     asyncio.run(run())
+
+
+def test_what_fails_is_answered_at_once(caplog):
+    async def fail(scope, receive, send) -> None:
+        raise RuntimeError("secret details")
+
+    async def run() -> list:
+        connection = Connection()
+        connection.body.set()
+        await asyncio.wait_for(gate.Gate(fail)(connection.scope, connection.receive, connection.send), 5)
+        return connection.sent
+
+    start, body = asyncio.run(run())
+    assert start["status"] == 500
+    assert b"secret" not in body["body"]
+    assert "secret details" in caplog.text
 
 
 def test_a_client_that_leaves_ends_its_request():
