@@ -166,7 +166,8 @@ class ApiRequest(bentoml.IODescriptor):
         if not body.strip():
             raise RequestError(f"the request is empty: send a JSON object with the fields {', '.join(known)}.")
         try:
-            values = json.loads(body, object_pairs_hook=_object)
+            # As text: given bytes, Python would read UTF-16 and more.
+            values = json.loads(body.decode(), object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is no readable JSON: {quoted(str(error))}.") from None
         try:

@@ -17,7 +17,14 @@ ONLY_IN = {
     "streamlit": {"app/canvas.py", "app/pages.py"},
 }
 SERVICE_SIDE = ("app/batching.py", "app/gate.py", "app/metrics.py", "app/openapi.py", "app/service.py")
-CANVAS_SIDE = ("app/canvas.py", "app/client.py", "app/demo.py", "app/drawing.py", "app/pages.py")
+CANVAS_SIDE = (
+    "app/bench_service.py",
+    "app/canvas.py",
+    "app/client.py",
+    "app/demo.py",
+    "app/drawing.py",
+    "app/pages.py",
+)
 
 
 def imports_of(path: Path) -> set[str]:
