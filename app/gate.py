@@ -46,6 +46,11 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def has_length(scope: Scope) -> bool:
+    """Say whether a request states the length of its body."""
+    return any(name == b"content-length" for name, _ in scope["headers"])
+
+
 class Gate:
     """Let requests in, within bounds; give every error the form `{"error": sentence}`.
 
@@ -97,6 +102,9 @@ class Gate:
         async def send_in_time(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
+            # Who was refused in mid-request and never said where it ends would go on sending it.
+            if message["type"] == "http.response.start" and not read.is_set() and not has_length(scope):
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await send(message)

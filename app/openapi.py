@@ -80,7 +80,7 @@ def corrected(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any
                 name = "CompleteRequest" if path.startswith("/complete") else f"{path[1:].capitalize()}Request"
                 schema = {"$ref": f"#/components/schemas/{name}"}
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-            kept = {"200": operation["responses"]["200"]}
+            kept = {str(status): text for status, text in operation["responses"].items() if str(status) == "200"}
             is_check = path in ("/healthz", "/livez", "/readyz")
             operation["responses"] = kept | ({} if is_check else _errors(FOR_REQUESTS if method == "post" else FOR_ALL))
     # From 3.1 on the schemas are JSON Schema, as pydantic writes it.

@@ -17,6 +17,7 @@ Settings (environment):
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -69,6 +70,7 @@ MODEL_FILE = "model.yaml"  # BentoML's own, with the metadata
 FILE_KINDS = (".safetensors", ".json", ".yaml", ".md", ".png")
 POLL_S = 1.0
 MAX_BATCH_IMAGES = 32  # of requests that share a call
+SHORT_CALL = 1e9  # sub-pixels times parameters: some tens of milliseconds on a core
 MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
 TIMEOUT_S = setting("PIXELCNN_TIMEOUT_S", 120)
 MAX_SAMPLES = setting("PIXELCNN_MAX_SAMPLES", 16)
@@ -362,6 +364,10 @@ class Champion:
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def describe(self) -> dict[str, Any]:
         return {
             "shape": list(self.config.image_shape),
@@ -589,8 +595,11 @@ class SamplingJob(Job):
         if config.num_labels:
             none = [torch.full((job.num_images,), -1) for job in jobs]
             label = torch.cat([n if job.label is None else job.label for job, n in zip(jobs, none, strict=True)])
+        # Between rows the threads of the sampler wait for each other, which a short call would feel: it is
+        # told of rows only where somebody listens, or where it pays to notice that nobody waits any more.
+        listens = any(job.on_row is not None for job in jobs) or u.numel() * champion.num_parameters > SHORT_CALL
         try:
-            levels = complete(champion.model, image, observed, u, label, temperature, on_row)
+            levels = complete(champion.model, image, observed, u, label, temperature, on_row if listens else None)
         except _NobodyWaits:
             return
         for job, part in zip(jobs, parts, strict=True):

@@ -242,6 +242,7 @@ def test_a_batch_stops_when_its_last_client_has_left(monkeypatch):
         finally:
             stopped.set()
 
+    monkeypatch.setattr(service, "SHORT_CALL", 0)
     monkeypatch.setattr(service, "complete", draw_for_ever)
     instance = service.PixelCNNService.inner()
     instance.champions.refresh()
