@@ -15,6 +15,17 @@ ERROR = {
     "additionalProperties": False,
     "properties": {"error": {"type": "string"}},
 }
+# Of a stream, the schema is that of each event; `data` is JSON on one line.
+EVENT = {
+    "type": "object",
+    "title": "Event",
+    "description": "rows: {start, rows}; result: as /complete answers; error: {error}.",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string", "enum": ["rows", "result", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 FOR_ALL = (401, 500)
 FOR_REQUESTS = (400, 401, 404, 408, 413, 415, 429, 500, 504)
 
@@ -81,6 +92,8 @@ def corrected(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any
                 schema = {"$ref": f"#/components/schemas/{name}"}
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
             kept = {str(status): text for status, text in operation["responses"].items() if str(status) == "200"}
+            if "text/event-stream" in kept["200"].get("content", {}):
+                kept["200"]["content"]["text/event-stream"]["schema"] = EVENT
             is_check = path in ("/healthz", "/livez", "/readyz")
             operation["responses"] = kept | ({} if is_check else _errors(FOR_REQUESTS if method == "post" else FOR_ALL))
     # From 3.1 on the schemas are JSON Schema, as pydantic writes it.
