@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import Literal
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 BITS_PER_DIM = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 12)
@@ -20,7 +21,7 @@ class Metrics:
 
         by = ["endpoint", "dataset"]
         # Of several workers, or of one that died and the next: the number that was set last.
-        mode = "mostrecent" if "PROMETHEUS_MULTIPROC_DIR" in os.environ else "all"
+        mode: Literal["mostrecent", "all"] = "mostrecent" if "PROMETHEUS_MULTIPROC_DIR" in os.environ else "all"
         self.seconds = Histogram(
             "pixelcnn_request_seconds", "From a checked request to its answer, waiting included.", by, buckets=SECONDS
         )
@@ -29,7 +30,9 @@ class Metrics:
         )
         self.batch_images = Histogram("pixelcnn_batch_images", "Images of a call.", ["lane"], buckets=COUNTS)
         self.waiting = Gauge("pixelcnn_waiting_requests", "Requests that wait for a call.", multiprocess_mode=mode)
-        self.left = Counter("pixelcnn_left_requests", "Requests whose client left before the answer.", by)
+        self.left = Counter(
+            "pixelcnn_left_requests", "Requests whose client left, or whose time was up, before the answer.", by
+        )
         self.champion = Gauge(
             "pixelcnn_champion", "1 for the version that is served.", ["dataset", "version"], multiprocess_mode=mode
         )

@@ -608,7 +608,7 @@ class SamplingJob(Job):
                 job.finish(job.answer(levels[part]))
 
     def answer(self, levels: Tensor) -> "CompleteAnswer | GenerateAnswer":
-        """Score the images, by themselves: the bits of a batched score depend on the batch."""
+        """Score the images, by themselves: torch does not promise that a score has the same bits in a larger batch."""
         model, label = self.champion.model, self.label
         common: dict[str, Any] = {"seed": self.seed, "model": self.champion.identity}
         with torch.inference_mode():
@@ -619,7 +619,7 @@ class SamplingJob(Job):
 
 
 class LikelihoodJob(Job):
-    """A checked image to be scored. Scores share no call: the bits of a batched score depend on the batch.
+    """A checked image to be scored. Scores share no call: see `SamplingJob.answer`.
 
     Raises:
         RequestError: the request does not fit the champion.
