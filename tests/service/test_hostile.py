@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app import gate
+
 HEADERS = {"Content-Type": "application/json"}
 OBSERVED = [[0] * 4] * 5
 NOT_NAMES = [
@@ -168,6 +170,13 @@ def test_nesting_of_any_depth(client, depth, field, opens, closes):
     fields = {"dataset": '"grey"', "image": json.dumps([[0] * 4] * 5), "observed": json.dumps(OBSERVED), field: deep}
     body = "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
     error_of(client.post("/complete", content=body.encode(), headers=HEADERS))
+
+
+def test_a_value_of_many_layers_can_be_told_of():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert gate.quoted(deep) == "something of many layers"
 
 
 def test_a_compressed_body_is_not_unpacked(client):
