@@ -29,6 +29,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -730,7 +731,12 @@ class PixelCNNService:
         with contextlib.suppress(Full):
             self.batches.submit(watch)
         drawn = self.metrics.drawn.labels(endpoint, dataset)
-        watch.done.add_done_callback(lambda done: done.cancelled() or done.exception() or drawn.observe(done.result()))
+
+        def tell(done: Future[float]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                drawn.observe(done.result())
+
+        watch.done.add_done_callback(tell)
 
     @models_app.get("/models")
     def list_models(self) -> dict[str, Any]:
