@@ -39,7 +39,7 @@ class Metrics:
         self.drawn = Histogram(
             "pixelcnn_drawn_bits_per_dim",
             "What people draw: of /complete the known pixels, each given what lies before it in the first completion; "
-            "of /likelihood the image. Completions are scored only while nobody waits.",
+            "of /likelihood the image. Of completions at most one a second is scored, and none while somebody waits.",
             by,
             buckets=BITS_PER_DIM,
         )

@@ -70,6 +70,7 @@ VERSION = re.compile(r"[a-z0-9][a-z0-9._-]*")  # no path leads out of the store
 MODEL_FILE = "model.yaml"  # BentoML's own, with the metadata
 FILE_KINDS = (".safetensors", ".json", ".yaml", ".md", ".png")
 POLL_S = 1.0
+WATCH_EVERY_S = 1.0  # drawings are scored for the metrics at most so often
 MAX_BATCH_IMAGES = 32  # of requests that share a call
 SHORT_CALL = 1e9  # sub-pixels times parameters: some tens of milliseconds on a core
 MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
@@ -682,6 +683,7 @@ class PixelCNNService:
         torch.set_num_threads(int(os.environ.get("PIXELCNN_THREADS") or min(4, os.cpu_count() or 1)))
         self.champions = Champions(store_folder())
         self.metrics = metrics()
+        self._watch_at = 0.0
         self.batches = Batches(MAX_BATCH_IMAGES, MAX_QUEUE, on_wait=self.metrics.waiting.set, on_call=self._count_call)
 
     @bentoml.on_startup
@@ -725,8 +727,10 @@ class PixelCNNService:
 
     def _watch(self, endpoint: str, dataset: str, job: SamplingJob) -> None:
         """Tell the metrics how likely the drawing was, if that keeps nobody waiting."""
-        if job.levels is None or self.batches.num_waiting or not bool(job.observed.any()):
+        now = time.monotonic()
+        if job.levels is None or self.batches.num_waiting or now < self._watch_at or not bool(job.observed.any()):
             return
+        self._watch_at = now + WATCH_EVERY_S
         watch = WatchJob(job, job.levels)
         with contextlib.suppress(Full):
             self.batches.submit(watch)
