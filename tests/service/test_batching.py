@@ -81,10 +81,12 @@ def test_a_call_holds_equal_keys_and_a_bounded_number_of_images(batches):
 
 
 def test_a_lane_does_not_wait_for_another(batches):
-    submit(batches, Held("long"))
+    long = Held("long")
+    submit(batches, long)
     wait_until(lambda: Held.calls == [["long"]], 10)
     submit(batches, Held("short", lane="b"))
     wait_until(lambda: ["short"] in Held.calls, 10)
+    assert not long.done.done()
 
 
 def test_what_waits_is_bounded_and_what_is_cancelled_makes_room(batches):
