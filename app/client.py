@@ -13,6 +13,7 @@ import httpx
 
 DEFAULT_URL = "http://127.0.0.1:3000"
 URL_VARIABLE = "PIXELCNN_SERVICE_URL"
+TOKEN_VARIABLE = "PIXELCNN_TOKEN"
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 120.0  # a batch of whole images by the slow sampler
 
@@ -101,6 +102,8 @@ class ServiceClient:
         url: e.g. `http://127.0.0.1:3000`.
         transport: how to send; for tests.
 
+    Where the environment sets PIXELCNN_TOKEN, every request carries it.
+
     Every method raises ServiceError, and nothing else, when there is no usable answer; so does making a client for
     what is no address.
     """
@@ -109,9 +112,13 @@ class ServiceClient:
         if not _is_address(url):
             raise ServiceError(f"{URL_VARIABLE} must be an address like {DEFAULT_URL}, got '{url}'. Set it anew.")
         self.url = url
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise ServiceError(f"{TOKEN_VARIABLE} must be printable ASCII text, without blanks. Set it anew.")
         self._http = httpx.Client(
             base_url=url,
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
             transport=transport,
             trust_env=False,  # the service is a neighbour: never by way of a proxy
         )

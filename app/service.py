@@ -1,20 +1,35 @@
 """The HTTP service: decode a request, call the core, encode the answer. It serves what promotion put into BentoML's
 model store, and takes up a new champion without a restart.
 
-Settings (environment): `BENTOML_HOME` (the store), `BENTOML_HOST`, `BENTOML_PORT`, `PIXELCNN_THREADS` (per request, as
-many as there are cores, at most 4), `PIXELCNN_MAX_BODY_BYTES` (1,000,000).
+Settings (environment):
+
+- `BENTOML_HOME` (the store), `BENTOML_HOST`, `BENTOML_PORT`;
+- `PIXELCNN_THREADS`: of a computation; as many as there are cores, at most 4;
+- `PIXELCNN_TOKEN`: what callers must send as `Authorization: Bearer ...`; none by default;
+- `PIXELCNN_MAX_REQUESTS` (64): requests that are read, wait, are computed or sent; more are refused with 429;
+- `PIXELCNN_MAX_QUEUE` (48): those of them that wait for a computation; likewise;
+- `PIXELCNN_MAX_SAMPLES` (16): images of a request;
+- `PIXELCNN_MAX_BODY_BYTES` (1,000,000), `PIXELCNN_BODY_TIMEOUT_S` (10): size of a request, and the time to send it;
+- `PIXELCNN_TIMEOUT_S` (120): from there to the answer, or to a stream's last event;
+- `PIXELCNN_SEND_TIMEOUT_S` (30): how long a client may take nothing of its answer.
 """
 
 import asyncio
 import base64
-import binascii
+import contextlib
+import functools
+import hashlib
+import itertools
 import json
 import logging
+import math
 import os
+import re
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -30,14 +45,16 @@ from bentoml.exceptions import BentoMLException
 from fastapi import FastAPI
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from pixelcnn import bits_per_dim, complete, completion_log_prob, load_checkpoint, log_prob, sample
+from app.batching import Batches, Full, Job
+from app.gate import TOKEN_VARIABLE, Gate, quoted, setting
+from app.metrics import metrics
+from app.openapi import corrected
+from pixelcnn import bits_per_dim, complete, completion_log_prob, load_checkpoint, log_prob
 from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
 from pixelcnn.config import ModelConfig, model_name
-from pixelcnn.fast_sampling import OnRow, warm_up
+from pixelcnn.fast_sampling import OnRow, engine_name, warm_up
 from pixelcnn.images import from_png
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.model import AutoregressiveModel
@@ -49,11 +66,18 @@ usage_stats.do_not_track.cache_clear()
 logger = logging.getLogger("bentoml.pixelcnn")
 
 NAME_PREFIX = "pixelcnn-"  # model `pixelcnn-DATASET` in the store
+VERSION = re.compile(r"[a-z0-9][a-z0-9._-]*")  # no path leads out of the store
+MODEL_FILE = "model.yaml"  # BentoML's own, with the metadata
+FILE_KINDS = (".safetensors", ".json", ".yaml", ".md", ".png")
 POLL_S = 1.0
-NUM_THREADS = 2  # requests that are computed at the same time; the others wait their turn
-MAX_ACTIVE = 32  # requests that are computed or wait; more are refused with 429
-TIMEOUT_S = 120
-MAX_BODY_BYTES = int(os.environ.get("PIXELCNN_MAX_BODY_BYTES", "1000000"))
+WATCH_EVERY_S = 1.0  # drawings are scored for the metrics at most so often
+MAX_BATCH_IMAGES = 32  # of requests that share a call
+SHORT_CALL = 5e8  # sub-pixels times parameters: some tens of milliseconds on a core
+MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
+TIMEOUT_S = setting("PIXELCNN_TIMEOUT_S", 120)
+MAX_SAMPLES = setting("PIXELCNN_MAX_SAMPLES", 16)
+MAX_BODY_BYTES = setting("PIXELCNN_MAX_BODY_BYTES", 1_000_000)
+BODY_TIMEOUT_S = setting("PIXELCNN_BODY_TIMEOUT_S", 10)
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
 
@@ -76,12 +100,6 @@ logging.getLogger("bentoml._internal.server.http_app").addFilter(_NotForTheLog()
 
 
 # The wire: requests and answers.
-
-
-def quoted(value: Any) -> str:
-    """Return a value from a request for an error message: short, and in ASCII, so that it can always be sent."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def sentence(error: ValidationError, known: list[str]) -> str:
@@ -110,11 +128,28 @@ async def read_body(request: Request) -> bytes:
     if length.isdecimal() and int(length) > MAX_BODY_BYTES:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError:
+        raise RequestError(
+            f"the request took longer than {BODY_TIMEOUT_S} s to arrive: send it anew, in one go.",
+            HTTPStatus.REQUEST_TIMEOUT,
+        ) from None
     return bytes(body)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; readers differ in which of two equal keys they believe, so that is a mistake."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise RequestError(f"the field {quoted(twice)} stands twice in the request: send it once.")
+    return values
 
 
 class ApiRequest(bentoml.IODescriptor):
@@ -135,7 +170,8 @@ class ApiRequest(bentoml.IODescriptor):
         if not body.strip():
             raise RequestError(f"the request is empty: send a JSON object with the fields {', '.join(known)}.")
         try:
-            values = json.loads(body)
+            # As text: given bytes, Python would read UTF-16 and more.
+            values = json.loads(body.decode(), object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is no readable JSON: {quoted(str(error))}.") from None
         try:
@@ -156,7 +192,7 @@ ObservedField = Annotated[
     WithJsonSchema(_PIXELS),
     Field(description="H x W: 1 where the pixel is known, 0 where it is missing"),
 ]
-NumSamples = Annotated[int, Field(ge=1, le=16)]
+NumSamples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 Label = Annotated[int | None, Field(ge=-1, description="-1 or absent for none")]
 Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, description="0 takes the most likely level")]
 Seed = Annotated[int | None, Field(ge=0, le=MAX_SEED, description="drawn and returned when absent")]
@@ -244,16 +280,30 @@ def read_observed(value: Any, config: ModelConfig) -> Tensor:
     return torch.tensor(numbers, dtype=torch.bool).reshape(1, 1, height, width)
 
 
+def read_png(png: bytes, config: ModelConfig) -> Tensor:
+    """Return a PNG as (C, H, W) int64 levels; what would be read as something else than is seen is refused."""
+    # The header, which comes first in every PNG, names the bits of a channel. Pillow would cut 16 of them to 8.
+    if png[12:16] == b"IHDR" and png[24:25] == b"\x10":
+        raise RequestError("image is a PNG of 16 bits per channel: save it with 8.")
+    if b"acTL" in png[: png.find(b"IDAT")]:
+        raise RequestError("image is an animated PNG: send one picture.")
+    try:
+        return from_png(png, config.image_shape, config.num_levels)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    except Exception:  # A decoder that is fed with anything may raise anything.
+        raise RequestError("image is no readable PNG: save it anew.") from None
+
+
 def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) -> Tensor:
     """Return the field `image` as (1, C, H, W) int64 levels; 0 where it is not observed."""
     channels, height, width = config.image_shape
     if isinstance(value, str):
         try:
-            levels = from_png(base64.b64decode(value, validate=True), config.image_shape, config.num_levels)[None]
-        except binascii.Error as error:
-            raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
+            png = base64.b64decode(value, validate=True)
         except ValueError as error:
-            raise RequestError(str(error)) from None
+            raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
+        levels = read_png(png, config)[None]
     else:
         shape = (height, width) if channels == 1 else (height, width, channels)
         # Out-of-range levels become -1 here: whatever stands under a missing pixel is ignored, however large.
@@ -316,6 +366,10 @@ class Champion:
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def describe(self) -> dict[str, Any]:
         return {
             "shape": list(self.config.image_shape),
@@ -329,12 +383,36 @@ class Champion:
         }
 
 
+def check_files(folder: Path, metadata: dict[str, Any]) -> None:
+    """Raise ValueError unless a model's folder holds plain files of the known kinds, those that were promoted.
+
+    Args:
+        metadata: where `manifest_sha256` is the SHA-256 of the rest and of each file's SHA-256, as JSON.
+    """
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise ValueError("its folder is a link: put the model itself into the store.")
+    for file in folder.iterdir():
+        if file.is_symlink() or not file.is_file():
+            raise ValueError(f"{quoted(file.name)} in its folder is no plain file. Promote it again.")
+        if file.suffix not in FILE_KINDS:
+            raise ValueError(f"{quoted(file.name)} does not belong into its folder. Promote it again.")
+    if "manifest_sha256" in metadata:  # models that were promoted before there was one have it not
+        files = {file.name: sha256_of(file) for file in folder.iterdir() if file.name != MODEL_FILE}
+        told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
+        text = json.dumps({"files": files, "metadata": told}, sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest() != metadata["manifest_sha256"]:
+            raise ValueError("its files or metadata are not those that were promoted. Promote it again.")
+
+
 def load_champion(store: Path, tag: str) -> Champion:
-    """Load a model of the store, and check that its weights are those that were promoted.
+    """Load a model of the store, and check that it is what was promoted.
 
     Raises:
-        ValueError: the model is damaged, or lacks its lineage.
+        ValueError: the model is damaged, holds what does not belong there, or lacks its lineage.
     """
+    name, _, version = tag.partition(":")
+    if not VERSION.fullmatch(version):
+        raise ValueError(f"{quoted(version)} is no name of a version. Promote it again.")
     stored = bentoml.models.get(tag, _model_store=ModelStore(store))
     metadata: dict[str, Any] = dict(stored.info.metadata)
     try:
@@ -342,13 +420,15 @@ def load_champion(store: Path, tag: str) -> Champion:
         label_names, protocol = list(metadata["label_names"]), str(metadata["protocol"])
     except (KeyError, ValidationError) as error:
         raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
-    found = sha256_of(Path(stored.path) / WEIGHTS_FILE)
+    folder = store / name / version
+    found = sha256_of(folder / WEIGHTS_FILE)
     if found != identity.weights_sha256:
         raise ValueError(
             f"its weights are not those that were promoted: their SHA-256 is {found[:12]}..., "
             f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
         )
-    model, scores = load_checkpoint(stored.path)
+    check_files(folder, metadata)
+    model, scores = load_checkpoint(folder)
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
     warm_up(model)
@@ -378,6 +458,7 @@ class Champions:
         self.folder = folder
         self._by_dataset: dict[str, Champion] = {}
         self._seen: dict[str, tuple] = {}  # what was found on disk when a dataset was last looked at
+        self._has_failed = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -394,7 +475,10 @@ class Champions:
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception:  # Whatever was put into the store, the next change must be seen.
+                logger.exception("the model store could not be looked through")
 
     def get(self, dataset: str) -> Champion:
         champion = self._by_dataset.get(dataset)
@@ -410,28 +494,46 @@ class Champions:
     def describe(self) -> dict[str, Any]:
         return {dataset: champion.describe() for dataset, champion in sorted(self._by_dataset.items())}
 
+    def _put(self, dataset: str, champion: Champion | None) -> None:
+        """Serve this champion from now on."""
+        old = self._by_dataset.pop(dataset, None) if champion is None else self._by_dataset.get(dataset)
+        if champion is not None:
+            self._by_dataset[dataset] = champion
+        for served, value in ((old, 0), (champion, 1)):
+            if served is not None:
+                metrics().champion.labels(dataset, served.identity.version).set(value)
+
     def refresh(self) -> None:
         """Take up every champion that changed on disk; a failure leaves the one that was served."""
-        folders = {f.name.removeprefix(NAME_PREFIX): f for f in self.folder.glob(f"{NAME_PREFIX}*") if f.is_dir()}
+        try:
+            found = [Path(entry) for entry in os.scandir(self.folder) if entry.is_dir()]
+        except OSError as error:
+            # A store that fails is no order to stop serving.
+            if self._by_dataset and not self._has_failed:
+                logger.error("the model store cannot be read (%s); what was loaded is still served.", error)
+            self._has_failed = True
+            return
+        self._has_failed = False
+        folders = {f.name.removeprefix(NAME_PREFIX): f for f in found if f.name.startswith(NAME_PREFIX)}
         for dataset in set(self._seen) - set(folders):
             del self._seen[dataset]
-            self._by_dataset.pop(dataset, None)
+            self._put(dataset, None)
             logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
         for dataset, folder in folders.items():
             try:
                 version = (folder / "latest").read_text().strip()
                 if not version:  # being rewritten
                     continue
-                stats = [file.stat() for file in sorted((folder / version).iterdir())]
-                seen = (version, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
-            except OSError:  # no version yet, or being replaced: look again in a second
+                files = sorted((folder / version).iterdir()) if VERSION.fullmatch(version) else []
+                seen = (version, *((stat.st_mtime_ns, stat.st_size) for stat in (file.stat() for file in files)))
+            except (OSError, UnicodeDecodeError):  # no version yet, or being replaced: look again in a second
                 continue
             if self._seen.get(dataset) == seen:
                 continue
             self._seen[dataset] = seen
-            tag = f"{folder.name}:{version}"
+            tag = f"{folder.name}:{ascii(version)[1:-1]}"
             try:
-                self._by_dataset[dataset] = load_champion(self.folder, tag)
+                self._put(dataset, load_champion(self.folder, tag))
                 logger.info("serving %s.", tag)
             except Exception as error:  # Whatever is wrong with a new model, the old one must go on answering.
                 kept = self._by_dataset.get(dataset)
@@ -442,63 +544,126 @@ class Champions:
 # The service.
 
 
-class _Stopped(Exception):
-    """Nobody waits for this completion any more."""
+class _NobodyWaits(Exception):
+    """Everybody who asked for these images has left."""
 
 
-class OneSentence:
-    """Give every error the one form `{"error": sentence}`, and refuse requests when too many wait."""
+class SamplingJob(Job):
+    """A checked request for completions, or for whole images: those of which nothing is observed.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self.num_active = 0
+    Args:
+        on_row: is told each finished row and its levels, (num_samples, C, W), from the thread that samples.
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        if scope["method"] != "POST":
-            return await self._answer(scope, receive, send)
-        if self.num_active >= MAX_ACTIVE:
-            text = f"the service is busy with {self.num_active} requests: send this one again in a few seconds."
-            return await JSONResponse({"error": text}, 429, {"Retry-After": "5"})(scope, receive, send)
-        self.num_active += 1
-        try:
-            await self._answer(scope, receive, send)
-        finally:
-            self.num_active -= 1
+    Raises:
+        RequestError: the request does not fit the champion.
+    """
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error: Message | None = None
-        body = b""
-
-        async def send_or_hold(message: Message) -> None:
-            nonlocal error, body
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                error = message
-            elif error is None:
-                await send(message)
-            else:
-                body += message.get("body", b"")
-                if not message.get("more_body"):
-                    status = error["status"]
-                    kept = {k.decode(): v.decode() for k, v in error["headers"] if k.lower() in (b"allow", b"server")}
-                    response = JSONResponse({"error": self._text(scope, status, body)}, status, kept)
-                    await response(scope, receive, send)
-
-        await self.app(scope, receive, send_or_hold)
+    def __init__(self, champion: Champion, request: GenerateRequest, on_row: OnRow | None = None) -> None:
+        config, num = champion.config, request.num_samples
+        self.champion, self.on_row = champion, on_row
+        self.levels: Tensor | None = None
+        self.is_completion = isinstance(request, CompleteRequest)
+        self.observed = torch.zeros(1, 1, *config.image_shape[1:], dtype=torch.bool)
+        self.image = torch.zeros(1, *config.image_shape, dtype=torch.int64)
+        if isinstance(request, CompleteRequest):
+            self.observed = read_observed(request.observed, config)
+            self.image = read_image(request.image, config, self.observed)
+        self.observed, self.image = self.observed.repeat(num, 1, 1, 1), self.image.repeat(num, 1, 1, 1)
+        self.label = read_label(request.label, config, num)
+        self.seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        self.temperature = request.temperature
+        # The compiled sampler computes each image by itself: not a bit of it depends on what is beside it. The others
+        # do not promise that, so with them nobody shares.
+        shares = engine_name(champion.model) == "cached, compiled"
+        super().__init__(request.dataset, (id(champion), request.temperature) if shares else object(), num)
 
     @staticmethod
-    def _text(scope: Scope, status: int, body: bytes) -> str:
-        if status == HTTPStatus.NOT_FOUND and not body.startswith((b"[", b"{")):
-            return f"there is nothing at {quoted(scope['path'])}: /docs.json lists what there is."
-        if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            return f"{quoted(scope['path'])} does not take {quoted(scope['method'])}: /docs.json says what it takes."
+    def run_together(jobs: list["SamplingJob"]) -> None:
+        champion, temperature = jobs[0].champion, jobs[0].temperature
+        config = champion.config
+        ends = list(itertools.accumulate(job.num_images for job in jobs))
+        parts = [slice(end - job.num_images, end) for job, end in zip(jobs, ends, strict=True)]
+
+        def on_row(row: int, levels: Tensor) -> None:
+            if all(job.done.cancelled() for job in jobs):
+                raise _NobodyWaits
+            for job, part in zip(jobs, parts, strict=True):
+                if job.on_row is not None:
+                    job.on_row(row, levels[part])
+
+        image, observed = (torch.cat([getattr(job, name) for job in jobs]) for name in ("image", "observed"))
+        u = torch.cat([noise(job.seed, job.num_images, config.image_shape) for job in jobs])
+        label = None
+        if config.num_labels:
+            none = [torch.full((job.num_images,), -1) for job in jobs]
+            label = torch.cat([n if job.label is None else job.label for job, n in zip(jobs, none, strict=True)])
+        # Between rows the threads of the sampler wait for each other, which a short call would feel: it is
+        # told of rows only where somebody listens, or where it pays to notice that nobody waits any more.
+        listens = any(job.on_row is not None for job in jobs) or u.numel() * champion.num_parameters > SHORT_CALL
         try:
-            values = json.loads(body)
-            # BentoML wraps its own exceptions' text into a list.
-            return str((values[0] if isinstance(values, list) else values)["error"])
-        except (ValueError, LookupError, TypeError):
-            return f"the request failed: {HTTPStatus(status).phrase}."
+            levels = complete(champion.model, image, observed, u, label, temperature, on_row if listens else None)
+        except _NobodyWaits:
+            return
+        for job, part in zip(jobs, parts, strict=True):
+            if not job.done.cancelled():
+                job.levels = levels[part]
+                job.finish(job.answer(levels[part]))
+
+    def answer(self, levels: Tensor) -> "CompleteAnswer | GenerateAnswer":
+        """Score the images, by themselves: torch does not promise that a score has the same bits in a larger batch."""
+        model, label = self.champion.model, self.label
+        common: dict[str, Any] = {"seed": self.seed, "model": self.champion.identity}
+        with torch.inference_mode():
+            if self.is_completion:
+                scores = completion_log_prob(model, levels, self.observed, label).tolist()
+                return CompleteAnswer(completions=to_lists(levels), log_probs=scores, **common)
+            return GenerateAnswer(images=to_lists(levels), log_probs=log_prob(model, levels, label).tolist(), **common)
+
+
+class LikelihoodJob(Job):
+    """A checked image to be scored. Scores share no call: see `SamplingJob.answer`.
+
+    Raises:
+        RequestError: the request does not fit the champion.
+    """
+
+    def __init__(self, champion: Champion, request: LikelihoodRequest) -> None:
+        self.champion = champion
+        self.levels = read_image(request.image, champion.config)
+        self.label = read_label(request.label, champion.config)
+        super().__init__("likelihood", object(), 1)
+
+    @staticmethod
+    def run_together(jobs: list["LikelihoodJob"]) -> None:
+        for job in jobs:
+            with torch.inference_mode():
+                nats = -pixel_log_prob(job.champion.model, job.levels, job.label)[0].double()  # (C, H, W)
+            total = nats.sum().item()
+            answer = LikelihoodAnswer(
+                log_prob=-total,
+                bits_per_dim=bits_per_dim(total, job.champion.config.image_shape),
+                surprise=nats.sum(dim=0).tolist(),
+                model=job.champion.identity,
+            )
+            job.finish(answer)
+
+
+class WatchJob(Job):
+    """Score what was known of a completed image, for the metrics alone: nothing of it is kept."""
+
+    def __init__(self, asked: SamplingJob, completion: Tensor) -> None:
+        self.asked, self.levels = asked, completion[:1]
+        super().__init__("watch", object(), 1)
+
+    @staticmethod
+    def run_together(jobs: list["WatchJob"]) -> None:
+        for job in jobs:
+            champion, observed = job.asked.champion, job.asked.observed[:1]
+            label = None if job.asked.label is None else job.asked.label[:1]
+            with torch.inference_mode():
+                nats = -(pixel_log_prob(champion.model, job.levels, label) * observed).sum().item()
+            num_dims = int(observed.sum()) * champion.config.image_shape[0]
+            job.finish(nats / (num_dims * math.log(2)))
 
 
 models_app = FastAPI(title="models", docs_url=None, redoc_url=None, openapi_url=None)
@@ -517,7 +682,9 @@ class PixelCNNService:
     def __init__(self) -> None:
         torch.set_num_threads(int(os.environ.get("PIXELCNN_THREADS") or min(4, os.cpu_count() or 1)))
         self.champions = Champions(store_folder())
-        self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="compute")
+        self.metrics = metrics()
+        self._watch_at = 0.0
+        self.batches = Batches(MAX_BATCH_IMAGES, MAX_QUEUE, on_wait=self.metrics.waiting.set, on_call=self._count_call)
 
     @bentoml.on_startup
     def start(self) -> None:
@@ -526,124 +693,116 @@ class PixelCNNService:
     @bentoml.on_shutdown
     def shut_down(self) -> None:
         self.champions.stop()
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.batches.close()
 
-    async def _in_thread(self, function: Callable, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+    def _submit(self, job: Job) -> None:
+        try:
+            self.batches.submit(job)
+        except Full:
+            raise RequestError(
+                f"{self.batches.num_waiting} requests wait already: send this one again in a few seconds.",
+                HTTPStatus.TOO_MANY_REQUESTS,
+            ) from None
+
+    def _count_call(self, jobs: list[Job]) -> None:
+        lane = jobs[0].lane
+        self.metrics.batch_requests.labels(lane).observe(len(jobs))
+        self.metrics.batch_images.labels(lane).observe(sum(job.num_images for job in jobs))
+
+    @contextlib.contextmanager
+    def _measured(self, endpoint: str, dataset: str) -> Iterator[None]:
+        """Take the time of an answer; count it where its client left."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.left.labels(endpoint, dataset).inc()
+            raise
+        self.metrics.seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
+
+    async def _answer(self, endpoint: str, dataset: str, job: Job) -> Any:
+        with self._measured(endpoint, dataset):
+            self._submit(job)
+            return await asyncio.wrap_future(job.done)  # cancelled with the request
+
+    def _watch(self, endpoint: str, dataset: str, job: SamplingJob) -> None:
+        """Tell the metrics how likely the drawing was, if that keeps nobody waiting."""
+        now = time.monotonic()
+        if job.levels is None or self.batches.num_waiting or now < self._watch_at or not bool(job.observed.any()):
+            return
+        self._watch_at = now + WATCH_EVERY_S
+        watch = WatchJob(job, job.levels)
+        with contextlib.suppress(Full):
+            self.batches.submit(watch)
+        drawn = self.metrics.drawn.labels(endpoint, dataset)
+
+        def tell(done: Future[float]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                drawn.observe(done.result())
+
+        watch.done.add_done_callback(tell)
 
     @models_app.get("/models")
     def list_models(self) -> dict[str, Any]:
         """Describe the champion of each dataset: shape, levels, labels, lineage, scores."""
         return self.champions.describe()
 
+    @models_app.get("/docs.json", include_in_schema=False)
+    def document(self) -> dict[str, Any]:
+        """Return the OpenAPI document, in place of BentoML's."""
+        return corrected(cast(bentoml.Service, PixelCNNService).openapi_spec.asdict(), self.champions.describe())
+
     @bentoml.api
     async def complete(self, request: CompleteRequest, /) -> CompleteAnswer:
         """Fill in the missing pixels of an image, several times."""
-        return await self._in_thread(CompletionJob(self.champions, request).run)
+        job = SamplingJob(self.champions.get(request.dataset), request)
+        answer = await self._answer("complete", request.dataset, job)
+        self._watch("complete", request.dataset, job)
+        return answer
 
     @bentoml.api
     async def complete_stream(self, request: CompleteRequest, /) -> AsyncGenerator[str, None]:
         """Do the same, telling each finished row: events `rows`, then `result` (or `error`)."""
-        job = CompletionJob(self.champions, request)
-        yield ": drawing\n\n"  # The answer begins now: its time is not limited from here on.
         loop = asyncio.get_running_loop()
+        # It holds an image's rows at most, so the sampler never waits for a slow reader.
         events: asyncio.Queue[str | None] = asyncio.Queue()
-        stop = threading.Event()
-
-        def tell(event: str | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
 
         def on_row(row: int, levels: Tensor) -> None:
-            if stop.is_set():
-                raise _Stopped
-            tell(sse("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])})))
+            event = sse("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])}))
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def draw() -> None:
-            try:
-                tell(sse("result", job.run(on_row).model_dump_json()))
-            except _Stopped:
-                pass
-            except Exception:
-                logger.exception("completion failed while it was streamed")
-                tell(sse("error", json.dumps({"error": "the completion failed: the service's log says why."})))
-            finally:
-                tell(None)
-
-        self.threads.submit(draw)
+        job = SamplingJob(self.champions.get(request.dataset), request, on_row)
+        self._submit(job)
+        job.done.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+        end = loop.time() + TIMEOUT_S
         try:
-            while (event := await events.get()) is not None:
-                yield event
+            with self._measured("complete_stream", request.dataset):
+                yield ": drawing\n\n"  # The answer begins now: BentoML's own limit on its time ends here.
+                while (event := await asyncio.wait_for(events.get(), end - loop.time())) is not None:
+                    yield event
+                yield sse("result", job.done.result().model_dump_json())
+            self._watch("complete_stream", request.dataset, job)
+        except TimeoutError:
+            yield sse("error", json.dumps({"error": f"the completion took longer than {TIMEOUT_S} s: ask for less."}))
+        except Exception:
+            logger.exception("completion failed while it was streamed")
+            yield sse("error", json.dumps({"error": "the completion failed: the service's log says why."}))
         finally:
-            stop.set()  # The client may have left: do not draw for nobody.
+            job.done.cancel()  # The client may have left: do not draw for nobody.
 
     @bentoml.api
     async def generate(self, request: GenerateRequest, /) -> GenerateAnswer:
         """Sample whole images."""
-        champion = self.champions.get(request.dataset)
-        config = champion.config
-        label = read_label(request.label, config, request.num_samples)
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-
-        def run() -> GenerateAnswer:
-            u = noise(seed, request.num_samples, config.image_shape)
-            levels = sample(champion.model, u, label, request.temperature)
-            with torch.inference_mode():
-                scores = log_prob(champion.model, levels, label).tolist()
-            return GenerateAnswer(images=to_lists(levels), log_probs=scores, seed=seed, model=champion.identity)
-
-        return await self._in_thread(run)
+        job = SamplingJob(self.champions.get(request.dataset), request)
+        return await self._answer("generate", request.dataset, job)
 
     @bentoml.api
     async def likelihood(self, request: LikelihoodRequest, /) -> LikelihoodAnswer:
         """Score an image: its log-probability, and how surprising each pixel is."""
-        champion = self.champions.get(request.dataset)
-        config = champion.config
-        levels = read_image(request.image, config)
-        label = read_label(request.label, config)
-
-        def run() -> LikelihoodAnswer:
-            with torch.inference_mode():
-                nats = -pixel_log_prob(champion.model, levels, label)[0].double()  # (C, H, W)
-            total = nats.sum().item()
-            return LikelihoodAnswer(
-                log_prob=-total,
-                bits_per_dim=bits_per_dim(total, config.image_shape),
-                surprise=nats.sum(dim=0).tolist(),
-                model=champion.identity,
-            )
-
-        return await self._in_thread(run)
+        job = LikelihoodJob(self.champions.get(request.dataset), request)
+        answer = await self._answer("likelihood", request.dataset, job)
+        self.metrics.drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
+        return answer
 
 
-class CompletionJob:
-    """A checked request for completions, ready to run in a thread.
-
-    Raises:
-        RequestError: the request does not fit the champion.
-    """
-
-    def __init__(self, champions: Champions, request: CompleteRequest) -> None:
-        self.champion = champions.get(request.dataset)
-        config = self.champion.config
-        num = request.num_samples
-        self.observed = read_observed(request.observed, config)
-        self.image = read_image(request.image, config, self.observed)
-        self.label = read_label(request.label, config, num)
-        self.seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        self.num_samples, self.temperature = num, request.temperature
-
-    def run(self, on_row: OnRow | None = None) -> CompleteAnswer:
-        """Complete, telling each finished row; what `on_row` raises ends it."""
-        num, model = self.num_samples, self.champion.model
-        image, observed = self.image.repeat(num, 1, 1, 1), self.observed.repeat(num, 1, 1, 1)
-        u = noise(self.seed, num, self.champion.config.image_shape)
-        levels = complete(model, image, observed, u, self.label, self.temperature, on_row)
-        return CompleteAnswer(
-            completions=to_lists(levels),
-            log_probs=completion_log_prob(model, levels, observed, self.label).tolist(),
-            seed=self.seed,
-            model=self.champion.identity,
-        )
-
-
-cast(bentoml.Service, PixelCNNService).add_asgi_middleware(OneSentence)
+cast(bentoml.Service, PixelCNNService).add_asgi_middleware(Gate, token=os.environ.get(TOKEN_VARIABLE, "").strip())

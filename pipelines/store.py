@@ -4,6 +4,8 @@ A model is `pixelcnn-DATASET:vVERSION-SHA8`: the files of a checkpoint, with the
 served is the store's `latest` of that name.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -58,7 +60,17 @@ def is_intact(tag: str, weights_sha256: str) -> bool:
     except (BentoMLException, ValueError, OSError):
         return False
     metadata: Mapping[str, Any] = stored.info.metadata
+    told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
+    if metadata.get("manifest_sha256") != manifest_of(folder, told):
+        return False
     return sha256_of(folder / WEIGHTS_FILE) == weights_sha256 == metadata.get("weights_sha256")
+
+
+def manifest_of(folder: Path, metadata: Mapping[str, Any]) -> str:
+    """Return one SHA-256 of a model's metadata and of all its files: the service checks it before it serves them."""
+    files = {file.name: sha256_of(file) for file in folder.iterdir() if file.name != "model.yaml"}
+    text = json.dumps({"files": files, "metadata": dict(metadata)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
@@ -71,6 +83,7 @@ def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
         Its tag.
     """
     tag = tag_of(metadata)
+    metadata = {**metadata, "manifest_sha256": manifest_of(checkpoint, metadata)}
     if is_intact(tag, metadata["weights_sha256"]):
         return tag
     target = _models() / tag.replace(":", "/")

@@ -57,7 +57,7 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 150
         while True:
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()

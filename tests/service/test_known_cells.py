@@ -19,7 +19,7 @@ from app.drawing import (
     per_cell,
     strength_of,
 )
-from app.service import Champion, Champions, CompleteRequest, CompletionJob, Identity
+from app.service import Champion, Champions, CompleteRequest, Identity, SamplingJob
 
 MODES = ("above", "ink", "touched", "mask")
 
@@ -43,8 +43,10 @@ def in_process(tmp_path, monkeypatch) -> ServiceClient:
         monkeypatch.setitem(champions._by_dataset, dataset, champion)
 
     def answer(request: httpx.Request) -> httpx.Response:
-        job = CompletionJob(champions, CompleteRequest.model_validate(json.loads(request.content)))
-        return httpx.Response(200, text=job.run().model_dump_json())
+        values = CompleteRequest.model_validate(json.loads(request.content))
+        job = SamplingJob(champions.get(values.dataset), values)
+        job.run_together([job])
+        return httpx.Response(200, text=job.done.result().model_dump_json())
 
     return ServiceClient("http://service.test", transport=httpx.MockTransport(answer))
 

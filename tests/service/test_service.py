@@ -17,7 +17,7 @@ import pytest
 import torch
 from champions import COLOUR, GREY, SCORES, make_checkpoint, put, wait_until
 
-from app import service
+from app import gate, service
 from pipelines import store
 from pixelcnn import bits_per_dim, completion_log_prob, log_prob, pixel_log_prob, save_checkpoint
 from pixelcnn.checkpoint import sha256_of
@@ -200,7 +200,8 @@ def test_docs_list_every_endpoint(client):
     for path in ("/complete", "/complete_stream", "/generate", "/likelihood"):
         assert "post" in docs["paths"][path]
     assert "get" in docs["paths"]["/models"]
-    assert docs["components"]["schemas"]["CompleteRequest"]["properties"]["num_samples"]["maximum"] == 16
+    for request in docs["components"]["schemas"]["CompleteRequest"]["oneOf"]:
+        assert request["properties"]["num_samples"]["maximum"] == 16
 
 
 # The stream.
@@ -262,7 +263,7 @@ def test_drawing_stops_when_nobody_listens(monkeypatch):
             for row in itertools.count():
                 arguments[-1](row, torch.zeros(1, 1, 4, dtype=torch.int64))
                 time.sleep(0.01)
-        except service._Stopped:
+        except service._NobodyWaits:
             stopped.set()
             raise
 
@@ -439,12 +440,12 @@ def test_our_own_failure_tells_no_details(client, monkeypatch):
     def fail(*arguments, **more):
         raise RuntimeError("secret details")
 
-    monkeypatch.setattr(service, "sample", fail)
+    monkeypatch.setattr(service, "complete", fail)
     assert "secret" not in error_of(client.post("/generate", json={"dataset": "grey"}), 500)
 
 
 def test_too_many_at_once(client, monkeypatch):
-    monkeypatch.setattr(service, "MAX_ACTIVE", 0)
+    monkeypatch.setattr(gate, "MAX_REQUESTS", 0)
     response = client.post("/generate", json={"dataset": "grey"})
     assert "send this one again in a few seconds" in error_of(response, 429)
     assert response.headers["retry-after"] == "5"

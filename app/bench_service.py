@@ -1,0 +1,147 @@
+"""Measure a running service through HTTP, as its clients see it: `python -m app.bench_service`.
+
+Latency of /complete with 4 candidates of a half-known image, and of the first rows of /complete_stream, for each
+dataset; then throughput with 1, 8, 32 and 128 clients that each ask for one completion after the other. One client
+asks for one thing at a time, so nothing is batched for it: it is what the others are compared with.
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from statistics import quantiles
+
+import httpx
+
+from app.client import TOKEN_VARIABLE, Image, service_url
+
+NUM_CANDIDATES = 4
+TIMEOUT_S = 300
+
+
+def half_known(shape: list[int]) -> tuple[Image, list[list[int]]]:
+    """Return an image of level 0, and `observed` with the upper half known; shape is [C, H, W]."""
+    channels, height, width = shape
+    image = [[0 if channels == 1 else [0] * channels for _ in range(width)] for _ in range(height)]
+    return image, [[int(y < height // 2)] * width for y in range(height)]
+
+
+def body_of(dataset: str, shape: list[int], num_samples: int, seed: int) -> bytes:
+    image, observed = half_known(shape)
+    values = {"dataset": dataset, "image": image, "observed": observed, "num_samples": num_samples, "seed": seed}
+    return json.dumps(values).encode()
+
+
+def percentiles(seconds: list[float]) -> tuple[float, float]:
+    """Return p50 and p99."""
+    if len(seconds) < 2:
+        return (seconds or [float("nan")])[0], (seconds or [float("nan")])[0]
+    cuts = quantiles(seconds, n=100, method="inclusive")
+    return cuts[49], cuts[98]
+
+
+def time_of(work: Callable[[int], object], times: int) -> list[float]:
+    """Return the seconds of each call."""
+    taken = []
+    for i in range(times):
+        start = time.perf_counter()
+        work(i)
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def first_rows(http: httpx.Client, body: bytes) -> None:
+    """Ask for a stream and leave after the first rows."""
+    with http.stream("POST", "/complete_stream", content=body) as response:
+        response.raise_for_status()
+        next(line for line in response.iter_lines() if line == "event: rows")
+
+
+def crowd(url: str, headers: dict[str, str], body: Callable[[int], bytes], clients: int, seconds: float) -> dict:
+    """Let many clients ask for one completion after the other; return what came of it."""
+    answered: list[float] = []
+    refused: list[float] = []
+    others: list[str] = []
+    end = time.perf_counter() + seconds
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
+            i = number
+            while (start := time.perf_counter()) < end:
+                response = http.post("/complete", content=body(i))
+                taken = time.perf_counter() - start
+                if response.status_code == 200:
+                    answered.append(taken)
+                elif response.status_code == 429:
+                    refused.append(taken)
+                    time.sleep(0.05)
+                else:
+                    others.append(response.text)
+                i += clients
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - start
+    return {"per_s": len(answered) / took, "answered": answered, "refused": refused, "others": others}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m app.bench_service", description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default=service_url())
+    parser.add_argument("--requests", type=int, default=30, help="per dataset and row of the first table")
+    parser.add_argument("--datasets", nargs="*", help="all that are served by default")
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32, 128])
+    parser.add_argument("--seconds", type=float, default=10, help="per row of the second table")
+    parser.add_argument("--dataset", help="of the second table; the first by name by default")
+    arguments = parser.parse_args()
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    with httpx.Client(base_url=arguments.url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
+        served = http.get("/models").raise_for_status().json()
+        if not served:
+            raise SystemExit("error: no dataset is served. Promote a model first.")
+        print(f"| dataset | /complete, {NUM_CANDIDATES} candidates of a half: p50 | p99 | first rows: p50 | p99 |")
+        print("| --- | --- | --- | --- | --- |")
+        for dataset in arguments.datasets or served:
+            shape = served[dataset]["shape"]
+
+            def body(i: int, dataset: str = dataset, shape: list[int] = shape) -> bytes:
+                return body_of(dataset, shape, NUM_CANDIDATES, i)
+
+            http.post("/complete", content=body(0)).raise_for_status()
+            whole = time_of(lambda i: http.post("/complete", content=body(i)).raise_for_status(), arguments.requests)
+            rows = time_of(lambda i: first_rows(http, body(i)), arguments.requests)
+            cells = [f"{1000 * value:.0f} ms" for value in (*percentiles(whole), *percentiles(rows))]
+            print(f"| {dataset} | {' | '.join(cells)} |", flush=True)
+    dataset = arguments.dataset or min(served)
+    print(f"\n| clients, {dataset} | answers per second | against 1 | p50 | p99 | refused | refusal: p99 |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    alone = None
+    for clients in arguments.clients:
+        found = crowd(
+            arguments.url,
+            headers,
+            lambda i: body_of(dataset, served[dataset]["shape"], 1, i),
+            clients,
+            arguments.seconds,
+        )
+        if found["others"]:
+            raise SystemExit(f"error: {len(found['others'])} requests failed, the first with: {found['others'][0]}")
+        alone = alone or found["per_s"]
+        p50, p99 = percentiles(found["answered"])
+        refusal = f"{1000 * percentiles(found['refused'])[1]:.0f} ms" if found["refused"] else ""
+        print(
+            f"| {clients} | {found['per_s']:.1f} | {found['per_s'] / alone:.2f} x | {1000 * p50:.0f} ms | "
+            f"{1000 * p99:.0f} ms | {len(found['refused'])} | {refusal} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

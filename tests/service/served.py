@@ -1,0 +1,90 @@
+"""The service as a person starts it: a process of its own on a free port."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+BENTOML = str(Path(sys.executable).with_name("bentoml"))
+START_SECONDS = 150
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Served:
+    """A running service.
+
+    Args:
+        url: where it answers.
+        process: `bentoml serve`, which starts and watches the worker.
+        log: the file of both outputs.
+    """
+
+    def __init__(self, url: str, process: subprocess.Popen, log: Path) -> None:
+        self.url, self.process, self.log = url, process, log
+        self.port = int(url.rpartition(":")[2])
+
+    def wait_until_ready(self) -> float:
+        """Wait for the first good answer; return the seconds that took."""
+        start = time.monotonic()
+        while time.monotonic() < start + START_SECONDS:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/models", timeout=5).status_code == 200:
+                    return time.monotonic() - start
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the workers that compute."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if parent == self.process.pid and b"_bentoml_impl.worker.service" in command:
+                found.append(int(folder.name))
+        return found
+
+
+@contextmanager
+def serving(home: Path, log: Path, **environment: str) -> Iterator[Served]:
+    """Serve the models of a store, BENTOML_HOME, until the end of the block."""
+    port = free_port()
+    settings = {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT), **environment}
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [BENTOML, "serve", "app.service:PixelCNNService", "--port", str(port)],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    served = Served(f"http://127.0.0.1:{port}", process, log)
+    try:
+        served.wait_until_ready()
+        yield served
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,64 @@
+"""The service behaves as its OpenAPI document says, in as many cases as are asked for."""
+
+import os
+import subprocess
+import sys
+
+import httpx
+import pytest
+from champions import COLOUR, GREY, put
+from served import serving
+
+from pipelines import store
+
+# The size that the documents state: PIXELCNN_TEST_CASES=1000, per endpoint.
+NUM_CASES = int(os.environ.get("PIXELCNN_TEST_CASES", "15"))
+CHECKS = [
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+    "allow_header_conformance",
+]
+OPTIONS = f"""
+--checks {",".join(CHECKS)} --mode all --phases coverage,fuzzing --max-examples {NUM_CASES} --seed 1
+--generation-allow-x00 true --max-response-time 30 --include-method POST
+--suppress-health-check all --warnings off --no-color
+""".split()
+STATUSES = (400, 401, 404, 408, 413, 415, 429, 500, 504)
+
+
+def test_the_document_names_what_is_served(client):
+    document = client.get("/docs.json").json()
+    assert document["openapi"] == "3.1.0"
+    for path in ("/complete", "/complete_stream", "/generate", "/likelihood"):
+        operation = document["paths"][path]["post"]
+        assert set(operation["responses"]) == {"200", *map(str, STATUSES)}
+        reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        requests = document["components"]["schemas"][reference.rpartition("/")[2]]["oneOf"]
+        assert {"grey", "colour"} <= {request["properties"]["dataset"]["const"] for request in requests}
+    assert "InvalidArgument" not in str(document)
+
+
+@pytest.mark.timeout(3600)
+def test_generated_requests_are_answered_as_the_document_says(tmp_path, monkeypatch):
+    """Positive and negative ones, NUL bytes among them, and every boundary that the document states."""
+    home = tmp_path / "bentoml"
+    home.mkdir()
+    monkeypatch.setenv("BENTOML_HOME", str(home))
+    for dataset, config in (("grey", GREY), ("colour", COLOUR)):
+        store.serve(put(tmp_path, dataset, config, "1", seed=0))
+    with serving(home, tmp_path / "log") as served:
+        done = subprocess.run(
+            [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/docs.json", "--url", served.url, *OPTIONS],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        print("\n".join(done.stdout.splitlines()[-25:]))
+        assert httpx.get(f"{served.url}/models").status_code == 200
+        assert "Traceback" not in served.log.read_text()

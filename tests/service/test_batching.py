@@ -1,0 +1,303 @@
+"""Requests that come together share a call, and nobody can tell from an answer."""
+
+import asyncio
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from champions import GREY, put, wait_until
+
+from app import service
+from app.batching import Batches, Full, Job
+from pipelines import store
+
+# The sizes that the documents state: PIXELCNN_TEST_CROWD=1000 PIXELCNN_TEST_SWAPS=20.
+NUM_CROWD = int(os.environ.get("PIXELCNN_TEST_CROWD", "64"))
+NUM_SWAPS = int(os.environ.get("PIXELCNN_TEST_SWAPS", "4"))
+
+
+class Held(Job):
+    """A job whose calls wait for `go`."""
+
+    calls: list[list[str]]
+    go: threading.Event
+
+    def __init__(self, name: str, key: str = "k", num_images: int = 1, lane: str = "a") -> None:
+        super().__init__(lane, key, num_images)
+        self.name = name
+
+    @staticmethod
+    def run_together(jobs: list["Held"]) -> None:
+        Held.calls.append([job.name for job in jobs])
+        assert Held.go.wait(10)
+        if "bad" in Held.calls[-1]:
+            raise ValueError("it is bad")
+        for job in jobs:
+            job.finish(job.name)
+
+
+@pytest.fixture
+def batches():
+    Held.calls, Held.go = [], threading.Event()
+    batches = Batches(max_images=4, max_waiting=6)
+    yield batches
+    Held.go.set()
+    batches.close()
+
+
+def submit(batches: Batches, *jobs: Held) -> None:
+    for job in jobs:
+        batches.submit(job)
+
+
+def test_an_idle_lane_starts_at_once_and_those_that_wait_share_the_next_call(batches):
+    jobs = [Held(name) for name in "abc"]
+    submit(batches, jobs[0])
+    wait_until(lambda: Held.calls == [["a"]], 10)
+    submit(batches, *jobs[1:])
+    Held.go.set()
+    assert [job.done.result(10) for job in jobs] == ["a", "b", "c"]
+    assert Held.calls == [["a"], ["b", "c"]]
+
+
+def test_a_call_holds_equal_keys_and_a_bounded_number_of_images(batches):
+    submit(batches, Held("first"))
+    wait_until(lambda: Held.calls == [["first"]], 10)
+    jobs = [
+        Held("a", num_images=2),
+        Held("b", key="other"),
+        Held("c", num_images=3),
+        Held("d"),
+        Held("e", num_images=9),
+    ]
+    submit(batches, *jobs)
+    Held.go.set()
+    assert [job.done.result(10) for job in jobs] == ["a", "b", "c", "d", "e"]
+    assert Held.calls[1:] == [["a", "d"], ["b"], ["c"], ["e"]]
+
+
+def test_a_lane_does_not_wait_for_another(batches):
+    long = Held("long")
+    submit(batches, long)
+    wait_until(lambda: Held.calls == [["long"]], 10)
+    submit(batches, Held("short", lane="b"))
+    wait_until(lambda: ["short"] in Held.calls, 10)
+    assert not long.done.done()
+
+
+def test_what_waits_is_bounded_and_what_is_cancelled_makes_room(batches):
+    submit(batches, Held("first"))
+    wait_until(lambda: Held.calls == [["first"]], 10)
+    jobs = [Held(str(i)) for i in range(6)]
+    submit(batches, *jobs)
+    with pytest.raises(Full):
+        batches.submit(Held("too many"))
+    jobs[2].done.cancel()
+    assert batches.num_waiting == 5
+    jobs.append(Held("6"))
+    submit(batches, jobs[6])
+    Held.go.set()
+    assert jobs[6].done.result(10) == "6"
+    assert [name for names in Held.calls for name in names] == ["first", "0", "1", "3", "4", "5", "6"]
+
+
+def test_a_failure_reaches_all_that_share_it_and_ends_nothing_else(batches):
+    submit(batches, Held("first"))
+    wait_until(lambda: Held.calls == [["first"]], 10)
+    jobs = [Held("bad"), Held("good"), Held("later", key="other")]
+    submit(batches, *jobs)
+    Held.go.set()
+    for job in jobs[:2]:
+        with pytest.raises(ValueError, match="it is bad"):
+            job.done.result(10)
+    assert jobs[2].done.result(10) == "later"
+
+
+def test_closing_cancels_what_waits(batches):
+    submit(batches, Held("first"))
+    wait_until(lambda: Held.calls == [["first"]], 10)
+    waiting = Held("waiting")
+    submit(batches, waiting)
+    batches.close()
+    assert waiting.done.cancelled()
+    with pytest.raises(Full):
+        batches.submit(Held("late"))
+
+
+# The same with the sampler.
+
+SHAPES = {"grey": (5, 4), "colour": (4, 5, 3)}
+
+
+def random_request(draw: np.random.Generator) -> tuple[str, dict]:
+    """Return a path and a request; few temperatures, so that many can share a call."""
+    dataset = str(draw.choice(["grey", "colour"]))
+    shape = SHAPES[dataset]
+    levels = {"grey": 2, "colour": 4}[dataset]
+    path = str(draw.choice(["/complete", "/complete_stream", "/generate", "/likelihood"]))
+    request: dict = {"dataset": dataset}
+    if dataset == "grey":
+        request["label"] = int(draw.integers(-1, 3))
+    if path != "/generate":
+        request["image"] = draw.integers(levels, size=shape).tolist()
+    if path != "/likelihood":
+        request |= {"seed": int(draw.integers(2**63)), "num_samples": int(draw.integers(1, 5))}
+        request["temperature"] = float(draw.choice([1.0, 0.5]))
+    if path.startswith("/complete"):
+        request["observed"] = draw.integers(2, size=shape[:2]).tolist()
+    return path, request
+
+
+def test_the_answer_is_the_same_alone_and_in_a_crowd_of_32(client, monkeypatch):
+    shared: list[int] = []
+    run_together = service.SamplingJob.run_together
+
+    def count(jobs: list) -> None:
+        shared.append(len(jobs))
+        run_together(jobs)
+
+    monkeypatch.setattr(service.SamplingJob, "run_together", staticmethod(count))
+    draw = np.random.default_rng(0)
+    requests = [random_request(draw) for _ in range(NUM_CROWD)]
+
+    def ask(path_and_request: tuple[str, dict]) -> str:
+        response = client.post(path_and_request[0], json=path_and_request[1])
+        assert response.status_code == 200, response.text
+        return response.text
+
+    alone = [ask(request) for request in requests]
+    assert set(shared) == {1}
+    shared.clear()
+    with ThreadPoolExecutor(32) as crowd:
+        together = list(crowd.map(ask, requests))
+    num_different = sum(a != b for a, b in zip(alone, together, strict=True))
+    assert num_different == 0
+    assert max(shared) > 1, "nothing was shared: the test shows nothing"
+    print(f"\n{NUM_CROWD} requests, alone and in a crowd of 32: {num_different} differ; "
+          f"{sum(shared)} of them sampled in {len(shared)} calls, at most {max(shared)} at once")  # fmt: skip
+
+
+@pytest.mark.usefixtures("use_home")
+def test_promotions_under_load_fail_no_request_and_mix_no_versions(client, tmp_path):
+    """Every answer is what the version that it names gives: known from asking each version alone."""
+    image = [[1, 0, 1, 0]] * 5
+    request = {
+        "dataset": "swaps",
+        "image": image,
+        "observed": [[1] * 4] * 2 + [[0] * 4] * 3,
+        "num_samples": 2,
+        "seed": 1,
+    }
+
+    def ask():
+        return client.post("/complete", json=request)
+
+    def version() -> str:
+        return client.get("/models").json().get("swaps", {}).get("model", {}).get("version", "")
+
+    expected = {}
+    for number in ("1", "2"):
+        store.serve(put(tmp_path, "swaps", GREY, number, seed=int(number)))
+        wait_until(lambda number=number: version() == number)
+        expected[number] = ask().text
+    assert expected["1"].split('"model"')[0] != expected["2"].split('"model"')[0]
+    answers = []
+    end = threading.Event()
+
+    def keep_asking() -> None:
+        while not end.is_set():
+            answers.append(ask())
+
+    threads = [threading.Thread(target=keep_asking) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(NUM_SWAPS):
+            number = "12"[i % 2]
+            store.serve(put(tmp_path / str(i), "swaps", GREY, number, seed=int(number)))
+            wait_until(lambda number=number: version() == number)
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+    failed = [answer for answer in answers if answer.status_code != 200]
+    mixed = [answer for answer in answers if answer.text != expected[answer.json()["model"]["version"]]]
+    assert (failed, mixed) == ([], [])
+    print(f"\n{NUM_SWAPS} promotions under load: {len(answers)} answers, {len(failed)} failed, {len(mixed)} mixed")
+
+
+@pytest.mark.usefixtures("client", "use_home")
+def test_a_batch_stops_when_its_last_client_has_left(monkeypatch):
+    rows: list[int] = []
+    stopped = threading.Event()
+
+    def draw_for_ever(*arguments) -> None:
+        try:
+            while True:
+                rows.append(len(rows))
+                arguments[-1](0, torch.zeros(2, 1, 4, dtype=torch.int64))
+                time.sleep(0.005)
+        finally:
+            stopped.set()
+
+    monkeypatch.setattr(service, "SHORT_CALL", 0)
+    monkeypatch.setattr(service, "complete", draw_for_ever)
+    instance = service.PixelCNNService.inner()
+    instance.champions.refresh()
+    champion = instance.champions.get("grey")
+    jobs = [service.SamplingJob(champion, service.GenerateRequest(dataset="grey")) for _ in range(2)]
+    thread = threading.Thread(target=service.SamplingJob.run_together, args=(jobs,))
+    thread.start()
+    jobs[0].done.cancel()
+    seen = len(rows)
+    wait_until(lambda: len(rows) > seen + 5, 10)
+    assert not stopped.is_set()
+    jobs[1].done.cancel()
+    seen = len(rows)
+    thread.join(10)
+    assert stopped.is_set()
+    assert len(rows) <= seen + 2
+
+
+@pytest.mark.usefixtures("client", "use_home")
+def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
+    go = threading.Event()
+    drawn = []
+
+    def wait(model, image, *arguments) -> torch.Tensor:
+        drawn.append(len(image))
+        assert go.wait(10)
+        return image
+
+    monkeypatch.setattr(service, "complete", wait)
+
+    async def leave() -> None:
+        instance = service.PixelCNNService.inner()
+        instance.champions.refresh()
+
+        def ask(num_samples: int) -> asyncio.Task:
+            request = service.GenerateRequest(dataset="grey", num_samples=num_samples)
+            return asyncio.create_task(instance.generate(request))
+
+        async def until(condition) -> None:
+            async with asyncio.timeout(10):
+                while not condition():
+                    await asyncio.sleep(0.005)
+
+        first = ask(1)
+        await until(lambda: drawn)
+        leaves, stays = ask(2), ask(3)
+        await until(lambda: instance.batches.num_waiting == 2)
+        leaves.cancel()
+        await until(lambda: instance.batches.num_waiting == 1)
+        go.set()
+        assert len((await stays).images) == 3
+        assert len((await first).images) == 1
+        instance.batches.close()
+
+    asyncio.run(leave())
+    assert drawn == [1, 3]

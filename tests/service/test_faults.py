@@ -1,0 +1,245 @@
+"""A service under load whose clients, worker and store fail: a real one, in processes of its own."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from champions import GREY, put, wait_until
+from served import serving
+
+from app import service
+from pipelines import store
+from pixelcnn import GatedPixelCNNConfig
+
+# The sizes that the documents state: PIXELCNN_TEST_KILLS=20 PIXELCNN_TEST_FLIPS=400.
+NUM_KILLS = int(os.environ.get("PIXELCNN_TEST_KILLS", "1"))
+NUM_FLIPS = int(os.environ.get("PIXELCNN_TEST_FLIPS", "40"))
+
+# An image of it takes a second or so.
+SLOW = GatedPixelCNNConfig(image_shape=(3, 40, 40), num_levels=16, num_features=48, num_layers=10, kernel_size=5)
+LONG = {"dataset": "slow", "num_samples": 16, "seed": 1}
+SHORT = {"dataset": "grey", "num_samples": 2, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    home = folder / "bentoml"
+    home.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENTOML_HOME", str(home))
+        for dataset, config in (("grey", GREY), ("slow", SLOW)):
+            store.serve(put(folder, dataset, config, "1", seed=0))
+    with serving(home, folder / "log") as served:
+        yield served
+
+
+def post(served, path: str, body: dict, timeout: float = 120) -> httpx.Response:
+    return httpx.post(f"{served.url}{path}", json=body, timeout=timeout)
+
+
+def head(path: str, length: str) -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}\r\n\r\n".encode()
+
+
+def stream_request(num_samples: int = 16) -> dict:
+    unknown = {"image": [[[0] * 3] * 40] * 40, "observed": [[0] * 40] * 40}
+    return {"dataset": "slow", "num_samples": num_samples, "seed": 1, **unknown}
+
+
+def metric(served, name: str) -> float:
+    lines = httpx.get(f"{served.url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+
+@pytest.mark.parametrize("path", ["/generate", "/complete_stream"])
+def test_a_client_that_leaves_is_noticed_and_its_work_stops(served, path):
+    before = metric(served, "pixelcnn_left_requests_total")
+    body = LONG if path == "/generate" else stream_request()
+    with (
+        httpx.stream("POST", served.url + path, json=body, timeout=60)
+        if path != "/generate"
+        else (pytest.raises(httpx.ReadTimeout))
+    ):
+        if path == "/generate":
+            post(served, path, body, timeout=0.5)
+    wait_until(lambda: metric(served, "pixelcnn_left_requests_total") > before, 30)
+    # Its lane is free: a short request there does not wait for sixteen images.
+    start = time.monotonic()
+    assert post(served, "/generate", {**LONG, "num_samples": 1}).status_code == 200
+    short = time.monotonic() - start
+    start = time.monotonic()
+    assert post(served, "/generate", {**LONG, "num_samples": 1}).status_code == 200
+    assert short < 4 * (time.monotonic() - start) + 1
+
+
+def test_a_body_that_never_ends_is_cut_off_at_the_limit(served):
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.settimeout(30)
+        connection.sendall(head("/generate", "Transfer-Encoding: chunked"))
+        sent = 0
+        try:
+            while sent < 20_000_000:
+                connection.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
+                sent += 10_000
+        except OSError:
+            pass  # it was closed
+        answer = b""
+        try:
+            while more := connection.recv(65536):
+                answer += more
+        except ConnectionResetError:
+            pass
+    assert sent < 20_000_000
+    assert not answer or answer.startswith(b"HTTP/1.1 413")
+
+
+def test_readers_that_take_nothing_do_not_hold_up_others(served):
+    connections = []
+    try:
+        for _ in range(8):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.connect(("127.0.0.1", served.port))
+            body = httpx.Request("POST", served.url, json=stream_request(num_samples=1)).content
+            connection.sendall(head("/complete_stream", f"Content-Length: {len(body)}") + body)
+            connections.append(connection)
+        for _ in range(5):
+            assert post(served, "/generate", SHORT, timeout=30).status_code == 200
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_a_killed_worker_comes_back_and_loses_only_what_it_computed(served):
+    """Whoever asked meanwhile sees a broken connection, never a wrong answer; the canvas and clients ask again."""
+    expected = post(served, "/generate", SHORT).json()
+    recoveries, lost, wrong, right = [], 0, 0, 0
+    for _ in range(NUM_KILLS):
+        end = threading.Event()
+
+        def keep_asking(end: threading.Event = end) -> list[str]:
+            seen = []
+            while not end.is_set():
+                try:
+                    response = post(served, "/generate", SHORT, timeout=120)
+                    seen.append("right" if response.status_code == 200 and response.json() == expected else "wrong")
+                except httpx.TransportError as error:
+                    seen.append("refused" if isinstance(error, httpx.ConnectError) else "lost")
+                    time.sleep(0.02)
+            return seen
+
+        with ThreadPoolExecutor(4) as crowd:
+            asking = [crowd.submit(keep_asking) for _ in range(4)]
+            time.sleep(0.5)
+            (worker,) = served.workers()
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda worker=worker: served.workers() not in ([], [worker]), 60)
+            recoveries.append(served.wait_until_ready())
+            end.set()
+            seen = [outcome for task in asking for outcome in task.result()]
+        assert post(served, "/generate", SHORT).json() == expected
+        right, wrong, lost = right + seen.count("right"), wrong + seen.count("wrong"), lost + seen.count("lost")
+    assert wrong == 0
+    assert right > 0
+    assert lost <= 8 * NUM_KILLS  # what it computed for four clients, and what their connections had accepted
+    print(f"\n{NUM_KILLS} kills: {right} right, {wrong} wrong, {lost} lost answers; "
+          f"back after {np.median(recoveries):.1f} s (median), {max(recoveries):.1f} s (longest)")  # fmt: skip
+
+
+def test_sigterm_finishes_what_was_taken_and_refuses_the_rest(served):
+    """The last test of this service."""
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(post, served, "/generate", {**LONG, "num_samples": 3})
+        wait_until(lambda: metric(served, "pixelcnn_batch_images_sum") > 0, 30)
+        time.sleep(0.3)
+        served.process.send_signal(signal.SIGTERM)
+        assert taken.result().status_code == 200
+    served.process.wait(30)
+    with pytest.raises(httpx.ConnectError):
+        post(served, "/generate", SHORT)
+
+
+# The store.
+
+
+def champions_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    (tmp_path / "bentoml").mkdir()
+    tag = put(tmp_path, "grey", GREY, "1", seed=0)
+    store.serve(tag)
+    return service.Champions(tmp_path / "bentoml/models"), tmp_path / "bentoml/models" / tag.replace(":", "/")
+
+
+def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
+    """Except where it changes nothing that is read: then what is loaded equals the model, field by field."""
+    champions, folder = champions_of(tmp_path, monkeypatch)
+    good = service.load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
+    draw = np.random.default_rng(0)
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    num_refused = num_equal = 0
+    for i in range(NUM_FLIPS):
+        file = files[i % len(files)]
+        whole = file.read_bytes()
+        at = int(draw.integers(len(whole)))
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(draw.integers(8))]) + whole[at + 1 :])
+        try:
+            found = service.load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
+        except Exception:
+            num_refused += 1
+        else:
+            same = all(a.equal(b) for a, b in zip(found.model.parameters(), good.model.parameters(), strict=True))
+            assert same, file.name
+            assert found.identity == good.identity, file.name
+            assert found.describe() == good.describe(), (file.name, at)
+            num_equal += 1
+        file.write_bytes(whole)
+    print(f"\n{NUM_FLIPS} flipped bits: {num_refused} refused, {num_equal} in bytes that are not read, 0 loaded")
+
+
+@pytest.mark.parametrize("what", ["pickle", "symlink", "absolute", "outside", "pointer", "folder", "linked folder"])
+def test_a_model_of_anything_but_plain_files_in_its_folder_is_refused(tmp_path, monkeypatch, caplog, what):
+    champions, folder = champions_of(tmp_path, monkeypatch)
+    champions.refresh()
+    assert champions.get("grey").identity.version == "1"
+    tag = put(tmp_path, "grey", GREY, "2", seed=1)
+    folder = champions.folder / tag.replace(":", "/")
+    weights, elsewhere = folder / "model.safetensors", tmp_path / "elsewhere.safetensors"
+    if what == "pickle":
+        (folder / "model.pkl").write_bytes(b"\x80\x04.")
+    elif what == "symlink":
+        weights.rename(elsewhere)
+        weights.symlink_to(elsewhere)
+    elif what == "folder":
+        (folder / "more").mkdir()
+    elif what == "linked folder":
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(tmp_path / "moved")
+    else:
+        name = {"absolute": str(folder), "outside": f"../pixelcnn-grey/{folder.name}", "pointer": f"{folder.name}\0"}
+        (champions.folder / "pixelcnn-grey/latest").write_text(name[what])
+        champions.refresh()
+        assert champions.get("grey").identity.version == "1"
+        return
+    store.serve(tag)
+    champions.refresh()
+    assert champions.get("grey").identity.version == "1"
+    assert "version 1 is still served" in caplog.text
+
+
+def test_the_last_good_champion_outlives_its_store(tmp_path, monkeypatch):
+    """A disk that fails is no order to stop serving; a dataset that is removed from a readable store is."""
+    champions, _ = champions_of(tmp_path, monkeypatch)
+    champions.refresh()
+    champions.folder.rename(tmp_path / "gone")
+    champions.refresh()
+    assert champions.get("grey").identity.version == "1"
+    (tmp_path / "gone").rename(champions.folder)
+    champions.refresh()
+    assert champions.get("grey").identity.version == "1"

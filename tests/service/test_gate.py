@@ -1,0 +1,245 @@
+"""Who may enter, how many at once, and what happens to those who dawdle or leave."""
+
+import asyncio
+import logging
+from typing import Any
+
+import httpx
+import pytest
+from starlette.responses import PlainTextResponse, StreamingResponse
+
+from app import gate, service
+from app.client import ServiceClient, ServiceError
+
+TOKEN = "s3cret-token"
+OPEN = ("/healthz", "/livez", "/readyz")
+
+
+async def hello(scope, receive, send) -> None:
+    await PlainTextResponse("hello")(scope, receive, send)
+
+
+def ask(path: str, method: str = "GET", token: str = TOKEN, **headers: str) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(gate.Gate(hello, token))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service.test") as client:
+            return await client.request(method, path, headers=headers)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("sent", ["", "Bearer", "Bearer ", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xe9"])
+@pytest.mark.parametrize(("path", "method"), [("/complete", "POST"), ("/models", "GET"), ("/metrics", "GET")])
+def test_without_the_token_nothing_is_answered(path, method, sent):
+    headers = {"Authorization": sent.encode("latin-1")} if sent else {}
+    response = ask(path, method, **headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.json()["error"].startswith("this service wants a token: send the header Authorization: Bearer")
+    assert TOKEN not in response.text
+
+
+def test_with_the_token_or_without_one_set_everything_is_answered():
+    assert ask("/models", Authorization=f"Bearer {TOKEN}").text == "hello"
+    assert ask("/models", token="").text == "hello"
+    for path in OPEN:
+        assert ask(path).text == "hello"
+
+
+def test_the_token_is_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr(gate.hmac, "compare_digest", lambda a, b: compared.append((a, b)))
+    assert ask("/models", Authorization=f"Bearer {TOKEN}").status_code == 401
+    assert compared == [(f"Bearer {TOKEN}".encode(),) * 2]
+
+
+def test_the_token_is_not_logged(caplog):
+    with caplog.at_level(logging.DEBUG):
+        ask("/models", Authorization=f"Bearer {TOKEN}")
+        ask("/models", Authorization=f"Bearer {TOKEN}-wrong")
+    assert TOKEN not in caplog.text
+
+
+def test_the_client_sends_the_token_of_its_environment(monkeypatch):
+    seen = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("authorization"))
+        return httpx.Response(200, json={})
+
+    for token in (TOKEN, ""):
+        monkeypatch.setenv("PIXELCNN_TOKEN", token)
+        ServiceClient("http://service.test", httpx.MockTransport(answer)).models()
+    assert seen == [f"Bearer {TOKEN}", None]
+    monkeypatch.setenv("PIXELCNN_TOKEN", "line\nbreak")
+    with pytest.raises(ServiceError, match="PIXELCNN_TOKEN must be printable ASCII text"):
+        ServiceClient("http://service.test")
+
+
+def test_other_pages_may_not_read_the_answers(client):
+    headers = {"Origin": "http://evil.test", "Access-Control-Request-Method": "POST"}
+    for response in (client.options("/complete", headers=headers), client.get("/models", headers=headers)):
+        assert not [name for name in response.headers if name.startswith("access-control-")]
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "\u0664"])
+def test_a_setting_that_is_no_number_is_refused(monkeypatch, text):
+    monkeypatch.setenv("PIXELCNN_MAX_QUEUE", text)
+    with pytest.raises(ValueError, match="PIXELCNN_MAX_QUEUE must be a whole number of at least 1, got '"):
+        gate.setting("PIXELCNN_MAX_QUEUE", 48)
+
+
+def test_a_setting_is_read_from_the_environment(monkeypatch):
+    monkeypatch.setenv("PIXELCNN_MAX_QUEUE", "7")
+    assert gate.setting("PIXELCNN_MAX_QUEUE", 48) == 7
+    monkeypatch.setenv("PIXELCNN_MAX_QUEUE", "")
+    assert gate.setting("PIXELCNN_MAX_QUEUE", 48) == 48
+
+
+class Connection:
+    """A client's side of one request, by hand: the body comes when `body` is set, it leaves when `left` is."""
+
+    def __init__(self, takes: int = 1_000_000) -> None:
+        self.body, self.left = asyncio.Event(), asyncio.Event()
+        self.is_read, self.takes, self.sent = False, takes, []
+        self.scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/complete", "headers": []}
+
+    async def receive(self) -> dict:
+        await self.body.wait()
+        if not self.is_read:
+            self.is_read = True
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict) -> None:
+        if self.takes == 0:
+            await asyncio.Event().wait()  # its buffers are full
+        self.takes -= 1
+        self.sent.append(message)
+
+
+def test_beyond_the_requests_in_flight_all_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(gate, "MAX_REQUESTS", 2)
+    go = asyncio.Event()
+
+    async def wait(scope, receive, send) -> None:
+        await receive()
+        await go.wait()
+        await hello(scope, receive, send)
+
+    async def run() -> None:
+        app = gate.Gate(wait)
+        connections = [Connection() for _ in range(3)]
+        tasks = [asyncio.create_task(app(c.scope, c.receive, c.send)) for c in connections]
+        await tasks[2]  # the others have not even sent their bodies
+        start, _ = connections[2].sent
+        assert start["status"] == 429
+        assert dict(start["headers"])[b"retry-after"] == b"5"
+        for connection in connections:
+            connection.body.set()
+        go.set()
+        await asyncio.gather(*tasks)
+        assert [c.sent[0]["status"] for c in connections[:2]] == [200, 200]
+        assert app.num_active == 0
+
+    asyncio.run(run())
+
+
+def test_what_fails_is_answered_at_once(caplog):
+    async def fail(scope, receive, send) -> None:
+        raise RuntimeError("secret details")
+
+    async def run() -> list:
+        connection = Connection()
+        connection.body.set()
+        await asyncio.wait_for(gate.Gate(fail)(connection.scope, connection.receive, connection.send), 5)
+        return connection.sent
+
+    start, body = asyncio.run(run())
+    assert start["status"] == 500
+    assert b"secret" not in body["body"]
+    assert "secret details" in caplog.text
+
+
+def test_a_client_that_leaves_ends_its_request():
+    ended = []
+
+    async def work(scope, receive, send) -> None:
+        await receive()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def run() -> None:
+        app, connection = gate.Gate(work), Connection()
+        connection.body.set()
+        task = asyncio.create_task(app(connection.scope, connection.receive, connection.send))
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        connection.left.set()
+        await asyncio.wait_for(task, 5)
+        assert ended == [True]
+        assert app.num_active == 0
+
+    asyncio.run(run())
+
+
+def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch, caplog):
+    monkeypatch.setattr(gate, "SEND_TIMEOUT_S", 0.05)
+
+    async def stream(scope, receive, send) -> None:
+        async def rows():
+            for _ in range(1000):
+                yield "row\n"
+
+        await receive()
+        await StreamingResponse(rows())(scope, receive, send)
+
+    async def run() -> None:
+        app, connection = gate.Gate(stream), Connection(takes=3)
+        connection.body.set()
+        await asyncio.wait_for(app(connection.scope, connection.receive, connection.send), 5)
+        assert len(connection.sent) == 3
+        assert app.num_active == 0
+
+    asyncio.run(run())
+    assert "a client took nothing for" in caplog.text
+
+
+def test_a_body_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
+    monkeypatch.setattr(service, "BODY_TIMEOUT_S", 0.05)
+
+    async def never() -> dict:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    with pytest.raises(service.RequestError, match=r"took longer than 0\.05 s to arrive") as caught:
+        asyncio.run(service.read_body(service.Request({"type": "http", "headers": []}, never)))
+    assert caught.value.error_code == 408
+
+
+def test_beyond_the_queue_requests_are_refused_at_once(client, monkeypatch):
+    def full(self, job) -> None:
+        raise service.Full
+
+    monkeypatch.setattr(service.Batches, "submit", full)
+    for path in ("/generate", "/complete_stream"):
+        body = {"dataset": "grey"}
+        if path == "/complete_stream":
+            body |= {"image": [[0] * 4] * 5, "observed": [[0] * 4] * 5}
+        response = client.post(path, json=body)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "5"
+        assert "send this one again in a few seconds" in response.json()["error"]
+
+
+def test_a_stream_ends_in_time(client, monkeypatch):
+    monkeypatch.setattr(service, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(service.Batches, "submit", lambda self, job: None)
+    body = {"dataset": "grey", "image": [[0] * 4] * 5, "observed": [[0] * 4] * 5}
+    assert "took longer than 0.05 s: ask for less" in client.post("/complete_stream", json=body).text
