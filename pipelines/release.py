@@ -87,7 +87,12 @@ def _make_champion(dataset: str, number: str, data_hash: str) -> str:
         return f"version {champion} stays champion until a promotion decides otherwise."
     text = "champion, as the first of its dataset."
     with registry.decision_run(dataset, "release") as run:
-        report: Report = {"decision": RELEASED, "reason": "there was no champion", "text": text, "served": export(version)}
+        report: Report = {
+            "decision": RELEASED,
+            "reason": "there was no champion",
+            "text": text,
+            "served": export(version),
+        }
         report |= {"new": number, "old": None, "candidate": version.lineage(), "data_hash": data_hash}
         registry.begin_moves(run, report)
         carry_out(dataset, report, version, None)
@@ -118,14 +123,23 @@ def check_scores(what: str, model: AutoregressiveModel, scores: dict[str, Any], 
     Raises:
         ValueError: it scores something else, or its scores state nothing of the kind.
     """
-    stated = [match for key in scores if (match := _STATED.fullmatch(key))]
-    if not stated:
-        raise ValueError(f"the scores.json of {what} states no score of the first few images. Train the pair again.")
-    key, split, num = stated[0][0], stated[0][1], int(stated[0][2])
+    split, num, recorded = stated_score(what, scores)
     found = per_image_nll(model, data, split, num_images=num).mean().item()
-    if not abs(found - scores[key]) <= TOLERANCE_NATS:
+    if not abs(found - recorded) <= TOLERANCE_NATS:
         raise ValueError(
             f"{what} does not score what it says: {found:.2f} nats on the first {num} {split} images, "
-            f"its scores.json says {scores[key]:.2f}. Fetch the weights again."
+            f"its scores.json says {recorded:.2f}. Fetch the weights again."
         )
     return f"{num} {split} images"
+
+
+def stated_score(what: str, scores: dict[str, Any]) -> tuple[str, int, float]:
+    """Return the score of the first few images that a checkpoint's scores state: split, number, nats per image.
+
+    Raises:
+        ValueError: they state none.
+    """
+    for key, value in scores.items():
+        if match := _STATED.fullmatch(key):
+            return match[1], int(match[2]), value
+    raise ValueError(f"the scores.json of {what} states no score of the first few images. Train the pair again.")

@@ -1,23 +1,24 @@
 """MLflow's side of training: one run per training, one registered model per dataset, one version per set of weights.
 
-The tracking URI is MLFLOW_TRACKING_URI, or else a SQLite file in the current folder; artifacts of a SQLite store lie
-beside it in `mlruns/`.
+The tracking URI is MLFLOW_TRACKING_URI: an MLflow server, or a database such as PostgreSQL; or else a SQLite file in
+the current folder. Artifacts of a SQLite store lie beside it in `mlruns/`, those of another database in the current
+folder's `mlruns/`; a server keeps them where it was told to.
 """
 
-import fcntl
+import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.files import alone
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE
 
 # Read when mlflow is imported: no usage reports, and no progress bars in the flow's log.
@@ -40,6 +41,8 @@ _URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _KEY_TAG = "training_key"
 INPUTS_TAG = "inputs_sha256"  # of a run: what its training followed from
 
+logger = logging.getLogger(__name__)
+
 _ready: set[str] = set()
 
 
@@ -52,25 +55,25 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
-@contextmanager
-def _alone(database: Path) -> Iterator[None]:
-    """Hold a lock: two processes that create the schema of one new SQLite file at once would break it."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_name(f"{database.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _lock_file(uri: str) -> Path:
+    """Return the lock of a database's making: two processes that create the schema of one at once would break it."""
+    database = _sqlite_file(uri)
+    if database is not None:
+        return database.with_name(f"{database.name}.lock")
+    return Path(tempfile.gettempdir()) / f"mlflow-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
 
 
 def client() -> mlflow.MlflowClient:
-    """Return a client of the tracking store; the schema of a new SQLite file is created first, safely."""
+    """Return a client of the tracking store; the schema of a new database is created first, safely."""
     # A new database announces each step of its making otherwise, and a model each step of being logged.
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     database = _sqlite_file(uri)
-    if database is not None and (uri not in _ready or not database.exists()):
-        with _alone(database):
+    missing = database is not None and not database.exists()
+    if not uri.startswith("http") and (uri not in _ready or missing):
+        with alone(_lock_file(uri), "the making of MLflow's database", logger.info):
             mlflow.MlflowClient(uri).search_experiments(max_results=1)
         _ready.add(uri)
     return mlflow.MlflowClient(uri)
@@ -79,8 +82,10 @@ def client() -> mlflow.MlflowClient:
 def experiment_id(name: str) -> str:
     """Return the ID of an experiment, which is created if there is none of this name."""
     c = client()
-    database = _sqlite_file(tracking_uri())
-    location = None if database is None else (database.parent / "mlruns").as_uri()
+    uri = tracking_uri()
+    database = _sqlite_file(uri)
+    folder = database.parent if database is not None else Path.cwd()
+    location = None if uri.startswith("http") else (folder / "mlruns").as_uri()  # a server has its own
     experiment = c.get_experiment_by_name(name)
     if experiment is None:
         try:
@@ -231,6 +236,12 @@ def log_evaluation(experiment: str, name: str, scores: Mapping[str, float], tags
     with mlflow.start_run(experiment_id=experiment_id(experiment), run_name=name, tags=dict(tags)) as run:
         mlflow.log_metrics(dict(scores))
     return run.info.run_id
+
+
+def log_more(run_id: str, scores: Mapping[str, float]) -> None:
+    """Add scores to a run that is recorded already."""
+    now_ms = int(time.time() * 1000)
+    client().log_batch(run_id, metrics=[Metric(name, value, now_ms, 0) for name, value in scores.items()])
 
 
 def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> None:

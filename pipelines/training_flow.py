@@ -524,6 +524,15 @@ def _work_folder(out: Path, pair: PairParams, data: Dataset) -> Path:
     return work
 
 
+def check_attempts() -> None:
+    """Raise RuntimeError if Prefect has started this flow run too often: it would crash and be retried for ever."""
+    attempt = flow_run.get_run_count()
+    if attempt > MAX_ATTEMPTS:
+        raise RuntimeError(
+            f"this run has crashed {attempt - 1} times: see its log, mend the cause, and start a new one."
+        )
+
+
 def inputs_of(name: str, params: Params, data: Dataset, half: bool) -> str:
     """Return the SHA-256 of all that a training's result follows from: settings, data, and the code of the core."""
     code = hashlib.sha256()
@@ -592,11 +601,7 @@ def train_pair(
         FloatingPointError: the training diverged.
         RuntimeError: Prefect has started this run too often.
     """
-    attempt = flow_run.get_run_count()
-    if attempt > MAX_ATTEMPTS:
-        raise RuntimeError(
-            f"this run has crashed {attempt - 1} times: see its log, mend the cause, and start a new one."
-        )
+    check_attempts()
     params = load_params()
     settings = params.pair(pair)
     out_folder = Path(out) if out else DEPLOYMENTS_FOLDER / str(flow_run.get_id()) / pair
