@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from prefect.automations import Automation
@@ -24,6 +25,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from pipelines.steps import run
 
@@ -35,8 +37,9 @@ STOP_S = 8
 POLL_S = 1.0
 HEARTBEAT_S = 30  # the least that Prefect allows; its default, 180, would show a crash after nine minutes
 SILENT_S = 3 * HEARTBEAT_S  # two heartbeats may come late on a busy machine: a run that lives is not declared dead
-_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
+_RUN: Any = {"prefect.resource.id": "prefect.flow-run.*"}
 _ENDS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+_TRAININGS: Any = {"prefect.resource.role": "flow", "prefect.resource.name": ["train-pair", "train-all"]}
 _BEAT = "prefect.flow-run.heartbeat"
 
 AUTOMATIONS = [
@@ -52,7 +55,7 @@ AUTOMATIONS = [
             threshold=1,
             within=timedelta(seconds=SILENT_S),
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life", force=True)],
+        actions=[ChangeFlowRunState(name=None, state=StateType.CRASHED, message="no sign of life", force=True)],
     ),
     Automation(
         name="a crashed training is started again",
@@ -60,12 +63,14 @@ AUTOMATIONS = [
         trigger=EventTrigger(
             posture=Posture.Reactive,
             match=_RUN,
-            match_related={"prefect.resource.role": "flow", "prefect.resource.name": ["train-pair", "train-all"]},
+            match_related=_TRAININGS,
             expect={"prefect.flow-run.Crashed"},
             threshold=1,
             within=timedelta(0),
         ),
-        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, message="again, from its checkpoint")],
+        actions=[
+            ChangeFlowRunState(name=None, state=StateType.SCHEDULED, message="again, from its checkpoint", force=False)
+        ],
     ),
 ]
 
@@ -92,9 +97,9 @@ def automate() -> None:
     """Create the automations that this server does not have."""
     for automation in AUTOMATIONS:
         try:
-            Automation.read(name=automation.name)
+            cast(Any, Automation).read(name=automation.name)
         except ValueError:
-            automation.create()
+            cast(Any, automation).create()  # awaited in a coroutine, done at once here
 
 
 def operate(url: str) -> None:
@@ -103,8 +108,8 @@ def operate(url: str) -> None:
     Raises:
         OSError: the server does not start, or the deployments cannot be made.
     """
-    os.environ["PREFECT_API_URL"] = url
-    environment = {**os.environ, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S), "PWD": os.getcwd()}
+    environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
+    environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*words: str) -> subprocess.Popen[bytes]:
@@ -133,8 +138,10 @@ def operate(url: str) -> None:
         ):
             if subprocess.run([PREFECT, "--no-prompt", *words], env=environment, check=False).returncode != 0:
                 raise OSError(f"`prefect {' '.join(words)}` failed; its message stands above.")
-        automate()
-        if has_worker():
+        with temporary_settings({PREFECT_API_URL: url}):
+            automate()
+            has_one = has_worker()
+        if has_one:
             print(f"Ready: the pool {POOL} of {url} has a worker already.", flush=True)
             worker = None
         else:

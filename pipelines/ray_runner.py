@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -47,7 +48,9 @@ def run_on_ray(
 
     @flow(name="train-on-ray", persist_result=False, task_runner=RayTaskRunner(address))
     def train_on_ray() -> dict[str, str]:
-        waiting, running, failures = dict(commands), {}, {}
+        waiting = dict(commands)
+        running: dict[str, Any] = {}  # name -> a future of prefect-ray's
+        failures: dict[str, str] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import check, fine
+from faults import check
 from projects import PAIR, copy_project, tiny_dataset
 from sites import Site, free_port, stop
 from toys import INK, Toy
@@ -22,7 +22,7 @@ pytest.importorskip("psycopg", reason="MLflow's driver is missing: pip install -
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """Start PostgreSQL as Debian packages it; yields HOST:PORT of databases `mlflow` and `prefect`, of user postgres."""
+    """Start PostgreSQL as Debian packages it; yields USER@HOST:PORT of databases `mlflow` and `prefect`."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         pytest.skip("PostgreSQL is missing: apt-get install postgresql")
@@ -55,19 +55,15 @@ def test_versions_promotions_and_lineage(postgres: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     monkeypatch.chdir(tmp_path)
     toy = Toy("mnist5k", tmp_path)
-
-    def work() -> None:
-        assert toy.train(0.3) == "1"
-        toy.promote()
-        assert toy.train(INK) == "2"
-        assert toy.aliases == {"champion": "1", "challenger": "2"}
-        assert toy.promote()["decision"] == "promoted"
-        check("mnist5k", num_versions=2, num_runs=2)
-        run_rollback("mnist5k")
-        assert toy.aliases == {"champion": "1", "previous": "2"}
-        check("mnist5k", num_versions=2, num_runs=2)
-
-    fine(work)  # in a process of its own: MLflow remembers its stores
+    assert toy.train(0.3) == "1"
+    toy.promote()
+    assert toy.train(INK) == "2"
+    assert toy.aliases == {"champion": "1", "challenger": "2"}
+    assert toy.promote()["decision"] == "promoted"
+    check("mnist5k", num_versions=2, num_runs=2)
+    run_rollback("mnist5k")
+    assert toy.aliases == {"champion": "1", "previous": "2"}
+    check("mnist5k", num_versions=2, num_runs=2)
     assert not (tmp_path / "mlflow.db").exists()
 
 
