@@ -313,7 +313,10 @@ def evaluate_model(
     if model.config.context_features:
         scores.update(evaluate_completion(model, data, num_images=num_images, batch_size=batch_size))
     scores.update(baseline_scores(data))
-    scores[CHECKED_SCORE] = per_image["test"][:CHECKED_IMAGES].mean().item()
+    checked = per_image["test"]
+    if len(checked) < min(CHECKED_IMAGES, len(data.images["test"])):  # fewer were scored than are to be checked
+        checked = per_image_nll(model, data, "test", num_images=CHECKED_IMAGES, batch_size=batch_size)
+    scores[CHECKED_SCORE] = checked[:CHECKED_IMAGES].mean().item()
     numbers = {
         **scores,
         "train_minutes": training.minutes,

@@ -27,7 +27,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     storage = tmp_path_factory.mktemp("prefect-results")
     # Without heartbeats, whose thread each flow would wait a second for.
     quick = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_RESULTS_LOCAL_STORAGE_PATH: str(storage)}
-    with prefect_test_harness(server_startup_timeout=900), temporary_settings(quick):
+    with prefect_test_harness(server_startup_timeout=120), temporary_settings(quick):
         yield PREFECT_API_URL.value()
 
 

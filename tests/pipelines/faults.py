@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401 -- once here, not in every fork
 import mlflow
 import torch
 from prefect.logging import disable_run_logger
