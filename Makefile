@@ -10,13 +10,14 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export STREAMLIT_BROWSER_GATHER_USAGE_STATS := false
 
-.PHONY: demo test check bench pictures serve app pipeline install clean
+.PHONY: demo test check bench pictures serve app pipeline operate install clean
 .DEFAULT_GOAL := help
 help:
 	@echo "make demo      everything from a fresh clone: install, train the quick start, serve it, open the canvas"
 	@echo "make test      install, then every test"
 	@echo "make check     format, lint, types, architecture"
 	@echo "make pipeline  the quick-start pipeline alone (dvc repro)"
+	@echo "make operate   the deployments: Prefect's server and a worker, on this machine"
 	@echo "make serve     the service alone, on 127.0.0.1:3000"
 	@echo "make app       the canvas alone, on 127.0.0.1:8501"
 	@echo "make bench     the samplers, timed"
@@ -54,6 +55,9 @@ app: install
 
 pipeline: install
 	dvc repro
+
+operate: install
+	python -m pipelines.operate
 
 install: .venv/installed
 

@@ -1,41 +1,58 @@
-"""The flow that scores the champions again: are they still what they were when they were promoted?"""
+"""The flow that scores the champions again: are they still what they were when they were promoted?
 
+The model is scored twice: as the registry has it, in this process; and as the service answers, over HTTP, if its
+address is set. Whatever differs from the registered score is a failed run.
+"""
+
+import os
 import tempfile
 from pathlib import Path
 
+import httpx
 from prefect import flow, get_run_logger
 
 from pipelines import registry, tracking
 from pipelines.params import DATASETS, check_dataset, load_params
+from pipelines.release import TOLERANCE_NATS, check_scores, stated_score
 from pixelcnn.checkpoint import load_checkpoint
-from pixelcnn.data import load_dataset
+from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.training import evaluate, format_nll
 
 EXPERIMENT = "evaluations"
 DATA_FOLDER = Path("data")
+SERVICE_VARIABLE = "PIXELCNN_SERVICE_URL"
+SERVICE_TIMEOUT_S = 60.0
 
 
 @flow(name="evaluate-champions", persist_result=False)
-def evaluate_champions(datasets: list[str] | None = None) -> dict[str, dict[str, float]]:
+def evaluate_champions(
+    datasets: list[str] | None = None, service_url: str | None = None
+) -> dict[str, dict[str, float]]:
     """Score the champion of each dataset on its validation and test images; each is a run in experiment `evaluations`.
 
     A dataset without champion or prepared data is passed over, with a line in the log.
 
     Args:
         datasets: their names; None for all.
+        service_url: of the service, which then scores its champion on the first test images, too; None for the
+            environment's PIXELCNN_SERVICE_URL, and without that the service is not asked.
 
     Returns:
         The scores by dataset.
 
     Raises:
         ValueError: a dataset is unknown.
-        RuntimeError: at the end, naming the champions that could not be scored.
+        RuntimeError: at the end, naming the champions that do not score what was registered, or could not be scored.
     """
     logger = get_run_logger()
     names = list(DATASETS) if datasets is None else datasets
     for name in names:
         check_dataset(name)
-    scores, failures = {}, []
+    url = service_url or os.environ.get(SERVICE_VARIABLE, "").strip() or None
+    if url is None:
+        logger.info("the service is not asked: set service_url or %s for that", SERVICE_VARIABLE)
+    scores: dict[str, dict[str, float]] = {}
+    failures: list[str] = []
     for name in names:
         number = registry.aliases(name).get(tracking.CHAMPION)
         path = DATA_FOLDER / f"{name}.safetensors"
@@ -43,19 +60,19 @@ def evaluate_champions(datasets: list[str] | None = None) -> dict[str, dict[str,
             logger.info("%s: passed over, there is no %s", name, "champion" if number is None else path)
             continue
         try:
-            scores[name] = _evaluate(name, number, path)
+            scores[name] = _evaluate(name, number, path, url)
         except (ValueError, OSError) as error:  # one damaged champion does not hide the others
             failures.append(f"{name} version {number} ({error})")
     if failures:
-        raise RuntimeError(f"these champions could not be scored: {'; '.join(failures)}")
+        raise RuntimeError(f"these champions are not what was registered: {'; '.join(failures)}")
     return scores
 
 
-def _evaluate(name: str, number: str, path: Path) -> dict[str, float]:
+def _evaluate(name: str, number: str, path: Path, url: str | None) -> dict[str, float]:
     version = next(v for v in registry.versions(name) if v.version == number)
     data, params = load_dataset(path), load_params().evaluate
     with tempfile.TemporaryDirectory() as folder:
-        model, _ = load_checkpoint(registry.download(version, Path(folder)))
+        model, recorded = load_checkpoint(registry.download(version, Path(folder)))
     scores = evaluate(model, data, num_images=params.num_images or None, batch_size=params.batch_size)
     tags = {
         **version.lineage(),
@@ -63,8 +80,57 @@ def _evaluate(name: str, number: str, path: Path) -> dict[str, float]:
         "protocol": data.protocol,
         "evaluated_data_hash": data.data_hash,
     }
-    tracking.log_evaluation(EXPERIMENT, f"{name}-v{number}", scores, tags)
+    run_id = tracking.log_evaluation(EXPERIMENT, f"{name}-v{number}", scores, tags)
     found = format_nll(scores["validation/nll_nats"], data.image_shape, data.num_levels)
     then = format_nll(version.recorded_nll, data.image_shape, data.num_levels)
     get_run_logger().info("%s version %s: validation %s, recorded in training %s", name, number, found, then)
+    if data.data_hash != version.lineage()["data_hash"]:
+        get_run_logger().warning("%s: the data are not those it was registered with: not compared", name)
+        return scores
+    check_scores(f"{version.name} version {number}", model, recorded, data)
+    if url is not None:
+        split, num, nats = stated_score(f"{version.name} version {number}", recorded)
+        served = score_through_service(url, name, number, data, split, num)
+        tracking.log_more(run_id, {f"service/{split}_nll_nats_first_{num}": served})
+        if not abs(served - nats) <= TOLERANCE_NATS:
+            raise ValueError(
+                f"the service at {url} scores {served:.2f} nats on the first {num} {split} images, registered are "
+                f"{nats:.2f}: restart it, and if that does not help, promote {name} again"
+            )
+        get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, url, served, nats)
     return scores
+
+
+def score_through_service(url: str, dataset: str, version: str, data: Dataset, split: str, num: int) -> float:
+    """Let the service score images; return their mean NLL in nats per image.
+
+    Args:
+        version: the one that must answer.
+        num: how many images of the split; fewer if it has fewer.
+
+    Raises:
+        ValueError: another version answers.
+        ConnectionError: the service cannot be reached, or refuses.
+    """
+    levels = data.levels(split, slice(0, num))  # (N, C, H, W)
+    images = levels[:, 0] if data.image_shape[0] == 1 else levels.permute(0, 2, 3, 1)
+    total = 0.0
+    try:
+        # The service is a neighbour: never by way of a proxy.
+        with httpx.Client(base_url=url, timeout=SERVICE_TIMEOUT_S, trust_env=False) as http:
+            for image in images.tolist():
+                answer = http.post("/likelihood", json={"dataset": dataset, "image": image})
+                if answer.status_code != 200:
+                    raise ConnectionError(f"the service at {url} answered {answer.status_code}: {answer.text[:200]}")
+                body = answer.json()
+                if str(body["model"]["version"]) != version:
+                    raise ValueError(
+                        f"the service at {url} answers with version {body['model']['version']}: point it to the model "
+                        f"store of this pipeline (BENTOML_HOME)"
+                    )
+                total -= body["log_prob"]
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConnectionError(
+            f"the service at {url} cannot be reached ({error}): start it with make serve, or unset {SERVICE_VARIABLE}"
+        ) from error
+    return total / len(images)

@@ -9,15 +9,21 @@ below zero; or if it has a context network, completes better by the same test (t
 other case nothing moves and the report says why. Where there is no champion yet, the better of the two best candidates
 takes the place if it beats the uniform distribution.
 
-The order of writes. A new champion is exported to the model store before the alias moves, and served after it:
-whenever a run is cut off, what is served is whole, and running again completes the rest. A version that was rolled
-back is passed over from then on; a second rollback brings it back.
+The order of writes. A new champion is exported to the model store, the decision is recorded, and only then the aliases
+move and the model is served: whenever a run is cut off, what is served is whole, and the next promotion or rollback
+first completes what was decided. A version that was rolled back is passed over from then on; a second rollback brings
+it back.
+
+Two at once. On one machine the second waits for the first and then decides on what that has left. Between machines, a
+promotion that finds another champion than the one it compared with decides again.
 """
 
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist
@@ -29,6 +35,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipelines import registry, store
 from pipelines.candidate_checks import check_candidate
+from pipelines.files import alone, write_whole
 from pipelines.params import PromoteParams, check_dataset, load_params
 from pipelines.registry import Version
 from pipelines.tracking import CHALLENGER, CHAMPION, PREVIOUS, registered_name, tracking_uri
@@ -43,6 +50,7 @@ DATA_FOLDER = Path("data")
 REPORTS_FOLDER = Path("reports/promotions")
 
 PROMOTED, KEPT, FAILED, ROLLED_BACK = "promoted", "kept", "failed", "rolled back"
+MAX_DECISIONS = 3  # of one promotion, while other machines move the champion
 RELEASED = "released"  # by pipelines/release.py
 
 JOINT_ALLOWANCE = {True: 0.3, False: 0.01}  # nats of a binary image; bits per dimension of others
@@ -144,6 +152,8 @@ class _Decision:
             "completion_difference": None,
             "confidence": params.confidence,
             "skipped": [],
+            "new": None,
+            "old": None,
             "served": None,
         }
 
@@ -340,7 +350,7 @@ def ensure_served(version: Version) -> tuple[str, bool]:
 def run_promotion(
     dataset: str, data: Dataset, params: PromoteParams, scorer: Scorer = score, dry_run: bool = False
 ) -> Report:
-    """Decide, move, and record the decision.
+    """Decide, record the decision, and move; complete first what an earlier process was killed at.
 
     Args:
         data: the current prepared data.
@@ -354,36 +364,94 @@ def run_promotion(
         Exception: the registry or the model store cannot be reached; nothing has moved that a second run would not
             complete.
     """
-    decision = _Decision(dataset, data, params, scorer)
-    report = decision.report
     found = registry.versions(dataset)
     if not found:
         raise LookupError(
             f"no version of {registered_name(dataset)} is registered: train a pair of {dataset} first, "
             f"dvc repro promote@{dataset}."
         )
-    by_version = {version.version: version for version in found}
-    champion = by_version.get(registry.aliases(dataset).get(CHAMPION, ""))
     if dry_run:
-        decision.decide(found, champion)
-        report["text"] = decision.text(dry_run=True)
-        return report
-    with registry.decision_run(dataset, "promotion") as run_id:
-        report["decision_run_id"] = run_id
-        chosen = decision.decide(found, champion)
-        report["text"] = decision.text()
-        if chosen is not None:
-            report["served"] = export(chosen)
-            if champion is not None:
-                registry.set_alias(dataset, PREVIOUS, champion.version)
-            registry.set_alias(dataset, CHAMPION, chosen.version)
-            if registry.aliases(dataset).get(CHALLENGER) == chosen.version:
-                registry.remove_alias(dataset, CHALLENGER)
-            store.serve(report["served"])
-        elif champion is not None:
-            report["served"] = _repair_store(champion, report)
-        registry.record_decision(run_id, report)
+        decision = _Decision(dataset, data, params, scorer)
+        decision.decide(found, champion_of(dataset, found))
+        decision.report["text"] = decision.text(dry_run=True)
+        return decision.report
+    with alone_with(dataset):
+        completed = complete_moves(dataset)
+        with registry.decision_run(dataset, "promotion") as run_id:
+            for _ in range(MAX_DECISIONS):
+                found = registry.versions(dataset)
+                champion = champion_of(dataset, found)
+                decision = _Decision(dataset, data, params, scorer)
+                chosen = decision.decide(found, champion)
+                report = decision.report | {"decision_run_id": run_id}
+                if registry.aliases(dataset).get(CHAMPION) == (champion.version if champion else None):
+                    break
+            else:
+                raise OSError(f"the champion of {dataset} changed {MAX_DECISIONS} times while it was decided")
+            report["text"] = "".join(f"{text} " for text in completed) + decision.text()
+            if chosen is not None:
+                report["served"] = export(chosen)
+                report["new"], report["old"] = chosen.version, champion.version if champion else None
+                registry.begin_moves(run_id, report)
+                carry_out(dataset, report, chosen, champion)
+            else:
+                report["served"] = _repair_store(champion, report) if champion is not None else None
+                registry.record_decision(run_id, report)
     return report
+
+
+def champion_of(dataset: str, found: list[Version]) -> Version | None:
+    """Return the champion among the versions of a dataset, if there is one."""
+    number = registry.aliases(dataset).get(CHAMPION)
+    return next((version for version in found if version.version == number), None)
+
+
+def alone_with(dataset: str) -> AbstractContextManager[bool]:
+    """Hold the lock of a dataset's champion; see `pipelines.files.alone`."""
+    lock = store.home() / f".{registered_name(dataset)}.lock"
+    return alone(lock, f"the decision about {dataset}", lambda text: print(text, file=sys.stderr))
+
+
+def carry_out(dataset: str, report: Report, new: Version, old: Version | None) -> None:
+    """Make the moves of a recorded decision; those that were made already stay as they are.
+
+    Args:
+        new: becomes champion.
+        old: was it before.
+    """
+    tag = export(new)
+    if report["decision"] == ROLLED_BACK:
+        assert old is not None
+        registry.mark_rolled_back(old, datetime.now(UTC).isoformat(timespec="seconds"))
+        registry.unmark_rolled_back(new)
+        # Whoever asks for a rollback wants it served first of all.
+        store.serve(tag)
+    if old is not None:
+        registry.set_alias(dataset, PREVIOUS, old.version)
+    registry.set_alias(dataset, CHAMPION, new.version)
+    if registry.aliases(dataset).get(CHALLENGER) == new.version:
+        registry.remove_alias(dataset, CHALLENGER)
+    store.serve(tag)
+
+
+def complete_moves(dataset: str) -> list[str]:
+    """Carry out what was decided by processes that were killed before they had; return what was done, in sentences.
+
+    To be called under `alone_with`. A decision that another one has overtaken is left, and shown as failed.
+    """
+    done = []
+    by_version = {version.version: version for version in registry.versions(dataset)}
+    for run_id, report in registry.begun(dataset):
+        new = by_version.get((report or {}).get("new", ""))
+        old = by_version.get((report or {}).get("old") or "")
+        champion = registry.aliases(dataset).get(CHAMPION)
+        if report is None or new is None or champion not in (new.version, old.version if old else None):
+            registry.end_moves(run_id, "FAILED")
+            continue
+        carry_out(dataset, report, new, old)
+        registry.end_moves(run_id)
+        done.append(f"{dataset}: a decision that was cut off is carried out: {report['text']}")
+    return done
 
 
 def _repair_store(champion: Version, report: Report) -> str | None:
@@ -402,38 +470,42 @@ def _repair_store(champion: Version, report: Report) -> str | None:
 def run_rollback(dataset: str) -> Report:
     """Make the previous champion the champion again, and serve it; the rolled-back one becomes `previous`.
 
+    A rollback that was cut off is completed, and no second one is made.
+
     Raises:
         LookupError: there is no previous champion; nothing has moved.
         ValueError: the previous champion cannot be fetched whole; nothing has moved.
     """
-    by_version = {version.version: version for version in registry.versions(dataset)}
-    aliases = registry.aliases(dataset)
-    champion, previous = by_version.get(aliases.get(CHAMPION, "")), by_version.get(aliases.get(PREVIOUS, ""))
-    if champion is None or previous is None or champion.version == previous.version:
-        raise LookupError(
-            f"{registered_name(dataset)} has no previous champion to roll back to: nothing moved. "
-            "A rollback is possible after a second version was promoted."
-        )
-    with registry.decision_run(dataset, "rollback") as run_id:
-        tag = export(previous)
-        registry.mark_rolled_back(champion, datetime.now(UTC).isoformat(timespec="seconds"))
-        registry.unmark_rolled_back(previous)
-        # Whoever asks for a rollback wants it served first of all.
-        store.serve(tag)
-        registry.set_alias(dataset, CHAMPION, previous.version)
-        registry.set_alias(dataset, PREVIOUS, champion.version)
-        report: Report = {
-            "dataset": dataset,
-            "decision": ROLLED_BACK,
-            "reason": f"asked for: from version {champion.version} back to version {previous.version}",
-            "champion": previous.lineage(),
-            "rolled_back": champion.lineage(),
-            "served": tag,
-            "decision_run_id": run_id,
-            "text": f"{dataset}: version {previous.version} is the champion again and {tag} is served; version "
-            f"{champion.version} is now `previous` and is not promoted again by itself.",
-        }
-        registry.record_decision(run_id, report)
+    with alone_with(dataset):
+        cut_off = [report for _, report in registry.begun(dataset) if report and report["decision"] == ROLLED_BACK]
+        completed = complete_moves(dataset)
+        if cut_off and completed:
+            return {**cut_off[-1], "text": " ".join(completed)}
+        by_version = {version.version: version for version in registry.versions(dataset)}
+        aliases = registry.aliases(dataset)
+        champion, previous = by_version.get(aliases.get(CHAMPION, "")), by_version.get(aliases.get(PREVIOUS, ""))
+        if champion is None or previous is None or champion.version == previous.version:
+            raise LookupError(
+                f"{registered_name(dataset)} has no previous champion to roll back to: nothing moved. "
+                "A rollback is possible after a second version was promoted."
+            )
+        with registry.decision_run(dataset, "rollback") as run_id:
+            tag = export(previous)
+            report: Report = {
+                "dataset": dataset,
+                "decision": ROLLED_BACK,
+                "reason": f"asked for: from version {champion.version} back to version {previous.version}",
+                "new": previous.version,
+                "old": champion.version,
+                "champion": previous.lineage(),
+                "rolled_back": champion.lineage(),
+                "served": tag,
+                "decision_run_id": run_id,
+                "text": f"{dataset}: version {previous.version} is the champion again and {tag} is served; version "
+                f"{champion.version} is now `previous` and is not promoted again by itself.",
+            }
+            registry.begin_moves(run_id, report)
+            carry_out(dataset, report, previous, champion)
     return report
 
 
@@ -441,9 +513,7 @@ def write_report(report: Report, folder: Path = REPORTS_FOLDER) -> Path:
     """Write a report as DATASET.json, by way of a temporary file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{report['dataset']}.json"
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    new.replace(path)
+    write_whole(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return path
 
 

@@ -27,6 +27,7 @@ from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_o
 
 DECISIONS_EXPERIMENT = "promotions"
 ROLLED_BACK_TAG = "rolled_back"
+_MOVES_TAG = "moves"  # of a decision's run: begun, then ended
 VALIDATION_METRIC = "validation/nll_nats"
 
 
@@ -182,6 +183,9 @@ def download(version: Version, folder: Path) -> Path:
 def decision_run(dataset: str, kind: str) -> Iterator[str]:
     """Open the run that records a decision; it ends FAILED if the decision could not be carried out.
 
+    A decision is recorded before anything moves (`begin_moves`), so that whoever comes after a process that was killed
+    meanwhile can carry it out (`begun`).
+
     Yields:
         The run's ID.
     """
@@ -194,7 +198,37 @@ def decision_run(dataset: str, kind: str) -> Iterator[str]:
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    end_moves(run_id)
+
+
+def begin_moves(run_id: str, report: dict[str, Any]) -> None:
+    """Record a decision, and that it is being carried out."""
+    record_decision(run_id, report)
+    tracking.client().set_tag(run_id, _MOVES_TAG, "begun")
+
+
+def end_moves(run_id: str, status: str = "FINISHED") -> None:
+    """Record that a decision was carried out; or, FAILED, that it never will be."""
+    client = tracking.client()
+    client.set_tag(run_id, _MOVES_TAG, "ended")
+    client.set_terminated(run_id, status)
+
+
+def begun(dataset: str) -> list[tuple[str, dict[str, Any] | None]]:
+    """Return the decisions about a dataset that were left where a process was killed, the oldest first.
+
+    Returns:
+        Each one's run ID and report; None for the report if it was not yet decided.
+    """
+    client = tracking.client()
+    found: list[tuple[str, dict[str, Any] | None]] = []
+    for run in _decision_runs(client, dataset):
+        carried_out = run.data.tags.get(_MOVES_TAG)
+        if carried_out == "begun":
+            found.append((run.info.run_id, mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/report.json")))
+        elif carried_out is None and run.info.status == "RUNNING":
+            found.append((run.info.run_id, None))
+    return found
 
 
 def record_decision(run_id: str, report: dict[str, Any]) -> None:
@@ -226,17 +260,21 @@ def decisions(dataset: str) -> list[dict[str, Any]]:
     Each has `decision`, `kind` (promotion, rollback or release), `when` (UTC) and `decision_run_id`; a decision that
     could not be carried out, or is still under way, has nothing else but a `reason`.
     """
-    client = tracking.client()
+    return [_decision(run) for run in _decision_runs(tracking.client(), dataset)]
+
+
+def _decision_runs(client: mlflow.MlflowClient, dataset: str) -> list[mlflow.entities.Run]:
     experiment = client.get_experiment_by_name(DECISIONS_EXPERIMENT)
     if experiment is None:
         return []
-    runs = client.search_runs(
-        [experiment.experiment_id],
-        f"tags.dataset = '{dataset}'",
-        order_by=["attributes.start_time ASC"],
-        max_results=10_000,
+    return list(
+        client.search_runs(
+            [experiment.experiment_id],
+            f"tags.dataset = '{dataset}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=10_000,
+        )
     )
-    return [_decision(run) for run in runs]
 
 
 def _decision(run: mlflow.entities.Run) -> dict[str, Any]:

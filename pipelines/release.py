@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipelines import registry, store, tracking
+from pipelines import registry, tracking
 from pipelines.params import load_params
-from pipelines.promotion_flow import RELEASED, ensure_served, export
+from pipelines.promotion_flow import RELEASED, Report, alone_with, carry_out, complete_moves, ensure_served, export
 from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.model import AutoregressiveModel
@@ -53,44 +53,49 @@ def release(pair: str) -> str:
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
     sha256 = config["weights_sha256"]
     known = [v for v in registry.versions(dataset) if v.tags.get("weights_sha256") == sha256]
+    params = {f"network.{key}": value for key, value in config.items()}
+    tags = {
+        "git_commit": scores.get("git_commit", "unknown"),
+        "protocol": scores["protocol"],
+        "weights_sha256": sha256,
+        "released": "true",
+    }
+    run: dict[str, Any] = {"pair": pair, "dataset": dataset, "data_hash": scores["data_hash"], "params": params}
     if known:
         run_id = known[0].run_id
     else:
-        run_id = tracking.log_training_run(
-            pair=pair,
-            dataset=dataset,
-            data_hash=scores["data_hash"],
-            folder=folder,
-            params={f"network.{key}": value for key, value in config.items()},
-            scores=scores,
-            curve=[],
-            pictures=sorted(folder.glob("*.png")),
-            tags={
-                "git_commit": scores.get("git_commit", "unknown"),
-                "protocol": scores["protocol"],
-                "weights_sha256": sha256,
-                "released": "true",
-            },
-        )
+        # A release that was killed goes on with its run.
+        run_id = tracking.start_training_run(**run, tags=tags, key=f"released-{sha256}")
+        pictures = sorted(folder.glob("*.png"))
+        run |= {"folder": folder, "scores": scores, "curve": [], "pictures": pictures}
+        tracking.log_training_run(**run, tags=tags, run_id=run_id)
     number = tracking.register(run_id, folder, pair, dataset)
-    name = tracking.registered_name(dataset)
-    text = f"{pair}: released weights are version {number} of {name} ({checked})"
-    aliases = registry.aliases(dataset)
+    with alone_with(dataset):
+        complete_moves(dataset)
+        became = _make_champion(dataset, number, scores["data_hash"])
+    return f"{pair}: released weights are version {number} of {tracking.registered_name(dataset)} ({checked}); {became}"
+
+
+def _make_champion(dataset: str, number: str, data_hash: str) -> str:
+    """Make a version champion if its dataset has none; return what became of it."""
     version = next(v for v in registry.versions(dataset) if v.version == number)
-    if tracking.CHAMPION not in aliases:
-        with registry.decision_run(dataset, "release") as run:
-            tag = export(version)
-            registry.set_alias(dataset, tracking.CHAMPION, number)
-            registry.remove_alias(dataset, tracking.CHALLENGER)
-            store.serve(tag)
-            text += "; champion, as the first of its dataset."
-            report = {"decision": RELEASED, "reason": "there was no champion", "text": text, "served": tag}
-            registry.record_decision(run, report | {"candidate": version.lineage(), "data_hash": scores["data_hash"]})
-    elif aliases[tracking.CHAMPION] == number:
+    champion = registry.aliases(dataset).get(tracking.CHAMPION)
+    if champion == number:
         ensure_served(version)
-        text += "; champion already."
-    else:
-        text += f"; version {aliases[tracking.CHAMPION]} stays champion until a promotion decides otherwise."
+        return "champion already."
+    if champion is not None:
+        return f"version {champion} stays champion until a promotion decides otherwise."
+    text = "champion, as the first of its dataset."
+    with registry.decision_run(dataset, "release") as run:
+        report: Report = {
+            "decision": RELEASED,
+            "reason": "there was no champion",
+            "text": text,
+            "served": export(version),
+        }
+        report |= {"new": number, "old": None, "candidate": version.lineage(), "data_hash": data_hash}
+        registry.begin_moves(run, report)
+        carry_out(dataset, report, version, None)
     return text
 
 
@@ -118,14 +123,23 @@ def check_scores(what: str, model: AutoregressiveModel, scores: dict[str, Any], 
     Raises:
         ValueError: it scores something else, or its scores state nothing of the kind.
     """
-    stated = [match for key in scores if (match := _STATED.fullmatch(key))]
-    if not stated:
-        raise ValueError(f"the scores.json of {what} states no score of the first few images. Train the pair again.")
-    key, split, num = stated[0][0], stated[0][1], int(stated[0][2])
+    split, num, recorded = stated_score(what, scores)
     found = per_image_nll(model, data, split, num_images=num).mean().item()
-    if not abs(found - scores[key]) <= TOLERANCE_NATS:
+    if not abs(found - recorded) <= TOLERANCE_NATS:
         raise ValueError(
             f"{what} does not score what it says: {found:.2f} nats on the first {num} {split} images, "
-            f"its scores.json says {scores[key]:.2f}. Fetch the weights again."
+            f"its scores.json says {recorded:.2f}. Fetch the weights again."
         )
     return f"{num} {split} images"
+
+
+def stated_score(what: str, scores: dict[str, Any]) -> tuple[str, int, float]:
+    """Return the score of the first few images that a checkpoint's scores state: split, number, nats per image.
+
+    Raises:
+        ValueError: they state none.
+    """
+    for key, value in scores.items():
+        if match := _STATED.fullmatch(key):
+            return match[1], int(match[2]), value
+    raise ValueError(f"the scores.json of {what} states no score of the first few images. Train the pair again.")

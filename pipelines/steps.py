@@ -35,7 +35,7 @@ def prepare(dataset: str) -> None:
     write(dataset, Path("data") / f"{dataset}.safetensors", load_params().data)
 
 
-def train(pair: str, out: str, report: str, state: str | None, half: bool) -> None:
+def train(pair: str, out: str, report: str, state: str | None, half: bool, reuse: bool) -> None:
     """Run the training flow of a pair in this process."""
     from pixelcnn.data import load_dataset
 
@@ -43,15 +43,15 @@ def train(pair: str, out: str, report: str, state: str | None, half: bool) -> No
     load_dataset(Path("data") / f"{load_params().pair(pair).dataset}.safetensors")
     from pipelines.training_flow import train_pair
 
-    train_pair(pair, out, report, state, half)
+    train_pair(pair, out, report, state, half, reuse)
 
 
-def train_all(pairs: list[str], at_once: int) -> None:
+def train_all(pairs: list[str], at_once: int, again: bool) -> None:
     """Train several pairs, each in a process of its own, and compare them."""
     load_params()
     from pipelines.train_all_flow import train_all as run_all
 
-    run_all(pairs or None, at_once)
+    run_all(pairs or None, at_once, again)
 
 
 def compare() -> None:
@@ -143,7 +143,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--half", action="store_true", help="store half-precision weights where they score alike"
             )
+            command.add_argument(
+                "--reuse", action="store_true", help="take a registered version of the same inputs instead of training"
+            )
         if function is train_all:
+            command.add_argument(
+                "--again", action="store_true", help="train even what was trained from the same inputs"
+            )
             command.add_argument(
                 "pairs", nargs="*", metavar="PAIR", help="pairs of params.yaml; none for the quick start"
             )

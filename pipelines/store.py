@@ -6,6 +6,7 @@ served is the store's `latest` of that name.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +20,12 @@ import bentoml
 from bentoml._internal.models import ModelStore
 from bentoml.exceptions import BentoMLException
 
+from pipelines.files import alone, write_whole
 from pixelcnn.checkpoint import WEIGHTS_FILE, load_checkpoint, sha256_of
+
+_TEMPORARY = ".promote-"
+
+logger = logging.getLogger(__name__)
 
 
 def home() -> Path:
@@ -90,7 +96,13 @@ def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     # BentoML copies file by file and makes the newest model the served one. A store of its own beside the real one,
     # and then one rename: nobody ever sees half a model, and what is served is for `serve` to say.
-    with tempfile.TemporaryDirectory(dir=home(), prefix=".promote-") as temporary:
+    with (
+        alone(home() / ".export.lock", f"the export of {tag}", logger.warning),
+        tempfile.TemporaryDirectory(dir=home(), prefix=_TEMPORARY) as temporary,
+    ):
+        for left in home().glob(f"{_TEMPORARY}*"):  # by a process that was killed
+            if left != Path(temporary):
+                shutil.rmtree(left)
         own = ModelStore(temporary)
         with bentoml.models.create(
             tag, labels={"dataset": metadata["dataset"]}, metadata=dict(metadata), _model_store=own
@@ -105,7 +117,4 @@ def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
 def serve(tag: str) -> None:
     """Make a model of the store the one that is served: `latest` names it from one moment to the next."""
     name, version = tag.split(":")
-    pointer = _models() / name / "latest"
-    new = pointer.with_name(".latest.new")
-    new.write_text(version)
-    new.replace(pointer)
+    write_whole(_models() / name / "latest", version)

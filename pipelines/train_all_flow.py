@@ -19,15 +19,16 @@ from prefect.runtime import flow_run
 from pipelines import registry
 from pipelines.comparison import read_reports, write_comparison
 from pipelines.params import load_params
-from pipelines.training_flow import DEPLOYMENTS_FOLDER
+from pipelines.training_flow import DEPLOYMENTS_FOLDER, check_attempts
 from pixelcnn.checkpoint import CONFIG_FILE
 
+RUNNER_VARIABLE = "PIXELCNN_TASK_RUNNER"
 POLL_S = 0.2
 GRACE_S = 20.0  # for a training to end by itself when it is told to
 
 
 @flow(name="train-all", persist_result=False)
-def train_all(pairs: list[str] | None = None, at_once: int = 1) -> dict[str, str]:
+def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = False) -> dict[str, str]:
     """Train several pairs and compare them; one that fails neither stops nor hides the others.
 
     Everything lies in a fresh folder of models/deployments/; the comparison is reports/comparison.html and the table
@@ -36,6 +37,10 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1) -> dict[str, str
     Args:
         pairs: their names; None for the candidates of the quick start's dataset.
         at_once: how many train at a time.
+        again: train even those of which a version was registered from the same data, settings and code.
+
+    The setting PIXELCNN_TASK_RUNNER says where: `local` (the default) on this machine; `ray` on a Ray cluster of its
+    own; `ray://HOST:PORT`, or `auto` for the one of this machine, on a cluster that is there.
 
     Returns:
         The MLflow version of each.
@@ -44,8 +49,12 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1) -> dict[str, str
         ValueError: at_once is no positive number.
         ChildProcessError: at the end, naming the pairs that failed.
     """
+    check_attempts()
     if at_once < 1:
         raise ValueError(f"at_once must be 1 or more, got {at_once}.")
+    where = os.environ.get(RUNNER_VARIABLE) or "local"
+    if where not in ("local", "ray", "auto") and not where.startswith("ray://"):
+        raise ValueError(f"{RUNNER_VARIABLE} must be local, ray, auto or ray://HOST:PORT, got {where!r}.")
     params, logger = load_params(), get_run_logger()
     folder = DEPLOYMENTS_FOLDER / str(flow_run.get_id())
     commands, failures = {}, {}
@@ -55,12 +64,18 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1) -> dict[str, str
         except ValueError as error:
             failures[pair] = str(error)
             continue
-        folders = ("--out", str(folder / pair), "--report", str(folder / "reports" / pair))
-        commands[pair] = [sys.executable, "-m", "pipelines.steps", "train", pair, *folders]
+        words = ["--out", str(folder / pair), "--report", str(folder / "reports" / pair)]
+        words += [] if again else ["--reuse"]
+        commands[pair] = [sys.executable, "-m", "pipelines.steps", "train", pair, *words]
     # Their runs belong to the server that this flow uses, even if it is one that was started for it alone.
     with get_client(sync_client=True) as client:
         environment = {**os.environ, "PREFECT_API_URL": str(client.api_url).rstrip("/")}
-    failures |= run_apart(commands, at_once, folder / "logs", environment, logger.info)
+    if where == "local":
+        failures |= run_apart(commands, at_once, folder / "logs", environment, logger.info)
+    else:
+        from pipelines.ray_runner import run_on_ray
+
+        failures |= run_on_ray(commands, at_once, folder / "logs", environment, where)
     versions = {pair: _version(folder / pair, params.pair(pair).dataset) for pair in commands if pair not in failures}
     reports = read_reports(folder / "reports", without=failures)
     rows = [report.row() for report in reports] + [{"pair": pair, "test": why} for pair, why in failures.items()]

@@ -7,12 +7,16 @@ training that is carried over days names a folder for its state instead, which s
 
 import csv
 import hashlib
+import io
 import json
 import math
 import shutil
 import subprocess
+import tempfile
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from safetensors.torch import save_file
 
-from pipelines import tracking
+import pixelcnn
+from pipelines import registry, tracking
+from pipelines.files import alone, write_whole
 from pipelines.model_card import model_card
 from pipelines.params import PairParams, Params, SampleParams, load_params
-from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, load_checkpoint, save_checkpoint
+from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, SCORES_FILE, load_checkpoint, save_checkpoint
 from pixelcnn.completion import complete
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, load_dataset
@@ -48,6 +54,7 @@ from pixelcnn.training import (
 
 DEPLOYMENTS_FOLDER = Path("models/deployments")
 _NUM_THREADS = torch.get_num_threads()
+MAX_ATTEMPTS = 3  # of a deployment's run that crashes: its checkpoint brings nothing if the cause is still there
 PROGRESS_S = 5.0  # between lines of the log
 CHECKED_IMAGES = 200  # the first of the test split: a score that is quick to measure again
 CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
@@ -59,12 +66,13 @@ PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validati
 NUM_EXTREMES = 8  # best and worst test images on their sheet
 HALF_TOLERANCE = 0.001  # bits/dim that the validation score may change when weights are stored in half precision
 HALF_IMAGES = 1000  # of the validation split: the change hardly varies between images
+RUN_ID_FILE, RUN_KEY_FILE = "run_id", "run_key"  # beside a training's state: its MLflow run
 TRACKER_PAUSE_S = 300.0  # after the tracking store failed, until the training tries it again
 
 # Tasks hand each other models and data in memory: nothing is cached or stored, so nothing is ever pickled.
 _IN_MEMORY: dict[str, Any] = {"persist_result": False, "cache_policy": NO_CACHE}
-# The tracking store may be busy or out of reach for a moment; training again would help nothing.
-_RETRIED: dict[str, Any] = {**_IN_MEMORY, "retries": 2, "retry_delay_seconds": [2, 10]}
+# The tracking store may be busy, or out of reach for half a minute; training again would help nothing.
+_RETRIED: dict[str, Any] = {**_IN_MEMORY, "retries": 3, "retry_delay_seconds": [2, 10, 30]}
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
     warm_up(model)
     curve = _Curve(work / "curve.csv")
     code = git_state()  # now: what is committed while it trains is not what trains
-    live = _LiveRun(work / "run_id", name, params, data, code)
+    live = _LiveRun(work / RUN_ID_FILE, name, params, data, code)
     sheets = work / "samples"
     sheets.mkdir(exist_ok=True)
     last_line = 0.0
@@ -161,6 +169,10 @@ class _LiveRun:
     def __init__(self, path: Path, name: str, params: Params, data: Dataset, code: dict[str, str]) -> None:
         self.path, self.name, self.params, self.data, self.code = path, name, params, data, code
         self.run_id = path.read_text() if path.exists() else None
+        key = path.with_name(RUN_KEY_FILE)
+        if not key.exists():
+            write_whole(key, uuid.uuid4().hex)
+        self.key = key.read_text()
         self.started = False
         self.silent_until = 0.0
         self._try(self._start)
@@ -173,9 +185,10 @@ class _LiveRun:
             data_hash=self.data.data_hash,
             params=_logged_params(self.name, self.params),
             tags={**self.code, "protocol": self.data.protocol},
+            key=self.key,
             run_id=self.run_id,
         )
-        self.path.write_text(self.run_id)
+        write_whole(self.path, self.run_id)
         self.started = True
 
     def show(self, rows: list[dict[str, float]], sheet: Path) -> None:
@@ -247,10 +260,11 @@ class _Curve:
 
 def write_curve(path: Path, rows: list[dict[str, float]]) -> None:
     """Write rows of a training curve as CSV."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def baseline_scores(data: Dataset) -> dict[str, float]:
@@ -299,7 +313,10 @@ def evaluate_model(
     if model.config.context_features:
         scores.update(evaluate_completion(model, data, num_images=num_images, batch_size=batch_size))
     scores.update(baseline_scores(data))
-    scores[CHECKED_SCORE] = per_image["test"][:CHECKED_IMAGES].mean().item()
+    checked = per_image["test"]
+    if len(checked) < min(CHECKED_IMAGES, len(data.images["test"])):  # fewer were scored than are to be checked
+        checked = per_image_nll(model, data, "test", num_images=CHECKED_IMAGES, batch_size=batch_size)
+    scores[CHECKED_SCORE] = checked[:CHECKED_IMAGES].mean().item()
     numbers = {
         **scores,
         "train_minutes": training.minutes,
@@ -461,8 +478,14 @@ def git_state() -> dict[str, str]:
 
 
 @task(name="log", **_RETRIED)
-def log(name: str, params: Params, scores: dict[str, Any], training: _Training, out: Path, report: Path) -> str:
-    """Record the training as an MLflow run; return its ID."""
+def log(
+    name: str, params: Params, scores: dict[str, Any], training: _Training, out: Path, report: Path, inputs: str | None
+) -> str:
+    """Record the training as an MLflow run; return its ID.
+
+    Args:
+        inputs: see `inputs_of`; None where the result follows from more than that.
+    """
     pair = params.pair(name)
     weights_sha256 = json.loads((out / CONFIG_FILE).read_text())["weights_sha256"]
     return tracking.log_training_run(
@@ -473,8 +496,13 @@ def log(name: str, params: Params, scores: dict[str, Any], training: _Training, 
         params=_logged_params(name, params),
         scores=scores,
         curve=training.curve,
-        pictures=[*sorted(report.glob("*.png")), report / PER_IMAGE_FILE, out / CARD_FILE],
-        tags={**training.code, "protocol": scores["protocol"], "weights_sha256": weights_sha256},
+        pictures=[path for path in sorted(report.iterdir()) if path.is_file()] + [out / CARD_FILE],
+        tags={
+            **training.code,
+            "protocol": scores["protocol"],
+            "weights_sha256": weights_sha256,
+            **({tracking.INPUTS_TAG: inputs} if inputs else {}),
+        },
         run_id=training.run_id,
     )
 
@@ -499,11 +527,64 @@ def _work_folder(out: Path, pair: PairParams, data: Dataset) -> Path:
     return work
 
 
+def check_attempts() -> None:
+    """Raise RuntimeError if Prefect has started this flow run too often: it would crash and be retried for ever."""
+    attempt = flow_run.get_run_count()
+    if attempt > MAX_ATTEMPTS:
+        raise RuntimeError(
+            f"this run has crashed {attempt - 1} times: see its log, mend the cause, and start a new one."
+        )
+
+
+def inputs_of(name: str, params: Params, data: Dataset, half: bool) -> str:
+    """Return the SHA-256 of all that a training's result follows from: settings, data, and the code of the core."""
+    code = hashlib.sha256()
+    for path in sorted(Path(pixelcnn.__file__).parent.glob("*.py")):
+        code.update(path.name.encode() + b"\0" + path.read_bytes())
+    pair = params.pair(name)
+    settings = [config_to_dict(pair.network), *(asdict(one) for one in (pair.train, params.evaluate, params.sample))]
+    every = [name, pair.num_threads, settings, half, data.data_hash, code.hexdigest()]
+    return hashlib.sha256(json.dumps(every).encode()).hexdigest()
+
+
+@task(name="find", **_RETRIED)
+def find_trained(inputs: str, dataset: str, out: Path, report: Path) -> dict[str, str] | None:
+    """Take what was trained and registered from the same inputs; write its checkpoint and its reports.
+
+    Returns:
+        What the flow returns; None if there is no such training.
+    """
+    number = tracking.version_of_inputs(dataset, inputs)
+    if number is None:
+        return None
+    version = next(one for one in registry.versions(dataset) if one.version == number)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = registry.download(version, Path(folder))
+        tracking.download_files(version.run_id, report)
+        shutil.move(report / CARD_FILE, checkpoint / CARD_FILE)
+        (report / SCORES_FILE).unlink()
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(checkpoint, out)
+    get_run_logger().info(
+        "not trained again: %s version %s, run %s, followed from the same data, settings and code",
+        *(version.name, version.version, version.run_id),
+    )
+    return {"run_id": version.run_id, "version": version.version, "out": str(out)}
+
+
 @flow(name="train-pair", persist_result=False)
 def train_pair(
-    pair: str, out: str | None = None, report: str | None = None, state: str | None = None, half: bool = False
+    pair: str,
+    out: str | None = None,
+    report: str | None = None,
+    state: str | None = None,
+    half: bool = False,
+    reuse: bool = False,
 ) -> dict[str, str]:
     """Train, evaluate, record and register one pair.
+
+    Two trainings that would write the same folder do not run at once: the second says whom it waits for, and then
+    takes the first one's result if it followed from the same inputs.
 
     Args:
         pair: its name in params.yaml.
@@ -512,6 +593,8 @@ def train_pair(
         state: folder of the training's state, taken up if it is there and kept at the end: a larger budget in
             params.yaml goes on from it. None for a hidden one beside `out`, removed at the end.
         half: store the weights in half precision, where the validation score changes by 0.001 bits/dim at most.
+        reuse: take a registered version of the same data, settings and code instead of training again. DVC does not
+            need that, it knows itself what is out of date.
 
     Returns:
         `run_id` and `version` in MLflow, and `out`.
@@ -519,22 +602,36 @@ def train_pair(
     Raises:
         ValueError: params.yaml, the pair or the data are not as they should be.
         FloatingPointError: the training diverged.
+        RuntimeError: Prefect has started this run too often.
     """
+    check_attempts()
     params = load_params()
     settings = params.pair(pair)
     out_folder = Path(out) if out else DEPLOYMENTS_FOLDER / str(flow_run.get_id()) / pair
     report_folder = Path(report) if report else out_folder.with_name(f"{out_folder.name}-report")
     torch.set_num_threads(settings.num_threads or _NUM_THREADS)
     data = load(settings.dataset)
-    work = Path(state) if state else _work_folder(out_folder, settings, data)
-    work.mkdir(parents=True, exist_ok=True)
-    training = train(pair, params, data, work)
-    scores = evaluate_model(pair, params, data, training, out_folder, report_folder, half)
-    run_id = log(pair, params, scores, training, out_folder, report_folder)
-    version = register(run_id, pair, settings.dataset, out_folder)
-    # Only now: if a store was out of reach, the next attempt finds the training done.
-    if state:
-        (work / "run_id").unlink(missing_ok=True)  # this run is complete: a larger budget is another one
-    else:
-        shutil.rmtree(work)
+    # A state that is carried over has a history of its own.
+    inputs = None if state else inputs_of(pair, params, data, half)
+    locks = [out_folder.with_name(f".{out_folder.name}.lock"), *([Path(state) / ".lock"] if state else [])]
+    with ExitStack() as held:
+        waited = [
+            held.enter_context(alone(lock, f"the training of {pair}", get_run_logger().warning)) for lock in locks
+        ]
+        if inputs and (reuse or any(waited)):
+            found = find_trained(inputs, settings.dataset, out_folder, report_folder)
+            if found is not None:
+                return found
+        work = Path(state) if state else _work_folder(out_folder, settings, data)
+        work.mkdir(parents=True, exist_ok=True)
+        training = train(pair, params, data, work)
+        scores = evaluate_model(pair, params, data, training, out_folder, report_folder, half)
+        run_id = log(pair, params, scores, training, out_folder, report_folder, inputs)
+        version = register(run_id, pair, settings.dataset, out_folder)
+        # Only now: if a store was out of reach, the next attempt finds the training done.
+        if state:
+            for name in (RUN_ID_FILE, RUN_KEY_FILE):  # this run is complete: a larger budget is another one
+                (work / name).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(work)
     return {"run_id": run_id, "version": version, "out": str(out_folder)}

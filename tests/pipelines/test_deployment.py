@@ -1,93 +1,17 @@
 """A deployment, as a person runs it: a server, a work pool, a worker, `prefect deployment run`, COMPLETED."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
+import re
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from projects import ROOT, copy_project, tiny_dataset
+from projects import PAIR, ROOT, copy_project, tiny_dataset, tiny_params, write_params
+from sites import Site, stop
 
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import save_dataset
-
-PREFECT = str(Path(sys.executable).with_name("prefect"))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End a process group: a worker that is told once may wait for its runs."""
-    for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, sent)
-            try:
-                process.wait(timeout=8)
-            except subprocess.TimeoutExpired:
-                continue
-    process.wait()
-
-
-class Site:
-    """A project with a Prefect server of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.environment = {
-            **os.environ,
-            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
-            "PREFECT_HOME": str(folder / "prefect-home"),
-            "PWD": str(folder),  # what a shell sets, and prefect.yaml reads
-            "PYTHONPATH": str(folder),
-            "MLFLOW_TRACKING_URI": "",
-            "GIT_CEILING_DIRECTORIES": str(folder.parent),
-            "OMP_NUM_THREADS": "1",
-        }
-        self.processes: list[subprocess.Popen] = []
-
-    def start(self, *words: str) -> None:
-        with open(self.folder / f"{words[0]}.log", "w") as log:
-            self.processes.append(
-                subprocess.Popen(
-                    [PREFECT, *words],
-                    cwd=self.folder,
-                    env=self.environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-
-    def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [PREFECT, "--no-prompt", *words],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.3)
-        raise TimeoutError((self.folder / "server.log").read_text())
 
 
 @pytest.fixture
@@ -124,6 +48,23 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     assert list(site.folder.rglob("*.pkl")) == []
     # Prefect itself keeps nothing of a run but its state.
     assert list((site.folder / "prefect-home").glob("storage/*")) == []
+
+    # A run that is cancelled stops its training.
+    params = tiny_params()
+    params["pairs"][PAIR]["train"]["max_epochs"] = 10_000
+    write_params(site.folder, params)
+    done = site.prefect("deployment", "run", "train-pair/train-pair", "-p", f"pair={PAIR}")
+    (run_id,) = set(re.findall(r"UUID: ([0-9a-f-]{36})", done.stdout))
+    lock, trainer = site.folder / f"models/deployments/{run_id}/.{PAIR}.lock", ""
+    deadline = time.monotonic() + 90
+    while not list(lock.parent.glob(".*.run-*/run_id")):  # it trains
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    trainer = lock.read_text().split()[1]
+    assert site.prefect("flow-run", "cancel", run_id).returncode == 0
+    while Path(f"/proc/{trainer}").exists():
+        assert time.monotonic() < deadline, "the training goes on"
+        time.sleep(0.2)
 
     done = site.prefect(*run, "-p", "pair=pixelcnn-svhn")
     assert done.returncode == 1, "a failed run is a failed command"

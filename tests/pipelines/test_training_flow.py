@@ -5,8 +5,12 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -19,6 +23,7 @@ from projects import ROOT, tiny_dataset, tiny_params, write_params
 from safetensors.torch import load_file
 
 from pipelines import steps, tracking, training_flow
+from pipelines.files import alone
 from pipelines.training_flow import baseline_scores, git_state, train_pair
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
@@ -329,6 +334,96 @@ def test_a_diverging_training_is_a_failed_run(trained, monkeypatch: pytest.Monke
         train_pair(PAIR, "models/diverged", "reports/diverged")
     (failed,) = [run for run in runs() if run.info.run_id not in before]
     assert failed.info.status == "FAILED"
+
+
+def test_what_followed_from_the_same_inputs_is_not_trained_again(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("trained again")
+
+    before = {run.info.run_id for run in runs()}
+    monkeypatch.setattr(training_flow, "fit", never)
+    result = train_pair(PAIR, "models/reused", "reports/reused", reuse=True)
+    assert result == {**trained[1], "out": "models/reused"}
+    assert {run.info.run_id for run in runs()} == before
+    for made, again in ((OUT, Path("models/reused")), (REPORT, Path("reports/reused"))):
+        assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in made.iterdir())
+        assert all((again / path.name).read_bytes() == path.read_bytes() for path in made.iterdir())
+
+
+def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, data = training_flow.load_params(), load_dataset("data/mnist5k.safetensors")
+    same = training_flow.inputs_of(PAIR, params, data, False)
+    assert tracking.version_of_inputs("mnist5k", same) == trained[1]["version"]
+    others = {training_flow.inputs_of(PAIR, params, data, True)}
+    others.add(training_flow.inputs_of(PAIR, params, replace(data, data_hash="0" * 32), False))
+    others.add(training_flow.inputs_of("gated_pixelcnn-mnist5k", params, data, False))
+    others.add(training_flow.inputs_of(PAIR, replace(params, sample=replace(params.sample, seed=5)), data, False))
+    shutil.copytree(Path(training_flow.pixelcnn.__file__).parent, tmp_path / "pixelcnn")
+    with open(tmp_path / "pixelcnn/layers.py", "a") as source:
+        source.write("\n")
+    monkeypatch.setattr(training_flow.pixelcnn, "__file__", str(tmp_path / "pixelcnn/__init__.py"))
+    others.add(training_flow.inputs_of(PAIR, params, data, False))
+    assert len(others) == 5
+    assert same not in others
+
+
+def test_two_trainings_of_one_folder_do_not_meet(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits, says for whom, and takes what the first has made."""
+
+    def never(*args: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training_flow, "fit", never)
+    ready, end, said = threading.Event(), threading.Event(), []
+
+    def hold() -> None:
+        with alone(Path("models/.both.lock"), "the first", print):
+            ready.set()
+            end.wait(60)
+
+    first = threading.Thread(target=hold)
+    first.start()
+    assert ready.wait(10)
+
+    def waiting(path: Path, what: str, say: Callable[[str], None]):
+        def once_said(text: str) -> None:
+            said.append(text)
+            end.set()
+
+        return alone(path, what, once_said)
+
+    monkeypatch.setattr(training_flow, "alone", waiting)
+    try:
+        result = train_pair(PAIR, "models/both", "reports/both")
+    finally:
+        end.set()
+        first.join()
+    assert said[0].startswith(f"the training of {PAIR} waits for process {os.getpid()} on ")
+    assert result == {**trained[1], "out": "models/both"}
+    assert (Path("models/both") / "model.safetensors").read_bytes() == (OUT / "model.safetensors").read_bytes()
+
+
+def test_two_that_register_the_same_weights_make_one_version(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have looked, and found nothing, before either has registered."""
+    before, real = len(versions()), mlflow.register_model
+    client = tracking.client()
+    config = json.loads((OUT / "config.json").read_text())
+    other = Path("models/twice")
+    shutil.copytree(OUT, other)
+    (other / "config.json").write_text(json.dumps({**config, "weights_sha256": "f" * 64}))
+    run_id = trained[1]["run_id"]
+    (model,) = client.search_logged_models([tracking.experiment_id("mnist5k")], f"source_run_id = '{run_id}'")
+    monkeypatch.setattr(tracking, "_logged_model_id", lambda *args: model.model_id)
+
+    def register_both(uri: str, name: str, tags: dict[str, str]):
+        real(uri, name, tags=tags)
+        return real(uri, name, tags=tags)
+
+    monkeypatch.setattr(mlflow, "register_model", register_both)
+    number = tracking.register(run_id, other, PAIR, "mnist5k")
+    assert len(versions()) == before + 1
+    assert [str(v.version) for v in versions() if v.tags["weights_sha256"] == "f" * 64] == [number]
+    client.delete_model_version("pixelcnn-mnist5k", number)
 
 
 def test_half_precision_is_stored_where_it_scores_alike(trained, monkeypatch: pytest.MonkeyPatch) -> None:

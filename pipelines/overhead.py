@@ -1,0 +1,135 @@
+"""What the tools around a training cost: the same training without and with MLflow, Prefect and DVC, each measured.
+
+    python -m pipelines.overhead                 # the quick start's pixelcnn-mnist5k, a minute of training
+    python -m pipelines.overhead --epochs 1      # less of it: what the tools cost hardly depends on that
+
+Each line is a process of its own, in an empty folder. Processor seconds (of it and all that it started) tell more than
+those of the clock where a machine has other work.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pipelines.params import PARAMS_FILE, load_params
+from pipelines.steps import run
+
+COPIED = ("pipelines", "pixelcnn", "dvc.yaml", ".dvc/config", ".dvcignore", "prefect.toml", PARAMS_FILE)
+TRAINING_S = 60.0  # what the percentage is of
+
+FIT = """
+import sys
+from pathlib import Path
+import torch
+from pipelines.params import load_params
+from pixelcnn import build_model, fit, load_dataset, save_checkpoint
+pair = load_params().pair(sys.argv[1])
+torch.set_num_threads(pair.num_threads or torch.get_num_threads())
+data = load_dataset(Path("data") / f"{pair.dataset}.safetensors")
+torch.manual_seed(pair.train.seed)
+model = build_model(pair.network)
+fit(model, data, pair.train)
+save_checkpoint("out", model, {})
+"""
+# The flow's own functions, called without Prefect's engine, and nothing for MLflow.
+WORK = """
+import sys
+from pathlib import Path
+import torch
+from prefect.logging import disable_run_logger
+from pipelines import training_flow as flow
+class Unseen:
+    run_id = None
+    def __init__(self, *args): pass
+    def show(self, *args): pass
+    def fail(self): pass
+flow._LiveRun = Unseen
+params = flow.load_params()
+pair = params.pair(sys.argv[1])
+torch.set_num_threads(pair.num_threads or torch.get_num_threads())
+with disable_run_logger():
+    data = flow.load.fn(pair.dataset)
+    Path("work").mkdir()
+    training = flow.train.fn(sys.argv[1], params, data, Path("work"))
+    flow.evaluate_model.fn(sys.argv[1], params, data, training, Path("out"), Path("report"), False)
+"""
+
+
+def measure(pair: str, epochs: float | None) -> list[tuple[str, float, float]]:
+    """Train in four ways; return what each is, with its seconds by the clock and of the processor."""
+    dataset = load_params().pair(pair).dataset
+    lines = (
+        ("`fit` alone: load, train, save", ("-c", FIT, pair)),
+        ("with scores, reports and pictures", ("-c", WORK, pair)),
+        ("with MLflow and Prefect", ("-m", "pipelines.steps", "train", pair, "--out", "out", "--report", "report")),
+        ("with DVC: `dvc repro`", ("-m", "pipelines.dvc_cli", "repro", "--single-item", f"train@{pair}")),
+    )
+    found = []
+    with tempfile.TemporaryDirectory() as top:
+        for number, (name, words) in enumerate(lines):
+            folder = Path(top) / str(number)
+            _copy_project(folder, pair, dataset, epochs)
+            environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": "", "PREFECT_API_URL": ""}
+            environment |= {"PREFECT_HOME": str(folder / "prefect"), "GIT_CEILING_DIRECTORIES": top}
+            before, start = _processor_s(), time.monotonic()
+            done = subprocess.run(
+                [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            )
+            clock_s = time.monotonic() - start
+            if done.returncode != 0:
+                raise OSError(f"the training {name} failed: {done.stderr.strip()[-1000:]}")
+            found.append((name, clock_s, _processor_s() - before))
+    return found
+
+
+def _copy_project(folder: Path, pair: str, dataset: str, epochs: float | None) -> None:
+    for name in COPIED:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, target)
+    (folder / "data").mkdir()
+    shutil.copy(f"data/{dataset}.safetensors", folder / "data")
+    values = yaml.safe_load((folder / PARAMS_FILE).read_text())
+    train = values["pairs"][pair]["train"]
+    train.pop("max_minutes", None)  # the same steps in each, however busy the machine is
+    train |= {"max_epochs": epochs} if epochs else {}
+    (folder / PARAMS_FILE).write_text(yaml.safe_dump(values, sort_keys=False))
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+
+def _processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def report(found: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Return the measurements as a table, each with what it adds to the one before."""
+    lines = ["| training | clock | processor | added, processor |", "| --- | --- | --- | --- |"]
+    for i, (name, clock_s, processor_s) in enumerate(found):
+        added = f"{processor_s - found[i - 1][2]:+.1f} s" if i else ""
+        lines.append(f"| {name} | {clock_s:.1f} s | {processor_s:.1f} s | {added} |")
+    tools_s = found[-1][2] - found[1][2]
+    lines.append(f"The tools: {tools_s:.1f} processor seconds, {100 * tools_s / TRAINING_S:.0f} % of a 60 s training.")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.overhead", description="What the tools cost.")
+    parser.add_argument("pair", nargs="?", default="pixelcnn-mnist5k", help="a pair of params.yaml with prepared data")
+    parser.add_argument("--epochs", type=float, help="of the training; those of params.yaml if it is left out")
+    arguments = parser.parse_args(argv)
+    return run("overhead", lambda: print("\n".join(report(measure(arguments.pair, arguments.epochs)))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
