@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_browser import (
     CHROMIUM_ARGUMENTS,
     HALF_DIGIT,
@@ -48,14 +48,20 @@ DRAWINGS: list[tuple[str, int, list[Points]]] = [
 ]
 
 
-def clean_page(page: Page, url: str, seed: int) -> None:
-    """Open the page afresh, with a seed, so that the pictures come out the same again."""
+def clean_page(browser: Browser, url: str, seed: int, known: str = "") -> Page:
+    """Open the page as somebody who was never here, with a seed, so that the pictures come out the same again."""
+    for context in browser.contexts:
+        context.close()
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
     page.goto(url)
     grid(page).wait_for()
     expect(page.get_by_text("Serving pixelcnn-mnist")).to_be_visible()
     page.get_by_role("textbox", name="Seed").fill(str(seed))
     page.keyboard.press("Enter")
-    page.get_by_role("radio", name="Only my ink").click()
+    if known:
+        page.get_by_role("radio", name=known).click()
+    page.get_by_role("heading", level=1).scroll_into_view_if_needed()
+    return page
 
 
 def framed(picture: np.ndarray) -> PIL.Image.Image:
@@ -68,11 +74,11 @@ def drawn_cells(page: Page) -> np.ndarray:
     return np.where(pixels[..., 3:] == 0, UNKNOWN, pixels[..., :3]).astype(np.uint8)
 
 
-def make_drawings(page: Page, url: str) -> None:
+def make_drawings(browser: Browser, url: str) -> None:
     """Write docs/drawings.png: a row for each drawing, its endings behind it, the likely ones first."""
     rows = []
     for number, (_, brush, strokes) in enumerate(DRAWINGS):
-        clean_page(page, url, seed=number)
+        page = clean_page(browser, url, seed=number, known="Only my ink")
         tool(page, f"Brush {brush}").click()
         for points in strokes:
             draw(page, points)
@@ -87,9 +93,9 @@ def make_drawings(page: Page, url: str) -> None:
     sheet.quantize(32).save(DOCS / "drawings.png", optimize=True)
 
 
-def make_canvas(page: Page, url: str) -> None:
+def make_canvas(browser: Browser, url: str) -> None:
     """Write docs/canvas.png."""
-    clean_page(page, url, seed=3)
+    page = clean_page(browser, url, seed=3)
     draw(page, HALF_DIGIT)
     press_complete(page)
     wait_for_endings(page)
@@ -98,15 +104,15 @@ def make_canvas(page: Page, url: str) -> None:
     PIL.Image.open(io.BytesIO(page.screenshot())).quantize(128).save(DOCS / "canvas.png", optimize=True)
 
 
-def make_animation(page: Page, url: str) -> None:
+def make_animation(browser: Browser, url: str) -> None:
     """Write docs/drawing.png, an animated PNG: a hand draws, and after each stroke the endings follow."""
-    clean_page(page, url, seed=1)
+    page = clean_page(browser, url, seed=1)
     page.get_by_text("As I draw").click()
     frames: list[PIL.Image.Image] = []
 
     def frame() -> None:
-        picture = PIL.Image.open(io.BytesIO(page.screenshot(clip={"x": 0, "y": 60, "width": 1280, "height": 560})))
-        frames.append(picture.resize((896, 392), PIL.Image.Resampling.LANCZOS).convert("RGB"))
+        picture = PIL.Image.open(io.BytesIO(page.screenshot(clip={"x": 80, "y": 0, "width": 1120, "height": 900})))
+        frames.append(picture.resize((672, 540), PIL.Image.Resampling.LANCZOS).convert("RGB"))
 
     # The upper half of a 3 and then its lower half, in three strokes.
     for points in (HALF_DIGIT[:4], HALF_DIGIT[3:], [(14, 12), (17, 13), (18.5, 16), (17, 20), (13, 22), (9, 20)]):
@@ -140,9 +146,8 @@ def main() -> None:
         raise SystemExit("error: there is no `chromium` on the PATH. Install the Debian package: apt install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
-        page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
         for make in (make_canvas, make_drawings, make_animation):
-            make(page, url)
+            make(browser, url)
             print(make.__doc__.splitlines()[0] if make.__doc__ else make.__name__)
         browser.close()
 
