@@ -1,4 +1,4 @@
-"""What the service tells Prometheus, read where prometheus_client keeps it; test_service_faults.py reads it from /metrics."""
+"""What the service tells Prometheus, as prometheus_client keeps it; test_service_faults.py reads it from /metrics."""
 
 import math
 import time
