@@ -717,18 +717,18 @@ def test_axe_finds_nothing_serious(open_page: OpenPage, service: StubService, sc
     draw(page, HALF_DIGIT)
     press_complete(page)
     wait_for_endings(page)
+    serious = set()
     for name in ("Draw", "Generate", "Surprise", "Models"):
-        page.get_by_role("radio", name=name).click()
-        page.locator("h1").get_by_text("" if name == "Draw" else name).first.wait_for()
+        page.get_by_role("radio", name=name, exact=True).click()
+        expect(page.get_by_role("radio", name=name, exact=True)).to_have_attribute("aria-checked", "true")
         page.locator('[data-test-script-state="notRunning"]').wait_for()
-        found = Axe().run(page).response["violations"]
-        serious = {
-            f"{violation['id']}: {node['html'][:200]}"
-            for violation in found
+        serious |= {
+            f"{name}: {violation['id']}: {node['html'][:120]} {[check['message'] for check in node['any']]}"
+            for violation in Axe().run(page).response["violations"]
             if violation["impact"] in ("serious", "critical")
             for node in violation["nodes"]
         }
-        assert serious == set(), name
+    assert serious == set(), "\n".join(sorted(serious))
 
 
 def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
