@@ -339,9 +339,8 @@ def start_from_picture(client: ServiceClient, dataset: str, model: ServedModel, 
             def put() -> None:
                 state.load = {"revision": uuid.uuid4().hex, "ink": drawing_text(drawing)}
                 if part and len(shape) == 2:
-                    state[known_key(False, COMPLETES in model.scores)] = (
-                        "touched"  # the other half counts as a whole, its blanks too
-                    )
+                    # The other half counts as a whole, its blanks too.
+                    state[known_key(False, COMPLETES in model.scores)] = "touched"
 
             st.button("Put it on the grid", on_click=put)
         if not part:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import write_whole
 from pipelines.model_card import score_text
 from pipelines.params import DATASETS, DatasetSpec
 
@@ -116,9 +117,8 @@ def write_comparison(
         f"<style>{_STYLE}</style></head>\n<body>\n{chr(10).join(parts)}\n</body></html>\n"
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    new = page.with_name(f".{page.name}.new")
-    new.write_text(text)
-    return new.replace(page)
+    write_whole(page, text)
+    return page
 
 
 def _failed(failures: Mapping[str, str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from pipelines.files import write_whole
 from pipelines.params import PairParams, load_params
 from pipelines.steps import run
 from pixelcnn.config import checked_config
@@ -103,9 +104,7 @@ def compare(path: Path = VARIANTS_FILE, out: Path = TABLE_FILE, pairs: Sequence[
             lines.append(measure(pair, settings, data, changes or {}, variants["minutes"], variants["num_images"]))
             print(pair, lines[-1], flush=True)
         lines.append("")
-    temporary = out.with_name(f".{out.name}.new")
-    temporary.write_text("\n".join(lines))
-    temporary.replace(out)
+    write_whole(out, "\n".join(lines))
     print(f"wrote {out}")
 
 
