@@ -5,6 +5,7 @@ It knows the wire alone: images are nested lists of levels (H x W, or H x W x 3)
 
 import json
 import os
+import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -16,6 +17,9 @@ URL_VARIABLE = "PIXELCNN_SERVICE_URL"
 TOKEN_VARIABLE = "PIXELCNN_TOKEN"
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 120.0  # a batch of whole images by the slow sampler
+BUSY = (429, 503)
+RETRIES = 2
+MAX_RETRY_WAIT_S = 5.0
 
 Image = list[list[Any]]  # H rows of W levels, or of W [red, green, blue]
 
@@ -105,7 +109,8 @@ class ServiceClient:
     Where the environment sets PIXELCNN_TOKEN, every request carries it.
 
     Every method raises ServiceError, and nothing else, when there is no usable answer; so does making a client for
-    what is no address.
+    what is no address. A busy service is asked again, at most twice, after the seconds that it names (5 at most): no
+    request changes anything there. A stream is not: whoever watches one learns at once that there is none.
     """
 
     def __init__(self, url: str = DEFAULT_URL, transport: httpx.BaseTransport | None = None) -> None:
@@ -206,10 +211,14 @@ class ServiceClient:
 
     def _json(self, method: str, path: str, body: Any, timeout_s: float = READ_TIMEOUT_S) -> Any:
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        try:
-            response = self._http.request(method, path, json=body, timeout=timeout)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
+        for retries_left in range(RETRIES, -1, -1):
+            try:
+                response = self._http.request(method, path, json=body, timeout=timeout)
+            except httpx.HTTPError as error:
+                raise self._unreachable(error) from None
+            if response.status_code not in BUSY or not retries_left:
+                break
+            time.sleep(_retry_after_s(response))
         if response.is_error:
             raise self._refusal(response)
         return self._decoded(response.text)
@@ -243,7 +252,7 @@ class ServiceClient:
             sentence = ""
         if sentence:
             return ServiceError(sentence)
-        if response.status_code in (429, 503):
+        if response.status_code in BUSY:
             return ServiceError(f"The service at {self.url} is busy. Try again in a moment; your drawing is kept.")
         if response.status_code >= 500:
             return ServiceError(f"The service at {self.url} failed; its log says why. Your drawing is kept.")
@@ -254,6 +263,12 @@ class ServiceClient:
             f"What answers at {self.url} does not speak like the completion service. "
             f"Set {URL_VARIABLE} to the address that `make serve` prints."
         )
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    """Return how long a busy service asks to be left alone, within bounds."""
+    text = response.headers.get("retry-after", "")
+    return min(float(text), MAX_RETRY_WAIT_S) if text.isascii() and text.isdecimal() else 1.0
 
 
 def _is_address(url: str) -> bool:

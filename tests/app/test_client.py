@@ -152,11 +152,33 @@ def test_slow_service() -> None:
         (500, "oh", "The service at http://service.test failed; its log says why. Your drawing is kept."),
     ],
 )
-def test_refusals_become_their_sentence(status: int, text: str, sentence: str) -> None:
+def test_refusals_become_their_sentence(status: int, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.client.time.sleep", lambda seconds: None)
     client = answering(lambda request: httpx.Response(status, text=text))
     with pytest.raises(ServiceError) as caught:
         client.complete("mnist5k", IMAGE, OBSERVED)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_service_is_asked_again_after_the_time_it_names(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("app.client.time.sleep", waited.append)
+    busy = [{"retry-after": "3"}, {"retry-after": "3600"}]
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, headers=busy.pop(0)) if busy else httpx.Response(200, json={})
+
+    assert answering(handler).models() == {}
+    assert waited == [3.0, 5.0]
+    busy = [{}] * 3
+    with pytest.raises(ServiceError, match="is busy"):
+        answering(handler).models()
+    assert waited == [3.0, 5.0, 1.0, 1.0]
+    busy = [{}]
+    with pytest.raises(ServiceError, match="is busy"):
+        list(answering(handler).complete_stream("mnist5k", IMAGE, OBSERVED))
+    assert waited == [3.0, 5.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -185,4 +207,4 @@ def test_client_knows_the_wire_alone() -> None:
     tree = ast.parse(Path(app.client.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"json", "os", "collections.abc", "dataclasses", "typing", "httpx"}
+    assert imported == {"json", "os", "time", "collections.abc", "dataclasses", "typing", "httpx"}
