@@ -76,6 +76,7 @@ def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
     site.environment |= {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{postgres}/prefect",
         "MLFLOW_TRACKING_URI": f"postgresql+psycopg://{postgres}/mlflow",
+        "COLUMNS": "200",  # of the table that is read below
     }
     try:
         site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port))
