@@ -10,12 +10,13 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export STREAMLIT_BROWSER_GATHER_USAGE_STATS := false
 
-.PHONY: demo test check bench pictures serve app pipeline operate install clean
+.PHONY: demo test check audit bench pictures serve app pipeline operate install clean
 .DEFAULT_GOAL := help
 help:
 	@echo "make demo      everything from a fresh clone: install, train the quick start, serve it, open the canvas"
 	@echo "make test      install, then every test"
 	@echo "make check     format, lint, types, architecture"
+	@echo "make audit     known faults of the dependencies, and a bill of materials: reports/audit/sbom.json"
 	@echo "make pipeline  the quick-start pipeline alone (dvc repro)"
 	@echo "make operate   the deployments: Prefect's server and a worker, on this machine"
 	@echo "make serve     the service alone, on 127.0.0.1:3000"
@@ -37,6 +38,14 @@ check: install
 	ruff check .
 	mypy
 	python -m pytest -q tests/test_architecture.py
+
+# Its tools live apart, so that the bill of materials names what the project needs and nothing else.
+audit: install
+	@$(PYTHON) -m venv .venv/audit
+	@.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3' 'cyclonedx-bom>=7,<8'
+	@mkdir -p reports/audit
+	.venv/audit/bin/cyclonedx-py environment $(BIN)/python --output-file reports/audit/sbom.json
+	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: install
 	@for pair in $(notdir $(wildcard weights/*)); do \
