@@ -1,5 +1,6 @@
 """The model card: what a checkpoint is, in words around its measured values. It goes with the weights as README.md."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +87,21 @@ missing pixel sees of the known ones only those that come before it.
 """
 
 
+def _labels(scores: Mapping[str, Any], num_labels: int) -> str:
+    """Say what the label is worth, on the images that were scored with each label."""
+    key = next((key for key in scores if key.endswith("_label_summed_out")), None)
+    if key is None:
+        return ""
+    first = key.removesuffix("_label_summed_out")
+    without, summed_out, given = scores[first], scores[key], scores[f"{first}_given_label"]
+    return (
+        f"On the first {first.rpartition('_')[2]} test images: {without:.2f} nats without a label, {summed_out:.2f} "
+        f"with the label summed out (p(x) as the mean of p(x | y), of {num_labels} passes), {given:.2f} "
+        f"with the true one. So the label tells {summed_out - given:.2f} nats, of {math.log(num_labels):.2f} that it can; the other "
+        f"{without - summed_out:+.2f} are what the network without a label has yet to learn.\n\n"
+    )
+
+
 def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     """Return the card, in Markdown.
 
@@ -160,7 +176,7 @@ Protocol: **{scores["protocol"]}**. Mean negative log-likelihood with its standa
 For comparison, test: every level equally likely {scores["test/nll_nats_uniform"]:.1f} nats, independent pixels
 {scores["test/nll_nats_independent"]:.1f} nats.
 
-{_completion(scores)}## Training
+{_labels(scores, config["num_labels"])}{_completion(scores)}## Training
 {scores["train_minutes"]:.0f} minutes on {scores["hardware"]}. Again: `dvc repro train@{pair}`
 
 | setting | value |

@@ -48,6 +48,7 @@ from pixelcnn.training import (
     fit,
     format_nll,
     format_progress,
+    per_image_marginal_nll,
     per_image_nll,
     training_history,
 )
@@ -317,6 +318,11 @@ def evaluate_model(
     if len(checked) < min(CHECKED_IMAGES, len(data.images["test"])):  # fewer were scored than are to be checked
         checked = per_image_nll(model, data, "test", num_images=CHECKED_IMAGES, batch_size=batch_size)
     scores[CHECKED_SCORE] = checked[:CHECKED_IMAGES].mean().item()
+    if model.config.num_labels:
+        given = per_image_nll(model, data, "test", True, CHECKED_IMAGES, batch_size)
+        marginal = per_image_marginal_nll(model, data, "test", CHECKED_IMAGES, batch_size)
+        scores[f"{CHECKED_SCORE}_given_label"] = given.mean().item()
+        scores[f"{CHECKED_SCORE}_label_summed_out"] = marginal.mean().item()
     numbers = {
         **scores,
         "train_minutes": training.minutes,

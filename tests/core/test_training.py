@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
 
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, training
 from pixelcnn.optimisers import OPTIMISERS
-from pixelcnn.training import StepReport, format_progress, per_image_nll, training_history
+from pixelcnn.training import StepReport, format_progress, per_image_marginal_nll, per_image_nll, training_history
 
 CONFIG = TrainConfig(
     batch_size=8, learning_rate=0.01, max_epochs=4, warmup_steps=2, ema_decay=0.9, num_validations=4, save_minutes=0
@@ -491,6 +491,17 @@ def test_evaluate_is_log_prob(architecture):
         expected[f"{split}/nll_nats_given_label"] = -log_prob(model, levels, label).mean().item()
     assert scores == pytest.approx(expected, rel=1e-12)
     assert scores["test/nll_nats"] != pytest.approx(scores["test/nll_nats_given_label"], abs=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_the_label_summed_out_an_image_has_the_mean_probability_of_all_labels(architecture):
+    data = toy_dataset()
+    model = toy_model(data, architecture)
+    levels = data.images["test"].long()
+    given = [log_prob(model, levels, torch.full((len(levels),), y)) for y in range(model.config.num_labels)]
+    expected = -torch.stack(given).exp().mean(dim=0).log().detach()
+    torch.testing.assert_close(per_image_marginal_nll(model, data, "test", batch_size=4), expected.double())
+    torch.testing.assert_close(per_image_marginal_nll(model, data, "test", num_images=3), expected[:3].double())
 
 
 def test_evaluate_some_images_of_one_split():

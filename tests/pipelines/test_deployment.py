@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from projects import PAIR, ROOT, copy_project, tiny_dataset, tiny_params, write_params
@@ -65,6 +66,14 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     while Path(f"/proc/{trainer}").exists():
         assert time.monotonic() < deadline, "the training goes on"
         time.sleep(0.2)
+
+    # A page of another site may neither read runs nor start any.
+    url = f"http://127.0.0.1:{site.port}/api/flow_runs/filter"
+    asked = {"Origin": "http://elsewhere.test", "Access-Control-Request-Method": "POST"}
+    assert httpx.options(url, headers=asked).status_code == 400
+    answer = httpx.post(url, json={}, headers={"Origin": "http://elsewhere.test"})
+    assert answer.status_code == 403
+    assert "access-control-allow-origin" not in answer.headers
 
     done = site.prefect(*run, "-p", "pair=pixelcnn-svhn")
     assert done.returncode == 1, "a failed run is a failed command"

@@ -111,6 +111,17 @@ def test_completion_stands_beside_raster_clamping(scored: Path) -> None:
         assert "| all but the first 30 % of the ink | 35.00 ± 0.50 | 45.00 ± 0.60 |" in text
 
 
+def test_the_card_tells_what_the_label_is_worth(scored: Path) -> None:
+    scores = json.loads((scored / "scores.json").read_text())
+    config = json.loads((scored / "config.json").read_text())
+    assert "summed out" not in model_card(config, scores)
+    first = "test/nll_nats_first_200"
+    scores |= {first: 85.0, f"{first}_label_summed_out": 84.1, f"{first}_given_label": 82.0}
+    text = model_card(config, scores)
+    assert "On the first 200 test images: 85.00 nats without a label, 84.10 with the label summed out" in text
+    assert f"the label tells 2.10 nats, of {math.log(config['num_labels']):.2f} that it can; the other +0.90" in text
+
+
 def test_damaged_scores_are_named(weights: Path) -> None:
     write_weights(seed=0)
     (weights / "scores.json").write_text("{")

@@ -1,0 +1,104 @@
+"""Time the canvas in a real browser, as a person's hand sees it: `make demo`, then `python tests/app/timings.py`.
+
+Stroke to ink: from the pointer's event to the frame that shows its ink. Then, with *As I draw*: from the end of a
+stroke to the first pixels of the model that are new on the page, and to nine finished endings.
+"""
+
+import argparse
+import shutil
+
+import numpy as np
+from pictures import clean_page
+from playwright.sync_api import Page, sync_playwright
+from test_browser import CHROMIUM_ARGUMENTS, HALF_DIGIT, draw, grid, points_on_screen, tool
+
+# The browser's own clock; what Playwright adds on its way is not counted.
+WATCH = """
+() => {
+  const times = (window.times = { ink: [], end: null, first: null, done: null });
+  const sources = () => [...document.querySelectorAll(".endings button img")].map((image) => image.src).join();
+  let before = "";
+  const canvas = document.querySelector(".drawing canvas");
+  canvas.addEventListener("pointermove", (event) => {
+    if (!event.buttons) return;
+    requestAnimationFrame(() => {
+      // The first task after the frame was handed on.
+      const channel = new MessageChannel();
+      channel.port1.onmessage = () => times.ink.push(performance.now() - event.timeStamp);
+      channel.port2.postMessage(null);
+    });
+  }, true);
+  addEventListener("pointerup", (event) => {
+    [before, times.end, times.first, times.done] = [sources(), event.timeStamp, null, null];
+  }, true);
+  new MutationObserver(() => {
+    if (times.end === null || times.done !== null) return;
+    const now = performance.now();
+    if (times.first === null && sources() && sources() !== before) times.first = now;
+    const captions = [...document.querySelectorAll(".endings figcaption")].map((caption) => caption.textContent);
+    if (times.first !== null && captions.length === 9 && captions.every((text) => text.includes("nats"))) {
+      times.done = now;
+    }
+  }).observe(document.body, { subtree: true, childList: true, characterData: true, attributes: true });
+}
+"""
+
+
+def percentiles(values: list[float]) -> str:
+    p50, p95 = np.percentile(values, [50, 95])
+    return f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, of {len(values)}"
+
+
+def time_ink(page: Page, num_strokes: int) -> list[float]:
+    """Return the milliseconds from each move of a pressed pointer to the frame with its ink."""
+    page.evaluate(WATCH)
+    for i in range(num_strokes):
+        (x, y), *rest = points_on_screen(page, [(a + i % 5, b + i % 7) for a, b in HALF_DIGIT])
+        page.mouse.move(x, y)
+        page.mouse.down()
+        for x, y in rest:
+            page.mouse.move(x, y, steps=4)
+        page.mouse.up()
+    page.wait_for_timeout(100)
+    return page.evaluate("window.times.ink")
+
+
+def time_endings(page: Page, num_strokes: int) -> tuple[list[float], list[float]]:
+    """Return the milliseconds from a stroke's end to the first new pixels, and to nine endings."""
+    page.get_by_text("As I draw").click()
+    page.evaluate(WATCH)
+    first, done = [], []
+    for i in range(num_strokes + 1):
+        tool(page, "Clear").click()
+        page.wait_for_timeout(500)
+        draw(page, [(a, b + i % 6) for a, b in HALF_DIGIT])
+        page.wait_for_function("window.times.done !== null", timeout=60_000)
+        times = page.evaluate("window.times")
+        if i:  # the first one warms up
+            first.append(times["first"] - times["end"])
+            done.append(times["done"] - times["end"])
+    return first, done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8501", help="of the running canvas")
+    parser.add_argument("--strokes", type=int, default=30)
+    arguments = parser.parse_args()
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        raise SystemExit("error: there is no `chromium` on the PATH. Install the Debian package: apt install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
+        page = clean_page(browser, arguments.url, seed=1)
+        grid(page).hover()
+        print("stroke to ink:", percentiles(time_ink(page, arguments.strokes)))
+        page = clean_page(browser, arguments.url, seed=1)
+        first, done = time_endings(page, arguments.strokes)
+        print("end of a stroke to the model's first pixels:", percentiles(first))
+        print("end of a stroke to nine endings:", percentiles(done))
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
