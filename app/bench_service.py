@@ -76,7 +76,8 @@ def crowd(url: str, headers: dict[str, str], body: Callable[[int], bytes], clien
                     answered.append(taken)
                 elif response.status_code == 429:
                     refused.append(taken)
-                    time.sleep(0.05)
+                    # As a client does that reads the answer.
+                    time.sleep(max(0.0, min(float(response.headers["retry-after"]), end - time.perf_counter())))
                 else:
                     others.append(response.text)
                 i += clients
