@@ -13,10 +13,19 @@ ROOT = Path(__file__).parents[1]
 CORE = {"torch", "numpy", "safetensors", "PIL", "numba", "pixelcnn"}
 ONLY_IN = {
     "mlflow": {"pipelines/tracking.py", "pipelines/registry.py", "pipelines/logged_model.py"},
-    "bentoml": {"pipelines/store.py", "app/service.py"},
+    "bentoml": {"pipelines/store.py", "app/champions.py", "app/service.py", "app/wire.py"},
     "streamlit": {"app/canvas.py", "app/pages.py"},
 }
-SERVICE_SIDE = ("app/batching.py", "app/gate.py", "app/metrics.py", "app/openapi.py", "app/service.py")
+SERVICE_SIDE = (
+    "app/batching.py",
+    "app/champions.py",
+    "app/gate.py",
+    "app/jobs.py",
+    "app/metrics.py",
+    "app/openapi.py",
+    "app/service.py",
+    "app/wire.py",
+)
 CANVAS_SIDE = (
     "app/bench_service.py",
     "app/canvas.py",

@@ -30,9 +30,9 @@ def client(service_home, answers_when_empty, tmp_path_factory):
     """A client of the one service: a second one in this process would register BentoML's metrics twice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENTOML_HOME", str(service_home))
-        from app import service
+        from app import champions, service
 
-        patch.setattr(service, "POLL_S", 0.1)
+        patch.setattr(champions, "POLL_S", 0.1)
         with TestClient(service.PixelCNNService.to_asgi()) as client:
             answers_when_empty["models"] = client.get("/models")
             answers_when_empty["generate"] = client.post("/generate", json={"dataset": "grey"})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from champions import GREY, put, wait_until
 
-from app import service
+from app import jobs, service, wire
 from app.batching import Batches, Full, Job
 from pipelines import store
 
@@ -154,13 +154,13 @@ def random_request(draw: np.random.Generator) -> tuple[str, dict]:
 
 def test_the_answer_is_the_same_alone_and_in_a_crowd_of_32(client, monkeypatch):
     shared: list[int] = []
-    run_together = service.SamplingJob.run_together
+    run_together = jobs.SamplingJob.run_together
 
     def count(jobs: list) -> None:
         shared.append(len(jobs))
         run_together(jobs)
 
-    monkeypatch.setattr(service.SamplingJob, "run_together", staticmethod(count))
+    monkeypatch.setattr(jobs.SamplingJob, "run_together", staticmethod(count))
     draw = np.random.default_rng(0)
     requests = [random_request(draw) for _ in range(NUM_CROWD)]
 
@@ -244,19 +244,19 @@ def test_a_batch_stops_when_its_last_client_has_left(monkeypatch):
         finally:
             stopped.set()
 
-    monkeypatch.setattr(service, "SHORT_CALL", 0)
-    monkeypatch.setattr(service, "complete", draw_for_ever)
+    monkeypatch.setattr(jobs, "SHORT_CALL", 0)
+    monkeypatch.setattr(jobs, "complete", draw_for_ever)
     instance = service.PixelCNNService.inner()
     instance.champions.refresh()
     champion = instance.champions.get("grey")
-    jobs = [service.SamplingJob(champion, service.GenerateRequest(dataset="grey")) for _ in range(2)]
-    thread = threading.Thread(target=service.SamplingJob.run_together, args=(jobs,))
+    asked = [jobs.SamplingJob(champion, wire.GenerateRequest(dataset="grey")) for _ in range(2)]
+    thread = threading.Thread(target=jobs.SamplingJob.run_together, args=(asked,))
     thread.start()
-    jobs[0].done.cancel()
+    asked[0].done.cancel()
     seen = len(rows)
     wait_until(lambda: len(rows) > seen + 5, 10)
     assert not stopped.is_set()
-    jobs[1].done.cancel()
+    asked[1].done.cancel()
     seen = len(rows)
     thread.join(10)
     assert stopped.is_set()
@@ -273,14 +273,14 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
         assert go.wait(10)
         return image
 
-    monkeypatch.setattr(service, "complete", wait)
+    monkeypatch.setattr(jobs, "complete", wait)
 
     async def leave() -> None:
         instance = service.PixelCNNService.inner()
         instance.champions.refresh()
 
         def ask(num_samples: int) -> asyncio.Task:
-            request = service.GenerateRequest(dataset="grey", num_samples=num_samples)
+            request = wire.GenerateRequest(dataset="grey", num_samples=num_samples)
             return asyncio.create_task(instance.generate(request))
 
         async def until(condition) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from app import gate, service
+from app import gate, service, wire
 from app.client import ServiceClient, ServiceError
 
 TOKEN = "s3cret-token"
@@ -212,14 +213,14 @@ def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch, caplog):
 
 
 def test_a_body_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
-    monkeypatch.setattr(service, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", 0.05)
 
     async def never() -> dict:
         await asyncio.sleep(0.01)
         return {"type": "http.request", "body": b" ", "more_body": True}
 
-    with pytest.raises(service.RequestError, match=r"took longer than 0\.05 s to arrive") as caught:
-        asyncio.run(service.read_body(service.Request({"type": "http", "headers": []}, never)))
+    with pytest.raises(wire.RequestError, match=r"took longer than 0\.05 s to arrive") as caught:
+        asyncio.run(wire.read_body(Request({"type": "http", "headers": []}, never)))
     assert caught.value.error_code == 408
 
 

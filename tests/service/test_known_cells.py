@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from champions import COLOUR, GREY, make_checkpoint
 
+from app.champions import Champion, Champions
 from app.client import ServiceClient
 from app.drawing import (
     HOLE,
@@ -19,7 +20,8 @@ from app.drawing import (
     per_cell,
     strength_of,
 )
-from app.service import Champion, Champions, CompleteRequest, Identity, SamplingJob
+from app.jobs import SamplingJob
+from app.wire import CompleteRequest, Identity
 
 MODES = ("above", "ink", "touched", "mask")
 

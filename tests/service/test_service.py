@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from champions import COLOUR, GREY, SCORES, make_checkpoint, put, wait_until
+from starlette.requests import Request
 
-from app import gate, service
+from app import gate, jobs, service, wire
+from app.champions import Champions
 from pipelines import store
 from pixelcnn import bits_per_dim, completion_log_prob, log_prob, pixel_log_prob, save_checkpoint
 from pixelcnn.checkpoint import sha256_of
@@ -248,7 +250,7 @@ def test_stream_that_fails_ends_with_an_error_event(client, monkeypatch):
     def fail(*arguments, **more):
         raise RuntimeError("secret details")
 
-    monkeypatch.setattr(service, "complete", fail)
+    monkeypatch.setattr(jobs, "complete", fail)
     ((kind, event),) = read_events(client.post("/complete_stream", json=COMPLETE))
     assert kind == "error"
     assert event == {"error": "the completion failed: the service's log says why."}
@@ -263,16 +265,16 @@ def test_drawing_stops_when_nobody_listens(monkeypatch):
             for row in itertools.count():
                 arguments[-1](row, torch.zeros(1, 1, 4, dtype=torch.int64))
                 time.sleep(0.01)
-        except service._NobodyWaits:
+        except jobs._NobodyWaits:
             stopped.set()
             raise
 
-    monkeypatch.setattr(service, "complete", draw_for_ever)
+    monkeypatch.setattr(jobs, "complete", draw_for_ever)
 
     async def listen_and_leave() -> None:
         instance = service.PixelCNNService.inner()
         instance.champions.refresh()
-        stream = instance.complete_stream(service.CompleteRequest(**COMPLETE))
+        stream = instance.complete_stream(wire.CompleteRequest(**COMPLETE))
         assert [await anext(stream) for _ in range(2)][1].startswith("event: rows")
         await stream.aclose()
 
@@ -421,9 +423,9 @@ def test_reading_ends_at_the_limit():
         num_read += 1
         return {"type": "http.request", "body": b" " * 100_000, "more_body": True}
 
-    request = service.Request({"type": "http", "headers": []}, receive)
-    with pytest.raises(service.RequestError, match="at most 1000000 bytes"):
-        asyncio.run(service.read_body(request))
+    request = Request({"type": "http", "headers": []}, receive)
+    with pytest.raises(wire.RequestError, match="at most 1000000 bytes"):
+        asyncio.run(wire.read_body(request))
     assert num_read == 11
 
 
@@ -440,7 +442,7 @@ def test_our_own_failure_tells_no_details(client, monkeypatch):
     def fail(*arguments, **more):
         raise RuntimeError("secret details")
 
-    monkeypatch.setattr(service, "complete", fail)
+    monkeypatch.setattr(jobs, "complete", fail)
     assert "secret" not in error_of(client.post("/generate", json={"dataset": "grey"}), 500)
 
 
@@ -506,7 +508,7 @@ def test_a_new_champion_takes_over_without_a_failed_request(client, tmp_path):
 def test_a_damaged_champion_is_not_taken_up(tmp_path, monkeypatch, caplog, damage):
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     (tmp_path / "bentoml").mkdir()
-    champions = service.Champions(tmp_path / "bentoml/models")
+    champions = Champions(tmp_path / "bentoml/models")
     store.serve(put(tmp_path, "grey", GREY, "1", seed=0))
     champions.refresh()
     assert champions.get("grey").identity.version == "1"
@@ -562,7 +564,7 @@ def put_files(folder, model, tell_metadata: bool = True) -> None:
 def test_pointer_that_is_being_written_changes_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     (tmp_path / "bentoml").mkdir()
-    champions = service.Champions(tmp_path / "bentoml/models")
+    champions = Champions(tmp_path / "bentoml/models")
     champions.refresh()  # no store yet
     store.serve(put(tmp_path, "grey", GREY, "1", seed=0))
     champions.refresh()
@@ -575,12 +577,12 @@ def test_pointer_that_is_being_written_changes_nothing(tmp_path, monkeypatch, ca
 def test_a_dataset_that_leaves_the_store_is_no_longer_served(tmp_path, monkeypatch):
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     (tmp_path / "bentoml").mkdir()
-    champions = service.Champions(tmp_path / "bentoml/models")
+    champions = Champions(tmp_path / "bentoml/models")
     store.serve(put(tmp_path, "grey", GREY, "1", seed=0))
     store.serve(put(tmp_path, "colour", COLOUR, "1", seed=0))
     champions.refresh()
     shutil.rmtree(tmp_path / "bentoml/models/pixelcnn-grey")
     champions.refresh()
     assert set(champions.describe()) == {"colour"}
-    with pytest.raises(service.RequestError, match="there is no champion for dataset 'grey'"):
+    with pytest.raises(wire.RequestError, match="there is no champion for dataset 'grey'"):
         champions.get("grey")

@@ -13,7 +13,7 @@ import pytest
 from champions import GREY, put, wait_until
 from served import serving
 
-from app import service
+from app.champions import Champions, load_champion
 from pipelines import store
 from pixelcnn import GatedPixelCNNConfig
 
@@ -174,13 +174,13 @@ def champions_of(tmp_path, monkeypatch):
     (tmp_path / "bentoml").mkdir()
     tag = put(tmp_path, "grey", GREY, "1", seed=0)
     store.serve(tag)
-    return service.Champions(tmp_path / "bentoml/models"), tmp_path / "bentoml/models" / tag.replace(":", "/")
+    return Champions(tmp_path / "bentoml/models"), tmp_path / "bentoml/models" / tag.replace(":", "/")
 
 
 def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
     """Except where it changes nothing that is read: then what is loaded equals the model, field by field."""
     champions, folder = champions_of(tmp_path, monkeypatch)
-    good = service.load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
+    good = load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
     draw = np.random.default_rng(0)
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     num_refused = num_equal = 0
@@ -190,7 +190,7 @@ def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
         at = int(draw.integers(len(whole)))
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(draw.integers(8))]) + whole[at + 1 :])
         try:
-            found = service.load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
+            found = load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
         except Exception:
             num_refused += 1
         else:
