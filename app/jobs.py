@@ -26,7 +26,7 @@ from app.wire import (
 from pixelcnn import bits_per_dim, complete, completion_log_prob, log_prob
 from pixelcnn.fast_sampling import OnRow, engine_name
 from pixelcnn.likelihood import pixel_log_prob
-from pixelcnn.training import generator_for
+from pixelcnn.sampling import generator_for
 
 SHORT_CALL = 5e8  # sub-pixels times parameters: some tens of milliseconds on a core
 

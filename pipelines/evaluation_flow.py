@@ -16,7 +16,7 @@ from pipelines.params import DATASETS, check_dataset, load_params
 from pipelines.release import TOLERANCE_NATS, check_scores, stated_score
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
-from pixelcnn.training import evaluate, format_nll
+from pixelcnn.evaluation import evaluate, format_nll
 
 EXPERIMENT = "evaluations"
 DATA_FOLDER = Path("data")

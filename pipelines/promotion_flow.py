@@ -41,10 +41,10 @@ from pipelines.registry import Version
 from pipelines.tracking import CHALLENGER, CHAMPION, PREVIOUS, registered_name, tracking_uri
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.evaluation import format_nll, per_image_completion_nll, per_image_nll
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.model import AutoregressiveModel
 from pixelcnn.observed import SCORED
-from pixelcnn.training import format_nll, per_image_completion_nll, per_image_nll
 
 DATA_FOLDER = Path("data")
 REPORTS_FOLDER = Path("reports/promotions")

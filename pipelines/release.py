@@ -16,8 +16,8 @@ from pipelines.params import load_params
 from pipelines.promotion_flow import RELEASED, Report, alone_with, carry_out, complete_moves, ensure_served, export
 from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.evaluation import per_image_nll
 from pixelcnn.model import AutoregressiveModel
-from pixelcnn.training import per_image_nll
 
 WEIGHTS_FOLDER = Path("weights")
 DATA_FOLDER = Path("data")

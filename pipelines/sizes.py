@@ -20,9 +20,10 @@ from pipelines.params import PairParams, load_params
 from pipelines.steps import run
 from pixelcnn.config import checked_config
 from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.evaluation import format_nll
 from pixelcnn.fast_sampling import warm_up
 from pixelcnn.model import build_model
-from pixelcnn.training import StepReport, TrainConfig, fit, format_nll
+from pixelcnn.training import StepReport, TrainConfig, fit
 
 VARIANTS_FILE = Path("docs/sizes.yaml")
 TABLE_FILE = Path("docs/sizes.md")

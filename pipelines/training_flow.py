@@ -37,21 +37,12 @@ from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, SCORES_FILE, load_checkp
 from pixelcnn.completion import complete
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, load_dataset
+from pixelcnn.evaluation import evaluate, evaluate_completion, format_nll, per_image_marginal_nll, per_image_nll
 from pixelcnn.fast_sampling import sample, warm_up
 from pixelcnn.images import to_sheet
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.training import (
-    StepReport,
-    evaluate,
-    evaluate_completion,
-    fit,
-    format_nll,
-    format_progress,
-    per_image_marginal_nll,
-    per_image_nll,
-    training_history,
-)
+from pixelcnn.training import StepReport, fit, format_progress, training_history
 
 DEPLOYMENTS_FOLDER = Path("models/deployments")
 _NUM_THREADS = torch.get_num_threads()

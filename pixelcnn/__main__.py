@@ -24,20 +24,12 @@ from pixelcnn.checkpoint import load_checkpoint, load_joint_weights, save_checkp
 from pixelcnn.completion import complete, completion_log_prob, resample
 from pixelcnn.config import CONFIG_CLASSES, checked_config
 from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.evaluation import check_fit, evaluate, evaluate_completion, format_nll
 from pixelcnn.fast_sampling import sample
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import log_prob
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.training import (
-    StepReport,
-    TrainConfig,
-    check_fit,
-    evaluate,
-    evaluate_completion,
-    fit,
-    format_nll,
-    format_progress,
-)
+from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
 from pixelcnn.training_bench import bench_training
 
 KNOWN_PARTS = ("top", "left", "bottom", "right")

@@ -5,10 +5,17 @@ A sampler is a function of (model, u): the noise is an argument, so the same `u`
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pixelcnn.model import AutoregressiveModel, check_label, check_observed
+
+
+def generator_for(seed: int, *path: int) -> torch.Generator:
+    """Return a generator that depends on (seed, path) alone."""
+    state = np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
 def check_noise(u: Tensor, image_shape: tuple[int, int, int]) -> None:

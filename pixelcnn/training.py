@@ -1,4 +1,4 @@
-"""Training and evaluation: one loop, callbacks, no tracker.
+"""Training: one loop, callbacks, no tracker.
 
 Everything random in step s depends on (seed, s) alone, so a run that was stopped and resumed sees the same batches,
 the same Bernoulli samples, the same dropped labels and the same masks as one that was not.
@@ -26,15 +26,16 @@ from torch import Tensor
 
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import Dataset
-from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
+from pixelcnn.evaluation import check_fit, format_nll, per_image_nll
+from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.model import AutoregressiveModel, build_model
-from pixelcnn.observed import SCORED, scored_masks, training_masks
+from pixelcnn.observed import training_masks
 from pixelcnn.optimisers import OPTIMISERS, Optimiser
+from pixelcnn.sampling import generator_for
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")
-SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
 # What may shift when a run goes on with a larger budget, some of it with a meaning for a context network alone.
 CONTEXT_SETTINGS = ("context_features", "context_width", "context_share", "freeze_joint")
 PHASE_SETTINGS = ("label_dropout", "precision", "optimiser", "learning_rate", "ema_decay", *CONTEXT_SETTINGS)
@@ -149,13 +150,6 @@ class StepReport:
     validation_completion_nats: float | None = None
 
 
-def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int) -> str:
-    """Return a negative log-likelihood in the unit the field uses: nats for binary images, else bits/dim."""
-    if num_levels == 2:
-        return f"{nats:.2f} nats"
-    return f"{bits_per_dim(nats, dataset_shape):.4f} bits/dim"
-
-
 def format_progress(report: StepReport, data: Dataset) -> str:
     """Return one line for a person: how far, how good, how fast, how long still."""
     minutes, seconds = divmod(round(report.remaining_s), 60)
@@ -166,12 +160,6 @@ def format_progress(report: StepReport, data: Dataset) -> str:
     if report.validation_completion_nats is not None:
         line += f" (completion {report.validation_completion_nats:.2f} nats)"
     return f"{line}, {report.images_per_s:.0f} images/s, {minutes}:{seconds:02d} left"
-
-
-def generator_for(seed: int, *path: int) -> torch.Generator:
-    """Return a generator that depends on (seed, path) alone."""
-    state = np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
 def is_of_context(name: str) -> bool:
@@ -550,191 +538,3 @@ def fit(
     trainer.use(trainer.best)
     model.requires_grad_(True).eval()
     return trainer.best_nll
-
-
-def check_fit(model: AutoregressiveModel, data: Dataset) -> None:
-    """Check that a model is for images and labels such as a dataset's.
-
-    Raises:
-        ValueError: it is not.
-    """
-    config = model.config
-    if (config.image_shape, config.num_levels) != (data.image_shape, data.num_levels):
-        raise ValueError(
-            f"the model is for images {config.image_shape} of {config.num_levels} levels, "
-            f"{data.name} has {data.image_shape} of {data.num_levels}."
-        )
-    if config.num_labels not in (0, len(data.label_names)):
-        raise ValueError(f"the model has {config.num_labels} labels, {data.name} has {len(data.label_names)}.")
-
-
-@torch.inference_mode()
-def per_image_nll(
-    model: AutoregressiveModel,
-    data: Dataset,
-    split: str,
-    with_label: bool = False,
-    num_images: int | None = None,
-    batch_size: int = SCORED_BATCH,
-) -> Tensor:
-    """Score images one by one.
-
-    Args:
-        split: `train`, `validation` or `test`.
-        with_label: tell the model the true label.
-        num_images: the first so many; None for all.
-
-    Returns:
-        (N,) float64, nats per image.
-    """
-    device = next(model.parameters()).device
-    nlls = [
-        -log_prob(model, levels.to(device), label.to(device) if with_label else None)
-        for levels, label in data.batches(split, batch_size, num_images)
-    ]
-    return torch.cat(nlls).double().cpu()
-
-
-@torch.inference_mode()
-def per_image_marginal_nll(
-    model: AutoregressiveModel,
-    data: Dataset,
-    split: str,
-    num_images: int | None = None,
-    batch_size: int = SCORED_BATCH,
-) -> Tensor:
-    """Score images one by one with the label summed out: -log of the mean of p(x | y) over the labels y.
-
-    It is an exact likelihood, too, of as many passes as there are labels. No label can gain more than log(num_labels)
-    over it, whatever the network makes of images without a label.
-
-    Args:
-        split: `train`, `validation` or `test`.
-        num_images: the first so many; None for all.
-
-    Returns:
-        (N,) float64, nats per image.
-    """
-    device = next(model.parameters()).device
-    num_labels = model.config.num_labels
-    nlls = []
-    for levels, label in data.batches(split, batch_size, num_images):
-        given = [log_prob(model, levels.to(device), torch.full_like(label, y).to(device)) for y in range(num_labels)]
-        nlls.append(math.log(num_labels) - torch.stack(given).double().logsumexp(dim=0))
-    return torch.cat(nlls).cpu()
-
-
-def evaluate(
-    model: AutoregressiveModel,
-    data: Dataset,
-    splits: tuple[str, ...] = ("validation", "test"),
-    num_images: int | None = None,
-    batch_size: int = SCORED_BATCH,
-    per_image: dict[str, Tensor] | None = None,
-) -> dict[str, float]:
-    """Measure the exact likelihood of a model on a dataset.
-
-    Args:
-        model: in eval mode.
-        data: a prepared dataset; its `protocol` belongs beside every figure.
-        splits: which splits.
-        num_images: the first so many images of each; None for all.
-        per_image: filled, if given, with each split's (N,) nats of the images one by one, without label.
-
-    Returns:
-        Scores by name, for each split: `test/nll_nats` (mean per image, without label), `test/nll_nats_stderr` (its
-        standard error), `test/bits_per_dim`, `test/num_images`, and for models with labels
-        `test/nll_nats_given_label`.
-
-    Raises:
-        ValueError: model and dataset do not fit.
-    """
-    check_fit(model, data)
-    was_training = model.training
-    model.eval()
-    scores: dict[str, float] = {}
-    for split in splits:
-        nll = per_image_nll(model, data, split, num_images=num_images, batch_size=batch_size)
-        if per_image is not None:
-            per_image[split] = nll
-        scores[f"{split}/nll_nats"] = nll.mean().item()
-        scores[f"{split}/nll_nats_stderr"] = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else 0.0
-        scores[f"{split}/bits_per_dim"] = float(bits_per_dim(nll.mean().item(), data.image_shape))
-        scores[f"{split}/num_images"] = len(nll)
-        if model.config.num_labels:
-            given = per_image_nll(model, data, split, with_label=True, num_images=num_images, batch_size=batch_size)
-            scores[f"{split}/nll_nats_given_label"] = given.mean().item()
-    model.train(was_training)
-    return scores
-
-
-@torch.inference_mode()
-def per_image_completion_nll(
-    model: AutoregressiveModel,
-    data: Dataset,
-    split: str,
-    num_images: int | None = None,
-    batch_size: int = 250,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Score completion image by image: -log p(missing | observed), without label.
-
-    Args:
-        split: `train`, `validation` or `test`.
-        num_images: the first so many; None for all.
-        seed: of the masks, which depend on it, on `batch_size` and on the images alone.
-
-    Returns:
-        For each mask of `observed.SCORED`, (N,) float64 nats as e.g. `top`; and as `top_raster` those of raster
-        clamping on the same masks: the joint model, in which a missing pixel sees of the known ones only those that
-        come before it. A model without a context network has that alone: both are the same.
-    """
-    device = next(model.parameters()).device
-    found: dict[str, list[Tensor]] = {}
-    for i, (levels, _) in enumerate(data.batches(split, batch_size, num_images)):
-        levels = levels.to(device)
-        joint = pixel_log_prob(model, levels)
-        for k, name in enumerate(SCORED):
-            observed = scored_masks(name, np.random.default_rng([seed, k, i]), levels, data.num_levels)
-            given = joint
-            if model.config.context_features:
-                given = pixel_log_prob(model, levels, None, levels, observed)
-            for key, log_probs in ((name, given), (f"{name}_raster", joint)):
-                nats = -(log_probs * ~observed).sum(dim=(1, 2, 3))
-                found.setdefault(key, []).append(nats.double().cpu())
-    return {key: torch.cat(parts) for key, parts in found.items()}
-
-
-def evaluate_completion(
-    model: AutoregressiveModel,
-    data: Dataset,
-    split: str = "test",
-    num_images: int | None = None,
-    batch_size: int = 250,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Measure -log p(missing | observed), without label, and beside each figure that of raster clamping.
-
-    Args:
-        model: in eval mode.
-        data: a prepared dataset; its `protocol` belongs beside every figure.
-        split, num_images, batch_size, seed: as `per_image_completion_nll` takes them.
-
-    Returns:
-        Scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),
-        `test/completion_top_nats_stderr` (its standard error), `test/completion_top_raster_nats` and its standard
-        error.
-
-    Raises:
-        ValueError: model and dataset do not fit.
-    """
-    check_fit(model, data)
-    was_training = model.training
-    model.eval()
-    scores: dict[str, float] = {}
-    for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size, seed).items():
-        key = f"{split}/completion_{name}_nats"
-        scores[key] = nats.mean().item()
-        scores[f"{key}_stderr"] = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else 0.0
-    model.train(was_training)
-    return scores

@@ -23,8 +23,9 @@ from pixelcnn import (
 )
 from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
+from pixelcnn.evaluation import evaluate_completion
 from pixelcnn.observed import SCORED
-from pixelcnn.training import evaluate_completion, training_history
+from pixelcnn.training import training_history
 
 
 def mirrored_dataset() -> Dataset:

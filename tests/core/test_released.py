@@ -11,7 +11,7 @@ from pixelcnn import complete, load_checkpoint, log_prob
 from pixelcnn.bench import count_differences
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
-PAIRS = sorted(folder.name for folder in WEIGHTS.iterdir())
+PAIRS = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
 SEED_PAIRS = ["gated_pixelcnn-cifar10", "gated_pixelcnn-fashion_mnist", "pixelcnn-mnist"]
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
 
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, training
+from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
 from pixelcnn.optimisers import OPTIMISERS
-from pixelcnn.training import StepReport, format_progress, per_image_marginal_nll, per_image_nll, training_history
+from pixelcnn.training import StepReport, format_progress, training_history
 
 CONFIG = TrainConfig(
     batch_size=8, learning_rate=0.01, max_epochs=4, warmup_steps=2, ema_decay=0.9, num_validations=4, save_minutes=0

@@ -18,9 +18,9 @@ from pipelines import promotion_flow, registry, steps, store, tracking
 from pipelines.promotion_flow import paired_difference, run_promotion, run_rollback
 from pixelcnn import Dataset
 from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.evaluation import evaluate_completion
 from pixelcnn.layers import MaskedConv2d
 from pixelcnn.observed import SCORED
-from pixelcnn.training import evaluate_completion
 
 NAN = torch.full((2,), math.nan)
 

@@ -12,7 +12,7 @@ from pipelines.params import PromoteParams
 from pipelines.promotion_flow import run_promotion
 from pipelines.training_flow import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
-from pixelcnn.training import per_image_nll
+from pixelcnn.evaluation import per_image_nll
 
 PARAMS = PromoteParams(confidence=0.95, batch_size=50, max_sample_s=60)
 INK = 0.1  # of the toy images: a model that says so is the best there is
