@@ -569,7 +569,17 @@ def find_trained(inputs: str, dataset: str, out: Path, report: Path) -> dict[str
     return {"run_id": version.run_id, "version": version.version, "out": str(out)}
 
 
-@flow(name="train-pair", persist_result=False)
+_finished: list[Path] = []  # folders of states that are no longer needed
+
+
+def _remove_states(flow: Any, flow_run: Any, state: Any) -> None:
+    while _finished:
+        shutil.rmtree(_finished.pop())
+
+
+# The state goes when Prefect knows of the end, no sooner: if its server is away then, the command fails, and the next
+# attempt finds the training done.
+@flow(name="train-pair", persist_result=False, on_completion=[_remove_states])
 def train_pair(
     pair: str,
     out: str | None = None,
@@ -630,5 +640,5 @@ def train_pair(
             for name in (RUN_ID_FILE, RUN_KEY_FILE):  # this run is complete: a larger budget is another one
                 (work / name).unlink(missing_ok=True)
         else:
-            shutil.rmtree(work)
+            _finished.append(work)
     return {"run_id": run_id, "version": version, "out": str(out_folder)}
