@@ -23,7 +23,7 @@ from pixelcnn import load_checkpoint
 from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
 from pixelcnn.config import ModelConfig, model_name
 from pixelcnn.fast_sampling import warm_up
-from pixelcnn.model import AutoregressiveModel
+from pixelcnn.model import AutoregressiveModel, joint_parameters
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
@@ -51,7 +51,8 @@ class Champion:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Parameters of one of its networks: what a pixel costs."""
+        return sum(parameter.numel() for parameter in joint_parameters(self.model))
 
     def describe(self) -> dict[str, Any]:
         return {

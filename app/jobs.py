@@ -69,7 +69,9 @@ class SamplingJob(Job):
         # The compiled sampler computes each image by itself: not a bit of it depends on what is beside it. The others
         # do not promise that, so with them nobody shares.
         shares = engine_name(champion.model) == "cached, compiled"
-        super().__init__(request.dataset, (id(champion), request.temperature) if shares else object(), num)
+        # Drawings may have a network of their own: a call is for one network.
+        key = (id(champion), request.temperature, bool(self.observed.any()))
+        super().__init__(request.dataset, key if shares else object(), num)
 
     @staticmethod
     def run_together(jobs: list["SamplingJob"]) -> None:

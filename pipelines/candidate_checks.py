@@ -23,7 +23,7 @@ def check_candidate(model: AutoregressiveModel, levels: torch.Tensor, max_sample
     Raises:
         ValueError: it fails one of these; the message says which.
     """
-    leaks = count_leaking_cuts(model, levels)
+    leaks = sum(count_leaking_cuts(network, levels) for network in (model, model.completer) if network is not None)
     if leaks:
         raise ValueError(f"it leaks: at {leaks} of the sub-pixels tried, logits follow what they are to predict.")
     check_sampling_time(model, max_sample_s)

@@ -137,6 +137,9 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     ]
     if config["model"] == "pixelcnn":
         failures.insert(0, _BLIND_SPOT)
+    parameters = f"{scores['num_parameters']:,} parameters"
+    if config.get("completer"):
+        parameters += f" (and {scores['num_completer_parameters']:,} of the network that completes drawings)"
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in scores["train_settings"].items())
     network = ", ".join(
         f"{name} {value}"
@@ -145,7 +148,7 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     )
     return f"""# {pair}
 
-{model_name} ({paper}) of {dataset}: {scores["num_parameters"]:,} parameters, an exact likelihood for every image.
+{model_name} ({paper}) of {dataset}: {parameters}, an exact likelihood for every image.
 This card is written by the training flow from measured values.
 
 | | |

@@ -60,6 +60,7 @@ def measure(
         "head_features": 0,
         "context_features": 0,
         "context_width": 0,
+        "completer": False,
         **changes.get("network", {}),
     }
     fixed = {"max_minutes": minutes, "num_validations": 1, "num_validation_images": num_images}

@@ -41,7 +41,7 @@ from pixelcnn.evaluation import evaluate, evaluate_completion, format_nll, per_i
 from pixelcnn.fast_sampling import sample, warm_up
 from pixelcnn.images import to_sheet
 from pixelcnn.likelihood import bits_per_dim
-from pixelcnn.model import AutoregressiveModel, build_model
+from pixelcnn.model import AutoregressiveModel, build_model, joint_parameters
 from pixelcnn.training import StepReport, fit, format_progress, training_history
 
 DEPLOYMENTS_FOLDER = Path("models/deployments")
@@ -317,8 +317,10 @@ def evaluate_model(
     numbers = {
         **scores,
         "train_minutes": training.minutes,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": sum(p.numel() for p in joint_parameters(model)),
     }
+    if model.completer is not None:
+        numbers["num_completer_parameters"] = sum(p.numel() for p in model.completer.parameters())
     scores = {
         **numbers,
         "dataset": data.name,

@@ -163,13 +163,16 @@ def check_command(arguments: argparse.Namespace) -> None:
         data = load_dataset(arguments.data)
         check_fit(model, data)
         levels = data.levels("test", slice(0, 1))[0]
-    leaks, reaching = count_leaks(model, levels)
     num = levels.numel()
-    print(f"{leaks} leaks in {num:,} sub-pixels; {reaching:,} reach a later logit")
-    if leaks:
-        raise ValueError(
-            f"{leaks} of {num:,} sub-pixels reach their own or an earlier logit: the model sees the future."
-        )
+    for name, network in (("", model), ("completer: ", model.completer)):
+        if network is None:
+            continue
+        leaks, reaching = count_leaks(network, levels)
+        print(f"{name}{leaks} leaks in {num:,} sub-pixels; {reaching:,} reach a later logit")
+        if leaks:
+            raise ValueError(
+                f"{leaks} of {num:,} sub-pixels reach their own or an earlier logit: the model sees the future."
+            )
 
 
 def sample_command(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ import torch
 from pixelcnn.cached_sampling import cached_sample
 from pixelcnn.fast_sampling import engine_name, sample, warm_up
 from pixelcnn.layers import MaskedConv2d
-from pixelcnn.model import AutoregressiveModel
+from pixelcnn.model import AutoregressiveModel, joint_parameters
 from pixelcnn.sampling import draw_level
 
 NAIVE, CROPPED, NAIVE_COMPILED = "naive", "naive, rows so far", "naive, torch.compile"
@@ -91,6 +91,8 @@ def work_per_pixel(model: AutoregressiveModel) -> tuple[int, int]:
     the work on whole rows: alone in a batch, a pixel reads as many weights for them."""
     total = in_order = 0
     for name, module in model.named_modules():
+        if name.startswith("completer."):
+            continue  # it draws other images
         if isinstance(module, MaskedConv2d):
             kernel = module.mask.sum(dim=(0, 1))  # (kh, kw)
             total += int(kernel.sum())
@@ -216,7 +218,7 @@ def _memory(model: AutoregressiveModel) -> tuple[int, int]:
     from pixelcnn.compiled_sampling import build_engine
 
     buffers = sum(array.nbytes for group in build_engine(model).new_state() for array in group)
-    return sum(p.numel() * p.element_size() for p in model.parameters()), buffers
+    return sum(p.numel() * p.element_size() for p in joint_parameters(model)), buffers
 
 
 def bench(
@@ -247,7 +249,7 @@ def bench(
     weights, buffers = _memory(model)
     show(
         f"{processor_name()}, {num_threads} threads, torch {torch.__version__}; {type(model).__name__}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, images {channels}x{height}x{width}, "
+        f"{sum(p.numel() for p in joint_parameters(model)):,} parameters, images {channels}x{height}x{width}, "
         f"{model.config.num_levels} levels"
     )
     show(f"sampled {engine_name(model)} (ready after {warm_up_s:.1f} s)")

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pixelcnn.layers import MaskedConv2d, gate
 from pixelcnn.model import AutoregressiveModel, GatedPixelCNN, PixelCNN
-from pixelcnn.sampling import draw_level, prepare_canvas
+from pixelcnn.sampling import draw_level, prepare_canvas, sample_in_parts
 
 # Called with a row's index and its levels, (B, C, W) int64, once the row is finished in every image.
 OnRow = Callable[[int, Tensor], None]
@@ -237,6 +237,13 @@ def cached_sample(
     if not has_cache(model):
         raise ValueError(f"cached sampling knows PixelCNN and GatedPixelCNN, got {type(model).__name__}.")
     levels, missing = prepare_canvas(model, u, label, temperature, drawing, observed)
+    if model.completer is not None and drawing is not None and observed is not None:
+        parts = model.networks(observed)
+        if len(parts) > 1:
+            if on_logits is not None:
+                raise ValueError("on_logits must be None where one network draws some images, another the others.")
+            return sample_in_parts(cached_sample, parts, u, label, temperature, drawing, observed, on_row)
+        model = parts[0][0]
     # Rows are handed out of the whole batch: then it stays together.
     size = MAX_BATCH if on_row is None and on_logits is None else max(len(u), 1)
     for start in range(0, len(u), size):

@@ -83,7 +83,7 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
     """Start a model with a context network from the weights of one without: it then is the same joint model.
 
     What the checkpoint has not, the context network and its projections, stays as it is; `build_model` makes the
-    projections zero.
+    projections zero. A completer starts from the same weights.
 
     Args:
         model: as `build_model` makes it; changed in place.
@@ -95,13 +95,15 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
     source, _ = load_checkpoint(folder)
     wanted, found = config_to_dict(model.config), config_to_dict(source.config)
     for key, value in wanted.items():
-        if not key.startswith("context_") and found.get(key) != value:
+        if not key.startswith(("context_", "completer")) and found.get(key) != value:
             raise ValueError(f"{folder} holds a network of {key} {found.get(key)!r}, the one to train has {value!r}.")
     weights = source.state_dict()
     for name, tensor in model.state_dict().items():
         if name in weights and weights[name].shape != tensor.shape:
             raise ValueError(f"{folder} holds a context network of other sizes. Start from a network without one.")
     model.load_state_dict(weights, strict=False)
+    if model.completer is not None and source.completer is None:
+        model.completer.load_state_dict(weights, strict=False)
 
 
 def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The architectures' settings: frozen, keyword-only, checked when they are made."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
 
 
 def _check_int(name: str, value: Any, least: int) -> None:
@@ -20,6 +20,8 @@ class ModelConfig:
         num_labels: number of classes that the network can be told; 0 for a network without labels.
         context_features: maps that the context network makes of a drawing; 0 for a network without one.
         context_width: width of the context network's own layers; 0 means `context_features`.
+        completer: whether drawings go to a network of their own, of this architecture and with the context network. The
+            joint model then has no part in completing, and loses nothing to it.
         head_features: width of the head's 1x1 layer; 0 means twice `num_features`.
 
     Raises:
@@ -33,6 +35,7 @@ class ModelConfig:
     context_features: int = 0
     head_features: int = 0
     context_width: int = 0
+    completer: bool = False
 
     def __post_init__(self) -> None:
         shape = self.image_shape
@@ -49,6 +52,10 @@ class ModelConfig:
         _check_int("context_width", self.context_width, 0)
         if self.context_width and not self.context_features:
             raise ValueError(f"context_width must be 0 where context_features is 0, got {self.context_width}.")
+        if not isinstance(self.completer, bool):
+            raise ValueError(f"completer must be true or false, got {self.completer!r}.")
+        if self.completer and not self.context_features:
+            raise ValueError("completer must be false where context_features is 0: it would see no drawing.")
         if self.context_width == 0:
             object.__setattr__(self, "context_width", self.context_features)
         if self.head_features == 0:
@@ -59,6 +66,10 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be a multiple of the {num_colours} colour channels, got {getattr(self, name)}."
                 )
+
+    def without_context(self) -> Self:
+        """Return the same network without context network and completer."""
+        return replace(self, context_features=0, context_width=0, completer=False)
 
 
 def _check_odd(name: str, value: Any) -> None:

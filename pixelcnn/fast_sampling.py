@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixelcnn.cached_sampling import OnRow, cached_sample, has_cache
 from pixelcnn.model import AutoregressiveModel
-from pixelcnn.sampling import naive_sample, prepare_canvas
+from pixelcnn.sampling import naive_sample, prepare_canvas, sample_in_parts
 
 if TYPE_CHECKING:
     from pixelcnn.compiled_sampling import Engine
@@ -81,7 +81,9 @@ def warm_up(model: AutoregressiveModel) -> float:
         shape = model.config.image_shape
         u = torch.zeros(1, *shape, dtype=torch.float64)
         levels = torch.zeros(1, *shape, dtype=torch.int64)
-        _sample_compiled(model, u, None, 1.0, levels, u[:, 0] == 0, None, None, rows=0)
+        for network in (model, model.completer):
+            if network is not None:
+                _sample_compiled(network, u, None, 1.0, levels, u[:, 0] == 0, None, None, rows=0)
     took = time.perf_counter() - start
     logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
     return took
@@ -120,6 +122,11 @@ def sample(
             on_row(row, levels[:, :, row])  # type: ignore[misc]
         return levels
     levels, missing = prepare_canvas(model, u, label, temperature, drawing, observed)
+    if model.completer is not None and drawing is not None and observed is not None:
+        parts = model.networks(observed)
+        if len(parts) > 1:
+            return sample_in_parts(sample, parts, u, label, temperature, drawing, observed, on_row)
+        model = parts[0][0]
     levels = levels.contiguous()
     _sample_compiled(model, u, label, temperature, levels, missing, observed, on_row, rows=u.shape[2])
     return levels

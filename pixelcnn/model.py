@@ -10,8 +10,11 @@ PixelCNN, the autoencoder of the second paper.
 
 With a context network the model also is p(missing | observed) for any observed part of an image, the product over the
 missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of the drawing enters every layer (section
-2.3 of the second paper). With nothing observed the map is zero, and the same weights are p(x).
+2.3 of the second paper). With nothing observed the map is zero, and the same weights are p(x). A model may also have a
+*completer*, a second network of the same kind, for all images of which something is observed; it alone sees drawings.
 """
+
+import dataclasses
 
 import torch
 from torch import Tensor, nn
@@ -65,21 +68,40 @@ def check_observed(image: Tensor, observed: Tensor, config: ModelConfig, name: s
 class AutoregressiveModel(nn.Module):
     """What both architectures share: input checks and scaling, the context network, the two 1x1 layers of the head.
 
-    `config` says which images it is for.
+    `config` says which images it is for; `layer_config` is what its layers are built from, the completer's apart.
     """
 
     def __init__(self, config: ModelConfig, in_maps: int) -> None:
         super().__init__()
         self.config = config
+        self.layer_config = config.without_context() if config.completer else config
         num_colours = config.image_shape[0]
         head = colour_groups(config.head_features, num_colours)
         logits = colour_groups(num_colours * config.num_levels, num_colours)
         self.head = masked_1x1("B", colour_groups(in_maps, num_colours), head)
         self.logits = masked_1x1("B", head, logits)
         self.context_network: ContextNetwork | None = None
-        if config.context_features:
+        if features := self.layer_config.context_features:
             side = max(config.image_shape[1:])
-            self.context_network = ContextNetwork(num_colours, config.context_width, config.context_features, side)
+            self.context_network = ContextNetwork(num_colours, config.context_width, features, side)
+        self.completer: AutoregressiveModel | None = None
+
+    def add_completer(self) -> None:
+        """Add the completer that the config asks for: the last of the parameters, after those of the joint model."""
+        if self.config.completer:
+            self.completer = build_model(dataclasses.replace(self.config, completer=False))
+
+    def networks(self, observed: Tensor) -> list[tuple["AutoregressiveModel", Tensor]]:
+        """Return each network that these images need, with the indices (n,) of those that it is for.
+
+        Args:
+            observed: (B, 1, H, W) bool; where anything is, the image is the completer's, if there is one.
+        """
+        drawn = observed.flatten(1).any(dim=1)
+        if self.completer is None or not bool(drawn.any()):
+            return [(self, torch.arange(len(observed), device=observed.device))]
+        parts = [(self, ~drawn), (self.completer, drawn)]
+        return [(network, which.nonzero()[:, 0]) for network, which in parts if bool(which.any())]
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         """Return the head's input, (B, maps, H, W), from scaled levels and a map of the drawing."""
@@ -131,7 +153,7 @@ class AutoregressiveModel(nn.Module):
         check_levels(levels, config)
         if label is not None:
             check_label(label, len(levels), config)
-        if self.context_network is None and (drawing is not None or observed is not None):
+        if not config.context_features and (drawing is not None or observed is not None):
             raise ValueError("drawing and observed must be None: this model has no context network.")
         if (drawing is None) != (observed is None):
             raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
@@ -139,10 +161,21 @@ class AutoregressiveModel(nn.Module):
             if len(drawing) != len(levels):
                 raise ValueError(f"drawing must have the batch size of levels, {len(levels)}, got {len(drawing)}.")
             check_observed(drawing, observed, config, "drawing")
+            if self.completer is not None:
+                return self._of_both(levels, label, drawing, observed)
         batch, (channels, height, width) = len(levels), config.image_shape
         features = self.features(self.scale(levels), label, self.context(drawing, observed))
         y = self.logits(F.relu(self.head(F.relu(features))))  # (B, C*K, H, W)
         return y.reshape(batch, channels, config.num_levels, height, width).transpose(1, 2)
+
+    def _of_both(self, levels: Tensor, label: Tensor | None, drawing: Tensor, observed: Tensor) -> Tensor:
+        """Return the logits of each image from the network that it is for; there is a completer."""
+        found, indices = [], []
+        for network, index in self.networks(observed):
+            seen = (None, None) if network is self else (drawing[index], observed[index])
+            found.append(network(levels[index], None if label is None else label[index], *seen))
+            indices.append(index)
+        return torch.cat(found)[torch.cat(indices).argsort()]
 
 
 class PixelCNN(AutoregressiveModel):
@@ -167,10 +200,11 @@ class PixelCNN(AutoregressiveModel):
                 config.kernel_size,
                 num_colours,
                 config.num_labels,
-                config.context_features,
+                self.layer_config.context_features,
             )
             for _ in range(config.num_blocks)
         )
+        self.add_completer()
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         x = self.first(x)  # (B, 2h, H, W)
@@ -197,16 +231,22 @@ class GatedPixelCNN(AutoregressiveModel):
                 config.kernel_size,
                 num_colours,
                 config.num_labels,
-                config.context_features,
+                self.layer_config.context_features,
             )
             for i in range(config.num_layers)
         )
+        self.add_completer()
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         v = h = x
         for layer in self.layers:
             v, h = layer(v, h, label, context)
         return h  # (B, p, H, W)
+
+
+def joint_parameters(model: AutoregressiveModel) -> list[nn.Parameter]:
+    """Return the parameters of a model without those of its completer."""
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith("completer.")]
 
 
 def build_model(config: ModelConfig) -> AutoregressiveModel:

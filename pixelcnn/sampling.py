@@ -4,6 +4,7 @@ A sampler is a function of (model, u): the noise is an argument, so the same `u`
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -87,6 +88,43 @@ def prepare_canvas(
         raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
     check_observed(drawing, observed, config)
     return torch.where(observed, drawing, 0), ~observed[:, 0]
+
+
+def sample_in_parts(
+    sampler: Callable[..., Tensor],
+    parts: list[tuple[AutoregressiveModel, Tensor]],
+    u: Tensor,
+    label: Tensor | None,
+    temperature: float,
+    drawing: Tensor,
+    observed: Tensor,
+    on_row: Callable[[int, Tensor], None] | None,
+) -> Tensor:
+    """Sample images that need several networks: one after the other, rows being handed out with the last.
+
+    Args:
+        parts: each network with the indices of its images, as `AutoregressiveModel.networks` gives them.
+    """
+    levels = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
+    for network, index in parts:
+
+        def hand_out(row: int, values: Tensor, index: Tensor = index) -> None:
+            assert on_row is not None
+            levels[index, :, row] = values
+            on_row(row, levels[:, :, row])
+
+        is_last = network is parts[-1][0]
+        some_label = None if label is None else label[index]
+        levels[index] = sampler(
+            network,
+            u[index],
+            some_label,
+            temperature,
+            drawing[index],
+            observed[index],
+            on_row=hand_out if is_last and on_row is not None else None,
+        )
+    return levels
 
 
 @torch.no_grad()  # not inference_mode: its tensors cannot be scored by log_prob while gradients are on

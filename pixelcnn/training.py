@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")
 # What may shift when a run goes on with a larger budget, some of it with a meaning for a context network alone.
-CONTEXT_SETTINGS = ("context_features", "context_width", "context_share", "freeze_joint")
+CONTEXT_SETTINGS = ("context_features", "context_width", "completer", "context_share", "freeze_joint")
 PHASE_SETTINGS = ("label_dropout", "precision", "optimiser", "learning_rate", "ema_decay", *CONTEXT_SETTINGS)
+CONTEXT_NETWORK = {"context_features": 0, "context_width": 0, "completer": False}  # and what each is if it is not named
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -163,8 +164,8 @@ def format_progress(report: StepReport, data: Dataset) -> str:
 
 
 def is_of_context(name: str) -> bool:
-    """Say whether a parameter of this name is the context network's, or one of its projections."""
-    return "context" in name
+    """Say whether a parameter of this name is the context network's, one of its projections, or the completer's."""
+    return "context" in name or name.startswith("completer.")
 
 
 class Trainer:
@@ -412,13 +413,13 @@ class Trainer:
                 found = {name: found.get(name) for name in expected}  # older states name what may shift now
             if found != expected:
                 raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
-        indices = list(range(len(self.parameters)))
+        indices, is_new = list(range(len(self.parameters))), False
         self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
         if self.model.config.context_features and not last_phase.get("context_features"):
             # Its joint weights, and a context network that adds nothing yet. What is best is measured otherwise now.
-            indices = self.joint_indices()
+            indices, is_new = self.joint_indices(), True
             self.best_nll = math.inf
-        elif any(self.phase().get(name) != last_phase.get(name) for name in ("context_features", "context_width")):
+        elif any(self.phase().get(k, none) != last_phase.get(k, none) for k, none in CONTEXT_NETWORK.items()):
             raise ValueError(f"{path} is the state of a run with another context network. Delete it to start afresh.")
         with torch.no_grad():
             for saved, i in enumerate(indices):
@@ -435,6 +436,8 @@ class Trainer:
                     if not parameter.requires_grad:
                         parameter.copy_(best)
                         average.copy_(best)
+        if is_new:
+            self.begin_completer()
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.phases = state["phases"]
         if self.phase() != {name: value for name, value in last_phase.items() if name != "from_step"}:
@@ -443,9 +446,19 @@ class Trainer:
 
     def joint_indices(self) -> list[int]:
         """Return which of the parameters the same network without a context network has, in its order."""
-        joint = build_model(replace(self.model.config, context_features=0, context_width=0))
+        joint = build_model(self.model.config.without_context())
         names = [name for name, _ in self.model.named_parameters()]
         return [names.index(name) for name, _ in joint.named_parameters()]
+
+    def begin_completer(self) -> None:
+        """Let the completer begin with the joint model's weights."""
+        names = [name for name, _ in self.model.named_parameters()]
+        with torch.no_grad():
+            for i, name in enumerate(names):
+                source = name.removeprefix("completer.")
+                if source != name and source in names:
+                    for weights in (self.parameters, self.average, self.best):
+                        weights[i].copy_(weights[names.index(source)])
 
 
 def training_history(state_file: str | Path) -> tuple[float, list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """The context network: any drawing counts as a whole, the distribution stays normalised, the joint model stays."""
 
+import dataclasses
 import itertools
 import math
 
@@ -44,9 +45,10 @@ def fillings(image: Tensor, observed: Tensor, num_levels: int) -> Tensor:
     return images[((images == image) | ~observed).flatten(1).all(dim=1)]
 
 
+@pytest.mark.parametrize("completer", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_completions_of_every_mask_are_a_normalised_distribution(architecture):
-    model = context_model(architecture, num_labels=2)
+def test_completions_of_every_mask_are_a_normalised_distribution(architecture, completer):
+    model = context_model(architecture, num_labels=2, completer=completer)
     for bits in itertools.product([False, True], repeat=6):
         observed = torch.tensor(bits).reshape(1, *SHAPE)
         image = random_levels(SHAPE, 2, num=1, seed=sum(2**i for i, bit in enumerate(bits) if bit))
@@ -112,10 +114,11 @@ def test_a_completed_pixel_sees_earlier_ones_and_the_drawing_alone(architecture)
         assert same[: i + 1].all()
 
 
+@pytest.mark.parametrize("completer", [False, True])
 @pytest.mark.parametrize("shape", [(1, 4, 5), (3, 3, 4)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nothing_observed_is_the_joint_model(architecture, shape):
-    model = context_model(architecture, shape, 3, num_labels=2)
+def test_nothing_observed_is_the_joint_model(architecture, shape, completer):
+    model = context_model(architecture, shape, 3, num_labels=2, completer=completer)
     levels, label = random_levels(shape, 3, num=3), torch.tensor([0, -1, 1])
     nothing = torch.zeros(3, 1, *shape[1:], dtype=torch.bool)
     joint = model(levels, label)
@@ -159,6 +162,11 @@ def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_p
     load_joint_weights(model, tmp_path / "joint")
     levels, label, observed = random_levels((1, 4, 4), 3, num=2), torch.tensor([1, -1]), random_mask(2, (1, 4, 4))
     assert torch.equal(model(levels, label, levels, observed), joint(levels, label))
+    # A completer starts from the same weights.
+    both = build_model(tiny_config(architecture, (1, 4, 4), 3, 2, context_features=3, completer=True))
+    load_joint_weights(both, tmp_path / "joint")
+    assert torch.equal(both(levels, label, levels, observed), joint(levels, label))
+    assert torch.equal(both(levels, label), joint(levels, label))
     # A checkpoint of a network with this context is taken whole.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -206,6 +214,7 @@ ENGINE_CONFIGS: list[ModelConfig] = [
     GatedPixelCNNConfig(image_shape=(3, 4, 5), num_levels=5, num_features=27, num_layers=2, kernel_size=5, **CONTEXT),
     GatedPixelCNNConfig(image_shape=(2, 4, 1), num_levels=3, num_features=4, num_layers=1, kernel_size=3, **CONTEXT),
 ]
+WITH_COMPLETER = [dataclasses.replace(config, completer=True) for config in ENGINE_CONFIGS[::2]]
 
 
 @pytest.mark.parametrize("config", ENGINE_CONFIGS, ids=name)
@@ -238,6 +247,34 @@ def test_every_sampler_is_the_naive_one_with_a_drawing(config: ModelConfig) -> N
         torch.testing.assert_close(
             compiled_logits(model, expected, label, drawing, observed), logits, rtol=0, atol=1e-10
         )
+
+
+@pytest.mark.parametrize("config", WITH_COMPLETER, ids=name)
+def test_a_completer_draws_what_has_a_drawing_and_the_joint_model_the_rest(config: ModelConfig) -> None:
+    model = model_of(config, torch.float64)
+    assert model.completer is not None
+    u = torch.rand(5, *config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = torch.tensor([-1, 0, 2, 1, -1])
+    drawing = torch.randint(0, config.num_levels, u.shape, generator=torch.Generator().manual_seed(1))
+    mixed = torch.rand(5, 1, *config.image_shape[1:], generator=torch.Generator().manual_seed(2)) < 0.5
+    mixed[[1, 3]] = False
+    mixed[[0, 2, 4], :, 0, 0] = True
+    joint = naive_sample(model, u, label)
+    for observed in (mixed, torch.zeros_like(mixed), torch.ones_like(mixed)):
+        drawn = observed.flatten(1).any(dim=1)
+        expected = naive_sample(model, u, label, drawing=drawing, observed=observed)
+        assert torch.equal(expected[~drawn], joint[~drawn])
+        own = naive_sample(model.completer, u, label, drawing=drawing, observed=observed)
+        assert torch.equal(expected[drawn], own[drawn])
+        for sampler in (sample, cached_sample):
+            assert torch.equal(sampler(model, u, label, 1.0, drawing, observed), expected)
+            rows: list[Tensor] = []
+            streamed = sampler(
+                model, u, label, 1.0, drawing, observed, lambda _, row, rows=rows: rows.append(row.clone())
+            )
+            assert torch.equal(streamed, expected)
+            assert torch.equal(torch.stack(rows, dim=2), expected)
+    assert not torch.equal(own, joint)
 
 
 def compiled_logits(model, levels: Tensor, label: Tensor, drawing: Tensor, observed: Tensor) -> Tensor:

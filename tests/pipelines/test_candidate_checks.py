@@ -1,5 +1,6 @@
 """The checks before a comparison: they agree with the exhaustive count of leaks, and are quick."""
 
+import dataclasses
 import math
 import time
 from types import SimpleNamespace
@@ -48,6 +49,15 @@ def test_every_missing_mask_is_found(config) -> None:
         leaking += all_leaks > 0
         module.mask.copy_(mask)
     assert leaking > 0
+
+
+def test_a_completer_that_leaks_is_found() -> None:
+    model, levels = model_and_image(dataclasses.replace(CONFIGS[0], context_features=2, completer=True))
+    check_candidate(model, levels, 60)
+    model.completer.blocks[0].conv.mask.fill_(1)
+    assert count_leaking_cuts(model, levels) == 0
+    with pytest.raises(ValueError, match="it leaks"):
+        check_candidate(model, levels, 60)
 
 
 def test_what_is_no_number_is_named() -> None:
