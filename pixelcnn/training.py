@@ -38,7 +38,15 @@ logger = logging.getLogger(__name__)
 PRECISIONS = ("float32", "bfloat16")
 # What may shift when a run goes on with a larger budget, some of it with a meaning for a context network alone.
 CONTEXT_SETTINGS = ("context_features", "context_width", "completer", "context_share", "freeze_joint")
-PHASE_SETTINGS = ("label_dropout", "precision", "optimiser", "learning_rate", "ema_decay", *CONTEXT_SETTINGS)
+PHASE_SETTINGS = (
+    "batch_size",
+    "label_dropout",
+    "precision",
+    "optimiser",
+    "learning_rate",
+    "ema_decay",
+    *CONTEXT_SETTINGS,
+)
 CONTEXT_NETWORK = {"context_features": 0, "context_width": 0, "completer": False}  # and what each is if it is not named
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 

@@ -166,7 +166,7 @@ def test_saves_are_as_rare_as_asked(tmp_path):
     [
         ({"clip_norm": 2.0}, {}, {}, "train settings"),
         ({"seed": 1}, {}, {}, "train settings"),
-        ({"batch_size": 3}, {}, {}, "train settings"),
+        ({"warmup_steps": 3}, {}, {}, "train settings"),
         ({}, {"num_blocks": 3}, {}, "model"),
         ({}, {}, {"data_hash": "other"}, "data hash"),
     ],
@@ -190,12 +190,12 @@ def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
 
 
 def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
-    """To another machine's best precision, to another optimiser, to fewer labels: the weights are kept."""
+    """To another machine's best precision, to another optimiser or batch, to fewer labels: the weights are kept."""
     data, state = toy_dataset(), tmp_path / "state"
     first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimiser": "adam"}
     then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimiser": "muon"}
-    first |= {"learning_rate": 0.01, "ema_decay": 0.9}
-    then |= {"learning_rate": 0.02, "ema_decay": 0.8}
+    first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8}
+    then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4}
     losses = []
     for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
