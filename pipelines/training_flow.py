@@ -576,7 +576,7 @@ _finished: list[Path] = []  # folders of states that are no longer needed
 
 def _remove_states(flow: Any, flow_run: Any, state: Any) -> None:
     while _finished:
-        shutil.rmtree(_finished.pop())
+        shutil.rmtree(_finished.pop(), ignore_errors=True)
 
 
 # The state goes when Prefect knows of the end, no sooner: if its server is away then, the command fails, and the next

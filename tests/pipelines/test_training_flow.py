@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import mlflow
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prefect.flow_engine import FlowRunEngine
 from prefect.logging import disable_run_logger
 from projects import ROOT, tiny_dataset, tiny_params, write_params
 from safetensors.torch import load_file
@@ -262,6 +264,29 @@ def test_a_training_is_not_lost_with_the_store(trained, monkeypatch: pytest.Monk
     assert train_pair(PAIR, "models/lost", "reports/lost")["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert Path("reports/lost/curve.csv").read_bytes() == (REPORT / "curve.csv").read_bytes()
+    assert list(Path("models").glob(".*")) == []
+
+
+def test_a_training_whose_end_prefect_did_not_hear_of_is_not_done_again(
+    trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_state = FlowRunEngine.set_state
+
+    def cut_off(self, state, force=False):
+        if state.is_completed():
+            raise httpx.ConnectError("no route to host")
+        return set_state(self, state, force)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowRunEngine, "set_state", cut_off)
+        with pytest.raises(httpx.ConnectError):
+            train_pair(PAIR, "models/unheard", "reports/unheard")
+    num_runs = len(runs())
+    reports: list[object] = []
+    monkeypatch.setattr(training_flow, "format_progress", lambda report, data: reports.append(report) or "")
+    assert train_pair(PAIR, "models/unheard", "reports/unheard")["version"] == trained[1]["version"]
+    assert reports == [], "no step was done again"
+    assert len(runs()) == num_runs
     assert list(Path("models").glob(".*")) == []
 
 
