@@ -1,10 +1,12 @@
 """Requests that come together share a call, and nobody can tell from an answer."""
 
 import asyncio
+import dataclasses
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from champions import GREY, put, wait_until
 from app import jobs, service, wire
 from app.batching import Batches, Full, Job
 from pipelines import store
+from pixelcnn import build_model
 
 # The sizes that the documents state: PIXELCNN_TEST_CROWD=1000 PIXELCNN_TEST_SWAPS=20.
 NUM_CROWD = int(os.environ.get("PIXELCNN_TEST_CROWD", "64"))
@@ -301,3 +304,15 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
 
     asyncio.run(leave())
     assert drawn == [1, 3]
+
+
+def test_a_call_is_for_one_network():
+    """What a completer draws and what the joint model draws do not wait for each other."""
+    model = build_model(dataclasses.replace(GREY, context_features=2, completer=True))
+    champion = SimpleNamespace(model=model, config=model.config)
+    whole = {"dataset": "grey"}
+    drawn = whole | {"image": [[1] * 4] * 5, "observed": [[1] * 4, *[[0] * 4] * 4]}
+    blank = drawn | {"observed": [[0] * 4] * 5}
+    keys = [jobs.SamplingJob(champion, wire.GenerateRequest(**whole)).key]
+    keys += [jobs.SamplingJob(champion, wire.CompleteRequest(**body)).key for body in (blank, drawn, drawn)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]

@@ -1,5 +1,6 @@
 """From a drawing on the grid to its endings and back: the canvas's code, the client's and the service's, in process."""
 
+import dataclasses
 import json
 
 import httpx
@@ -37,7 +38,8 @@ def in_process(tmp_path, monkeypatch) -> ServiceClient:
     """Return a client whose requests are read, computed and answered by the service's code, without a server."""
     champions = Champions(tmp_path)
     identity = Identity(**dict.fromkeys(Identity.model_fields, "toy"))
-    for dataset, config in (("grey", GREY), ("colour", COLOUR)):
+    completing = dataclasses.replace(GREY, context_features=2, completer=True)
+    for dataset, config in (("grey", completing), ("colour", COLOUR)):
         model = make_checkpoint(tmp_path / dataset, config, seed=0)
         champion = Champion(
             model=model, identity=identity, label_names=[], protocol="toy", scores={}, promoted_at="2025-01-01"
