@@ -96,9 +96,8 @@ def _labels(scores: Mapping[str, Any], num_labels: int) -> str:
     without, summed_out, given = scores[first], scores[key], scores[f"{first}_given_label"]
     return (
         f"On the first {first.rpartition('_')[2]} test images: {without:.2f} nats without a label, {summed_out:.2f} "
-        f"with the label summed out (p(x) as the mean of p(x | y), of {num_labels} passes), {given:.2f} "
-        f"with the true one. So the label tells {summed_out - given:.2f} nats, of {math.log(num_labels):.2f} "
-        f"that it can; the other {without - summed_out:+.2f} are what the network without a label has yet to learn.\n\n"
+        f"with the label summed out (p(x) as the mean of p(x | y), of {num_labels} passes), {given:.2f} with the true "
+        f"one. Over the label summed out no label can gain more than {math.log(num_labels):.2f}.\n\n"
     )
 
 
