@@ -14,11 +14,10 @@ from test_browser import CHROMIUM_ARGUMENTS, HALF_DIGIT, draw, grid, points_on_s
 
 # The browser's own clock; what Playwright adds on its way is not counted.
 WATCH = """
-() => {
+(canvas) => {
   const times = (window.times = { ink: [], end: null, first: null, done: null });
   const sources = () => [...document.querySelectorAll(".endings button img")].map((image) => image.src).join();
   let before = "";
-  const canvas = document.querySelector(".drawing canvas");
   canvas.addEventListener("pointermove", (event) => {
     if (!event.buttons) return;
     requestAnimationFrame(() => {
@@ -51,7 +50,7 @@ def percentiles(values: list[float]) -> str:
 
 def time_ink(page: Page, num_strokes: int) -> list[float]:
     """Return the milliseconds from each move of a pressed pointer to the frame with its ink."""
-    page.evaluate(WATCH)
+    grid(page).evaluate(WATCH)
     for i in range(num_strokes):
         (x, y), *rest = points_on_screen(page, [(a + i % 5, b + i % 7) for a, b in HALF_DIGIT])
         page.mouse.move(x, y)
@@ -66,11 +65,12 @@ def time_ink(page: Page, num_strokes: int) -> list[float]:
 def time_endings(page: Page, num_strokes: int) -> tuple[list[float], list[float]]:
     """Return the milliseconds from a stroke's end to the first new pixels, and to nine endings."""
     page.get_by_text("As I draw").click()
-    page.evaluate(WATCH)
+    grid(page).evaluate(WATCH)
     first, done = [], []
     for i in range(num_strokes + 1):
-        tool(page, "Clear").click()
-        page.wait_for_timeout(500)
+        if i:
+            tool(page, "Clear").click()
+            page.wait_for_timeout(500)
         draw(page, [(a, b + i % 6) for a, b in HALF_DIGIT])
         page.wait_for_function("window.times.done !== null", timeout=60_000)
         times = page.evaluate("window.times")
