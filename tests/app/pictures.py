@@ -8,6 +8,8 @@ import argparse
 import io
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,18 @@ DRAWINGS: list[tuple[str, int, list[Points]]] = [
     ("three dots", 2, [[(8, 8), (8.2, 8.2)], [(19, 9), (19.2, 9.2)], [(14, 21), (14.2, 21.2)]]),
     ("a cross, no digit", 2, [[(6, 6), (22, 22)], [(22, 6), (6, 22)]]),
 ]
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start the browser; without one, say what to install."""
+    path = shutil.which("chromium")
+    if path is None:
+        raise SystemExit("error: there is no `chromium` on the PATH. Install the Debian package: apt install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
 
 
 def clean_page(browser: Browser, url: str, seed: int, known: str = "") -> Page:
@@ -141,15 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8501", help="of the running canvas")
     url = parser.parse_args().url
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        raise SystemExit("error: there is no `chromium` on the PATH. Install the Debian package: apt install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
+    with chromium() as browser:
         for make in (make_canvas, make_drawings, make_animation):
             make(browser, url)
             print(make.__doc__.splitlines()[0] if make.__doc__ else make.__name__)
-        browser.close()
 
 
 if __name__ == "__main__":

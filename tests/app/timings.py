@@ -5,12 +5,11 @@ stroke to the first pixels of the model that are new on the page, and to nine fi
 """
 
 import argparse
-import shutil
 
 import numpy as np
-from pictures import clean_page
-from playwright.sync_api import Page, sync_playwright
-from test_browser import CHROMIUM_ARGUMENTS, HALF_DIGIT, draw, grid, points_on_screen, tool
+from pictures import chromium, clean_page
+from playwright.sync_api import Page
+from test_browser import HALF_DIGIT, draw, grid, points_on_screen, tool
 
 # The browser's own clock; what Playwright adds on its way is not counted.
 WATCH = """
@@ -85,11 +84,7 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8501", help="of the running canvas")
     parser.add_argument("--strokes", type=int, default=30)
     arguments = parser.parse_args()
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        raise SystemExit("error: there is no `chromium` on the PATH. Install the Debian package: apt install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
+    with chromium() as browser:
         page = clean_page(browser, arguments.url, seed=1)
         grid(page).hover()
         print("stroke to ink:", percentiles(time_ink(page, arguments.strokes)))
@@ -97,7 +92,6 @@ def main() -> None:
         first, done = time_endings(page, arguments.strokes)
         print("end of a stroke to the model's first pixels:", percentiles(first))
         print("end of a stroke to nine endings:", percentiles(done))
-        browser.close()
 
 
 if __name__ == "__main__":
