@@ -78,8 +78,9 @@ def _completion(scores: Mapping[str, Any]) -> str:
         return ""
     rows = "\n".join(completion_rows(scores))
     return f"""## Completion
--log p(missing | known) of test images, mean with its standard error. Raster clamping is the joint model, in which a
-missing pixel sees of the known ones only those that come before it.
+-log p(missing | known) of the first {scores["test/completion_num_images"]:,} test images, mean with its standard
+error. Raster clamping is the joint model, in which a missing pixel sees of the known ones only those that come before
+it.
 
 {COMPLETION_HEAD}
 {rows}
@@ -99,6 +100,11 @@ def _labels(scores: Mapping[str, Any], num_labels: int) -> str:
         f"with the label summed out (p(x) as the mean of p(x | y), of {num_labels} passes), {given:.2f} with the true "
         f"one. Over the label summed out no label can gain more than {math.log(num_labels):.2f}.\n\n"
     )
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| `{name}` | {value} |" for name, value in settings.items())
+    return f"| setting | value |\n| --- | --- |\n{rows}"
 
 
 def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
@@ -137,9 +143,17 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     if config["model"] == "pixelcnn":
         failures.insert(0, _BLIND_SPOT)
     parameters = f"{scores['num_parameters']:,} parameters"
-    if config.get("completer"):
+    if config["completer_features"]:
         parameters += f" (and {scores['num_completer_parameters']:,} of the network that completes drawings)"
-    settings = "\n".join(f"| `{name}` | {value} |" for name, value in scores["train_settings"].items())
+    training = [
+        f"{scores['train_minutes']:.0f} minutes on {scores['hardware']}. Again: `dvc repro train@{pair}`",
+        _settings(scores["train_settings"]),
+    ]
+    if config["completer_features"]:
+        training += [
+            f"The network that completes drawings, afterwards: {scores['completer_train_minutes']:.0f} minutes.",
+            _settings(scores["completer_train_settings"]),
+        ]
     network = ", ".join(
         f"{name} {value}"
         for name, value in config.items()
@@ -179,11 +193,7 @@ For comparison, test: every level equally likely {scores["test/nll_nats_uniform"
 {scores["test/nll_nats_independent"]:.1f} nats.
 
 {_labels(scores, config["num_labels"])}{_completion(scores)}## Training
-{scores["train_minutes"]:.0f} minutes on {scores["hardware"]}. Again: `dvc repro train@{pair}`
-
-| setting | value |
-| --- | --- |
-{settings}
+{(chr(10) * 2).join(training)}
 
 ## Known failures
 {chr(10).join(f"- {failure}" for failure in failures)}

@@ -1,7 +1,7 @@
 """params.yaml as checked dataclasses: the only place of values, and the table of what is known of each dataset."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ class PairParams:
         num_threads: CPU threads of training and evaluation; 0 for torch's own choice. Small networks are faster with
             one, above all on a busy machine, and the number changes rounding.
         network: with what the dataset fixes filled in.
-        train: how to train it.
+        train: how to train it, without its completer.
+        completer: how to train the completer, if `network` has one.
+        completion_images: test images whose completion is scored, six masks each; 0 for all.
     """
 
     model: str
@@ -108,6 +110,8 @@ class PairParams:
     num_threads: int
     network: ModelConfig
     train: TrainConfig
+    completer: TrainConfig | None = None
+    completion_images: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +248,13 @@ def _pair(name: str, values: Any) -> PairParams:
     }
     network = _section(CONFIG_CLASSES[pair.model], pair.network, f"{prefix}.network", fixed)
     train = _section(TrainConfig, pair.train, f"{prefix}.train")
-    return PairParams(
-        model=pair.model, dataset=pair.dataset, num_threads=pair.num_threads, network=network, train=train
-    )
+    completer = None
+    if network.completer_features:
+        completer = _section(TrainConfig, pair.completer or {}, f"{prefix}.completer")
+    elif pair.completer is not None:
+        raise ValueError(f"{PARAMS_FILE}: '{prefix}.completer' trains nothing: set completer_features in its network.")
+    _check_number(f"{PARAMS_FILE}: {prefix}.completion_images", pair.completion_images, int, 0, 1_000_000)
+    return replace(pair, network=network, train=train, completer=completer)
 
 
 def _check_candidates(candidates: Any, pairs: Mapping[str, PairParams]) -> None:

@@ -67,7 +67,7 @@ def release(pair: str) -> str:
         # A release that was killed goes on with its run.
         run_id = tracking.start_training_run(**run, tags=tags, key=f"released-{sha256}")
         pictures = sorted(folder.glob("*.png"))
-        run |= {"folder": folder, "scores": scores, "curve": [], "pictures": pictures}
+        run |= {"folder": folder, "scores": scores, "curves": [], "pictures": pictures}
         tracking.log_training_run(**run, tags=tags, run_id=run_id)
     number = tracking.register(run_id, folder, pair, dataset)
     with alone_with(dataset):

@@ -60,12 +60,11 @@ def measure(
         "head_features": 0,
         "context_features": 0,
         "context_width": 0,
-        "completer": False,
+        "completer_features": 0,
         **changes.get("network", {}),
     }
     fixed = {"max_minutes": minutes, "num_validations": 1, "num_validation_images": num_images}
-    whole = {**vars(settings.train), "freeze_joint": False}  # a fresh network has nothing to keep as it is
-    train = checked_config(TrainConfig, {**whole, **changes.get("train", {}), **fixed}, where=pair)
+    train = checked_config(TrainConfig, {**vars(settings.train), **changes.get("train", {}), **fixed}, where=pair)
     torch.set_num_threads(settings.num_threads or torch.get_num_threads())
     torch.manual_seed(train.seed)
     model = build_model(checked_config(type(settings.network), network, where=pair))

@@ -149,7 +149,7 @@ def start_training_run(
 def log_curve(run_id: str, curve: Sequence[Mapping[str, float]]) -> None:
     """Log the rows of a training curve that the run does not have yet, as `curve/NAME` at their steps."""
     c = client()
-    there = {m.step for m in c.get_metric_history(run_id, "curve/train_nll_nats")} if curve else set()
+    there = {m.step for m in c.get_metric_history(run_id, f"curve/{list(curve[0])[-1]}")} if curve else set()
     now_ms = int(time.time() * 1000)
     metrics = [
         Metric(f"curve/{name}", float(value), now_ms, int(row["step"]))
@@ -180,7 +180,7 @@ def log_training_run(
     folder: Path,
     params: Mapping[str, Any],
     scores: Mapping[str, Any],
-    curve: Sequence[Mapping[str, float]],
+    curves: Sequence[Sequence[Mapping[str, float]]],
     pictures: Sequence[Path],
     tags: Mapping[str, str],
     run_id: str | None = None,
@@ -194,7 +194,7 @@ def log_training_run(
         folder: the checkpoint; its files become the logged model.
         params: settings by name.
         scores: measured values; the numbers among them become metrics.
-        curve: rows of step and values, logged as `curve/NAME` at their steps.
+        curves: rows of step and values, logged as `curve/NAME` at their steps; no name is in two of them.
         pictures: files to keep with the run.
         tags: what else identifies the run.
         run_id: the run that `start_training_run` began; None for a new one.
@@ -204,7 +204,7 @@ def log_training_run(
     """
     c = client()
     now_ms = int(time.time() * 1000)
-    last_step = int(curve[-1]["step"]) if curve else 0
+    last_step = int(curves[0][-1]["step"]) if curves and curves[0] else 0
     metrics = [
         Metric(name, float(value), now_ms, last_step)
         for name, value in scores.items()
@@ -220,7 +220,8 @@ def log_training_run(
     with mlflow.start_run(run_id, experiment_id(dataset), run_name=pair, tags=identity) as run:
         run_id = run.info.run_id
         mlflow.log_params(dict(params))
-        log_curve(run_id, curve)
+        for curve in curves:
+            log_curve(run_id, curve)
         c.log_batch(run_id, metrics=metrics)
         c.log_inputs(run_id, [data_input])
         for picture in pictures:

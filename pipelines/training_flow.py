@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from pixelcnn.fast_sampling import sample, warm_up
 from pixelcnn.images import to_sheet
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.model import AutoregressiveModel, build_model, joint_parameters
-from pixelcnn.training import StepReport, fit, format_progress, training_history
+from pixelcnn.training import StepReport, TrainConfig, fit, format_progress, training_history
 
 DEPLOYMENTS_FOLDER = Path("models/deployments")
 _NUM_THREADS = torch.get_num_threads()
@@ -53,6 +53,9 @@ CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
 CURVE_COLUMNS = (
     *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
     *("validation_nll_nats", "learning_rate"),
+)
+COMPLETER_COLUMNS = (  # of its own curve: other names, for both are curves of one MLflow run
+    *("step", "completer_epoch", "completer_train_nats", "completer_validation_nats", "completer_learning_rate"),
 )
 PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validation/nll_nats, test/nll_nats
 NUM_EXTREMES = 8  # best and worst test images on their sheet
@@ -68,15 +71,26 @@ _RETRIED: dict[str, Any] = {**_IN_MEMORY, "retries": 3, "retry_delay_seconds": [
 
 
 @dataclass(frozen=True)
+class _Part:
+    """How the training of a network went: the joint model's, or the completer's."""
+
+    curve: list[dict[str, float]]
+    minutes: float
+    phases: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class _Training:
     """What the train task hands on."""
 
     model: AutoregressiveModel
-    curve: list[dict[str, float]]
-    minutes: float
-    phases: list[dict[str, Any]]
+    joint: _Part
+    completer: _Part | None
     code: dict[str, str]
     run_id: str | None
+
+    def curves(self) -> list[list[dict[str, float]]]:
+        return [part.curve for part in (self.joint, self.completer) if part is not None]
 
 
 @task(name="load", **_IN_MEMORY)
@@ -112,43 +126,56 @@ def recorded_hash(dataset: str) -> str | None:
 def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
     """Train a pair's network; its MLflow run begins with it, and shows the curve and a sheet of samples as it goes.
 
+    A completer is trained after the joint model, as a network of its own that begins with the joint model's weights.
+
     Args:
-        work: folder of the state; a state that is there is taken up, and its run gone on with.
+        work: folder of the states; a state that is there is taken up, and its run gone on with.
     """
     logger = get_run_logger()
     pair = params.pair(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(pair.train.seed)
-    model = build_model(pair.network).to(device)
-    logger.info("training %d parameters on %s", sum(p.numel() for p in model.parameters()), device)
+    network = pair.network.without_context() if pair.network.completer_features else pair.network
+    model = build_model(network).to(device)
+    whole = build_model(pair.network).to(device)
     warm_up(model)
-    curve = _Curve(work / "curve.csv")
     code = git_state()  # now: what is committed while it trains is not what trains
     live = _LiveRun(work / RUN_ID_FILE, name, params, data, code)
     sheets = work / "samples"
     sheets.mkdir(exist_ok=True)
-    last_line = 0.0
 
-    def on_step(report: StepReport) -> None:
-        nonlocal last_line
-        curve.add(report)
-        now = time.monotonic()
-        if report.validation_nll_nats is not None:
-            live.show(curve.rows, sheets / f"step-{report.step:07d}.png")
-        if report.validation_nll_nats is not None or now - last_line > PROGRESS_S:
-            logger.info(format_progress(report, data))
-            last_line = now
-
-    def on_validation(step: int) -> None:
+    def draw(step: int) -> None:
         _draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
 
-    state_file = work / "state.safetensors"
-    try:
-        fit(model, data, pair.train, on_step, state_file, on_validation)
-    except BaseException:
-        live.fail()
-        raise
-    return _Training(model, curve.rows, *training_history(state_file), code, live.run_id)
+    def fit_part(network: AutoregressiveModel, config: TrainConfig, curve: _Curve, state_file: Path) -> _Part:
+        logger.info("training %d parameters on %s", sum(p.numel() for p in network.parameters()), device)
+        last_line = 0.0
+
+        def on_step(report: StepReport) -> None:
+            nonlocal last_line
+            curve.add(report)
+            now = time.monotonic()
+            if report.validation_nll_nats is not None:
+                live.show(curve.rows, sheets / f"step-{report.step:07d}.png" if network is model else None)
+            if report.validation_nll_nats is not None or now - last_line > PROGRESS_S:
+                logger.info(format_progress(report, data))
+                last_line = now
+
+        try:
+            fit(network, data, config, on_step, state_file, draw if network is model else None)
+        except BaseException:
+            live.fail()
+            raise
+        return _Part(curve.rows, *training_history(state_file))
+
+    joint = fit_part(model, pair.train, _Curve(work / "curve.csv", CURVE_COLUMNS), work / "state.safetensors")
+    if whole.completer is None or pair.completer is None:
+        return _Training(model, joint, None, code, live.run_id)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    whole.begin_completer()
+    curve = _Curve(work / "completer.csv", COMPLETER_COLUMNS)
+    completer = fit_part(whole.completer, pair.completer, curve, work / "completer.safetensors")
+    return _Training(whole.eval(), joint, completer, code, live.run_id)
 
 
 class _LiveRun:
@@ -183,15 +210,16 @@ class _LiveRun:
         write_whole(self.path, self.run_id)
         self.started = True
 
-    def show(self, rows: list[dict[str, float]], sheet: Path) -> None:
-        """Log the curve so far, and the newest sheet of samples."""
+    def show(self, rows: list[dict[str, float]], sheet: Path | None) -> None:
+        """Log the curve so far, and the newest sheet of samples if there is one."""
 
         def log_both() -> None:
             if not self.started:
                 self._start()
             assert self.run_id is not None
             tracking.log_curve(self.run_id, rows)
-            tracking.log_picture(self.run_id, sheet, "samples")
+            if sheet is not None:
+                tracking.log_picture(self.run_id, sheet, "samples")
 
         self._try(log_both)
 
@@ -219,6 +247,7 @@ def _logged_params(name: str, params: Params) -> dict[str, Any]:
     return {
         **{f"network.{key}": value for key, value in config_to_dict(pair.network).items()},
         **{f"train.{key}": value for key, value in asdict(pair.train).items()},
+        **{f"completer.{key}": value for key, value in (asdict(pair.completer) if pair.completer else {}).items()},
         **{f"data.{key}": value for key, value in asdict(params.data).items()},
     }
 
@@ -226,14 +255,14 @@ def _logged_params(name: str, params: Params) -> dict[str, Any]:
 class _Curve:
     """The training curve: a row per validation, kept in a file beside the state so that a resumed run has it whole."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, columns
         self.rows: list[dict[str, float]] = []
         self._nats: list[float] = []
         if path.exists():
             with open(path, newline="") as file:
                 # A column that an older training did not write is not a number.
-                rows = [{name: float(row.get(name, "nan")) for name in CURVE_COLUMNS} for row in csv.DictReader(file)]
+                rows = [{name: float(row.get(name, "nan")) for name in columns} for row in csv.DictReader(file)]
             self.rows = [{**row, "step": int(row["step"])} for row in rows]
 
     def add(self, report: StepReport) -> None:
@@ -243,17 +272,23 @@ class _Curve:
         # Rows from this step on are of work that was lost when the run was stopped, and done again.
         self.rows = [row for row in self.rows if row["step"] < report.step]
         mean = math.fsum(self._nats) / len(self._nats)
-        scored = (report.train_subset_nll_nats, report.validation_nll_nats)
-        values = (report.step, report.epoch, mean, *scored, report.learning_rate)
-        self.rows.append(dict(zip(CURVE_COLUMNS, values, strict=True)))
+        values = {
+            **asdict(report),
+            "train_nll_nats": mean,
+            "completer_epoch": report.epoch,
+            "completer_train_nats": mean,
+            "completer_validation_nats": report.validation_completion_nats,
+            "completer_learning_rate": report.learning_rate,
+        }
+        self.rows.append({name: values[name] for name in self.columns})
         self._nats = []
-        write_curve(self.path, self.rows)
+        write_curve(self.path, self.rows, self.columns)
 
 
-def write_curve(path: Path, rows: list[dict[str, float]]) -> None:
+def write_curve(path: Path, rows: list[dict[str, float]], columns: Sequence[str] = CURVE_COLUMNS) -> None:
     """Write rows of a training curve as CSV."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, text.getvalue())
@@ -303,7 +338,8 @@ def evaluate_model(
     scores: dict[str, Any] = evaluate(model, data, num_images=num_images, batch_size=batch_size, per_image=per_image)
     scores["test/nll_nats_max"] = per_image["test"].max().item()
     if model.config.context_features:
-        scores.update(evaluate_completion(model, data, num_images=num_images, batch_size=batch_size))
+        num_completed = min((n for n in (params.pair(name).completion_images, num_images) if n), default=None)
+        scores.update(evaluate_completion(model, data, num_images=num_completed, batch_size=batch_size))
     scores.update(baseline_scores(data))
     checked = per_image["test"]
     if len(checked) < min(CHECKED_IMAGES, len(data.images["test"])):  # fewer were scored than are to be checked
@@ -316,10 +352,12 @@ def evaluate_model(
         scores[f"{CHECKED_SCORE}_label_summed_out"] = marginal.mean().item()
     numbers = {
         **scores,
-        "train_minutes": training.minutes,
+        "train_minutes": training.joint.minutes,
         "num_parameters": sum(p.numel() for p in joint_parameters(model)),
     }
-    if model.completer is not None:
+    if training.completer is not None:
+        assert model.completer is not None
+        numbers["completer_train_minutes"] = training.completer.minutes
         numbers["num_completer_parameters"] = sum(p.numel() for p in model.completer.parameters())
     scores = {
         **numbers,
@@ -331,8 +369,11 @@ def evaluate_model(
         "pair": name,
         "hardware": _hardware(model),
         "weights_dtype": str(dtype).removeprefix("torch."),
-        "train_settings": {**asdict(params.pair(name).train), **_shifted(training.phases)},
+        "train_settings": {**asdict(params.pair(name).train), **_shifted(training.joint.phases)},
     }
+    settings = params.pair(name).completer
+    if training.completer is not None and settings is not None:
+        scores["completer_train_settings"] = {**asdict(settings), **_shifted(training.completer.phases)}
     for split in ("validation", "test"):
         logger.info(
             "%s: %s (%s %s)",
@@ -349,8 +390,8 @@ def evaluate_model(
     save_checkpoint(out, model, scores, dtype, model_card(config_to_dict(model.config), scores))
     report.mkdir(parents=True, exist_ok=True)
     (report / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    write_curve(report / "curve.csv", training.curve)
-    _draw_curve(report / "curve.png", training.curve, scores, f"{data.name}, {data.protocol}")
+    write_curve(report / "curve.csv", training.joint.curve)
+    _draw_curve(report / "curve.png", training.curves(), scores, f"{data.name}, {data.protocol}")
     save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
     _draw_extremes(report / "extremes.png", data, per_image["test"])
     model.cpu()  # where sampling is fast
@@ -447,11 +488,18 @@ def _draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, par
     to_sheet(rows, 2 * data.num_levels - 1, num_columns=len(index)).save(path)
 
 
-def _draw_curve(path: Path, curve: list[dict[str, float]], scores: dict[str, Any], title: str) -> None:
+def _draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: dict[str, Any], title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    curve, *others = curves
+    figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")
+    axes, *right = figure.subplots(1, len(curves), squeeze=False)[0]
+    for place, rows in zip(right, others, strict=True):  # of the completer, if there is one
+        steps = [row["step"] for row in rows]
+        place.plot(steps, [row["completer_train_nats"] for row in rows], label="train, batches", color="0.8")
+        place.plot(steps, [row["completer_validation_nats"] for row in rows], label="validation", marker=".")
+        place.set(xlabel="step", ylabel="-log p(missing | known), nats per image", title="drawings, training's masks")
+        place.legend()
     steps = [row["step"] for row in curve]
     axes.plot(steps, [row["train_nll_nats"] for row in curve], label="train, batches since the last point", color="0.8")
     axes.plot(steps, [row["train_subset_nll_nats"] for row in curve], label="train, averaged weights", marker=".")
@@ -494,7 +542,7 @@ def log(
         folder=out,
         params=_logged_params(name, params),
         scores=scores,
-        curve=training.curve,
+        curves=training.curves(),
         pictures=[path for path in sorted(report.iterdir()) if path.is_file()] + [out / CARD_FILE],
         tags={
             **training.code,
@@ -517,13 +565,17 @@ def register(run_id: str, name: str, dataset: str, out: Path) -> str:
 
 def _work_folder(out: Path, pair: PairParams, data: Dataset) -> Path:
     """Return the folder of this training's state: another one as soon as settings or data differ."""
-    settings = json.dumps([config_to_dict(pair.network), asdict(pair.train), data.data_hash])
-    key = hashlib.sha256(settings.encode())
+    key = hashlib.sha256(json.dumps([*_learning(pair), data.data_hash]).encode())
     work = out.with_name(f".{out.name}.run-{key.hexdigest()[:12]}")
     for other in out.parent.glob(f".{out.name}.run-*"):
         if other != work:
             shutil.rmtree(other)
     return work
+
+
+def _learning(pair: PairParams) -> list[dict[str, Any]]:
+    """Return all settings that a pair's weights follow from."""
+    return [config_to_dict(pair.network), asdict(pair.train), asdict(pair.completer) if pair.completer else {}]
 
 
 def check_attempts() -> None:
@@ -541,7 +593,7 @@ def inputs_of(name: str, params: Params, data: Dataset, half: bool) -> str:
     for path in sorted(Path(pixelcnn.__file__).parent.glob("*.py")):
         code.update(path.name.encode() + b"\0" + path.read_bytes())
     pair = params.pair(name)
-    settings = [config_to_dict(pair.network), *(asdict(one) for one in (pair.train, params.evaluate, params.sample))]
+    settings = [*_learning(pair), asdict(params.evaluate), pair.completion_images, asdict(params.sample)]
     every = [name, pair.num_threads, settings, half, data.data_hash, code.hexdigest()]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
 

@@ -34,6 +34,7 @@ from pixelcnn.training_bench import bench_training
 
 KNOWN_PARTS = ("top", "left", "bottom", "right")
 FROM_DATASET = ("image_shape", "num_levels", "num_labels")
+NOT_BY_HAND = (*FROM_DATASET, "completer_features")  # the pipeline trains a completer, as a second part
 
 
 def _device(name: str) -> torch.device:
@@ -104,7 +105,7 @@ def train_command(arguments: argparse.Namespace) -> None:
     """
     data = load_dataset(arguments.data)
     network = {"image_shape": data.image_shape, "num_levels": data.num_levels, "num_labels": len(data.label_names)}
-    network |= _given(arguments, CONFIG_CLASSES[arguments.model], FROM_DATASET)
+    network |= _given(arguments, CONFIG_CLASSES[arguments.model], NOT_BY_HAND)
     config = checked_config(CONFIG_CLASSES[arguments.model], network, arguments.model)
     train_config = checked_config(TrainConfig, _given(arguments, TrainConfig), "train")
     device, rank = _join_processes(_device(arguments.device))
@@ -274,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--init-from", help="checkpoint to start from: the same network, with or without a context network"
         )
-        _add_fields(command, config_class, FROM_DATASET)
+        _add_fields(command, config_class, NOT_BY_HAND)
         _add_fields(command, TrainConfig)
 
     evaluation = add("evaluate", evaluate_command)

@@ -83,7 +83,7 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
     """Start a model with a context network from the weights of one without: it then is the same joint model.
 
     What the checkpoint has not, the context network and its projections, stays as it is; `build_model` makes the
-    projections zero. A completer starts from the same weights.
+    projections zero. A completer of the same width starts from the same weights.
 
     Args:
         model: as `build_model` makes it; changed in place.
@@ -102,8 +102,8 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
         if name in weights and weights[name].shape != tensor.shape:
             raise ValueError(f"{folder} holds a context network of other sizes. Start from a network without one.")
     model.load_state_dict(weights, strict=False)
-    if model.completer is not None and source.completer is None:
-        model.completer.load_state_dict(weights, strict=False)
+    if source.completer is None:
+        model.begin_completer()
 
 
 def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:

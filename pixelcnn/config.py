@@ -20,9 +20,9 @@ class ModelConfig:
         num_labels: number of classes that the network can be told; 0 for a network without labels.
         context_features: maps that the context network makes of a drawing; 0 for a network without one.
         context_width: width of the context network's own layers; 0 means `context_features`.
-        completer: whether drawings go to a network of their own, of this architecture and with the context network. The
-            joint model then has no part in completing, and loses nothing to it.
         head_features: width of the head's 1x1 layer; 0 means twice `num_features`.
+        completer_features: width of a network of its own that drawings go to, otherwise of this architecture and with
+            the context network; 0 for none. The joint model then has no part in completing, and loses nothing to it.
 
     Raises:
         ValueError: a value is impossible.
@@ -35,7 +35,7 @@ class ModelConfig:
     context_features: int = 0
     head_features: int = 0
     context_width: int = 0
-    completer: bool = False
+    completer_features: int = 0
 
     def __post_init__(self) -> None:
         shape = self.image_shape
@@ -52,16 +52,18 @@ class ModelConfig:
         _check_int("context_width", self.context_width, 0)
         if self.context_width and not self.context_features:
             raise ValueError(f"context_width must be 0 where context_features is 0, got {self.context_width}.")
-        if not isinstance(self.completer, bool):
-            raise ValueError(f"completer must be true or false, got {self.completer!r}.")
-        if self.completer and not self.context_features:
-            raise ValueError("completer must be false where context_features is 0: it would see no drawing.")
+        _check_int("completer_features", self.completer_features, 0)
+        if self.completer_features and not self.context_features:
+            raise ValueError(
+                f"completer_features must be 0 where context_features is 0, got {self.completer_features}: "
+                "it would see no drawing."
+            )
         if self.context_width == 0:
             object.__setattr__(self, "context_width", self.context_features)
         if self.head_features == 0:
             object.__setattr__(self, "head_features", 2 * self.num_features)
         num_colours = shape[0]
-        for name in ("num_features", "head_features"):
+        for name in ("num_features", "head_features", "completer_features"):
             if getattr(self, name) % num_colours:
                 raise ValueError(
                     f"{name} must be a multiple of the {num_colours} colour channels, got {getattr(self, name)}."
@@ -69,7 +71,11 @@ class ModelConfig:
 
     def without_context(self) -> Self:
         """Return the same network without context network and completer."""
-        return replace(self, context_features=0, context_width=0, completer=False)
+        return replace(self, context_features=0, context_width=0, completer_features=0)
+
+    def of_completer(self) -> Self:
+        """Return the config of the completer, a network by itself."""
+        return replace(self, num_features=self.completer_features, head_features=0, completer_features=0)
 
 
 def _check_odd(name: str, value: Any) -> None:

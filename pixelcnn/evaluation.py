@@ -192,7 +192,7 @@ def evaluate_completion(
     Returns:
         Scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),
         `test/completion_top_nats_stderr` (its standard error), `test/completion_top_raster_nats` and its standard
-        error.
+        error; and `test/completion_num_images`.
 
     Raises:
         ValueError: model and dataset do not fit.
@@ -205,5 +205,6 @@ def evaluate_completion(
         key = f"{split}/completion_{name}_nats"
         scores[key] = nats.mean().item()
         scores[f"{key}_stderr"] = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else 0.0
+        scores[f"{split}/completion_num_images"] = len(nats)
     model.train(was_training)
     return scores

@@ -14,8 +14,6 @@ missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of 
 *completer*, a second network of the same kind, for all images of which something is observed; it alone sees drawings.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,7 +72,7 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, config: ModelConfig, in_maps: int) -> None:
         super().__init__()
         self.config = config
-        self.layer_config = config.without_context() if config.completer else config
+        self.layer_config = config.without_context() if config.completer_features else config
         num_colours = config.image_shape[0]
         head = colour_groups(config.head_features, num_colours)
         logits = colour_groups(num_colours * config.num_levels, num_colours)
@@ -88,8 +86,13 @@ class AutoregressiveModel(nn.Module):
 
     def add_completer(self) -> None:
         """Add the completer that the config asks for: the last of the parameters, after those of the joint model."""
-        if self.config.completer:
-            self.completer = build_model(dataclasses.replace(self.config, completer=False))
+        if self.config.completer_features:
+            self.completer = build_model(self.config.of_completer())
+
+    def begin_completer(self) -> None:
+        """Let a completer of the joint model's width begin with its weights: it then is the same joint model."""
+        if self.completer is not None and self.completer.config.num_features == self.config.num_features:
+            self.completer.load_state_dict(self.state_dict(), strict=False)
 
     def networks(self, observed: Tensor) -> list[tuple["AutoregressiveModel", Tensor]]:
         """Return each network that these images need, with the indices (n,) of those that it is for.

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")
 # What may shift when a run goes on with a larger budget, some of it with a meaning for a context network alone.
-CONTEXT_SETTINGS = ("context_features", "context_width", "completer", "context_share", "freeze_joint")
+CONTEXT_SETTINGS = ("context_features", "context_width", "context_share")
 PHASE_SETTINGS = (
     "batch_size",
     "label_dropout",
@@ -47,7 +47,7 @@ PHASE_SETTINGS = (
     "ema_decay",
     *CONTEXT_SETTINGS,
 )
-CONTEXT_NETWORK = {"context_features": 0, "context_width": 0, "completer": False}  # and what each is if it is not named
+CONTEXT_NETWORK = ("context_features", "context_width")  # each is 0 if it is not named
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -67,7 +67,6 @@ class TrainConfig:
         clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
         label_dropout: share of the images whose label is withheld, so that one network serves with and without.
         context_share: share of the images that are shown in part, for models with a context network.
-        freeze_joint: train the context network and its projections alone: the joint model stays as it is, bit for bit.
         horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
         precision: `float32`, or `bfloat16` for autocast of the matrix work.
         accumulate: parts that a batch is split into, to save memory.
@@ -91,7 +90,6 @@ class TrainConfig:
     clip_norm: float = 1.0
     label_dropout: float = 0.5
     context_share: float = 0.75
-    freeze_joint: bool = False
     horizontal_flips: bool = False
     precision: str = "float32"
     accumulate: int = 1
@@ -114,9 +112,8 @@ class TrainConfig:
         for name, choices in (("precision", PRECISIONS), ("optimiser", OPTIMISERS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("horizontal_flips", "freeze_joint"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if not isinstance(self.horizontal_flips, bool):
+            raise ValueError(f"horizontal_flips must be true or false, got {self.horizontal_flips!r}.")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
 
@@ -171,11 +168,6 @@ def format_progress(report: StepReport, data: Dataset) -> str:
     return f"{line}, {report.images_per_s:.0f} images/s, {minutes}:{seconds:02d} left"
 
 
-def is_of_context(name: str) -> bool:
-    """Say whether a parameter of this name is the context network's, one of its projections, or the completer's."""
-    return "context" in name or name.startswith("completer.")
-
-
 class Trainer:
     """The state of one run: weights, their average, the optimiser, the clock.
 
@@ -190,13 +182,6 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
-        if config.freeze_joint:
-            if not model.config.context_features:
-                raise ValueError(
-                    "freeze_joint must be false for a model without a context network: nothing would learn."
-                )
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(is_of_context(name))
         self.optimiser = Optimiser(model, config.optimiser, config.learning_rate)
         self.step = 0
         self.elapsed_s = 0.0
@@ -421,13 +406,13 @@ class Trainer:
                 found = {name: found.get(name) for name in expected}  # older states name what may shift now
             if found != expected:
                 raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
-        indices, is_new = list(range(len(self.parameters))), False
+        indices = list(range(len(self.parameters)))
         self.best_nll = math.inf if state["best_nll"] is None else state["best_nll"]
         if self.model.config.context_features and not last_phase.get("context_features"):
             # Its joint weights, and a context network that adds nothing yet. What is best is measured otherwise now.
-            indices, is_new = self.joint_indices(), True
+            indices = self.joint_indices()
             self.best_nll = math.inf
-        elif any(self.phase().get(k, none) != last_phase.get(k, none) for k, none in CONTEXT_NETWORK.items()):
+        elif any(self.phase().get(name, 0) != last_phase.get(name, 0) for name in CONTEXT_NETWORK):
             raise ValueError(f"{path} is the state of a run with another context network. Delete it to start afresh.")
         with torch.no_grad():
             for saved, i in enumerate(indices):
@@ -438,14 +423,6 @@ class Trainer:
                 remembered = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 if remembered:
                     self.optimiser.restore(self.parameters[i], remembered)
-        if self.config.freeze_joint:  # at what validated best, which is what was kept of the run so far
-            with torch.no_grad():
-                for parameter, average, best in zip(self.parameters, self.average, self.best, strict=True):
-                    if not parameter.requires_grad:
-                        parameter.copy_(best)
-                        average.copy_(best)
-        if is_new:
-            self.begin_completer()
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.phases = state["phases"]
         if self.phase() != {name: value for name, value in last_phase.items() if name != "from_step"}:
@@ -457,16 +434,6 @@ class Trainer:
         joint = build_model(self.model.config.without_context())
         names = [name for name, _ in self.model.named_parameters()]
         return [names.index(name) for name, _ in joint.named_parameters()]
-
-    def begin_completer(self) -> None:
-        """Let the completer begin with the joint model's weights."""
-        names = [name for name, _ in self.model.named_parameters()]
-        with torch.no_grad():
-            for i, name in enumerate(names):
-                source = name.removeprefix("completer.")
-                if source != name and source in names:
-                    for weights in (self.parameters, self.average, self.best):
-                        weights[i].copy_(weights[names.index(source)])
 
 
 def training_history(state_file: str | Path) -> tuple[float, list[dict[str, Any]]]:
@@ -492,7 +459,8 @@ def fit(
     """Train a model in place; it ends in eval mode, with the averaged weights that validated best.
 
     Args:
-        model: as `build_model` makes it, for images of this dataset; on the device to train on.
+        model: as `build_model` makes it, for images of this dataset; on the device to train on. A completer is trained
+            by itself: as `model.completer`, the joint model as that of `config.without_context()`.
         data: a prepared dataset.
         config: how to train.
         on_step: called after every step.
@@ -508,11 +476,14 @@ def fit(
         whole images and images shown in part, in the proportion `context_share`.
 
     Raises:
-        ValueError: model and dataset do not fit, the batch is larger than the split, or the state is of another run.
+        ValueError: model and dataset do not fit, the model has a completer, the batch is larger than the split, or the
+            state is of another run.
         FloatingPointError: the loss is no longer finite; the last saved state is left as it was.
         OSError: the state could not be saved; the one that was saved before is left as it was.
     """
     check_fit(model, data)
+    if model.completer is not None:
+        raise ValueError("a model with a completer is trained in two parts: without it, and model.completer by itself.")
     trainer = Trainer(model, data, config)
     state_path = None if state_file is None else Path(state_file)
     if state_path is not None and state_path.exists():
@@ -557,5 +528,5 @@ def fit(
         for weight in trainer.best:
             dist.broadcast(weight, 0)
     trainer.use(trainer.best)
-    model.requires_grad_(True).eval()
+    model.eval()
     return trainer.best_nll

@@ -25,8 +25,11 @@ BAD = [
     ({"context_features": -1}, "context_features must be a whole number of at least 0, got -1."),
     ({"context_width": True}, "context_width must be a whole number of at least 0, got True."),
     ({"context_width": 8}, "context_width must be 0 where context_features is 0, got 8."),
-    ({"completer": True}, "completer must be false where context_features is 0: it would see no drawing."),
-    ({"completer": 1}, "completer must be true or false, got 1."),
+    (
+        {"completer_features": 4},
+        "completer_features must be 0 where context_features is 0, got 4: it would",
+    ),
+    ({"completer_features": True}, "completer_features must be a whole number of at least 0, got True."),
     ({"kernel_size": 4}, "kernel_size must be odd, so that it has a centre, got 4."),
     ({"kernel_size": 1}, "kernel_size must be a whole number of at least 3, got 1."),
 ]
@@ -75,7 +78,7 @@ def test_dict_round_trip(architecture):
     ("change", "message"),
     [
         ({"model": "pixel_cnn"}, "unknown model 'pixel_cnn'. Known: pixelcnn, gated_pixelcnn."),
-        ({"num_layer": 3}, "pixelcnn: unknown key 'num_layer'. Known: completer, context_features, "),
+        ({"num_layer": 3}, "pixelcnn: unknown key 'num_layer'. Known: completer_features, context_features, "),
         ({"num_levels": 0}, "pixelcnn: num_levels must be a whole number of at least 2, got 0."),
         ({"num_blocks": None}, "pixelcnn: num_blocks must be a whole number of at least 1, got None."),
     ],

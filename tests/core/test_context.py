@@ -45,10 +45,10 @@ def fillings(image: Tensor, observed: Tensor, num_levels: int) -> Tensor:
     return images[((images == image) | ~observed).flatten(1).all(dim=1)]
 
 
-@pytest.mark.parametrize("completer", [False, True])
+@pytest.mark.parametrize("completer", [0, 2])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_completions_of_every_mask_are_a_normalised_distribution(architecture, completer):
-    model = context_model(architecture, num_labels=2, completer=completer)
+    model = context_model(architecture, num_labels=2, completer_features=completer)
     for bits in itertools.product([False, True], repeat=6):
         observed = torch.tensor(bits).reshape(1, *SHAPE)
         image = random_levels(SHAPE, 2, num=1, seed=sum(2**i for i, bit in enumerate(bits) if bit))
@@ -114,11 +114,11 @@ def test_a_completed_pixel_sees_earlier_ones_and_the_drawing_alone(architecture)
         assert same[: i + 1].all()
 
 
-@pytest.mark.parametrize("completer", [False, True])
+@pytest.mark.parametrize("completer", [0, 6])
 @pytest.mark.parametrize("shape", [(1, 4, 5), (3, 3, 4)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_observed_is_the_joint_model(architecture, shape, completer):
-    model = context_model(architecture, shape, 3, num_labels=2, completer=completer)
+    model = context_model(architecture, shape, 3, num_labels=2, completer_features=completer)
     levels, label = random_levels(shape, 3, num=3), torch.tensor([0, -1, 1])
     nothing = torch.zeros(3, 1, *shape[1:], dtype=torch.bool)
     joint = model(levels, label)
@@ -163,7 +163,7 @@ def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_p
     levels, label, observed = random_levels((1, 4, 4), 3, num=2), torch.tensor([1, -1]), random_mask(2, (1, 4, 4))
     assert torch.equal(model(levels, label, levels, observed), joint(levels, label))
     # A completer starts from the same weights.
-    both = build_model(tiny_config(architecture, (1, 4, 4), 3, 2, context_features=3, completer=True))
+    both = build_model(tiny_config(architecture, (1, 4, 4), 3, 2, context_features=3, completer_features=4))
     load_joint_weights(both, tmp_path / "joint")
     assert torch.equal(both(levels, label, levels, observed), joint(levels, label))
     assert torch.equal(both(levels, label), joint(levels, label))
@@ -214,7 +214,7 @@ ENGINE_CONFIGS: list[ModelConfig] = [
     GatedPixelCNNConfig(image_shape=(3, 4, 5), num_levels=5, num_features=27, num_layers=2, kernel_size=5, **CONTEXT),
     GatedPixelCNNConfig(image_shape=(2, 4, 1), num_levels=3, num_features=4, num_layers=1, kernel_size=3, **CONTEXT),
 ]
-WITH_COMPLETER = [dataclasses.replace(config, completer=True) for config in ENGINE_CONFIGS[::2]]
+WITH_COMPLETER = [dataclasses.replace(config, completer_features=6) for config in ENGINE_CONFIGS[::2]]
 
 
 @pytest.mark.parametrize("config", ENGINE_CONFIGS, ids=name)

@@ -128,11 +128,10 @@ def test_without_a_share_it_trains_the_joint_model():
     assert reports[0].train_nll_nats == pytest.approx(-log_prob(before, levels, label).mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("completer", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture, completer):
+def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture):
     data, state = toy_dataset(shape=(1, 4, 4), num_levels=2), tmp_path / "state"
-    joint = context_model(data, architecture, num_labels=2, completer=completer)
+    joint = context_model(data, architecture, num_labels=2)
     plain = build_model(joint.config.without_context())
     fit(plain, data, config(max_epochs=2), state_file=state)
     trainer = training.Trainer(joint, data, config(max_epochs=4, context_share=0.5))
@@ -150,55 +149,37 @@ def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture, comp
     states = [(trainer.optimiser.state(a), saved.optimiser.state(b)) for a, b in pairs]
     assert sum(len(state) for state, _ in states) > 0
     assert all(a.keys() == b.keys() and same(a.values(), b.values()) for a, b in states), "the momenta are kept"
-    network = joint.completer if completer else joint
-    if completer:
-        begun = network.state_dict()
-        assert all(torch.equal(w, begun[name]) for name, w in saved.model.state_dict().items())
-        average = dict(zip(dict(joint.named_parameters()), trainer.average, strict=True))
-        assert all(torch.equal(average[f"completer.{n}"], average[n]) for n, _ in plain.named_parameters())
-    before = copy.deepcopy(network.context_network.state_dict())
+    before = copy.deepcopy(joint.context_network.state_dict())
     assert math.isinf(trainer.best_nll), "the two runs measure different things"
     fit(joint, data, config(max_epochs=4, context_share=0.5), state_file=state)
-    assert any(not torch.equal(w, before[name]) for name, w in network.context_network.state_dict().items())
+    assert any(not torch.equal(w, before[name]) for name, w in joint.context_network.state_dict().items())
     first, second = training_history(state)[1]
-    added = {"context_features": 8, "context_width": 16, "context_share": 0.5, "freeze_joint": False}
-    added["completer"] = completer
+    added = {"context_features": 8, "context_width": 16, "context_share": 0.5}
     assert second == {**first, "from_step": 6, **added}
     other = build_model(dataclasses.replace(joint.config, context_features=4))
-    with pytest.raises(ValueError, match="is the state of a run with another context network"):
-        fit(other, data, config(max_epochs=5), state_file=state)
-    other = build_model(dataclasses.replace(joint.config, completer=not completer))
     with pytest.raises(ValueError, match="is the state of a run with another context network"):
         fit(other, data, config(max_epochs=5), state_file=state)
     with pytest.raises(ValueError, match="is the state of a run with another context network"):
         fit(plain, data, config(max_epochs=5), state_file=state)
 
 
-@pytest.mark.parametrize("completer", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_context_network_that_learns_alone_leaves_the_joint_model_as_it_is(tmp_path, architecture, completer):
-    data, state = toy_dataset(shape=(1, 4, 4), num_levels=2), tmp_path / "state"
-    joint = context_model(data, architecture, num_labels=2, completer=completer)
-    plain = build_model(joint.config.without_context())
-    fit(plain, data, config(max_epochs=2, num_validations=1, ema_decay=0.9), state_file=state)
-    alone = config(max_epochs=20, freeze_joint=True, context_share=1.0, learning_rate=0.03, ema_decay=0.9)
-    fit(joint, data, alone, state_file=state)
-    kept = plain.state_dict()
-    assert all(torch.equal(w, kept[name]) for name, w in joint.state_dict().items() if name in kept)
-    assert len(kept) < len(joint.state_dict())
-    assert all(p.requires_grad for p in joint.parameters())
-    scores = evaluate_completion(joint, data)
-    mean, raster = (sum(scores[f"test/completion_{n}{what}_nats"] for n in SCORED) for what in ("", "_raster"))
-    assert mean != raster, "the context network has learned"
-    again = context_model(data, architecture, num_labels=2, completer=completer)
-    fit(again, data, dataclasses.replace(alone, max_epochs=21), state_file=state)
-    assert all(torch.equal(w, kept[name]) for name, w in again.state_dict().items() if name in kept)
-
-
-def test_a_model_without_context_network_has_nothing_else_to_learn():
+def test_a_completer_is_trained_by_itself():
     data = toy_dataset(shape=(1, 4, 4), num_levels=2)
-    with pytest.raises(ValueError, match="freeze_joint must be false for a model without a context network"):
-        fit(tiny_model("pixelcnn", (1, 4, 4), 2), data, config(freeze_joint=True))
+    model = context_model(data, "pixelcnn", completer_features=8)
+    with pytest.raises(ValueError, match="is trained in two parts: without it, and"):
+        fit(model, data, config(max_epochs=1))
+    model.begin_completer()
+    joint = copy.deepcopy({n: w for n, w in model.state_dict().items() if not n.startswith("completer.")})
+    levels, observed = data.levels("validation", slice(0, 6)), torch.zeros(6, 1, 4, 4, dtype=torch.bool)
+    observed[:, :, :2] = True
+    assert torch.equal(model(levels, None, levels, observed), model(levels)), "it begins as the joint model"
+    fit(model.completer, data, config(max_epochs=5, context_share=1.0, learning_rate=0.03))
+    assert not torch.equal(model(levels, None, levels, observed), model(levels))
+    assert all(torch.equal(w, joint[name]) for name, w in model.state_dict().items() if name in joint)
+    narrow = context_model(data, "pixelcnn", completer_features=2)
+    before = copy.deepcopy(narrow.completer.state_dict())
+    narrow.begin_completer()
+    assert all(torch.equal(w, before[name]) for name, w in narrow.completer.state_dict().items())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -209,7 +190,7 @@ def test_completion_is_scored_on_fixed_masks(architecture):
     assert set(scores) == {
         f"test/completion_{name}_{kind}" for name in SCORED
         for kind in ("nats", "nats_stderr", "raster_nats", "raster_nats_stderr")
-    }  # fmt: skip
+    } | {"test/completion_num_images"}  # fmt: skip
     levels = data.images["test"][:5].long()
     observed = torch.ones(5, 1, 4, 4, dtype=torch.bool)
     observed[:, :, :2] = False

@@ -52,7 +52,7 @@ def test_every_missing_mask_is_found(config) -> None:
 
 
 def test_a_completer_that_leaks_is_found() -> None:
-    model, levels = model_and_image(dataclasses.replace(CONFIGS[0], context_features=2, completer=True))
+    model, levels = model_and_image(dataclasses.replace(CONFIGS[0], context_features=2, completer_features=4))
     check_candidate(model, levels, 60)
     model.completer.blocks[0].conv.mask.fill_(1)
     assert count_leaking_cuts(model, levels) == 0

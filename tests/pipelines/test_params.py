@@ -28,7 +28,7 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         assert pair.network.image_shape == DATASETS[pair.dataset].image_shape
         assert pair.network.num_levels == DATASETS[pair.dataset].num_levels
         assert pair.network.num_labels == len(DATASETS[pair.dataset].label_names) == 10
-    assert params.pair("pixelcnn-mnist").network.num_features == 32
+    assert params.pair("pixelcnn-mnist").network.num_features == 64
     assert not params.pair("pixelcnn-mnist").train.horizontal_flips
     assert params.pair("gated_pixelcnn-cifar10").train.horizontal_flips
 
@@ -43,7 +43,11 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         ),
         ("pairs.pixelcnn-mnist.network.num_layers", 3, r"unknown key '.*network\.num_layers'\. Known: .*num_blocks"),
         ("pairs.pixelcnn-mnist.network.num_levels", 2, r"unknown key 'pairs\.pixelcnn-mnist\.network\.num_levels'"),
-        ("pairs.pixelcnn-mnist.epochs", 3, r"unknown key 'pairs\.pixelcnn-mnist\.epochs'\. Known: dataset, model, "),
+        (
+            "pairs.pixelcnn-mnist.epochs",
+            3,
+            r"unknown key 'pairs\.pixelcnn-mnist\.epochs'\. Known: completer, .*model, ",
+        ),
         (
             "sample.num_image",
             3,
@@ -64,6 +68,17 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         ),
         ("pairs.pixelcnn-mnist.dataset", "svhn", r"unknown dataset 'svhn' .* Known: mnist5k, mnist, fashion_mnist"),
         ("pairs.pixelcnn-mnist.dataset", "cifar10", r"pair 'pixelcnn-mnist' must be named .* 'pixelcnn-cifar10'"),
+        (
+            "pairs.pixelcnn-mnist.completer",
+            {},
+            r"'pairs\.pixelcnn-mnist\.completer' trains nothing: set completer_feat",
+        ),
+        (
+            "pairs.pixelcnn-mnist.network.completer_features",
+            3,
+            r"pairs\.pixelcnn-mnist\.network: completer_features must be 0 where context_features is 0",
+        ),
+        ("pairs.pixelcnn-mnist.completion_images", -1, r"pairs\.pixelcnn-mnist\.completion_images must be .* got -1"),
         ("candidates.mnist", ["pixelcnn-cifar10"], r"candidates\.mnist names 'pixelcnn-cifar10', which is no pair of"),
         ("candidates.mnist", [], r"candidates\.mnist must be a list of one or two pairs, got \[\]"),
         ("candidates.svhn", ["pixelcnn-mnist"], r"unknown dataset 'candidates\.svhn'"),

@@ -104,6 +104,7 @@ def test_completion_stands_beside_raster_clamping(scored: Path) -> None:
             ("raster_nats_stderr", 0.6),
         ):
             scores[f"test/completion_{mask}_{kind}"] = value
+    scores["test/completion_num_images"] = 1000
     (scored / "scores.json").write_text(json.dumps(scores))
     for text in (results_text(Path("weights")), model_card(config, scores)):
         assert "| missing | nats given all that is known | raster clamping, the same masks |" in text

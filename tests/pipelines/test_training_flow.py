@@ -474,6 +474,41 @@ def test_the_code_of_a_training_is_that_of_its_start(trained, monkeypatch: pytes
     assert load_checkpoint("models/committed")[1]["git_commit"] == "a"
 
 
+def test_a_completer_is_trained_after_the_joint_model(project: Path) -> None:
+    train_pair(PAIR, "models/joint", "reports/joint")
+    values = tiny_params()
+    pair = values["pairs"][PAIR]
+    pair["network"] |= {"context_features": 2, "completer_features": 2}
+    pair["completer"] = {**pair["train"], "context_share": 1.0, "learning_rate": 0.02}
+    pair["completion_images"] = 5
+    write_params(Path(), values)
+    out, state = Path("models/completer"), Path("models/completer-state")
+    run_id = train_pair(PAIR, str(out), "reports/completer", str(state))["run_id"]
+    model, scores = load_checkpoint(out)
+    joint, _ = load_checkpoint("models/joint")
+    assert model.completer is not None
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in joint.state_dict().items()), "it is as it was"
+    assert scores["num_completer_parameters"] == sum(p.numel() for p in model.completer.parameters())
+    assert scores["completer_train_minutes"] > 0
+    assert scores["completer_train_settings"]["learning_rate"] == 0.02
+    assert scores["test/completion_num_images"] == 5
+    card = (out / "README.md").read_text()
+    assert f"(and {scores['num_completer_parameters']:,} of the network that completes drawings)" in card
+    assert "of the first 5 test images" in card
+    assert "| `learning_rate` | 0.01 |" in card
+    assert "| `learning_rate` | 0.02 |" in card
+    client = tracking.client()
+    history = client.get_metric_history(run_id, "curve/completer_validation_nats")
+    assert [m.step for m in history] == [3, 6]
+    assert client.get_run(run_id).data.params["completer.learning_rate"] == "0.02"
+    # With larger budgets both go on.
+    pair["train"]["max_epochs"], pair["completer"]["max_epochs"] = 0.06, 0.07
+    write_params(Path(), values)
+    train_pair(PAIR, str(out), "reports/completer", str(state))
+    last = {name: (state / name).read_text().splitlines()[-1].split(",")[0] for name in ("curve.csv", "completer.csv")}
+    assert last == {"curve.csv": "8", "completer.csv": "9"}
+
+
 def test_a_state_of_other_settings_is_not_taken_up(project: Path) -> None:
     params = training_flow.load_params()
     data = load_dataset("data/mnist5k.safetensors")

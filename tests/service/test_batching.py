@@ -308,7 +308,7 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
 
 def test_a_call_is_for_one_network():
     """What a completer draws and what the joint model draws do not wait for each other."""
-    model = build_model(dataclasses.replace(GREY, context_features=2, completer=True))
+    model = build_model(dataclasses.replace(GREY, context_features=2, completer_features=4))
     champion = SimpleNamespace(model=model, config=model.config)
     whole = {"dataset": "grey"}
     drawn = whole | {"image": [[1] * 4] * 5, "observed": [[1] * 4, *[[0] * 4] * 4]}

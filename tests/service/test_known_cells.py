@@ -38,7 +38,7 @@ def in_process(tmp_path, monkeypatch) -> ServiceClient:
     """Return a client whose requests are read, computed and answered by the service's code, without a server."""
     champions = Champions(tmp_path)
     identity = Identity(**dict.fromkeys(Identity.model_fields, "toy"))
-    completing = dataclasses.replace(GREY, context_features=2, completer=True)
+    completing = dataclasses.replace(GREY, context_features=2, completer_features=4)
     for dataset, config in (("grey", completing), ("colour", COLOUR)):
         model = make_checkpoint(tmp_path / dataset, config, seed=0)
         champion = Champion(
