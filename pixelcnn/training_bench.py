@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pixelcnn.bench import processor_name, work_per_pixel
 from pixelcnn.data import Dataset
 from pixelcnn.layers import MaskedConv2d
-from pixelcnn.model import AutoregressiveModel
+from pixelcnn.model import AutoregressiveModel, build_model
 from pixelcnn.training import PRECISIONS, TrainConfig, Trainer
 
 PLAIN = "plain loop: float32, contiguous, whole kernels"
@@ -68,13 +68,16 @@ def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int)
     """Print a table of images per second, with ratios to the plain loop and shares of the matrix peak.
 
     Args:
-        model: on the CPU; copies of it are trained on random images: time does not depend on what they show.
+        model: on the CPU; copies of its joint model are trained on random images: time does not depend on what they
+            show.
         num_rounds: steps of each loop; the median counts.
 
     Returns:
         Images per second, by name.
     """
-    config = model.config
+    joint = build_model(model.config.without_context())  # the plain loop shows it no drawings
+    joint.load_state_dict({name: model.state_dict()[name] for name in joint.state_dict()})
+    model, config = joint, joint.config
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, *config.image_shape)
     images = torch.randint(config.num_levels, shape, generator=generator).to(torch.uint8)

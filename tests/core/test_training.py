@@ -474,6 +474,23 @@ def test_bfloat16_trains_float32_weights_with_nearly_the_same_loss():
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({"avx2": True, "avx512_bf16": False}, "float32"), ({"avx512_bf16": True}, "bfloat16"), (None, "float32")],
+)
+def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(tmp_path, monkeypatch, capabilities, precision):
+    if capabilities is None:  # an older torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    data, losses = toy_dataset(), []
+    for name in ("auto", precision):
+        _, reports = run(toy_model(data).float(), data, config(precision=name), state_file=tmp_path / name)
+        losses.append([report.train_nll_nats for report in reports])
+    assert losses[0] == losses[1]
+    assert training_history(tmp_path / "auto")[1][0]["precision"] == precision
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_evaluate_is_log_prob(architecture):
     data = toy_dataset()
@@ -563,7 +580,7 @@ def test_a_batch_larger_than_the_split_is_refused():
         ({"clip_norm": 0}, "clip_norm must be above 0, got 0."),
         ({"label_dropout": None}, "label_dropout must be a number from 0 to 1, got None."),
         ({"horizontal_flips": 1}, "horizontal_flips must be true or false, got 1."),
-        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'."),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16, auto, got 'float16'."),
         ({"accumulate": 0}, "accumulate must be a whole number from 1 to 1000000, got 0."),
         ({"accumulate": 9}, "accumulate must be at most batch_size (8), got 9."),
         ({"num_validations": 0}, "num_validations must be a whole number from 1 to 1000000, got 0."),

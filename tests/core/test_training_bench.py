@@ -21,7 +21,9 @@ def test_the_plain_network_is_the_same_function(architecture, shape):
 
 
 def test_the_table(capsys):
-    speed = bench_training(tiny_model("pixelcnn", (1, 4, 4), 2, 2).float(), batch_size=4, num_rounds=2)
+    speed = bench_training(
+        tiny_model("pixelcnn", (1, 4, 4), 2, 2, context_features=3).float(), batch_size=4, num_rounds=2
+    )
     assert list(speed) == [PLAIN, *TRAINERS]
     assert min(speed.values()) > 0
     lines = capsys.readouterr().out.splitlines()
