@@ -23,7 +23,8 @@ from app.wire import (
     read_observed,
     to_lists,
 )
-from pixelcnn import bits_per_dim, complete, completion_log_prob, log_prob
+from pixelcnn import bits_per_dim
+from pixelcnn.completion import complete_and_score
 from pixelcnn.fast_sampling import OnRow, engine_name
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.sampling import generator_for
@@ -97,27 +98,25 @@ class SamplingJob(Job):
         # told of rows only where somebody listens, or where it pays to notice that nobody waits any more.
         listens = any(job.on_row is not None for job in jobs) or u.numel() * champion.num_parameters > SHORT_CALL
         try:
-            levels = complete(champion.model, image, observed, u, label, temperature, on_row if listens else None)
+            levels, log_probs = complete_and_score(
+                champion.model, image, observed, u, label, temperature, on_row if listens else None
+            )
         except _NobodyWaits:
             return
         for job, part in zip(jobs, parts, strict=True):
             if not job.done.cancelled():
                 job.levels = levels[part]
-                job.finish(job.answer(levels[part]))
+                job.finish(job.answer(levels[part], log_probs[part]))
 
-    def answer(self, levels: Tensor) -> "CompleteAnswer | GenerateAnswer":
-        """Score the images, by themselves: torch does not promise that a score has the same bits in a larger batch."""
-        model, label = self.champion.model, self.label
-        common: dict[str, Any] = {"seed": self.seed, "model": self.champion.identity}
-        with torch.inference_mode():
-            if self.is_completion:
-                scores = completion_log_prob(model, levels, self.observed, label).tolist()
-                return CompleteAnswer(completions=to_lists(levels), log_probs=scores, **common)
-            return GenerateAnswer(images=to_lists(levels), log_probs=log_prob(model, levels, label).tolist(), **common)
+    def answer(self, levels: Tensor, log_probs: Tensor) -> "CompleteAnswer | GenerateAnswer":
+        common: dict[str, Any] = {"log_probs": log_probs.tolist(), "seed": self.seed, "model": self.champion.identity}
+        if self.is_completion:
+            return CompleteAnswer(completions=to_lists(levels), **common)
+        return GenerateAnswer(images=to_lists(levels), **common)
 
 
 class LikelihoodJob(Job):
-    """A checked image to be scored. Scores share no call: see `SamplingJob.answer`.
+    """A checked image to be scored. Scores share no call: torch promises no equal bits in a larger batch.
 
     Raises:
         RequestError: the request does not fit the champion.

@@ -343,8 +343,17 @@ def _draw(logits, exps, num_levels, u, temperature):
     return num_levels - 1
 
 
+@_compiled
+def _nats(logits, exps, num_levels, level):
+    """Return -log softmax(logits)[level], in float64, whatever the temperature it was drawn at."""
+    most = np.float64(_largest(logits, num_levels))
+    for k in range(num_levels):
+        exps[k] = _exp64(max(np.float64(logits[k]) - most, -1400.0))
+    return math.log(_sum(exps, num_levels)) + most - np.float64(logits[level])
+
+
 @_inlined
-def _head_and_draw(w, at, s, y, x, c, levels, logits_out, u, missing, temperature):
+def _head_and_draw(w, at, s, y, x, c, levels, logits_out, nats, u, missing, temperature):
     """Score colour c of pixel (y, x) from the rectified features; draw it where it is missing."""
     head, head_b, logits_at, logits_b, num_in, num_head, num_levels = at
     features, hidden, logits, exps = s
@@ -356,11 +365,13 @@ def _head_and_draw(w, at, s, y, x, c, levels, logits_out, u, missing, temperatur
         for k in range(num_levels):
             logits_out[k, c, y, x] = logits[k]
     if missing[y, x]:
-        levels[c, y, x] = _draw(logits, exps, num_levels, u[c, y, x], temperature)
+        level = _draw(logits, exps, num_levels, u[c, y, x], temperature)
+        levels[c, y, x] = level
+        nats[0] += _nats(logits, exps, num_levels, level)
 
 
 @_compiled
-def _pixelcnn_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
+def _pixelcnn_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, nats, y0, y1):
     """Sample rows y0..y1-1 of one image in place."""
     first_half, half, num_blocks, num_features, num_head = sizes
     first_above, first_b, first_left, first_skip, skips_b, above, reduce, reduce_b, conv, stream_b, grow = at
@@ -420,12 +431,12 @@ def _pixelcnn_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, te
                     )  # fmt: skip
                 if always or missing[y, x]:
                     _relu(head_s[0], c * skips, stream, outer, w, stream_b + num_blocks * num_first, skips)
-                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, u, missing, temperature)
+                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, nats, u, missing, temperature)
                 image[pixel + c] = w.dtype.type(levels[c, y, x]) * scale - w.dtype.type(1)
 
 
 @_compiled
-def _gated_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, y0, y1):
+def _gated_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, nats, y0, y1):
     """Sample rows y0..y1-1 of one image in place."""
     half, num_layers, num_features = sizes
     v_conv, v_b, link, h_conv, h_out, out_b, zeros = at
@@ -493,7 +504,7 @@ def _gated_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, tempe
                 if always or missing[y, x]:
                     i = num_layers * h_step + (x + half) * p + c * maps
                     _relu(head_s[0], c * maps, h_cache, i, w, zeros, maps)
-                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, u, missing, temperature)
+                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, nats, u, missing, temperature)
                 image[pixel + c] = w.dtype.type(levels[c, y, x]) * scale - w.dtype.type(1)
 
 

@@ -113,23 +113,50 @@ def sample(
     Raises:
         ValueError: a shape, dtype or range differs from what `naive_sample` asks for.
     """
+    return sample_and_score(model, u, label, temperature, drawing, observed, on_row)[0]
+
+
+@torch.no_grad()
+def sample_and_score(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+    on_row: OnRow | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sample as `sample` does; return also what the compiled sampler knows then: how probable each image was.
+
+    Returns:
+        (B, C, H, W) int64 levels; and (B,) float64 nats, the log-probability of the missing sub-pixels at temperature
+        1, from the logits that they were drawn from. None in place of it from the other samplers.
+    """
     chosen = _choose(model)
     if chosen == "cached, in torch":
-        return cached_sample(model, u, label, temperature, drawing, observed, on_row)
+        return cached_sample(model, u, label, temperature, drawing, observed, on_row), None
     if chosen == "naively":
         levels = naive_sample(model, u, label, temperature, drawing, observed)
         for row in range(u.shape[2] if on_row is not None else 0):
             on_row(row, levels[:, :, row])  # type: ignore[misc]
-        return levels
+        return levels, None
     levels, missing = prepare_canvas(model, u, label, temperature, drawing, observed)
     if model.completer is not None and drawing is not None and observed is not None:
         parts = model.networks(observed)
         if len(parts) > 1:
-            return sample_in_parts(sample, parts, u, label, temperature, drawing, observed, on_row)
+            scores: list[Tensor] = []
+
+            def sample_part(*arguments: Any, **named: Any) -> Tensor:
+                levels, log_probs = sample_and_score(*arguments, **named)
+                assert log_probs is not None
+                scores.append(log_probs)
+                return levels
+
+            levels = sample_in_parts(sample_part, parts, u, label, temperature, drawing, observed, on_row)
+            return levels, torch.cat(scores)[torch.cat([index for _, index in parts]).argsort()]
         model = parts[0][0]
     levels = levels.contiguous()
-    _sample_compiled(model, u, label, temperature, levels, missing, observed, on_row, rows=u.shape[2])
-    return levels
+    return levels, _sample_compiled(model, u, label, temperature, levels, missing, observed, on_row, rows=u.shape[2])
 
 
 def _contexts(model: AutoregressiveModel, levels: Tensor, observed: Tensor | None) -> list[Tensor | None]:
@@ -163,13 +190,18 @@ def _sample_compiled(
     observed: Tensor | None,
     on_row: OnRow | None,
     rows: int,
-) -> None:
-    """Sample the first `rows` rows in place, images in parallel: the compiled code runs without Python's lock."""
+) -> Tensor:
+    """Sample the first `rows` rows in place, images in parallel: the compiled code runs without Python's lock.
+
+    Returns:
+        (B,) float64 nats, the log-probability of what was missing in these rows.
+    """
     engine = _engine_of(model)
     labels = [-1] * len(u) if label is None else label.tolist()
     contexts = _contexts(model, levels, observed)
     noise = u.double().contiguous().numpy()
     no_logits = torch.empty(0, *u.shape[1:], dtype=model.head.weight.dtype).numpy()
+    nats = torch.zeros(len(u), 1, dtype=torch.float64)
     images, holes = levels.numpy(), missing.contiguous().numpy()
     # Rows below the last missing pixel need no work.
     stops = [min(rows, int(hole.any(axis=1).nonzero()[0].max(initial=-1)) + 1) for hole in holes]
@@ -187,7 +219,7 @@ def _sample_compiled(
         return biases, engine.new_state()
 
     def sample_rows(i: int, begun: tuple[Any, Any], start: int, stop: int) -> None:
-        engine.rows(*begun, images[i], holes[i], noise[i], float(temperature), no_logits, start, stop)
+        engine.rows(*begun, images[i], holes[i], noise[i], float(temperature), no_logits, nats[i].numpy(), start, stop)
 
     def for_each(work: Any, images: Iterable[int]) -> None:
         images = list(images)
@@ -202,9 +234,10 @@ def _sample_compiled(
         if on_row is None:
             # An image's buffers live while it is sampled: memory does not grow with the batch.
             for_each(lambda i: sample_rows(i, begin(i), 0, stops[i]), range(len(u)))
-            return
+            return -nats[:, 0]
         begun = [begin(i) for i in range(len(u))]
         for row in range(rows):
             due = [i for i in range(len(u)) if row < stops[i]]
             for_each(lambda i, y=row: sample_rows(i, begun[i], y, y + 1), due)
             on_row(row, levels[:, :, row])
+    return -nats[:, 0]

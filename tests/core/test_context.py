@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_fast_sampling import model_of, name
@@ -25,6 +26,7 @@ from pixelcnn import (
 )
 from pixelcnn.cached_sampling import cached_sample
 from pixelcnn.checkpoint import load_joint_weights
+from pixelcnn.completion import complete_and_score
 from pixelcnn.config import ModelConfig
 from pixelcnn.layers import ContextNetwork
 
@@ -277,6 +279,30 @@ def test_a_completer_draws_what_has_a_drawing_and_the_joint_model_the_rest(confi
     assert not torch.equal(own, joint)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("config", [*ENGINE_CONFIGS[::4], *WITH_COMPLETER], ids=name)
+def test_a_completion_comes_with_its_log_probability(config: ModelConfig, compiled, monkeypatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(fast_sampling, "_choose", lambda model: "cached, in torch")
+    u = torch.rand(5, *config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = torch.tensor([-1, 0, 2, 1, -1])
+    drawing = torch.randint(0, config.num_levels, u.shape, generator=torch.Generator().manual_seed(1))
+    observed = random_mask(5, config.image_shape, seed=2)
+    observed[1], observed[3] = False, True
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        model = model_of(config, dtype)
+        for temperature in (1.0, 0.5, 0.0):
+            for on_row in (None, lambda *_: None):
+                levels, log_probs = complete_and_score(model, drawing, observed, u, label, temperature, on_row)
+                assert torch.equal(levels, complete(model, drawing, observed, u, label, temperature))
+                expected = completion_log_prob(model, levels, observed, label)
+                torch.testing.assert_close(log_probs, expected.double(), rtol=tolerance, atol=tolerance)
+                assert log_probs[3] == 0, "nothing was missing"
+        alone = complete_and_score(model, drawing[:1], observed[:1], u[:1], label[:1])[1]
+        crowd = complete_and_score(model, drawing, observed, u, label)[1]
+        assert not compiled or torch.equal(alone, crowd[:1]), "not a bit depends on the images beside it"
+
+
 def compiled_logits(model, levels: Tensor, label: Tensor, drawing: Tensor, observed: Tensor) -> Tensor:
     """Force images through the compiled path; return every logit that it computes on the way."""
     engine, shape = fast_sampling._engine_of(model), model.config.image_shape
@@ -287,7 +313,7 @@ def compiled_logits(model, levels: Tensor, label: Tensor, drawing: Tensor, obser
     u = torch.zeros(shape, dtype=torch.float64).numpy()
     for i, number in enumerate(label.tolist()):
         biases, state = engine.biases(number, contexts[i]), engine.new_state()
-        engine.rows(biases, state, levels[i].clone().numpy(), known, u, 1.0, found[i].numpy(), 0, shape[1])
+        engine.rows(biases, state, levels[i].clone().numpy(), known, u, 1.0, found[i].numpy(), np.zeros(1), 0, shape[1])
     return found
 
 

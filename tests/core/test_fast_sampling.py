@@ -60,7 +60,7 @@ def cached_logits(model, levels: Tensor, label: Tensor) -> Tensor:
         known = np.zeros(shape[1:], dtype=bool)
         u = np.zeros(shape)
         state, bias = engine.new_state(), engine.biases(number, None)
-        engine.rows(bias, state, image.numpy().copy(), known, u, 1.0, logits, 0, shape[1])
+        engine.rows(bias, state, image.numpy().copy(), known, u, 1.0, logits, np.zeros(1), 0, shape[1])
         found.append(torch.from_numpy(logits))
     return torch.stack(found)
 
@@ -283,7 +283,7 @@ def test_the_log_probability_of_its_steps_is_that_of_the_finished_image() -> Non
     for i in range(3):  # the logits as they are when a level is drawn from them
         logits = np.zeros((4, 3, 4, 5))
         state, bias = engine.new_state(), engine.biases(int(label[i]), None)
-        engine.rows(bias, state, levels[i], missing, u[i].numpy(), 1.0, logits, 0, 4)
+        engine.rows(bias, state, levels[i], missing, u[i].numpy(), 1.0, logits, np.zeros(1), 0, 4)
         steps = torch.log_softmax(torch.from_numpy(logits), dim=0)
         total[i] = steps.gather(0, torch.from_numpy(levels[i])[None]).sum()
     with torch.no_grad():

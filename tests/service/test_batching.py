@@ -248,7 +248,7 @@ def test_a_batch_stops_when_its_last_client_has_left(monkeypatch):
             stopped.set()
 
     monkeypatch.setattr(jobs, "SHORT_CALL", 0)
-    monkeypatch.setattr(jobs, "complete", draw_for_ever)
+    monkeypatch.setattr(jobs, "complete_and_score", draw_for_ever)
     instance = service.PixelCNNService.inner()
     instance.champions.refresh()
     champion = instance.champions.get("grey")
@@ -271,12 +271,12 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
     go = threading.Event()
     drawn = []
 
-    def wait(model, image, *arguments) -> torch.Tensor:
+    def wait(model, image, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
         drawn.append(len(image))
         assert go.wait(10)
-        return image
+        return image, torch.zeros(len(image), dtype=torch.float64)
 
-    monkeypatch.setattr(jobs, "complete", wait)
+    monkeypatch.setattr(jobs, "complete_and_score", wait)
 
     async def leave() -> None:
         instance = service.PixelCNNService.inner()

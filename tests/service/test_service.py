@@ -250,7 +250,7 @@ def test_stream_that_fails_ends_with_an_error_event(client, monkeypatch):
     def fail(*arguments, **more):
         raise RuntimeError("secret details")
 
-    monkeypatch.setattr(jobs, "complete", fail)
+    monkeypatch.setattr(jobs, "complete_and_score", fail)
     ((kind, event),) = read_events(client.post("/complete_stream", json=COMPLETE))
     assert kind == "error"
     assert event == {"error": "the completion failed: the service's log says why."}
@@ -269,7 +269,7 @@ def test_drawing_stops_when_nobody_listens(monkeypatch):
             stopped.set()
             raise
 
-    monkeypatch.setattr(jobs, "complete", draw_for_ever)
+    monkeypatch.setattr(jobs, "complete_and_score", draw_for_ever)
 
     async def listen_and_leave() -> None:
         instance = service.PixelCNNService.inner()
@@ -442,7 +442,7 @@ def test_our_own_failure_tells_no_details(client, monkeypatch):
     def fail(*arguments, **more):
         raise RuntimeError("secret details")
 
-    monkeypatch.setattr(jobs, "complete", fail)
+    monkeypatch.setattr(jobs, "complete_and_score", fail)
     assert "secret" not in error_of(client.post("/generate", json={"dataset": "grey"}), 500)
 
 
