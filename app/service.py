@@ -71,9 +71,6 @@ class _NotForTheLog(logging.Filter):
 
 logging.getLogger("bentoml._internal.server.http_app").addFilter(_NotForTheLog())
 
-
-logging.getLogger("bentoml._internal.server.http_app").addFilter(_NotForTheLog())
-
 models_app = FastAPI(title="models", docs_url=None, redoc_url=None, openapi_url=None)
 
 

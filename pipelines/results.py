@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import write_whole
 from pipelines.model_card import COMPLETES, COMPLETION_HEAD, completion_rows, score_text, title
 from pipelines.params import DATASETS
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE
@@ -109,7 +110,8 @@ def results_text(weights: Path) -> str:
         lines += ["", *([_NOTES[dataset], ""] if dataset in _NOTES else [])]
         completing = [(config, scores) for config, scores in released.get(dataset, []) if COMPLETES in scores]
         for config, scores in completing:
-            lines += [f"### {title(scores['pair'], config)}: completion, -log p(missing | known), test", ""]
+            num = scores["test/completion_num_images"]
+            lines += [f"### {title(scores['pair'], config)}: completion, -log p(missing | known), {num:,} test images", ""]
             lines += [COMPLETION_HEAD, *completion_rows(scores), ""]
         if completing and dataset in _COMPLETION_NOTES:
             lines += [_COMPLETION_NOTES[dataset], ""]
@@ -118,4 +120,4 @@ def results_text(weights: Path) -> str:
 
 def write_results(weights: Path = Path("weights"), path: Path = RESULTS_FILE) -> None:
     """Write RESULTS.md."""
-    path.write_text(results_text(weights))
+    write_whole(path, results_text(weights))

@@ -389,7 +389,7 @@ def evaluate_model(
     )
     save_checkpoint(out, model, scores, dtype, model_card(config_to_dict(model.config), scores))
     report.mkdir(parents=True, exist_ok=True)
-    (report / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    write_whole(report / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     write_curve(report / "curve.csv", training.joint.curve)
     _draw_curve(report / "curve.png", training.curves(), scores, f"{data.name}, {data.protocol}")
     save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
