@@ -111,8 +111,8 @@ def results_text(weights: Path) -> str:
         completing = [(config, scores) for config, scores in released.get(dataset, []) if COMPLETES in scores]
         for config, scores in completing:
             num = scores["test/completion_num_images"]
-            lines += [f"### {title(scores['pair'], config)}: completion, -log p(missing | known), {num:,} test images", ""]
-            lines += [COMPLETION_HEAD, *completion_rows(scores), ""]
+            what = f"completion, -log p(missing | known), {num:,} test images"
+            lines += [f"### {title(scores['pair'], config)}: {what}", "", COMPLETION_HEAD, *completion_rows(scores), ""]
         if completing and dataset in _COMPLETION_NOTES:
             lines += [_COMPLETION_NOTES[dataset], ""]
     return "\n".join(lines)

@@ -180,6 +180,10 @@ def _contexts(model: AutoregressiveModel, levels: Tensor, observed: Tensor | Non
     return [made[key] for key in keys]
 
 
+def _copied(state: Any) -> Any:
+    return tuple(map(_copied, state)) if isinstance(state, tuple) else state.copy()
+
+
 def _sample_compiled(
     model: AutoregressiveModel,
     u: Tensor,
@@ -214,12 +218,35 @@ def _sample_compiled(
         if contexts[i] is None or keys.count(key) > 1
     }
 
-    def begin(i: int) -> tuple[Any, Any]:
-        biases = shared[keys[i]] if keys[i] in shared else engine.biases(labels[i], contexts[i])
-        return biases, engine.new_state()
+    def biases_of(i: int) -> Any:
+        return shared[keys[i]] if keys[i] in shared else engine.biases(labels[i], contexts[i])
 
-    def sample_rows(i: int, begun: tuple[Any, Any], start: int, stop: int) -> None:
-        engine.rows(*begun, images[i], holes[i], noise[i], float(temperature), no_logits, nats[i].numpy(), start, stop)
+    def sample_rows(i: int, biases: Any, state: Any, start: int, stop: int) -> None:
+        out = nats[i].numpy()
+        engine.rows(biases, state, images[i], holes[i], noise[i], float(temperature), no_logits, out, start, stop)
+
+    # And they share the state after the rows in which nothing is missing: it is computed for one of them.
+    drawings = [(labels[i], images[i].tobytes(), holes[i].tobytes()) for i in range(len(u))]
+    starts = [min(int(hole.any(axis=1).argmax()), stop) for hole, stop in zip(holes, stops, strict=True)]
+    known_rows: dict[Any, Any] = {
+        key: None
+        for key, i in dict(zip(drawings, range(len(drawings)), strict=True)).items()
+        if starts[i] > 0 and drawings.count(key) > 1
+    }
+
+    def sample_known_rows(i: int) -> None:
+        known_rows[drawings[i]] = engine.new_state()
+        sample_rows(i, biases_of(i), known_rows[drawings[i]], 0, starts[i])
+
+    def begin(i: int) -> tuple[Any, Any, int]:
+        """Return biases and state of an image, and the first row that is to be sampled."""
+        if drawings[i] in known_rows:
+            return biases_of(i), _copied(known_rows[drawings[i]]), starts[i]
+        return biases_of(i), engine.new_state(), 0
+
+    def sample_whole(i: int) -> None:
+        biases, state, start = begin(i)
+        sample_rows(i, biases, state, start, stops[i])
 
     def for_each(work: Any, images: Iterable[int]) -> None:
         images = list(images)
@@ -231,13 +258,14 @@ def _sample_compiled(
 
     num_threads = max(1, min(torch.get_num_threads(), len(u)))
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
+        for_each(sample_known_rows, [drawings.index(key) for key in known_rows])
         if on_row is None:
             # An image's buffers live while it is sampled: memory does not grow with the batch.
-            for_each(lambda i: sample_rows(i, begin(i), 0, stops[i]), range(len(u)))
+            for_each(sample_whole, range(len(u)))
             return -nats[:, 0]
         begun = [begin(i) for i in range(len(u))]
         for row in range(rows):
-            due = [i for i in range(len(u)) if row < stops[i]]
-            for_each(lambda i, y=row: sample_rows(i, begun[i], y, y + 1), due)
+            due = [i for i in range(len(u)) if begun[i][2] <= row < stops[i]]
+            for_each(lambda i, y=row: sample_rows(i, *begun[i][:2], y, y + 1), due)
             on_row(row, levels[:, :, row])
     return -nats[:, 0]

@@ -303,6 +303,38 @@ def test_a_completion_comes_with_its_log_probability(config: ModelConfig, compil
         assert not compiled or torch.equal(alone, crowd[:1]), "not a bit depends on the images beside it"
 
 
+@pytest.mark.parametrize("config", ENGINE_CONFIGS[::3], ids=name)
+def test_candidates_of_one_drawing_share_the_rows_that_are_known(config: ModelConfig, monkeypatch) -> None:
+    """Its known rows are computed once, whatever the other drawings and labels of the batch; no level changes."""
+    model = model_of(config, torch.float64)
+    _, height, width = config.image_shape
+    if height < 3:
+        pytest.skip("no row to share")
+    u = torch.rand(6, *config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawing = torch.randint(0, config.num_levels, u.shape, generator=torch.Generator().manual_seed(1))
+    drawing[1:4] = drawing[0]
+    observed = torch.zeros(6, 1, height, width, dtype=torch.bool)
+    observed[:, :, :2] = True
+    observed[:, :, -1, 0] = True
+    observed[5, :, :, 0] = False  # another mask, from the first row on
+    label = torch.tensor([1, 1, 1, 0, 1, 1])
+    expected = naive_sample(model, u, label, drawing=drawing, observed=observed)
+    engine, calls = fast_sampling._engine_of(model), []
+
+    def rows(biases, state, *arguments) -> None:
+        calls.append(arguments[-2:])
+        engine.rows(biases, state, *arguments)
+
+    monkeypatch.setattr(fast_sampling, "_engine_of", lambda model: dataclasses.replace(engine, rows=rows))
+    assert torch.equal(sample(model, u, label, 1.0, drawing, observed), expected)
+    assert sorted(calls) == sorted([(0, 2), *[(2, height)] * 3, *[(0, height)] * 3])
+    streamed = []
+    assert torch.equal(
+        sample(model, u, label, 1.0, drawing, observed, lambda _, row: streamed.append(row.clone())), expected
+    )
+    assert torch.equal(torch.stack(streamed, dim=2), expected)
+
+
 def compiled_logits(model, levels: Tensor, label: Tensor, drawing: Tensor, observed: Tensor) -> Tensor:
     """Force images through the compiled path; return every logit that it computes on the way."""
     engine, shape = fast_sampling._engine_of(model), model.config.image_shape
