@@ -131,9 +131,9 @@ def _training_parts(rng: np.random.Generator, num: int, height: int, width: int)
 def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> Tensor:
     """Draw what is observed of each image of a training batch.
 
-    Of the images that get a mask: a quarter know a top, bottom, left or right part; a sixth the inside or the outside
-    of a rectangle; a twelfth random pixels; a sixth the inside or the outside of brush strokes; a third the beginning
-    of their drawing, 10 to 70 % of the ink, alone or with what surrounds it. Nothing is known of the others.
+    Of the images that get a mask: five twelfths know a top, bottom, left or right part; two the inside or the outside
+    of a rectangle; one random pixels; one the inside or the outside of brush strokes; three the beginning of their
+    drawing, 10 to 70 % of the ink, alone or with what surrounds it. Nothing is known of the others.
 
     Args:
         levels: (B, C, H, W) int64 in [0, K).
@@ -154,16 +154,16 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
         return rng.random((n, height, width)) < rng.random((n, 1, 1))
 
     makers: list[tuple[int, int, Callable[[int], Mask]]] = [
-        (0, 3, lambda n: _training_parts(rng, n, height, width)),
-        (3, 5, lambda n: inside_or_outside(rectangles(rng, n, height, width))),
-        (5, 6, pixels),
-        (6, 8, lambda n: inside_or_outside(strokes(rng, n, height, width))),
+        (0, 5, lambda n: _training_parts(rng, n, height, width)),
+        (5, 7, lambda n: inside_or_outside(rectangles(rng, n, height, width))),
+        (7, 8, pixels),
+        (8, 9, lambda n: inside_or_outside(strokes(rng, n, height, width))),
     ]
     for first, end, make in makers:
         chosen = (kind >= first) & (kind < end)
         if chosen.any():
             observed[chosen] = make(int(chosen.sum()))
-    chosen = kind >= 8
+    chosen = kind >= 9
     if chosen.any():
         ink = ink_of(levels[torch.from_numpy(chosen).to(levels.device)], num_levels)
         observed[chosen] = surroundings(rng, beginnings(rng, ink, rng.uniform(0.1, 0.7, len(ink))))
