@@ -5,9 +5,7 @@ lies in a hidden folder beside that, so that a run that was stopped goes on wher
 training that is carried over days names a folder for its state instead, which stays.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import shutil
@@ -15,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,17 +27,16 @@ from prefect.runtime import flow_run
 from safetensors.torch import save_file
 
 import pixelcnn
-from pipelines import registry, tracking
+from pipelines import registry, tracking, training_report
 from pipelines.files import alone, write_whole
 from pipelines.model_card import model_card
-from pipelines.params import PairParams, Params, SampleParams, load_params
+from pipelines.params import PairParams, Params, load_params
+from pipelines.training_report import COMPLETER_COLUMNS, CURVE_COLUMNS, Curve, write_curve
 from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, SCORES_FILE, load_checkpoint, save_checkpoint
-from pixelcnn.completion import complete
 from pixelcnn.config import config_to_dict
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, load_dataset
 from pixelcnn.evaluation import evaluate, evaluate_completion, format_nll, per_image_marginal_nll, per_image_nll
-from pixelcnn.fast_sampling import sample, warm_up
-from pixelcnn.images import to_sheet
+from pixelcnn.fast_sampling import warm_up
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.model import AutoregressiveModel, build_model, joint_parameters
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress, training_history
@@ -50,15 +47,7 @@ MAX_ATTEMPTS = 3  # of a deployment's run that crashes: its checkpoint brings no
 PROGRESS_S = 5.0  # between lines of the log
 CHECKED_IMAGES = 200  # the first of the test split: a score that is quick to measure again
 CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
-CURVE_COLUMNS = (
-    *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
-    *("validation_nll_nats", "learning_rate"),
-)
-COMPLETER_COLUMNS = (  # of its own curve: other names, for both are curves of one MLflow run
-    *("step", "completer_epoch", "completer_train_nats", "completer_validation_nats", "completer_learning_rate"),
-)
 PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validation/nll_nats, test/nll_nats
-NUM_EXTREMES = 8  # best and worst test images on their sheet
 HALF_TOLERANCE = 0.001  # bits/dim that the validation score may change when weights are stored in half precision
 HALF_IMAGES = 1000  # of the validation split: the change hardly varies between images
 RUN_ID_FILE, RUN_KEY_FILE = "run_id", "run_key"  # beside a training's state: its MLflow run
@@ -145,9 +134,9 @@ def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
     sheets.mkdir(exist_ok=True)
 
     def draw(step: int) -> None:
-        _draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
+        training_report.draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
 
-    def fit_part(network: AutoregressiveModel, config: TrainConfig, curve: _Curve, state_file: Path) -> _Part:
+    def fit_part(network: AutoregressiveModel, config: TrainConfig, curve: Curve, state_file: Path) -> _Part:
         logger.info("training %d parameters on %s", sum(p.numel() for p in network.parameters()), device)
         last_line = 0.0
 
@@ -168,12 +157,17 @@ def train(name: str, params: Params, data: Dataset, work: Path) -> _Training:
             raise
         return _Part(curve.rows, *training_history(state_file))
 
-    joint = fit_part(model, pair.train, _Curve(work / "curve.csv", CURVE_COLUMNS), work / "state.safetensors")
+    joint = fit_part(
+        model,
+        pair.train,
+        Curve(work / "curve.csv", CURVE_COLUMNS),
+        work / "state.safetensors",
+    )
     if whole.completer is None or pair.completer is None:
         return _Training(model, joint, None, code, live.run_id)
     whole.load_state_dict(model.state_dict(), strict=False)
     whole.begin_completer()
-    curve = _Curve(work / "completer.csv", COMPLETER_COLUMNS)
+    curve = Curve(work / "completer.csv", COMPLETER_COLUMNS)
     completer = fit_part(whole.completer, pair.completer, curve, work / "completer.safetensors")
     return _Training(whole.eval(), joint, completer, code, live.run_id)
 
@@ -250,48 +244,6 @@ def _logged_params(name: str, params: Params) -> dict[str, Any]:
         **{f"completer.{key}": value for key, value in (asdict(pair.completer) if pair.completer else {}).items()},
         **{f"data.{key}": value for key, value in asdict(params.data).items()},
     }
-
-
-class _Curve:
-    """The training curve: a row per validation, kept in a file beside the state so that a resumed run has it whole."""
-
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, columns
-        self.rows: list[dict[str, float]] = []
-        self._nats: list[float] = []
-        if path.exists():
-            with open(path, newline="") as file:
-                # A column that an older training did not write is not a number.
-                rows = [{name: float(row.get(name, "nan")) for name in columns} for row in csv.DictReader(file)]
-            self.rows = [{**row, "step": int(row["step"])} for row in rows]
-
-    def add(self, report: StepReport) -> None:
-        self._nats.append(report.train_nll_nats)
-        if report.validation_nll_nats is None or report.train_subset_nll_nats is None:
-            return
-        # Rows from this step on are of work that was lost when the run was stopped, and done again.
-        self.rows = [row for row in self.rows if row["step"] < report.step]
-        mean = math.fsum(self._nats) / len(self._nats)
-        values = {
-            **asdict(report),
-            "train_nll_nats": mean,
-            "completer_epoch": report.epoch,
-            "completer_train_nats": mean,
-            "completer_validation_nats": report.validation_completion_nats,
-            "completer_learning_rate": report.learning_rate,
-        }
-        self.rows.append({name: values[name] for name in self.columns})
-        self._nats = []
-        write_curve(self.path, self.rows, self.columns)
-
-
-def write_curve(path: Path, rows: list[dict[str, float]], columns: Sequence[str] = CURVE_COLUMNS) -> None:
-    """Write rows of a training curve as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
 
 
 def baseline_scores(data: Dataset) -> dict[str, float]:
@@ -391,14 +343,14 @@ def evaluate_model(
     report.mkdir(parents=True, exist_ok=True)
     write_whole(report / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     write_curve(report / "curve.csv", training.joint.curve)
-    _draw_curve(report / "curve.png", training.curves(), scores, f"{data.name}, {data.protocol}")
+    training_report.draw_curve(report / "curve.png", training.curves(), scores, f"{data.name}, {data.protocol}")
     save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
-    _draw_extremes(report / "extremes.png", data, per_image["test"])
+    training_report.draw_extremes(report / "extremes.png", data, per_image["test"])
     model.cpu()  # where sampling is fast
-    _draw_samples(report / "samples.png", model, params.sample)
+    training_report.draw_samples(report / "samples.png", model, params.sample)
     if model.config.num_labels:
-        _draw_samples(report / "class_samples.png", model, params.sample, per_class=True)
-    _draw_completions(report / "completions.png", model, data, params.sample)
+        training_report.draw_samples(report / "class_samples.png", model, params.sample, per_class=True)
+    training_report.draw_completions(report / "completions.png", model, data, params.sample)
     return scores
 
 
@@ -439,75 +391,6 @@ def _hardware(model: AutoregressiveModel) -> str:
         return torch.cuda.get_device_name(device)
     num = torch.get_num_threads()
     return f"{num} CPU thread{'s' if num > 1 else ''} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _draw_samples(path: Path, model: AutoregressiveModel, params: SampleParams, per_class: bool = False) -> None:
-    """Draw whole images into a sheet: without label, or a row for each class."""
-    config, device = model.config, next(model.parameters()).device
-    num = config.num_labels * params.num_columns if per_class else params.num_images
-    u = torch.rand((num, *config.image_shape), generator=torch.Generator().manual_seed(params.seed)).to(device)
-    label = torch.arange(config.num_labels, device=device).repeat_interleave(params.num_columns) if per_class else None
-    drawn = sample(model, u, label, temperature=params.temperature)
-    to_sheet(drawn.cpu(), config.num_levels, params.num_columns).save(path)
-
-
-def _draw_extremes(path: Path, data: Dataset, nll: torch.Tensor) -> None:
-    """Draw the test images that the model finds most and least probable, with their nats."""
-    from matplotlib.figure import Figure
-
-    num = min(NUM_EXTREMES, len(nll))
-    order = nll.argsort().tolist()
-    figure = Figure(figsize=(1.1 * NUM_EXTREMES, 3.2), layout="constrained")
-    grid = figure.subplots(2, NUM_EXTREMES, squeeze=False)
-    for row, title, indices in ((0, "best", order[:num]), (1, "worst", order[::-1][:num])):
-        for axes in grid[row]:
-            axes.set_axis_off()
-        for axes, index in zip(grid[row], indices, strict=False):
-            picture = to_sheet(data.levels("test", slice(index, index + 1)), data.num_levels, 1, gap=0)
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-            axes.set_title(f"{title} {nll[index]:.1f} nats", fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, params: SampleParams) -> None:
-    """Draw test images whose lower half was taken away, their completions, and the originals, in rows.
-
-    One column for each class: its first test image. What is missing is mid-grey in the first row.
-    """
-    labels = data.labels["test"].tolist()
-    index = torch.tensor([labels.index(label) for label in sorted(set(labels))])
-    originals = data.levels("test", index)  # (N, C, H, W)
-    observed = torch.zeros(len(index), 1, *data.image_shape[1:], dtype=torch.bool)
-    observed[:, :, : data.image_shape[1] // 2] = True
-    num = params.num_completions
-    u = torch.rand((num * len(index), *data.image_shape), generator=torch.Generator().manual_seed(params.seed))
-    completions = complete(model, originals.repeat(num, 1, 1, 1), observed.repeat(num, 1, 1, 1), u)
-    # Twice the levels, and one between: that is mid-grey for binary images, too.
-    given = torch.where(observed, 2 * originals, data.num_levels - 1)
-    rows = torch.cat([given, 2 * completions, 2 * originals])
-    to_sheet(rows, 2 * data.num_levels - 1, num_columns=len(index)).save(path)
-
-
-def _draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: dict[str, Any], title: str) -> None:
-    from matplotlib.figure import Figure
-
-    curve, *others = curves
-    figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")
-    axes, *right = figure.subplots(1, len(curves), squeeze=False)[0]
-    for place, rows in zip(right, others, strict=True):  # of the completer, if there is one
-        steps = [row["step"] for row in rows]
-        place.plot(steps, [row["completer_train_nats"] for row in rows], label="train, batches", color="0.8")
-        place.plot(steps, [row["completer_validation_nats"] for row in rows], label="validation", marker=".")
-        place.set(xlabel="step", ylabel="-log p(missing | known), nats per image", title="drawings, training's masks")
-        place.legend()
-    steps = [row["step"] for row in curve]
-    axes.plot(steps, [row["train_nll_nats"] for row in curve], label="train, batches since the last point", color="0.8")
-    axes.plot(steps, [row["train_subset_nll_nats"] for row in curve], label="train, averaged weights", marker=".")
-    axes.plot(steps, [row["validation_nll_nats"] for row in curve], label="validation, averaged weights", marker=".")
-    axes.axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
-    axes.set(xlabel="step", ylabel="NLL, nats per image", title=title)
-    axes.legend()
-    figure.savefig(path, dpi=100)
 
 
 def git_state() -> dict[str, str]:

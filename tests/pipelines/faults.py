@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # as pytest does, for the helper
 from projects import PAIR, tiny_dataset, tiny_params, write_params
 from toys import INK, Toy
 
-from pipelines import lineage, promotion_flow, registry, store, tracking, training_flow
+from pipelines import lineage, promotion_flow, registry, store, tracking, training_flow, training_report
 from pipelines.promotion_flow import run_rollback
 from pixelcnn.data import save_dataset
 
@@ -83,7 +83,7 @@ TRAINER = [
     Fault("in the middle of the training", (training_flow, "format_progress")),
     Fault("after the training", (training_flow, "fit")),
     Fault("before the checkpoint is written", (training_flow, "save_checkpoint"), after=False),
-    Fault("while the reports are written", (training_flow, "_draw_extremes")),
+    Fault("while the reports are written", (training_report, "draw_extremes")),
     Fault("while the run is logged", (mlflow, "log_params")),
     Fault("in the middle of the model's upload", (mlflow.MlflowClient, "log_model_artifacts"), after=False),
     Fault("after the run is logged", (tracking, "log_training_run")),
@@ -206,8 +206,8 @@ def train() -> None:
         setattr(training_flow, name, getattr(training_flow, name).fn)
     # Sheets of samples are not what is tried here, and compiling a sampler takes seconds.
     training_flow.warm_up = lambda model: None
-    for name in ("_draw_samples", "_draw_completions"):
-        setattr(training_flow, name, lambda path, *args, **words: path.write_bytes(b"a picture"))
+    for name in ("draw_samples", "draw_completions"):
+        setattr(training_report, name, lambda path, *args, **words: path.write_bytes(b"a picture"))
     training_flow.TRACKER_PAUSE_S = 0.0
     with disable_run_logger():
         training_flow.train_pair.fn(PAIR, f"models/{PAIR}", f"reports/{PAIR}")

@@ -77,7 +77,7 @@ class Toy:
             folder=folder,
             params={},
             scores=scores,
-            curve=[],
+            curves=[],
             pictures=[],
             tags={"git_commit": "c0ffee", "protocol": self.data.protocol},
         )
