@@ -357,7 +357,7 @@ def evaluate_model(
 def _shifted(phases: list[dict[str, Any]]) -> dict[str, str]:
     """Return how the settings went that changed on the way, by name."""
     found = {}
-    for name in phases[-1]:
+    for name in dict.fromkeys(name for phase in phases for name in phase):
         values = [(phase["from_step"], phase[name]) for phase in phases if name in phase]
         changes = [one for before, one in zip([(0, None), *values], values, strict=False) if one[1] != before[1]]
         if name != "from_step" and (len(changes) > 1 or changes[0][0] > 0):

@@ -28,7 +28,7 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         assert pair.network.image_shape == DATASETS[pair.dataset].image_shape
         assert pair.network.num_levels == DATASETS[pair.dataset].num_levels
         assert pair.network.num_labels == len(DATASETS[pair.dataset].label_names) == 10
-    assert params.pair("pixelcnn-mnist").network.num_features == 64
+    assert params.pair("pixelcnn-mnist").network.num_features == 32
     assert not params.pair("pixelcnn-mnist").train.horizontal_flips
     assert params.pair("gated_pixelcnn-cifar10").train.horizontal_flips
 
