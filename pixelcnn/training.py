@@ -364,7 +364,14 @@ class Trainer:
 
     def description(self) -> dict[str, Any]:
         """Return what a saved state must share with the run that resumes it: all but the budget and the phase."""
-        left_out = ["max_epochs", "max_minutes", "num_validations", "save_minutes", *PHASE_SETTINGS]
+        left_out = [
+            "max_epochs",
+            "max_minutes",
+            "num_validations",
+            "save_minutes",
+            "completer_features",
+            *PHASE_SETTINGS,
+        ]
         return {
             "model": {k: v for k, v in config_to_dict(self.model.config).items() if k not in left_out},
             "train settings": {k: v for k, v in asdict(self.config).items() if k not in left_out},

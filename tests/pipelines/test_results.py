@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from projects import PAIR, ROOT, write_weights
 
 from pipelines import steps
 from pipelines.model_card import model_card
+from pipelines.params import load_params
 from pipelines.results import results_text, write_results
+from pixelcnn.data import Dataset
+from pixelcnn.model import build_model
 from pixelcnn.observed import SCORED
+from pixelcnn.training import Trainer
 
 CARD_SCORES = {
     "pair": PAIR,
@@ -129,3 +134,33 @@ def test_damaged_scores_are_named(weights: Path) -> None:
     (weights / "scores.json").write_text("{")
     with pytest.raises(ValueError, match=r"weights/pixelcnn-mnist5k has no readable scores .* Fetch the weights again"):
         results_text(Path("weights"))
+
+
+@pytest.mark.parametrize(
+    ("pair", "part"),
+    [(path.parent.name, path.stem) for path in sorted(ROOT.glob("training/*/*.safetensors"))],
+)
+def test_the_committed_states_can_be_gone_on_with(pair: str, part: str) -> None:
+    """Those of the released weights' trainings, with the settings of params.yaml."""
+    settings = load_params(ROOT / "params.yaml").pair(pair)
+    scores = json.loads((ROOT / "weights" / pair / "scores.json").read_text())
+    network = settings.network.without_context() if settings.network.completer_features else settings.network
+    train = settings.train
+    if part == "completer":
+        assert settings.completer is not None
+        network, train = settings.network.of_completer(), settings.completer
+    images = torch.zeros(train.batch_size, *network.image_shape, dtype=torch.uint8)
+    labels = torch.zeros(train.batch_size, dtype=torch.int64)
+    splits = ("train", "validation", "test")
+    data = Dataset(
+        name=settings.dataset,
+        num_levels=network.num_levels,
+        protocol=scores["protocol"],
+        label_names=scores["label_names"],
+        images=dict.fromkeys(splits, images),
+        labels=dict.fromkeys(splits, labels),
+        data_hash=scores["data_hash"],
+    )
+    trainer = Trainer(build_model(network), data, train)
+    trainer.resume(ROOT / "training" / pair / f"{part}.safetensors")
+    assert trainer.step > 1000
