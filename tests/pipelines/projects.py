@@ -65,11 +65,11 @@ def copy_project(folder: Path) -> None:
     write_params(folder, tiny_params())
 
 
-def write_weights(seed: int) -> Path:
-    """Write random weights of PAIR with their scores to weights/PAIR, measured on data/mnist5k.safetensors."""
+def write_weights(seed: int, pair: str = PAIR) -> Path:
+    """Write random weights of a pair with their scores to weights/PAIR, measured on data/mnist5k.safetensors."""
     data = load_dataset("data/mnist5k.safetensors")
     torch.manual_seed(seed)
-    model = build_model(load_params().pair(PAIR).network).eval()
+    model = build_model(load_params().pair(pair).network).eval()
     scores = {
         **evaluate(model, data),
         CHECKED_SCORE: per_image_nll(model, data, "test", num_images=CHECKED_IMAGES).mean().item(),
@@ -79,6 +79,6 @@ def write_weights(seed: int) -> Path:
         "data_hash": data.data_hash,
         "git_commit": "0123abc",
     }
-    folder = Path("weights") / PAIR
+    folder = Path("weights") / pair
     save_checkpoint(folder, model, scores)
     return folder

@@ -40,6 +40,18 @@ def test_a_champion_that_is_there_stays(weights: Path) -> None:
     assert store.latest("pixelcnn-mnist5k") == served
 
 
+@pytest.mark.parametrize("best", [PAIR, "gated_pixelcnn-mnist5k"])
+def test_of_two_pairs_of_a_dataset_the_likelier_becomes_champion(weights: Path, best: str) -> None:
+    for pair in (PAIR, "gated_pixelcnn-mnist5k"):
+        path = write_weights(seed=0, pair=pair) / "scores.json"
+        scores = json.loads(path.read_text()) | {"validation/nll_nats": 80.0 if pair == best else 90.0}
+        path.write_text(json.dumps(scores))
+    first, second = release_all()
+    assert first.startswith(best)
+    assert first.endswith("champion, as the first of its dataset.")
+    assert second.endswith("version 1 stays champion until a promotion decides otherwise.")
+
+
 def test_other_weights_under_the_same_scores_are_refused(weights: Path) -> None:
     scores = (weights / "scores.json").read_text()
     write_weights(seed=1)
