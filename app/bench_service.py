@@ -1,17 +1,20 @@
 """Measure a running service through HTTP, as its clients see it: `python -m app.bench_service`.
 
 Latency of /complete with 4 candidates of a half-known image, and of the first rows of /complete_stream, for each
-dataset; then throughput with 1, 8, 32 and 128 clients that each ask for one completion after the other. One client
-asks for one thing at a time, so nothing is batched for it: it is what the others are compared with.
+dataset; then throughput with 1, 8, 32 and 128 clients that each ask for one completion after the other, of a drawing
+of its own or of the same. One client asks for one thing at a time, so nothing is batched for it: it is what the others
+are compared with.
 """
 
 import argparse
 import json
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
 from statistics import quantiles
+from typing import Any
 
 import httpx
 
@@ -21,15 +24,25 @@ NUM_CANDIDATES = 4
 TIMEOUT_S = 300
 
 
-def half_known(shape: list[int]) -> tuple[Image, list[list[int]]]:
-    """Return an image of level 0, and `observed` with the upper half known; shape is [C, H, W]."""
+def half_known(shape: list[int], drawing: int = 0) -> tuple[Image, list[list[int]]]:
+    """Return an image of noise, another for each `drawing`, and `observed` with the upper half known.
+
+    Args:
+        shape: [C, H, W].
+    """
     channels, height, width = shape
-    image = [[0 if channels == 1 else [0] * channels for _ in range(width)] for _ in range(height)]
+    draw = random.Random(drawing)
+
+    def pixel() -> Any:
+        levels = draw.choices((0, 1), k=channels)
+        return levels if channels > 1 else levels[0]
+
+    image = [[pixel() for _ in range(width)] for _ in range(height)]
     return image, [[int(y < height // 2)] * width for y in range(height)]
 
 
-def body_of(dataset: str, shape: list[int], num_samples: int, seed: int) -> bytes:
-    image, observed = half_known(shape)
+def body_of(dataset: str, shape: list[int], num_samples: int, seed: int, drawing: int = 0) -> bytes:
+    image, observed = half_known(shape, drawing)
     values = {"dataset": dataset, "image": image, "observed": observed, "num_samples": num_samples, "seed": seed}
     return json.dumps(values).encode()
 
@@ -100,6 +113,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32, 128])
     parser.add_argument("--seconds", type=float, default=10, help="per row of the second table")
     parser.add_argument("--dataset", help="of the second table; the first by name by default")
+    parser.add_argument("--same-drawing", action="store_true", help="let all clients of the second table send the same")
     arguments = parser.parse_args()
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
@@ -128,7 +142,7 @@ def main() -> None:
         found = crowd(
             arguments.url,
             headers,
-            lambda i: body_of(dataset, served[dataset]["shape"], 1, i),
+            lambda i: body_of(dataset, served[dataset]["shape"], 1, i, 0 if arguments.same_drawing else i),
             clients,
             arguments.seconds,
         )

@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import os
+import random
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
-RETRY_AFTER_S = 5
+RETRY_AFTER_S = (3, 8)  # drawn anew for each: those who were refused together do not come back together
 HEALTH_CHECKS = ("/healthz", "/livez", "/readyz")
 TOKEN_VARIABLE = "PIXELCNN_TOKEN"
 
@@ -167,7 +168,7 @@ class Gate:
 
 
 def _refusal(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    retry = {"Retry-After": str(random.randint(*RETRY_AFTER_S))} if status in (429, 503) else {}
     return JSONResponse({"error": text}, status, {**(headers or {}), **retry})
 
 

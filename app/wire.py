@@ -5,11 +5,13 @@ Every mistake of a client is a `RequestError`, one sentence that says what to do
 
 import asyncio
 import base64
+import itertools
 import json
 from http import HTTPStatus
 from typing import Annotated, Any
 
 import bentoml
+import numpy as np
 import torch
 from bentoml.exceptions import BentoMLException
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
@@ -191,24 +193,31 @@ class LikelihoodAnswer(bentoml.IODescriptor):
 
 def read_numbers(name: str, value: Any, shape: tuple[int, ...]) -> list[int]:
     """Return nested lists of exactly this shape as one flat list of whole numbers."""
-    if not shape:
-        if type(value) is not int:
-            raise RequestError(f"{name} must be a whole number, got {quoted(value)}.")
-        return [value]
-    if not isinstance(value, list):
-        raise RequestError(f"{name} must be a list of {shape[0]} entries, got {quoted(value)}.")
-    if len(value) != shape[0]:
-        raise RequestError(f"{name} must have {shape[0]} entries, got {len(value)}.")
-    return [number for i, item in enumerate(value) for number in read_numbers(f"{name}[{i}]", item, shape[1:])]
+
+    def place(i: int, depth: int) -> str:
+        return name + "".join(f"[{k}]" for k in np.unravel_index(i, shape[:depth]))
+
+    items = [value]
+    for depth, length in enumerate(shape):
+        for i, item in enumerate(items):
+            if not isinstance(item, list):
+                raise RequestError(f"{place(i, depth)} must be a list of {length} entries, got {quoted(item)}.")
+            if len(item) != length:
+                raise RequestError(f"{place(i, depth)} must have {length} entries, got {len(item)}.")
+        items = list(itertools.chain.from_iterable(items))
+    if set(map(type, items)) != {int}:
+        i = next(i for i, item in enumerate(items) if type(item) is not int)
+        raise RequestError(f"{place(i, len(shape))} must be a whole number, got {quoted(items[i])}.")
+    return items
 
 
 def read_observed(value: Any, config: ModelConfig) -> Tensor:
     """Return the field `observed` as (1, 1, H, W) bool."""
     _, height, width = config.image_shape
     numbers = read_numbers("observed", value, (height, width))
-    for i, number in enumerate(numbers):
-        if number not in (0, 1):
-            raise RequestError(f"observed[{i // width}][{i % width}] must be 0 or 1, got {quoted(number)}.")
+    if not set(numbers) <= {0, 1}:
+        i = next(i for i, number in enumerate(numbers) if number not in (0, 1))
+        raise RequestError(f"observed[{i // width}][{i % width}] must be 0 or 1, got {quoted(numbers[i])}.")
     return torch.tensor(numbers, dtype=torch.bool).reshape(1, 1, height, width)
 
 

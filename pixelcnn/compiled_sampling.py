@@ -322,34 +322,35 @@ def _sum(values, num_levels):
     return total
 
 
-@_compiled
-def _draw(logits, exps, num_levels, u, temperature):
-    """Return the level that `sampling.draw_level` would return."""
-    if temperature == 0:
-        best = 0
-        for k in range(1, num_levels):
-            if logits[k] > logits[best]:
-                best = k
-        return best
+@_inlined
+def _exponentials(logits, exps, num_levels, temperature):
+    """exps[k] = exp((logits[k] - most) / temperature), in float64; return their sum, and `most`, the largest logit."""
     most = np.float64(_largest(logits, num_levels))
     for k in range(num_levels):
         exps[k] = _exp64(max((np.float64(logits[k]) - most) / temperature, -1400.0))
-    total = _sum(exps, num_levels)
-    reached = 0.0
-    for k in range(num_levels - 1):
-        reached += exps[k] / total
-        if reached > u:
-            return k
-    return num_levels - 1
+    return _sum(exps, num_levels), most
 
 
 @_compiled
-def _nats(logits, exps, num_levels, level):
-    """Return -log softmax(logits)[level], in float64, whatever the temperature it was drawn at."""
-    most = np.float64(_largest(logits, num_levels))
-    for k in range(num_levels):
-        exps[k] = _exp64(max(np.float64(logits[k]) - most, -1400.0))
-    return math.log(_sum(exps, num_levels)) + most - np.float64(logits[level])
+def _draw(logits, exps, num_levels, u, temperature):
+    """Return the level that `sampling.draw_level` would return, and its nats at temperature 1, in float64."""
+    level = num_levels - 1
+    if temperature == 0:
+        level = 0
+        for k in range(1, num_levels):
+            if logits[k] > logits[level]:
+                level = k
+    else:
+        total, most = _exponentials(logits, exps, num_levels, temperature)
+        reached = 0.0
+        for k in range(num_levels - 1):
+            reached += exps[k] / total
+            if reached > u:
+                level = k
+                break
+    if temperature != 1:
+        total, most = _exponentials(logits, exps, num_levels, 1.0)
+    return level, math.log(total) + most - np.float64(logits[level])
 
 
 @_inlined
@@ -365,9 +366,9 @@ def _head_and_draw(w, at, s, y, x, c, levels, logits_out, nats, u, missing, temp
         for k in range(num_levels):
             logits_out[k, c, y, x] = logits[k]
     if missing[y, x]:
-        level = _draw(logits, exps, num_levels, u[c, y, x], temperature)
+        level, cost = _draw(logits, exps, num_levels, u[c, y, x], temperature)
         levels[c, y, x] = level
-        nats[0] += _nats(logits, exps, num_levels, level)
+        nats[0] += cost
 
 
 @_compiled

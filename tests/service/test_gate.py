@@ -139,7 +139,7 @@ def test_beyond_the_requests_in_flight_all_are_refused_at_once(monkeypatch):
         await tasks[2]  # the others have not even sent their bodies
         start, _ = connections[2].sent
         assert start["status"] == 429
-        assert dict(start["headers"])[b"retry-after"] == b"5"
+        assert 3 <= int(dict(start["headers"])[b"retry-after"]) <= 8
         for connection in connections:
             connection.body.set()
         go.set()
@@ -235,7 +235,7 @@ def test_beyond_the_queue_requests_are_refused_at_once(client, monkeypatch):
             body |= {"image": [[0] * 4] * 5, "observed": [[0] * 4] * 5}
         response = client.post(path, json=body)
         assert response.status_code == 429
-        assert response.headers["retry-after"] == "5"
+        assert 3 <= int(response.headers["retry-after"]) <= 8
         assert "send this one again in a few seconds" in response.json()["error"]
 
 

@@ -450,7 +450,7 @@ def test_too_many_at_once(client, monkeypatch):
     monkeypatch.setattr(gate, "MAX_REQUESTS", 0)
     response = client.post("/generate", json={"dataset": "grey"})
     assert "send this one again in a few seconds" in error_of(response, 429)
-    assert response.headers["retry-after"] == "5"
+    assert 3 <= int(response.headers["retry-after"]) <= 8
     assert client.get("/models").status_code == 200
 
 
