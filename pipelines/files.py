@@ -2,10 +2,36 @@
 
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Set by our `dvc`: a training that is done keeps its state, marked, until DVC has recorded it. If DVC was killed, the
+# next `dvc repro` finds the training done instead of doing it twice.
+KEEP_STATES_VARIABLE = "PIXELCNN_KEEP_STATES"
+_DONE_FILE = "done"
+
+
+def begin_state(work: Path) -> None:
+    """Make the folder of a training's state, or take up the one that is there."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _DONE_FILE).unlink(missing_ok=True)
+
+
+def end_state(work: Path) -> None:
+    """Remove the state of a training that is done, or mark it for whoever removes it."""
+    if os.environ.get(KEEP_STATES_VARIABLE):
+        (work / _DONE_FILE).touch()
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_ended_states(folder: Path) -> None:
+    """Remove the states that are marked, beside the checkpoints of a folder."""
+    for mark in folder.glob(f".*.run-*/{_DONE_FILE}"):
+        shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 import pixelcnn
 from pipelines import registry, tracking, training_report
-from pipelines.files import alone, write_whole
+from pipelines.files import alone, begin_state, end_state, write_whole
 from pipelines.model_card import model_card
 from pipelines.params import PairParams, Params, load_params
 from pipelines.training_report import COMPLETER_COLUMNS, CURVE_COLUMNS, Curve, write_curve
@@ -511,7 +511,7 @@ _finished: list[Path] = []  # folders of states that are no longer needed
 
 def _remove_states(flow: Any, flow_run: Any, state: Any) -> None:
     while _finished:
-        shutil.rmtree(_finished.pop(), ignore_errors=True)
+        end_state(_finished.pop())
 
 
 # The state goes when Prefect knows of the end, no sooner: if its server is away then, the command fails, and the next
@@ -567,7 +567,7 @@ def train_pair(
             if found is not None:
                 return found
         work = Path(state) if state else _work_folder(out_folder, settings, data)
-        work.mkdir(parents=True, exist_ok=True)
+        begin_state(work)
         training = train(pair, params, data, work)
         scores = evaluate_model(pair, params, data, training, out_folder, report_folder, half)
         run_id = log(pair, params, scores, training, out_folder, report_folder, inputs)
