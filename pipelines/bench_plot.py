@@ -1,10 +1,12 @@
-"""The figures of `make bench` as a picture."""
+"""The figures of `make bench` as a picture and as tables."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-PICTURE = "bench.png"
+from pipelines.files import write_whole
+
+PICTURE, TABLES = "bench.png", "bench.md"
 _COLOURS = {
     "naive": "#9aa0a6",
     "naive, rows so far": "#7b8794",
@@ -14,17 +16,12 @@ _COLOURS = {
 }
 
 
-def plot(folder: Path) -> Path:
-    """Draw every benchmark of a folder: milliseconds per image by batch, and the cost of a pixel by image side.
-
-    Returns:
-        The picture's path.
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return every benchmark of a folder, by its pair.
 
     Raises:
         ValueError: the folder has no benchmark, or one that cannot be read.
     """
-    from matplotlib.figure import Figure
-
     results: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -33,6 +30,13 @@ def plot(folder: Path) -> Path:
             raise ValueError(f"{path} is no JSON. Make it again: make bench") from None
     if not results:
         raise ValueError(f"{folder} holds no benchmark. Make one: make bench")
+    return results
+
+
+def plot(results: dict[str, dict[str, Any]], folder: Path) -> Path:
+    """Draw benchmarks: milliseconds per image by batch, and the cost of a pixel by image side; return the picture."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3.1 * len(results)), layout="constrained")
     grid = figure.subplots(len(results), 2, squeeze=False, width_ratios=(3, 2))
     for (left, right), (name, result) in zip(grid, results.items(), strict=True):
@@ -78,3 +82,38 @@ def _draw_sides(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xlabel("image side, pixels")
     axes.set_ylabel("us per pixel, batch 1")
     axes.legend(fontsize=7)
+
+
+def tabulate(results: dict[str, dict[str, Any]], folder: Path) -> Path:
+    """Write the same figures as Markdown, with the ratios between them; return the file."""
+    first = next(iter(results.values()))
+    lines = [f"{first['processor']}, {first['num_threads']} threads, torch {first['torch']}.", ""]
+    lines += _table(
+        "pair", "batch", "sampler", "ms per image", "against naive", "against rows so far", "times the bound"
+    )
+    for name, result in results.items():
+        seconds = {(row["batch_size"], row["sampler"]): row["seconds_per_image"] for row in result["timings"]}
+        for row in result["timings"]:
+            batch_size, own = row["batch_size"], row["seconds_per_image"]
+            if own is None:
+                lines.append(_row(f"`{name}`", batch_size, row["sampler"], row["note"], "", "", ""))
+                continue
+            against = [seconds.get((batch_size, base)) for base in ("naive", "naive, rows so far")]
+            ratios = [f"{base / own:,.3g}x" if base else "" for base in against]
+            bound = f"{own / row['bound_seconds_per_image']:,.3g}x"
+            lines.append(_row(f"`{name}`", batch_size, row["sampler"], f"{1e3 * own:,.3g}", *ratios, bound))
+    lines += ["", *_table("pair", "side", "cached, us per pixel", "naive, us per pixel")]
+    for name, result in results.items():
+        for row in result.get("sides", []):
+            costs = [f"{1e6 * row[key]:,.3g}" for key in ("cached_s_per_pixel", "naive_s_per_pixel")]
+            lines.append(_row(f"`{name}`", row["side"], *costs))
+    write_whole(folder / TABLES, "\n".join(lines) + "\n")
+    return folder / TABLES
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _table(*heads: str) -> list[str]:
+    return [_row(*heads), _row(*["---"] * len(heads))]

@@ -101,10 +101,12 @@ def results() -> None:
 
 
 def plot_bench() -> None:
-    """Draw reports/bench/*.json, the figures of `make bench`, as reports/bench/bench.png."""
-    from pipelines.bench_plot import plot
+    """Make a picture and tables of reports/bench/*.json, the figures of `make bench`."""
+    from pipelines.bench_plot import plot, read, tabulate
 
-    print(f"wrote {plot(Path('reports/bench'))}")
+    folder = Path("reports/bench")
+    results = read(folder)
+    print(f"wrote {plot(results, folder)} and {tabulate(results, folder)}")
 
 
 class _OneLine(logging.Filter):

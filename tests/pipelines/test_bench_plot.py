@@ -1,4 +1,4 @@
-"""The picture of the samplers' benchmark."""
+"""The picture and the tables of the samplers' benchmark."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.bench_plot import plot
+from pipelines.bench_plot import plot, read, tabulate
 from pixelcnn import PixelCNNConfig, build_model
 from pixelcnn.bench import SAMPLERS, bench, write_json
 
@@ -17,8 +17,13 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
     samplers = [name for name in SAMPLERS if "torch.compile" not in name]
     result = bench(build_model(config).eval(), [1, 2], samplers, 0.01, 0, [4, 8], lambda line: None)
     write_json(tmp_path / "tiny.json", result)
-    path = plot(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.png", "tiny.json"]
+    path = plot(read(tmp_path), tmp_path)
+    table = tabulate(read(tmp_path), tmp_path).read_text().splitlines()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.md", "bench.png", "tiny.json"]
+    (cached,) = [line for line in table if line.startswith("| `tiny` | 2 | cached, compiled |")]
+    seconds = {row["sampler"]: row["seconds_per_image"] for row in result["timings"] if row["batch_size"] == 2}
+    assert f"| {seconds['naive'] / seconds['cached, compiled']:,.3g}x |" in cached
+    assert sum(line.startswith(("| `tiny` | 4 |", "| `tiny` | 8 |")) for line in table) == 2  # the sides
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.width > 500
@@ -27,7 +32,7 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
 
 def test_its_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no benchmark\. Make one: make bench"):
-        plot(tmp_path)
+        read(tmp_path)
     (tmp_path / "half.json").write_text("{")
     with pytest.raises(ValueError, match=r"half\.json is no JSON. Make it again: make bench"):
-        plot(tmp_path)
+        read(tmp_path)
