@@ -5,14 +5,10 @@ next call takes the oldest request with all that wait and have the same key, up 
 thread of its own, so that a long computation in one does not hold up another.
 """
 
-import os
-import sys
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
-
-NICENESS = 5  # of the threads that compute
 
 
 class Full(Exception):
@@ -46,14 +42,6 @@ class Job:
                 self.done.set_result(answer)
         except InvalidStateError:
             pass  # cancelled
-
-
-def _step_back() -> None:
-    """Lower this thread's priority, and that of the threads it starts: who only asks or is refused never waits for a
-    core that computes. Linux alone counts a thread as a process here."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 class Batches:
@@ -134,7 +122,6 @@ class Batches:
             return taken
 
     def _work(self, lane: str) -> None:
-        _step_back()
         while jobs := self._take(lane):
             self._on_call(jobs)
             try:

@@ -64,6 +64,7 @@ def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
         label = "bound by arithmetic" if place == 0 else None
         axes.hlines(1e3 * bound, place - 0.45, place + 0.45, colors="black", linestyles="dotted", label=label)
     axes.set_yscale("log")
+    axes.set_ylim(top=40 * axes.get_ylim()[1])  # room for the legend
     axes.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
     axes.set_ylabel("ms per image")
     channels, height, width = result["image_shape"]
@@ -99,16 +100,21 @@ def tabulate(results: dict[str, dict[str, Any]], folder: Path) -> Path:
                 lines.append(_row(f"`{name}`", batch_size, row["sampler"], row["note"], "", "", ""))
                 continue
             against = [seconds.get((batch_size, base)) for base in ("naive", "naive, rows so far")]
-            ratios = [f"{base / own:,.3g}x" if base else "" for base in against]
-            bound = f"{own / row['bound_seconds_per_image']:,.3g}x"
-            lines.append(_row(f"`{name}`", batch_size, row["sampler"], f"{1e3 * own:,.3g}", *ratios, bound))
+            ratios = [f"{_short(base / own)}x" if base else "" for base in against]
+            bound = f"{_short(own / row['bound_seconds_per_image'])}x"
+            lines.append(_row(f"`{name}`", batch_size, row["sampler"], _short(1e3 * own), *ratios, bound))
     lines += ["", *_table("pair", "side", "cached, us per pixel", "naive, us per pixel")]
     for name, result in results.items():
         for row in result.get("sides", []):
-            costs = [f"{1e6 * row[key]:,.3g}" for key in ("cached_s_per_pixel", "naive_s_per_pixel")]
+            costs = [_short(1e6 * row[key]) for key in ("cached_s_per_pixel", "naive_s_per_pixel")]
             lines.append(_row(f"`{name}`", row["side"], *costs))
     write_whole(folder / TABLES, "\n".join(lines) + "\n")
     return folder / TABLES
+
+
+def _short(value: float) -> str:
+    """Return three digits of a number, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def _row(*cells: object) -> str:

@@ -438,9 +438,11 @@ class Trainer:
             raise ValueError(f"{path} is the state of a run with another context network. Delete it to start afresh.")
         with torch.no_grad():
             for saved, i in enumerate(indices):
-                self.parameters[i].copy_(tensors[f"weights/{saved}"])
-                self.average[i].copy_(tensors[f"average/{saved}"])
-                self.best[i].copy_(tensors.get(f"best/{saved}", tensors[f"average/{saved}"]))
+                average = tensors[f"average/{saved}"]
+                # A state that is kept for another day may hold the averages alone, in half precision.
+                self.parameters[i].copy_(tensors.get(f"weights/{saved}", average))
+                self.average[i].copy_(average)
+                self.best[i].copy_(tensors.get(f"best/{saved}", average))
                 prefix = f"optimiser/{saved}/"
                 remembered = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 if remembered:

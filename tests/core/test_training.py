@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
@@ -15,7 +16,7 @@ from tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, training
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
 from pixelcnn.optimisers import OPTIMISERS
-from pixelcnn.training import StepReport, format_progress, training_history
+from pixelcnn.training import StepReport, Trainer, format_progress, training_history
 
 CONFIG = TrainConfig(
     batch_size=8, learning_rate=0.01, max_epochs=4, warmup_steps=2, ema_decay=0.9, num_validations=4, save_minutes=0
@@ -592,6 +593,23 @@ def test_a_batch_larger_than_the_split_is_refused():
 def test_impossible_settings_are_named(bad, message):
     with pytest.raises(ValueError, match=beginning(message)):
         config(**bad)
+
+
+def test_a_state_of_averages_in_half_precision_is_gone_on_with(tmp_path):
+    """What is kept for another day, where each byte counts."""
+    data, state = toy_dataset(), tmp_path / "state"
+    fit(toy_model(data), data, config(max_epochs=2), state_file=state)
+    with safetensors.safe_open(state, framework="pt") as file:
+        metadata = file.metadata()
+        averages = {key: file.get_tensor(key).half() for key in file.keys() if key.startswith("average/")}  # noqa: SIM118
+    save_file(averages, state, metadata)
+    model = toy_model(data, seed=3)
+    trainer = Trainer(model, data, config(max_epochs=3))
+    trainer.resume(state)
+    kept = [averages[f"average/{i}"] for i in range(len(averages))]
+    assert all(torch.equal(p.detach(), half.to(p.dtype)) for p, half in zip(model.parameters(), kept, strict=True))
+    _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
+    assert reports[0].epoch > 2
 
 
 def test_a_resume_is_logged(tmp_path, caplog):

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,18 +55,6 @@ def batches():
 def submit(batches: Batches, *jobs: Held) -> None:
     for job in jobs:
         batches.submit(job)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
-def test_what_computes_makes_way_for_what_answers(batches):
-    class Told(Job):
-        @staticmethod
-        def run_together(jobs: list[Job]) -> None:
-            jobs[0].finish(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-
-    job = Told("a", "k", 1)
-    batches.submit(job)
-    assert job.done.result(10) > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def test_an_idle_lane_starts_at_once_and_those_that_wait_share_the_next_call(batches):
