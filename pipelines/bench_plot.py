@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import write_whole
+from pixelcnn.bench import CACHED, CACHED_TORCH, CROPPED, NAIVE, NAIVE_COMPILED
 
 PICTURE, TABLES = "bench.png", "bench.md"
 _COLOURS = {
-    "naive": "#9aa0a6",
-    "naive, rows so far": "#7b8794",
-    "naive, torch.compile": "#5f6b7a",
-    "cached, torch": "#e0a458",
-    "cached, compiled": "#2a7f62",
+    NAIVE: "#9aa0a6",
+    CROPPED: "#7b8794",
+    NAIVE_COMPILED: "#5f6b7a",
+    CACHED_TORCH: "#e0a458",
+    CACHED: "#2a7f62",
 }
 
 
@@ -56,7 +57,7 @@ def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
         places = [batch_sizes.index(row["batch_size"]) + (k - 2) * 0.16 for row in rows]
         heights = [1e3 * row["seconds_per_image"] for row in rows]
         axes.bar(places, heights, 0.16, color=colour, label=sampler)
-        if sampler == "cached, compiled":
+        if sampler == CACHED:
             for place, height in zip(places, heights, strict=True):
                 axes.annotate(f"{height:.2g}", (place, height), ha="center", va="bottom", fontsize=7)
     for place, size in enumerate(batch_sizes):
@@ -75,7 +76,7 @@ def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
 def _draw_sides(axes: Any, result: dict[str, Any]) -> None:
     found = result.get("sides", [])
     sides = [row["side"] for row in found]
-    for key, sampler in (("naive_s_per_pixel", "naive"), ("cached_s_per_pixel", "cached, compiled")):
+    for key, sampler in (("naive_s_per_pixel", NAIVE), ("cached_s_per_pixel", CACHED)):
         axes.plot(sides, [1e6 * row[key] for row in found], "o-", color=_COLOURS[sampler], label=sampler)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -99,7 +100,7 @@ def tabulate(results: dict[str, dict[str, Any]], folder: Path) -> Path:
             if own is None:
                 lines.append(_row(f"`{name}`", batch_size, row["sampler"], row["note"], "", "", ""))
                 continue
-            against = [seconds.get((batch_size, base)) for base in ("naive", "naive, rows so far")]
+            against = [seconds.get((batch_size, base)) for base in (NAIVE, CROPPED)]
             ratios = [f"{_short(base / own)}x" if base else "" for base in against]
             bound = f"{_short(own / row['bound_seconds_per_image'])}x"
             lines.append(_row(f"`{name}`", batch_size, row["sampler"], _short(1e3 * own), *ratios, bound))

@@ -8,14 +8,15 @@ import io
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from pipelines.files import KEEP_STATES_VARIABLE, remove_ended_states
+from pipelines.files import KEEPER_VARIABLE, remove_ended_states
 from pipelines.params import PARAMS_FILE, load_params
 
-MODELS_FOLDER = Path("models")  # as in dvc.yaml
+_MODELS_FOLDER = Path("models")  # as in dvc.yaml
 # Any of these says which stages are meant, as a target would.
 _CHOOSERS = ("targets", "all_pipelines", "pipeline", "recursive", "run_all")
 
@@ -66,11 +67,11 @@ def main() -> int:
     if argv != given:
         added = argv[len(given) :]
         print(f"No target given: doing {', '.join(added)}, the default_targets of {PARAMS_FILE}.", file=sys.stderr)
-    os.environ[KEEP_STATES_VARIABLE] = "1"
+    keeper = os.environ[KEEPER_VARIABLE] = uuid.uuid4().hex
     try:
         return dvc_main(argv)
     finally:
-        remove_ended_states(MODELS_FOLDER)
+        remove_ended_states(_MODELS_FOLDER, keeper)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that several processes share: a lock that dies with its holder, and writing that is whole or not at all."""
+"""Files that several processes share: locks that die with their holder, writing whole or not at all, kept states."""
 
 import fcntl
 import os
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Set by our `dvc`: a training that is done keeps its state, marked, until DVC has recorded it. If DVC was killed, the
-# next `dvc repro` finds the training done instead of doing it twice.
-KEEP_STATES_VARIABLE = "PIXELCNN_KEEP_STATES"
+# The name of a run of our `dvc`: a training that is done keeps its state, marked with it, until that run has recorded
+# it. If the run was killed, the next `dvc repro` finds the training done instead of doing it twice.
+KEEPER_VARIABLE = "PIXELCNN_STATES_KEEPER"
 _DONE_FILE = "done"
 
 
@@ -22,16 +22,18 @@ def begin_state(work: Path) -> None:
 
 def end_state(work: Path) -> None:
     """Remove the state of a training that is done, or mark it for whoever removes it."""
-    if os.environ.get(KEEP_STATES_VARIABLE):
-        (work / _DONE_FILE).touch()
+    keeper = os.environ.get(KEEPER_VARIABLE)
+    if keeper:
+        write_whole(work / _DONE_FILE, keeper)
     else:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def remove_ended_states(folder: Path) -> None:
-    """Remove the states that are marked, beside the checkpoints of a folder."""
+def remove_ended_states(folder: Path, keeper: str) -> None:
+    """Remove the states that are marked with this keeper's name, beside the checkpoints of a folder."""
     for mark in folder.glob(f".*.run-*/{_DONE_FILE}"):
-        shutil.rmtree(mark.parent, ignore_errors=True)
+        if mark.read_text() == keeper:
+            shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from projects import ROOT, tiny_dataset, tiny_params, write_params
 from safetensors.torch import load_file
 
 from pipelines import steps, tracking, training_flow
-from pipelines.files import KEEP_STATES_VARIABLE, alone, remove_ended_states
+from pipelines.files import KEEPER_VARIABLE, alone, remove_ended_states
 from pipelines.training_flow import baseline_scores, git_state, train_pair
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
@@ -292,7 +292,7 @@ def test_a_training_whose_end_prefect_did_not_hear_of_is_not_done_again(
 
 def test_a_training_that_dvc_did_not_record_is_not_done_again(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """DVC was killed, the training lived on to its end; the next `dvc repro` removes what it made, and asks anew."""
-    monkeypatch.setenv(KEEP_STATES_VARIABLE, "1")
+    monkeypatch.setenv(KEEPER_VARIABLE, "this run")
     made = train_pair(PAIR, "models/unrecorded", "reports/unrecorded")
     num_runs = len(runs())
     shutil.rmtree("models/unrecorded")
@@ -303,7 +303,9 @@ def test_a_training_that_dvc_did_not_record_is_not_done_again(trained, monkeypat
     assert reports == [], "no step was done again"
     assert len(runs()) == num_runs
     assert len(list(Path("models").glob(".unrecorded.run-*"))) == 1
-    remove_ended_states(Path("models"))  # as our `dvc` does when DVC has recorded it
+    remove_ended_states(Path("models"), "another run")  # `dvc status`, say: it has recorded nothing
+    assert len(list(Path("models").glob(".unrecorded.run-*"))) == 1
+    remove_ended_states(Path("models"), "this run")  # as our `dvc` does when DVC has recorded it
     assert list(Path("models").glob(".*")) == []
 
 
