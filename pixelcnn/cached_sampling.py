@@ -13,10 +13,14 @@ twice:
 
 Only the rows that a kernel reaches are kept, so the cost of a pixel does not grow with the image.
 
+A row is drawn by the same calls as the one above it, on the same tensors. On CUDA, where starting a kernel takes longer
+than most of these kernels, the third row is captured as a graph, and the others replay it.
+
 Cached activations: Ramachandran et al. 2017, arXiv:1704.06001. compiled_sampling.py is the same algorithm in compiled
 code; most of the time here goes into calling torch.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +31,8 @@ from torch.nn import functional as F
 from pixelcnn.layers import MaskedConv2d, gate
 from pixelcnn.model import AutoregressiveModel, GatedPixelCNN, PixelCNN
 from pixelcnn.sampling import draw_level, prepare_canvas, sample_in_parts
+
+logger = logging.getLogger(__name__)
 
 # Called with a row's index and its levels, (B, C, W) int64, once the row is finished in every image.
 OnRow = Callable[[int, Tensor], None]
@@ -74,7 +80,7 @@ class _Rows:
         self.half = half
 
     def new_row(self) -> None:
-        self.values = F.pad(self.values[:, :, 1:], (0, 0, 0, 1))
+        self.values.copy_(F.pad(self.values[:, :, 1:], (0, 0, 0, 1)))  # in place, for graphs
 
     def window(self, x: int) -> Tensor:
         """Return the present row from `half` columns left of column x up to x, as (B, maps * (half + 1))."""
@@ -82,6 +88,18 @@ class _Rows:
 
     def put(self, maps: slice, x: int, values: Tensor) -> None:
         self.values[:, maps, -1, x + self.half] = values
+
+
+class _ContextRows:
+    """The map of a drawing, (B, context_features, H, W), a row of it at a time, always in the same places."""
+
+    def __init__(self, context: Tensor) -> None:
+        self.rows = context
+        self.row, self.above = torch.zeros_like(context[:, :, 0]), torch.zeros_like(context[:, :, :1])
+
+    def load(self, y: int) -> None:
+        self.above[:, :, 0] = self.row
+        self.row.copy_(self.rows[:, :, y])
 
 
 class _PixelCNNCache:
@@ -105,7 +123,7 @@ class _PixelCNNCache:
         self.bias = [block.conv.bias[:, None] for block in self.blocks]  # (h, 1)
         if label is not None and config.num_labels:
             self.bias = [b + block.label_bias(label)[..., 0] for b, block in zip(self.bias, self.blocks, strict=True)]
-        self.context, self.num_rows = context, 0
+        self.context = None if context is None else _ContextRows(context)
         self.image = _Rows(first, batch, n, first_half + 1, width, first_half)
         self.reduced = [_Rows(first, batch, self.h, half + 1, width, half) for _ in self.blocks]
         # Of the pixel in turn: the residual stream before each block, each block's output, the skips' sum.
@@ -113,7 +131,7 @@ class _PixelCNNCache:
         self.outputs = first.new_zeros(len(self.blocks), batch, self.h)
         self.skips = first.new_zeros(batch, self.num_head)
 
-    def begin_row(self) -> None:
+    def begin_row(self, is_first: bool) -> None:
         self.image.new_row()
         above = F.conv2d(self.image.values[:, :, :-1], self.first_above, self.first_bias)
         self.first_row = above[:, :, 0]  # (B, 2h, W)
@@ -122,9 +140,8 @@ class _PixelCNNCache:
             rows.new_row()
             row = F.conv2d(rows.values[:, :, :-1], kernel)[:, :, 0] + bias  # (B, h, W)
             if self.context is not None:
-                row = row + F.conv1d(self.context[:, :, self.num_rows], block.context.weight[..., 0])
+                row = row + F.conv1d(self.context.row, block.context.weight[..., 0])
             self.rows.append(row)
-        self.num_rows += 1
 
     def features(self, x: int, c: int) -> Tensor:  # (B, head)
         outer, inner, head = (_own(c, maps, self.num_colours) for maps in (2 * self.h, self.h, self.num_head))
@@ -159,7 +176,7 @@ class _GatedCache:
             self.v_label = [layer.v_label_bias(label) for layer in self.layers]  # (B, 2p, 1, 1)
             h_label = [layer.h_label_bias(label)[:, order, :, 0] for layer in self.layers]  # (B, 2p, 1)
             self.h_bias = [bias + more for bias, more in zip(self.h_bias, h_label, strict=True)]
-        self.context = context
+        self.context = None if context is None else _ContextRows(context)
         self.h_context = [] if context is None else [layer.h_context.weight[order, :, :, 0] for layer in self.layers]
         like = self.v_kernels[0]
         inputs = [n] + [self.p] * (len(self.layers) - 1)
@@ -169,19 +186,16 @@ class _GatedCache:
         self.h_inputs = [_Rows(like, batch, maps, 1, self.width, half) for maps in [*inputs, self.p]]
         self.image = self.h_inputs[0]
         self.gated = like.new_zeros(len(self.layers), batch, self.p)
-        self.num_rows = 0
 
-    def begin_row(self) -> None:
+    def begin_row(self, is_first: bool) -> None:
         row = self.image.values  # the row above: (B, C, 1, W + 2 half)
         self.rows = []
         for i, rows in enumerate(self.v_inputs):
             h_bias, v_bias = self.h_bias[i], self.v_label[i]
             if self.context is not None:
-                h_bias = h_bias + F.conv1d(self.context[:, :, self.num_rows], self.h_context[i])  # (B, 2p, W)
-                if self.num_rows:
-                    above = self.context[:, :, self.num_rows - 1 : self.num_rows]
-                    v_bias = v_bias + F.conv2d(above, self.layers[i].v_context.weight)  # (B, 2p, 1, W)
-            if self.num_rows == 0:  # nothing lies above the first row, and its link sees zeros
+                h_bias = h_bias + F.conv1d(self.context.row, self.h_context[i])  # (B, 2p, W)
+                v_bias = v_bias + F.conv2d(self.context.above, self.layers[i].v_context.weight)  # (B, 2p, 1, W)
+            if is_first:  # nothing lies above the first row, and its link sees zeros
                 self.rows.append(h_bias.expand(len(row), -1, self.width))
                 continue
             rows.new_row()
@@ -189,7 +203,6 @@ class _GatedCache:
             gates = F.conv2d(rows.values, self.v_kernels[i], self.layers[i].v_conv.bias)  # (B, 2p, 1, W)
             self.rows.append(F.conv1d(gates[:, :, 0], self.links[i]) + h_bias)  # (B, 2p, W)
             row = F.pad(gate(gates + v_bias), (rows.half, rows.half))
-        self.num_rows += 1
         for inputs in self.h_inputs:
             inputs.new_row()
 
@@ -255,6 +268,73 @@ def cached_sample(
     return levels
 
 
+class _RowSampler:
+    """Draws the rows of a batch of images, one after the other.
+
+    `load` says which one; but for the first, `draw` then does the same: what it reads and writes stays where it is.
+    """
+
+    def __init__(
+        self, model: AutoregressiveModel, batch: int, label: Tensor | None, temperature: float, context: Tensor | None
+    ) -> None:
+        config = model.config
+        self.num_colours, _, self.width = config.image_shape
+        self.temperature, self.num_levels, self.num_head = temperature, config.num_levels, config.head_features
+        self.cache: _PixelCNNCache | _GatedCache
+        if isinstance(model, PixelCNN):
+            self.cache = _PixelCNNCache(model, batch, label, context)
+        else:
+            assert isinstance(model, GatedPixelCNN)
+            self.cache = _GatedCache(model, batch, label, context)
+        self.head, self.logits = _pixelwise(model.head, self.num_colours), _pixelwise(model.logits, self.num_colours)
+        weight = model.head.weight
+        self.hidden = weight.new_zeros(batch, self.num_head)
+        self.u = torch.zeros(batch, self.num_colours, self.width, dtype=torch.float64, device=weight.device)
+        self.levels = torch.zeros(batch, self.num_colours, self.width, dtype=torch.int64, device=weight.device)
+        self.missing = torch.zeros(batch, self.width, dtype=torch.bool, device=weight.device)
+
+    def load(self, y: int, u: Tensor, levels: Tensor, missing: Tensor) -> None:
+        """Take up row y of (B, C, H, W) noise and levels and of (B, H, W) holes."""
+        self.y = y
+        self.u.copy_(u[:, :, y])
+        self.levels.copy_(levels[:, :, y])
+        self.missing.copy_(missing[:, y])
+        if self.cache.context is not None:
+            self.cache.context.load(y)
+
+    def draw(self, needs_head: list[bool], on_logits: OnLogits | None = None) -> None:
+        """Fill in the row. `needs_head` tells of each column whether its logits are needed."""
+        self.cache.begin_row(is_first=self.y == 0)
+        for x in range(self.width):
+            for c in range(self.num_colours):
+                features = self.cache.features(x, c)
+                here = self.levels[:, c, x]
+                if needs_head[x]:
+                    own = _own(c, self.num_head, self.num_colours)
+                    self.hidden[:, own] = F.relu(self.head(F.relu(features), c))
+                    logits = self.logits(self.hidden, c)  # (B, K)
+                    if on_logits is not None:
+                        on_logits((c, self.y, x), logits)
+                    drawn = draw_level(logits, self.u[:, c, x], self.temperature)
+                    here.copy_(torch.where(self.missing[:, x], drawn, here))
+                scaled = here.to(self.hidden.dtype) * (2 / (self.num_levels - 1)) - 1
+                self.cache.image.put(slice(c, c + 1), x, scaled[:, None])
+
+
+def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
+    """Return what does the same work again by one call, without having done it; None where no device can."""
+    if device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError as error:
+        logger.warning("sampling without a CUDA graph, slower: %s", error)
+        return None
+    return graph.replay
+
+
 def _sample_part(
     model: AutoregressiveModel,
     u: Tensor,
@@ -266,34 +346,22 @@ def _sample_part(
     on_row: OnRow | None,
     on_logits: OnLogits | None,
 ) -> None:
-    config = model.config
-    num_colours, height, width = config.image_shape
-    cache: _PixelCNNCache | _GatedCache
-    if isinstance(model, PixelCNN):
-        cache = _PixelCNNCache(model, len(u), label, context)
-    else:
-        assert isinstance(model, GatedPixelCNN)
-        cache = _GatedCache(model, len(u), label, context)
-    head, logits_layer = _pixelwise(model.head, num_colours), _pixelwise(model.logits, num_colours)
-    hidden = model.head.weight.new_zeros(len(u), config.head_features)
-    any_missing = missing.any(dim=0).tolist()
+    height, width = model.config.image_shape[1:]
+    sampler = _RowSampler(model, len(u), label, temperature, context)
+    any_missing, everywhere = missing.any(dim=0).tolist(), [True] * width
     # Rows below the last missing pixel need no work.
     num_rows = max((y + 1 for y in range(height) if any(any_missing[y])), default=0)
+    replay: Callable[[], None] | None = None
     for y in range(height):
-        for x in range(width if y < num_rows or on_logits is not None else 0):
-            if x == 0:
-                cache.begin_row()
-            for c in range(num_colours):
-                features = cache.features(x, c)
-                if any_missing[y][x] or on_logits is not None:
-                    own = _own(c, config.head_features, num_colours)
-                    hidden[:, own] = F.relu(head(F.relu(features), c))
-                    logits = logits_layer(hidden, c)  # (B, K)
-                    if on_logits is not None:
-                        on_logits((c, y, x), logits)
-                    drawn = draw_level(logits, u[:, c, y, x], temperature)
-                    levels[:, c, y, x] = torch.where(missing[:, y, x], drawn, levels[:, c, y, x])
-                scaled = levels[:, c, y, x].to(hidden.dtype) * (2 / (config.num_levels - 1)) - 1
-                cache.image.put(slice(c, c + 1), x, scaled[:, None])
+        if y < num_rows or on_logits is not None:
+            sampler.load(y, u, levels, missing)
+            # The first row is unlike the others, and the second lets the libraries choose their kernels.
+            if y == 2 and on_logits is None:
+                replay = _capture(lambda: sampler.draw(everywhere), u.device)
+            if replay is not None:
+                replay()
+            else:
+                sampler.draw(any_missing[y] if on_logits is None else everywhere, on_logits)
+            levels[:, :, y] = sampler.levels
         if on_row is not None:
             on_row(y, levels[:, :, y])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_fast_sampling import configs, model_of, name
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pixelcnn.cached_sampling as cached_sampling
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, log_prob, naive_sample
@@ -96,6 +98,60 @@ def test_rows_are_handed_out_in_order_and_can_stop() -> None:
     with pytest.raises(InterruptedError):
         cached_sample(model, u, on_row=stop)
     assert seen == [0, 1, 2]
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on the CPU: the calls of some work, to be made again on the same memory, without their Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.num_replays = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        if self.num_replays == 1:
+            return  # recording has done the work once; a graph's capture does not
+        for function, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("config", configs(), ids=name)
+def test_a_captured_row_draws_every_other_row(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorders: list[Recorder] = []
+
+    def record(work, device):
+        recorders.append(Recorder())
+        with recorders[-1]:
+            work()
+        return recorders[-1].replay
+
+    model = model_of(config, torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    u = torch.rand(3, *config.image_shape, generator=generator, dtype=torch.float64)
+    drawing = torch.randint(0, config.num_levels, u.shape, generator=generator)
+    observed = torch.rand(3, 1, *config.image_shape[1:], generator=generator) < 0.3
+    observed[:, :, -1] = False
+    arguments = (torch.tensor([-1, 0, 2]), 0.7, drawing, observed)
+    monkeypatch.setattr(cached_sampling, "_capture", record)
+    assert torch.equal(cached_sample(model, u, *arguments), naive_sample(model, u, *arguments))
+    assert [r.num_replays for r in recorders] == [config.image_shape[1] - 2] * (config.image_shape[1] > 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_captured_rows_are_the_naive_ones(caplog: pytest.LogCaptureFixture) -> None:
+    for config in configs():
+        model = model_of(config, torch.float64).cuda()
+        u = torch.rand(3, *config.image_shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).cuda()
+        assert torch.equal(cached_sample(model, u), naive_sample(model, u)), name(config)
+    assert "without a CUDA graph" not in caplog.text
 
 
 def test_bfloat16_weights_are_sampled_too() -> None:
