@@ -5,6 +5,7 @@ The grid itself is the component in `app/grid/`, which keeps the drawing in the 
 """
 
 import copy
+import gc
 import html
 import math
 import time
@@ -155,6 +156,14 @@ def model_line(served: ServedModel) -> str:
 def client_of(url: str) -> ServiceClient:
     """Return one client per address, shared by all visits."""
     return ServiceClient(url)
+
+
+@st.cache_resource
+def settle() -> None:
+    """Take what the program has loaded out of the garbage collector's sight: Streamlit runs it after every redrawing,
+    for 40 ms then, in which no stroke is heard."""
+    gc.collect()
+    gc.freeze()
 
 
 def refresh_models(client: ServiceClient) -> None:
@@ -356,6 +365,7 @@ def main() -> None:
     """Show the page."""
     st.set_page_config(page_title="PixelCNN canvas", page_icon="\N{PENCIL}\N{VARIATION SELECTOR-16}", layout="wide")
     st.html(HERE / "page.css")
+    settle()
     begin_visit()
     state = st.session_state
     try:

@@ -32,7 +32,7 @@ from app.drawing import (
 )
 
 Event = TypeVar("Event")
-WAIT_S = 0.1  # how often a page that waits looks whether it is to be redrawn
+WAIT_S = 0.03  # how often a page that waits looks whether it is to be redrawn
 SHOW_S = 0.06  # at most this often are unfinished images shown anew
 DRAWING = "The model is drawing\N{HORIZONTAL ELLIPSIS}"
 NUM_GENERATED = 16
@@ -128,7 +128,7 @@ def receive(
         images: (N, H, W) or (N, H, W, 3) levels, into which rows are written as they come.
         show: called when `images` has new rows.
     """
-    shown_at = -math.inf
+    shown_at = beat_at = -math.inf
     answers = in_background(client.complete_stream(**request))
     # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
     with busy(DRAWING, on_stop) as beat, contextlib.closing(answers):
@@ -138,10 +138,13 @@ def receive(
             if isinstance(event, Rows):
                 rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
                 images[:, event.start : event.start + rows.shape[1]] = rows
-                if time.monotonic() - shown_at < SHOW_S:
-                    continue
-                show()
-                shown_at = time.monotonic()
+                now = time.monotonic()
+                if now - shown_at >= SHOW_S:
+                    show()
+                    shown_at = beat_at = now
+                elif now - beat_at >= WAIT_S:
+                    beat()
+                    beat_at = now
             else:
                 beat()
     raise AssertionError("the stream ends with the completions or an error")

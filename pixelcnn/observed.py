@@ -119,9 +119,9 @@ def surroundings(rng: np.random.Generator, drawn: Mask) -> Mask:
 
 
 def _training_parts(rng: np.random.Generator, num: int, height: int, width: int) -> Mask:
-    """Return top, bottom, left or right parts of random size."""
+    """Return top, bottom, left or right parts: halves, which people ask for most, or of random size."""
     side = rng.integers(0, 4, num)[:, None, None]
-    share = rng.random((num, 1, 1))
+    share = np.where(rng.random((num, 1, 1)) < 0.5, 0.5, rng.random((num, 1, 1)))
     y, x = (np.arange(height)[:, None] + 0.5) / height, (np.arange(width) + 0.5) / width
     shape = (num, height, width)
     parts = [np.broadcast_to(part, shape) for part in (y < share, y > share, x < share, x > share)]
@@ -131,9 +131,10 @@ def _training_parts(rng: np.random.Generator, num: int, height: int, width: int)
 def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> Tensor:
     """Draw what is observed of each image of a training batch.
 
-    Of the images that get a mask: five twelfths know a top, bottom, left or right part; two the inside or the outside
-    of a rectangle; one random pixels; one the inside or the outside of brush strokes; three the beginning of their
-    drawing, 10 to 70 % of the ink, alone or with what surrounds it. Nothing is known of the others.
+    Of the images that get a mask: six twelfths know a top, bottom, left or right part, every other time a half; one
+    the inside or the outside of a rectangle; one random pixels; one the inside or the outside of brush strokes; three
+    the beginning of their drawing, 10 to 70 % of the ink, alone or with what surrounds it. Nothing is known of the
+    others.
 
     Args:
         levels: (B, C, H, W) int64 in [0, K).
@@ -154,8 +155,8 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
         return rng.random((n, height, width)) < rng.random((n, 1, 1))
 
     makers: list[tuple[int, int, Callable[[int], Mask]]] = [
-        (0, 5, lambda n: _training_parts(rng, n, height, width)),
-        (5, 7, lambda n: inside_or_outside(rectangles(rng, n, height, width))),
+        (0, 6, lambda n: _training_parts(rng, n, height, width)),
+        (6, 7, lambda n: inside_or_outside(rectangles(rng, n, height, width))),
         (7, 8, pixels),
         (8, 9, lambda n: inside_or_outside(strokes(rng, n, height, width))),
     ]
