@@ -79,7 +79,9 @@ def first_rows(http: httpx.Client, body: bytes) -> None:
 def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, seconds: float) -> dict:
     """Let many clients ask for one completion after the other; return what came of it.
 
-    They share this machine with the service, so each is the leanest there is.
+    They share this machine with the service, so each is the leanest there is. They come within the first second, and
+    who is refused comes back when told, give or take a second: one process cannot do 128 things at once, and would
+    measure itself.
     """
     answered: list[float] = []
     refused: list[float] = []
@@ -89,6 +91,7 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
     def ask(number: int) -> None:
         address = httpx.URL(url)
         connect = {"http": HTTPConnection, "https": HTTPSConnection}[address.scheme]
+        time.sleep(random.random())
         with contextlib.closing(connect(address.host, address.port, timeout=TIMEOUT_S)) as connection:
             i = number
             while (start := time.perf_counter()) < end:
@@ -102,7 +105,8 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
                     refused.append(taken)
                     connection.close()  # a server does not hold one open for so long
                     # As a client does that reads the answer.
-                    time.sleep(max(0.0, min(float(response.headers["retry-after"]), end - time.perf_counter())))
+                    told = float(response.headers["retry-after"]) + random.random()
+                    time.sleep(max(0.0, min(told, end - time.perf_counter())))
                 else:
                     others.append(text.decode())
                 i += clients

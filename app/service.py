@@ -16,9 +16,11 @@ Settings (environment):
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future
@@ -58,6 +60,7 @@ logger = logging.getLogger("bentoml.pixelcnn")
 
 WATCH_EVERY_S = 1.0  # drawings are scored for the metrics at most so often
 MAX_BATCH_IMAGES = 32  # of requests that share a call
+SWITCH_S = 0.0005  # after which a thread that runs Python lets another do so
 MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
 TIMEOUT_S = setting("PIXELCNN_TIMEOUT_S", 120)
 
@@ -95,6 +98,11 @@ class PixelCNNService:
     @bentoml.on_startup
     def start(self) -> None:
         self.champions.start()
+        # Or the event loop waits, 100 ms now and then while the garbage collector looks through all that is loaded,
+        # and 5 ms again and again for a thread that computes.
+        gc.collect()
+        gc.freeze()
+        sys.setswitchinterval(SWITCH_S)
 
     @bentoml.on_shutdown
     def shut_down(self) -> None:
