@@ -9,11 +9,13 @@ is shown as crashed after a minute and a half, and a training is then started ag
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -84,6 +86,36 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+def await_server(server: subprocess.Popen[bytes], url: str) -> None:
+    """Return once a Prefect server answers. Raises OSError if it ends before, or takes too long."""
+    deadline = time.monotonic() + START_S
+    while not is_healthy(url):
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise OSError(f"the Prefect server did not start at {url}; its message stands above.")
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[str]:
+    """Run a Prefect server with a database of its own in a folder; yield its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, "PREFECT_HOME": str(folder / "server")},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        await_server(server, url)
+        yield url
+    finally:
+        stop([server])
+
+
 def has_worker() -> bool:
     """Say whether the pool has a worker that is alive."""
     with get_client(sync_client=True) as client:
@@ -126,12 +158,7 @@ def operate(url: str) -> None:
         if not is_healthy(url):
             address = urlsplit(url)
             host, port = address.hostname or "127.0.0.1", str(address.port or 4200)
-            server = start("server", "start", "--host", host, "--port", port)
-            deadline = time.monotonic() + START_S
-            while not is_healthy(url):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise OSError(f"the Prefect server did not start on {host}:{port}; its message stands above.")
-                time.sleep(POLL_S)
+            await_server(start("server", "start", "--host", host, "--port", port), url)
         for words in (
             ("work-pool", "create", POOL, "--type", "process", "--overwrite"),
             ("deploy", "--all"),
