@@ -328,7 +328,7 @@ def endings_html(ending: Ending, coloured: bool, order: str = "likely", drawing:
             f'<img src="{source}" alt="Ending {rank}: {score}"></button>'
             f"<figcaption>{score}<small>{bits}</small></figcaption></figure>"
         )
-    return f'<div class="endings">{"".join(figures)}</div>'
+    return f'<div class="endings" data-known="{int(known.sum())}">{"".join(figures)}</div>'
 
 
 def gallery_html(endings: list[Ending]) -> str:
