@@ -244,3 +244,27 @@ def test_a_stream_ends_in_time(client, monkeypatch):
     monkeypatch.setattr(service.Batches, "submit", lambda self, job: None)
     body = {"dataset": "grey", "image": [[0] * 4] * 5, "observed": [[0] * 4] * 5}
     assert "took longer than 0.05 s: ask for less" in client.post("/complete_stream", json=body).text
+
+
+def test_requests_that_come_together_are_read_one_per_turn_of_the_loop():
+    turn, read = 0, []
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while len(read) < 8:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def read_one() -> None:
+        async def receive() -> dict:
+            return {"type": "http.request", "body": b'{"dataset": "grey"}', "more_body": False}
+
+        scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+        await wire.GenerateRequest.from_http_request(Request(scope, receive), None)
+        read.append(turn)
+
+    async def together() -> None:
+        await asyncio.gather(count_turns(), *(read_one() for _ in range(8)))
+
+    asyncio.run(together())
+    assert len(set(read)) == 8
