@@ -87,23 +87,21 @@ def measure(pair: str, epochs: float | None) -> list[tuple[str, float, float]]:
             _copy_project(folder, pair, dataset, epochs)
             environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": "", "PREFECT_API_URL": url}
             environment |= {"PREFECT_HOME": str(folder / "prefect"), "GIT_CEILING_DIRECTORIES": top}
-
-            def python(
-                *words: str, folder: Path = folder, environment: dict[str, str] = environment, name: str = name
-            ) -> None:
-                command = [sys.executable, *words]
-                done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-                if done.returncode != 0:
-                    raise OSError(f"the training {name} failed: {done.stderr.strip()[-1000:]}")
-
             if number == FRESH:
                 environment["PREFECT_API_URL"] = ""
             else:
-                python("-c", "from pipelines import tracking; tracking.client()")
+                _python(folder, environment, "-c", "from pipelines import tracking; tracking.client()")
             before, start = _processor_s(), time.monotonic()
-            python(*words)
+            _python(folder, environment, *words)
             found.append((name, time.monotonic() - start, _processor_s() - before))
     return found
+
+
+def _python(folder: Path, environment: dict[str, str], *words: str) -> None:
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"a measured command failed: {done.stderr.strip()[-1000:]}")
 
 
 def _copy_project(folder: Path, pair: str, dataset: str, epochs: float | None) -> None:
