@@ -29,7 +29,7 @@ from pixelcnn.fast_sampling import OnRow, engine_name
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.sampling import generator_for
 
-SHORT_CALL = 5e8  # sub-pixels times parameters: some tens of milliseconds on a core
+SHORT_CALL = 1e10  # sub-pixels times parameters: less than a tenth of a second on two cores
 
 
 def noise(seed: int, num_images: int, image_shape: tuple[int, int, int]) -> Tensor:

@@ -59,7 +59,7 @@ usage_stats.do_not_track.cache_clear()
 logger = logging.getLogger("bentoml.pixelcnn")
 
 WATCH_EVERY_S = 1.0  # drawings are scored for the metrics at most so often
-MAX_BATCH_IMAGES = 32  # of requests that share a call
+MAX_BATCH_IMAGES = 16  # of requests that share a call
 SWITCH_S = 0.0005  # after which a thread that runs Python lets another do so
 MAX_QUEUE = setting("PIXELCNN_MAX_QUEUE", 48)
 TIMEOUT_S = setting("PIXELCNN_TIMEOUT_S", 120)

@@ -217,7 +217,7 @@ def _memory(model: AutoregressiveModel) -> tuple[int, int]:
         return 0, 0
     from pixelcnn.compiled_sampling import build_engine
 
-    buffers = sum(array.nbytes for group in build_engine(model).new_state() for array in group)
+    buffers = sum(array.nbytes for group in build_engine(model).new_state(1) for array in group)
     return sum(p.numel() * p.element_size() for p in joint_parameters(model)), buffers
 
 

@@ -9,8 +9,11 @@ The algorithm is that of cached_sampling.py, which says it in torch; here it is 
 - Matrices are cut into panels as wide as two vector registers, one panel after the other: the inner loop reads
   memory in order and keeps its sums in registers. It is written in vector instructions (`_tile`), because compilers
   do not find that form by themselves.
-- What a label and a drawing add is a bias: the drawing's is one per pixel, made by torch before the first row.
+- Some images are sampled in step, so that a weight is read once for a pixel of each. A sum's order does not depend on
+  how many there are: not a bit of an image depends on those beside it.
+- The map of a drawing is made here as well, so that nothing waits for torch's threads, and enters as one more input.
 - Activations are kept for a few rows only (a ring), so the cost of a pixel does not grow with the image.
+- Rows without a missing pixel are computed only as far as later ones see them.
 
 Arrays are flat; a place in one is an offset. Every array that a product reads has a vector's length to spare at its
 end.
@@ -39,6 +42,7 @@ _inlined: Any = njit(**_options, fastmath={"contract"}, forceinline=True)
 _reordered: Any = njit(**_options, fastmath={"contract", "reassoc", "nnan", "nsz"}, forceinline=True)  # for max and sum
 
 Array = np.ndarray[Any, Any]
+_double = np.dtype(np.float64)
 ir = cgutils.ir  # numba's own builder of LLVM code
 
 VECTOR_BYTES = 64  # wider than the machine's registers is fine: LLVM splits it
@@ -160,19 +164,37 @@ def _tile(num_columns: int, num_vectors: int, num_chains: int) -> Any:
 
 _tile_1x1, _tile_1x2 = _tile(1, 1, 4), _tile(1, 2, 4)
 _tile_4x1, _tile_4x2 = _tile(4, 1, 2), _tile(4, 2, 1)
+# For one pixel of each of some images, and all in the same order of summation.
+_pixel_1x1, _pixel_1x2 = _tile(1, 1, 2), _tile(1, 2, 2)
+_pixel_4x1, _pixel_4x2 = _tile(4, 1, 2), _tile(4, 2, 2)
 
 
-@_inlined
-def _product(out, o, base, b, x, i, num_in, w, at, num_out, floor):
-    """out[o:] = max(floor, base[b:] + x[i : i + num_in] @ matrix), the (num_in, num_out) matrix packed at w[at:]."""
+@_compiled
+def _products(out, o, o_step, base, b, b_step, x, i, x_step, num_images, num_in, w, at, num_out, floor):
+    """out[o:] = max(floor, base[b:] + x[i : i + num_in] @ matrix), a step further for each image.
+
+    The (num_in, num_out) matrix is the one packed at w[at:].
+    """
     lanes = VECTOR_BYTES // w.itemsize
     k = 0
-    while k + 2 * lanes <= num_out:
-        _tile_1x2(out, o + k, 0, base, b + k, 0, x, i, 0, num_in, w, at + num_in * k, floor, lanes)
-        k += 2 * lanes
     while k < num_out:
-        _tile_1x1(out, o + k, 0, base, b + k, 0, x, i, 0, num_in, w, at + num_in * k, floor, num_out - k)
-        k += lanes
+        wide = k + 2 * lanes <= num_out
+        panel, count, r = at + num_in * k, min(lanes, num_out - k), 0
+        while r < num_images:
+            to, of, of_x = o + r * o_step + k, b + r * b_step + k, i + r * x_step
+            if r + 4 <= num_images:
+                if wide:
+                    _pixel_4x2(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
+                else:
+                    _pixel_4x1(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
+                r += 4
+            else:
+                if wide:
+                    _pixel_1x2(out, to, 0, base, of, 0, x, of_x, 0, num_in, w, panel, floor, count)
+                else:
+                    _pixel_1x1(out, to, 0, base, of, 0, x, of_x, 0, num_in, w, panel, floor, count)
+                r += 1
+        k += 2 * lanes if wide else lanes
 
 
 @_compiled
@@ -354,159 +376,298 @@ def _draw(logits, exps, num_levels, u, temperature):
 
 
 @_inlined
-def _head_and_draw(w, at, s, y, x, c, levels, logits_out, nats, u, missing, temperature):
-    """Score colour c of pixel (y, x) from the rectified features; draw it where it is missing."""
+def _head_and_draw(w, at, s, y, x, c, work, index, temperature):
+    """Score colour c of pixel (y, x) from the rectified features; draw it in the images in which it is missing."""
     head, head_b, logits_at, logits_b, num_in, num_head, num_levels = at
     features, hidden, logits, exps = s
+    levels, missing, u, _, _, _, logits_out, nats = work
+    num_colours, num_images = levels.shape[1], index.size
     # The maps of earlier colours are there from their own turn.
-    _product(hidden, c * num_head, w, head_b + c * num_head, features, 0, (c + 1) * num_in, w, head[c], num_head, 0.0)
-    b = logits_b + c * num_levels
-    _product(logits, 0, w, b, hidden, 0, (c + 1) * num_head, w, logits_at[c], num_levels, NO_FLOOR)
-    if logits_out.shape[0]:
-        for k in range(num_levels):
-            logits_out[k, c, y, x] = logits[k]
-    if missing[y, x]:
-        level, cost = _draw(logits, exps, num_levels, u[c, y, x], temperature)
-        levels[c, y, x] = level
-        nats[0] += cost
+    _products(
+        hidden, c * num_head, num_colours * num_head, w, head_b + c * num_head, 0,
+        features, 0, num_colours * num_in, num_images, (c + 1) * num_in, w, head[c], num_head, 0.0,
+    )  # fmt: skip
+    _products(
+        logits, 0, num_levels, w, logits_b + c * num_levels, 0,
+        hidden, 0, num_colours * num_head, num_images, (c + 1) * num_head, w, logits_at[c], num_levels, NO_FLOOR,
+    )  # fmt: skip
+    for g in range(num_images):
+        n = index[g]
+        own = logits[g * num_levels : (g + 1) * num_levels]
+        if logits_out.shape[0]:
+            for k in range(num_levels):
+                logits_out[n, k, c, y, x] = own[k]
+        if missing[n, y, x]:
+            level, cost = _draw(own, exps, num_levels, u[n, c, y, x], temperature)
+            levels[n, c, y, x] = level
+            nats[n] += cost
+
+
+@_inlined
+def _first_missing_row(missing, index):
+    """Return the first row in which one of the images misses a pixel; their height if there is none."""
+    height, width = missing.shape[1:]
+    for y in range(height):
+        for g in range(index.size):
+            for x in range(width):
+                if missing[index[g], y, x]:
+                    return y
+    return height
+
+
+@_inlined
+def _end_of_missing(missing, index, y):
+    """Return the column after the last one that one of the images misses in a row; 0 if there is none."""
+    for end in range(missing.shape[2], 0, -1):
+        for g in range(index.size):
+            if missing[index[g], y, end - 1]:
+                return end
+    return 0
 
 
 @_compiled
-def _pixelcnn_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, nats, y0, y1):
-    """Sample rows y0..y1-1 of one image in place."""
-    first_half, half, num_blocks, num_features, num_head = sizes
-    first_above, first_b, first_left, first_skip, skips_b, above, reduce, reduce_b, conv, stream_b, grow = at
+def _pixelcnn_rows(w, sizes, at, head, s, head_s, work, index, temperature, y0, y1):
+    """Sample rows y0..y1-1 of some images in place."""
+    first_half, half, num_blocks, num_features, num_head, num_context = sizes
+    first_above, first_b, first_left, first_skip, skips_b, above, reduce, reduce_b, conv, stream_b, grow = at[:11]
+    bias, projection = at[11:]
     image, cache, first_row, above_row, first, stream, positive_stream, positive = s
-    bias, context = biases
-    num_colours, height, width = levels.shape
+    levels, missing, _, labels, contexts, which, logits_out, _ = work
+    num_images = index.size
+    _, num_colours, height, width = levels.shape
     num_levels = head[6]
     num_slots = half + 1
     image_step, cache_step = (width + 2 * first_half) * num_colours, (width + 2 * half) * num_features
     h, num_first = num_features, 2 * num_features
     inner, outer, skips = h // num_colours, num_first // num_colours, num_head // num_colours
+    # From an image's numbers to those of the next.
+    image_size, cache_size = (height + first_half) * image_step, num_blocks * num_slots * cache_step
+    first_size, above_size, stream_size = width * num_first, num_blocks * width * h, outer + skips
+    deep_size, positive_size = num_blocks * num_first, num_blocks * h
     scale = w.dtype.type(2) / w.dtype.type(num_levels - 1)
     always = logits_out.shape[0] > 0
+    first_missing = 0 if always else _first_missing_row(missing, index)
 
     for y in range(y0, y1):
+        end = width if always else _end_of_missing(missing, index, y)
+        # So many blocks' results are seen by missing pixels: a block sees `half` rows more than the one after it.
+        depth = num_blocks - (max(0, first_missing - y) + half - 1) // half
         # What lies above, over the whole row.
-        _fill_columns(first_row, 0, width, w, first_b, num_first)
-        num_in = (2 * first_half + 1) * num_colours
-        for dy in range(first_half):
-            i = (y + dy) * image_step
-            _add_products(first_row, 0, num_first, image, i, num_colours, width, num_in, w, first_above[dy], num_first)
-        for layer in range(num_blocks):
-            o = layer * width * h
-            _fill_columns(above_row, o, width, bias, layer * h, h)
-            if context.shape[0]:
-                _add(above_row, o, above_row, o, context, (layer * height + y) * width * h, width * h)
-            for dy in range(half):
-                i = (layer * num_slots + (y - half + dy) % num_slots) * cache_step
-                _add_products(above_row, o, h, cache, i, h, width, (2 * half + 1) * h, w, above[layer, dy], h)
+        for g in range(num_images if depth >= 0 else 0):
+            o = g * first_size
+            _fill_columns(first_row, o, width, w, first_b, num_first)
+            n = (2 * first_half + 1) * num_colours
+            for dy in range(first_half):
+                i = g * image_size + (y + dy) * image_step
+                _add_products(first_row, o, num_first, image, i, num_colours, width, n, w, first_above[dy], num_first)
+            for layer in range(depth):
+                o = g * above_size + layer * width * h
+                _fill_columns(above_row, o, width, w, bias + ((labels[index[g]] + 1) * num_blocks + layer) * h, h)
+                if which[index[g]] >= 0:
+                    i = (which[index[g]] * height + y) * width * num_context
+                    _add_products(
+                        above_row, o, h, contexts, i, num_context, width, num_context, w, projection[layer], h
+                    )
+                for dy in range(half):
+                    i = g * cache_size + (layer * num_slots + (y - half + dy) % num_slots) * cache_step
+                    _add_products(above_row, o, h, cache, i, h, width, (2 * half + 1) * h, w, above[layer, dy], h)
 
         for x in range(width):
             pixel = (y + first_half) * image_step + (x + first_half) * num_colours
             for c in range(num_colours):
-                # Of this colour: the residual stream, then the skip connections' sum, both without their biases.
-                o, num_in = c * outer, first_half * num_colours + c
-                i = pixel - first_half * num_colours
-                _product(first, o, first_row, x * num_first + o, image, i, num_in, w, first_left[c], outer, NO_FLOOR)
-                for k in range(outer):
-                    stream[k] = first[o + k]
-                _product(stream, outer, w, skips_b + c * skips, first, 0, o + outer, w, first_skip[c], skips, NO_FLOOR)
-                for layer in range(num_blocks):
+                o = c * outer
+                if depth >= 0:
+                    # Of this colour: the residual stream, then the skip connections' sum, both without their biases.
+                    i, n = pixel - first_half * num_colours, first_half * num_colours + c
+                    _products(
+                        first, o, num_first, first_row, x * num_first + o, first_size,
+                        image, i, image_size, num_images, n, w, first_left[c], outer, NO_FLOOR,
+                    )  # fmt: skip
+                    for g in range(num_images):
+                        for k in range(outer):
+                            stream[g * stream_size + k] = first[g * num_first + o + k]
+                    _products(
+                        stream, outer, stream_size, w, skips_b + c * skips, 0,
+                        first, 0, num_first, num_images, o + outer, w, first_skip[c], skips, NO_FLOOR,
+                    )  # fmt: skip
+                for layer in range(min(depth + 1, num_blocks)):
                     p, i, num_in = layer * num_first, layer * h, (c + 1) * inner
                     here = (layer * num_slots + y % num_slots) * cache_step + (x + half) * h
-                    _relu(positive_stream, p + o, stream, 0, w, stream_b + p + o, outer)
-                    _product(
-                        cache, here + c * inner, w, reduce_b + i + c * inner,
-                        positive_stream, p, o + outer, w, reduce[layer, c], inner, 0.0,
+                    for g in range(num_images):
+                        to, b = g * deep_size + p + o, stream_b + p + o
+                        _relu(positive_stream, to, stream, g * stream_size, w, b, outer)
+                    _products(
+                        cache, here + c * inner, cache_size, w, reduce_b + i + c * inner, 0,
+                        positive_stream, p, deep_size, num_images, o + outer, w, reduce[layer, c], inner, 0.0,
                     )  # fmt: skip
-                    _product(
-                        positive, i + c * inner, above_row, (layer * width + x) * h + c * inner,
-                        cache, here - half * h, half * h + num_in, w, conv[layer, c], inner, 0.0,
+                    if layer == depth:
+                        break  # the rows below see this much of it
+                    _products(
+                        positive, i + c * inner, positive_size,
+                        above_row, (layer * width + x) * h + c * inner, above_size,
+                        cache, here - half * h, cache_size,
+                        num_images, half * h + num_in, w, conv[layer, c], inner, 0.0,
                     )  # fmt: skip
                     start = 0 if layer + 1 < num_blocks else outer  # nothing reads the last block's stream
-                    _product(
-                        stream, start, stream, start,
-                        positive, i, num_in, w, grow[layer, c], outer + skips - start, NO_FLOOR,
+                    _products(
+                        stream, start, stream_size, stream, start, stream_size, positive, i, positive_size,
+                        num_images, num_in, w, grow[layer, c], outer + skips - start, NO_FLOOR,
                     )  # fmt: skip
-                if always or missing[y, x]:
-                    _relu(head_s[0], c * skips, stream, outer, w, stream_b + num_blocks * num_first, skips)
-                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, nats, u, missing, temperature)
-                image[pixel + c] = w.dtype.type(levels[c, y, x]) * scale - w.dtype.type(1)
+                if x < end:
+                    for g in range(num_images):
+                        to, b = g * num_head + c * skips, stream_b + num_blocks * num_first
+                        _relu(head_s[0], to, stream, g * stream_size + outer, w, b, skips)
+                    _head_and_draw(w, head, head_s, y, x, c, work, index, temperature)
+                for g in range(num_images):
+                    level = w.dtype.type(levels[index[g], c, y, x])
+                    image[g * image_size + pixel + c] = level * scale - w.dtype.type(1)
 
 
 @_compiled
-def _gated_rows(w, sizes, at, head, biases, s, head_s, levels, missing, u, temperature, logits_out, nats, y0, y1):
-    """Sample rows y0..y1-1 of one image in place."""
-    half, num_layers, num_features = sizes
-    v_conv, v_b, link, h_conv, h_out, out_b, zeros = at
-    v_label, h_bias, v_context, h_context = biases
+def _gated_rows(w, sizes, at, head, s, head_s, work, index, temperature, y0, y1):
+    """Sample rows y0..y1-1 of some images in place."""
+    half, num_layers, num_features, num_context = sizes
+    v_conv, v_b, link, h_conv, h_out, out_b, zeros, v_label, h_label, v_context, h_context = at
     image, v_cache, h_cache, v_gates, link_row, gates, gated, residual = s
-    num_colours, height, width = levels.shape
+    levels, missing, _, labels, contexts, which, logits_out, _ = work
+    num_images = index.size
+    _, num_colours, height, width = levels.shape
     num_levels = head[6]
     num_slots = half + 1
     p, num_gates, maps = num_features, 2 * num_features, num_features // num_colours
     image_step, v_step, h_step = (width + 2 * half) * num_colours, (width + 2 * half) * p, (width + half) * p
+    # From an image's numbers to those of the next.
+    image_size, v_size, h_size = (
+        (height + half) * image_step,
+        num_layers * num_slots * v_step,
+        (num_layers + 1) * h_step,
+    )
+    link_size, gated_size = num_layers * width * num_gates, num_layers * p
     scale = w.dtype.type(2) / w.dtype.type(num_levels - 1)
     always = logits_out.shape[0] > 0
+    first_missing = 0 if always else _first_missing_row(missing, index)
 
     for y in range(y0, y1):
+        end = width if always else _end_of_missing(missing, index, y)
         # The vertical stack of the row above, over its full width, and its link to this row.
-        for layer in range(num_layers):
-            o = layer * width * num_gates
-            _fill_columns(link_row, o, width, h_bias, layer * num_gates, num_gates)
-            if h_context.shape[0]:
-                i = (layer * height + y) * width * num_gates
-                _add(link_row, o, link_row, o, h_context, i, width * num_gates)
-        if y > 0:
-            for layer in range(num_layers):
+        for g in range(num_images):
+            has_context = which[index[g]] >= 0
+            at_context = which[index[g]] * height * width * num_context
+            at_label = (labels[index[g]] + 1) * num_layers * num_gates
+            if end > 0:
+                for layer in range(num_layers):
+                    o = g * link_size + layer * width * num_gates
+                    _fill_columns(link_row, o, width, w, h_label + at_label + layer * num_gates, num_gates)
+                    if has_context:
+                        i, n = at_context + y * width * num_context, num_context
+                        _add_products(link_row, o, num_gates, contexts, i, n, width, n, w, h_context[layer], num_gates)
+            # The last layer is seen by the row below, each layer by `half` rows more than the one after it.
+            unseen = max(0, first_missing - y + half - 1) // half
+            for layer in range(num_layers - unseen if y > 0 else 0):
                 _fill_columns(v_gates, 0, width, w, v_b + layer * num_gates, num_gates)
                 for dy in range(half + 1):
                     at_w = v_conv[layer, dy]
                     if layer == 0:
-                        i, n = (y - 1 + dy) * image_step, (2 * half + 1) * num_colours
+                        i, n = g * image_size + (y - 1 + dy) * image_step, (2 * half + 1) * num_colours
                         _add_products(v_gates, 0, num_gates, image, i, num_colours, width, n, w, at_w, num_gates)
                     else:
                         i = ((layer - 1) * num_slots + (y - 1 + dy - half) % num_slots) * v_step
-                        n = (2 * half + 1) * p
+                        i, n = g * v_size + i, (2 * half + 1) * p
                         _add_products(v_gates, 0, num_gates, v_cache, i, p, width, n, w, at_w, num_gates)
-                o = layer * width * num_gates
-                _add_products(
-                    link_row, o, num_gates, v_gates, 0, num_gates, width, num_gates, w, link[layer], num_gates
-                )
+                if end > 0:
+                    o, n = g * link_size + layer * width * num_gates, num_gates
+                    _add_products(link_row, o, n, v_gates, 0, n, width, n, w, link[layer], n)
                 if layer + 1 < num_layers:
-                    if v_context.shape[0]:
-                        i = (layer * height + y - 1) * width * num_gates
-                        _add(v_gates, 0, v_gates, 0, v_context, i, width * num_gates)
-                    o = (layer * num_slots + (y - 1) % num_slots) * v_step + half * p
+                    if has_context:
+                        i, n = at_context + (y - 1) * width * num_context, num_context
+                        _add_products(v_gates, 0, num_gates, contexts, i, n, width, n, w, v_context[layer], num_gates)
+                    o = g * v_size + (layer * num_slots + (y - 1) % num_slots) * v_step + half * p
                     for x in range(width):
-                        g = x * num_gates
-                        _add(v_gates, g, v_gates, g, v_label, layer * num_gates, num_gates)
-                        _gate(v_cache, o + x * p, v_gates, g, p)
+                        i = x * num_gates
+                        _add(v_gates, i, v_gates, i, w, v_label + at_label + layer * num_gates, num_gates)
+                        _gate(v_cache, o + x * p, v_gates, i, p)
 
         for x in range(width):
             pixel = (y + half) * image_step + (x + half) * num_colours
             for c in range(num_colours):
-                for layer in range(num_layers):
+                # What lies right of the last missing pixel nobody sees before the next row.
+                for layer in range(num_layers if x < end else 0):
                     b, at_w = (layer * width + x) * num_gates + c * 2 * maps, h_conv[layer, c]
                     here = layer * h_step + (x + half) * p  # the layer's input
                     if layer == 0:
                         i, n = pixel - half * num_colours, half * num_colours + c
-                        _product(gates, 0, link_row, b, image, i, n, w, at_w, 2 * maps, NO_FLOOR)
+                        _products(
+                            gates, 0, 2 * maps, link_row, b, link_size,
+                            image, i, image_size, num_images, n, w, at_w, 2 * maps, NO_FLOOR,
+                        )  # fmt: skip
                     else:
                         i, n = here - half * p, half * p + (c + 1) * maps
-                        _product(gates, 0, link_row, b, h_cache, i, n, w, at_w, 2 * maps, NO_FLOOR)
-                    _gate(gated, layer * p + c * maps, gates, 0, maps)
-                    # The first layer's input is the image, in place of which zeros lie here: no residual.
-                    _add(residual, 0, h_cache, here + c * maps, w, out_b + layer * p + c * maps, maps)
-                    o, i, n = here + h_step + c * maps, layer * p, (c + 1) * maps
-                    _product(h_cache, o, residual, 0, gated, i, n, w, h_out[layer, c], maps, NO_FLOOR)
-                if always or missing[y, x]:
-                    i = num_layers * h_step + (x + half) * p + c * maps
-                    _relu(head_s[0], c * maps, h_cache, i, w, zeros, maps)
-                    _head_and_draw(w, head, head_s, y, x, c, levels, logits_out, nats, u, missing, temperature)
-                image[pixel + c] = w.dtype.type(levels[c, y, x]) * scale - w.dtype.type(1)
+                        _products(
+                            gates, 0, 2 * maps, link_row, b, link_size,
+                            h_cache, i, h_size, num_images, n, w, at_w, 2 * maps, NO_FLOOR,
+                        )  # fmt: skip
+                    for g in range(num_images):
+                        _gate(gated, g * gated_size + layer * p + c * maps, gates, g * 2 * maps, maps)
+                        # The first layer's input is the image, in place of which zeros lie here: no residual.
+                        i = g * h_size + here + c * maps
+                        _add(residual, g * maps, h_cache, i, w, out_b + layer * p + c * maps, maps)
+                    _products(
+                        h_cache, here + h_step + c * maps, h_size, residual, 0, maps,
+                        gated, layer * p, gated_size, num_images, (c + 1) * maps, w, h_out[layer, c], maps, NO_FLOOR,
+                    )  # fmt: skip
+                if x < end:
+                    for g in range(num_images):
+                        i = g * h_size + num_layers * h_step + (x + half) * p + c * maps
+                        _relu(head_s[0], g * p + c * maps, h_cache, i, w, zeros, maps)
+                    _head_and_draw(w, head, head_s, y, x, c, work, index, temperature)
+                for g in range(num_images):
+                    level = w.dtype.type(levels[index[g], c, y, x])
+                    image[g * image_size + pixel + c] = level * scale - w.dtype.type(1)
+
+
+@_inlined
+def _convolve(out, num_out, x, num_in, w, at, dilation, height, width):
+    """Add a 3x3 convolution of x, (height, width, num_in), to out; what lies outside the image costs nothing."""
+    for y in range(height):
+        for i in range(3):
+            above = y + (i - 1) * dilation
+            if above < 0 or above >= height:
+                continue
+            for j in range(3):
+                right = (j - 1) * dilation
+                o, of = (y * width + max(0, -right)) * num_out, (above * width + max(0, right)) * num_in
+                num_columns = width - abs(right)  # or less than nothing
+                _add_products(out, o, num_out, x, of, num_in, num_columns, num_in, w, at[i, j], num_out)
+
+
+@_compiled
+def _context(w, sizes, at, levels, observed, num_levels, s, out):
+    """Write the map that `layers.ContextNetwork` makes of a drawing, (height, width, features)."""
+    num_maps, num_features = sizes
+    first, first_b, convs, dilations, convs_b, last, last_b = at
+    x, positive = s
+    num_colours, height, width = levels.shape
+    num_pixels = height * width
+    scale = w.dtype.type(2) / w.dtype.type(num_levels - 1)
+
+    for y in range(height):
+        for column in range(width):
+            i = (y * width + column) * (num_colours + 1)
+            known = w.dtype.type(observed[y, column])
+            for c in range(num_colours):
+                positive[i + c] = known * (w.dtype.type(levels[c, y, column]) * scale - w.dtype.type(1))
+            positive[i + num_colours] = known
+    _fill_columns(x, 0, num_pixels, w, first_b, num_maps)
+    _convolve(x, num_maps, positive, num_colours + 1, w, first, 1, height, width)
+    for layer in range(dilations.size):
+        for i in range(num_pixels):
+            _relu(positive, i * num_maps, x, i * num_maps, w, convs_b, num_maps)
+            _add(x, i * num_maps, x, i * num_maps, w, convs_b + (layer + 1) * num_maps, num_maps)
+        _convolve(x, num_maps, positive, num_maps, w, convs[layer], dilations[layer], height, width)
+    for i in range(num_pixels):
+        _relu(positive, i * num_maps, x, i * num_maps, w, convs_b, num_maps)
+    _fill_columns(out, 0, num_pixels, w, last_b, num_features)
+    _add_products(out, 0, num_features, positive, 0, num_maps, num_pixels, num_maps, w, last, num_features)
 
 
 class _Weights:
@@ -546,23 +707,69 @@ class Engine:
 
     Args:
         dtype: of the weights.
-        new_state: returns fresh buffers for one image.
-        biases: returns what a label, and the map of a drawing, (context_features, H, W) or None, add in one image.
-        rows: samples rows of one image in place.
+        new_state: (num_images) returns fresh buffers for some images that are sampled in step.
+        rows: (state, work, index, temperature, y0, y1) samples rows y0..y1-1 of the images `index` of `work`, whose
+            buffers are `state`, in place.
+        context: (levels (C, H, W), observed (H, W)) returns the map of a drawing, (H, W, context_features), flat; None
+            for a model without a context network.
     """
 
-    dtype: Any
-    new_state: Callable[[], Any]
-    biases: Callable[[int, Tensor | None], Any]
+    dtype: np.dtype[Any]
+    new_state: Callable[[int], Any]
     rows: Callable[..., None]
+    context: Callable[[Array, Array], Array] | None
+
+    def new_work(
+        self,
+        levels: Tensor,
+        missing: Tensor,
+        u: Tensor,
+        labels: list[int],
+        contexts: list[Array | None],
+        logits: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Return what `rows` works on, and where it adds up the nats of what it draws, (B,) float64.
+
+        Args:
+            levels: (B, C, H, W) int64, contiguous: the images, completed in place.
+            missing: (B, H, W) bool.
+            u: (B, C, H, W) uniform noise.
+            labels: B numbers, -1 for none.
+            contexts: B maps of drawings, as `context` returns them; None where nothing is to be added.
+            logits: (B, K, C, H, W), for the logits of all pixels, which are then all computed; None for no logits.
+        """
+        made = {id(context): context for context in contexts if context is not None}
+        place = {key: i for i, key in enumerate(made)}
+        nats = torch.zeros(len(levels), dtype=torch.float64)
+        work = (
+            levels.numpy(),
+            missing.contiguous().numpy(),
+            u.double().contiguous().numpy(),
+            _offsets(labels),
+            np.concatenate([*made.values(), _zeros(0, self.dtype)]),
+            _offsets([place.get(id(context), -1) for context in contexts]),
+            np.empty((0,) * 5, self.dtype) if logits is None else logits.numpy(),
+            nats.numpy(),
+        )
+        return work, nats
+
+    def joined(self, states: list[Any]) -> Any:
+        """Return the buffers for some images in step, each of which has come as far by itself."""
+
+        def join(arrays: tuple[Array, ...]) -> Array:
+            spare = VECTOR_BYTES // arrays[0].itemsize
+            return np.concatenate([*(array[:-spare] for array in arrays), arrays[0][-spare:]])
+
+        return tuple(tuple(map(join, zip(*groups, strict=True))) for groups in zip(*states, strict=True))
 
 
 def _weight(conv: MaskedConv2d) -> Tensor:
     return (conv.weight * conv.mask).detach()  # (out, in, kh, kw)
 
 
-def _matrix(conv: MaskedConv2d) -> Tensor:
-    return _weight(conv)[:, :, 0, 0].T  # of a 1x1 layer: (in, out)
+def _matrix(conv: Any) -> Tensor:
+    weight = _weight(conv) if isinstance(conv, MaskedConv2d) else conv.weight
+    return weight[:, :, 0, 0].T  # of a 1x1 layer: (in, out)
 
 
 def _row_matrix(weight: Tensor) -> Tensor:
@@ -596,41 +803,74 @@ def _lay_out_head(model: AutoregressiveModel, weights: _Weights) -> tuple[Any, .
     return matrices[0], biases[0], matrices[1], biases[1], num_in, num_head, model.config.num_levels
 
 
-def _zeros(size: int, dtype: Any) -> Array:
+def _zeros(size: int, dtype: np.dtype[Any]) -> Array:
     return np.zeros(size + VECTOR_BYTES // dtype.itemsize, dtype)
 
 
-def _head_state(model: AutoregressiveModel, dtype: Any) -> tuple[Array, ...]:
-    levels = model.config.num_levels
+def _head_state(model: AutoregressiveModel, dtype: np.dtype[Any], num_images: int) -> tuple[Array, ...]:
     num_head, num_in = model.head.weight.shape[:2]
-    return _zeros(num_in, dtype), _zeros(num_head, dtype), _zeros(levels, dtype), np.zeros(levels)
+    levels = num_images * model.config.num_levels
+    maps = (_zeros(num_images * size, dtype) for size in (num_in, num_head))
+    return *maps, _zeros(levels, dtype), _zeros(levels, _double)
 
 
-def _label_table(tables: list[Any], label: int, like: Tensor) -> Tensor:
-    """Return what a label adds in each layer, (layers, maps) like `like`; -1 adds nothing."""
-    if label < 0 or tables[0] is None:
-        return torch.zeros_like(like)
-    return torch.stack([table.table[label] for table in tables]).detach()
+def _label_table(tables: list[Any], bias: Tensor) -> Tensor:
+    """Return each layer's bias with what a label adds, (1 + num_labels, layers, maps): first without a label."""
+    if tables[0] is None:
+        return bias[None]
+    added = torch.stack([table.table for table in tables], dim=1)  # (num_labels, layers, maps)
+    return bias + torch.cat([torch.zeros_like(added[:1]), added])
 
 
-def _context_weights(projections: list[Any]) -> Tensor | None:
-    """Return how the map of a drawing enters each layer, (layers, maps, features); None if it does not."""
-    if projections[0] is None:
+def _lay_out_context(model: AutoregressiveModel, weights: _Weights) -> tuple[Any, ...]:
+    """Lay out the network that reads a drawing; nothing for a model without one."""
+    network: Any = model.context_network
+    if network is None:
+        return ()
+
+    def matrices(conv: Any) -> list[list[int]]:
+        return [[weights.matrix(conv.weight[:, :, i, j].T) for j in range(3)] for i in range(3)]
+
+    biases = [layer.bias for layer in network.layers]
+    return (
+        _offsets(matrices(network.first)),
+        weights.vector(network.first.bias),
+        _offsets([matrices(layer) for layer in network.layers]),
+        _offsets([layer.dilation[0] for layer in network.layers]),
+        weights.vector(torch.stack([torch.zeros_like(network.first.bias), *biases])),
+        weights.matrix(_matrix(network.last)),
+        weights.vector(network.last.bias),
+    )
+
+
+def _context_reader(
+    model: AutoregressiveModel, w: Array, at: tuple[Any, ...]
+) -> Callable[[Array, Array], Array] | None:
+    """Return `Engine.context` for the network that `_lay_out_context` laid out."""
+    network, config = model.context_network, model.config
+    if network is None:
         return None
-    return torch.stack([projection.weight[:, :, 0, 0] for projection in projections]).detach()
+    sizes = (network.last.in_channels, network.last.out_channels)
+    num_pixels = config.image_shape[1] * config.image_shape[2]
+
+    def context(levels: Array, observed: Array) -> Array:
+        maps = max(network.last.in_channels, network.first.in_channels)
+        out = _zeros(num_pixels * network.last.out_channels, w.dtype)
+        buffers = tuple(_zeros(num_pixels * maps, w.dtype) for _ in range(2))
+        _context(w, sizes, at, levels, observed, config.num_levels, buffers, out)
+        return out[: num_pixels * network.last.out_channels]
+
+    return context
 
 
-def _context_bias(weights: Tensor | None, context: Tensor | None, dtype: Any) -> Array:
-    """Return what the map of a drawing adds in each layer, (layers, H, W, maps), flat; nothing at all without one."""
-    if weights is None or context is None:
-        return np.zeros(0, dtype)
-    pixels = context.flatten(1).T.contiguous()  # (H * W, features)
-    return torch.matmul(pixels, weights.transpose(1, 2)).flatten().numpy()
+def _context_matrices(weights: _Weights, projections: list[Any], order: Tensor | None = None) -> Array:
+    """Lay out how the map of a drawing enters each layer, as matrices; nothing if it does not.
 
-
-def _padded(values: Tensor) -> Array:
-    flat = values.detach().flatten()
-    return torch.nn.functional.pad(flat, (0, VECTOR_BYTES // flat.dtype.itemsize)).numpy()
+    Args:
+        order: of the maps that it is added to.
+    """
+    matrices = [] if projections[0] is None else [_matrix(projection) for projection in projections]
+    return _offsets([weights.matrix(matrix if order is None else matrix[:, order]) for matrix in matrices])
 
 
 def _pixelcnn_engine(model: PixelCNN) -> Engine:
@@ -674,29 +914,26 @@ def _pixelcnn_engine(model: PixelCNN) -> Engine:
         pixel[1].append([weights.matrix(conv(i, c)) for c in colours])
         pixel[2].append([weights.matrix(grow(i, c)) for c in colours])
     at += [_offsets(pixel[0]), reduce_b, _offsets(pixel[1]), weights.vector(stream_b), _offsets(pixel[2])]
-    head = _lay_out_head(model, weights)
+    conv_b = torch.stack([block.conv.bias for block in blocks])
+    at.append(weights.vector(_label_table([block.label_bias for block in blocks], conv_b)))
+    at.append(_context_matrices(weights, [block.context for block in blocks]))
+    head, reader = _lay_out_head(model, weights), _lay_out_context(model, weights)
     w = weights.array()
     dtype = w.dtype
-    sizes = (first_half, half, num_blocks, h, config.head_features)
-    conv_b = torch.stack([block.conv.bias for block in blocks])
-    tables = [block.label_bias for block in blocks]
-    projections = _context_weights([block.context for block in blocks])
+    sizes = (first_half, half, num_blocks, h, config.head_features, config.context_features)
 
-    def new_state() -> Any:
+    def new_state(num_images: int) -> Any:
         image = (height + first_half) * (width + 2 * first_half) * num_colours
         cache = num_blocks * (half + 1) * (width + 2 * half) * h
         outer_and_skips = (2 * h + config.head_features) // num_colours
         others = (width * 2 * h, num_blocks * width * h, 2 * h, outer_and_skips, num_blocks * 2 * h, num_blocks * h)
-        return tuple(_zeros(size, dtype) for size in (image, cache, *others)), _head_state(model, dtype)
+        own = tuple(_zeros(num_images * size, dtype) for size in (image, cache, *others))
+        return own, _head_state(model, dtype, num_images)
 
-    def biases(label: int, context: Tensor | None) -> Any:
-        bias = _padded(conv_b + _label_table(tables, label, conv_b))
-        return bias, _context_bias(projections, context, dtype)
+    def rows(state: Any, *arguments: Any) -> None:
+        _pixelcnn_rows(w, sizes, tuple(at), head, *state, *arguments)
 
-    def rows(biases: Any, state: Any, *arguments: Any) -> None:
-        _pixelcnn_rows(w, sizes, tuple(at), head, biases, *state, *arguments)
-
-    return Engine(dtype, new_state, biases, rows)
+    return Engine(dtype, new_state, rows, _context_reader(model, w, reader))
 
 
 def _gated_engine(model: GatedPixelCNN) -> Engine:
@@ -717,41 +954,39 @@ def _gated_engine(model: GatedPixelCNN) -> Engine:
 
     v_conv = [[weights.matrix(_row_matrix(weight[:, :, dy])) for dy in range(half + 1)] for weight in v_convs]
     v_b = weights.vector(torch.stack([layer.v_conv.bias for layer in layers]))
-    link = [weights.matrix(layer.link.weight[order, :, 0, 0].T) for layer in layers]
+    link = [weights.matrix(_matrix(layer.link)[:, order]) for layer in layers]
     pixel: list[list[list[int]]] = [[], []]
     for i, layer in enumerate(layers):
         pixel[0].append([weights.matrix(h_conv(i, c)) for c in colours])
         pixel[1].append([weights.matrix(_colour(_matrix(layer.h_out), c, num_colours)) for c in colours])
     out_b = weights.vector(torch.stack([layer.h_out.bias for layer in layers]))
     zeros = weights.vector(torch.zeros(p))
-    at = (_offsets(v_conv), v_b, _offsets(link), _offsets(pixel[0]), _offsets(pixel[1]), out_b, zeros)
-    head = _lay_out_head(model, weights)
+    h_b = torch.stack([layer.link.bias + layer.h_conv.bias for layer in layers])
+    v_label = _label_table([layer.v_label_bias for layer in layers], torch.zeros_like(h_b))
+    h_label = _label_table([layer.h_label_bias for layer in layers], h_b)[:, :, order]
+    at = (
+        *(_offsets(v_conv), v_b, _offsets(link), _offsets(pixel[0]), _offsets(pixel[1]), out_b, zeros),
+        *(weights.vector(table) for table in (v_label, h_label)),
+        _context_matrices(weights, [layer.v_context for layer in layers]),
+        _context_matrices(weights, [layer.h_context for layer in layers], order),
+    )
+    head, reader = _lay_out_head(model, weights), _lay_out_context(model, weights)
     w = weights.array()
     dtype = w.dtype
-    sizes = (half, num_layers, p)
-    h_b = torch.stack([layer.link.bias + layer.h_conv.bias for layer in layers])
-    v_tables, h_tables = [layer.v_label_bias for layer in layers], [layer.h_label_bias for layer in layers]
-    v_projections = _context_weights([layer.v_context for layer in layers])
-    h_projections = _context_weights([layer.h_context for layer in layers])
-    if h_projections is not None:
-        h_projections = h_projections[:, order]
+    sizes = (half, num_layers, p, config.context_features)
 
-    def new_state() -> Any:
+    def new_state(num_images: int) -> Any:
         image = (height + half) * (width + 2 * half) * num_colours
         v_cache = num_layers * (half + 1) * (width + 2 * half) * p
         h_cache = (num_layers + 1) * (width + half) * p
         others = (width * 2 * p, num_layers * width * 2 * p, 2 * maps, num_layers * p, maps)
-        return tuple(_zeros(size, dtype) for size in (image, v_cache, h_cache, *others)), _head_state(model, dtype)
+        own = tuple(_zeros(num_images * size, dtype) for size in (image, v_cache, h_cache, *others))
+        return own, _head_state(model, dtype, num_images)
 
-    def biases(label: int, context: Tensor | None) -> Any:
-        h_bias = (h_b + _label_table(h_tables, label, h_b))[:, order]
-        context_biases = (_context_bias(weights, context, dtype) for weights in (v_projections, h_projections))
-        return _padded(_label_table(v_tables, label, h_b)), _padded(h_bias), *context_biases
+    def rows(state: Any, *arguments: Any) -> None:
+        _gated_rows(w, sizes, at, head, *state, *arguments)
 
-    def rows(biases: Any, state: Any, *arguments: Any) -> None:
-        _gated_rows(w, sizes, at, head, biases, *state, *arguments)
-
-    return Engine(dtype, new_state, biases, rows)
+    return Engine(dtype, new_state, rows, _context_reader(model, w, reader))
 
 
 def build_engine(model: AutoregressiveModel) -> Engine:

@@ -6,12 +6,16 @@ that neither knows is sampled naively.
 
 import importlib
 import logging
+import math
 import time
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from pixelcnn.compiled_sampling import Engine
 
 logger = logging.getLogger(__name__)
+
+MAX_IN_STEP = 4  # images that a thread samples together
 
 _engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
 _notices: set[str] = set()
@@ -81,9 +87,10 @@ def warm_up(model: AutoregressiveModel) -> float:
         shape = model.config.image_shape
         u = torch.zeros(1, *shape, dtype=torch.float64)
         levels = torch.zeros(1, *shape, dtype=torch.int64)
+        observed = torch.ones(1, 1, *shape[1:], dtype=torch.bool)
         for network in (model, model.completer):
             if network is not None:
-                _sample_compiled(network, u, None, 1.0, levels, u[:, 0] == 0, None, None, rows=0)
+                _sample_compiled(network, u, None, 1.0, levels, u[:, 0] == 0, observed, None, rows=0)
     took = time.perf_counter() - start
     logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
     return took
@@ -159,29 +166,51 @@ def sample_and_score(
     return levels, _sample_compiled(model, u, label, temperature, levels, missing, observed, on_row, rows=u.shape[2])
 
 
-def _contexts(model: AutoregressiveModel, levels: Tensor, observed: Tensor | None) -> list[Tensor | None]:
-    """Return the map of each image's drawing, (context_features, H, W), or None where nothing is to be added.
-
-    Each is made by itself, so that no bit of an image depends on those beside it; equal ones are made once.
+def _contexts(
+    engine: "Engine", levels: Tensor, observed: Tensor | None, for_each: Callable[[Any, list[Any]], None]
+) -> list[Any]:
+    """Return the map of each image's drawing, or None where nothing is to be added; equal drawings share one.
 
     Args:
-        levels: (B, C, H, W) int64, 0 where not observed.
+        levels: (B, C, H, W) int64.
+        observed: (B, 1, H, W) bool.
+        for_each: calls a function with each thing of a list.
     """
-    if observed is None or not model.config.context_features:
+    if observed is None or engine.context is None:
         return [None] * len(levels)
-    made: dict[bytes, Tensor | None] = {}
+    known = observed[:, 0].contiguous()
     keys = [
-        image.numpy().tobytes() + known.numpy().tobytes() for image, known in zip(levels, observed.cpu(), strict=True)
+        (image.numpy().tobytes(), mask.numpy().tobytes()) for image, mask in zip(levels * observed, known, strict=True)
     ]
-    for i, key in enumerate(keys):
-        if key not in made:
-            context = model.context(levels[i : i + 1], observed[i : i + 1]) if bool(observed[i].any()) else None
-            made[key] = None if context is None else context[0]
+    made: dict[Any, Any] = dict.fromkeys(keys)
+
+    def make(i: int) -> None:
+        if engine.context is not None and known[i].any():
+            made[keys[i]] = engine.context(levels[i].numpy(), known[i].numpy())
+
+    for_each(make, list({key: i for i, key in enumerate(keys)}.values()))
     return [made[key] for key in keys]
 
 
-def _copied(state: Any) -> Any:
-    return tuple(map(_copied, state)) if isinstance(state, tuple) else state.copy()
+def _in_step(begins: list[int], stops: list[int], num_threads: int) -> list[tuple[list[int], int, int]]:
+    """Divide images into groups that are sampled in step: those that begin with the same row.
+
+    There are as many groups as keep all threads at work, so that one thread that is held up does not hold up all.
+
+    Args:
+        begins: the first row to be sampled of each image.
+        stops: the row after the last one.
+
+    Returns:
+        Of each group the images, the first row and the row after the last one.
+    """
+    groups = []
+    for start, members in groupby(sorted(range(len(begins)), key=lambda i: (begins[i], stops[i])), begins.__getitem__):
+        images = list(members)
+        num_groups = num_threads * math.ceil(len(images) / num_threads / MAX_IN_STEP)
+        for part in np.array_split(images, min(num_groups, len(images))):
+            groups.append((part.tolist(), start, max(stops[i] for i in part)))
+    return groups
 
 
 def _sample_compiled(
@@ -201,71 +230,54 @@ def _sample_compiled(
         (B,) float64 nats, the log-probability of what was missing in these rows.
     """
     engine = _engine_of(model)
-    labels = [-1] * len(u) if label is None else label.tolist()
-    contexts = _contexts(model, levels, observed)
-    noise = u.double().contiguous().numpy()
-    no_logits = torch.empty(0, *u.shape[1:], dtype=model.head.weight.dtype).numpy()
-    nats = torch.zeros(len(u), 1, dtype=torch.float64)
-    images, holes = levels.numpy(), missing.contiguous().numpy()
-    # Rows below the last missing pixel need no work.
-    stops = [min(rows, int(hole.any(axis=1).nonzero()[0].max(initial=-1)) + 1) for hole in holes]
-
-    keys = [(label, id(context)) for label, context in zip(labels, contexts, strict=True)]
-    # Candidates of one drawing share its biases. Those of a single image live no longer than its other buffers.
-    shared = {
-        key: engine.biases(labels[i], contexts[i])
-        for key, i in dict(zip(keys, range(len(keys)), strict=True)).items()
-        if contexts[i] is None or keys.count(key) > 1
-    }
-
-    def biases_of(i: int) -> Any:
-        return shared[keys[i]] if keys[i] in shared else engine.biases(labels[i], contexts[i])
-
-    def sample_rows(i: int, biases: Any, state: Any, start: int, stop: int) -> None:
-        out = nats[i].numpy()
-        engine.rows(biases, state, images[i], holes[i], noise[i], float(temperature), no_logits, out, start, stop)
-
-    # And they share the state after the rows in which nothing is missing: it is computed for one of them.
-    drawings = [(labels[i], images[i].tobytes(), holes[i].tobytes()) for i in range(len(u))]
-    starts = [min(int(hole.any(axis=1).argmax()), stop) for hole, stop in zip(holes, stops, strict=True)]
-    known_rows: dict[Any, Any] = {
-        key: None
-        for key, i in dict(zip(drawings, range(len(drawings)), strict=True)).items()
-        if starts[i] > 0 and drawings.count(key) > 1
-    }
-
-    def sample_known_rows(i: int) -> None:
-        known_rows[drawings[i]] = engine.new_state()
-        sample_rows(i, biases_of(i), known_rows[drawings[i]], 0, starts[i])
-
-    def begin(i: int) -> tuple[Any, Any, int]:
-        """Return biases and state of an image, and the first row that is to be sampled."""
-        if drawings[i] in known_rows:
-            return biases_of(i), _copied(known_rows[drawings[i]]), starts[i]
-        return biases_of(i), engine.new_state(), 0
-
-    def sample_whole(i: int) -> None:
-        biases, state, start = begin(i)
-        sample_rows(i, biases, state, start, stops[i])
-
-    def for_each(work: Any, images: Iterable[int]) -> None:
-        images = list(images)
-        if num_threads == 1 or len(images) <= 1:
-            for i in images:
-                work(i)
-        else:
-            list(pool.map(work, images))
-
     num_threads = max(1, min(torch.get_num_threads(), len(u)))
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
-        for_each(sample_known_rows, [drawings.index(key) for key in known_rows])
+
+        def for_each(work: Callable[[Any], object], things: list[Any]) -> None:
+            if num_threads == 1 or len(things) <= 1:
+                for thing in things:
+                    work(thing)
+            else:
+                list(pool.map(work, things))
+
+        labels = [-1] * len(u) if label is None else label.tolist()
+        work, nats = engine.new_work(levels, missing, u, labels, _contexts(engine, levels, observed, for_each))
+
+        def sample_rows(state: Any, images: list[int], start: int, stop: int) -> None:
+            engine.rows(state, work, np.array(images), float(temperature), start, stop)
+
+        # Rows below the last missing pixel need no work.
+        holes = missing.any(dim=2).numpy()
+        stops = [min(rows, int(hole.nonzero()[0].max(initial=-1)) + 1) for hole in holes]
+        # Candidates of one drawing share the state after the rows in which nothing is missing.
+        drawings = [(labels[i], levels[i].numpy().tobytes(), missing[i].numpy().tobytes()) for i in range(len(u))]
+        copies = Counter(drawings)
+        starts = [min(int(hole.argmax()), stop) for hole, stop in zip(holes, stops, strict=True)]
+        begins = [start if copies[key] > 1 else 0 for key, start in zip(drawings, starts, strict=True)]
+        known_rows: dict[Any, Any] = {}
+
+        def sample_known_rows(i: int) -> None:
+            known_rows[drawings[i]] = engine.new_state(1)
+            sample_rows(known_rows[drawings[i]], [i], 0, begins[i])
+
+        def begin(images: list[int]) -> Any:
+            """Return the buffers of images that all begin with the same row."""
+            if begins[images[0]] > 0:
+                return engine.joined([known_rows[drawings[i]] for i in images])
+            return engine.new_state(len(images))
+
+        for_each(sample_known_rows, list({key: i for i, key in enumerate(drawings) if begins[i] > 0}.values()))
+        groups = _in_step(begins, stops, num_threads)
         if on_row is None:
-            # An image's buffers live while it is sampled: memory does not grow with the batch.
-            for_each(sample_whole, range(len(u)))
-            return -nats[:, 0]
-        begun = [begin(i) for i in range(len(u))]
+            # Buffers live while their images are sampled: memory does not grow with the batch.
+            for_each(lambda group: sample_rows(begin(group[0]), *group), groups)
+            return -nats
+        states = [begin(images) for images, _, _ in groups]
         for row in range(rows):
-            due = [i for i in range(len(u)) if begun[i][2] <= row < stops[i]]
-            for_each(lambda i, y=row: sample_rows(i, *begun[i][:2], y, y + 1), due)
+
+            def sample_row(g: int, y: int = row) -> None:
+                sample_rows(states[g], groups[g][0], y, y + 1)
+
+            for_each(sample_row, [g for g, (_, start, stop) in enumerate(groups) if start <= row < stop])
             on_row(row, levels[:, :, row])
-    return -nats[:, 0]
+    return -nats

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_fast_sampling import model_of, name
+from test_fast_sampling import cached_logits, model_of, name
 from tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_config, tiny_model
 from torch import Tensor
 
@@ -246,9 +246,10 @@ def test_every_sampler_is_the_naive_one_with_a_drawing(config: ModelConfig) -> N
         with torch.no_grad():
             logits = model(expected, label, drawing, observed)
         torch.testing.assert_close(found, logits, rtol=0, atol=1e-10)
-        torch.testing.assert_close(
-            compiled_logits(model, expected, label, drawing, observed), logits, rtol=0, atol=1e-10
-        )
+        read = fast_sampling._engine_of(model).context
+        pairs = zip(expected, observed[:, 0], strict=True)
+        contexts = [read(image.numpy(), known.numpy()) if known.any() else None for image, known in pairs]
+        torch.testing.assert_close(cached_logits(model, expected, label, contexts), logits, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("config", WITH_COMPLETER, ids=name)
@@ -321,9 +322,9 @@ def test_candidates_of_one_drawing_share_the_rows_that_are_known(config: ModelCo
     expected = naive_sample(model, u, label, drawing=drawing, observed=observed)
     engine, calls = fast_sampling._engine_of(model), []
 
-    def rows(biases, state, *arguments) -> None:
-        calls.append(arguments[-2:])
-        engine.rows(biases, state, *arguments)
+    def rows(state, work, index, temperature, start, stop) -> None:
+        calls.extend([(start, stop)] * len(index))
+        engine.rows(state, work, index, temperature, start, stop)
 
     monkeypatch.setattr(fast_sampling, "_engine_of", lambda model: dataclasses.replace(engine, rows=rows))
     assert torch.equal(sample(model, u, label, 1.0, drawing, observed), expected)
@@ -335,39 +336,47 @@ def test_candidates_of_one_drawing_share_the_rows_that_are_known(config: ModelCo
     assert torch.equal(torch.stack(streamed, dim=2), expected)
 
 
-def compiled_logits(model, levels: Tensor, label: Tensor, drawing: Tensor, observed: Tensor) -> Tensor:
-    """Force images through the compiled path; return every logit that it computes on the way."""
-    engine, shape = fast_sampling._engine_of(model), model.config.image_shape
-    found = torch.zeros(len(levels), model.config.num_levels, *shape, dtype=torch.float64)
+@pytest.mark.parametrize("config", ENGINE_CONFIGS[1::3], ids=name)
+def test_the_compiled_map_of_a_drawing_is_the_network_s(config: ModelConfig) -> None:
+    model = model_of(config, torch.float64)
+    levels = torch.randint(0, config.num_levels, (4, *config.image_shape))
+    observed = random_mask(4, config.image_shape)
     with torch.no_grad():
-        contexts = model.context(drawing, observed)
-    known = torch.zeros(shape[1:], dtype=torch.bool).numpy()
-    u = torch.zeros(shape, dtype=torch.float64).numpy()
-    for i, number in enumerate(label.tolist()):
-        biases, state = engine.biases(number, contexts[i]), engine.new_state()
-        engine.rows(biases, state, levels[i].clone().numpy(), known, u, 1.0, found[i].numpy(), np.zeros(1), 0, shape[1])
-    return found
+        expected = model.context(levels, observed).flatten(2).mT.flatten(1)
+    engine = fast_sampling._engine_of(model)
+    found = [engine.context(image.numpy(), known.numpy()) for image, known in zip(levels, observed[:, 0], strict=True)]
+    torch.testing.assert_close(torch.from_numpy(np.stack(found)), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("config", ENGINE_CONFIGS[1::3], ids=name)
 def test_an_image_does_not_depend_on_those_beside_it_in_float32(config: ModelConfig) -> None:
     model = model_of(config, torch.float32)
-    u, observed = torch.rand(9, *config.image_shape), random_mask(9, config.image_shape)
+    num = 3 * fast_sampling.MAX_IN_STEP
+    u, observed = torch.rand(num, *config.image_shape), random_mask(num, config.image_shape)
     drawing = torch.randint(0, config.num_levels, u.shape)
-    contexts = fast_sampling._contexts(model, torch.where(observed, drawing, 0), observed)
-    together = complete(model, drawing, observed, u)
-    for i in range(9):
+    together = complete_and_score(model, drawing, observed, u)
+    for i in range(num):
         one = slice(i, i + 1)
-        (alone,) = fast_sampling._contexts(model, torch.where(observed, drawing, 0)[one], observed[one])
-        assert torch.equal(alone, contexts[i])
-        assert torch.equal(complete(model, drawing[one], observed[one], u[one])[0], together[i])
+        alone = complete_and_score(model, drawing[one], observed[one], u[one])
+        assert torch.equal(alone[0][0], together[0][i])
+        assert torch.equal(alone[1][0], together[1][i])
+
+
+def counting_context(model, monkeypatch: pytest.MonkeyPatch) -> list:
+    """Return what the compiled network that reads drawings will be called with."""
+    engine, calls = fast_sampling._engine_of(model), []
+
+    def context(*given: np.ndarray) -> np.ndarray:
+        calls.append(given)
+        return engine.context(*given)
+
+    monkeypatch.setattr(fast_sampling, "_engine_of", lambda model: dataclasses.replace(engine, context=context))
+    return calls
 
 
 def test_candidates_of_one_drawing_share_its_map(monkeypatch: pytest.MonkeyPatch) -> None:
     model = context_model("pixelcnn")
-    calls = []
-    context = model.context
-    monkeypatch.setattr(model, "context", lambda *given: (calls.append(given), context(*given))[1])
+    calls = counting_context(model, monkeypatch)
     drawing = random_levels(SHAPE, 2, num=2).repeat_interleave(4, dim=0)
     observed = torch.ones(8, 1, 2, 3, dtype=torch.bool)
     observed[:, :, 1, 2] = False
@@ -375,6 +384,13 @@ def test_candidates_of_one_drawing_share_its_map(monkeypatch: pytest.MonkeyPatch
     completed = complete(model, drawing, observed, u)
     assert len(calls) == 2
     assert torch.equal(completed, naive_sample(model, u, drawing=drawing, observed=observed))
+
+
+def test_warming_up_compiles_what_reads_a_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = context_model("gated_pixelcnn")
+    calls = counting_context(model, monkeypatch)
+    fast_sampling.warm_up(model)
+    assert len(calls) == 1
 
 
 LEVELS = torch.zeros(2, *SHAPE, dtype=torch.int64)

@@ -35,6 +35,14 @@ def configs() -> list[ModelConfig]:
     return found
 
 
+WIDE = [
+    PixelCNNConfig(image_shape=(1, 5, 9), num_levels=256, num_features=40, num_blocks=2),
+    PixelCNNConfig(image_shape=(3, 4, 6), num_levels=40, num_features=57, num_blocks=2, kernel_size=5),
+    GatedPixelCNNConfig(image_shape=(1, 5, 9), num_levels=256, num_features=40, num_layers=2, kernel_size=7),
+    GatedPixelCNNConfig(image_shape=(3, 4, 6), num_levels=33, num_features=57, num_layers=2, kernel_size=5),
+]
+
+
 def name(config: ModelConfig) -> str:
     depth = config.num_blocks if isinstance(config, PixelCNNConfig) else config.num_layers
     return f"{type(config).__name__}-{config.image_shape}-K{config.num_levels}-{config.kernel_size}x{depth}"
@@ -50,19 +58,16 @@ def model_of(config: ModelConfig, dtype: torch.dtype):
     return model
 
 
-def cached_logits(model, levels: Tensor, label: Tensor) -> Tensor:
-    """Force images through the cached path; return every logit that it computes on the way."""
-    engine = build_engine(model)
-    shape = model.config.image_shape
-    found = []
-    for image, number in zip(levels, label.tolist(), strict=True):
-        logits = np.zeros((model.config.num_levels, *shape), engine.dtype)
-        known = np.zeros(shape[1:], dtype=bool)
-        u = np.zeros(shape)
-        state, bias = engine.new_state(), engine.biases(number, None)
-        engine.rows(bias, state, image.numpy().copy(), known, u, 1.0, logits, np.zeros(1), 0, shape[1])
-        found.append(torch.from_numpy(logits))
-    return torch.stack(found)
+def cached_logits(model, levels: Tensor, label: Tensor, contexts: list | None = None) -> Tensor:
+    """Force images through the cached path, in step; return every logit that it computes on the way."""
+    engine, num = build_engine(model), len(levels)
+    _, height, width = model.config.image_shape
+    logits = torch.zeros(num, model.config.num_levels, *levels.shape[1:], dtype=model.head.weight.dtype)
+    known = torch.zeros(num, height, width, dtype=torch.bool)
+    contexts = contexts or [None] * num
+    work, _ = engine.new_work(levels.clone(), known, torch.zeros(levels.shape), label.tolist(), contexts, logits)
+    engine.rows(engine.new_state(num), work, np.arange(num), 1.0, 0, height)
+    return logits
 
 
 @pytest.mark.parametrize("config", configs(), ids=name)
@@ -169,9 +174,44 @@ def test_changed_weights_are_noticed() -> None:
     assert torch.equal(after, naive_sample(model, u))
 
 
-def test_one_image_does_not_depend_on_its_neighbours() -> None:
-    model, u = tiny()
-    assert torch.equal(sample(model, u)[2:3], sample(model, u[2:3]))
+@pytest.mark.parametrize("config", [*configs()[::3], *WIDE], ids=name)
+def test_not_a_bit_of_an_image_depends_on_how_many_are_sampled_in_step(config: ModelConfig) -> None:
+    model = model_of(config, torch.float32)
+    engine, (_, height, width) = build_engine(model), config.image_shape
+    levels = torch.randint(0, config.num_levels, (9, *config.image_shape))
+    label = [-1 if config.num_labels == 0 else i % 4 - 1 for i in range(9)]
+
+    def logits_of(steps: list[list[int]]) -> Tensor:
+        logits = torch.zeros(9, config.num_levels, *config.image_shape)
+        known = torch.zeros(9, height, width, dtype=torch.bool)
+        work, _ = engine.new_work(levels.clone(), known, torch.zeros(levels.shape), label, [None] * 9, logits)
+        for images in steps:
+            engine.rows(engine.new_state(len(images)), work, np.array(images), 1.0, 0, height)
+        return logits
+
+    alone = logits_of([[i] for i in range(9)])
+    for steps in ([[8, 1, 5], [0, 2], [7, 6, 4, 3]], [list(range(9))], [[4, 3, 2, 1, 0], [5, 6, 7, 8]]):
+        assert torch.equal(logits_of(steps), alone)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("kind", [PixelCNNConfig, GatedPixelCNNConfig])
+def test_what_a_known_row_leaves_out_nobody_misses(kind: type, kernel_size: int) -> None:
+    depth = {"num_blocks": 2} if kind is PixelCNNConfig else {"num_layers": 3}
+    config = kind(image_shape=(1, 14, 5), num_levels=3, num_features=4, kernel_size=kernel_size, **depth)
+    model = model_of(config, torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    u = torch.rand(28, 1, 14, 5, generator=generator, dtype=torch.float64)
+    drawing = torch.randint(0, 3, u.shape, generator=generator)
+    observed = torch.zeros(28, 1, 14, 5, dtype=torch.bool)
+    for i in range(14):
+        observed[2 * i, :, :i] = True  # the first rows
+        observed[2 * i + 1, :, :i] = observed[2 * i + 1, :, :, i % 5 :] = True  # and all to the right of a column
+    expected = naive_sample(model, u, drawing=drawing, observed=observed)
+    assert torch.equal(sample(model, u, drawing=drawing, observed=observed), expected)
+    twice = [x.repeat_interleave(2, dim=0) for x in (u, drawing, observed)]
+    together = sample(model, twice[0], drawing=twice[1], observed=twice[2])
+    assert torch.equal(together, expected.repeat_interleave(2, dim=0))
 
 
 def notices_of(model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -217,14 +257,6 @@ def test_warm_up_compiles_and_lays_out_without_a_sample(
     assert "sampling cached, compiled; ready after" in caplog.text
     monkeypatch.setattr("pixelcnn.compiled_sampling.build_engine", None)  # it is there already
     assert torch.equal(sample(model, u), naive_sample(model, u))
-
-
-WIDE = [
-    PixelCNNConfig(image_shape=(1, 5, 9), num_levels=256, num_features=40, num_blocks=2),
-    PixelCNNConfig(image_shape=(3, 4, 6), num_levels=40, num_features=57, num_blocks=2, kernel_size=5),
-    GatedPixelCNNConfig(image_shape=(1, 5, 9), num_levels=256, num_features=40, num_layers=2, kernel_size=7),
-    GatedPixelCNNConfig(image_shape=(3, 4, 6), num_levels=33, num_features=57, num_layers=2, kernel_size=5),
-]
 
 
 @pytest.mark.parametrize("config", WIDE, ids=name)
@@ -278,16 +310,14 @@ def test_the_log_probability_of_its_steps_is_that_of_the_finished_image() -> Non
     label = torch.tensor([0, -1, 2])
     u = torch.rand(3, 3, 4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     engine = build_engine(model)
-    levels, missing = np.zeros((3, 3, 4, 5), np.int64), np.ones((4, 5), bool)
-    total = torch.zeros(3, dtype=torch.float64)
-    for i in range(3):  # the logits as they are when a level is drawn from them
-        logits = np.zeros((4, 3, 4, 5))
-        state, bias = engine.new_state(), engine.biases(int(label[i]), None)
-        engine.rows(bias, state, levels[i], missing, u[i].numpy(), 1.0, logits, np.zeros(1), 0, 4)
-        steps = torch.log_softmax(torch.from_numpy(logits), dim=0)
-        total[i] = steps.gather(0, torch.from_numpy(levels[i])[None]).sum()
+    levels, missing = torch.zeros(3, 3, 4, 5, dtype=torch.int64), torch.ones(3, 4, 5, dtype=torch.bool)
+    logits = torch.zeros(3, 4, 3, 4, 5, dtype=torch.float64)  # as they are when a level is drawn from them
+    work, nats = engine.new_work(levels, missing, u, label.tolist(), [None] * 3, logits)
+    engine.rows(engine.new_state(3), work, np.arange(3), 1.0, 0, 4)
+    total = torch.log_softmax(logits, dim=1).gather(1, levels[:, None]).sum(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(-nats, total, rtol=0, atol=1e-9)
     with torch.no_grad():
-        torch.testing.assert_close(total, log_prob(model, torch.from_numpy(levels), label), rtol=0, atol=1e-9)
+        torch.testing.assert_close(total, log_prob(model, levels, label), rtol=0, atol=1e-9)
 
 
 def test_wrong_arguments_are_refused_as_by_the_naive_sampler() -> None:
