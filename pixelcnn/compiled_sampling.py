@@ -166,6 +166,7 @@ _tile_1x1, _tile_1x2 = _tile(1, 1, 4), _tile(1, 2, 4)
 _tile_4x1, _tile_4x2 = _tile(4, 1, 2), _tile(4, 2, 1)
 # For one pixel of each of some images, and all in the same order of summation.
 _pixel_1x1, _pixel_1x2 = _tile(1, 1, 2), _tile(1, 2, 2)
+_pixel_2x1, _pixel_2x2 = _tile(2, 1, 2), _tile(2, 2, 2)
 _pixel_4x1, _pixel_4x2 = _tile(4, 1, 2), _tile(4, 2, 2)
 
 
@@ -188,6 +189,12 @@ def _products(out, o, o_step, base, b, b_step, x, i, x_step, num_images, num_in,
                 else:
                     _pixel_4x1(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
                 r += 4
+            elif r + 2 <= num_images:
+                if wide:
+                    _pixel_2x2(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
+                else:
+                    _pixel_2x1(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
+                r += 2
             else:
                 if wide:
                     _pixel_1x2(out, to, 0, base, of, 0, x, of_x, 0, num_in, w, panel, floor, count)
