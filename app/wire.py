@@ -237,7 +237,7 @@ def read_observed(value: Any, config: ModelConfig) -> Tensor:
     if not set(numbers) <= {0, 1}:
         i = next(i for i, number in enumerate(numbers) if number not in (0, 1))
         raise RequestError(f"observed[{i // width}][{i % width}] must be 0 or 1, got {quoted(numbers[i])}.")
-    return torch.tensor(numbers, dtype=torch.bool).reshape(1, 1, height, width)
+    return torch.from_numpy(np.array(numbers, dtype=bool)).reshape(1, 1, height, width)
 
 
 def read_png(png: bytes, config: ModelConfig) -> Tensor:
@@ -268,7 +268,8 @@ def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) 
         shape = (height, width) if channels == 1 else (height, width, channels)
         # Out-of-range levels become -1 here: whatever stands under a missing pixel is ignored, however large.
         numbers = [n if 0 <= n < config.num_levels else -1 for n in read_numbers("image", value, shape)]
-        levels = torch.tensor(numbers).reshape(height, width, channels).permute(2, 0, 1)[None]
+        pixels = np.array(numbers, dtype=np.int64).reshape(height, width, channels)
+        levels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     if observed is not None:
         levels = torch.where(observed, levels, 0)
     if bool((levels < 0).any()):
