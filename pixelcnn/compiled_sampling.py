@@ -164,10 +164,8 @@ def _tile(num_columns: int, num_vectors: int, num_chains: int) -> Any:
 
 _tile_1x1, _tile_1x2 = _tile(1, 1, 4), _tile(1, 2, 4)
 _tile_4x1, _tile_4x2 = _tile(4, 1, 2), _tile(4, 2, 1)
-# For one pixel of each of some images, and all in the same order of summation.
-_pixel_1x1, _pixel_1x2 = _tile(1, 1, 2), _tile(1, 2, 2)
-_pixel_2x1, _pixel_2x2 = _tile(2, 1, 2), _tile(2, 2, 2)
-_pixel_4x1, _pixel_4x2 = _tile(4, 1, 2), _tile(4, 2, 2)
+# For a pixel of two images: their sums are added in the order of those of one.
+_tile_2x1, _tile_2x2 = _tile(2, 1, 4), _tile(2, 2, 4)
 
 
 @_compiled
@@ -183,23 +181,17 @@ def _products(out, o, o_step, base, b, b_step, x, i, x_step, num_images, num_in,
         panel, count, r = at + num_in * k, min(lanes, num_out - k), 0
         while r < num_images:
             to, of, of_x = o + r * o_step + k, b + r * b_step + k, i + r * x_step
-            if r + 4 <= num_images:
+            if r + 2 <= num_images:
                 if wide:
-                    _pixel_4x2(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
+                    _tile_2x2(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
                 else:
-                    _pixel_4x1(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
-                r += 4
-            elif r + 2 <= num_images:
-                if wide:
-                    _pixel_2x2(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
-                else:
-                    _pixel_2x1(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
+                    _tile_2x1(out, to, o_step, base, of, b_step, x, of_x, x_step, num_in, w, panel, floor, count)
                 r += 2
             else:
                 if wide:
-                    _pixel_1x2(out, to, 0, base, of, 0, x, of_x, 0, num_in, w, panel, floor, count)
+                    _tile_1x2(out, to, 0, base, of, 0, x, of_x, 0, num_in, w, panel, floor, count)
                 else:
-                    _pixel_1x1(out, to, 0, base, of, 0, x, of_x, 0, num_in, w, panel, floor, count)
+                    _tile_1x1(out, to, 0, base, of, 0, x, of_x, 0, num_in, w, panel, floor, count)
                 r += 1
         k += 2 * lanes if wide else lanes
 
