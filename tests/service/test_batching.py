@@ -161,7 +161,7 @@ def test_the_answer_is_the_same_alone_and_in_a_crowd_of_32(client, monkeypatch):
 
     def count(jobs: list) -> None:
         shared.append(len(jobs))
-        time.sleep(0.001)  # some more come meanwhile
+        time.sleep(hold_s)  # some more come meanwhile
         run_together(jobs)
 
     monkeypatch.setattr(jobs.SamplingJob, "run_together", staticmethod(count))
@@ -173,14 +173,16 @@ def test_the_answer_is_the_same_alone_and_in_a_crowd_of_32(client, monkeypatch):
         assert response.status_code == 200, response.text
         return response.text
 
+    hold_s = 0.0
     alone = [ask(request) for request in requests]
     assert set(shared) == {1}
     shared.clear()
+    hold_s = 0.02
     with ThreadPoolExecutor(32) as crowd:
         together = list(crowd.map(ask, requests))
     num_different = sum(a != b for a, b in zip(alone, together, strict=True))
     assert num_different == 0
-    assert max(shared) > 1, "nothing was shared: the test shows nothing"
+    assert max(shared) > 2, "hardly anything was shared: the test shows nothing"
     print(f"\n{NUM_CROWD} requests, alone and in a crowd of 32: {num_different} differ; "
           f"{sum(shared)} of them sampled in {len(shared)} calls, at most {max(shared)} at once")  # fmt: skip
 
