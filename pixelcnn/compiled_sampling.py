@@ -17,6 +17,9 @@ The algorithm is that of cached_sampling.py, which says it in torch; here it is 
 
 Arrays are flat; a place in one is an offset. Every array that a product reads has a vector's length to spare at its
 end.
+
+All of it is one file: numba keeps compiled code on disk until the file of a function changes, and would not notice a
+change of what the function calls elsewhere.
 """
 
 import math
