@@ -171,7 +171,7 @@ _tile_4x1, _tile_4x2 = _tile(4, 1, 2), _tile(4, 2, 1)
 _tile_2x1, _tile_2x2 = _tile(2, 1, 4), _tile(2, 2, 4)
 
 
-@_compiled
+@_inlined
 def _products(out, o, o_step, base, b, b_step, x, i, x_step, num_images, num_in, w, at, num_out, floor):
     """out[o:] = max(floor, base[b:] + x[i : i + num_in] @ matrix), a step further for each image.
 
