@@ -45,7 +45,6 @@ _inlined: Any = njit(**_options, fastmath={"contract"}, forceinline=True)
 _reordered: Any = njit(**_options, fastmath={"contract", "reassoc", "nnan", "nsz"}, forceinline=True)  # for max and sum
 
 Array = np.ndarray[Any, Any]
-_double = np.dtype(np.float64)
 ir = cgutils.ir  # numba's own builder of LLVM code
 
 VECTOR_BYTES = 64  # wider than the machine's registers is fine: LLVM splits it
@@ -418,6 +417,12 @@ def _first_missing_row(missing, index):
 
 
 @_inlined
+def _num_unseen(first_missing, y, half):
+    """Return how many layers, of the last ones, no missing pixel sees in row y: each sees `half` rows up."""
+    return (max(0, first_missing - y) + half - 1) // half
+
+
+@_inlined
 def _end_of_missing(missing, index, y):
     """Return the column after the last one that one of the images misses in a row; 0 if there is none."""
     for end in range(missing.shape[2], 0, -1):
@@ -452,8 +457,7 @@ def _pixelcnn_rows(w, sizes, at, head, s, head_s, work, index, temperature, y0, 
 
     for y in range(y0, y1):
         end = width if always else _end_of_missing(missing, index, y)
-        # So many blocks' results are seen by missing pixels: a block sees `half` rows more than the one after it.
-        depth = num_blocks - (max(0, first_missing - y) + half - 1) // half
+        depth = num_blocks - _num_unseen(first_missing, y, half)  # so many blocks' results are seen
         # What lies above, over the whole row.
         for g in range(num_images if depth >= 0 else 0):
             o = g * first_size
@@ -552,6 +556,7 @@ def _gated_rows(w, sizes, at, head, s, head_s, work, index, temperature, y0, y1)
     for y in range(y0, y1):
         end = width if always else _end_of_missing(missing, index, y)
         # The vertical stack of the row above, over its full width, and its link to this row.
+        depth = num_layers - _num_unseen(first_missing, y, half) if y > 0 else 0
         for g in range(num_images):
             has_context = which[index[g]] >= 0
             at_context = which[index[g]] * height * width * num_context
@@ -563,9 +568,7 @@ def _gated_rows(w, sizes, at, head, s, head_s, work, index, temperature, y0, y1)
                     if has_context:
                         i, n = at_context + y * width * num_context, num_context
                         _add_products(link_row, o, num_gates, contexts, i, n, width, n, w, h_context[layer], num_gates)
-            # The last layer is seen by the row below, each layer by `half` rows more than the one after it.
-            unseen = max(0, first_missing - y + half - 1) // half
-            for layer in range(num_layers - unseen if y > 0 else 0):
+            for layer in range(depth):
                 _fill_columns(v_gates, 0, width, w, v_b + layer * num_gates, num_gates)
                 for dy in range(half + 1):
                     at_w = v_conv[layer, dy]
@@ -755,7 +758,8 @@ class Engine:
         )
         return work, nats
 
-    def joined(self, states: list[Any]) -> Any:
+    @staticmethod
+    def joined(states: list[Any]) -> Any:
         """Return the buffers for some images in step, each of which has come as far by itself."""
 
         def join(arrays: tuple[Array, ...]) -> Array:
@@ -813,7 +817,7 @@ def _head_state(model: AutoregressiveModel, dtype: np.dtype[Any], num_images: in
     num_head, num_in = model.head.weight.shape[:2]
     levels = num_images * model.config.num_levels
     maps = (_zeros(num_images * size, dtype) for size in (num_in, num_head))
-    return *maps, _zeros(levels, dtype), _zeros(levels, _double)
+    return *maps, _zeros(levels, dtype), _zeros(levels, np.dtype(np.float64))
 
 
 def _label_table(tables: list[Any], bias: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -87,10 +87,12 @@ def warm_up(model: AutoregressiveModel) -> float:
         shape = model.config.image_shape
         u = torch.zeros(1, *shape, dtype=torch.float64)
         levels = torch.zeros(1, *shape, dtype=torch.int64)
-        observed = torch.ones(1, 1, *shape[1:], dtype=torch.bool)
+        missing = torch.zeros(
+            1, *shape[1:], dtype=torch.bool
+        )  # all is known: the network that reads it is compiled, too
         for network in (model, model.completer):
             if network is not None:
-                _sample_compiled(network, u, None, 1.0, levels, u[:, 0] == 0, observed, None, rows=0)
+                _sample_compiled(network, u, None, 1.0, levels, missing, None)
     took = time.perf_counter() - start
     logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
     return took
@@ -163,33 +165,39 @@ def sample_and_score(
             return levels, torch.cat(scores)[torch.cat([index for _, index in parts]).argsort()]
         model = parts[0][0]
     levels = levels.contiguous()
-    return levels, _sample_compiled(model, u, label, temperature, levels, missing, observed, on_row, rows=u.shape[2])
+    return levels, _sample_compiled(model, u, label, temperature, levels, missing, on_row)
+
+
+def _one_of_each(keys: Sequence[Hashable]) -> list[int]:
+    """Return a place of each key, once where several are equal."""
+    return list({key: i for i, key in enumerate(keys)}.values())
 
 
 def _contexts(
-    engine: "Engine", levels: Tensor, observed: Tensor | None, for_each: Callable[[Any, list[Any]], None]
+    engine: "Engine",
+    drawings: list[Hashable],
+    levels: Tensor,
+    missing: Tensor,
+    for_each: Callable[[Any, list[Any]], None],
 ) -> list[Any]:
     """Return the map of each image's drawing, or None where nothing is to be added; equal drawings share one.
 
     Args:
-        levels: (B, C, H, W) int64.
-        observed: (B, 1, H, W) bool.
+        drawings: a key of each image's drawing, equal where the drawings are.
+        levels: (B, C, H, W) int64, 0 where missing.
+        missing: (B, H, W) bool.
         for_each: calls a function with each thing of a list.
     """
-    if observed is None or engine.context is None:
-        return [None] * len(levels)
-    known = observed[:, 0].contiguous()
-    keys = [
-        (image.numpy().tobytes(), mask.numpy().tobytes()) for image, mask in zip(levels * observed, known, strict=True)
-    ]
-    made: dict[Any, Any] = dict.fromkeys(keys)
+    read, known = engine.context, (~missing).contiguous().numpy()
+    if read is None:
+        return [None] * len(drawings)
+    made: dict[Hashable, Any] = {}
 
     def make(i: int) -> None:
-        if engine.context is not None and known[i].any():
-            made[keys[i]] = engine.context(levels[i].numpy(), known[i].numpy())
+        made[drawings[i]] = read(levels[i].numpy(), known[i]) if known[i].any() else None
 
-    for_each(make, list({key: i for i, key in enumerate(keys)}.values()))
-    return [made[key] for key in keys]
+    for_each(make, _one_of_each(drawings))
+    return [made[key] for key in drawings]
 
 
 def _in_step(begins: list[int], stops: list[int], num_threads: int) -> list[tuple[list[int], int, int]]:
@@ -220,14 +228,16 @@ def _sample_compiled(
     temperature: float,
     levels: Tensor,
     missing: Tensor,
-    observed: Tensor | None,
     on_row: OnRow | None,
-    rows: int,
 ) -> Tensor:
-    """Sample the first `rows` rows in place, images in parallel: the compiled code runs without Python's lock.
+    """Sample what is missing in place, images in parallel: the compiled code runs without Python's lock.
+
+    Args:
+        levels: (B, C, H, W) int64, contiguous; 0 where missing.
+        missing: (B, H, W) bool.
 
     Returns:
-        (B,) float64 nats, the log-probability of what was missing in these rows.
+        (B,) float64 nats, the log-probability of what was missing.
     """
     engine = _engine_of(model)
     num_threads = max(1, min(torch.get_num_threads(), len(u)))
@@ -241,39 +251,42 @@ def _sample_compiled(
                 list(pool.map(work, things))
 
         labels = [-1] * len(u) if label is None else label.tolist()
-        work, nats = engine.new_work(levels, missing, u, labels, _contexts(engine, levels, observed, for_each))
+        drawings: list[Hashable] = [
+            (image.numpy().tobytes(), hole.numpy().tobytes()) for image, hole in zip(levels, missing, strict=True)
+        ]
+        contexts = _contexts(engine, drawings, levels, missing, for_each)
+        work, nats = engine.new_work(levels, missing, u, labels, contexts)
 
         def sample_rows(state: Any, images: list[int], start: int, stop: int) -> None:
             engine.rows(state, work, np.array(images), float(temperature), start, stop)
 
         # Rows below the last missing pixel need no work.
         holes = missing.any(dim=2).numpy()
-        stops = [min(rows, int(hole.nonzero()[0].max(initial=-1)) + 1) for hole in holes]
+        stops = [int(hole.nonzero()[0].max(initial=-1)) + 1 for hole in holes]
         # Candidates of one drawing share the state after the rows in which nothing is missing.
-        drawings = [(labels[i], levels[i].numpy().tobytes(), missing[i].numpy().tobytes()) for i in range(len(u))]
-        copies = Counter(drawings)
-        starts = [min(int(hole.argmax()), stop) for hole, stop in zip(holes, stops, strict=True)]
-        begins = [start if copies[key] > 1 else 0 for key, start in zip(drawings, starts, strict=True)]
+        keys = list(zip(labels, drawings, strict=True))
+        copies = Counter(keys)
+        begins = [int(hole.argmax()) if copies[key] > 1 else 0 for hole, key in zip(holes, keys, strict=True)]
         known_rows: dict[Any, Any] = {}
 
         def sample_known_rows(i: int) -> None:
-            known_rows[drawings[i]] = engine.new_state(1)
-            sample_rows(known_rows[drawings[i]], [i], 0, begins[i])
+            known_rows[keys[i]] = engine.new_state(1)
+            sample_rows(known_rows[keys[i]], [i], 0, begins[i])
 
         def begin(images: list[int]) -> Any:
             """Return the buffers of images that all begin with the same row."""
             if begins[images[0]] > 0:
-                return engine.joined([known_rows[drawings[i]] for i in images])
+                return engine.joined([known_rows[keys[i]] for i in images])
             return engine.new_state(len(images))
 
-        for_each(sample_known_rows, list({key: i for i, key in enumerate(drawings) if begins[i] > 0}.values()))
+        for_each(sample_known_rows, [i for i in _one_of_each(keys) if begins[i] > 0])
         groups = _in_step(begins, stops, num_threads)
         if on_row is None:
             # Buffers live while their images are sampled: memory does not grow with the batch.
             for_each(lambda group: sample_rows(begin(group[0]), *group), groups)
             return -nats
         states = [begin(images) for images, _, _ in groups]
-        for row in range(rows):
+        for row in range(levels.shape[2]):
 
             def sample_row(g: int, y: int = row) -> None:
                 sample_rows(states[g], groups[g][0], y, y + 1)
