@@ -1,5 +1,6 @@
 # Two commands do all: `make demo` and `make test`. Everything is installed into .venv.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The tools' telemetry stays off (see also prefect.toml, .dvc/config, .streamlit/config.toml).
@@ -10,28 +11,53 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export STREAMLIT_BROWSER_GATHER_USAGE_STATS := false
 
-.PHONY: demo test check audit bench pictures serve app pipeline operate install clean
+.PHONY: demo own test test-slow check audit bench pictures serve app pipeline operate install clean
 .DEFAULT_GOAL := help
 help:
-	@echo "make demo      everything from a fresh clone: install, train the quick start, serve it, open the canvas"
-	@echo "make test      install, then every test"
+	@echo "make demo      everything from a fresh clone: install, serve, show the canvas; train the quick start beside"
+	@echo "               SHARE=1: others in this network draw along, by a link with a token"
+	@echo "make own       pictures of yours instead: IMAGES=DIR NAME=glyphs; without IMAGES, letters"
+	@echo "make test      install, then every test, on two cores (WORKERS=4: on four)"
+	@echo "make test-slow what is repeated, as often as docs/reliability.md states: hours of kills, requests and load"
 	@echo "make check     format, lint, types, architecture"
 	@echo "make audit     known faults of the dependencies, and a bill of materials: reports/audit/sbom.json"
-	@echo "make pipeline  the quick-start pipeline alone (dvc repro)"
+	@echo "make pipeline  the quick-start pipeline alone (dvc repro, promote)"
 	@echo "make operate   the deployments: Prefect's server and a worker, on this machine"
 	@echo "make serve     the service alone, on 127.0.0.1:3000"
 	@echo "make app       the canvas alone, on 127.0.0.1:8501"
 	@echo "make bench     the samplers, timed"
 	@echo "make pictures  the docs' pictures, from a demo that is running (chromium)"
 
-demo: install
-	@python -m app.demo --check-ports
-	dvc repro
-	@python -m pipelines.steps release
-	@python -m app.demo
+demo:
+	@$(PYTHON) -m app.demo
 
+# make own IMAGES=DIR NAME=glyphs SIDE=28 COLOUR=binary LEVELS=2 MINUTES=4; without IMAGES: letters.
+own: export NAME := $(if $(filter command,$(origin NAME)),$(NAME))# some systems have a variable of this name
+own:
+	@$(PYTHON) -m app.demo own
+
+# A module's tests stay in one process, with the servers that they share.
 test: install
-	python -m pytest
+	python -m pytest --numprocesses $(WORKERS) --dist loadscope --cov
+
+# The sizes that the documents state; `.ci/run` asks for less of each.
+test-slow: export FAULT_TIMES ?= 10
+test-slow: export PIXELCNN_KILLS ?= 20
+test-slow: export PIXELCNN_TEST_CASES ?= 1000
+test-slow: export PIXELCNN_TEST_CROWD ?= 1000
+test-slow: export PIXELCNN_TEST_DAMAGES ?= 1000
+test-slow: export PIXELCNN_TEST_DRAWINGS ?= 10000
+test-slow: export PIXELCNN_TEST_FLIPS ?= 400
+test-slow: export PIXELCNN_TEST_IMAGES ?= 1000
+test-slow: export PIXELCNN_TEST_KILLS ?= 20
+test-slow: export PIXELCNN_TEST_NETWORKS ?= 200
+test-slow: export PIXELCNN_TEST_PROCESSORS ?= haswell nehalem
+test-slow: export PIXELCNN_TEST_RESTARTS ?= 100
+test-slow: export PIXELCNN_TEST_SOAK_S ?= 600
+test-slow: export PIXELCNN_TEST_STROKES ?= 500
+test-slow: export PIXELCNN_TEST_SWAPS ?= 20
+test-slow: install
+	python -m pytest -s -m repeated
 
 check: install
 	ruff format --check .
@@ -51,19 +77,21 @@ bench: install
 	@for pair in $(notdir $(wildcard weights/*)); do \
 	  python -m pixelcnn bench --checkpoint weights/$$pair --sides 14 28 56 112 --out reports/bench/$$pair.json \
 	    || exit 1; echo; done
-	python -m pipelines.steps plot_bench
+	python -m benchmarks.plot
 
 pictures: install
-	PYTHONPATH=. python tests/app/pictures.py --url http://127.0.0.1:$${CANVAS_PORT:-8501}
+	python -m tools.pictures --url http://127.0.0.1:$${CANVAS_PORT:-8501}
 
 serve: install
 	bentoml serve app.service:PixelCNNService
 
 app: install
-	streamlit run app/canvas.py
+	streamlit run app/canvas/main.py
 
+# Promoting registers what is in models/ first. Both act on a registry: DVC's cache must not decide that they are done.
 pipeline: install
 	dvc repro
+	@python -m pipelines.steps promote mnist5k
 
 operate: install
 	python -m pipelines.operate
@@ -75,11 +103,12 @@ install: .venv/installed
 	  { echo "error: Python 3.11 to 3.13 is needed, '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: '$(PYTHON)' has no venv module. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing into .venv (about 2.5 GB; some minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pipelines,service,app,dev]' -c constraints.txt
-	@# Once more, alone: the project's `dvc` command must be written after DVC's own (see pyproject.toml).
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall -e .
+	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps .venv  # an old pip takes longer to resolve
+	@echo "installing into .venv (about 2 GB; some minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'  # which knows groups
+	@# Not compiled now: Python compiles what it imports, which is a fraction of all, at its first import.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  -e '.[pipelines,service,app]' --group dev -c constraints.txt
 	@touch $@
 
 clean:

@@ -3,58 +3,76 @@
 It knows the wire alone: images are nested lists of levels (H x W, or H x W x 3), everything else is plain JSON.
 """
 
-import json
+import contextlib
+import copy
+import functools
 import os
-import time
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+import secrets
+import socket
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypedDict, Unpack
 
 import httpx
+import stamina
+from httpx_sse import SSEError, connect_sse
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 DEFAULT_URL = "http://127.0.0.1:3000"
 URL_VARIABLE = "PIXELCNN_SERVICE_URL"
 TOKEN_VARIABLE = "PIXELCNN_TOKEN"
+ID_HEADER = "X-Request-Id"  # the service's log has the same
+CLIENT_HEADER = "X-Client"
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 120.0  # a batch of whole images by the slow sampler
 BUSY = (429, 503)
 RETRIES = 2
 MAX_RETRY_WAIT_S = 5.0
 
+OnOpen = Callable[[Callable[[], None]], object]
 Image = list[list[Any]]  # H rows of W levels, or of W [red, green, blue]
 
 
 class ServiceError(Exception):
-    """The service could not be reached, refused the request or failed; the text is a sentence for the person."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """What serves one dataset.
+    """The service could not be reached, refused the request or failed; the text is a sentence for the person.
 
     Args:
-        shape: [C, H, W] of its images.
-        levels: K; images hold 0 to K - 1.
-        labels: the names of the classes; empty for a model without labels.
-        protocol: how the images were made, which belongs beside every score.
-        architecture: `pixelcnn` or `gated_pixelcnn`.
-        promoted_at: when it became champion, ISO 8601.
-        model: lineage: name, version, run_id, git_commit, data_hash, weights_sha256.
-        scores: measured when it was trained, e.g. `test/nll_nats`.
+        away: whether the service, not the request, is at fault: trying again may help.
     """
 
-    shape: list[int]
-    levels: int
-    labels: list[str]
-    protocol: str
+    def __init__(self, text: str, away: bool = False) -> None:
+        super().__init__(text)
+        self.away = away
+
+
+class Sampling(TypedDict, total=False):
+    """How images are drawn; what is absent or None is as its comment says."""
+
+    num_samples: int  # 1 to 16; 1
+    label: int | None  # index of a class; none
+    temperature: float  # 1 draws from the model itself; 1
+    seed: int | None  # 0 to 2^63 - 1; the service chooses, and says which
+
+
+class _Answer(BaseModel):
+    """What the service answers, checked; what it may add later is left out."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class ServedModel(_Answer):
+    """What serves one dataset."""
+
+    shape: list[int]  # [C, H, W] of its images
+    levels: int  # K; images hold 0 to K - 1
+    labels: list[str]  # the names of the classes; empty for a model without labels
+    protocol: str  # how the images were made, which belongs beside every score
     architecture: str
-    promoted_at: str
-    model: dict[str, Any]
-    scores: dict[str, Any]
+    promoted_at: str  # when it became champion, ISO 8601
+    model: dict[str, Any]  # lineage: name, version, run_id, git_commit, data_hash, weights_sha256
+    scores: dict[str, Any]  # measured when it was trained, e.g. `test/nll_nats`
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completions:
+class Completions(_Answer):
     """Finished images; `log_probs` are nats of what was missing given what was observed."""
 
     completions: list[Image]
@@ -63,16 +81,14 @@ class Completions:
     model: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
+class Rows(_Answer):
     """Finished rows of every completion: `rows[sample][i]` is row `start + i`, its W levels."""
 
     start: int
     rows: list[Image]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratedImages:
+class GeneratedImages(_Answer):
     """Whole images, and their log-probability in nats."""
 
     images: list[Image]
@@ -81,17 +97,18 @@ class GeneratedImages:
     model: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Likelihood:
+class Likelihood(_Answer):
     """The exact likelihood of an image; `surprise` is H x W, the nats that each pixel costs."""
 
     log_prob: float
     bits_per_dim: float
+    packed_bytes: int  # without loss, by the model
     surprise: list[list[float]]
     model: dict[str, Any]
 
 
-Answer = TypeVar("Answer", ServedModel, Completions, Rows, GeneratedImages, Likelihood)
+class _Refusal(_Answer):
+    error: str
 
 
 def service_url() -> str:
@@ -109,8 +126,9 @@ class ServiceClient:
     Where the environment sets PIXELCNN_TOKEN, every request carries it.
 
     Every method raises ServiceError, and nothing else, when there is no usable answer; so does making a client for
-    what is no address. A busy service is asked again, at most twice, after the seconds that it names (5 at most): no
-    request changes anything there. A stream is not: whoever watches one learns at once that there is none.
+    what is no address. Where the service was reached, the error's text ends with the request's ID, by which the
+    service's log names it. A busy service is asked again, at most twice, after the seconds that it names (5 at most):
+    no request changes anything there. A stream is not: whoever watches one learns at once that there is none.
     """
 
     def __init__(self, url: str = DEFAULT_URL, transport: httpx.BaseTransport | None = None) -> None:
@@ -120,155 +138,145 @@ class ServiceClient:
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not (token.isascii() and token.isprintable()):
             raise ServiceError(f"{TOKEN_VARIABLE} must be printable ASCII text, without blanks. Set it anew.")
+        self._headers: dict[str, str] = {}
         self._http = httpx.Client(
             base_url=url,
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             headers={"Authorization": f"Bearer {token}"} if token else {},
             transport=transport,
+            event_hooks={"request": [lambda request: request.headers.update({ID_HEADER: secrets.token_hex(6)})]},
             trust_env=False,  # the service is a neighbour: never by way of a proxy
         )
 
+    def named(self, name: str) -> "ServiceClient":
+        """Return this client under a name: the service takes turns between names. Connections are shared."""
+        other = copy.copy(self)
+        other._headers = {CLIENT_HEADER: name}
+        return other
+
     def models(self) -> dict[str, ServedModel]:
         """Return what is served, by dataset."""
-        answer = self._json("GET", "/models", None, timeout_s=5.0)
-        return {dataset: self._answer(ServedModel, values) for dataset, values in answer.items()}
+        with self._errors_told():
+            answer = self._ask("GET", "/models", timeout=httpx.Timeout(5.0, connect=CONNECT_TIMEOUT_S))
+            return TypeAdapter(dict[str, ServedModel]).validate_json(answer)
 
-    def complete(
-        self,
-        dataset: str,
-        image: Image,
-        observed: list[list[int]],
-        *,
-        num_samples: int = 1,
-        label: int | None = None,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> Completions:
+    def complete(self, dataset: str, image: Image, observed: Image, **sampling: Unpack[Sampling]) -> Completions:
         """Have the missing pixels of an image drawn.
 
         Args:
             image: levels; ignored where missing.
             observed: H x W of 0 (missing) and 1 (known).
-            num_samples: 1 to 16.
-            label: index of a class; None for none.
-            temperature: 1 draws from the model itself.
-            seed: 0 to 2^63 - 1; None lets the service choose, and say which.
         """
-        body = _body(dataset, num_samples, label, temperature, seed, image=image, observed=observed)
-        return self._answer(Completions, self._json("POST", "/complete", body))
+        with self._errors_told():
+            body = _body(dataset, sampling) | {"image": image, "observed": observed}
+            return Completions.model_validate_json(self._ask("POST", "/complete", json=body))
 
     def complete_stream(
         self,
         dataset: str,
         image: Image,
-        observed: list[list[int]],
-        *,
-        num_samples: int = 1,
-        label: int | None = None,
-        temperature: float = 1.0,
-        seed: int | None = None,
+        observed: Image,
+        on_open: OnOpen = lambda end: None,
+        **sampling: Unpack[Sampling],
     ) -> Generator[Rows | Completions, None, None]:
         """Like `complete`, telling of each row as it is finished; the last value is the whole answer.
 
         Closing the iterator ends the request.
-        """
-        body = _body(dataset, num_samples, label, temperature, seed, image=image, observed=observed)
-        try:
-            with self._http.stream("POST", "/complete_stream", json=body) as response:
-                if response.is_error:
-                    response.read()
-                    raise self._refusal(response)
-                for event, data in _server_sent_events(response.iter_lines()):
-                    values = self._decoded(data)
-                    if event == "error":
-                        raise ServiceError(_sentence(values) or f"The service at {self.url} failed in mid-answer.")
-                    if event == "result":
-                        yield self._answer(Completions, values)
-                        return
-                    if event == "rows":
-                        yield self._answer(Rows, values)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
-        raise ServiceError(f"The service at {self.url} stopped in mid-answer. Try again; your drawing is kept.")
 
-    def generate(
-        self,
-        dataset: str,
-        *,
-        num_samples: int = 1,
-        label: int | None = None,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> GeneratedImages:
-        """Have whole images drawn; arguments as in `complete`."""
-        body = _body(dataset, num_samples, label, temperature, seed)
-        return self._answer(GeneratedImages, self._json("POST", "/generate", body))
+        Args:
+            on_open: is given what ends the request from another thread, even while this one waits for an event.
+        """
+        body = _body(dataset, sampling) | {"image": image, "observed": observed}
+        # A connection of its own: who hangs up must not cut off somebody who uses it next.
+        sent: dict[str, Any] = {"json": body, "headers": {**self._headers, "Connection": "close"}}
+        with self._errors_told(), connect_sse(self._http, "POST", "/complete_stream", **sent) as source:
+            on_open(functools.partial(_hang_up, source.response))
+            if source.response.is_error:
+                source.response.read()
+                source.response.raise_for_status()
+            for event in source.iter_sse():
+                if event.event == "error":
+                    error = _Refusal.model_validate_json(event.data).error
+                    raise ServiceError(_with_id(error, source.response.request))
+                if event.event == "result":
+                    yield Completions.model_validate_json(event.data)
+                    return
+                if event.event == "rows":
+                    yield Rows.model_validate_json(event.data)
+        text = f"The service at {self.url} stopped in mid-answer. Try again; your drawing is kept."
+        raise ServiceError(_with_id(text, source.response.request), away=True)
+
+    def generate(self, dataset: str, **sampling: Unpack[Sampling]) -> GeneratedImages:
+        """Have whole images drawn."""
+        with self._errors_told():
+            answer = self._ask("POST", "/generate", json=_body(dataset, sampling))
+            return GeneratedImages.model_validate_json(answer)
 
     def likelihood(self, dataset: str, image: Image, *, label: int | None = None) -> Likelihood:
-        """Have a whole image scored; arguments as in `complete`."""
-        body = {"dataset": dataset, "image": image, "label": -1 if label is None else label}
-        return self._answer(Likelihood, self._json("POST", "/likelihood", body))
+        """Have a whole image scored."""
+        with self._errors_told():
+            body = {"dataset": dataset, "image": image, "label": -1 if label is None else label}
+            return Likelihood.model_validate_json(self._ask("POST", "/likelihood", json=body))
 
-    def _json(self, method: str, path: str, body: Any, timeout_s: float = READ_TIMEOUT_S) -> Any:
-        timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        for retries_left in range(RETRIES, -1, -1):
-            try:
-                response = self._http.request(method, path, json=body, timeout=timeout)
-            except httpx.HTTPError as error:
-                raise self._unreachable(error) from None
-            if response.status_code not in BUSY or not retries_left:
-                break
-            time.sleep(_retry_after_s(response))
-        if response.is_error:
-            raise self._refusal(response)
-        return self._decoded(response.text)
+    def _ask(self, method: str, path: str, **options: Any) -> str:
+        for attempt in stamina.retry_context(on=_retry_after_s, attempts=1 + RETRIES, timeout=None):
+            with attempt:
+                response = self._http.request(method, path, headers=self._headers, **options).raise_for_status()
+        return response.text
 
-    def _decoded(self, text: str) -> Any:
+    @contextlib.contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        """Turn whatever keeps an answer away into a ServiceError."""
+        away = True
         try:
-            values = json.loads(text)
-        except ValueError:
-            values = None
-        if not isinstance(values, dict):
-            raise self._foreign()
-        return values
-
-    def _answer(self, answer_class: type[Answer], values: Any) -> Answer:
-        names = [field.name for field in fields(answer_class)]
-        if not isinstance(values, Mapping) or not all(name in values for name in names):
-            raise self._foreign()
-        return answer_class(**{name: values[name] for name in names})
-
-    def _unreachable(self, error: httpx.HTTPError) -> ServiceError:
-        if isinstance(error, httpx.ReadTimeout):
-            return ServiceError(f"The service at {self.url} takes too long to answer. Try again; your drawing is kept.")
-        return ServiceError(
-            f"The service at {self.url} does not answer. Start it with `make serve`; your drawing is kept."
+            yield
+            return
+        except (SSEError, ValidationError):
+            text = ""
+        except httpx.HTTPStatusError as error:
+            text = self._refusal(error.response)
+            away = error.response.status_code >= 500 and error.response.status_code not in BUSY
+            text = text and _with_id(text, error.request)
+        except httpx.ReadTimeout as error:
+            text = f"The service at {self.url} takes too long to answer. Try again; your drawing is kept."
+            text = _with_id(text, error.request)
+        except httpx.HTTPError:
+            text = f"The service at {self.url} does not answer. Start it with `make serve`; your drawing is kept."
+        raise ServiceError(
+            text
+            or f"What answers at {self.url} does not speak like the completion service. "
+            f"Set {URL_VARIABLE} to the address that `make serve` prints.",
+            away,
         )
 
-    def _refusal(self, response: httpx.Response) -> ServiceError:
-        try:
-            sentence = _sentence(response.json())
-        except ValueError:
-            sentence = ""
-        if sentence:
-            return ServiceError(sentence)
+    def _refusal(self, response: httpx.Response) -> str:
+        """Return the sentence of a refusal, empty if it is none of the service's."""
+        with contextlib.suppress(ValidationError):
+            return _Refusal.model_validate_json(response.text).error
         if response.status_code in BUSY:
-            return ServiceError(f"The service at {self.url} is busy. Try again in a moment; your drawing is kept.")
+            return f"The service at {self.url} is busy. Try again in a moment; your drawing is kept."
         if response.status_code >= 500:
-            return ServiceError(f"The service at {self.url} failed; its log says why. Your drawing is kept.")
-        return self._foreign()
-
-    def _foreign(self) -> ServiceError:
-        return ServiceError(
-            f"What answers at {self.url} does not speak like the completion service. "
-            f"Set {URL_VARIABLE} to the address that `make serve` prints."
-        )
+            return f"The service at {self.url} failed; its log says why. Your drawing is kept."
+        return ""
 
 
-def _retry_after_s(response: httpx.Response) -> float:
-    """Return how long a busy service asks to be left alone, within bounds."""
-    text = response.headers.get("retry-after", "")
+def _with_id(text: str, request: httpx.Request) -> str:
+    return f"{text} (request {request.headers[ID_HEADER]})"
+
+
+def _retry_after_s(error: Exception) -> float | bool:
+    """Return for how long a busy service asks to be left alone, within bounds; False where it is not busy."""
+    if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code not in BUSY:
+        return False
+    text = error.response.headers.get("retry-after", "")
     return min(float(text), MAX_RETRY_WAIT_S) if text.isascii() and text.isdecimal() else 1.0
+
+
+def _hang_up(response: httpx.Response) -> None:
+    """End a response that another thread reads: unlike closing it, this wakes who waits for its next bytes."""
+    if stream := response.extensions.get("network_stream"):
+        with contextlib.suppress(OSError):
+            stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def _is_address(url: str) -> bool:
@@ -279,33 +287,6 @@ def _is_address(url: str) -> bool:
     return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
-def _body(
-    dataset: str, num_samples: int, label: int | None, temperature: float, seed: int | None, **more: Any
-) -> dict[str, Any]:
-    body = {
-        "dataset": dataset,
-        "num_samples": num_samples,
-        "label": -1 if label is None else label,
-        "temperature": temperature,
-        **more,
-    }
-    return body if seed is None else {**body, "seed": seed}
-
-
-def _sentence(values: Any) -> str:
-    """Return the `error` of a refusal's body; empty if it has none."""
-    error = values.get("error") if isinstance(values, Mapping) else None
-    return error if isinstance(error, str) else ""
-
-
-def _server_sent_events(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
-    """Yield (event, data) of a stream of server-sent events."""
-    event, data = "message", []
-    for line in lines:
-        if line.startswith("event:"):
-            event = line[6:].strip()
-        elif line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif line == "" and data:
-            yield event, "\n".join(data)
-            event, data = "message", []
+def _body(dataset: str, sampling: Sampling) -> dict[str, Any]:
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return {"dataset": dataset, "num_samples": 1, "label": -1, "temperature": 1.0, **given}

@@ -1,22 +1,49 @@
-"""Run service and canvas together until Ctrl-C: the last step of `make demo`.
+"""`make demo`: install, serve the released weights and show them at once; train the quick start beside, until Ctrl-C.
 
-It starts the two programs that a person would start by hand, waits until both answer, and prints the page's address.
+Each step is a command that a person could type. It runs in a session of its own, so that Ctrl-C reaches this program
+alone, which then kills every process below itself. All of them bear that: results are written aside and renamed,
+trainings go on from their saved state, and DVC and MLflow record only what is finished.
+
+Run by the system's Python before anything is installed: the standard library alone.
 """
 
-import argparse
+# An older Python must come as far as `make install`, which refuses it in one sentence.
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import json
 import os
+import re
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-
-import httpx
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 HOST = "127.0.0.1"
-START_SECONDS = 90
-STOP_SECONDS = 15
+SERVICE = ["bentoml", "serve", "app.service:PixelCNNService", "--host", HOST, "--port"]
+CANVAS = ["streamlit", "run", "app/canvas/main.py"]
+ANYWHERE = "0.0.0.0"
+INSTALL = ["make", "--silent", "install"]
+STEPS = ["python", "-m", "pipelines.steps"]
+RELEASE = [*STEPS, "release"]
+BESIDE = [RELEASE, ["dvc", "repro"], [*STEPS, "promote", "mnist5k"]]
+LOG = Path(".logs/quick-start.log")
+STAGE = re.compile(r"Running stage '(\w+)@([\w-]+)'")  # as DVC says it
+PROGRESS = re.compile(r": train .*?(?:, validation ([\d.]+ [^ ,]+).*)?, (\d+:\d+) left")  # as `format_progress` says it
+START_S = 180  # until the canvas has something to show
+KILL_S = 4
+POLL_S = 0.1
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, or the terminal closed
 
 
 def port_of(variable: str, default: int) -> int:
@@ -27,93 +54,241 @@ def port_of(variable: str, default: int) -> int:
     return int(text)
 
 
-def check_free(port: int, variable: str, what: str) -> None:
+def address_in_network() -> str:
+    """Return the address by which others in the local network reach this machine: SHARE's, or with SHARE=1 the one that
+    it sends from. Empty where SHARE is not set: nobody is to reach it."""
+    wanted = os.environ.get("SHARE", "")
+    if wanted != "1":
+        return "" if wanted == "0" else wanted
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("10.255.255.255", 1))  # nothing is sent
+        return str(probe.getsockname()[0])
+    raise SystemExit(
+        "error: this machine is in no network now. Connect it, or name its address: make demo SHARE=ADDRESS"
+    )
+
+
+def check_free(port: int, variable: str, what: str, host: str = HOST) -> None:
     """Exit with one sentence if somebody listens on the port already."""
     with socket.socket() as probe:
         # As servers do it: a connection that is only closing down does not keep the port taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError:
             raise SystemExit(
-                f"error: port {port}, for the {what}, is in use on {HOST}. "
+                f"error: port {port}, for the {what}, is in use on {host}. "
                 f"Stop the program that holds it, or choose another port: make demo {variable}={port + 1000}"
             ) from None
 
 
-def wait_until(healthy: Callable[[], bool], process: subprocess.Popen, what: str) -> None:
-    """Wait for a server to answer; exit with one sentence if it ends or takes too long."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise SystemExit(f"error: the {what} ended with exit code {process.returncode}; its message stands above.")
-        if healthy():
-            return
-        time.sleep(0.2)
-    raise SystemExit(f"error: the {what} did not answer within {START_SECONDS} s.")
-
-
-def answers(url: str) -> bool:
-    """Tell whether a URL answers with 200."""
-    try:
-        return httpx.get(url, timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def stop(processes: list[subprocess.Popen]) -> None:
-    """End the servers and whatever they started."""
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
-    for process in processes:
+def answers(port: int, path: str) -> bool:
+    """Tell whether a server of this machine answers a path with 200."""
+    with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=1)) as connection:
         try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m app.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--check-ports", action="store_true", help="only check that both ports are free")
-    arguments = parser.parse_args()
-    service_port = port_of("SERVICE_PORT", 3000)
-    canvas_port = port_of("CANVAS_PORT", 8501)
+def descendants() -> set[int]:
+    """Return the IDs of all processes below this one, whatever session they are in."""
+    parents = {}
+    if sys.platform == "linux":  # where a small container has no `ps`
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            except OSError:
+                continue  # it has just ended
+            if state != "Z":
+                parents[int(stat.parent.name)] = int(parent)
+    else:
+        lister = subprocess.Popen(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True)
+        lines = [line.split() for line in lister.communicate()[0].splitlines()]
+        parents = {int(pid): int(parent) for pid, parent in lines if int(pid) != lister.pid}
+    found: set[int] = set()
+    level = {os.getpid()}
+    while level:
+        level = {pid for pid, parent in parents.items() if parent in level}
+        found |= level
+    return found
+
+
+def kill_descendants() -> None:
+    """Kill all processes below this one, also those that they start meanwhile."""
+    deadline = time.monotonic() + KILL_S
+    while (pids := descendants()) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt, once: what ends the demo must not be interrupted itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def start(command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, which Ctrl-C does not reach."""
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+
+
+class Beside:
+    """What goes on beside the canvas, one step after the other: releasing the weights, then the quick start.
+
+    All that it says goes into `LOG`. The file `status` tells the canvas, as JSON: `doing` and `what`, of a training
+    `left` and the last `validation`, too; at the end of a quick start `doing` is "done" or "failed".
+    """
+
+    def __init__(self, environment: dict[str, str], status: Path, steps: list[list[str]]) -> None:
+        LOG.parent.mkdir(exist_ok=True)
+        LOG.write_bytes(b"")
+        self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
+        self._status = status
+        self._said: dict[str, str] = {}
+        self._step = ""  # under way
+        self._num_read = 0  # bytes of the log
+        self._todo = steps.copy()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.failure = ""
+
+    def poll(self) -> None:
+        """Tell of what has come, and begin the next step if one has ended."""
+        is_running = self._process is not None and self._process.poll() is None  # asked first: its last lines count
+        with LOG.open("rb") as log:
+            log.seek(self._num_read)
+            for line in log:
+                if line.endswith(b"\n"):
+                    self._num_read += len(line)
+                    self._read(line.decode(errors="replace").strip())
+        if self.failure or is_running:
+            return
+        if self._process and self._process.returncode:
+            self.failure = f"`{self._step}` failed: {LOG} says why."
+            self._tell(doing="failed")
+        elif self._todo:
+            command = self._todo.pop(0)
+            with LOG.open("ab") as output:
+                self._step = " ".join(command)
+                # From the first moment on, and so for all that it starts.
+                give_way = None if command is RELEASE else lambda: os.nice(19)
+                self._process = start(
+                    command, self._environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=give_way
+                )
+            if give_way:
+                give_way_between_sessions(self._process.pid)
+        elif self._said.get("doing") not in (None, "done"):
+            self._tell(doing="done")
+
+    def _read(self, line: str) -> None:
+        if found := STAGE.search(line):
+            self._tell(doing=found[1], what=found[2])
+        elif found := PROGRESS.search(line):
+            self._tell(**{**self._said, **({"validation": found[1]} if found[1] else {}), "left": found[2]})
+        else:
+            return
+        print(f"beside: {line}", flush=True)
+
+    def _tell(self, **said: str) -> None:
+        self._said = said
+        written = self._status.with_suffix(".new")
+        written.write_text(json.dumps(said))
+        written.replace(self._status)
+
+
+def give_way_between_sessions(pid: int) -> None:
+    """Let a process that was started have what others leave, where Linux shares processors between sessions first.
+
+    Not done by the process itself before it begins: this program would wait for it as long as others are busy.
+    """
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("19")
+
+
+def own_steps(wishes: dict[str, str]) -> tuple[str, list[list[str]]]:
+    """Return the name of a dataset of one's own, and what comes before it can be drawn, by what `make own` was given.
+
+    Args:
+        wishes: of IMAGES, NAME, SIDE, COLOUR, LEVELS and MINUTES, what was said; without IMAGES it is letters.
+    """
+    name = wishes.get("NAME") or ("glyphs" if wishes.get("IMAGES") else "letters")
+    images = wishes.get("IMAGES") or "data/raw/letters.npz"
+    options = [("--" + key.lower(), wishes[key]) for key in ("SIDE", "COLOUR", "LEVELS", "MINUTES") if wishes.get(key)]
+    add = [*STEPS, "add", name, "--images", images, "--keep", *(word for option in options for word in option)]
+    letters = [] if wishes.get("IMAGES") else [[*STEPS, "letters", images]]
+    pair = f"own/dvc.yaml:evaluate@gated_pixelcnn-{name}"
+    return name, [*letters, add, ["dvc", "repro", pair], [*STEPS, "promote", name]]
+
+
+def main(words: list[str]) -> None:
+    """Run the demo until Ctrl-C, or until a part of it fails.
+
+    Args:
+        words: `own` to learn pictures of one's own first (`make own`), and serve them without the quick start.
+    """
+    name, before = own_steps(dict(os.environ)) if words == ["own"] else ("", [])
+    service_port, canvas_port = port_of("SERVICE_PORT", 3000), port_of("CANVAS_PORT", 8501)
     check_free(service_port, "SERVICE_PORT", "service")
-    check_free(canvas_port, "CANVAS_PORT", "canvas")
-    if arguments.check_ports:
-        return 0
-    service_url = f"http://{HOST}:{service_port}"
-    canvas_url = f"http://{HOST}:{canvas_port}"
-    bentoml = ["bentoml", "serve", "app.service:PixelCNNService", "--host", HOST, "--port", str(service_port)]
-    streamlit = ["streamlit", "run", "app/canvas.py", "--server.address", HOST, "--server.port", str(canvas_port)]
-    environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url}
-
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    processes: list[subprocess.Popen] = []
+    shared = address_in_network()
+    check_free(canvas_port, "CANVAS_PORT", "canvas", ANYWHERE if shared else HOST)
+    service_url, canvas_url = f"http://{HOST}:{service_port}", f"http://{HOST}:{canvas_port}"
+    query = {**({"dataset": name} if name else {}), **({"token": secrets.token_urlsafe(16)} if shared else {})}
+    path = f"/?{urlencode(query)}" if query else ""
+    link = f"http://{shared}:{canvas_port}{path}" if shared else ""
+    temporary = tempfile.mkdtemp(prefix="demo-")  # what is killed leaves its temporary files there
+    environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url, "TMPDIR": temporary}
+    status = Path(temporary) / "status.json"
+    environment["PIXELCNN_DEMO_STATUS"] = str(status)
+    environment["PIXELCNN_DEMO_SHARE"] = link
+    # Pages of other origins stay refused: the address by which it is reached is named.
+    reached = (
+        ["--server.address", ANYWHERE, "--browser.serverAddress", shared] if shared else ["--server.address", HOST]
+    )
+    canvas = [*CANVAS, *reached, "--server.port", str(canvas_port)]
+    if sys.platform == "linux":  # a process whose parent ends becomes a child of this one: none is lost
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        # Process groups of their own, so that Ctrl-C reaches this program alone and it ends all the others.
-        processes.append(subprocess.Popen(bentoml, env=environment, start_new_session=True))
-        wait_until(lambda: answers(f"{service_url}/readyz"), processes[0], "service")
-        processes.append(subprocess.Popen(streamlit, env=environment, start_new_session=True))
-        wait_until(lambda: answers(f"{canvas_url}/_stcore/health"), processes[1], "canvas")
-        print(f"\nReady: draw at {canvas_url} (service: {service_url}). Ctrl-C ends both.\n", flush=True)
-        while all(process.poll() is None for process in processes):
-            time.sleep(0.5)
-        print("error: a part of the demo ended by itself; its message stands above.", file=sys.stderr)
-        return 1
+        for number in SIGNALS:
+            signal.signal(number, interrupt)
+        for command in [INSTALL, *before]:
+            if start(command, environment).wait() != 0:
+                raise SystemExit(f"error: `{' '.join(command)}` failed; its message stands above.")
+        servers = {
+            "service": start([*SERVICE, str(service_port)], environment),
+            "canvas": start(canvas, environment),
+        }
+        beside = Beside(environment, status, [] if name else BESIDE)
+        is_ready, said, deadline = False, "", time.monotonic() + START_S
+        while True:
+            for what, process in servers.items():
+                if process.poll() is not None:
+                    raise SystemExit(f"error: the {what} ended by itself; its message stands above.")
+            beside.poll()
+            if not is_ready and answers(canvas_port, "/_stcore/health") and answers(service_port, "/readyz"):
+                is_ready = True
+                print(f"\nReady: draw at {canvas_url}{path} (service: {service_url}). Ctrl-C ends all.\n", flush=True)
+                if shared:
+                    print(f"Others in this network draw at {link}\n", flush=True)
+                    start(["segno", "--compact", link], environment).wait()
+            if not is_ready and (beside.failure or time.monotonic() > deadline):
+                raise SystemExit(f"error: {beside.failure or f'nothing could be shown within {START_S} s.'}")
+            if beside.failure != said:
+                said = beside.failure
+                print(f"The canvas stays, without the quick start: {said}", flush=True)
+            time.sleep(POLL_S)
     except KeyboardInterrupt:
-        print("\nstopping ...", flush=True)
-        return 0
+        kill_descendants()
+        print(f"\nStopped. The next `make {'own' if name else 'demo'}` goes on from here.", flush=True)
     finally:
-        stop(processes)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        kill_descendants()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

@@ -2,34 +2,33 @@
 
     python -m pipelines.operate        # or: make operate
 
-A server or worker that is there already is used as it is. A worker that dies is started again. A run whose process died
-is shown as crashed after a minute and a half, and a training is then started again from its checkpoint.
+A server or worker that is there already is used as it is. One that was started here and dies is started again, at most
+three times in an hour. A run whose process died is shown as crashed after a minute and a half, and a training is then
+started again from its checkpoint.
 """
 
-import argparse
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import yaml
 from prefect.automations import Automation
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from typer import Option, Typer
 
-from pipelines.steps import run
+from pipelines.errors import run_typer
+from pipelines.settings import Settings
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 POOL = "pixelcnn"
@@ -37,44 +36,10 @@ PREFECT = str(Path(sys.executable).with_name("prefect"))
 START_S = 120
 STOP_S = 8
 POLL_S = 1.0
+MAX_RESTARTS = 3  # within RESTARTS_S: what ends more often than that does not run here
+RESTARTS_S = 3600
 HEARTBEAT_S = 30  # the least that Prefect allows; its default, 180, would show a crash after nine minutes
-SILENT_S = 3 * HEARTBEAT_S  # two heartbeats may come late on a busy machine: a run that lives is not declared dead
-_RUN: Any = {"prefect.resource.id": "prefect.flow-run.*"}
-_ENDS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-_TRAININGS: Any = {"prefect.resource.role": "flow", "prefect.resource.name": ["train-pair", "train-all"]}
-_BEAT = "prefect.flow-run.heartbeat"
-
-AUTOMATIONS = [
-    Automation(
-        name="a silent run has crashed",
-        description="The process of a run that gives no sign of life is dead, or its machine is.",
-        trigger=EventTrigger(
-            posture=Posture.Proactive,
-            match=_RUN,
-            for_each={"prefect.resource.id"},
-            after={_BEAT},
-            expect={_BEAT, *_ENDS},
-            threshold=1,
-            within=timedelta(seconds=SILENT_S),
-        ),
-        actions=[ChangeFlowRunState(name=None, state=StateType.CRASHED, message="no sign of life", force=True)],
-    ),
-    Automation(
-        name="a crashed training is started again",
-        description="It goes on from its checkpoint; after some attempts it fails by itself.",
-        trigger=EventTrigger(
-            posture=Posture.Reactive,
-            match=_RUN,
-            match_related=_TRAININGS,
-            expect={"prefect.flow-run.Crashed"},
-            threshold=1,
-            within=timedelta(0),
-        ),
-        actions=[
-            ChangeFlowRunState(name=None, state=StateType.SCHEDULED, message="again, from its checkpoint", force=False)
-        ],
-    ),
-]
+AUTOMATIONS_FILE = Path(__file__).with_name("automations.yaml")
 
 
 def is_healthy(url: str) -> bool:
@@ -95,27 +60,6 @@ def await_server(server: subprocess.Popen[bytes], url: str) -> None:
         time.sleep(POLL_S)
 
 
-@contextmanager
-def running_server(folder: Path) -> Iterator[str]:
-    """Run a Prefect server with a database of its own in a folder; yield its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(
-        command,
-        env={**os.environ, "PREFECT_HOME": str(folder / "server")},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        await_server(server, url)
-        yield url
-    finally:
-        stop([server])
-
-
 def has_worker() -> bool:
     """Say whether the pool has a worker that is alive."""
     with get_client(sync_client=True) as client:
@@ -126,43 +70,51 @@ def has_worker() -> bool:
 
 
 def automate() -> None:
-    """Create the automations that this server does not have."""
-    for automation in AUTOMATIONS:
+    """Create the automations that this server does not have; what notifies, where there is somebody to be notified."""
+    known: Any = Automation  # its methods are awaited in a coroutine, done at once here
+    text, on_call = AUTOMATIONS_FILE.read_text(), None
+    if url := Settings().notify_url:
+        webhook: Any = CustomWebhookNotificationBlock
+        block = webhook(name="on-call", url=url, json_data={"text": "{{subject}}\n{{body}}"})
+        on_call = str(block.save("on-call", overwrite=True))
+    for values in yaml.safe_load(text.replace("block_document_id: on-call", f"block_document_id: {on_call}")):
+        if on_call is None and any(action["type"] == "send-notification" for action in values["actions"]):
+            continue
         try:
-            cast(Any, Automation).read(name=automation.name)
+            known.read(name=values["name"])
         except ValueError:
-            cast(Any, automation).create()  # awaited in a coroutine, done at once here
+            known.model_validate(values).create()
 
 
 def operate(url: str) -> None:
     """Start what is missing, and keep it running until this process is stopped.
 
     Raises:
-        OSError: the server does not start, or the deployments cannot be made.
+        OSError: the server does not start, the deployments cannot be made, or server or worker end again and again.
     """
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
-    started: list[subprocess.Popen[bytes]] = []
+    kept: dict[str, tuple[str, ...]] = {}  # the commands of what is started here
+    processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(*words: str) -> subprocess.Popen[bytes]:
-        # In a session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-        started.append(subprocess.Popen([PREFECT, *words], env=environment, start_new_session=True))
-        return started[-1]
+    def start(name: str) -> None:
+        # In a session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
+        processes[name] = subprocess.Popen([PREFECT, *kept[name]], env=environment, start_new_session=True)
+        if name == "server":
+            await_server(processes[name], url)
 
-    def end(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+        signal.signal(number, interrupt)
     try:
         if not is_healthy(url):
             address = urlsplit(url)
             host, port = address.hostname or "127.0.0.1", str(address.port or 4200)
-            await_server(start("server", "start", "--host", host, "--port", port), url)
-        for words in (
-            ("work-pool", "create", POOL, "--type", "process", "--overwrite"),
-            ("deploy", "--all"),
-        ):
+            kept["server"] = ("server", "start", "--host", host, "--port", port)
+            start("server")
+        for words in (("work-pool", "create", POOL, "--type", "process", "--overwrite"), ("deploy", "--all")):
             if subprocess.run([PREFECT, "--no-prompt", *words], env=environment, check=False).returncode != 0:
                 raise OSError(f"`prefect {' '.join(words)}` failed; its message stands above.")
         with temporary_settings({PREFECT_API_URL: url}):
@@ -170,40 +122,51 @@ def operate(url: str) -> None:
             has_one = has_worker()
         if has_one:
             print(f"Ready: the pool {POOL} of {url} has a worker already.", flush=True)
-            worker = None
         else:
-            worker = start("worker", "start", "--pool", POOL)
+            kept["worker"] = ("worker", "start", "--pool", POOL)
+            start("worker")
             print(f"Ready: server at {url}, worker of the pool {POOL}. Ctrl-C ends what was started here.", flush=True)
-        while started:
+        restarts: list[float] = []
+        while kept:
             time.sleep(POLL_S)
-            if worker is not None and worker.poll() is not None:
-                print(f"the worker ended ({worker.returncode}): another one is started", flush=True)
-                worker = start("worker", "start", "--pool", POOL)
+            for name in kept:
+                code = processes[name].poll()
+                if code is None:
+                    continue
+                now = time.monotonic()
+                restarts = [then for then in restarts if now - then < RESTARTS_S]
+                if len(restarts) == MAX_RESTARTS:
+                    raise OSError(f"the {name} ended again and again, at last with exit code {code}; see above.")
+                restarts.append(now)
+                print(f"the {name} ended ({code}): another one is started", flush=True)
+                start(name)
     except KeyboardInterrupt:
         print("ending ...", flush=True)
     finally:
-        stop(started)
+        stop(list(processes.values()))
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes, the last first; a worker that is told once waits for its runs, told twice it ends them."""
+    """Stop in reverse order: SIGTERM (drain), SIGTERM (cancel runs), SIGKILL."""
     for process in reversed(processes):
         for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             if process.poll() is not None:
                 break
             os.killpg(process.pid, sent)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                continue
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.operate", description="Keep the pipeline running here.")
-    parser.add_argument("--url", default=os.environ.get("PREFECT_API_URL") or DEFAULT_URL, help="of Prefect's API")
-    arguments = parser.parse_args(argv)
-    return run("operate", lambda: operate(arguments.url))
+    app = Typer(add_completion=False, rich_markup_mode=None)
+
+    @app.command()
+    def command(url: Annotated[str, Option(help="of Prefect's API")] = Settings().prefect_url or DEFAULT_URL) -> None:
+        """Keep the pipeline running here."""
+        operate(url)
+
+    return run_typer(app, "operate", "python -m pipelines.operate", argv)
 
 
 if __name__ == "__main__":

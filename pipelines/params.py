@@ -1,200 +1,164 @@
-"""params.yaml as checked dataclasses: the only place of values, and the table of what is known of each dataset."""
+"""params.yaml, and own/params.yaml beside it, as checked, frozen models: the only places of values."""
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import yaml
+from pydantic import Field, InstanceOf, ValidationError, ValidationInfo, field_validator, model_validator
 
-from pixelcnn.config import CONFIG_CLASSES, ModelConfig, checked_config
-from pixelcnn.data import BYTES_PROTOCOL, DYNAMIC_PROTOCOL
+from pipelines.datasets.checks import CheckParams
+from pipelines.datasets.entry import NAME, NAMES, OFFICIAL, DatasetParams, Frozen
+from pixelcnn.config import ModelConfig, checked_config
+from pixelcnn.models.registry import architectures
 from pixelcnn.training import TrainConfig
 
 PARAMS_FILE = "params.yaml"
+OWN_FILE = "own/params.yaml"  # datasets and pairs that somebody added: `python -m pipelines.steps add`
+QUICK_START = "mnist5k"  # its stages are in the root's dvc.yaml; full/ and own/ hold those of the other datasets
+
+_Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+_BatchSize = Annotated[int, Field(ge=1, le=100_000)]
+_NumImages = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """What is known of a dataset before its file is read.
-
-    Args:
-        image_shape: (C, H, W).
-        num_levels: K.
-        protocol: what one pixel of validation and test is.
-        label_names: one per class, in order.
-        num_validation: images set aside from the official training set for validation.
-    """
-
-    image_shape: tuple[int, int, int]
-    num_levels: int
-    protocol: str
-    label_names: tuple[str, ...]
-    num_validation: int
-
-
-_DIGITS = tuple("0123456789")
-_CLOTHES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
-_OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-DATASETS = {
-    "mnist5k": DatasetSpec(
-        image_shape=(1, 28, 28), num_levels=2, protocol=DYNAMIC_PROTOCOL, label_names=_DIGITS, num_validation=500
-    ),
-    "mnist": DatasetSpec(
-        image_shape=(1, 28, 28), num_levels=2, protocol=DYNAMIC_PROTOCOL, label_names=_DIGITS, num_validation=5000
-    ),
-    "fashion_mnist": DatasetSpec(
-        image_shape=(1, 28, 28), num_levels=256, protocol=BYTES_PROTOCOL, label_names=_CLOTHES, num_validation=5000
-    ),
-    "cifar10": DatasetSpec(
-        image_shape=(3, 32, 32), num_levels=256, protocol=BYTES_PROTOCOL, label_names=_OBJECTS, num_validation=5000
-    ),
-}
-
-
-def check_dataset(name: str) -> DatasetSpec:
-    """Return what is known of a dataset.
-
-    Raises:
-        ValueError: no dataset has this name.
-    """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}. Known: {', '.join(DATASETS)}.")
-    return DATASETS[name]
-
-
-def _check_number(name: str, value: Any, kind: type, least: float, most: float) -> None:
-    kinds = (int,) if kind is int else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
-        word = "whole number" if kind is int else "number"
-        raise ValueError(f"{name} must be a {word} from {least} to {most}, got {value!r}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataParams:
-    """How datasets are split and binarised.
+def repro_command(stage: str, name: str) -> str:
+    """Return the command that makes a stage's outputs, e.g. `dvc repro full/dvc.yaml:train@pixelcnn-mnist`.
 
     Args:
-        split_seed: of the permutation that sets validation images aside.
-        binarization_seed: of the fixed Bernoulli sample of validation and test images.
+        name: of the dataset or pair.
     """
-
-    split_seed: int
-    binarization_seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("split_seed", "binarization_seed"):
-            _check_number(name, getattr(self, name), int, 0, 2**32 - 1)
+    dataset = name.rpartition("-")[2]
+    file = "" if dataset == QUICK_START else "full/dvc.yaml:" if dataset in OFFICIAL else "own/dvc.yaml:"
+    return f"dvc repro {file}{stage}@{name}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairParams:
-    """One model/dataset pair.
+class DataParams(Frozen):
+    """How datasets are split and binarised."""
 
-    Args:
-        model, dataset: their names.
-        num_threads: CPU threads of training and evaluation; 0 for torch's own choice. Small networks are faster with
-            one, above all on a busy machine, and the number changes rounding.
-        network: with what the dataset fixes filled in.
-        train: how to train it, without its completer.
-        completer: how to train the completer, if `network` has one.
-        completion_images: test images whose completion is scored, six masks each; 0 for all.
-    """
+    split_seed: _Seed  # of the permutation that sets validation images aside
+    binarization_seed: _Seed  # of the fixed Bernoulli sample of validation and test images
+
+
+class PairParams(Frozen):
+    """One model/dataset pair."""
 
     model: str
     dataset: str
-    num_threads: int
-    network: ModelConfig
-    train: TrainConfig
-    completer: TrainConfig | None = None
-    completion_images: int = 0
+    # CPU threads of training and evaluation; 0 for torch's own choice. Small networks are faster with one, above all on
+    # a busy machine, and the number changes rounding.
+    num_threads: int = Field(ge=0, le=1024)
+    network: InstanceOf[ModelConfig]  # with what the dataset fixes filled in
+    train: InstanceOf[TrainConfig]  # without its completer
+    completer: InstanceOf[TrainConfig] | None = None  # if `network` has one
+
+    @model_validator(mode="before")
+    @classmethod
+    def _build_configs(cls, values: Any, info: ValidationInfo) -> Any:
+        """Make the core's own configs, which check themselves, of the mappings in the file."""
+        if not isinstance(values, dict) or not {"model", "dataset", "network", "train"} <= set(values):
+            return values
+        datasets: dict[str, DatasetParams] = (info.context or {}).get("datasets", {})
+        for key, known in (("model", architectures()), ("dataset", datasets)):
+            if values[key] not in known:
+                raise ValueError(f"{key}: unknown {key} {values[key]!r}. Known: {', '.join(known)}.")
+        spec = datasets[values["dataset"]]
+        fixed = {"image_shape": spec.image_shape, "num_levels": spec.num_levels, "num_labels": len(spec.label_names)}
+        network = _config(architectures()[values["model"]], values["network"], "network", fixed)
+        built = {**values, "network": network, "train": _config(TrainConfig, values["train"], "train")}
+        if built["train"].horizontal_flips and not spec.flips:
+            raise ValueError("train: horizontal_flips mirrors images whose dataset has no `flips: true`.")
+        if network.completer_features:
+            built["completer"] = _config(TrainConfig, values.get("completer", {}), "completer")
+        elif "completer" in values:
+            raise ValueError("completer: it trains nothing: set completer_features in its network.")
+        return built
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateParams:
-    """How models are scored.
-
-    Args:
-        batch_size: images per forward pass; it does not change the scores.
-        num_images: the first so many images of each split; 0 for all.
-    """
-
-    batch_size: int
-    num_images: int
-
-    def __post_init__(self) -> None:
-        _check_number("batch_size", self.batch_size, int, 1, 100_000)
-        _check_number("num_images", self.num_images, int, 0, 1_000_000)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleParams:
-    """The sheet of samples that each training run draws.
-
-    Args:
-        num_images: samples on the sheet.
-        num_columns: samples per row.
-        num_completions: completions of each test image on the sheet of completions.
-        seed: of the noise.
-        temperature: divides the logits.
-    """
-
-    num_images: int
-    num_columns: int
-    num_completions: int
-    seed: int
-    temperature: float
-
-    def __post_init__(self) -> None:
-        _check_number("num_images", self.num_images, int, 1, 1000)
-        _check_number("num_columns", self.num_columns, int, 1, 100)
-        _check_number("num_completions", self.num_completions, int, 1, 100)
-        _check_number("seed", self.seed, int, 0, 2**63 - 1)
-        _check_number("temperature", self.temperature, float, 0, 100)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromoteParams:
-    """When a challenger takes the champion's place.
+def _config(config_class: type, values: Any, where: str, fixed: dict[str, Any] | None = None) -> Any:
+    """Make a config of the core.
 
     Args:
-        confidence: of the interval of the paired per-image difference in validation NLL, which must lie below zero.
-        batch_size: images per forward pass; it does not change the decision.
-        max_sample_s: seconds that a challenger may take to sample one image.
+        fixed: fields that the dataset decides, and that must not stand in the file.
     """
-
-    confidence: float
-    batch_size: int
-    max_sample_s: float
-
-    def __post_init__(self) -> None:
-        _check_number("confidence", self.confidence, float, 0.5, 0.9999)
-        _check_number("batch_size", self.batch_size, int, 1, 100_000)
-        _check_number("max_sample_s", self.max_sample_s, float, 0, 86_400)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: it must be a mapping of names to values, got {values!r}.")
+    for name in set(values) & set(fixed or {}):
+        raise ValueError(f"{where}: {name} is not to be set here: the dataset decides it.")
+    return checked_config(config_class, {**values, **(fixed or {})}, where)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Params:
-    """Everything in params.yaml.
+class EvaluateParams(Frozen):
+    """How models are scored."""
 
-    Args:
-        default_targets: the stages that `dvc repro` runs when it is given none.
-        data, evaluate, sample, promote: see their classes.
-        pairs: by name, `MODEL-DATASET`.
-        candidates: by dataset, the one or two pairs whose training `dvc repro promote@DATASET` waits for.
-    """
+    batch_size: _BatchSize  # images per forward pass; it does not change the scores
+    num_images: _NumImages  # the first so many images of each split; 0 for all
+    # By dataset, test images whose completion is scored, six masks each; all where it says none.
+    completion_images: dict[str, _NumImages] = Field(default_factory=dict)
+    judged_images: _NumImages = 600  # test images whose endings the judges look at, one for each known part; 0 for all
+    # By dataset, the one whose judges know its images; the others' are not judged.
+    judges: dict[str, str] = Field(default_factory=dict)
 
-    default_targets: list[str]
+
+class SampleParams(Frozen):
+    """The sheet of samples that each training run draws."""
+
+    num_images: int = Field(ge=1, le=1000)  # samples on the sheet
+    num_columns: int = Field(ge=1, le=100)  # samples per row
+    num_completions: int = Field(ge=1, le=100)  # of each test image on the sheet of completions
+    seed: int = Field(ge=0, le=2**63 - 1)  # of the noise
+    temperature: float = Field(ge=0, le=100)  # divides the logits
+
+
+class PromoteParams(Frozen):
+    """When a challenger takes the champion's place; the rule is in pipelines/promotion/rule.py."""
+
+    confidence: float = Field(ge=0.5, le=0.9999)  # of all intervals of paired differences at once
+    batch_size: _BatchSize  # images per forward pass; it does not change the decision
+    max_sample_s: float = Field(ge=0, le=86_400)  # seconds that a challenger may take to sample one image
+
+
+class Params(Frozen):
+    """Everything in params.yaml."""
+
     data: DataParams
-    pairs: dict[str, PairParams]
-    candidates: dict[str, list[str]]
+    datasets: dict[str, DatasetParams] = Field(min_length=1)
+    checks: CheckParams
+    pairs: dict[str, PairParams] = Field(min_length=1)  # by name, MODEL-DATASET
     evaluate: EvaluateParams
     sample: SampleParams
     promote: PromoteParams
+
+    @field_validator("datasets")
+    @classmethod
+    def _tell_pairs(cls, datasets: dict[str, DatasetParams], info: ValidationInfo) -> dict[str, DatasetParams]:
+        """Check the names, and let the pairs, which are read next, know their datasets."""
+        for name in datasets:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a dataset: {NAMES}.")
+        if info.context is not None:
+            info.context["datasets"] = datasets
+        return datasets
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Params":
+        for name, pair in self.pairs.items():
+            if name != f"{pair.model}-{pair.dataset}":
+                raise ValueError(
+                    f"pair {name!r} must be named MODEL-DATASET, '{pair.model}-{pair.dataset}' for its values."
+                )
+        for dataset in self.evaluate.completion_images:
+            self.dataset(dataset)
+        return self
+
+    def dataset(self, name: str) -> DatasetParams:
+        """Return a dataset's entry.
+
+        Raises:
+            ValueError: no dataset has this name.
+        """
+        if name not in self.datasets:
+            raise ValueError(f"unknown dataset {name!r}. Known: {', '.join(self.datasets)}.")
+        return self.datasets[name]
 
     def pair(self, name: str) -> PairParams:
         """Return a pair by its name.
@@ -206,100 +170,69 @@ class Params:
             raise ValueError(f"unknown pair {name!r}. Known pairs in {PARAMS_FILE}: {', '.join(self.pairs)}.")
         return self.pairs[name]
 
-
-def _section(config_class: type, values: Any, prefix: str, fixed: Mapping[str, Any] | None = None) -> Any:
-    """Make a dataclass from a section of params.yaml, naming each key by its full path.
-
-    Args:
-        prefix: path of the section, such as `pairs.pixelcnn-mnist.train`; empty for the whole file.
-        fixed: fields that come from elsewhere and must not stand in the file.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{PARAMS_FILE}: {prefix or 'the file'} must be a mapping of names to values, got {values!r}.")
-    fixed = fixed or {}
-    dot = f"{prefix}." if prefix else ""
-    known = {f.name: f for f in fields(config_class) if f.name not in fixed}
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{PARAMS_FILE}: unknown key '{dot}{key}'. Known: {', '.join(sorted(known))}.")
-    for name, field in known.items():
-        if name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{PARAMS_FILE}: key '{dot}{name}' is missing.")
-    return checked_config(config_class, {**values, **fixed}, where=f"{PARAMS_FILE}: {prefix}".removesuffix(": "))
-
-
-def _pair(name: str, values: Any) -> PairParams:
-    prefix = f"pairs.{name}"
-    pair = _section(PairParams, values, prefix)
-    for key, known in (("model", CONFIG_CLASSES), ("dataset", DATASETS)):
-        value = getattr(pair, key)
-        if value not in known:
-            raise ValueError(f"{PARAMS_FILE}: unknown {key} {value!r} in '{prefix}.{key}'. Known: {', '.join(known)}.")
-    if name != f"{pair.model}-{pair.dataset}":
-        raise ValueError(
-            f"{PARAMS_FILE}: pair {name!r} must be named MODEL-DATASET, '{pair.model}-{pair.dataset}' for its values."
-        )
-    _check_number(f"{PARAMS_FILE}: {prefix}.num_threads", pair.num_threads, int, 0, 1024)
-    spec = DATASETS[pair.dataset]
-    fixed = {
-        "image_shape": spec.image_shape,
-        "num_levels": spec.num_levels,
-        "num_labels": len(spec.label_names),
-    }
-    network = _section(CONFIG_CLASSES[pair.model], pair.network, f"{prefix}.network", fixed)
-    train = _section(TrainConfig, pair.train, f"{prefix}.train")
-    completer = None
-    if network.completer_features:
-        completer = _section(TrainConfig, pair.completer or {}, f"{prefix}.completer")
-    elif pair.completer is not None:
-        raise ValueError(f"{PARAMS_FILE}: '{prefix}.completer' trains nothing: set completer_features in its network.")
-    _check_number(f"{PARAMS_FILE}: {prefix}.completion_images", pair.completion_images, int, 0, 1_000_000)
-    return replace(pair, network=network, train=train, completer=completer)
-
-
-def _check_candidates(candidates: Any, pairs: Mapping[str, PairParams]) -> None:
-    if not isinstance(candidates, dict):
-        raise ValueError(f"{PARAMS_FILE}: candidates must name pairs for each dataset, got {candidates!r}.")
-    for dataset, names in candidates.items():
-        if dataset not in DATASETS:
-            raise ValueError(f"{PARAMS_FILE}: unknown dataset 'candidates.{dataset}'. Known: {', '.join(DATASETS)}.")
-        if not isinstance(names, list) or not 1 <= len(names) <= 2:
-            raise ValueError(f"{PARAMS_FILE}: candidates.{dataset} must be a list of one or two pairs, got {names!r}.")
-        for name in names:
-            if name not in pairs or pairs[name].dataset != dataset:
-                of_dataset = [known for known, pair in pairs.items() if pair.dataset == dataset]
-                raise ValueError(
-                    f"{PARAMS_FILE}: candidates.{dataset} names {name!r}, which is no pair of that dataset. "
-                    f"Known: {', '.join(of_dataset)}."
-                )
+    def pairs_of(self, dataset: str) -> list[str]:
+        """Return the names of a dataset's pairs."""
+        return [name for name, pair in self.pairs.items() if pair.dataset == dataset]
 
 
 def load_params(path: str | Path = PARAMS_FILE) -> Params:
-    """Read and check params.yaml.
+    """Read and check params.yaml, and own/params.yaml if it is there.
 
     Raises:
         ValueError: the file is missing or no YAML; a key is unknown or missing, or a value is impossible.
     """
+    values, own_path = _read(Path(path)), Path(path).parent / OWN_FILE
+    own = _read(own_path) if own_path.exists() else {}
+    if not isinstance(own, dict) or set(own) - {"datasets", "pairs"}:
+        raise ValueError(f"{OWN_FILE} must hold `datasets` and `pairs`, and nothing else.")
+    for section, added in own.items():
+        known = values.get(section) if isinstance(values, dict) else None
+        if isinstance(known, dict) and isinstance(added, dict):
+            if both := set(known) & set(added):
+                raise ValueError(f"{min(both)!r} stands in {PARAMS_FILE} and in {OWN_FILE}: take it out of one.")
+            values[section] = {**known, **added}
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        return Params.model_validate(values, context={})
+    except ValidationError as error:
+        section, name, *_ = *error.errors(include_url=False)[0]["loc"], "", ""
+        of_own = name in (own.get(str(section)) or {})
+        raise ValueError(f"{OWN_FILE if of_own else PARAMS_FILE}: {_sentence(error)}") from None
+
+
+def check_dataset(name: str) -> DatasetParams:
+    """Return a dataset's entry in the current folder's params.yaml; ValueError if it has none."""
+    return load_params().dataset(name)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist here ({Path.cwd()}). Run this in the project's folder.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
-    raw = _section(Params, values, "")
-    targets = raw.default_targets
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{PARAMS_FILE}: default_targets must be a list of stage names, got {targets!r}.")
-    if not isinstance(raw.pairs, dict) or not raw.pairs:
-        raise ValueError(f"{PARAMS_FILE}: pairs must hold at least one pair, got {raw.pairs!r}.")
-    pairs = {name: _pair(name, pair) for name, pair in raw.pairs.items()}
-    _check_candidates(raw.candidates, pairs)
-    return Params(
-        default_targets=targets,
-        data=_section(DataParams, raw.data, "data"),
-        pairs=pairs,
-        candidates=raw.candidates,
-        evaluate=_section(EvaluateParams, raw.evaluate, "evaluate"),
-        sample=_section(SampleParams, raw.sample, "sample"),
-        promote=_section(PromoteParams, raw.promote, "promote"),
-    )
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return the first thing that is wrong, with its key, its value and what is known."""
+    first = error.errors(include_url=False)[0]
+    key, kind = ".".join(map(str, first["loc"])), first["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}. Known: {', '.join(sorted(_fields_at(first['loc'][:-1])))}."
+    if kind == "missing":
+        return f"key {key!r} is missing."
+    if kind == "value_error":  # our own words, or the core's, which begin with the key where it has one
+        return f"{key}{'.' if key else ''}{first['ctx']['error']}"
+    if kind == "model_type":
+        return f"{key or 'the file'} must be a mapping of names to values, got {first['input']!r}."
+    what = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key} must be {what}, got {first['input']!r}."
+
+
+def _fields_at(place: tuple[int | str, ...]) -> set[str]:
+    """Return the keys that are known at a place of the file."""
+    model: Any = Params
+    for name in place:  # one that is no field is the name of a pair
+        found = model.model_fields[name].annotation if name in model.model_fields else model
+        model = get_args(found)[1] if get_args(found) else found
+    return set(model.model_fields)

@@ -3,185 +3,327 @@
 A mistake of the person who calls is one sentence on stderr and exit code 1; a traceback is a bug of ours.
 """
 
-import argparse
-import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pipelines.params import load_params
+from typer import Argument, Option, Typer
 
-# What a person can mend: settings, data, a diverging training, files.
-_USER_ERRORS = (ValueError, LookupError, FloatingPointError, OSError)
-# What is wrong with a store or server; their own exceptions are no part of ours.
-_OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy")
+from pipelines.errors import run_typer
+from pipelines.params import check_dataset, load_params, repro_command
 
-# Where a run without a Prefect server starts a temporary one, its chatter is of no use to anybody, and on a busy
-# machine it needs more than the default of 20 s to come up.
-_SETTINGS = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
-    "BENTOML_DO_NOT_TRACK": "True",
-    "DO_NOT_TRACK": "1",
-}
+app = Typer(help="The pipeline's commands.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+_DATA, _RAW = Path("data"), Path("data/raw")
+_Dataset = Annotated[str, Argument(help="e.g. mnist5k")]
+_Why = Annotated[str | None, Option(help="recorded, beside who asked")]
+_Pair = Annotated[str, Argument(help="a pair of params.yaml, e.g. pixelcnn-mnist5k")]
 
 
-def prepare(dataset: str) -> None:
-    """Write `data/DATASET.safetensors`."""
-    from pipelines.prepare import prepare as write
+@app.command()
+def fetch(dataset: _Dataset) -> None:
+    """Copy or download the official files of a dataset into `data/raw/DATASET`."""
+    from pipelines.datasets.sources import fetch as get
 
-    write(dataset, Path("data") / f"{dataset}.safetensors", load_params().data)
+    source = check_dataset(dataset).source
+    if source.kind != "official":
+        raise ValueError(f"{dataset} is not fetched: its images are read where they lie, in {source.path}.")
+    get(source.path, _RAW / dataset)
 
 
-def train(pair: str, out: str, report: str, state: str | None, half: bool, reuse: bool) -> None:
-    """Run the training flow of a pair in this process."""
-    from pixelcnn.data import load_dataset
+@app.command()
+def prepare(dataset: _Dataset) -> None:
+    """Write `data/DATASET.safetensors`, with fixed splits."""
+    from pipelines.datasets.prepare import prepare as write
+
+    params = load_params()
+    spec = params.dataset(dataset)
+    write(dataset, spec, _RAW / dataset, _DATA / f"{dataset}.safetensors", params.data, params.checks)
+
+
+@app.command()
+def confirm(dataset: _Dataset) -> None:
+    """Say that a dataset has changed as much as `prepare` found; it is then prepared."""
+    check_dataset(dataset)
+    from pipelines.datasets.checks import confirm as accept
+
+    accept(dataset, _DATA)
+    print(f"confirmed. Go on: {repro_command('prepare', dataset)}")
+
+
+@app.command()
+def add(
+    name: Annotated[str, Argument(help="small letters, digits and _")],
+    images: Annotated[Path, Option(readable=False, help="folder of pictures, IDX files or CIFAR's .bin; .npy, .npz")],
+    side: Annotated[str | None, Option(help="pixels, at most 64: 28, or 48x32 for width x height")] = None,
+    colour: Annotated[Literal["binary", "grey", "rgb"] | None, Option()] = None,
+    levels: Annotated[int | None, Option(help="2 to 256", min=2, max=256)] = None,
+    fit: Annotated[Literal["crop", "pad", "stretch"] | None, Option(help="of pictures of another shape")] = None,
+    minutes: Annotated[float, Option(help="of training", min=0.01)] = 4.0,
+    flips: Annotated[bool, Option("--flips", help="a mirrored picture is one of the same kind")] = False,
+    no_labels: Annotated[bool, Option("--no-labels", help="sub-folders are no labels")] = False,
+    skip_broken: Annotated[bool, Option("--skip-broken", help="leave out pictures that cannot be read")] = False,
+    keep: Annotated[bool, Option("--keep", help="go on with one of this name that has the same pictures")] = False,
+) -> None:
+    """Make a dataset of pictures, and a pair that suits it; what is not said is chosen after a look at them."""
+    from pipelines.datasets.own import Wishes, side_of
+    from pipelines.datasets.own import add as add_dataset
+
+    wishes = Wishes(
+        side=side_of(side) if side else None,
+        colour=colour,
+        levels=levels,
+        fit=fit,
+        flips=flips,
+        labels=not no_labels,
+        skip_broken=skip_broken,
+        minutes=minutes,
+    )
+    for line in add_dataset(name, images, wishes, keep):
+        print(line)
+
+
+@app.command()
+def letters(out: Annotated[Path, Argument(help="the .npz file to write")] = Path("data/raw/letters.npz")) -> None:
+    """Make pictures of letters, in the fonts that Matplotlib ships, to be added like any others."""
+    from pipelines.datasets.letters import write_letters
+
+    print(f"{write_letters(out)} letters: {out}")
+
+
+@app.command()
+def pictures(
+    dataset: Annotated[str, Argument(help="a dataset that was added")],
+    out: Annotated[Path, Option(help="folder to write")],
+) -> None:
+    """Write a dataset's pictures in the size that its models know, named as they are: `pixelcnn rank` takes them."""
+    from pipelines.datasets.pictures import write_pictures
+
+    spec = check_dataset(dataset)
+    if spec.source.kind == "official":
+        raise ValueError(f"{dataset} has no files of its own: take data/{dataset}.safetensors, and --split.")
+    num, left = write_pictures(spec, out)
+    left_out = f"; left out: {len(left.broken)} that cannot be read" if left.broken else ""
+    print(f"wrote {num} pictures to {out}{left_out}")
+
+
+@app.command()
+def remove(
+    name: Annotated[str, Argument(help="a dataset that was added")],
+    force: Annotated[bool, Option("--force", help="even if a model on it is served, which goes on")] = False,
+) -> None:
+    """Take a dataset that was added out again, with its pairs and what was prepared; its pictures stay."""
+    from pipelines.datasets.own import remove as remove_dataset
+    from pipelines.registry import store
+    from pipelines.registry.runs import registered_name
+
+    served = store.latest(registered_name(name))
+    if served and not force:
+        raise ValueError(
+            f"{served} is served: `bentoml models delete {served}` ends that; or remove the dataset alone: --force."
+        )
+    for line in remove_dataset(name):
+        print(line)
+
+
+@app.command()
+def train(pair: _Pair) -> None:
+    """Train a pair into `trained/PAIR`."""
+    from pipelines.stages.train import train as run_stage
+
+    run_stage(pair)
+
+
+@app.command()
+def evaluate(pair: _Pair) -> None:
+    """Score a trained pair: `models/PAIR` is its checkpoint, `reports/PAIR` has pictures and curves."""
+    from pipelines.stages import evaluate as stage
+    from pipelines.stages.train import TRAINED_FOLDER, remove_finished_states
+
+    stage.evaluate(pair)
+    remove_finished_states(TRAINED_FOLDER / pair)  # DVC has recorded the training, or it would not evaluate
+
+
+@app.command()
+def train_pair(
+    pair: _Pair,
+    out: Annotated[str | None, Option(help="folder of the checkpoint; a fresh one if left out")] = None,
+    report: Annotated[
+        str | None, Option(help="folder of metrics, curve and pictures; beside --out if left out")
+    ] = None,
+    state: Annotated[str | None, Option(help="folder of a training that is carried over days; it is kept")] = None,
+    half: Annotated[bool, Option("--half", help="store half-precision weights where they score alike")] = False,
+    reuse: Annotated[
+        bool, Option("--reuse", help="take a registered version of the same inputs instead of training")
+    ] = False,
+) -> None:
+    """Train, evaluate and register a pair, in one run of the flow."""
+    from pipelines.stages.train import load
 
     # Before the flow starts: what is wrong with settings or data is said at once, without a failed flow run.
-    load_dataset(Path("data") / f"{load_params().pair(pair).dataset}.safetensors")
-    from pipelines.training_flow import train_pair
+    load(load_params().pair(pair).dataset)
+    from pipelines.flows.train import train_pair as run_flow
 
-    train_pair(pair, out, report, state, half, reuse)
+    run_flow(pair, out, report, state, half, reuse)
 
 
-def train_all(pairs: list[str], at_once: int, again: bool) -> None:
+@app.command()
+def train_all(
+    pairs: Annotated[list[str] | None, Argument(help="pairs of params.yaml; none for the quick start")] = None,
+    at_once: Annotated[int, Option(help="how many train at a time")] = 1,
+    again: Annotated[bool, Option("--again", help="train even what was trained from the same inputs")] = False,
+) -> None:
     """Train several pairs, each in a process of its own, and compare them."""
     load_params()
-    from pipelines.train_all_flow import train_all as run_all
+    from pipelines.flows.train_all import train_all as run_all
 
     run_all(pairs or None, at_once, again)
 
 
+@app.command()
 def compare() -> None:
     """Write reports/comparison.html: the trained pairs beside each other, from reports/."""
-    from pipelines.comparison import REPORTS_FOLDER, read_reports, write_comparison
+    from pipelines.reports.comparison import REPORTS_FOLDER, read_reports, write_comparison
 
     print(f"wrote {write_comparison(read_reports(REPORTS_FOLDER))}")
 
 
-def promote(dataset: str, dry_run: bool) -> None:
-    """Let the best candidate of a dataset become champion, on evidence."""
+@app.command()
+def register(
+    checkpoints: Annotated[list[str], Argument(metavar="PAIR|DIR", help="a pair in models/, or a folder")],
+) -> None:
+    """Register existing checkpoints as versions: those of models/PAIR, or of any folder."""
+    from pipelines.promotion.register import register as one
+
+    for checkpoint in checkpoints:
+        print(one(checkpoint))
+
+
+@app.command()
+def promote(
+    dataset: _Dataset,
+    dry_run: Annotated[bool, Option("--dry-run", help="decide and say so, but move and write nothing")] = False,
+    version: Annotated[int | None, Option(help="the only one that competes, even if it was rolled back")] = None,
+    to: Annotated[str | None, Option(help="an environment, which is to serve what this one serves")] = None,
+    why: _Why = None,
+) -> None:
+    """Register what is in models/ for a dataset, and let the best version become champion, on evidence."""
     load_params()
-    from pipelines.promotion_flow import promote as decide
+    if to is not None:
+        from pipelines.promotion.copy import copy_served
 
-    decide(dataset, dry_run)
+        if dry_run or version is not None:
+            raise ValueError("--to copies what is served here: it takes neither --version nor --dry-run.")
+        check_dataset(dataset)
+        print(copy_served(dataset, to, why)["text"])
+        return
+    from pipelines.flows.promote import promote as decide
+
+    decide(dataset, dry_run, version, why)
 
 
-def history(dataset: str) -> None:
+@app.command()
+def history(dataset: _Dataset) -> None:
     """Say who replaced whom as champion of a dataset, when, and by how much."""
-    from pipelines.promotion_flow import history as lines
+    check_dataset(dataset)
+    from pipelines.registry.decisions import history as lines
 
     for line in lines(dataset):
         print(line)
 
 
-def rollback(dataset: str) -> None:
-    """Make the previous champion of a dataset champion again."""
-    from pipelines.promotion_flow import rollback as undo
+@app.command()
+def rollback(
+    dataset: _Dataset,
+    to: Annotated[int | None, Option(help="a version that was champion; else the one before the present one")] = None,
+    why: _Why = None,
+) -> None:
+    """Make an earlier champion of a dataset champion again; a second rollback goes further back."""
+    check_dataset(dataset)
+    from pipelines.promotion.move import run_rollback
 
-    undo(dataset)
+    print(run_rollback(dataset, to, why)["text"])  # without Prefect: nobody who needs this waits for a server
 
 
+@app.command()
+def repair(
+    take_over: Annotated[
+        bool, Option("--take-over", help="feed the model store from now on, whichever registry did")
+    ] = False,
+) -> None:
+    """After a loss: export champions that are not served; make champion what is served where the registry has none."""
+    from pipelines.promotion.register import repair_all
+
+    for text in repair_all(take_over) or ["nothing to repair: registry and model store agree."]:
+        print(text)
+
+
+@app.command()
+def shadow(
+    dataset: _Dataset,
+    version: Annotated[int | None, Option(help="the alias challenger if not given; the champion's ends it")] = None,
+) -> None:
+    """Let another version score what people draw, beside the champion, which alone answers."""
+    check_dataset(dataset)
+    from pipelines.promotion.move import run_shadow
+
+    print(run_shadow(dataset, version))
+
+
+@app.command()
+def backup(file: Annotated[Path, Argument(help="is written, whole or not at all")]) -> None:
+    """Write registry and model store into one file, while they are in use."""
+    from pipelines.registry.backup import backup as write
+
+    print(write(file))
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, Argument(help="of a backup")],
+    replace: Annotated[bool, Option("--replace", help="even a registry that is not empty; it is kept aside")] = False,
+) -> None:
+    """Put a backup into the place of registry and model store, and serve its champions."""
+    from pipelines.promotion.register import repair_all
+    from pipelines.registry.backup import restore as put
+
+    print(put(file, replace))
+    for text in repair_all(take_over=True):
+        print(text)
+
+
+@app.command()
 def release() -> None:
     """Register the weights of weights/PAIR/; they serve where a dataset has no champion yet."""
-    from pipelines.release import release_all
+    from pipelines.promotion.register import release_all
 
     for text in release_all():
         print(text)
 
 
+@app.command()
+def judge(dataset: _Dataset) -> None:
+    """Train the judges of a dataset, who say what passes for one of its images, into `judges/`."""
+    check_dataset(dataset)
+    from pipelines.stages.judge import judge as run_stage
+
+    run_stage(dataset)
+
+
+@app.command()
 def results() -> None:
     """Write RESULTS.md from the scores in weights/PAIR/."""
-    from pipelines.results import RESULTS_FILE, write_results
+    from pipelines.reports.results import RESULTS_FILE, write_results
 
     write_results()
     print(f"wrote {RESULTS_FILE}")
 
 
-def plot_bench() -> None:
-    """Make a picture and tables of reports/bench/*.json, the figures of `make bench`."""
-    from pipelines.bench_plot import plot, read, tabulate
-
-    folder = Path("reports/bench")
-    results = read(folder)
-    print(f"wrote {plot(results, folder)} and {tabulate(results, folder)}")
-
-
-class _OneLine(logging.Filter):
-    """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and is_for_user(record.exc_info[1]):
-            record.exc_info = None
-        return True
-
-
-def is_for_user(error: BaseException | None) -> bool:
-    """Say whether a person can mend what an error names; if not, it is a bug of ours."""
-    if isinstance(error, RuntimeError) and "Failed to reach API" in str(error):  # Prefect, of the server it was told of
-        return True
-    return isinstance(error, _USER_ERRORS) or type(error).__module__.partition(".")[0] in _OUTSIDE
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.steps", description="The pipeline's commands.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_dataset = (prepare, promote, history, rollback)
-    for function in (prepare, train, train_all, compare, promote, history, rollback, release, results, plot_bench):
-        summary = (function.__doc__ or "").splitlines()[0]
-        name = function.__name__
-        aliases = [name.replace("_", "-")] if "_" in name else []
-        command = commands.add_parser(name, aliases=aliases, help=summary, description=summary)
-        command.set_defaults(function=function)
-        if function in of_dataset:
-            command.add_argument("dataset", help="e.g. mnist5k")
-        if function is train:
-            command.add_argument("pair", help="a pair of params.yaml, e.g. pixelcnn-mnist5k")
-            command.add_argument("--out", required=True, help="folder of the checkpoint, replaced as a whole")
-            command.add_argument("--report", required=True, help="folder of metrics, curve and sample sheet")
-            command.add_argument("--state", help="folder of a training that is carried over days; it is kept")
-            command.add_argument(
-                "--half", action="store_true", help="store half-precision weights where they score alike"
-            )
-            command.add_argument(
-                "--reuse", action="store_true", help="take a registered version of the same inputs instead of training"
-            )
-        if function is train_all:
-            command.add_argument(
-                "--again", action="store_true", help="train even what was trained from the same inputs"
-            )
-            command.add_argument(
-                "pairs", nargs="*", metavar="PAIR", help="pairs of params.yaml; none for the quick start"
-            )
-            command.add_argument("--at-once", type=int, default=1, help="how many train at a time")
-        if function is promote:
-            command.add_argument("--dry-run", action="store_true", help="decide and say so, but move and write nothing")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    arguments = vars(_parser().parse_args(argv))
-    function, command = arguments.pop("function"), arguments.pop("command")
-    return run(command, lambda: function(**arguments))
-
-
-def run(command: str, work: Callable[[], None]) -> int:
-    """Do the work of a command; return the exit code. What a person can mend becomes one sentence on stderr."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_OneLine())
-    try:
-        work()
-    except Exception as error:
-        if not is_for_user(error):
-            raise
-        print(f"{command}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    words = sys.argv[1:] if argv is None else list(argv)
+    return run_typer(app, words[0] if words else "steps", "python -m pipelines.steps", words)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.completion import complete, completion_log_prob, resample
-from pixelcnn.config import GatedPixelCNNConfig, PixelCNNConfig
 from pixelcnn.data import Dataset, load_dataset, save_dataset
 from pixelcnn.evaluation import evaluate
-from pixelcnn.fast_sampling import sample
-from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
-from pixelcnn.model import build_model
-from pixelcnn.sampling import naive_sample
+from pixelcnn.likelihood import bits_per_dim, level_probs, log_prob, packed_bytes, pixel_log_prob
+from pixelcnn.models.gated_pixelcnn import GatedPixelCNNConfig
+from pixelcnn.models.pixelcnn import PixelCNNConfig
+from pixelcnn.models.registry import build_model
+from pixelcnn.sampling.fast import sample
+from pixelcnn.sampling.naive import naive_sample
 from pixelcnn.training import TrainConfig, fit
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "completion_log_prob",
     "evaluate",
     "fit",
+    "level_probs",
     "load_checkpoint",
     "load_dataset",
     "log_prob",
     "naive_sample",
+    "packed_bytes",
     "pixel_log_prob",
     "resample",
     "sample",

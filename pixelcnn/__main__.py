@@ -1,40 +1,49 @@
-"""The core by command line: python -m pixelcnn {train,evaluate,check,sample,complete,bench,bench-training} ...
+"""The core by command line: python -m pixelcnn {train,evaluate,check,sample,complete,bench,pack,unpack,rank} ...
 
 It needs the core's packages alone, and reads prepared datasets (`dvc repro prepare@DATASET` writes them).
 """
 
-import argparse
+import csv
 import dataclasses
+import inspect
 import json
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typer import Argument, Option, Typer
+from typer.main import get_command
 
 from pixelcnn.bench import SAMPLERS, bench, write_json
-from pixelcnn.causality import count_leaks
-from pixelcnn.checkpoint import load_checkpoint, load_joint_weights, save_checkpoint
+from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_weights, save_checkpoint
 from pixelcnn.completion import complete, completion_log_prob, resample
-from pixelcnn.config import CONFIG_CLASSES, checked_config
-from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.config import checked_config
+from pixelcnn.data import load_dataset
 from pixelcnn.evaluation import check_fit, evaluate, evaluate_completion, format_nll
-from pixelcnn.fast_sampling import sample
 from pixelcnn.images import from_png, to_sheet
-from pixelcnn.likelihood import log_prob
-from pixelcnn.model import AutoregressiveModel, build_model
+from pixelcnn.likelihood import bits_per_dim, count_leaks, log_prob
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.registry import architectures, build_model
+from pixelcnn.sampling.fast import sample
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
-from pixelcnn.training_bench import bench_training
 
-KNOWN_PARTS = ("top", "left", "bottom", "right")
-FROM_DATASET = ("image_shape", "num_levels", "num_labels")
-NOT_BY_HAND = (*FROM_DATASET, "completer_features")  # the pipeline trains a completer, as a second part
+# What the dataset fixes; and the completer, which the pipeline trains as a second part.
+NOT_BY_HAND = ("image_shape", "num_levels", "num_labels", "completer_features")
+SEVERAL_VALUES = ("--batch-sizes", "--samplers", "--sides")
+
+Checkpoint = Annotated[Path, Option(help="folder of a checkpoint, or the name of released weights")]
+Data = Annotated[Path, Option(help="prepared dataset, e.g. data/mnist.safetensors")]
+Device = Annotated[Literal["cpu", "cuda"], Option()]
+PngOut = Annotated[Path, Option(help="PNG to write")]
+Label = Annotated[int | None, Option(help="class to draw; left out for none")]
 
 
 def _device(name: str) -> torch.device:
@@ -43,36 +52,17 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _add_fields(parser: argparse.ArgumentParser, config_class: type, leave_out: tuple[str, ...] = ()) -> None:
-    """Offer each field of a config dataclass as an option."""
-    for field in dataclasses.fields(config_class):
-        if field.name in leave_out:
-            continue
-        option = f"--{field.name.replace('_', '-')}"
-        if field.type is bool:
-            parser.add_argument(option, action="store_true", default=None)
-        else:
-            required = field.default is dataclasses.MISSING
-            default = "" if required else f"default {field.default}"
-            parser.add_argument(option, type=field.type, required=required, help=default)
-
-
-def _given(arguments: argparse.Namespace, config_class: type, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(config_class) if f.name not in leave_out]
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-
-
-def _load_with_noise(arguments: argparse.Namespace) -> tuple[AutoregressiveModel, Tensor, Tensor | None]:
-    """Return the model, the noise for the samples that are asked for, and their label."""
-    device = _device(arguments.device)
-    model, _ = load_checkpoint(arguments.checkpoint)
-    num = arguments.num_samples
+def _load_with_noise(
+    checkpoint: Path, device_name: str, num: int, label: int | None, seed: int
+) -> tuple[AutoregressiveModel, Tensor, Tensor | None]:
+    """Return the model, (N, C, H, W) noise for the samples that are asked for, and their (N,) label."""
+    device = _device(device_name)
+    model, _ = load_checkpoint(checkpoint)
     if not 1 <= num <= 1024:
         raise ValueError(f"--num-samples must be from 1 to 1024, got {num}.")
     # Drawn on the CPU, so that a seed means the same noise on every device.
-    u = torch.rand(num, *model.config.image_shape, generator=torch.Generator().manual_seed(arguments.seed))
-    label = None if arguments.label is None else torch.full((num,), arguments.label, device=device)
-    return model.to(device), u.to(device), label
+    u = torch.rand(num, *model.config.image_shape, generator=torch.Generator().manual_seed(seed))
+    return model.to(device), u.to(device), None if label is None else torch.full((num,), label, device=device)
 
 
 def _write_sheet(levels: Tensor, num_levels: int, out: Path) -> None:
@@ -97,73 +87,93 @@ def _join_processes(device: torch.device) -> tuple[torch.device, int]:
     return device, dist.get_rank()
 
 
-def train_command(arguments: argparse.Namespace) -> None:
+def train_command(
+    architecture: str,
+    *,
+    data: Data,
+    out: Annotated[Path, Option(help="folder for the checkpoint")],
+    init_from: Annotated[
+        Path | None, Option(help="checkpoint to start from: the same network, with or without a context network")
+    ] = None,
+    device: Device = "cpu",
+    **settings: Any,
+) -> None:
     """Train a network on a prepared dataset, evaluate it, and write its checkpoint.
 
     `torchrun --nproc_per_node N -m pixelcnn train ...` shares every batch among N processes; process 0 alone prints,
     validates and writes.
     """
-    data = load_dataset(arguments.data)
-    network = {"image_shape": data.image_shape, "num_levels": data.num_levels, "num_labels": len(data.label_names)}
-    network |= _given(arguments, CONFIG_CLASSES[arguments.model], NOT_BY_HAND)
-    config = checked_config(CONFIG_CLASSES[arguments.model], network, arguments.model)
-    train_config = checked_config(TrainConfig, _given(arguments, TrainConfig), "train")
-    device, rank = _join_processes(_device(arguments.device))
+    check_replaceable(out)
+    dataset = load_dataset(data)
+    network = {"image_shape": dataset.image_shape, "num_levels": dataset.num_levels}
+    network |= {"num_labels": len(dataset.label_names)}
+    train = {field.name: settings.pop(field.name) for field in dataclasses.fields(TrainConfig)}
+    config = checked_config(architectures()[architecture], network | settings, architecture)
+    train_config = checked_config(TrainConfig, train, "train")
+    place, rank = _join_processes(_device(device))
     torch.manual_seed(train_config.seed)
     model = build_model(config)
-    if arguments.init_from is not None:
-        load_joint_weights(model, arguments.init_from)
-    model = model.to(device)
+    if init_from is not None:
+        load_joint_weights(model, init_from)
+    model = model.to(place)
     num_parameters = sum(p.numel() for p in model.parameters())
     if rank == 0:
-        print(f"{arguments.model} on {data.name} ({data.protocol}): {num_parameters:,} parameters")
+        print(f"{architecture} on {dataset.name} ({dataset.protocol}): {num_parameters:,} parameters")
     last_line = 0.0
 
     def print_progress(report: StepReport) -> None:
         nonlocal last_line
         if time.monotonic() - last_line > 5 or report.validation_nll_nats is not None:
             last_line = time.monotonic()
-            print(format_progress(report, data), flush=True)
+            print(format_progress(report, dataset), flush=True)
 
-    out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
-    fit(model, data, train_config, print_progress, state_file=state_file)
+    fit(model, dataset, train_config, print_progress, state_file=state_file)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank != 0:
         return
-    scores: dict[str, Any] = evaluate(model, data)
+    scores: dict[str, Any] = evaluate(model, dataset)
     if config.context_features:
-        scores |= evaluate_completion(model, data)
-    scores |= {"dataset": data.name, "protocol": data.protocol, "data_hash": data.data_hash}
+        scores |= evaluate_completion(model, dataset)
+    scores |= {"dataset": dataset.name, "protocol": dataset.protocol, "data_hash": dataset.data_hash}
     save_checkpoint(out, model, scores)
     print(json.dumps(scores, indent=2))
     print(f"wrote {out}; {state_file} lets a longer run go on from here")
 
 
-def evaluate_command(arguments: argparse.Namespace) -> None:
+def evaluate_command(
+    checkpoint: Checkpoint,
+    data: Data,
+    device: Device = "cpu",
+    num_images: Annotated[int | None, Option(help="the first so many of each split; all if left out")] = None,
+    completion: Annotated[bool, Option("--completion", help="score completion of the test split, too")] = False,
+) -> None:
     """Measure the likelihood of a checkpoint on a prepared dataset."""
-    model, _ = load_checkpoint(arguments.checkpoint)
-    data: Dataset = load_dataset(arguments.data)
-    model = model.to(_device(arguments.device))
-    scores = evaluate(model, data, num_images=arguments.num_images)
-    if arguments.completion:
-        scores |= evaluate_completion(model, data, num_images=arguments.num_images)
-    print(json.dumps({"protocol": data.protocol, **scores}, indent=2))
+    model, _ = load_checkpoint(checkpoint)
+    dataset = load_dataset(data)
+    model = model.to(_device(device))
+    scores = evaluate(model, dataset, num_images=num_images)
+    if completion:
+        scores |= evaluate_completion(model, dataset, num_images=num_images)
+    print(json.dumps({"protocol": dataset.protocol, **scores}, indent=2))
 
 
-def check_command(arguments: argparse.Namespace) -> None:
+def check_command(
+    checkpoint: Checkpoint,
+    data: Annotated[Path | None, Option(help="take its first test image; a random image if left out")] = None,
+    seed: Annotated[int, Option(help="of the random image")] = 0,
+) -> None:
     """Change every sub-pixel of an image, and count those that reach an earlier logit: 0, or the likelihood is none."""
-    model, _ = load_checkpoint(arguments.checkpoint)
+    model, _ = load_checkpoint(checkpoint)
     config = model.config
-    if arguments.data is None:
-        generator = torch.Generator().manual_seed(arguments.seed)
-        levels = torch.randint(config.num_levels, config.image_shape, generator=generator)
+    if data is None:
+        levels = torch.randint(config.num_levels, config.image_shape, generator=torch.Generator().manual_seed(seed))
     else:
-        data = load_dataset(arguments.data)
-        check_fit(model, data)
-        levels = data.levels("test", slice(0, 1))[0]
+        dataset = load_dataset(data)
+        check_fit(model, dataset)
+        levels = dataset.levels("test", slice(0, 1))[0]
     num = levels.numel()
     for name, network in (("", model), ("completer: ", model.completer)):
         if network is None:
@@ -176,166 +186,246 @@ def check_command(arguments: argparse.Namespace) -> None:
             )
 
 
-def sample_command(arguments: argparse.Namespace) -> None:
+def sample_command(
+    checkpoint: Checkpoint,
+    out: PngOut,
+    device: Device = "cpu",
+    num_samples: int = 8,
+    label: Label = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> None:
     """Draw whole images from a checkpoint into a PNG."""
-    model, u, label = _load_with_noise(arguments)
+    model, u, labels = _load_with_noise(checkpoint, device, num_samples, label, seed)
     config = model.config
-    levels = sample(model, u, label, arguments.temperature)
+    levels = sample(model, u, labels, temperature)
     with torch.inference_mode():
-        nats = -log_prob(model, levels, label)
+        nats = -log_prob(model, levels, labels)
     for value in nats.tolist():
         print(format_nll(value, config.image_shape, config.num_levels))
-    _write_sheet(levels, config.num_levels, Path(arguments.out))
+    _write_sheet(levels, config.num_levels, out)
 
 
-def complete_command(arguments: argparse.Namespace) -> None:
+def complete_command(
+    checkpoint: Checkpoint,
+    image: Annotated[Path, Option(help="PNG of exactly the model's size")],
+    out: PngOut,
+    device: Device = "cpu",
+    known: Annotated[Literal["top", "left", "bottom", "right"], Option(help="the half that is known")] = "top",
+    proposals: Annotated[int, Option(help="choose each completion from so many, by the joint model")] = 1,
+    num_samples: int = 8,
+    label: Label = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> None:
     """Complete the missing half of a PNG, several ways, into a PNG."""
-    model, u, label = _load_with_noise(arguments)
+    model, u, labels = _load_with_noise(checkpoint, device, num_samples, label, seed)
     config = model.config
     _, height, width = config.image_shape
     try:
-        png = Path(arguments.image).read_bytes()
+        png = image.read_bytes()
     except OSError as error:
-        raise ValueError(f"--image {arguments.image} cannot be read: {error.strerror}.") from None
-    image = from_png(png, config.image_shape, config.num_levels)
-    observed = torch.zeros(1, 1, height, width, dtype=torch.bool)
+        raise ValueError(f"--image {image} cannot be read: {error.strerror}.") from None
+    given = from_png(png, config.image_shape, config.num_levels)
+    row, column = torch.arange(height)[:, None], torch.arange(width)
     half = {
-        "top": (slice(None, height // 2), slice(None)),
-        "bottom": (slice(height // 2, None), slice(None)),
-        "left": (slice(None), slice(None, width // 2)),
-        "right": (slice(None), slice(width // 2, None)),
-    }[arguments.known]
-    observed[0, 0][half] = True
-    image = image.expand(len(u), -1, -1, -1).to(u.device)
-    observed = observed.expand(len(u), -1, -1, -1).to(u.device)
-    if arguments.proposals == 1:
-        levels = complete(model, image, observed, u, label, arguments.temperature)
+        "top": row < height // 2,
+        "bottom": row >= height // 2,
+        "left": column < width // 2,
+        "right": column >= width // 2,
+    }[known]
+    observed = half.expand(len(u), 1, height, width).to(u.device)
+    images = given.expand(len(u), -1, -1, -1).to(u.device)
+    if proposals == 1:
+        levels = complete(model, images, observed, u, labels, temperature)
     else:
-        if not 1 <= arguments.proposals <= 1024 or arguments.temperature != 1:
+        if not 1 <= proposals <= 1024 or temperature != 1:
             raise ValueError("--proposals must be from 1 to 1024, and needs --temperature 1.")
-        generator = torch.Generator().manual_seed(arguments.seed)
-        num = len(u)
-        proposed = torch.rand(num, arguments.proposals, *config.image_shape, generator=generator).to(u.device)
-        choice = torch.rand(num, generator=generator).to(u.device)
-        levels, effective = resample(model, image, observed, proposed, choice, label)
-        print(f"{effective.mean().item():.1f} of {arguments.proposals} proposals are effective")
-    for value in completion_log_prob(model, levels, observed, label).tolist():
+        generator = torch.Generator().manual_seed(seed)
+        proposed = torch.rand(len(u), proposals, *config.image_shape, generator=generator).to(u.device)
+        choice = torch.rand(len(u), generator=generator).to(u.device)
+        levels, effective = resample(model, images, observed, proposed, choice, labels)
+        print(f"{effective.mean().item():.1f} of {proposals} proposals are effective")
+    for value in completion_log_prob(model, levels, observed, labels).tolist():
         print(f"log p(missing | observed) = {value:.2f} nats")
-    given = torch.where(observed[:1], image[:1], 0)
-    _write_sheet(torch.cat([given, levels]), config.num_levels, Path(arguments.out))
+    shown = torch.where(observed[:1], images[:1], 0)
+    _write_sheet(torch.cat([shown, levels]), config.num_levels, out)
 
 
-def bench_command(arguments: argparse.Namespace) -> None:
+def bench_command(
+    checkpoint: Checkpoint,
+    batch_sizes: list[int] = [1, 4, 16, 64],  # noqa: B006 -- typer shows it as the default
+    samplers: Annotated[list[str], Option(help=f"all if left out: {', '.join(map(repr, SAMPLERS))}")] = [],  # noqa: B006
+    seconds: Annotated[float, Option(help="how long to measure each figure, about")] = 3.0,
+    exact_images: Annotated[int, Option(help="images to compare with the model; 0 for none")] = 16,
+    sides: Annotated[list[int], Option(help="image sides at which to time a pixel; none if left out")] = [],  # noqa: B006
+    out: Annotated[Path | None, Option(help="JSON file to write, too")] = None,
+) -> None:
     """Time the samplers on a checkpoint."""
-    if min(arguments.batch_sizes) < 1 or min(arguments.sides or [1]) < 1 or arguments.exact_images < 0:
+    if min(batch_sizes) < 1 or min(sides or [1]) < 1 or exact_images < 0:
         raise ValueError("--batch-sizes and --sides must be at least 1 and --exact-images at least 0.")
-    if not 0 < arguments.seconds <= 600:
-        raise ValueError(f"--seconds must be above 0 and at most 600, got {arguments.seconds}.")
-    model, _ = load_checkpoint(arguments.checkpoint)
-    samplers = arguments.samplers or list(SAMPLERS)
-    result = bench(
-        model, arguments.batch_sizes, samplers, arguments.seconds, arguments.exact_images, arguments.sides or []
-    )
-    if arguments.out is not None:
-        write_json(Path(arguments.out), result)
-        print(f"wrote {arguments.out}")
+    if not 0 < seconds <= 600:
+        raise ValueError(f"--seconds must be above 0 and at most 600, got {seconds}.")
+    if unknown := set(samplers) - set(SAMPLERS):
+        raise ValueError(f"--samplers must be out of {', '.join(map(repr, SAMPLERS))}, got {min(unknown)!r}.")
+    model, _ = load_checkpoint(checkpoint)
+    result = bench(model, batch_sizes, samplers or list(SAMPLERS), seconds, exact_images, sides)
+    if out is not None:
+        write_json(out, result)
+        print(f"wrote {out}")
 
 
-def bench_training_command(arguments: argparse.Namespace) -> None:
-    """Time the trainer's step against the plain loop's, on a checkpoint's network."""
-    if not 1 <= arguments.batch_size <= 4096 or not 1 <= arguments.rounds <= 10_000:
-        raise ValueError("--batch-size must be from 1 to 4096 and --rounds from 1 to 10000.")
-    if arguments.threads is not None:
-        if not 1 <= arguments.threads <= 1024:
-            raise ValueError(f"--threads must be from 1 to 1024, got {arguments.threads}.")
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    model, _ = load_checkpoint(arguments.checkpoint)
-    bench_training(model, arguments.batch_size, arguments.rounds)
+def _progress_printer(verb: str) -> Callable[[int, int], None]:
+    """Return what prints how many images are done, and about how long the others take, every two seconds."""
+    start = last = time.monotonic()
+
+    def on_progress(done: int, num_images: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 2 and done < num_images:
+            last = now
+            left_s = (now - start) / done * (num_images - done)
+            print(f"{verb} {done:,} of {num_images:,} images, about {left_s:.0f} s left", file=sys.stderr, flush=True)
+
+    return on_progress
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pixelcnn", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(
-        required=True, metavar="{train,evaluate,check,sample,complete,bench,bench-training}"
-    )
+def pack_command(
+    checkpoint: Checkpoint,
+    images: Annotated[Path, Option(help="folder of PNG files, one PNG, .npy array (N, C, H, W), or prepared dataset")],
+    out: Annotated[Path, Option(help="file to write, e.g. images.pxl")],
+    labels: Annotated[Path | None, Option(help=".npy array or dataset: labels to keep, and to tell the model")] = None,
+    split: Annotated[str, Option(help="images of a dataset: train, validation or test")] = "test",
+    block_images: Annotated[int | None, Option(help="images per block; for about 24 KiB if left out")] = None,
+) -> None:
+    """Pack images without loss into a file that the same checkpoint unpacks (docs/packing.md)."""
+    from pixelcnn.packing import pack
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], parent: Any = commands) -> argparse.ArgumentParser:
-        command = parent.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run)
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        return command
-
-    train = commands.add_parser("train", help=train_command.__doc__)
-    architectures = train.add_subparsers(required=True, dest="model", metavar="{pixelcnn,gated_pixelcnn}")
-    for name, config_class in CONFIG_CLASSES.items():
-        command = add(name, train_command, architectures)
-        command.add_argument("--data", required=True, help="prepared dataset, e.g. data/mnist.safetensors")
-        command.add_argument("--out", required=True, help="folder for the checkpoint")
-        command.add_argument(
-            "--init-from", help="checkpoint to start from: the same network, with or without a context network"
-        )
-        _add_fields(command, config_class, NOT_BY_HAND)
-        _add_fields(command, TrainConfig)
-
-    evaluation = add("evaluate", evaluate_command)
-    evaluation.add_argument("--checkpoint", required=True)
-    evaluation.add_argument("--data", required=True)
-    evaluation.add_argument("--num-images", type=int, help="the first so many of each split; all if left out")
-    evaluation.add_argument("--completion", action="store_true", help="score completion of the test split, too")
-
-    check = add("check", check_command)
-    check.add_argument("--checkpoint", required=True)
-    check.add_argument("--data", help="take its first test image; a random image if left out")
-    check.add_argument("--seed", type=int, default=0, help="of the random image")
-
-    for name, run in (("sample", sample_command), ("complete", complete_command)):
-        command = add(name, run)
-        command.add_argument("--checkpoint", required=True)
-        command.add_argument("--out", required=True, help="PNG to write")
-        command.add_argument("--num-samples", type=int, default=8)
-        command.add_argument("--label", type=int, help="class to draw; left out for none")
-        command.add_argument("--temperature", type=float, default=1.0)
-        command.add_argument("--seed", type=int, default=0)
-        if run is complete_command:
-            command.add_argument("--image", required=True, help="PNG of exactly the model's size")
-            command.add_argument(
-                "--proposals", type=int, default=1, help="choose each completion from so many, by the joint model"
-            )
-            command.add_argument("--known", choices=KNOWN_PARTS, default="top", help="the half that is known")
-
-    timing = commands.add_parser("bench", help=bench_command.__doc__, description=bench_command.__doc__)
-    timing.set_defaults(run=bench_command)
-    timing.add_argument("--checkpoint", required=True)
-    timing.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
-    timing.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="all if left out")
-    timing.add_argument("--seconds", type=float, default=3.0, help="how long to measure each figure, about")
-    timing.add_argument("--exact-images", type=int, default=16, help="images to compare with the model; 0 for none")
-    timing.add_argument("--sides", type=int, nargs="+", help="image sides at which to time a pixel; none if left out")
-    timing.add_argument("--out", help="JSON file to write, too")
-
-    summary = bench_training_command.__doc__
-    training = commands.add_parser("bench-training", help=summary, description=summary)
-    training.set_defaults(run=bench_training_command)
-    training.add_argument("--checkpoint", required=True)
-    training.add_argument("--batch-size", type=int, default=32)
-    training.add_argument("--rounds", type=int, default=20, help="steps of each loop; the median counts")
-    training.add_argument("--threads", type=int, help="torch's own choice if left out")
-    return parser
+    on_progress = _progress_printer("packed")
+    made = pack(checkpoint, images, out, labels=labels, split=split, block_images=block_images, on_progress=on_progress)
+    if made.num_left_out:
+        print(f"left out: {made.num_left_out} files that are no PNG")
+    print(f"wrote {out}: {made.num_images:,} images in {made.num_bytes:,} bytes")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; a mistake of the user's ends in one sentence and exit code 1."""
-    arguments = _parser().parse_args(argv)
+def unpack_command(
+    file: Annotated[Path, Argument(help="what `pack` wrote")],
+    checkpoint: Checkpoint,
+    out: Annotated[Path, Option(help=".npy file, folder for a PNG of each image, or .png for one")],
+    images: Annotated[str | None, Option(help="some of them, counted from 0: 17, or 100:200; all if left out")] = None,
+) -> None:
+    """Unpack what `pack` has packed."""
+    from pixelcnn.packing import unpack
+
+    some = None
+    if images is not None:
+        if not re.fullmatch(r"\d+(:\d+)?", images):
+            raise ValueError(f"--images must be a number, or two of them like 100:200, got {images!r}.")
+        first, _, stop = images.partition(":")
+        some = int(first), int(stop) if stop else int(first) + 1
+    num = unpack(checkpoint, file, out, images=some, on_progress=_progress_printer("unpacked"))
+    print(f"wrote {num:,} images to {out}")
+
+
+def rank_command(
+    checkpoint: Checkpoint,
+    images: Annotated[Path, Option(help="folder of PNG files, one PNG, .npy array (N, C, H, W), or prepared dataset")],
+    out: Annotated[Path, Option(help="PNG to write: the strangest pictures above, the most usual ones below")] = Path(
+        "ranking.png"
+    ),
+    split: Annotated[str, Option(help="images of a dataset: train, validation or test")] = "test",
+) -> None:
+    """Rank pictures by how strange a model finds them: a table (CSV) to standard output, and a sheet."""
+    from pixelcnn.packing import rank
+
+    if out.suffix != ".png" or out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out must be a .png in a folder that exists, got {out}.")
+    ranked = rank(checkpoint, images, split=split, on_progress=_progress_printer("scored"))
+    to_sheet(ranked.ends, ranked.config.num_levels, num_columns=min(8, len(ranked.ends)), zoom=4).save(out, "PNG")
+    place = ranked.nats.argsort(descending=True, stable=True).argsort() + 1
+    bits = [bits_per_dim(nats, ranked.config.image_shape) for nats in ranked.nats.tolist()]
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["rank", "corrected_nats", "rank_by_nats", "nats", "bits_per_dim", "png_bytes", "path"])
+    scores = zip(ranked.corrected, place, ranked.nats, bits, ranked.png_bytes, ranked.names, strict=True)
+    for i, (corrected, by_nats, nats, bpd, size, name) in enumerate(scores, start=1):
+        table.writerow([i, f"{corrected:.3f}", int(by_nats), f"{nats:.3f}", f"{bpd:.5f}", int(size), name])
+    left_out = f"; left out: {ranked.num_left_out} files that are no PNG" if ranked.num_left_out else ""
+    print(f"wrote {out}{left_out}", file=sys.stderr)
+
+
+def _field_options(config_class: type, leave_out: tuple[str, ...] = ()) -> Iterator[inspect.Parameter]:
+    """Yield each field of a config dataclass as an option, with its sentence of the docstring."""
+    docs = "\n\n".join(inspect.getdoc(c) or "" for c in config_class.__mro__ if dataclasses.is_dataclass(c))
+    meanings = dict(re.findall(r"^    (\w+): (.+?)(?=\n    \w|\n\n|\Z)", docs, re.MULTILINE | re.DOTALL))
+    for field in dataclasses.fields(config_class):
+        if field.name in leave_out:
+            continue
+        meaning = " ".join(meanings.get(field.name, "").split())
+        # Named in full: typer would add --no-... to a flag.
+        option = Option(f"--{field.name.replace('_', '-')}", help=meaning)
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        kind = inspect.Parameter.KEYWORD_ONLY
+        yield inspect.Parameter(field.name, kind, default=default, annotation=Annotated[field.type, option])
+
+
+def _trainer_of(architecture: str, config_class: type) -> Callable[..., None]:
+    """Return the train command of an architecture, whose options are its config's and TrainConfig's fields."""
+
+    def command(**arguments: Any) -> None:
+        train_command(architecture, **arguments)
+
+    _, *common, _ = inspect.signature(train_command).parameters.values()
+    options = [*common, *_field_options(config_class, NOT_BY_HAND), *_field_options(TrainConfig)]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    command.__doc__ = train_command.__doc__
+    return command
+
+
+def _app() -> Typer:
+    style: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
+    app = Typer(help="The core: models, likelihood, sampling, completion, training.", **style)
+    train = Typer(help="Train an architecture on a prepared dataset.", **style)
+    for name, config_class in architectures().items():
+        train.command(name)(_trainer_of(name, config_class))
+    app.add_typer(train, name="train")
+    for command in (
+        evaluate_command,
+        check_command,
+        sample_command,
+        complete_command,
+        bench_command,
+        pack_command,
+        unpack_command,
+        rank_command,
+    ):
+        app.command(command.__name__.removesuffix("_command"))(command)
+    return app
+
+
+def _one_value_each(words: Sequence[str]) -> Iterator[str]:
+    """Yield `--sides 14 28` as typer takes it: `--sides 14 --sides 28`."""
+    option = ""
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            option = word if word in SEVERAL_VALUES else ""
+        elif option and words[i - 1] != option:
+            yield option
+        yield word
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 1 after one sentence for a mistake of the user's, 2 for unknown words."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        arguments.run(arguments)
+        words = list(_one_value_each(sys.argv[1:] if argv is None else argv))
+        get_command(_app())(words, prog_name="python -m pixelcnn")
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except SystemExit as end:  # typer's way to end a command
+        if end.code == 130:
+            print("stopped", file=sys.stderr)
+        return int(end.code or 0)
     return 0
 
 

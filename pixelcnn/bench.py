@@ -20,15 +20,32 @@ from typing import Any
 
 import torch
 
-from pixelcnn.cached_sampling import cached_sample
-from pixelcnn.fast_sampling import engine_name, sample, warm_up
-from pixelcnn.layers import MaskedConv2d
-from pixelcnn.model import AutoregressiveModel, joint_parameters
-from pixelcnn.sampling import draw_level
+from pixelcnn.likelihood import level_probs
+from pixelcnn.models.attention import BLOCK
+from pixelcnn.models.base import AutoregressiveModel, joint_parameters
+from pixelcnn.models.outputs import draw_level
+from pixelcnn.models.registry import build_model
+from pixelcnn.sampling.cached import cached_sample
+from pixelcnn.sampling.fast import engine_name, sample, warm_up
+from pixelcnn.sampling.plan import make_plan
 
 NAIVE, CROPPED, NAIVE_COMPILED = "naive", "naive, rows so far", "naive, torch.compile"
 CACHED_TORCH, CACHED = "cached, torch", "cached, compiled"
 SAMPLERS = (NAIVE, CROPPED, NAIVE_COMPILED, CACHED_TORCH, CACHED)
+
+
+def work_per_pixel(model: AutoregressiveModel) -> tuple[float, int]:
+    """Return the multiply-adds that a pixel needs, and how many of them are pixel work: alone in a batch, a pixel reads
+    as many weights for them."""
+    plan, attended = make_plan(model), 0.0
+    by_row, by_pixel = (
+        sum(step.matrix.numel() for step in steps if step.matrix is not None)
+        for steps in (plan.row_steps, plan.pixel_steps)
+    )
+    for attention in (step.attention for step in plan.row_steps if step.attention is not None):
+        attended += sum(matrix.numel() for matrix in attention.matrices) / BLOCK**2
+        attended += attention.num_blocks * attention.heads * attention.key_features  # half of them are above
+    return by_row + by_pixel + attended, by_pixel
 
 
 def median_s(work: Callable[[], object], seconds: float) -> float:
@@ -76,7 +93,7 @@ def matrix_peak() -> float:
         for size in (256, 512, 1024):
             a, b = torch.rand(2, size, size)
             best = min(best, _best_s(partial(torch.mm, a, b), 10) / size**3)
-    return 1 / best
+    return float(1 / best)
 
 
 def cache_bandwidth() -> float:
@@ -86,29 +103,12 @@ def cache_bandwidth() -> float:
         return (a.nbytes + b.nbytes) / _best_s(partial(torch.dot, a, b), 300)
 
 
-def work_per_pixel(model: AutoregressiveModel) -> tuple[int, int]:
-    """Return how many multiply-adds a pixel needs when nothing is computed twice, and how many of them are not part of
-    the work on whole rows: alone in a batch, a pixel reads as many weights for them."""
-    total = in_order = 0
-    for name, module in model.named_modules():
-        if name.startswith("completer."):
-            continue  # it draws other images
-        if isinstance(module, MaskedConv2d):
-            kernel = module.mask.sum(dim=(0, 1))  # (kh, kw)
-            total += int(kernel.sum())
-            if not name.endswith("v_conv"):
-                in_order += int(kernel[-1].sum())  # the mask hides what lies right of the centre
-        elif isinstance(module, torch.nn.Conv2d):  # the link between the stacks
-            total += module.weight.numel()
-    return total, in_order
-
-
 def _resized(model: AutoregressiveModel, height: int, width: int) -> AutoregressiveModel:
-    """Return the same weights for another image size: no layer depends on it."""
-    resized = copy.copy(model)
+    """Return the same weights for another image size: no weight depends on it."""
     shape = (model.config.image_shape[0], height, width)
-    resized.config = dataclasses.replace(model.config, image_shape=shape)
-    return resized
+    resized = build_model(dataclasses.replace(model.config, image_shape=shape))
+    resized.load_state_dict(model.state_dict())
+    return resized.eval()
 
 
 @dataclasses.dataclass
@@ -138,8 +138,9 @@ def time_naive(
 
     def step(place: int) -> None:
         y, x, c = place // (width * channels), place // channels % width, place % channels
-        logits = cropped[y](levels[:, :, : y + 1]) if cropped else network(levels)
-        levels[:, c, y, x] = draw_level(logits[:, :, c, y, x], u, 1.0)
+        parameters = cropped[y](levels[:, :, : y + 1]) if cropped else network(levels)
+        logits = model.output.level_logits(parameters[..., y, x], c, levels[:, :c, y, x])
+        levels[:, c, y, x] = draw_level(logits, u, 1.0)
 
     num = channels * height * width
     trials = {}
@@ -196,7 +197,7 @@ def count_differences(model: AutoregressiveModel, num_images: int, dtype: torch.
     images = differing = 0
     distance = 0.0
     for part, noise in zip(levels.split(8), u.split(8), strict=True):
-        logits = model(part).movedim(1, -1)  # (B, C, H, W, K)
+        logits = level_probs(model, part).log().movedim(1, -1)  # (B, C, H, W, K)
         wrong = draw_level(logits, noise, 1.0) != part
         images += int(wrong.flatten(1).any(dim=1).sum())
         differing += int(wrong.sum())
@@ -215,9 +216,9 @@ def _memory(model: AutoregressiveModel) -> tuple[int, int]:
     """Return the bytes of the compiled sampler's weights and of its buffers for one image; (0, 0) without it."""
     if engine_name(model) != "cached, compiled":
         return 0, 0
-    from pixelcnn.compiled_sampling import build_engine
+    from pixelcnn.sampling.compiled import build_engine
 
-    buffers = sum(array.nbytes for group in build_engine(model).new_state(1) for array in group)
+    buffers = build_engine(model).fresh.nbytes
     return sum(p.numel() * p.element_size() for p in joint_parameters(model)), buffers
 
 

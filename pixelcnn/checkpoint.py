@@ -3,26 +3,60 @@
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
-from pixelcnn.config import config_from_dict, config_to_dict
-from pixelcnn.model import AutoregressiveModel, build_model
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.registry import build_model, config_from_dict, config_to_dict
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SCORES_FILE = "scores.json"
 CARD_FILE = "README.md"
+# Where released weights lie: in an installed package, and beside the code in a clone.
+_RELEASED = (Path(__file__).with_name("weights"), Path(__file__).parents[1] / "weights")
+MAX_READS = 10  # of a checkpoint that is replaced each time while it is read
+# What a checkpoint's folder may hold beside these: the curves of its training, and pictures.
+_BESIDE = (".csv", ".png")
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def released() -> dict[str, Path]:
+    """Return the folder of each checkpoint that was released with this code, by its name, MODEL-DATASET."""
+    return {file.parent.name: file.parent for place in _RELEASED for file in sorted(place.glob(f"*/{CONFIG_FILE}"))}
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Check that nobody would miss a folder: it is absent, empty, or a checkpoint and nothing else.
+
+    Raises:
+        ValueError: it is something else; nothing was touched.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["other things"]
+    own = {CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE, CARD_FILE}
+    foreign = [name for name in names if name not in own and not name.endswith(_BESIDE)]
+    try:
+        is_ours = "weights_sha256" in json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if foreign or (names and not is_ours):
+        raise ValueError(
+            f"{folder} is no checkpoint that may be replaced: it holds {(foreign or names)[0]}, which would be lost. "
+            "Name an empty folder, or one that is not there yet."
+        )
 
 
 def save_checkpoint(
@@ -34,6 +68,10 @@ def save_checkpoint(
 ) -> None:
     """Write a model and its scores into a folder, which is replaced as a whole: no half-written one is ever seen.
 
+    The new folder `.NAME.new` is written first; then the old one is renamed to `.NAME.old`, the new one to NAME, and
+    the old one removed. Killed between the two renames, a save leaves no NAME: `load_checkpoint` then reads
+    `.NAME.old`. At any moment the old or the new checkpoint is whole.
+
     Args:
         folder: the folder to write; its parent is made if missing.
         model: as `build_model` makes it.
@@ -42,9 +80,10 @@ def save_checkpoint(
         card: text of a model card to keep with them, as `README.md`.
 
     Raises:
-        ValueError: a weight lies outside the range of `dtype`.
+        ValueError: a weight lies outside the range of `dtype`; or the folder is there and no checkpoint.
         OSError: the folder cannot be written; one that was there before is left as it was.
     """
+    check_replaceable(folder)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new")
@@ -64,19 +103,38 @@ def save_checkpoint(
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (new / SCORES_FILE).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
         shutil.copymode(new / SCORES_FILE, new / WEIGHTS_FILE)  # safetensors would keep it from everybody else
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        _swap(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    old = _set_aside(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    # Otherwise `old`, if it is there, is the only checkpoint: a save was killed between its renames.
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Return where `save_checkpoint` keeps a folder while it puts the new one in its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _current(folder: Path) -> tuple[Path, int, int]:
+    """Return where the checkpoint lies at this moment, and what changes when another folder takes that place."""
+    for place in (folder, _set_aside(folder)):
+        with suppress(OSError):
+            status = place.stat()
+            return place, status.st_ino, status.st_ctime_ns
+    return folder, 0, 0
 
 
 def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
@@ -93,21 +151,22 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
         ValueError: the folder is no checkpoint, or its network differs in more than its context.
     """
     source, _ = load_checkpoint(folder)
-    wanted, found = config_to_dict(model.config), config_to_dict(source.config)
-    for key, value in wanted.items():
+    found, weights = config_to_dict(source.config), source.state_dict()
+    for key, value in config_to_dict(model.config).items():
         if not key.startswith(("context_", "completer")) and found.get(key) != value:
             raise ValueError(f"{folder} holds a network of {key} {found.get(key)!r}, the one to train has {value!r}.")
-    weights = source.state_dict()
-    for name, tensor in model.state_dict().items():
-        if name in weights and weights[name].shape != tensor.shape:
-            raise ValueError(f"{folder} holds a context network of other sizes. Start from a network without one.")
+    if any(name in weights and weights[name].shape != tensor.shape for name, tensor in model.state_dict().items()):
+        raise ValueError(f"{folder} holds a context network of other sizes. Start from a network without one.")
     model.load_state_dict(weights, strict=False)
     if source.completer is None:
         model.begin_completer()
 
 
 def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
-    """Read what `save_checkpoint` wrote.
+    """Read what `save_checkpoint` wrote, also while or after it was interrupted.
+
+    Args:
+        folder: of the checkpoint; or, where there is no such folder, the name of released weights.
 
     Returns:
         The model, in eval mode, on the CPU; and its scores.
@@ -116,17 +175,15 @@ def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, 
         ValueError: a file is missing, damaged, of another architecture, or not the one that was saved.
     """
     folder = Path(folder)
+    if not _current(folder)[0].exists():
+        folder = released().get(str(folder), folder)
+    folder, (config, scores_text, weights) = _read_files(folder)
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text())
-        scores = json.loads((folder / SCORES_FILE).read_text())
+        values, scores = json.loads(config), json.loads(scores_text)
         expected = values.pop("weights_sha256")
-        found = sha256_of(folder / WEIGHTS_FILE)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no checkpoint: {Path(error.filename).name} is missing.") from None
-    except OSError as error:
-        raise ValueError(f"{folder} is no checkpoint that can be read: {error.strerror}.") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} is no checkpoint: {CONFIG_FILE} or {SCORES_FILE} is damaged ({error}).") from None
+    found = hashlib.sha256(weights).hexdigest()
     if found != expected:
         raise ValueError(
             f"{folder / WEIGHTS_FILE} is not the file that was saved: its SHA-256 is {found[:12]}..., "
@@ -134,7 +191,29 @@ def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, 
         )
     model = build_model(config_from_dict(values))
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        model.load_state_dict(load(weights))
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
     return model.eval(), scores
+
+
+def _read_files(folder: Path) -> tuple[Path, list[bytes]]:
+    """Return the place and the contents of config, scores and weights, all three of the same checkpoint."""
+    for _ in range(MAX_READS):
+        found = _current(folder)
+        missing: OSError | None = None
+        try:
+            contents = [(found[0] / name).read_bytes() for name in (CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE)]
+        except OSError as error:
+            missing = error
+        if _current(folder) != found:
+            continue  # it was replaced meanwhile: the files may be of two checkpoints
+        if isinstance(missing, FileNotFoundError):
+            raise ValueError(
+                f"{folder} is no checkpoint: {Path(missing.filename).name} is missing. Name a folder that holds one, "
+                f"or released weights: {', '.join(released()) or 'none came with this code'}."
+            )
+        if missing is not None:
+            raise ValueError(f"{folder} is no checkpoint that can be read: {missing.strerror}.")
+        return found[0], contents
+    raise ValueError(f"{folder} is replaced faster than it can be read. Try again.")

@@ -6,12 +6,16 @@ model without one, known pixels that come after a missing one do not count: exac
 after every observed one (a lower half, say).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from pixelcnn.fast_sampling import OnRow, sample, sample_and_score
 from pixelcnn.likelihood import log_prob, pixel_log_prob
-from pixelcnn.model import AutoregressiveModel, check_observed
+from pixelcnn.models.base import AutoregressiveModel, check_observed
+from pixelcnn.observed import ink_of
+from pixelcnn.sampling.fast import sample, sample_and_score
+from pixelcnn.sampling.naive import OnRow
 
 
 def complete(
@@ -92,12 +96,7 @@ def completion_log_prob(
 
 
 def resample(
-    model: AutoregressiveModel,
-    image: Tensor,
-    observed: Tensor,
-    u: Tensor,
-    choice: Tensor,
-    label: Tensor | None = None,
+    model: AutoregressiveModel, image: Tensor, observed: Tensor, u: Tensor, choice: Tensor, label: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Complete each image by one of M proposals, chosen by importance: the joint model's weight of it.
 
@@ -106,11 +105,9 @@ def resample(
     p(missing | observed); for M = 1 it is `complete`. It costs M completions and two forward passes each.
 
     Args:
-        image: (B, C, H, W) int64 levels in [0, K); ignored where missing.
-        observed: (B, 1, H, W) bool, True where the pixel is known.
+        image, observed, label: as `complete` takes them.
         u: (B, M, C, H, W) uniform noise in [0, 1), that of the proposals.
         choice: (B,) uniform noise in [0, 1), that of the choice between them.
-        label: (B,) int64, -1 for none; None for no labels.
 
     Returns:
         (B, C, H, W) int64 levels; and (B,) float64, the effective number of proposals, from 1 (one has all the weight)
@@ -135,3 +132,31 @@ def resample(
     weights = (joint - completion_log_prob(model, levels, repeated[1], label)).double().view(-1, num).softmax(dim=1)
     chosen = (weights.cumsum(dim=1) <= choice[:, None]).sum(dim=1).clamp(max=num - 1)
     return levels.view(-1, num, *levels.shape[1:])[torch.arange(len(chosen)), chosen], 1 / weights.square().sum(dim=1)
+
+
+def shares_of_drawing(levels: Tensor, observed: Tensor, num_levels: int) -> dict[str, Tensor]:
+    """Return `ink_share` and `known_share` of drawings, (B,) float64: what of the image is known ink, and known.
+
+    Args:
+        levels: (B, C, H, W) int64 in [0, num_levels).
+        observed: (B, 1, H, W) bool.
+    """
+    ink = torch.from_numpy(ink_of(levels, num_levels)) & observed[:, 0].cpu()
+    return {"ink_share": ink.double().mean((1, 2)), "known_share": observed.double().mean((1, 2, 3))}
+
+
+@torch.inference_mode()
+def drawing_bits_per_dim(
+    model: AutoregressiveModel, completions: Tensor, observed: Tensor, label: Tensor | None = None
+) -> Tensor:
+    """Return what the known part of drawings costs, (B,) float64 bits per dimension; NaN where nothing is known.
+
+    Each known sub-pixel is scored by the joint model, given what lies before it: the drawing, and where that is not
+    known the completion.
+
+    Args:
+        completions: (B, C, H, W) int64, the drawings, completed.
+        observed: (B, 1, H, W) bool.
+    """
+    nats = -pixel_log_prob(model, completions, label).double() * observed
+    return nats.sum((1, 2, 3)) / (observed.sum((1, 2, 3)) * completions.shape[1] * math.log(2))

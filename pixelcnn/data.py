@@ -8,9 +8,10 @@ read; their validation and test images are one fixed Bernoulli sample, drawn whe
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
@@ -23,25 +24,15 @@ BYTES_PROTOCOL = "8-bit"
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A prepared dataset.
+    """A prepared dataset."""
 
-    Args:
-        name: e.g. `mnist`.
-        num_levels: K.
-        protocol: what one pixel of validation and test is, named beside every figure.
-        label_names: one per class.
-        images: per split, (N, C, H, W) uint8: levels, or intensities 0..255 in the training split of a binary one.
-        labels: per split, (N,) int64.
-        data_hash: MD5 of the file (the one that `dvc.lock` records); empty for a dataset made in memory.
-    """
-
-    name: str
-    num_levels: int
-    protocol: str
-    label_names: list[str]
-    images: dict[str, Tensor]
-    labels: dict[str, Tensor]
-    data_hash: str = field(default="")
+    name: str  # e.g. `mnist`
+    num_levels: int  # K
+    protocol: str  # what one pixel of validation and test is, named beside every figure
+    label_names: list[str]  # one per class
+    images: dict[str, Tensor]  # per split, (N, C, H, W) uint8: levels; training split of a binary one: intensities
+    labels: dict[str, Tensor]  # per split, (N,) int64
+    data_hash: str = ""  # MD5 of the file, the one that `dvc.lock` records; empty for a dataset made in memory
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -83,6 +74,12 @@ class Dataset:
         for start in range(0, num, batch_size):
             index = slice(start, min(start + batch_size, num))
             yield self.levels(split, index, generator), self.labels[split][index]
+
+
+def generator_for(seed: int, *path: int) -> torch.Generator:
+    """Return a generator that depends on (seed, path) alone."""
+    state = np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
 def binarize(intensities: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,14 +1,15 @@
 """Evaluation: the exact likelihood of a dataset's images and of their missing parts, image by image and on average."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pixelcnn.data import Dataset
 from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
-from pixelcnn.model import AutoregressiveModel
+from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.observed import SCORED, scored_masks
 
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
@@ -52,6 +53,7 @@ def per_image_nll(
         split: `train`, `validation` or `test`.
         with_label: tell the model the true label.
         num_images: the first so many; None for all.
+        batch_size: images at once: a matter of speed, not of the scores.
 
     Returns:
         (N,) float64, nats per image.
@@ -66,23 +68,12 @@ def per_image_nll(
 
 @torch.inference_mode()
 def per_image_marginal_nll(
-    model: AutoregressiveModel,
-    data: Dataset,
-    split: str,
-    num_images: int | None = None,
-    batch_size: int = SCORED_BATCH,
+    model: AutoregressiveModel, data: Dataset, split: str, num_images: int | None = None, batch_size: int = SCORED_BATCH
 ) -> Tensor:
     """Score images one by one with the label summed out: -log of the mean of p(x | y) over the labels y.
 
     It is an exact likelihood, too, of as many passes as there are labels. No label can gain more than log(num_labels)
-    over it, whatever the network makes of images without a label.
-
-    Args:
-        split: `train`, `validation` or `test`.
-        num_images: the first so many; None for all.
-
-    Returns:
-        (N,) float64, nats per image.
+    over it, whatever the network makes of images without a label. Arguments and result are `per_image_nll`'s.
     """
     device = next(model.parameters()).device
     num_labels = model.config.num_labels
@@ -93,6 +84,21 @@ def per_image_marginal_nll(
     return torch.cat(nlls).cpu()
 
 
+@contextmanager
+def _scoring(model: AutoregressiveModel, data: Dataset) -> Iterator[None]:
+    """Put a model that fits the data into eval mode for the time of a `with` block."""
+    check_fit(model, data)
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
+
+
+def _mean_and_stderr(name: str, nats: Tensor) -> dict[str, float]:
+    stderr = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else 0.0
+    return {name: nats.mean().item(), f"{name}_stderr": stderr}
+
+
 def evaluate(
     model: AutoregressiveModel,
     data: Dataset,
@@ -101,13 +107,11 @@ def evaluate(
     batch_size: int = SCORED_BATCH,
     per_image: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Measure the exact likelihood of a model on a dataset.
+    """Measure the exact likelihood of a model on a dataset, whose `protocol` belongs beside every figure.
 
     Args:
-        model: in eval mode.
-        data: a prepared dataset; its `protocol` belongs beside every figure.
         splits: which splits.
-        num_images: the first so many images of each; None for all.
+        num_images, batch_size: as `per_image_nll` takes them, for each split.
         per_image: filled, if given, with each split's (N,) nats of the images one by one, without label.
 
     Returns:
@@ -118,22 +122,18 @@ def evaluate(
     Raises:
         ValueError: model and dataset do not fit.
     """
-    check_fit(model, data)
-    was_training = model.training
-    model.eval()
     scores: dict[str, float] = {}
-    for split in splits:
-        nll = per_image_nll(model, data, split, num_images=num_images, batch_size=batch_size)
-        if per_image is not None:
-            per_image[split] = nll
-        scores[f"{split}/nll_nats"] = nll.mean().item()
-        scores[f"{split}/nll_nats_stderr"] = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else 0.0
-        scores[f"{split}/bits_per_dim"] = float(bits_per_dim(nll.mean().item(), data.image_shape))
-        scores[f"{split}/num_images"] = len(nll)
-        if model.config.num_labels:
-            given = per_image_nll(model, data, split, with_label=True, num_images=num_images, batch_size=batch_size)
-            scores[f"{split}/nll_nats_given_label"] = given.mean().item()
-    model.train(was_training)
+    with _scoring(model, data):
+        for split in splits:
+            nll = per_image_nll(model, data, split, num_images=num_images, batch_size=batch_size)
+            if per_image is not None:
+                per_image[split] = nll
+            scores |= _mean_and_stderr(f"{split}/nll_nats", nll)
+            scores[f"{split}/bits_per_dim"] = float(bits_per_dim(nll.mean().item(), data.image_shape))
+            scores[f"{split}/num_images"] = len(nll)
+            if model.config.num_labels:
+                given = per_image_nll(model, data, split, True, num_images, batch_size)
+                scores[f"{split}/nll_nats_given_label"] = given.mean().item()
     return scores
 
 
@@ -143,15 +143,14 @@ def per_image_completion_nll(
     data: Dataset,
     split: str,
     num_images: int | None = None,
-    batch_size: int = 250,
+    batch_size: int = SCORED_BATCH,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Score completion image by image: -log p(missing | observed), without label.
 
     Args:
-        split: `train`, `validation` or `test`.
-        num_images: the first so many; None for all.
-        seed: of the masks, which depend on it, on `batch_size` and on the images alone.
+        split, num_images, batch_size: as `per_image_nll` takes them.
+        seed: of the masks, which depend on it and on the images alone.
 
     Returns:
         For each mask of `observed.SCORED`, (N,) float64 nats as e.g. `top`; and as `top_raster` those of raster
@@ -160,17 +159,19 @@ def per_image_completion_nll(
     """
     device = next(model.parameters()).device
     found: dict[str, list[Tensor]] = {}
-    for i, (levels, _) in enumerate(data.batches(split, batch_size, num_images)):
+    first = 0
+    for levels, _ in data.batches(split, batch_size, num_images):
         levels = levels.to(device)
         joint = pixel_log_prob(model, levels)
-        for k, name in enumerate(SCORED):
-            observed = scored_masks(name, np.random.default_rng([seed, k, i]), levels, data.num_levels)
+        for name in SCORED:
+            observed = scored_masks(name, levels, data.num_levels, seed, first)
             given = joint
             if model.config.context_features:
                 given = pixel_log_prob(model, levels, None, levels, observed)
             for key, log_probs in ((name, given), (f"{name}_raster", joint)):
                 nats = -(log_probs * ~observed).sum(dim=(1, 2, 3))
                 found.setdefault(key, []).append(nats.double().cpu())
+        first += len(levels)
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
@@ -179,14 +180,12 @@ def evaluate_completion(
     data: Dataset,
     split: str = "test",
     num_images: int | None = None,
-    batch_size: int = 250,
+    batch_size: int = SCORED_BATCH,
     seed: int = 0,
 ) -> dict[str, float]:
     """Measure -log p(missing | observed), without label, and beside each figure that of raster clamping.
 
     Args:
-        model: in eval mode.
-        data: a prepared dataset; its `protocol` belongs beside every figure.
         split, num_images, batch_size, seed: as `per_image_completion_nll` takes them.
 
     Returns:
@@ -197,14 +196,9 @@ def evaluate_completion(
     Raises:
         ValueError: model and dataset do not fit.
     """
-    check_fit(model, data)
-    was_training = model.training
-    model.eval()
     scores: dict[str, float] = {}
-    for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size, seed).items():
-        key = f"{split}/completion_{name}_nats"
-        scores[key] = nats.mean().item()
-        scores[f"{key}_stderr"] = (nats.std() / math.sqrt(len(nats))).item() if len(nats) > 1 else 0.0
-        scores[f"{split}/completion_num_images"] = len(nats)
-    model.train(was_training)
+    with _scoring(model, data):
+        for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size, seed).items():
+            scores |= _mean_and_stderr(f"{split}/completion_{name}_nats", nats)
+            scores[f"{split}/completion_num_images"] = len(nats)
     return scores

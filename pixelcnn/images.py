@@ -21,23 +21,32 @@ def to_picture(levels: Tensor, num_levels: int) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def to_png(levels: Tensor, num_levels: int, zoom: int = 1) -> bytes:
-    """Return one image, (C, H, W) int64 levels, as the bytes of a PNG, each pixel enlarged `zoom` times."""
+def to_png(levels: Tensor, num_levels: int, zoom: int = 1, optimize: bool = False) -> bytes:
+    """Return one image, (C, H, W) int64 levels, as the bytes of a PNG, each pixel enlarged `zoom` times.
+
+    Args:
+        optimize: make it small: 1 bit per pixel where there are two levels, and Pillow's most thorough compression.
+    """
     picture = to_picture(levels, num_levels)
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    if optimize and num_levels == 2 and len(levels) == 1:
+        picture = picture.convert("1", dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    picture.save(buffer, format="PNG", optimize=optimize)
     return buffer.getvalue()
 
 
-def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int) -> Tensor:
+def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int, exact: bool = False) -> Tensor:
     """Read a PNG of exactly the size of an image as levels; it is never resized.
+
+    Args:
+        exact: refuse a picture whose pixels are not all levels, in place of rounding them.
 
     Returns:
         (C, H, W) int64 in [0, K): grey values, or RGB, rounded to the nearest of the K levels.
 
     Raises:
-        ValueError: it is no PNG, it is larger than 1 MB, or of another size.
+        ValueError: it is no PNG, it is larger than 1 MB, of another size, or would be changed and must not.
     """
     channels, height, width = image_shape
     if len(png) > MAX_PNG_BYTES:
@@ -50,7 +59,16 @@ def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int) -> 
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image is no readable PNG: {error}.") from None
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
-    return (pixels.permute(2, 0, 1).double() * (num_levels - 1) / 255).round().long()
+    levels = (pixels.permute(2, 0, 1).double() * (num_levels - 1) / 255).round().long()
+    if exact:
+        is_8_bit = file.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+        if not is_8_bit or file.convert("RGBA").tobytes() != to_picture(levels, num_levels).convert("RGBA").tobytes():
+            colours = "grey" if channels == 1 else "colour"
+            raise ValueError(
+                f"image must hold the {num_levels} levels of {colours} of the model and nothing else (black is the "
+                "first one, white the last one): others would be changed."
+            )
+    return levels
 
 
 def to_sheet(levels: Tensor, num_levels: int, num_columns: int, zoom: int = 2, gap: int = 2) -> Image.Image:

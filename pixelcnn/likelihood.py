@@ -1,13 +1,19 @@
-"""Exact log-likelihoods, in nats per image, and their conversion to bits per dimension."""
+"""Exact log-likelihoods, in nats per image, their conversion to bits per dimension, and what would cheat them.
 
+A leak is a change of a sub-pixel that reaches the logits of an earlier one, or its own. Raster order: rows, columns,
+then channels. In float64; what moves by more than rounding does is a change.
+"""
+
+import copy
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pixelcnn.model import AutoregressiveModel
+from pixelcnn.models.base import AutoregressiveModel
+
+ROUNDING = 1e-12  # of float64 probabilities: where an image lies in a batch may move their last bits
 
 
 def pixel_log_prob(
@@ -28,14 +34,28 @@ def pixel_log_prob(
     Returns:
         (B, C, H, W) nats, in float32 or better.
     """
-    logits = model(levels, label, drawing, observed)  # (B, K, C, H, W)
-    # Levels last, the order in which the network leaves them: for 256 levels of colour images this makes a whole
-    # training step a sixth faster than the softmax over dim 1.
-    logits = logits.permute(0, 3, 4, 2, 1)  # (B, H, W, C, K)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = levels.permute(0, 2, 3, 1)  # (B, H, W, C)
-    nats = F.cross_entropy(logits.flatten(0, 3), targets.flatten(), reduction="none")
-    return -nats.view(targets.shape).permute(0, 3, 1, 2)
+    return model.output.log_prob(model(levels, label, drawing, observed), levels)
+
+
+def level_probs(
+    model: AutoregressiveModel,
+    levels: Tensor,
+    label: Tensor | None = None,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
+    """Return the probability of every level of every sub-pixel given all earlier sub-pixels.
+
+    Args:
+        levels, label, drawing, observed: as `pixel_log_prob` takes them.
+
+    Returns:
+        (B, K, C, H, W), the K of a sub-pixel summing to one.
+    """
+    parameters = model(levels, label, drawing, observed)
+    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+    colours = range(levels.shape[1])
+    return torch.stack([model.output.level_logits(parameters, c, levels).softmax(dim=1) for c in colours], dim=2)
 
 
 def log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = None) -> Tensor:
@@ -67,3 +87,62 @@ def bits_per_dim(nats: float | Tensor, shape: Sequence[int]) -> float | Tensor:
         nats / (C * H * W * ln 2), of the same type as `nats`.
     """
     return nats / (math.prod(shape) * math.log(2))
+
+
+def packed_bytes(log_prob: float) -> int:
+    """Return how many bytes an image of this log-probability takes in a packed file (docs/packing.md).
+
+    Its share of the file's header and of its block's checksums, less than a thousandth in a large file, comes on top.
+
+    Args:
+        log_prob: nats, of the image.
+    """
+    return math.ceil(-log_prob / math.log(256))
+
+
+@torch.inference_mode()
+def logits_that_follow(model: AutoregressiveModel, levels: Tensor, changed: Tensor) -> Tensor:
+    """Change sub-pixels of an image and see which logits follow; all in raster order.
+
+    Args:
+        model: in float64, on the CPU.
+        levels: (C, H, W) int64 in [0, K).
+        changed: (B, H*W*C) bool, what to change in each trial.
+
+    Returns:
+        (B, H*W*C) bool.
+
+    Raises:
+        ValueError: a logit is not a finite number.
+    """
+    channels, height, width = levels.shape
+    num_levels = model.config.num_levels
+    where = changed.reshape(-1, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
+    others = torch.where(where, (levels + num_levels // 2) % num_levels, levels)
+    probs = level_probs(model, torch.cat([levels[None], others]))  # (1 + B, K, C, H, W)
+    if not bool(probs.isfinite().all()):
+        raise ValueError("its logits are not finite numbers.")
+    same = (probs[1:] - probs[:1]).abs() <= ROUNDING
+    return (~same).any(dim=1).permute(0, 2, 3, 1).flatten(1)
+
+
+def count_leaks(model: AutoregressiveModel, levels: Tensor, batch_size: int = 32) -> tuple[int, int]:
+    """Change every sub-pixel of an image, one at a time, and see which logits follow.
+
+    Args:
+        model: any; a float64 copy of it is asked.
+        levels: (C, H, W) int64 in [0, K).
+        batch_size: changes per forward pass.
+
+    Returns:
+        How many sub-pixels reach their own or an earlier logit: 0 for a correct model. And how many reach a later one:
+        all but the last, unless its weights are dead there.
+    """
+    model = copy.deepcopy(model).cpu().double().eval()
+    every = torch.arange(levels.numel())
+    leaks = reaching = 0
+    for indices in torch.split(every[:, None], batch_size):
+        follow = logits_that_follow(model, levels, every == indices)
+        leaks += int((follow & (every <= indices)).any(dim=1).sum())
+        reaching += int((follow & (every > indices)).any(dim=1).sum())
+    return leaks, reaching

@@ -2,7 +2,8 @@
 
 A mask is (B, 1, H, W) bool, True where the pixel is known. Masks are functions of a generator and, where they follow
 the drawing, of the levels: what is hidden never decides which of its pixels are shown, except in that the ink of a
-beginning is shown in the order in which a pen would lay it.
+beginning is shown in the order in which a pen would lay it. A scored mask has a generator of its own, so that it does
+not depend on the images it is scored with.
 """
 
 from collections.abc import Callable
@@ -42,38 +43,47 @@ def strokes(rng: np.random.Generator, num: int, height: int, width: int) -> Mask
     start, step = points[:, :-1, None, None], np.diff(points, axis=1)[:, :, None, None]  # (B, lines, 1, 1, 2)
     along = ((pixel - start) * step).sum(-1) / np.maximum((step**2).sum(-1), 1e-9)  # (B, lines, H, W)
     distance = ((pixel - start - along.clip(0, 1)[..., None] * step) ** 2).sum(-1)
-    return ((distance <= radius[:, None, None, None] ** 2) & used[:, :, None, None]).any(axis=1)
+    covered: Mask = ((distance <= radius[:, None, None, None] ** 2) & used[:, :, None, None]).any(axis=1)
+    return covered
 
 
 def ink_of(levels: Tensor, num_levels: int) -> Mask:
     """Return (B, H, W) bool, True where the brightest channel exceeds a quarter of the range."""
-    return (levels.amax(dim=1) * 4 > num_levels - 1).cpu().numpy()
+    ink: Mask = (levels.amax(dim=1) * 4 > num_levels - 1).cpu().numpy()
+    return ink
 
 
 def _spread(mask: Mask) -> Mask:
     """Return the pixels of a mask and their eight neighbours: (B, H, W) -> (B, H, W)."""
-    tall = mask.copy()
+    tall: Mask = mask.copy()
     tall[:, 1:] |= mask[:, :-1]
     tall[:, :-1] |= mask[:, 1:]
-    wide = tall.copy()
+    wide: Mask = tall.copy()
     wide[:, :, 1:] |= tall[:, :, :-1]
     wide[:, :, :-1] |= tall[:, :, 1:]
     return wide
 
 
-def beginnings(rng: np.random.Generator, ink: Mask, part: Mask) -> Mask:
+def pen_noise(rng: np.random.Generator, num: int, height: int, width: int) -> tuple[Mask, Mask]:
+    """Return the noise of `beginnings`: (B, 1, 1) directions in [0, 2 pi), and (B, H, W) in [0, 1)."""
+    return rng.uniform(0, 2 * np.pi, (num, 1, 1)), rng.random((num, height, width))
+
+
+def beginnings(noise: tuple[Mask, Mask], ink: Mask, part: Mask) -> Mask:
     """Return the first part of the ink, as a pen would lay it: (B, H, W) bool, a subset of `ink`.
 
     The pen starts at the ink's outermost pixel in a random direction and follows the strokes both ways (a breadth-first
-    search); from a stroke's end it jumps to the nearest ink that is left.
+    search); from a stroke's end it jumps to the nearest ink that is left. An image's beginning depends on its own
+    noise, ink and part alone.
 
     Args:
+        noise: as `pen_noise` makes it: the direction, and the order of pixels of the same step of the search.
         ink: (B, H, W) bool.
         part: (B,) in [0, 1], how much of the ink to lay. At least one pixel is laid where there is ink.
     """
+    angle, order = noise
     num, height, width = ink.shape
     size = height * width
-    angle = rng.uniform(0, 2 * np.pi, (num, 1, 1))
     y, x = np.mgrid[:height, :width]
     outward = np.where(ink, np.sin(angle) * y + np.cos(angle) * x, -np.inf)
     front = np.zeros_like(ink)
@@ -81,7 +91,7 @@ def beginnings(rng: np.random.Generator, ink: Mask, part: Mask) -> Mask:
     front &= ink
     laid, searched = front.copy(), front.copy()
     wanted = np.ceil(part * ink.sum(axis=(1, 2))).clip(1, None)
-    # When a pixel is laid: the step of the search, pixels of the same step in random order.
+    # When a pixel is laid: the step of the search.
     time = np.where(front, 0.0, np.inf)
     for step in range(1, 2 * size + 1):
         if (laid.sum(axis=(1, 2)) >= np.minimum(wanted, ink.sum(axis=(1, 2)))).all():
@@ -93,9 +103,10 @@ def beginnings(rng: np.random.Generator, ink: Mask, part: Mask) -> Mask:
         # Where ink was found the search goes on from the ink alone; elsewhere it widens over the background.
         found = new.any(axis=(1, 2))
         searched[found] = laid[found]
-    time = (time + rng.random(time.shape)).reshape(num, size)
+    time = (time + order).reshape(num, size)
     rank = time.argsort(axis=1).argsort(axis=1).reshape(ink.shape)
-    return (rank < wanted[:, None, None]) & ink
+    first_part: Mask = (rank < wanted[:, None, None]) & ink
+    return first_part
 
 
 def surroundings(rng: np.random.Generator, drawn: Mask) -> Mask:
@@ -167,22 +178,32 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     chosen = kind >= 9
     if chosen.any():
         ink = ink_of(levels[torch.from_numpy(chosen).to(levels.device)], num_levels)
-        observed[chosen] = surroundings(rng, beginnings(rng, ink, rng.uniform(0.1, 0.7, len(ink))))
+        part = rng.uniform(0.1, 0.7, len(ink))
+        observed[chosen] = surroundings(rng, beginnings(pen_noise(rng, *ink.shape), ink, part))
     return torch.from_numpy(observed)[:, None].to(levels.device)
 
 
-def scored_masks(name: str, rng: np.random.Generator, levels: Tensor, num_levels: int) -> Tensor:
+def scored_masks(name: str, levels: Tensor, num_levels: int, seed: int = 0, first: int = 0) -> Tensor:
     """Return one of the masks that completion is scored on.
+
+    An image's mask depends on (seed, name, its index) and its ink alone, not on the other images of the batch.
 
     Args:
         name: what is missing (`top`, `left`, `bottom`: that half; `rectangles`: a random one; `pixels50`: each pixel
             with probability 1/2), or `beginnings`: all but 30 % of the ink.
         levels: (B, C, H, W) int64 in [0, K).
         num_levels: K.
+        seed: of the random masks.
+        first: index of the first image in its split; the others follow it.
 
     Returns:
         (B, 1, H, W) bool, True where observed.
+
+    Raises:
+        ValueError: no mask has this name.
     """
+    if name not in SCORED:
+        raise ValueError(f"mask must be one of {', '.join(SCORED)}, got {name!r}.")
     num, _, height, width = levels.shape
     missing = np.zeros((num, height, width), dtype=bool)
     if name == "top":
@@ -191,12 +212,14 @@ def scored_masks(name: str, rng: np.random.Generator, levels: Tensor, num_levels
         missing[:, height // 2 :] = True
     elif name == "left":
         missing[:, :, : width // 2] = True
-    elif name == "rectangles":
-        missing = rectangles(rng, num, height, width)
-    elif name == "pixels50":
-        missing = rng.random(missing.shape) < 0.5
-    elif name == "beginnings":
-        missing = ~beginnings(rng, ink_of(levels, num_levels), np.full(num, SCORED_INK))
     else:
-        raise ValueError(f"mask must be one of {', '.join(SCORED)}, got {name!r}.")
+        rngs = [np.random.default_rng([seed, SCORED.index(name), first + i]) for i in range(num)]
+        if name == "rectangles":
+            missing = np.concatenate([rectangles(rng, 1, height, width) for rng in rngs])
+        elif name == "pixels50":
+            missing = np.stack([rng.random((height, width)) < 0.5 for rng in rngs])
+        else:
+            angles, orders = zip(*(pen_noise(rng, 1, height, width) for rng in rngs), strict=True)
+            noise = np.concatenate(angles), np.concatenate(orders)
+            missing = ~beginnings(noise, ink_of(levels, num_levels), np.full(num, SCORED_INK))
     return torch.from_numpy(~missing)[:, None].to(levels.device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.model_card import score_text
+from pipelines.reports.card import score_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from stub_service import StubService
+
+from tests.app.stub_service import StubService
 
 
 @pytest.fixture

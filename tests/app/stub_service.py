@@ -151,7 +151,13 @@ class StubService:
         each = 0.5 if body["label"] == 4 else 1.0
         surprise = [[each * (level != 0) for level in row] for row in body["image"]]
         total = sum(map(sum, surprise))
-        return {"log_prob": -total, "bits_per_dim": total / 543.4, "surprise": surprise, "model": MODEL}
+        return {
+            "log_prob": -total,
+            "bits_per_dim": total / 543.4,
+            "packed_bytes": 11,
+            "surprise": surprise,
+            "model": MODEL,
+        }
 
     def close(self) -> None:
         """Stop listening: the port refuses connections from now on."""

@@ -2,18 +2,22 @@
 
 import ast
 import json
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from stub_service import MODEL, StubService
 
 import app.client
+from app.canvas.waiting import in_background
 from app.client import DEFAULT_URL, Rows, ServiceClient, ServiceError, service_url
+from tests.app.stub_service import MODEL, StubService
 
 IMAGE = [[int(column == 9 and row < 14) for column in range(28)] for row in range(28)]
 OBSERVED = [[int(row < 14)] * 28 for row in range(28)]
+EVENTS = {"content-type": "text/event-stream"}
 
 
 def answering(handler: Any) -> ServiceClient:
@@ -76,14 +80,14 @@ def test_stream_without_an_end_is_an_error(service: StubService) -> None:
 
 def test_stream_error_event_is_an_error() -> None:
     text = ': drawing\n\nevent: error\ndata: {"error": "The model failed."}\n\n'
-    client = answering(lambda request: httpx.Response(200, text=text))
-    with pytest.raises(ServiceError, match=r"^The model failed\.$"):
+    client = answering(lambda request: httpx.Response(200, text=text, headers=EVENTS))
+    with pytest.raises(ServiceError, match=r"^The model failed\. \(request [0-9a-f]{12}\)$"):
         list(client.complete_stream("mnist5k", IMAGE, OBSERVED))
 
 
 def test_stream_refused_before_drawing(service: StubService) -> None:
     service.refusal = (404, '{"error": "No champion for mnist5k. Run the promotion once."}')
-    with pytest.raises(ServiceError, match=r"^No champion for mnist5k\. Run the promotion once\.$"):
+    with pytest.raises(ServiceError, match=r"^No champion for mnist5k\. Run the promotion once\. \(request"):
         list(ServiceClient(service.url).complete_stream("mnist5k", IMAGE, OBSERVED))
 
 
@@ -96,9 +100,8 @@ def test_generate_and_likelihood() -> None:
         assert request.url.path == "/likelihood"
         assert body == {"dataset": "mnist5k", "image": IMAGE, "label": -1}
         surprise = [[0.5] * 28] * 28
-        return httpx.Response(
-            200, json={"log_prob": -392.0, "bits_per_dim": 0.72, "surprise": surprise, "model": MODEL}
-        )
+        answer = {"log_prob": -392.0, "bits_per_dim": 0.72, "packed_bytes": 71, "surprise": surprise, "model": MODEL}
+        return httpx.Response(200, json=answer)
 
     client = answering(handler)
     assert client.generate("mnist5k", label=2, seed=8).log_probs == [-90.5]
@@ -153,17 +156,24 @@ def test_slow_service() -> None:
     ],
 )
 def test_refusals_become_their_sentence(status: int, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.client.time.sleep", lambda seconds: None)
-    client = answering(lambda request: httpx.Response(status, text=text))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    sent: list[str] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers["x-request-id"])
+        return httpx.Response(status, text=text)
+
+    client = answering(refuse)
     with pytest.raises(ServiceError) as caught:
         client.complete("mnist5k", IMAGE, OBSERVED)
-    assert str(caught.value) == sentence
+    assert str(caught.value) == f"{sentence} (request {sent[-1]})"
+    assert len(set(sent)) == len(sent)
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_service_is_asked_again_after_the_time_it_names(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("app.client.time.sleep", waited.append)
+    monkeypatch.setattr("time.sleep", waited.append)
     busy = [{"retry-after": "3"}, {"retry-after": "3600"}]
 
     def handler(request: httpx.Request) -> httpx.Response:
@@ -194,6 +204,8 @@ def test_another_program_on_the_port(response: httpx.Response) -> None:
     client = answering(lambda request: response)
     with pytest.raises(ServiceError, match=r"does not speak like the completion service\. Set PIXELCNN_SERVICE_URL"):
         client.complete("mnist5k", IMAGE, OBSERVED)
+    with pytest.raises(ServiceError, match="does not speak like the completion service"):
+        list(client.complete_stream("mnist5k", IMAGE, OBSERVED))
 
 
 def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +219,41 @@ def test_client_knows_the_wire_alone() -> None:
     tree = ast.parse(Path(app.client.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"json", "os", "time", "collections.abc", "dataclasses", "typing", "httpx"}
+    assert imported - sys.stdlib_module_names == {"collections.abc", "httpx", "httpx_sse", "stamina", "pydantic"}
+
+
+def test_a_named_client_sends_its_name() -> None:
+    seen = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("X-Client"))
+        return httpx.Response(404, json={"error": "no"})
+
+    client = answering(refuse)
+
+    def ask(one: ServiceClient) -> None:
+        for call in (one.models, lambda: one.generate("mnist"), lambda: next(one.complete_stream("mnist", [], []))):
+            with pytest.raises(ServiceError):
+                call()
+
+    ask(client.named("me"))
+    ask(client)
+    assert seen == [*3 * ["me"], *3 * [None]]
+
+
+@pytest.mark.parametrize("has_come", [False, True])
+def test_a_stream_that_is_left_while_it_waits_is_hung_up_at_once(has_come: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = ServiceClient(f"http://127.0.0.1:{server.getsockname()[1]}")
+        answers = in_background(lambda on_open: client.complete_stream("mnist", [], [], on_open))
+        assert next(answers) is None
+        connection, _ = server.accept()
+        connection.settimeout(10)
+        with connection:
+            while b"[]" not in connection.recv(65536):
+                pass
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: drawing\n\n")
+            for _ in range(10 * has_come):  # the client has read so far, or not
+                next(answers)
+            answers.close()
+            assert connection.recv(1) == b""  # nothing was sent that could have ended the stream

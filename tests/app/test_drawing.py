@@ -6,27 +6,22 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-from stub_service import StubService
 
-from app.drawing import (
+from app.canvas.drawing import (
     HOLE,
-    INK,
-    PAPER,
     TOUCHED,
     Drawing,
-    Ending,
-    Request,
     decode_drawing,
     drawing_text,
     encode_drawing,
-    ending_pixels,
     fit_picture,
     known_cells,
     parse_drawing,
-    record,
-    sheet,
     without,
 )
+from app.canvas.endings import Ending, Request, record
+from app.canvas.rendering import INK, PAPER, saved_picture
+from tests.app.stub_service import StubService
 
 
 def random_drawing(draw: np.random.Generator, shape: tuple[int, ...]) -> Drawing:
@@ -89,7 +84,7 @@ def test_address_of_a_stroke_is_short() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "AAAA", "ff1" * 783, "ff3" * 784, "fg1" * 784, "\N{CHECK MARK}" * 2352, None]
+    "text", ["", "x", "AAAA", "ff01" * 783, "ff" * 784 + "03" * 784, "fg01" * 784, "\N{CHECK MARK}" * 3136, None]
 )
 def test_what_is_no_drawing_is_blank(text: str | None) -> None:
     drawing = parse_drawing(text, (28, 28))
@@ -132,9 +127,9 @@ def test_what_is_no_picture_is_said(data: bytes) -> None:
 
 
 def test_saved_sheet_is_large_and_crisp() -> None:
-    image = np.array([[0, 1], [1, 0]])
-    pixels = ending_pixels(image, np.ones((2, 2)), 2, coloured=True)
-    saved = np.array(PIL.Image.open(io.BytesIO(sheet([pixels] * 4, 3))))
+    request = Request("mnist5k", [[0, 1], [1, 0]], [[1, 1], [1, 1]], 4, None, 1.0, None)
+    ending = Ending(request, 2, np.array([request.image] * 4))
+    saved = np.array(PIL.Image.open(io.BytesIO(saved_picture(ending, True, "drawn", 3))))
     assert saved.shape == (110, 160, 3)
     assert (saved[10:30, 10:30] == PAPER).all()
     assert (saved[10:30, 30:50] == INK).all()

@@ -1,65 +1,30 @@
 """The cached sampler in torch is the naive one: the same levels, the same logits."""
 
-import math
-
 import pytest
 import torch
-from test_fast_sampling import configs, model_of, name
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import pixelcnn.cached_sampling as cached_sampling
-from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, log_prob, naive_sample
-from pixelcnn.cached_sampling import cached_sample
+import pixelcnn.sampling.cached as cached_sampling
+from pixelcnn import PixelCNNConfig, naive_sample
 from pixelcnn.config import ModelConfig
+from pixelcnn.sampling.cached import cached_sample
+from tests.core.test_fast_sampling import configs, model_of, name
 
 
 @pytest.mark.parametrize("config", configs(), ids=name)
-def test_logits_and_levels_equal_the_naive_ones(config: ModelConfig) -> None:
+def test_levels_equal_the_naive_ones(config: ModelConfig) -> None:
     model = model_of(config, torch.float64)
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(3, *config.image_shape, generator=generator, dtype=torch.float64)
     label = torch.tensor([-1, 0, 2])
-    found = torch.zeros(3, config.num_levels, *config.image_shape, dtype=torch.float64)
-
-    def keep(place: tuple[int, int, int], logits: Tensor) -> None:
-        found[(slice(None), slice(None), *place)] = logits
-
-    levels = cached_sample(model, u, label, on_logits=keep)
-    assert torch.equal(levels, naive_sample(model, u, label))
-    with torch.no_grad():
-        torch.testing.assert_close(found, model(levels, label), rtol=0, atol=1e-10)
+    assert torch.equal(cached_sample(model, u, label), naive_sample(model, u, label))
     drawing = torch.randint(0, config.num_levels, u.shape, generator=generator)
     observed = torch.rand(3, 1, *config.image_shape[1:], generator=generator) < 0.5
     arguments = {"temperature": 0.7, "drawing": drawing, "observed": observed}
     assert torch.equal(cached_sample(model, u, label, **arguments), naive_sample(model, u, label, **arguments))
     assert torch.equal(cached_sample(model, u, temperature=0.0), naive_sample(model, u, temperature=0.0))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        PixelCNNConfig(image_shape=(3, 4, 5), num_levels=4, num_features=6, num_blocks=2, num_labels=3),
-        GatedPixelCNNConfig(
-            image_shape=(3, 4, 5), num_levels=4, num_features=6, num_layers=2, kernel_size=5, num_labels=3
-        ),
-    ],
-    ids=name,
-)
-def test_log_probabilities_added_up_step_by_step_are_the_finished_image_s(config: ModelConfig) -> None:
-    model = model_of(config, torch.float64)
-    u = torch.rand(4, *config.image_shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    label = torch.tensor([0, 1, 2, -1])
-    steps: list[tuple[tuple[int, int, int], Tensor]] = []
-    levels = cached_sample(model, u, label, on_logits=lambda place, logits: steps.append((place, logits.clone())))
-    total = torch.zeros(4, dtype=torch.float64)
-    for place, logits in steps:
-        drawn = levels[(slice(None), *place)]
-        total += torch.log_softmax(logits, dim=1).gather(1, drawn[:, None])[:, 0]
-    assert len(steps) == math.prod(config.image_shape)
-    with torch.no_grad():
-        torch.testing.assert_close(total, log_prob(model, levels, label), rtol=0, atol=1e-9)
 
 
 def tiny():
@@ -71,8 +36,10 @@ def test_a_large_batch_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     model, u = tiny()
     monkeypatch.setattr(cached_sampling, "MAX_BATCH", 2)
     sizes = []
-    part = cached_sampling._sample_part
-    monkeypatch.setattr(cached_sampling, "_sample_part", lambda m, u, *rest: (sizes.append(len(u)), part(m, u, *rest)))
+    sampler = cached_sampling._RowSampler
+    monkeypatch.setattr(
+        cached_sampling, "_RowSampler", lambda m, canvas: (sizes.append(len(canvas.u)), sampler(m, canvas))[1]
+    )
     label = torch.tensor([0, 1, -1, 0, 1])
     assert torch.equal(cached_sample(model, u, label), naive_sample(model, u, label))
     assert sizes == [2, 2, 1]
@@ -157,10 +124,3 @@ def test_on_cuda_the_captured_rows_are_the_naive_ones(caplog: pytest.LogCaptureF
 def test_bfloat16_weights_are_sampled_too() -> None:
     model, u = tiny()
     assert cached_sample(model.bfloat16(), u).shape == u.shape
-
-
-def test_an_unknown_architecture_is_named() -> None:
-    model, u = tiny()
-    model.__class__ = type("Other", (type(model).__base__,), {})
-    with pytest.raises(ValueError, match=r"^cached sampling knows PixelCNN and GatedPixelCNN, got Other\.$"):
-        cached_sample(model, u)

@@ -1,14 +1,20 @@
+import itertools
 import json
+import os
 import pickle
+import re
 import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, beginning, exactly, random_levels, tiny_model
 
 from pixelcnn import checkpoint, load_checkpoint, save_checkpoint
+from tests.core.tiny import ARCHITECTURES, beginning, exactly, random_levels, tiny_model
 
 SHAPE = (1, 3, 3)
 SCORES = {"test/nll_nats": 5.25, "dataset": "toy", "label_names": ["a", "b"]}
@@ -51,7 +57,6 @@ def test_round_trip(architecture, tmp_path):
 
 def test_saving_again_replaces_the_whole_folder(tmp_path):
     folder = saved(tmp_path / "model")
-    (folder / "stale.txt").write_text("of the old one")
     save_checkpoint(folder, tiny_model("gated_pixelcnn", SHAPE, 2).float(), {})
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "scores.json"}
     assert type(load_checkpoint(folder)[0]).__name__ == "GatedPixelCNN"
@@ -89,6 +94,76 @@ def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, fai
     assert load_checkpoint(folder)[1] == SCORES
 
 
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
+
+
+def in_child(work, killed_before: int | None = None) -> int:
+    """Do some work in a process of its own, killed before its n-th step on the file system; return its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        count = 0
+
+        def kill(event: str, _args: object) -> None:
+            nonlocal count
+            if event in FILE_EVENTS:
+                if count == killed_before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+
+        try:
+            if killed_before is not None:
+                sys.addaudithook(kill)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("folder_before", ["whole", "set aside"])
+def test_killed_at_any_step_a_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path, folder_before):
+    """There was a moment without any folder, and `load_checkpoint` did not know of it."""
+    models = [tiny_model("pixelcnn", SHAPE, 2, num_labels=2, seed=seed).float() for seed in (0, 1)]
+    seen = []
+    for step in itertools.count():
+        folder = tmp_path / str(step) / "model"
+        save_checkpoint(folder, models[0], {"seed": 0})
+        if folder_before == "set aside":  # as another killed save leaves it
+            folder.rename(folder.with_name(".model.old"))
+        code = in_child(lambda folder=folder: save_checkpoint(folder, models[1], {"seed": 1}), killed_before=step)
+        model, scores = load_checkpoint(folder)
+        seen.append(scores["seed"])
+        expected = models[scores["seed"]].state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+        save_checkpoint(folder, models[1], {"seed": 2})
+        assert load_checkpoint(folder)[1] == {"seed": 2}
+        assert [path.name for path in folder.parent.iterdir()] == ["model"], "nothing is left behind"
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert len(seen) > 10
+    assert seen == sorted(seen), "old before some step, new after it"
+    assert set(seen) == {0, 1}
+
+
+def test_a_checkpoint_can_be_read_while_it_is_replaced(tmp_path):
+    models = [tiny_model("pixelcnn", SHAPE, 2, num_labels=2, seed=seed).float() for seed in (0, 1)]
+    folder = tmp_path / "model"
+    save_checkpoint(folder, models[0], {"seed": 0})
+
+    def replace_often() -> None:
+        for i in range(100):
+            save_checkpoint(folder, models[i % 2], {"seed": i % 2})
+
+    with ThreadPoolExecutor() as pool:
+        saving = pool.submit(in_child, replace_often)
+        while not saving.done():
+            model, scores = load_checkpoint(folder)
+            expected = models[scores["seed"]].state_dict()
+            assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+        assert saving.result() == 0
+
+
 def test_an_altered_byte_is_named(tmp_path):
     folder = saved(tmp_path / "model")
     weights = bytearray((folder / "model.safetensors").read_bytes())
@@ -115,7 +190,8 @@ def test_truncated_weights_are_named(tmp_path, keep):
 def test_a_missing_file_is_named(tmp_path, name):
     folder = saved(tmp_path / "model")
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=exactly(f"{folder} is no checkpoint: {name} is missing.")):
+    text = f"{folder} is no checkpoint: {name} is missing. Name a folder that holds one, or released weights: "
+    with pytest.raises(ValueError, match=re.escape(text)):
         load_checkpoint(folder)
 
 
@@ -223,3 +299,19 @@ def test_whoever_reads_the_scores_reads_the_weights(tmp_path):
     save_checkpoint(tmp_path / "model", tiny_model("pixelcnn", (1, 3, 3), 3), {})
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert modes["model.safetensors"] == modes["scores.json"]
+
+
+@pytest.mark.parametrize("theirs", ["thesis.txt", "config.json", "photo.png"])
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, theirs):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / theirs).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{folder} is no checkpoint that may be replaced: it holds {theirs}, which "):
+        saved(folder)
+    assert content(tmp_path) == {f"folder/{theirs}": b"{}"}
+    (folder / theirs).unlink()
+    saved(folder)
+    saved(folder, seed=1)
+    (folder / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"it holds notes\.txt, which would be lost"):
+        saved(folder)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_model
 
 from pixelcnn import complete, completion_log_prob, log_prob, naive_sample, resample, sample
+from tests.core.tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_model
 
 SHAPE = (1, 2, 3)
 

@@ -1,8 +1,9 @@
 import pytest
-from tiny import ARCHITECTURES, beginning, tiny_config
 
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig
-from pixelcnn.config import ModelConfig, config_from_dict, config_to_dict, model_name
+from pixelcnn.config import ModelConfig
+from pixelcnn.models.registry import config_from_dict, config_to_dict, model_name
+from tests.core.tiny import ARCHITECTURES, beginning, tiny_config
 
 GOOD = {
     PixelCNNConfig: {"image_shape": (3, 4, 4), "num_levels": 2, "num_features": 6, "num_blocks": 1},
@@ -77,7 +78,7 @@ def test_dict_round_trip(architecture):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "pixel_cnn"}, "unknown model 'pixel_cnn'. Known: pixelcnn, gated_pixelcnn."),
+        ({"model": "pixel_cnn"}, "unknown model 'pixel_cnn'. Known: attentive_pixelcnn, gated_pixelcnn, pixelcnn."),
         ({"num_layer": 3}, "pixelcnn: unknown key 'num_layer'. Known: completer_features, context_features, "),
         ({"num_levels": 0}, "pixelcnn: num_levels must be a whole number of at least 2, got 0."),
         ({"num_blocks": None}, "pixelcnn: num_blocks must be a whole number of at least 1, got None."),
@@ -99,5 +100,8 @@ def test_missing_key_is_named():
 
 
 def test_a_bare_model_config_has_no_name():
-    with pytest.raises(ValueError, match=r"config must be one of pixelcnn, gated_pixelcnn, got ModelConfig."):
+    with pytest.raises(
+        ValueError,
+        match=r"config must be one of AttentivePixelCNNConfig, GatedPixelCNNConfig, PixelCNNConfig, got ModelConfig.",
+    ):
         model_name(ModelConfig(image_shape=(1, 1, 1), num_levels=2, num_features=1))

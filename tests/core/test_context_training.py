@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from test_training import batches_seen, config, run, same, weights
-from tiny import ARCHITECTURES, tiny_config, tiny_model, toy_dataset
 
 from pixelcnn import (
     build_model,
@@ -23,9 +21,11 @@ from pixelcnn import (
 )
 from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
-from pixelcnn.evaluation import evaluate_completion
+from pixelcnn.evaluation import evaluate_completion, per_image_completion_nll, per_image_nll
 from pixelcnn.observed import SCORED
 from pixelcnn.training import training_history
+from tests.core.test_training import batches_seen, config, run, same, weights
+from tests.core.tiny import ARCHITECTURES, tiny_config, tiny_model, toy_dataset
 
 
 def mirrored_dataset() -> Dataset:
@@ -142,11 +142,11 @@ def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture):
     saved.resume(state)
     with torch.no_grad():
         assert torch.equal(joint(levels, label), saved.model(levels, label)), "it is the same joint model"
-    for mine, theirs in (("parameters", "parameters"), ("average", "average"), ("best", "best")):
+    for mine, theirs in (("parameters", "parameters"), ("ema", "ema"), ("best", "best")):
         kept = [getattr(trainer, mine)[i] for i in trainer.joint_indices()]
         assert same(kept, getattr(saved, theirs))
     pairs = zip((trainer.parameters[i] for i in trainer.joint_indices()), saved.parameters, strict=True)
-    states = [(trainer.optimiser.state(a), saved.optimiser.state(b)) for a, b in pairs]
+    states = [(trainer.optimizer.state(a), saved.optimizer.state(b)) for a, b in pairs]
     assert sum(len(state) for state, _ in states) > 0
     assert all(a.keys() == b.keys() and same(a.values(), b.values()) for a, b in states), "the momenta are kept"
     before = copy.deepcopy(joint.context_network.state_dict())
@@ -161,6 +161,40 @@ def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture):
         fit(other, data, config(max_epochs=5), state_file=state)
     with pytest.raises(ValueError, match="is the state of a run with another context network"):
         fit(plain, data, config(max_epochs=5), state_file=state)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_best_is_dropped_where_the_run_that_goes_on_measures_something_else(tmp_path, share):
+    """Another context_share is another loss: one that was lower kept every later weight from being the best."""
+    data, state = mirrored_dataset(), tmp_path / "state"
+    settings = config(batch_size=64, max_epochs=4, learning_rate=0.02, context_share=1 - share)
+    fit(context_model(data), data, settings, state_file=state)
+    model = context_model(data)
+    # Nothing is left to be trained: what was kept is scored anew.
+    score = fit(model, data, dataclasses.replace(settings, context_share=share), state_file=state)
+    joint = evaluate(model, data)["validation/nll_nats"]
+    assert (score == pytest.approx(joint)) == (share == 0)
+    later = dataclasses.replace(settings, max_epochs=8, context_share=share)
+    best, reports = run(model, data, later, state_file=state)
+    validated = [(r.validation_nll_nats, r.validation_completion_nats) for r in reports if r.validation_nll_nats]
+    assert best == pytest.approx(min((1 - share) * nll + share * completion for nll, completion in validated))
+    assert evaluate(model, data)["validation/nll_nats"] in [pytest.approx(nll) for nll, _ in validated]
+
+
+@pytest.mark.parametrize("protocol", ["dynamic", "8-bit"])
+def test_scores_do_not_depend_on_the_batch_size(protocol):
+    """Random masks followed it: an image's mask is its own now, and so is its Bernoulli sample."""
+    data = toy_dataset(shape=(1, 5, 4), num_levels=2, protocol=protocol)
+    model = tiny_model("pixelcnn", (1, 5, 4), 2, 2, context_features=3)
+    for score in (per_image_completion_nll, lambda *args, **kwargs: {"nll": per_image_nll(*args, **kwargs)}):
+        expected = score(model, data, "train", batch_size=24)
+        for batch_size in (1, 7, 50):
+            found = score(model, data, "train", batch_size=batch_size)
+            assert found.keys() == expected.keys()
+            for key, nats in found.items():
+                torch.testing.assert_close(nats, expected[key], rtol=1e-9, atol=1e-9, msg=key)
+        some = score(model, data, "train", num_images=5, batch_size=3)
+        assert all(torch.allclose(nats, expected[key][:5]) for key, nats in some.items())
 
 
 def test_a_completer_is_trained_by_itself():

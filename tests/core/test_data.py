@@ -6,10 +6,10 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
-from tiny import beginning, exactly, toy_dataset
 
 from pixelcnn import Dataset, data, load_dataset, save_dataset
 from pixelcnn.data import binarize
+from tests.core.tiny import beginning, exactly, toy_dataset
 
 
 def generator(seed: int) -> torch.Generator:

@@ -1,6 +1,7 @@
 """The compiled cached sampler is the naive one: the same levels, the same logits, only sooner."""
 
 import logging
+import os
 import sys
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import pixelcnn.fast_sampling as fast_sampling
-from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, log_prob, naive_sample, sample
-from pixelcnn.compiled_sampling import build_engine
+import pixelcnn.sampling.fast as fast_sampling
+from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, level_probs, log_prob, naive_sample, sample
 from pixelcnn.config import ModelConfig
-from pixelcnn.fast_sampling import warm_up
-from pixelcnn.model import AutoregressiveModel
+from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
+from pixelcnn.sampling.compiled import build_engine
+from pixelcnn.sampling.fast import sample_and_score, warm_up
+from tests.core.tiny import in_raster_order
 
 SHAPES = [(1, 5, 6), (1, 1, 7), (1, 7, 1), (3, 4, 5), (2, 3, 3)]
 
@@ -32,6 +34,10 @@ def configs() -> list[ModelConfig]:
                 GatedPixelCNNConfig(**common, num_features=4 * colours, num_layers=layers, kernel_size=kernel)
                 for kernel, layers in ((3, 3), (5, 1), (5, 2))
             ]
+            attention = {"attention_every": 1, "num_heads": 2, "key_features": 3}
+            found.append(
+                AttentivePixelCNNConfig(**common, **attention, num_features=4 * colours, num_layers=3, kernel_size=3)
+            )
     return found
 
 
@@ -53,31 +59,11 @@ def model_of(config: ModelConfig, dtype: torch.dtype):
     model = build_model(config).to(dtype).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith(("bias", "table", "context.weight")):  # zeros would hide a term that is left out
+            if key.endswith(
+                ("bias", "table", "context.weight", "enter.weight", "null_value")
+            ):  # zeros would hide a term that is left out
                 parameter.copy_(0.5 * torch.randn_like(parameter))
     return model
-
-
-def cached_logits(model, levels: Tensor, label: Tensor, contexts: list | None = None) -> Tensor:
-    """Force images through the cached path, in step; return every logit that it computes on the way."""
-    engine, num = build_engine(model), len(levels)
-    _, height, width = model.config.image_shape
-    logits = torch.zeros(num, model.config.num_levels, *levels.shape[1:], dtype=model.head.weight.dtype)
-    known = torch.zeros(num, height, width, dtype=torch.bool)
-    contexts = contexts or [None] * num
-    work, _ = engine.new_work(levels.clone(), known, torch.zeros(levels.shape), label.tolist(), contexts, logits)
-    engine.rows(engine.new_state(num), work, np.arange(num), 1.0, 0, height)
-    return logits
-
-
-@pytest.mark.parametrize("config", configs(), ids=name)
-def test_cached_logits_equal_one_full_forward_pass(config: ModelConfig) -> None:
-    model = model_of(config, torch.float64)
-    levels = torch.randint(0, config.num_levels, (3, *config.image_shape))
-    label = torch.tensor([-1, 0, 2])
-    with torch.no_grad():
-        expected = model(levels, label)
-    torch.testing.assert_close(cached_logits(model, levels, label), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("config", configs(), ids=name)
@@ -105,17 +91,15 @@ def test_sample_equals_naive_in_float64(config: ModelConfig) -> None:
     ],
     ids=name,
 )
-def test_float32_logits_agree_within_rounding_over_the_whole_range(config: ModelConfig) -> None:
+def test_float32_log_probabilities_agree_within_rounding_over_the_whole_range(config: ModelConfig) -> None:
     model = model_of(config, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 3  # gates and units far into saturation, too
-    levels = torch.randint(0, config.num_levels, (2, *config.image_shape))
+    u = torch.rand(2, *config.image_shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    levels, nats = sample_and_score(model, u)
     with torch.no_grad():
-        expected = model(levels)
-    scale = expected.abs().max().item()
-    difference = (cached_logits(model, levels, torch.tensor([-1, -1])) - expected).abs().max().item()
-    assert difference < 1e-5 * scale
+        torch.testing.assert_close(nats.float(), log_prob(model, levels), rtol=1e-5, atol=1e-5)
 
 
 def test_every_float32_difference_lies_at_a_boundary() -> None:
@@ -177,21 +161,54 @@ def test_changed_weights_are_noticed() -> None:
 @pytest.mark.parametrize("config", [*configs()[::3], *WIDE], ids=name)
 def test_not_a_bit_of_an_image_depends_on_how_many_are_sampled_in_step(config: ModelConfig) -> None:
     model = model_of(config, torch.float32)
-    engine, (_, height, width) = build_engine(model), config.image_shape
-    levels = torch.randint(0, config.num_levels, (9, *config.image_shape))
-    label = [-1 if config.num_labels == 0 else i % 4 - 1 for i in range(9)]
+    u = torch.rand(9, *config.image_shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    label = torch.tensor([-1 if config.num_labels == 0 else i % 4 - 1 for i in range(9)])
+    alone = [sample_and_score(model, u[i : i + 1], label[i : i + 1]) for i in range(9)]
+    for images in ([8, 1, 5, 0], [2, 7], [6, 4, 3], list(range(9)), [4, 3, 2, 1, 0, 5, 6, 7]):
+        levels, nats = sample_and_score(model, u[images], label[images])  # nats tell of the last bit of every logit
+        for i, own_levels, own_nats in zip(images, levels, nats, strict=True):
+            assert torch.equal(alone[i][0][0], own_levels)
+            assert torch.equal(alone[i][1][0], own_nats)
 
-    def logits_of(steps: list[list[int]]) -> Tensor:
-        logits = torch.zeros(9, config.num_levels, *config.image_shape)
-        known = torch.zeros(9, height, width, dtype=torch.bool)
-        work, _ = engine.new_work(levels.clone(), known, torch.zeros(levels.shape), label, [None] * 9, logits)
-        for images in steps:
-            engine.rows(engine.new_state(len(images)), work, np.array(images), 1.0, 0, height)
-        return logits
 
-    alone = logits_of([[i] for i in range(9)])
-    for steps in ([[8, 1, 5], [0, 2], [7, 6, 4, 3]], [list(range(9))], [[4, 3, 2, 1, 0], [5, 6, 7, 8]]):
-        assert torch.equal(logits_of(steps), alone)
+@pytest.mark.parametrize("output", [{}, {"output": "logistic_mixture", "num_mixtures": 3}], ids=str)
+def test_a_coder_gets_the_models_probabilities_and_says_the_levels(output: dict) -> None:
+    shape = (3, 4, 5)
+    common = {"image_shape": shape, "num_levels": 6, "num_labels": 2, "num_features": 6}
+    model = model_of(GatedPixelCNNConfig(**common, num_layers=2, kernel_size=3, **output), torch.float64)
+    engine, levels, labels = build_engine(model), torch.randint(0, 6, (5, *shape)), [-1, 0, 1, 0, -1]
+    order = in_raster_order(levels).int().numpy()  # (B, D)
+
+    def probs_of(images: list[int], start: Tensor, *, says: bool) -> tuple[np.ndarray, Tensor, Tensor]:
+        seen: list[np.ndarray] = []
+
+        def exchange(probs: np.ndarray, coded: np.ndarray) -> None:
+            here = order[images, len(seen)]
+            seen.append(probs.copy())
+            if says:
+                coded[:] = here
+            assert np.array_equal(coded, here)
+
+        start = start.clone()
+        nats = engine.code(start, [labels[i] for i in images], exchange)
+        return np.stack(seen, axis=1), start, nats  # (B, D, K)
+
+    everyone = list(range(5))
+    probs, _, nats = probs_of(everyone, levels, says=False)
+    label = torch.tensor(labels)
+    assert np.allclose(probs, in_raster_order(level_probs(model, levels, label).detach()), atol=1e-6)
+    assert torch.allclose(nats, -log_prob(model, levels, label).detach(), rtol=1e-6)
+    heard, said, _ = probs_of(everyone, torch.zeros_like(levels), says=True)
+    assert torch.equal(said, levels)
+    assert np.array_equal(heard, probs)  # bit for bit
+    for i in everyone:
+        assert np.array_equal(probs_of([i], levels[i : i + 1], says=False)[0][0], probs[i])
+
+    def fail(probs: np.ndarray, coded: np.ndarray) -> None:
+        raise ArithmeticError("no more")
+
+    with pytest.raises(ArithmeticError, match="no more"):
+        engine.code(levels.clone(), labels, fail)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
@@ -229,23 +246,9 @@ def notices_of(model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monk
 def test_without_numba_the_torch_sampler_answers_with_one_notice(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pixelcnn.compiled_sampling", None)
-    monkeypatch.setattr(fast_sampling, "naive_sample", None)
+    monkeypatch.setitem(sys.modules, "pixelcnn.sampling.compiled", None)
     model, _ = tiny()
     assert notices_of(model, caplog, monkeypatch) == ["sampling cached, in torch: numba is not installed"]
-
-
-def test_an_unknown_architecture_is_sampled_naively_with_one_notice(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, _ = tiny()
-
-    class Other(AutoregressiveModel):
-        features = type(model).features
-
-    model.__class__ = Other
-    expected = ["sampling naively: there is no cached sampler for Other"]
-    assert notices_of(model, caplog, monkeypatch) == expected
 
 
 def test_warm_up_compiles_and_lays_out_without_a_sample(
@@ -255,17 +258,13 @@ def test_warm_up_compiles_and_lays_out_without_a_sample(
     with caplog.at_level(logging.INFO):
         assert warm_up(model) > 0
     assert "sampling cached, compiled; ready after" in caplog.text
-    monkeypatch.setattr("pixelcnn.compiled_sampling.build_engine", None)  # it is there already
+    monkeypatch.setattr("pixelcnn.sampling.compiled.build_engine", None)  # it is there already
     assert torch.equal(sample(model, u), naive_sample(model, u))
 
 
 @pytest.mark.parametrize("config", WIDE, ids=name)
 def test_networks_wider_than_a_vector_register_are_sampled_alike(config: ModelConfig) -> None:
     model = model_of(config, torch.float64)
-    levels = torch.randint(0, config.num_levels, (2, *config.image_shape))
-    with torch.no_grad():
-        expected = model(levels)
-    torch.testing.assert_close(cached_logits(model, levels, torch.tensor([-1, -1])), expected, rtol=0, atol=1e-10)
     u = torch.rand(2, *config.image_shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     assert torch.equal(sample(model, u), naive_sample(model, u))
 
@@ -291,9 +290,10 @@ def test_noise_at_the_extremes_gives_the_naive_levels(num_levels: int) -> None:
     ],
     ids=name,
 )
-def test_a_thousand_images_on_two_threads_hold_no_difference(config: ModelConfig) -> None:
-    model = model_of(config, torch.float64)
-    u = torch.rand(1000, *config.image_shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+@pytest.mark.repeated
+def test_many_images_on_two_threads_hold_no_difference(config: ModelConfig) -> None:
+    model, num = model_of(config, torch.float64), int(os.environ.get("PIXELCNN_TEST_IMAGES", 60))
+    u = torch.rand(num, *config.image_shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     expected = naive_sample(model, u)
     torch.set_num_threads(2)
     try:
@@ -302,22 +302,14 @@ def test_a_thousand_images_on_two_threads_hold_no_difference(config: ModelConfig
         torch.set_num_threads(1)
 
 
-def test_the_log_probability_of_its_steps_is_that_of_the_finished_image() -> None:
-    config = GatedPixelCNNConfig(
-        image_shape=(3, 4, 5), num_levels=4, num_features=6, num_layers=2, kernel_size=3, num_labels=3
-    )
+@pytest.mark.parametrize("config", [*configs(), *WIDE], ids=name)
+def test_the_log_probability_of_its_steps_is_that_of_the_finished_image(config: ModelConfig) -> None:
     model = model_of(config, torch.float64)
-    label = torch.tensor([0, -1, 2])
-    u = torch.rand(3, 3, 4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    engine = build_engine(model)
-    levels, missing = torch.zeros(3, 3, 4, 5, dtype=torch.int64), torch.ones(3, 4, 5, dtype=torch.bool)
-    logits = torch.zeros(3, 4, 3, 4, 5, dtype=torch.float64)  # as they are when a level is drawn from them
-    work, nats = engine.new_work(levels, missing, u, label.tolist(), [None] * 3, logits)
-    engine.rows(engine.new_state(3), work, np.arange(3), 1.0, 0, 4)
-    total = torch.log_softmax(logits, dim=1).gather(1, levels[:, None]).sum(dim=(1, 2, 3, 4))
-    torch.testing.assert_close(-nats, total, rtol=0, atol=1e-9)
+    label = torch.tensor([0, -1, 2]) if config.num_labels else None
+    u = torch.rand(3, *config.image_shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    levels, nats = sample_and_score(model, u, label)
     with torch.no_grad():
-        torch.testing.assert_close(total, log_prob(model, levels, label), rtol=0, atol=1e-9)
+        torch.testing.assert_close(nats, log_prob(model, levels, label), rtol=0, atol=1e-9)
 
 
 def test_wrong_arguments_are_refused_as_by_the_naive_sampler() -> None:

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import exactly
 
 from pixelcnn.images import MAX_PNG_BYTES, from_png, to_picture, to_png, to_sheet
+from tests.core.tiny import exactly
 
 
 def png_bytes(picture: Image.Image, file_format: str = "PNG") -> bytes:

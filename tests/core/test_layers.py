@@ -1,10 +1,12 @@
 import pytest
 import torch
-from test_masks import full_mask
 from torch.nn import functional as F
 
-from pixelcnn.layers import GatedLayer, LabelBias, MaskedConv2d, ResidualBlock, gate, masked_1x1, shift_down
-from pixelcnn.masks import colour_groups, raster_mask, row_mask
+from pixelcnn.models.gated_pixelcnn import GatedLayer
+from pixelcnn.models.layers import LabelBias, MaskedConv2d, gate, masked_1x1, shift_down
+from pixelcnn.models.masks import colour_groups, raster_mask, row_mask
+from pixelcnn.models.pixelcnn import ResidualBlock
+from tests.core.test_masks import full_mask
 
 SIZES = [(4, 4), (3, 5), (1, 5), (5, 1), (1, 1)]
 
@@ -91,14 +93,14 @@ def changed_maps(layer, x: torch.Tensor, in_map: int) -> list[int]:
 )
 def test_colour_groups_of_the_gated_layer(mask_type, expected):
     torch.manual_seed(0)
-    layer = GatedLayer(mask_type, 6, 6, 3, num_colours=3, num_labels=0).double()
+    layer = GatedLayer(mask_type, 6, 6, 3, num_groups=3, num_labels=0).double()
     x = torch.randn(1, 6, 3, 3, dtype=torch.float64)
     assert [changed_maps(lambda h: layer(x, h, None)[1], x, i) for i in range(6)] == expected
 
 
 def test_colour_groups_of_the_residual_block_and_the_1x1s():
     torch.manual_seed(0)
-    block = ResidualBlock(3, 6, 3, num_colours=3, num_labels=0).double()
+    block = ResidualBlock(3, 6, 3, num_groups=3, num_labels=0).double()
     x = torch.rand(1, 6, 3, 3, dtype=torch.float64) + 0.1
     with torch.no_grad():
         for conv in (block.reduce, block.conv, block.expand, block.skip):
@@ -114,7 +116,7 @@ def test_residual_is_on_the_horizontal_stack_and_not_in_the_first_layer():
     torch.manual_seed(0)
     v, h = torch.randn(2, 1, 4, 3, 3)
     for mask_type in ("A", "B"):
-        layer = GatedLayer(mask_type, 4, 4, 3, num_colours=1, num_labels=0)
+        layer = GatedLayer(mask_type, 4, 4, 3, num_groups=1, num_labels=0)
         with torch.no_grad():
             layer.h_out.weight.zero_()
         assert torch.equal(layer(v, h, None)[1], h if mask_type == "B" else torch.zeros_like(h))
@@ -125,7 +127,7 @@ def test_residual_is_on_the_horizontal_stack_and_not_in_the_first_layer():
 
 def test_link_shows_the_rows_above_only():
     torch.manual_seed(0)
-    layer = GatedLayer("B", 4, 4, 3, num_colours=1, num_labels=0).double()
+    layer = GatedLayer("B", 4, 4, 3, num_groups=1, num_labels=0).double()
     v, h = torch.randn(2, 1, 4, 4, 3, dtype=torch.float64)
     other = v.clone()
     other[:, :, 1] += 1
@@ -135,6 +137,6 @@ def test_link_shows_the_rows_above_only():
 
 def test_vertical_stack_does_not_read_the_horizontal_one():
     torch.manual_seed(0)
-    layer = GatedLayer("B", 4, 4, 3, num_colours=1, num_labels=0)
+    layer = GatedLayer("B", 4, 4, 3, num_groups=1, num_labels=0)
     v, h = torch.randn(2, 1, 4, 3, 3)
     assert torch.equal(layer(v, h, None)[0], layer(v, torch.randn_like(h), None)[0])

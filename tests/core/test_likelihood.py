@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, all_images, random_levels, tiny_model
 
 from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, fit, log_prob, pixel_log_prob
+from tests.core.tiny import ARCHITECTURES, all_images, random_levels, tiny_model
 
 SPACES = [
     ((1, 2, 2), 2),

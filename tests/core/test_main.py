@@ -1,5 +1,6 @@
 """`python -m pixelcnn`: every command does its work on a tiny dataset, and says what is wrong in one sentence."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pixelcnn import load_checkpoint, load_dataset, log_prob, save_dataset
+from pixelcnn import TrainConfig, load_checkpoint, load_dataset, log_prob, save_dataset
 from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
 from pixelcnn.images import to_png
+from pixelcnn.models.registry import architectures
 
 NETWORK = ["--num-features", "4", "--num-blocks", "1"]
 SCHEDULE = ["--batch-size", "8", "--learning-rate", "0.01", "--max-epochs", "1", "--warmup-steps", "0"]
@@ -173,6 +175,7 @@ def test_bench_prints_and_writes_its_figures(
         (["complete", "--checkpoint", "{checkpoint}", "--out", "x.png", "--image", "no.png"], "no.png cannot be read"),
         (["bench", "--checkpoint", "{checkpoint}", "--batch-sizes", "0"], "--batch-sizes and --sides must be at least"),
         (["bench", "--checkpoint", "{checkpoint}", "--seconds", "0"], "--seconds must be above 0"),
+        (["bench", "--checkpoint", "{checkpoint}", "--samplers", "fast"], "got 'fast'."),
     ],
 )
 def test_mistakes_end_in_one_sentence(
@@ -211,3 +214,41 @@ def test_an_absent_gpu_is_named(
     command = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data_file), "--device", "cuda"]
     assert main(command) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["trian"], ["train", "resnet"], ["evaluate"], ["evaluate", "--checkpoints", "x"]])
+def test_words_that_are_no_command_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "Error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_the_options_of_train_are_the_settings_with_their_meaning(
+    architecture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", architecture, "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for config_class in (architectures()[architecture], TrainConfig):
+        for field in dataclasses.fields(config_class):
+            by_hand = field.name not in ("image_shape", "num_levels", "num_labels", "completer_features")
+            assert (f"--{field.name.replace('_', '-')}" in printed) == by_hand
+    assert "width of the network; a multiple of C" in printed
+    assert "largest norm of the gradient of the loss in nats per sub-pixel. [default: 1.0]" in printed
+
+
+def test_ctrl_c_ends_a_command_and_a_bug_of_ours_keeps_its_traceback(
+    checkpoint: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data_file)]
+    for error in (KeyboardInterrupt(), KeyError("a bug")):
+
+        def fail(*_args: object, error: BaseException = error, **_kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr("pixelcnn.__main__.evaluate", fail)
+        if isinstance(error, KeyError):
+            with pytest.raises(KeyError, match="a bug"):
+                main(command)
+        else:
+            assert main(command) == 130
+            assert capsys.readouterr().err.strip() == "stopped"

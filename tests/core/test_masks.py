@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pixelcnn.masks import centre_mask, colour_groups, raster_mask, row_mask
+from pixelcnn.models.masks import centre_mask, colour_groups, raster_mask, row_mask
 
 GREY = torch.zeros(1, dtype=torch.int64)
 RGB = torch.arange(3)

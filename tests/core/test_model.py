@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_masks import full_mask
-from tiny import ARCHITECTURES, exactly, random_levels, tiny_config, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
 from pixelcnn import build_model
 from pixelcnn.config import ModelConfig
+from tests.core.test_masks import full_mask
+from tests.core.tiny import ARCHITECTURES, exactly, random_levels, tiny_config, tiny_model
 
 
 def masked(weights: dict[str, Tensor], name: str, mask_type: str, x: Tensor, colours: tuple[int, int], full: int):
@@ -67,7 +67,7 @@ def gated_pixelcnn_logits(w: dict[str, Tensor], config, x: Tensor, label: Tensor
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (3, 2, 4), (2, 1, 3)])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["pixelcnn", "gated_pixelcnn"])
 def test_logits_equal_an_independent_reading_of_the_papers(architecture, shape):
     changes = {"first_kernel_size": 5} if architecture == "pixelcnn" else {"kernel_size": 5, "num_layers": 3}
     model = tiny_model(architecture, shape, num_levels=4, num_labels=3, **changes)
@@ -136,7 +136,10 @@ def test_label_for_a_model_without_labels_is_refused():
 
 
 def test_unknown_config_is_refused():
-    with pytest.raises(ValueError, match=r"config must be PixelCNNConfig or GatedPixelCNNConfig, got ModelConfig."):
+    with pytest.raises(
+        ValueError,
+        match=r"config must be one of AttentivePixelCNNConfig, GatedPixelCNNConfig, PixelCNNConfig, got ModelConfig.",
+    ):
         build_model(ModelConfig(image_shape=(1, 1, 1), num_levels=2, num_features=1))
 
 

@@ -3,24 +3,29 @@
 import numpy as np
 import pytest
 import torch
-from tiny import exactly, random_levels
 
 from pixelcnn.observed import (
     SCORED,
     beginnings,
     ink_of,
+    pen_noise,
     rectangles,
     scored_masks,
     strokes,
     surroundings,
     training_masks,
 )
+from tests.core.tiny import exactly, random_levels
 
 SHAPE = (1, 28, 28)
 
 
 def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def begun(ink: np.ndarray, part: float) -> np.ndarray:
+    return beginnings(pen_noise(generator(), *ink.shape), ink, np.full(len(ink), part))
 
 
 def crosses(num: int) -> torch.Tensor:
@@ -70,7 +75,7 @@ def test_every_size_has_masks(height, width):
     levels = random_levels((1, height, width), 2, num=100)
     assert training_masks(generator(), levels, 2, 1.0).shape == (100, 1, height, width)
     for name in SCORED:
-        assert scored_masks(name, generator(), levels, 2).shape == (100, 1, height, width)
+        assert scored_masks(name, levels, 2).shape == (100, 1, height, width)
 
 
 def test_rectangles_are_rectangles():
@@ -110,15 +115,15 @@ def test_a_beginning_grows_along_the_strokes_from_an_outermost_pixel():
     ink = ink_of(crosses(200), 2)
     total = ink[0].sum()
     for part in (0.0, 0.1, 0.5, 0.7):
-        laid = beginnings(generator(), ink, np.full(200, part))
+        laid = begun(ink, part)
         assert not (laid & ~ink).any()
         assert (laid.sum(axis=(1, 2)) == max(1, np.ceil(part * total))).all()
         # The bar stands apart: a pen that began there jumps to the cross once the bar is laid.
         for mask in laid[:20]:
             assert pieces(mask) <= 1 + (part > 0.1)
-    whole = beginnings(generator(), ink, np.ones(200))
+    whole = begun(ink, 1)
     assert (whole == ink).all()
-    first = beginnings(generator(), ink, np.zeros(200))
+    first = begun(ink, 0)
     places = {tuple(np.argwhere(mask)[0]) for mask in first}
     ends = {(10, 3), (10, 19), (4, 12), (16, 12), (24, 20), (24, 24)}
     assert places <= ends
@@ -127,18 +132,18 @@ def test_a_beginning_grows_along_the_strokes_from_an_outermost_pixel():
 
 def test_a_longer_beginning_holds_the_shorter_one():
     ink = ink_of(crosses(50), 2)
-    laid = [beginnings(generator(), ink, np.full(50, part)) for part in (0.2, 0.4)]
+    laid = [begun(ink, part) for part in (0.2, 0.4)]
     # Pixels of one step of the search come in random order; up to one step they agree.
     assert (laid[0] & ~laid[1]).sum(axis=(1, 2)).max() <= 4
 
 
 def test_an_image_without_ink_has_no_beginning():
-    assert not beginnings(generator(), np.zeros((3, 5, 5), dtype=bool), np.full(3, 0.5)).any()
+    assert not begun(np.zeros((3, 5, 5), dtype=bool), 0.5).any()
     assert not surroundings(generator(), np.zeros((40, 5, 5), dtype=bool)).any()
 
 
 def test_surroundings_hold_the_drawing_and_follow_from_it():
-    drawn = beginnings(generator(), ink_of(crosses(400), 2), np.full(400, 0.4))
+    drawn = begun(ink_of(crosses(400), 2), 0.4)
     known = surroundings(generator(1), drawn)
     assert not (drawn & ~known).any()
     alone = (known == drawn).all(axis=(1, 2))
@@ -156,7 +161,7 @@ def test_ink_is_what_exceeds_a_quarter_of_the_range():
 
 def test_scored_masks_hide_what_their_name_says():
     levels = crosses(500)
-    masks = {name: scored_masks(name, generator(), levels, 2)[:, 0] for name in SCORED}
+    masks = {name: scored_masks(name, levels, 2)[:, 0] for name in SCORED}
     assert not masks["top"][:, :14].any()
     assert masks["top"][:, 14:].all()
     assert not masks["bottom"][:, 14:].any()
@@ -170,4 +175,17 @@ def test_scored_masks_hide_what_their_name_says():
     assert torch.equal(masks["beginnings"].sum(dim=(1, 2)), (ink * 0.3).ceil().long())
     assert levels[:, 0][masks["beginnings"]].all()
     with pytest.raises(ValueError, match=exactly(f"mask must be one of {', '.join(SCORED)}, got 'right'.")):
-        scored_masks("right", generator(), levels, 2)
+        scored_masks("right", levels, 2)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_scored_mask_depends_on_the_seed_and_its_image_alone(name):
+    levels = torch.cat([crosses(6), random_levels(SHAPE, 2, num=6)])
+    whole = scored_masks(name, levels, 2, seed=4)
+    for size in (1, 5):
+        starts = range(0, len(levels), size)
+        parts = [scored_masks(name, levels[i : i + size], 2, seed=4, first=i) for i in starts]
+        assert torch.equal(torch.cat(parts), whole)
+    if name in ("rectangles", "pixels50", "beginnings"):
+        assert not torch.equal(scored_masks(name, levels, 2, seed=5), whole)
+        assert not torch.equal(whole[0], whole[1]), "the same image, another index"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from write_released import FOLDER, NUM_IMAGES
 
 from pixelcnn import complete, load_checkpoint, log_prob
 from pixelcnn.bench import count_differences
+from tools.write_released import FOLDER, NUM_IMAGES
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 PAIRS = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, all_images, exactly, interval_noise, tiny_model
 
 from pixelcnn import log_prob, naive_sample, sample
-from pixelcnn.sampling import draw_level
+from pixelcnn.models.outputs import draw_level
+from tests.core.tiny import ARCHITECTURES, all_images, exactly, interval_noise, tiny_model
 
 SAMPLERS = pytest.mark.parametrize("sampler", [naive_sample, sample])
 SPACES = [((1, 2, 2), 2), ((1, 1, 3), 3), ((1, 4, 1), 2), ((2, 1, 2), 2), ((3, 1, 1), 3), ((3, 2, 1), 2)]

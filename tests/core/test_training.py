@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import json
@@ -11,12 +12,14 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
-from tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
 
-from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, training
+from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
-from pixelcnn.optimisers import OPTIMISERS
 from pixelcnn.training import StepReport, Trainer, format_progress, training_history
+from pixelcnn.training import state as state_module
+from pixelcnn.training import trainer as training
+from pixelcnn.training.optimizers import OPTIMIZERS
+from tests.core.tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
 
 CONFIG = TrainConfig(
     batch_size=8, learning_rate=0.01, max_epochs=4, warmup_steps=2, ema_decay=0.9, num_validations=4, save_minutes=0
@@ -60,9 +63,9 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("protocol", "num_levels"), [("8-bit", 3), ("dynamic", 2)])
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fit_lowers_the_loss(architecture, optimiser, protocol, num_levels):
+def test_fit_lowers_the_loss(architecture, optimizer, protocol, num_levels):
     data = toy_dataset(num_levels=num_levels, protocol=protocol)
     images = {}
     for split, x in data.images.items():  # black and white in turn
@@ -71,7 +74,7 @@ def test_fit_lowers_the_loss(architecture, optimiser, protocol, num_levels):
     data = dataclasses.replace(data, images=images)
     model = toy_model(data, architecture)
     before = evaluate(model, data)["validation/nll_nats"]
-    best, reports = run(model, data, config(max_epochs=30, optimiser=optimiser, learning_rate=0.03))
+    best, reports = run(model, data, config(max_epochs=30, optimizer=optimizer, learning_rate=0.03))
     # Every image is all black or all white: one fair coin, log 2 nats.
     assert before > 3
     assert math.log(2) - 0.05 < best < 1.3
@@ -122,9 +125,9 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("saved_at", "stopped_at"), [(7, 7), (5, 8), (6, 9), (1, 1)])
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimiser, architecture, saved_at, stopped_at):
-    data, settings = toy_dataset((1, 3, 3), num_levels=2, protocol="dynamic"), config(optimiser=optimiser)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimizer, architecture, saved_at, stopped_at):
+    data, settings = toy_dataset((1, 3, 3), num_levels=2, protocol="dynamic"), config(optimizer=optimizer)
     whole = toy_model(data, architecture)
     best, reports = run(whole, data, settings)
     state, kept = tmp_path / "state", tmp_path / "kept"
@@ -183,6 +186,21 @@ def test_the_state_of_another_run_is_refused(tmp_path, changes, other_model, oth
     assert state.read_bytes() == before
 
 
+def test_a_state_older_than_a_setting_is_gone_on_with_at_its_default(tmp_path):
+    data, state = toy_dataset(), tmp_path / "state"
+    fit(toy_model(data), data, config(max_epochs=2), state_file=state)
+    saved, tensors = state_module.read_state(state)
+    for key, names in (("model", ("output", "num_mixtures")), ("train settings", ("clip_norm", "horizontal_flips"))):
+        for name in names:
+            del saved.description[key][name]
+    state_module.write_state(state, saved, tensors)
+    _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
+    assert [report.step for report in reports] == [7, 8, 9]
+    state_module.write_state(state, saved, tensors)
+    with pytest.raises(ValueError, match="differs in its train settings"):
+        fit(toy_model(data), data, config(max_epochs=3, clip_norm=2.0), state_file=state)
+
+
 def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
     data, state = toy_dataset(), tmp_path / "state"
     fit(toy_model(data), data, config(max_epochs=2), state_file=state)
@@ -190,13 +208,37 @@ def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
     assert [report.step for report in reports] == [7, 8, 9]
 
 
+@pytest.mark.parametrize("decay_fraction", [0, 0.5])
+def test_more_epochs_before_the_decay_give_the_run_that_had_them_from_the_start(tmp_path, decay_fraction):
+    """Without a time limit epochs alone decide: half of a run, resumed with twice the epochs, is the whole run."""
+    data, state = toy_dataset(num_levels=2, protocol="dynamic"), tmp_path / "state"
+    settings = config(decay_fraction=decay_fraction, optimizer="muon", num_validations=2)
+    whole = toy_model(data)
+    best, reports = run(whole, data, settings)
+
+    def stop_before_the_decay(report: StepReport) -> None:
+        if decay_fraction and report.step == 3:
+            raise Interrupted
+
+    with contextlib.suppress(Interrupted):
+        fit(toy_model(data), data, dataclasses.replace(settings, max_epochs=2), stop_before_the_decay, state)
+    resumed = toy_model(data, seed=3)
+    resumed_best, rest = run(resumed, data, settings, state_file=state)
+    assert [r.step for r in rest] == list(range(4 if decay_fraction else 7, 13))
+    for after, expected in zip(rest, reports[-len(rest) :], strict=True):
+        assert (after.train_nll_nats, after.learning_rate) == (expected.train_nll_nats, expected.learning_rate)
+        assert after.validation_nll_nats == expected.validation_nll_nats
+    assert resumed_best == best
+    assert same(weights(resumed), weights(whole))
+
+
 def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
-    """To another machine's best precision, to another optimiser or batch, to fewer labels: the weights are kept."""
+    """To another machine's best precision, to another optimizer or batch, to fewer labels: the weights are kept."""
     data, state = toy_dataset(), tmp_path / "state"
-    first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimiser": "adam"}
-    then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimiser": "muon"}
-    first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8}
-    then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4}
+    first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimizer": "adam"}
+    then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimizer": "muon"}
+    first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8, "redrawn_share": 0.0}
+    then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4, "redrawn_share": 0.0}
     losses = []
     for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
@@ -229,7 +271,7 @@ def test_a_failure_while_saving_leaves_the_old_state(tmp_path, monkeypatch):
         temporary.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(training, "save_file", fail)
+    monkeypatch.setattr(state_module, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         fit(toy_model(data), data, CONFIG, state_file=state)
     assert state.read_bytes() == before
@@ -334,6 +376,39 @@ def test_horizontal_flips(flips):
     plain = (levels == image.long()).flatten(1).all(dim=1)
     assert (mirrored | plain).all()
     assert abs(mirrored.double().mean().item() - 0.5) < 0.1 if flips else not mirrored.any()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_images_is_drawn_anew(share):
+    data = toy_dataset((1, 8, 8), num_levels=2, protocol="dynamic", num_train=8)
+    bar = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+    bar[:, :, 1:7, 4] = 255  # without grey: as it is, it is always the same
+    data = dataclasses.replace(data, images={**data.images, "train": bar})
+    seen = torch.cat(
+        [levels for levels, _ in batches_seen(toy_model(data), data, config(max_epochs=30, redrawn_share=share))]
+    )
+    assert set(seen.unique().tolist()) == {0, 1}
+    same = (seen == bar[:1] // 255).flatten(1).all(dim=1).double().mean().item()
+    assert 0.9 - share < same < 1.1 - share / 2  # a hand may draw so small a bar as it was
+    ink = seen.flatten(1).sum(dim=1)
+    assert ink.double().mean() > 3  # it is still a bar
+    again = torch.cat(
+        [levels for levels, _ in batches_seen(toy_model(data), data, config(max_epochs=30, redrawn_share=share))]
+    )
+    assert torch.equal(again, seen)
+
+
+def test_a_run_that_goes_on_may_draw_more_images_anew(tmp_path):
+    data, state = toy_dataset((1, 8, 8), num_levels=2, protocol="dynamic"), tmp_path / "state"
+    for epochs, share in ((2, 0.0), (4, 0.5)):
+        fit(toy_model(data), data, config(max_epochs=epochs, redrawn_share=share), state_file=state)
+    assert [phase["redrawn_share"] for phase in training_history(state)[1]] == [0.0, 0.5]
+
+
+def test_only_binary_images_can_be_drawn_anew():
+    data = toy_dataset((1, 4, 4), num_levels=6)
+    with pytest.raises(ValueError, match=r"redrawn_share must be 0 for .*: only binary images can be drawn anew\."):
+        fit(toy_model(data), data, config(redrawn_share=0.5))
 
 
 def test_binarisation_is_drawn_anew_in_each_epoch():
@@ -601,12 +676,12 @@ def test_a_state_of_averages_in_half_precision_is_gone_on_with(tmp_path):
     fit(toy_model(data), data, config(max_epochs=2), state_file=state)
     with safetensors.safe_open(state, framework="pt") as file:
         metadata = file.metadata()
-        averages = {key: file.get_tensor(key).half() for key in file.keys() if key.startswith("average/")}  # noqa: SIM118
+        averages = {key: file.get_tensor(key).half() for key in file.keys() if key.startswith("ema/")}  # noqa: SIM118
     save_file(averages, state, metadata)
     model = toy_model(data, seed=3)
     trainer = Trainer(model, data, config(max_epochs=3))
     trainer.resume(state)
-    kept = [averages[f"average/{i}"] for i in range(len(averages))]
+    kept = [averages[f"ema/{i}"] for i in range(len(averages))]
     assert all(torch.equal(p.detach(), half.to(p.dtype)) for p, half in zip(model.parameters(), kept, strict=True))
     _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
     assert reports[0].epoch > 2

@@ -4,12 +4,14 @@ import itertools
 import re
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixelcnn import Dataset, GatedPixelCNNConfig, PixelCNNConfig, build_model
 from pixelcnn.config import ModelConfig
+from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
+from pixelcnn.models.base import AutoregressiveModel
 
-ARCHITECTURES = ("pixelcnn", "gated_pixelcnn")
+ARCHITECTURES = ("pixelcnn", "gated_pixelcnn", "attentive_pixelcnn")
 Shape = tuple[int, int, int]
 
 
@@ -23,19 +25,23 @@ def tiny_config(architecture: str, shape: Shape, num_levels: int, num_labels: in
     }
     if architecture == "pixelcnn":
         return PixelCNNConfig(**{**common, "num_blocks": 2, "first_kernel_size": 3, "kernel_size": 3, **changes})
+    if architecture == "attentive_pixelcnn":
+        attention = {"attention_every": 1, "key_features": 8}
+        return AttentivePixelCNNConfig(**{**common, "num_layers": 2, "kernel_size": 3, **attention, **changes})
     return GatedPixelCNNConfig(**{**common, "num_layers": 2, "kernel_size": 3, **changes})
 
 
 def tiny_model(
     architecture: str, shape: Shape, num_levels: int, num_labels: int = 0, seed: int = 0, **changes: int
-) -> nn.Module:
+) -> AutoregressiveModel:
     """Return a network in float64 and eval mode whose weights are all random: biases, tables and projections, too."""
     torch.manual_seed(seed)
     model = build_model(tiny_config(architecture, shape, num_levels, num_labels, **changes)).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "table", "context.weight")):
-                parameter.copy_(0.5 * torch.randn_like(parameter))
+            if name.endswith(("bias", "table", "context.weight", "enter.weight", "null_value")):
+                scale = 0.1 if name.endswith("enter.weight") else 0.5
+                parameter.copy_(scale * torch.randn_like(parameter))
     return model
 
 

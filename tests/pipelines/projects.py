@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from pipelines.params import load_params
-from pipelines.training_flow import CHECKED_IMAGES, CHECKED_SCORE
+from pipelines.stages.evaluate import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn import build_model, evaluate, load_dataset, save_checkpoint
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import per_image_nll
@@ -26,7 +26,7 @@ def tiny_params() -> dict:
         pair["train"] = {"batch_size": 8, "learning_rate": 0.01, "max_epochs": 0.05, "num_validations": 2}
         pair["train"] |= {"num_validation_images": 8}
         pair.pop("completer", None)
-    values["evaluate"] = {"batch_size": 8, "num_images": 8}
+    values["evaluate"] = {"batch_size": 8, "num_images": 8, "judged_images": 8, "judges": {}}
     values["sample"] |= {"num_images": 1, "num_completions": 1}
     return values
 
@@ -56,11 +56,20 @@ def tiny_dataset(name: str = "mnist5k", num_levels: int = 2, shape: tuple[int, i
 
 def copy_project(folder: Path) -> None:
     """Copy what `dvc repro` needs, with tiny params.yaml, into a folder."""
-    for name in ("pipelines", "pixelcnn", ".dvc"):
-        shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp", "*.local")
-        )
-    for name in ("dvc.yaml", ".dvcignore", "prefect.toml", "prefect.yaml"):
+    for name in ("pipelines", "pixelcnn", "judges", ".dvc"):
+        # With __pycache__, where the compiled sampler lies: it is valid for files of the same time and size.
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("cache", "tmp", "*.local"))
+    for name in ("full", "own"):
+        (folder / name).mkdir()
+    for name in (
+        "dvc.yaml",
+        "full/dvc.yaml",
+        "own/dvc.yaml",
+        "own/params.yaml",
+        ".dvcignore",
+        "prefect.toml",
+        "prefect.yaml",
+    ):
         shutil.copy(ROOT / name, folder / name)
     write_params(folder, tiny_params())
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipelines import candidate_checks
-from pipelines.candidate_checks import check_candidate, check_sampling_time, count_leaking_cuts
+from pipelines.promotion import checks as candidate_checks
+from pipelines.promotion.checks import check_candidate, check_sampling_time, count_leaking_cuts
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model
-from pixelcnn.causality import count_leaks
-from pixelcnn.layers import MaskedConv2d
+from pixelcnn.likelihood import count_leaks
+from pixelcnn.models.layers import MaskedConv2d
 
 CONFIGS = [
     PixelCNNConfig(image_shape=(1, 5, 6), num_levels=2, num_features=8, num_blocks=1, kernel_size=3),

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from pipelines import steps
-from pipelines.comparison import PAGE, read_reports, write_comparison
+from pipelines.reports.comparison import PAGE, read_reports, write_comparison
+from tests.pipelines.projects import tiny_params, write_params
 
 ROW = "step,epoch,train_nll_nats,train_subset_nll_nats,validation_nll_nats,learning_rate"
 
@@ -30,12 +31,15 @@ def write_report(folder: Path, pair: str, nats: float, colour: int) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    write_params(tmp_path, tiny_params())
     return tmp_path
 
 
 def test_the_page_has_everything_in_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     worse = write_report(Path("reports"), "pixelcnn-mnist", 87.5, 10)
     better = write_report(Path("reports"), "gated_pixelcnn-mnist", 81.25, 20)
+    judged = {**json.loads((better / "metrics.json").read_text()), "test/accepted_nothing_by_judge": 0.75}
+    (better / "metrics.json").write_text(json.dumps(judged))
     write_report(Path("reports"), "gated_pixelcnn-cifar10", 3000.0, 30)
     (folder / "reports/bench").mkdir()
     (folder / "reports/promotions").mkdir()
@@ -59,7 +63,8 @@ def test_the_page_has_everything_in_one_file(folder: Path, capsys: pytest.Captur
         ["pixelcnn-mnist", "dynamic", "87.50 ± 0.50 nats", "87.50 ± 0.50 nats"],
         ["gated_pixelcnn-cifar10", "8-bit", "3.0000 ± 0.0005 bits/dim", "3.0000 ± 0.0005 bits/dim"],
     ], "the best of a dataset first, each score with its protocol"
-    assert cells[0][4:] == ["1,234", "2.5 min", "dvc repro train@gated_pixelcnn-mnist"]
+    assert cells[0][4:] == ["0.75", "1,234", "2.5 min", "dvc repro full/dvc.yaml:evaluate@gated_pixelcnn-mnist"]
+    assert cells[1][4] == "", "not judged"
     assert "<b>promoted</b>: mnist (dynamic): version 2 is the new champion: a &lt; b." in page
 
 
@@ -75,10 +80,12 @@ def test_its_mistakes_are_named(folder: Path, capsys: pytest.CaptureFixture[str]
     report = write_report(Path("reports"), "pixelcnn-mnist", 87.5, 10)
     (folder / "reports/promotions").mkdir()
     (folder / "reports/promotions/mnist.json").write_text("{")
-    with pytest.raises(ValueError, match=r"mnist\.json is no report of a promotion .* dvc repro promote@mnist"):
+    with pytest.raises(
+        ValueError, match=r"mnist\.json is no report of a promotion .* python -m pipelines.steps promote mnist"
+    ):
         write_comparison(read_reports(Path("reports")))
     (report / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"pixelcnn-mnist/metrics\.json has no readable scores .* dvc repro train@pix"):
+    with pytest.raises(ValueError, match=r"pixelcnn-mnist/metrics\.json has no readable scores .* dvc repro full/dvc"):
         read_reports(Path("reports"))
     assert read_reports(Path("reports"), without=["pixelcnn-mnist"]) == []
     assert not PAGE.exists()

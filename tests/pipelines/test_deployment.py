@@ -1,6 +1,7 @@
 """A deployment, as a person runs it: a server, a work pool, a worker, `prefect deployment run`, COMPLETED."""
 
 import re
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from projects import PAIR, ROOT, copy_project, tiny_dataset, tiny_params, write_params
-from sites import Site, stop
 
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import save_dataset
+from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset, tiny_params, write_params
+from tests.pipelines.sites import Site, stop
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     # Prefect itself keeps nothing of a run but its state.
     assert list((site.folder / "prefect-home").glob("storage/*")) == []
 
-    # A run that is cancelled stops its training.
+    # A run that is cancelled stops its training; MLflow shows it as killed, and its folder is gone.
     params = tiny_params()
     params["pairs"][PAIR]["train"]["max_epochs"] = 10_000
     write_params(site.folder, params)
@@ -58,7 +59,7 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     (run_id,) = set(re.findall(r"UUID: ([0-9a-f-]{36})", done.stdout))
     lock, trainer = site.folder / f"models/deployments/{run_id}/.{PAIR}.lock", ""
     deadline = time.monotonic() + 90
-    while not list(lock.parent.glob(".*.run-*/run_id")):  # it trains
+    while not list(lock.parent.glob(".trained/.*.run-*/run_id")):  # it trains
         assert time.monotonic() < deadline
         time.sleep(0.2)
     trainer = lock.read_text().split()[1]
@@ -66,6 +67,12 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     while Path(f"/proc/{trainer}").exists():
         assert time.monotonic() < deadline, "the training goes on"
         time.sleep(0.2)
+    while lock.parent.exists():
+        assert time.monotonic() < deadline, (site.folder / "worker.log").read_text()
+        time.sleep(0.2)
+    with sqlite3.connect(site.folder / "mlflow.db") as database:
+        statuses = database.execute("select status from runs where name = ?", [PAIR]).fetchall()
+    assert statuses == [("KILLED",)]
 
     # A page of another site may neither read runs nor start any.
     url = f"http://127.0.0.1:{site.port}/api/flow_runs/filter"
@@ -77,7 +84,8 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
 
     done = site.prefect(*run, "-p", "pair=pixelcnn-svhn")
     assert done.returncode == 1, "a failed run is a failed command"
-    assert "unknown pair 'pixelcnn-svhn'" in (site.folder / "worker.log").read_text()
+    assert "ValueError: unknown pair 'pixelcnn-svhn'" in " ".join(done.stdout.split()), "whoever watches sees why"
+    assert "Traceback" not in done.stdout
 
 
 def test_deployments_name_flows_that_exist() -> None:

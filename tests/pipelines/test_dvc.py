@@ -1,128 +1,102 @@
-"""dvc.yaml: its stages list what they read; `dvc repro` does what is out of date, and nothing else."""
+"""dvc.yaml and full/dvc.yaml: their stages list what they read; DVC's own commands do what is out of date."""
 
 import ast
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from projects import ROOT, copy_project, tiny_params, write_params
 
-import pipelines
-from pipelines import dvc_cli
-from pipelines.dvc_cli import with_default_targets
-from pipelines.params import DATASETS, load_params
+from pipelines.datasets.entry import OFFICIAL
+from pipelines.params import QUICK_START, load_params
+from tests.pipelines.projects import ROOT, copy_project, tiny_params, write_params
 
-TARGETS = load_params(ROOT / "params.yaml").default_targets
-
-
-def test_default_targets_are_added_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    assert TARGETS == ["promote@mnist5k"]
-    assert with_default_targets(["repro"]) == ["repro", *TARGETS]
-    assert with_default_targets(["repro", "--force", "-k"]) == ["repro", "--force", "-k", *TARGETS]
-    assert with_default_targets(["exp", "run", "-S", "sample.seed=1"]) == [
-        "exp",
-        "run",
-        "-S",
-        "sample.seed=1",
-        *TARGETS,
-    ]
-    assert with_default_targets(["--cd", str(ROOT), "repro"]) == ["--cd", str(ROOT), "repro", *TARGETS]
+ROOT_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+OWN_STAGES = yaml.safe_load((ROOT / "own/dvc.yaml").read_text())["stages"]
+FULL_STAGES = yaml.safe_load((ROOT / "full/dvc.yaml").read_text())["stages"]
+QUICK_PAIRS = ("pixelcnn-mnist5k", "gated_pixelcnn-mnist5k")
+QUICK_START_STAGES = {
+    *("fetch@mnist5k", "prepare@mnist5k"),
+    *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in QUICK_PAIRS),
+}
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "repro train@pixelcnn-mnist",
-        "repro --all-pipelines",
-        "repro -P",
-        "repro -R models",
-        "exp run train@pixelcnn-mnist",
-        "exp run --run-all",
-        "status",
-        "repro --no-such-option",
-        "repro --help",
-        "",
-    ],
-)
-def test_everything_else_passes_untouched(
-    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    assert with_default_targets(words.split()) == words.split()
-    printed = capsys.readouterr()
-    assert printed.out + printed.err == "", "what there is to say DVC says, once"
-
-
-def test_another_project_keeps_dvcs_own_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert with_default_targets(["repro"]) == ["repro"]
-
-
-def test_mistakes_in_params_stop_repro_with_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_params(tmp_path, {**tiny_params(), "trian": 1})
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dvc", "repro"])
-    assert dvc_cli.main() == 1
-    error = capsys.readouterr().err
-    assert error.startswith("ERROR: params.yaml: unknown key 'trian'. Known: candidates, ")
-    assert error.count("\n") == 1
-
-
-def _imported(nodes: list[ast.stmt]) -> set[Path]:
-    """Return the project's files that statements import by name."""
+def imported(path: Path) -> set[Path]:
+    """Return the project's files that a file imports."""
     names: set[str] = set()
-    for node in nodes:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Import):
-                names |= {alias.name for alias in inner.names}
-            elif isinstance(inner, ast.ImportFrom) and inner.module:
-                names |= {inner.module, *(f"{inner.module}.{alias.name}" for alias in inner.names)}
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     paths = {Path(name.replace(".", "/") + ".py") for name in names if name.startswith(("pipelines.", "pixelcnn."))}
     return {path for path in paths if (ROOT / path).is_file()}
 
 
-def _read_by(command: str) -> set[str]:
-    """Return every file of ours that a command of pipelines/steps.py reads, directly or not.
-
-    What params.py imports only checks values, and is not followed: networks do not change how data are prepared.
-    """
-    steps = ast.parse((ROOT / "pipelines/steps.py").read_text()).body
-    top = [node for node in steps if not isinstance(node, ast.FunctionDef)]
-    own = [node for node in steps if isinstance(node, ast.FunctionDef) and node.name == command]
-    assert own
+def read_by(path: str) -> set[Path]:
+    """Return every file of the project that a module reads, directly or not."""
     found: set[Path] = set()
-    new = _imported(top + own)
+    new = {Path(path)}
     while new:
         found |= new
-        followed = [ast.parse((ROOT / path).read_text()).body for path in new if path.name != "params.py"]
-        new = set().union(*map(_imported, followed)) - found
-    extra = {"pipelines/steps.py"} | ({"pipelines/logged_model.py"} if command == "train" else set())
-    return {str(path) for path in found} | extra
+        new = set().union(*map(imported, new)) - found
+    return found
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "promote"])
-def test_stages_list_every_module_they_use(command: str) -> None:
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][command]["do"]
-    listed = {dep for dep in stage["deps"] if dep.endswith(".py")}
-    assert _read_by(command) - listed == set()
-    assert listed - _read_by(command) == set()
+# What a stage's module reads without its output following from it: settings are checked by params.py, and are listed
+# as `params`; the rest tells people and MLflow what happens, or draws while it trains.
+WITHOUT_EFFECT = {
+    "fetch": (
+        *("pipelines/params.py", "pipelines/datasets/checks.py", "pipelines/datasets/entry.py", "pipelines/files.py"),
+        *("pipelines/settings.py", "pixelcnn/"),
+    ),
+    "prepare": (
+        *("pipelines/params.py", "pipelines/datasets/checks.py", "pipelines/files.py"),
+        *("pipelines/settings.py", "pixelcnn/"),
+    ),
+    "train": (
+        *("pipelines/", "pixelcnn/checkpoint.py", "pixelcnn/completion.py", "pixelcnn/images.py", "pixelcnn/sampling/"),
+    ),
+    "evaluate": ("pipelines/", "pixelcnn/training/"),
+}
+MODULES = {
+    "fetch": "pipelines/datasets/sources.py",
+    "prepare": "pipelines/datasets/prepare.py",
+    "train": "pipelines/stages/train.py",
+    "evaluate": "pipelines/stages/evaluate.py",
+}
+
+
+@pytest.mark.parametrize("stages", [ROOT_STAGES, FULL_STAGES], ids=["root", "full"])
+@pytest.mark.parametrize("name", MODULES)
+def test_stages_list_the_code_that_their_outputs_follow_from(name: str, stages: dict) -> None:
+    listed = [dep for dep in stages[name]["deps"] if dep.startswith(("pixelcnn/", "pipelines/"))]
+    assert all((ROOT / dep).exists() for dep in listed)
+    assert MODULES[name] in listed
+    for path in map(str, read_by(MODULES[name])):
+        known = path in listed or any(path.startswith(f"{dep}/") for dep in listed)
+        assert known or path.startswith(WITHOUT_EFFECT[name]), f"{name} reads {path}"
+
+
+def test_both_files_have_the_same_stages() -> None:
+    assert list(ROOT_STAGES) == list(FULL_STAGES)
+    for name in ROOT_STAGES:
+        assert ROOT_STAGES[name]["cmd"] == FULL_STAGES[name]["cmd"]
+        assert ROOT_STAGES[name]["deps"] == FULL_STAGES[name]["deps"]
+    for name in ("train", "evaluate"):
+        own = [dep.replace("${key}", "${item.model}-${item.dataset}") for dep in OWN_STAGES[name]["do"]["deps"]]
+        assert own == FULL_STAGES[name]["deps"]
 
 
 def dvc(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(folder), **environment}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # stages call `python`
+    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(folder), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.dvc_cli", *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-m", "dvc", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -140,27 +114,27 @@ def copy(tmp_path: Path) -> Path:
 
 # What the stages do, without the work: each writes its outs from what it reads.
 STUB = """
-import hashlib, sys
+import sys
 from pathlib import Path
 import yaml
 command, name = sys.argv[1:3]
 params = yaml.safe_load(Path("params.yaml").read_text())
+dataset = name.rpartition("-")[2]
 def write(path, *content):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(" ".join(map(str, content)))
-if command == "prepare":
-    write(f"data/{name}.safetensors", name, params["data"])
+if command == "fetch":
+    write(f"data/raw/{name}/images", name)
+elif command == "prepare":
+    write(f"data/{name}.safetensors", Path(f"data/raw/{name}/images").read_text(), params["data"])
 elif command == "train":
-    pair = params["pairs"][name]
-    data = Path(f"data/{pair['dataset']}.safetensors").read_text()
-    write(f"models/{name}/model.safetensors", pair, data)
-    stage = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]["train"]["do"]
-    for report in stage["metrics"] + stage["plots"]:
-        path = report if isinstance(report, str) else next(iter(report))
-        write(path.replace("${key}", name), "{}")
+    write(f"trained/{name}/model.safetensors", params["pairs"][name], Path(f"data/{dataset}.safetensors").read_text())
 else:
-    write(f"reports/promotions/{name}.json", [Path(f"models/{pair}/model.safetensors").read_text()
-          for pair in params["candidates"][name]])
+    write(f"models/{name}/model.safetensors", Path(f"trained/{name}/model.safetensors").read_text())
+    write(f"reports/{name}/metrics.json", '{"nats": 1.5}')
+    write(f"reports/{name}/curve.csv", "step,train_subset_nll_nats,validation_nll_nats\\n1,3,2\\n")
+    for picture in ("samples", "class_samples", "extremes", "completions", "curve"):
+        write(f"reports/{name}/{picture}.png", params["sample"])
 """
 
 
@@ -176,70 +150,150 @@ def change(folder: Path, path: str, value: object) -> None:
     section = values
     for parent in parents:
         section = section[parent]
-    assert section[key] != value
+    assert section.get(key) != value
     section[key] = value
     write_params(folder, values)
 
 
-QUICK_START = {"prepare@mnist5k", "train@pixelcnn-mnist5k", "train@gated_pixelcnn-mnist5k", "promote@mnist5k"}
+def touch(folder: Path, path: str) -> None:
+    with open(folder / path, "a") as source:
+        source.write("\n# another word\n")
 
 
-def test_what_reruns(stubbed: Path) -> None:
-    assert set(ran(dvc(stubbed, "repro"))) == QUICK_START
+def stale(folder: Path) -> set[str]:
+    """Return the quick start's stages that `dvc status` would run again."""
+    done = dvc(folder, "status", "dvc.yaml")
+    assert done.returncode == 0, done.stderr
+    return {line.removesuffix(":") for line in done.stdout.splitlines() if line.endswith(":") and line[0].isalpha()}
+
+
+@pytest.mark.timeout(400)
+def test_what_is_stale_after_a_change(stubbed: Path) -> None:
+    assert set(ran(dvc(stubbed, "repro"))) == QUICK_START_STAGES, "dvc repro alone is the quick start"
     assert ran(dvc(stubbed, "repro")) == []
-    change(stubbed, "pairs.gated_pixelcnn-mnist5k.train.learning_rate", 0.02)
-    assert ran(dvc(stubbed, "repro")) == ["train@gated_pixelcnn-mnist5k", "promote@mnist5k"]
+    trains, evaluates = ({f"{stage}@{pair}" for pair in QUICK_PAIRS} for stage in ("train", "evaluate"))
+    # The card's text, the compiled sampler, a picture's colour: nothing is trained again.
+    for path in ("pipelines/reports/card.py", "pixelcnn/sampling/compiled.py", "pipelines/reports/curve.py"):
+        touch(stubbed, path)
+    assert stale(stubbed) == evaluates
+    touch(stubbed, "pixelcnn/models/layers.py")
+    assert stale(stubbed) == trains | evaluates
+    assert set(ran(dvc(stubbed, "repro"))) == trains | evaluates
+    # What concerns other pairs, or none: another dataset, the commands, how MLflow is told, how it is promoted.
+    values = yaml.safe_load((stubbed / "params.yaml").read_text())
+    change(stubbed, "pairs.other-glyphs", values["pairs"]["pixelcnn-mnist"] | {"dataset": "glyphs"})
     change(stubbed, "pairs.gated_pixelcnn-mnist.train.learning_rate", 0.02)
-    assert ran(dvc(stubbed, "repro")) == [], "a pair of another dataset"
     change(stubbed, "promote.confidence", 0.9)
-    assert ran(dvc(stubbed, "repro")) == ["promote@mnist5k"]
-    change(stubbed, "data.split_seed", 5)
-    assert set(ran(dvc(stubbed, "repro"))) == QUICK_START
-    with open(stubbed / "data/mnist5k.safetensors", "a") as file:
+    change(stubbed, "datasets.mnist.num_validation", 1000)
+    for path in ("pipelines/steps.py", "pipelines/params.py", "pipelines/registry/runs.py"):
+        touch(stubbed, path)
+    assert stale(stubbed) == set()
+    change(stubbed, "pairs.gated_pixelcnn-mnist5k.train.learning_rate", 0.02)
+    assert stale(stubbed) == {"train@gated_pixelcnn-mnist5k"}, "and its evaluation, once it is trained"
+    change(stubbed, "sample.seed", 7)
+    assert stale(stubbed) == {"train@gated_pixelcnn-mnist5k", *evaluates}
+    change(stubbed, "datasets.mnist5k.num_validation", 400)
+    assert stale(stubbed) == {"prepare@mnist5k", "train@gated_pixelcnn-mnist5k", *evaluates}, "its own dataset's"
+    change(stubbed, "datasets.mnist5k.num_validation", 500)
+    with open(stubbed / "data/raw/mnist5k/images", "a") as file:
         file.write("changed by hand")
-    assert set(ran(dvc(stubbed, "repro"))) <= {"prepare@mnist5k"}, "the file comes back, and nothing else is touched"
-    assert "changed" not in (stubbed / "data/mnist5k.safetensors").read_text()
-    with open(stubbed / "pixelcnn/layers.py", "a") as source:
-        source.write("\n")
-    assert set(ran(dvc(stubbed, "repro"))) >= {"train@pixelcnn-mnist5k", "train@gated_pixelcnn-mnist5k"}
+    assert "prepare@mnist5k" in stale(stubbed), "raw data are a dependency"
 
 
-def test_any_pair_can_be_named(stubbed: Path) -> None:
-    pair = "train@gated_pixelcnn-fashion_mnist"
-    assert ran(dvc(stubbed, "repro", pair)) == ["prepare@fashion_mnist", pair]
-    assert ran(dvc(stubbed, "repro", "promote@mnist")) == ["prepare@mnist", "train@pixelcnn-mnist", "promote@mnist"]
-    assert ran(dvc(stubbed, "repro", "prepare@cifar10")) == ["prepare@cifar10"]
+@pytest.mark.timeout(400)
+def test_dvcs_commands_without_errors(stubbed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    ran(dvc(stubbed, "repro"))
+    shown = dvc(stubbed, "metrics", "show")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    rows = [line.split() for line in shown.stdout.splitlines()[1:]]
+    assert {row[0] for row in rows} == {f"reports/{pair}/metrics.json" for pair in QUICK_PAIRS}
+    assert {row[1] for row in rows} == {"1.5"}, "no dashes"
+    plots = dvc(stubbed, "plots", "show", "-o", "plots")
+    assert (plots.returncode, plots.stderr) == (0, "")
+    assert "evaluate@pixelcnn-mnist5k" in dvc(stubbed, "dag").stdout
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    (stubbed / ".gitignore").write_text("/data\n/trained\n/models\n/plots\n/reports/*/*\n!/reports/*/metrics.json\n")
+    subprocess.run([*git, "add", "."], cwd=stubbed, check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], cwd=stubbed, check=True)
+    diff = dvc(stubbed, "metrics", "diff")
+    assert (diff.returncode, diff.stderr) == (0, "")
+    experiment = dvc(stubbed, "exp", "run", "-S", "sample.seed=9")
+    assert experiment.returncode == 0, experiment.stderr
+    assert "Running stage 'evaluate@pixelcnn-mnist5k'" in experiment.stdout
+    assert "Running stage 'train@" not in experiment.stdout
+    # Another clone takes what was pushed, and has nothing to do.
+    subprocess.run([*git, "commit", "-qam", "two"], cwd=stubbed, check=True)
+    remote, clone = tmp_path_factory.mktemp("remote"), tmp_path_factory.mktemp("clones") / "clone"
+    assert dvc(stubbed, "remote", "add", "-d", "shared", str(remote)).returncode == 0
+    assert dvc(stubbed, "push").returncode == 0
+    subprocess.run(["git", "clone", "-q", stubbed, clone], check=True)
+    (clone / ".dvc/config").write_text((stubbed / ".dvc/config").read_text())
+    pulled = dvc(clone, "pull")
+    assert pulled.returncode == 0, pulled.stderr
+    assert ran(dvc(clone, "repro")) == []
+    # A cache that is lost is filled from the files that lie here, without a remote.
+    shutil.rmtree(clone / ".dvc/cache")
+    committed = dvc(clone, "commit", "--force", "dvc.yaml")
+    assert committed.returncode == 0, committed.stderr
+    shutil.rmtree(clone / "models")
+    assert dvc(clone, "checkout").returncode == 0
+    assert ran(dvc(clone, "repro")) == []
+
+
+def test_a_pair_on_full_data_is_named_from_the_root(stubbed: Path) -> None:
+    done = dvc(stubbed, "repro", "full/dvc.yaml:train@gated_pixelcnn-fashion_mnist")
+    stages = ["fetch@fashion_mnist", "prepare@fashion_mnist", "train@gated_pixelcnn-fashion_mnist"]
+    assert ran(done) == [f"full/dvc.yaml:{stage}" for stage in stages]
+    assert (stubbed / "trained/gated_pixelcnn-fashion_mnist/model.safetensors").exists()
+    assert (stubbed / "full/dvc.lock").exists()
 
 
 def test_stages_of_the_project() -> None:
-    done = dvc(ROOT, "stage", "list", "--name-only")
+    found = {}
+    for file in ("dvc.yaml", "full/dvc.yaml"):
+        done = dvc(ROOT, "stage", "list", "--name-only", file)
+        found[file] = {name.rpartition(":")[2] for name in done.stdout.split()}
+    assert found["dvc.yaml"] == QUICK_START_STAGES
     params = load_params(ROOT / "params.yaml")
-    expected = {f"{stage}@{dataset}" for stage in ("prepare", "promote") for dataset in DATASETS}
-    assert set(done.stdout.split()) == expected | {f"train@{pair}" for pair in params.pairs}
+    full = {f"{stage}@{dataset}" for stage in ("fetch", "prepare") for dataset in OFFICIAL if dataset != QUICK_START}
+    pairs = {name for name, pair in params.pairs.items() if pair.dataset != QUICK_START}
+    assert found["full/dvc.yaml"] == full | {f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs}
+
+
+def test_the_dvc_command_is_dvcs_own() -> None:
+    assert "pipelines" not in Path(sys.executable).with_name("dvc").read_text()
+    assert "\ndvc =" not in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_repro_for_real(copy: Path, prefect_server: str) -> None:
-    """Real digits, tiny networks, promotion: twice."""
-    assert Path(pipelines.__file__).parent == ROOT / "pipelines", "this process uses the project, DVC the copy"
-    environment = {"PREFECT_API_URL": prefect_server, "BENTOML_HOME": str(copy / "bentoml"), "OMP_NUM_THREADS": "1"}
-    environment |= {"MLFLOW_TRACKING_URI": ""}
+@pytest.mark.timeout(900)
+def test_repro_for_real(copy: Path) -> None:
+    """Real digits, tiny networks: twice; and a training that was killed goes on."""
+    params = tiny_params()
+    params["pairs"]["pixelcnn-mnist5k"]["train"] |= {"max_epochs": 1.0, "save_minutes": 0}
+    params["evaluate"]["judges"] = {"mnist5k": "mnist"}
+    write_params(copy, params)
+    environment = {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "train@pixelcnn-mnist5k"],
+        cwd=copy,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(copy), **environment},
+        start_new_session=True,
+    )
+    while not list(copy.glob("trained/.pixelcnn-mnist5k.run-*/state.safetensors")):
+        assert process.poll() is None
+    os.killpg(process.pid, 9)
+    process.wait()
     done = dvc(copy, "repro", **environment)
-    assert set(ran(done)) == QUICK_START
-    assert "No target given: doing promote@mnist5k" in done.stderr
+    assert set(ran(done)) >= QUICK_START_STAGES - {"fetch@mnist5k", "prepare@mnist5k"}
+    assert done.stderr.count("step 1,") == 1, "the killed training went on where it was, the other one began"
+    assert list(copy.glob("trained/.*.run-*")) == [], "states of trainings that are done are removed"
+    metrics = json.loads((copy / "reports/pixelcnn-mnist5k/metrics.json").read_text())
+    assert 0 <= metrics["test/accepted_ink45_by_judge"] <= 1
+    assert "| whole samples |" in (copy / "models/pixelcnn-mnist5k/README.md").read_text()
     assert ran(dvc(copy, "repro", **environment)) == []
     lock = yaml.safe_load((copy / "dvc.lock").read_text())["stages"]
-    metrics = dvc(copy, "metrics", "show", "--json").stdout
-    assert "reports/gated_pixelcnn-mnist5k/metrics.json" in metrics
     scores = yaml.safe_load((copy / "models/pixelcnn-mnist5k/scores.json").read_text())
     assert scores["data_hash"] == lock["prepare@mnist5k"]["outs"][0]["md5"]
     assert list(copy.rglob("*.pkl")) == []
-    plots = dvc(copy, "plots", "show", "-o", "plots", "reports/pixelcnn-mnist5k/curve.csv")
-    assert plots.returncode == 0, plots.stderr
-
-
-def test_the_installed_dvc_command_is_the_projects() -> None:
-    """Both DVC and this project bring a script of this name: the project's must be the one that was written last."""
-    script = Path(sys.executable).with_name("dvc")
-    assert "pipelines.dvc_cli" in script.read_text(), f"{script} is DVC's own: run `make install`"

@@ -1,18 +1,20 @@
 """Scoring the champions again."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from projects import write_weights
 
-from pipelines import evaluation_flow, registry, tracking
-from pipelines.evaluation_flow import EXPERIMENT, evaluate_champions
-from pipelines.release import release
+from pipelines.flows import evaluate as evaluation_flow
+from pipelines.flows.evaluate import EXPERIMENT, evaluate_champions, score_through_service
+from pipelines.promotion.register import release
+from pipelines.registry import runs as tracking
+from pipelines.registry import versions as registry
 from pixelcnn import evaluate, load_checkpoint, load_dataset, log_prob
+from tests.local import Handler, LocalServer
+from tests.pipelines.projects import write_weights
 
 
 def test_champions_are_scored_and_the_others_passed_over(weights: Path, prefect_server: str) -> None:
@@ -43,37 +45,36 @@ def test_a_champion_that_cannot_be_scored_is_named(
         evaluate_champions(["mnist5k"])
 
 
-class Service:
-    """Answers as the service does, with a model that can be another one than the champion."""
+class Service(LocalServer):
+    """Answers as the service does, with a model that can be another one than the champion.
 
-    def __init__(self, folder: Path, version: str = "1") -> None:
+    Args:
+        token: that callers must send.
+        busy: how many requests are refused with 429, which asks to wait for 7 s.
+    """
+
+    def __init__(self, folder: Path, version: str = "1", token: str | None = None, busy: int = 0) -> None:
         model, _ = load_checkpoint(folder)
         answers = self.answers = []
+        self.refused = refused = []
 
-        class Handler(BaseHTTPRequestHandler):
+        class Answering(Handler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if token and self.headers["Authorization"] != f"Bearer {token}":
+                    return self.refuse(401)
+                if len(refused) < busy:
+                    return self.refuse(429)
                 answers.append(body)
                 nats = log_prob(model, torch.tensor(body["image"])[None, None]).item()
                 text = json.dumps({"log_prob": nats, "model": {"version": version}}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
+                self.reply(200, text)
 
-            def log_message(self, *args: object) -> None:
-                pass
+            def refuse(self, status: int) -> None:
+                refused.append(status)
+                self.reply(status, Retry_After="7")
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> "Service":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Answering)
 
 
 def test_the_service_is_asked_and_must_agree(
@@ -99,6 +100,24 @@ def test_the_service_is_asked_and_must_agree(
         evaluate_champions(["mnist5k"], service.url)
     with pytest.raises(RuntimeError, match=r"cannot be reached \(.*\): start it with make serve, or unset"):
         evaluate_champions(["mnist5k"], "http://127.0.0.1:9")
+
+
+def test_a_token_is_sent_and_a_busy_service_waited_for(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, waited = load_dataset("data/mnist5k.safetensors"), []
+    clock = SimpleNamespace(monotonic=lambda: float(sum(waited)), sleep=waited.append)
+    monkeypatch.setattr(evaluation_flow, "time", clock)
+    with Service(weights, token="secret", busy=3) as service:
+        with pytest.raises(ConnectionError, match="asks for a token: set PIXELCNN_TOKEN to its own"):
+            score_through_service(service.url, "mnist5k", "1", data, "test", 2)
+        monkeypatch.setenv("PIXELCNN_TOKEN", "secret")
+        assert score_through_service(service.url, "mnist5k", "1", data, "test", 2) > 0
+        assert (service.refused, waited) == ([401, 429, 429], [7, 7])
+    with (
+        Service(weights, token="secret", busy=10_000) as service,
+        pytest.raises(ConnectionError, match="answered 429"),
+    ):
+        score_through_service(service.url, "mnist5k", "1", data, "test", 2)
+    assert sum(waited) <= 14 + evaluation_flow.MAX_BUSY_S, "within bounds"
 
 
 def test_a_champion_that_scores_something_else_is_named(

@@ -5,15 +5,16 @@ import subprocess
 import sys
 
 import pytest
-from projects import ROOT
+
+from tests.pipelines.projects import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
 @pytest.mark.timeout(1800)
 def test_nothing_is_lost_or_doubled() -> None:
     times = os.environ.get("FAULT_TIMES", "1")
     only = [] if "FAULT_TIMES" in os.environ else ["--only", "alias"]  # all take a minute and a half
-    command = [sys.executable, "-m", "tests.pipelines.faults", "--times", times, *only]
+    command = [sys.executable, "-m", "tools.faults", "--times", times, *only]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]

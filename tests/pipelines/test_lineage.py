@@ -7,18 +7,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from projects import PAIR, tiny_dataset, tiny_params, write_params, write_weights
 
-from pipelines import lineage, registry, store, tracking
-from pipelines.release import release
+from pipelines.promotion.register import release
+from pipelines.registry import decisions, lineage, store
+from pipelines.registry import runs as tracking
+from pipelines.registry import versions as registry
+from pipelines.registry.provenance import git_state
 from pixelcnn.data import load_dataset, save_dataset
+from tests.pipelines.projects import PAIR, tiny_dataset, tiny_params, write_params, write_weights
 
 NAME = "pixelcnn-mnist5k"
 DATA = Path("data/mnist5k.safetensors")
 
 
 @pytest.fixture(scope="module")
-def two_versions(tmp_path_factory: pytest.TempPathFactory):
+def two_versions(tmp_path_factory: pytest.TempPathFactory, new_database: Path):
     """Yield a project with two registered versions, of which the first is champion; made once, for it takes seconds."""
     folder = tmp_path_factory.mktemp("lineage")
     with pytest.MonkeyPatch.context() as patch:
@@ -26,6 +29,7 @@ def two_versions(tmp_path_factory: pytest.TempPathFactory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("BENTOML_HOME", str(folder / "bentoml"))
         patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
+        shutil.copy(new_database, folder / "mlflow.db")
         write_params(folder, tiny_params())
         save_dataset(DATA, tiny_dataset())
         for seed in (0, 1):
@@ -116,13 +120,14 @@ def test_decisions_that_concern_a_version(found: registry.Version, capsys: pytes
         "champion": found.lineage(),
         "skipped": [{"version": "2", "reason": "it leaks"}],
     }
-    with registry.decision_run("mnist5k", "promotion") as run_id:
-        registry.record_decision(run_id, report)
+    with decisions.decision_run("mnist5k", "promotion") as run_id:
+        decisions.record_decision(run_id, report)
+        decisions.end_decision(run_id)
     first, second = (ask(capsys, "--version", f"{NAME}/{number}")[1] for number in (1, 2))
-    decisions = [text.split("decisions\n")[1].splitlines() for text in (first, second)]
-    assert [len(lines) for lines in decisions] == [2, 1], "the release is of the first alone"
-    assert decisions[0][1].endswith("  kept         no other version can compete")
-    assert decisions[1][0].endswith("  kept         no other version can compete (passed over: it leaks)")
+    concerning = [text.split("decisions\n")[1].splitlines() for text in (first, second)]
+    assert [len(lines) for lines in concerning] == [2, 1], "the release is of the first alone"
+    assert concerning[0][1].endswith("  kept         no other version can compete")
+    assert concerning[1][0].endswith("  kept         no other version can compete (passed over: it leaks)")
 
 
 def test_forward_from_the_data(found: registry.Version, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +244,35 @@ def test_a_mistake_is_one_sentence(
     assert err.count("\n") == 1
 
 
+def test_what_makes_a_tree_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pixelcnn/sampling/fast.py", "README.md", "reports/pair/metrics.json", "dvc.lock", "full/dvc.lock"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}")
+
+    def git(*words: str) -> str:
+        author = ("-c", "user.name=x", "-c", "user.email=x@y")
+        return subprocess.run(["git", *author, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    state = git_state()
+    assert state == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": "false"}
+    # What DVC does before and during a stage.
+    Path("reports/pair/metrics.json").unlink()
+    Path("dvc.lock").write_text("new")
+    Path("full/dvc.lock").write_text("new")
+    Path("notes.py").write_text("")  # in no package: nothing imports it
+    assert git_state()["git_dirty"] == "false"
+    Path("pixelcnn/sampling/faster.py").write_text("")
+    assert git_state()["git_dirty"] == "true", "a new module is code that no commit holds"
+    Path("pixelcnn/sampling/faster.py").unlink()
+    assert git_state()["git_dirty"] == "false"
+    Path("pixelcnn/sampling/fast.py").write_text("changed")
+    assert git_state()["git_dirty"] == "true"
+
+
 def test_a_run_that_was_deleted_is_named(found: registry.Version) -> None:
     with pytest.raises(LookupError, match=r"run gone of pixelcnn-mnist5k version 1 was deleted\."):
-        registry.training_run(registry.Version(**{**vars(found), "run_id": "gone"}))
+        lineage.describe(registry.Version(**{**vars(found), "run_id": "gone"}))

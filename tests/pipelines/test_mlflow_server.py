@@ -7,7 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from sites import Site, stop
+
+from tests.pipelines.sites import Site, stop
 
 
 @pytest.mark.slow

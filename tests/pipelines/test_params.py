@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from projects import ROOT, tiny_params, write_params
 
-from pipelines.params import DATASETS, load_params
-from pixelcnn.config import GatedPixelCNNConfig, PixelCNNConfig
+from pipelines.datasets.entry import OFFICIAL
+from pipelines.params import QUICK_START, load_params
+from pixelcnn.models.registry import architectures
+from tests.pipelines.projects import ROOT, tiny_params, write_params
 
 
 @pytest.fixture
@@ -22,12 +23,15 @@ def load(folder: Path, values: dict):
 
 def test_every_model_and_dataset_is_a_pair() -> None:
     params = load_params(ROOT / "params.yaml")
-    assert set(params.pairs) == {f"{model}-{data}" for model in ("pixelcnn", "gated_pixelcnn") for data in DATASETS}
-    for name, pair in params.pairs.items():
-        assert isinstance(pair.network, PixelCNNConfig if name.startswith("pixelcnn") else GatedPixelCNNConfig)
-        assert pair.network.image_shape == DATASETS[pair.dataset].image_shape
-        assert pair.network.num_levels == DATASETS[pair.dataset].num_levels
-        assert pair.network.num_labels == len(DATASETS[pair.dataset].label_names) == 10
+    quick = {"pixelcnn-mnist5k", "gated_pixelcnn-mnist5k"}
+    full = {f"{model}-{data}" for model in architectures() for data in OFFICIAL if data != QUICK_START}
+    assert set(params.pairs) == quick | full
+    for pair in params.pairs.values():
+        assert type(pair.network) is architectures()[pair.model]
+        spec = params.dataset(pair.dataset)
+        assert pair.network.image_shape == spec.image_shape
+        assert pair.network.num_levels == spec.num_levels
+        assert pair.network.num_labels == len(spec.label_names) == 10
     assert params.pair("pixelcnn-mnist").network.num_features == 32
     assert not params.pair("pixelcnn-mnist").train.horizontal_flips
     assert params.pair("gated_pixelcnn-cifar10").train.horizontal_flips
@@ -39,10 +43,18 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         (
             "pairs.pixelcnn-mnist.train.learning_rat",
             0.1,
-            r"params\.yaml: unknown key 'pairs\.pixelcnn-mnist\.train\.learning_rat'\. Known: accumulate, batch_size, ",
+            r"params\.yaml: pairs\.pixelcnn-mnist\.train: unknown key 'learning_rat'\. Known: accumulate, batch_size, ",
         ),
-        ("pairs.pixelcnn-mnist.network.num_layers", 3, r"unknown key '.*network\.num_layers'\. Known: .*num_blocks"),
-        ("pairs.pixelcnn-mnist.network.num_levels", 2, r"unknown key 'pairs\.pixelcnn-mnist\.network\.num_levels'"),
+        (
+            "pairs.pixelcnn-mnist.network.num_layers",
+            3,
+            r"mnist\.network: unknown key 'num_layers'\. Known: .*num_blocks",
+        ),
+        (
+            "pairs.pixelcnn-mnist.network.num_levels",
+            2,
+            r"pairs\.pixelcnn-mnist\.network: num_levels is not to be set here",
+        ),
         (
             "pairs.pixelcnn-mnist.epochs",
             3,
@@ -53,41 +65,52 @@ def test_every_model_and_dataset_is_a_pair() -> None:
             3,
             r"unknown key 'sample\.num_image'\. Known: num_columns, num_completions, num_images, seed, temperature",
         ),
-        ("trian", {}, r"params\.yaml: unknown key 'trian'\. Known: candidates, data, "),
+        ("trian", {}, r"params\.yaml: unknown key 'trian'\. Known: checks, data, datasets, "),
         ("pairs.pixelcnn-mnist.train.learning_rate", -1, r"pairs\.pixelcnn-mnist\.train: learning_rate must .* got -1"),
         ("pairs.pixelcnn-mnist.train.learning_rate", "fast", r"learning_rate must be a number .* got 'fast'"),
         ("pairs.pixelcnn-mnist.train.batch_size", 2.5, r"batch_size must be a whole number .* got 2\.5"),
-        ("pairs.pixelcnn-mnist.train", None, r"pairs\.pixelcnn-mnist\.train must be a mapping .* got None"),
+        ("pairs.pixelcnn-mnist.train", None, r"pairs\.pixelcnn-mnist\.train: it must be a mapping .* got None"),
         ("pairs.pixelcnn-mnist.network.kernel_size", 4, r"pairs\.pixelcnn-mnist\.network: kernel_size must be odd"),
         ("pairs.gated_pixelcnn-cifar10.network.num_features", 4, r"num_features must be a multiple of the 3 colour"),
-        ("pairs.pixelcnn-mnist.num_threads", -1, r"pairs\.pixelcnn-mnist\.num_threads must be .* got -1"),
+        ("pairs.pixelcnn-mnist.num_threads", -1, r"pairs\.pixelcnn-mnist\.num_threads must be greater .* got -1"),
         (
             "pairs.pixelcnn-mnist.model",
             "vae",
-            r"unknown model 'vae' in 'pairs\.pixelcnn-mnist\.model'\. Known: pixel",
+            r"pairs\.pixelcnn-mnist\.model: unknown model 'vae'\. Known: gated_pixel",
         ),
-        ("pairs.pixelcnn-mnist.dataset", "svhn", r"unknown dataset 'svhn' .* Known: mnist5k, mnist, fashion_mnist"),
+        (
+            "pairs.pixelcnn-mnist.dataset",
+            "svhn",
+            r"mnist\.dataset: unknown dataset 'svhn'\. Known: mnist5k, mnist, fashion_mnist",
+        ),
         ("pairs.pixelcnn-mnist.dataset", "cifar10", r"pair 'pixelcnn-mnist' must be named .* 'pixelcnn-cifar10'"),
         (
             "pairs.pixelcnn-mnist.completer",
             {},
-            r"'pairs\.pixelcnn-mnist\.completer' trains nothing: set completer_feat",
+            r"pairs\.pixelcnn-mnist\.completer: it trains nothing: set completer_feat",
         ),
         (
             "pairs.pixelcnn-mnist.network.completer_features",
             3,
             r"pairs\.pixelcnn-mnist\.network: completer_features must be 0 where context_features is 0",
         ),
-        ("pairs.pixelcnn-mnist.completion_images", -1, r"pairs\.pixelcnn-mnist\.completion_images must be .* got -1"),
-        ("candidates.mnist", ["pixelcnn-cifar10"], r"candidates\.mnist names 'pixelcnn-cifar10', which is no pair of"),
-        ("candidates.mnist", [], r"candidates\.mnist must be a list of one or two pairs, got \[\]"),
-        ("candidates.svhn", ["pixelcnn-mnist"], r"unknown dataset 'candidates\.svhn'"),
-        ("default_targets", "promote@mnist5k", r"default_targets must be a list of stage names, got 'promote@mnist5k'"),
-        ("data.split_seed", True, r"data: split_seed must be a whole number .* got True"),
-        ("promote.confidence", 95, r"promote: confidence must be a number from 0\.5 to 0\.9999, got 95"),
-        ("promote.max_sample_s", "fast", r"promote: max_sample_s must be a number from 0 to 86400, got 'fast'"),
-        ("evaluate.batch_size", 0, r"evaluate: batch_size must be .* got 0"),
-        ("sample.temperature", float("nan"), r"sample: temperature must be .* got nan"),
+        ("evaluate.completion_images", {"mnist": -1}, r"evaluate\.completion_images\.mnist must be .* got -1"),
+        ("evaluate.completion_images", {"svhn": 1}, r"unknown dataset 'svhn'\. Known: mnist5k, "),
+        ("pairs", {}, r"pairs must .* got \{\}"),
+        ("data.split_seed", True, r"data\.split_seed must be .*integer, got True"),
+        ("datasets.mnist.num_levels", 1, r"datasets\.mnist\.num_levels must be .* got 1"),
+        ("datasets.mnist.image_shape", [2, 28, 28], r"datasets\.mnist\.image_shape must be \[1 or 3, height"),
+        ("datasets.mnist.protocol", "8-bit", r"datasets\.mnist\.protocol '8-bit' has 256 levels, got num_levels 2"),
+        ("datasets.mnist.source.path", "svhn", r"source\.path must be one of mnist5k, .*, got 'svhn'"),
+        (
+            "pairs.pixelcnn-mnist.train.horizontal_flips",
+            True,
+            r"pixelcnn-mnist\.train: horizontal_flips mirrors images",
+        ),
+        ("promote.confidence", 95, r"promote\.confidence must be less than or equal to 0\.9999, got 95"),
+        ("promote.max_sample_s", "fast", r"promote\.max_sample_s must be number, got 'fast'"),
+        ("evaluate.batch_size", 0, r"evaluate\.batch_size must be .* got 0"),
+        ("sample.temperature", float("nan"), r"sample\.temperature must be .* got nan"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, values: dict, path: str, value: object, message: str) -> None:
@@ -102,7 +125,7 @@ def test_mistakes_are_named(tmp_path: Path, values: dict, path: str, value: obje
 
 def test_missing_keys_are_named(tmp_path: Path, values: dict) -> None:
     del values["pairs"]["pixelcnn-mnist"]["train"]["batch_size"]
-    with pytest.raises(ValueError, match=r"key 'pairs\.pixelcnn-mnist\.train\.batch_size' is missing"):
+    with pytest.raises(ValueError, match=r"pairs\.pixelcnn-mnist\.train: .*batch_size"):
         load(tmp_path, values)
 
 
@@ -132,3 +155,9 @@ def test_no_key_stands_twice() -> None:
             return super().construct_mapping(node, deep)
 
     yaml.load((ROOT / "params.yaml").read_text(), Loader=Strict)
+
+
+def test_an_interrupted_quick_start_goes_on_from_a_state_of_seconds_ago() -> None:
+    params = load_params()
+    for name in ("pixelcnn-mnist5k", "gated_pixelcnn-mnist5k"):
+        assert params.pair(name).train.save_minutes <= 0.25, name  # it trains for about a minute in all

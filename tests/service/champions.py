@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines import store
+from pipelines.registry import store
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, save_checkpoint
 from pixelcnn.checkpoint import sha256_of
 
@@ -41,7 +41,7 @@ def put(folder: Path, dataset: str, config, version: str, seed: int) -> str:
         "data_hash": "d41d8c",
         "weights_sha256": sha256_of(checkpoint / "model.safetensors"),
         "dataset": dataset,
-        "label_names": ["cat", "dog", "owl"],
+        "label_names": ["cat", "dog", "owl", *(f"label {i}" for i in range(3, config.num_labels))],
         "protocol": "toy",
         "promoted_at": "2025-01-01T00:00:00+00:00",
     }

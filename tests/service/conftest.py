@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from champions import COLOUR, GREY, put, wait_until
 from starlette.testclient import TestClient
 
-from pipelines import store
+from pipelines.registry import store
 from pixelcnn import load_checkpoint
+from tests.service.champions import COLOUR, GREY, put, wait_until
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,8 @@ def client(service_home, answers_when_empty, tmp_path_factory):
     """A client of the one service: a second one in this process would register BentoML's metrics twice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENTOML_HOME", str(service_home))
-        from app import champions, service
+        from app.service import api as service
+        from app.service import champions
 
         patch.setattr(champions, "POLL_S", 0.1)
         with TestClient(service.PixelCNNService.to_asgi()) as client:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,11 @@ from pathlib import Path
 
 import httpx
 
+from tests.local import free_port
+
 ROOT = Path(__file__).parents[2]
 BENTOML = str(Path(sys.executable).with_name("bentoml"))
 START_SECONDS = 150
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Served:
@@ -63,9 +58,9 @@ class Served:
 
 
 @contextmanager
-def serving(home: Path, log: Path, **environment: str) -> Iterator[Served]:
+def serving(home: Path, log: Path, port: int | None = None, **environment: str) -> Iterator[Served]:
     """Serve the models of a store, BENTOML_HOME, until the end of the block."""
-    port = free_port()
+    port = port or free_port()
     settings = {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT), **environment}
     with open(log, "w") as output:
         process = subprocess.Popen(

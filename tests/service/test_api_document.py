@@ -6,13 +6,13 @@ import sys
 
 import httpx
 import pytest
-from champions import COLOUR, GREY, put
-from served import serving
 
-from pipelines import store
+from pipelines.registry import store
+from tests.service.champions import COLOUR, GREY, put
+from tests.service.served import serving
 
 # The size that the documents state: PIXELCNN_TEST_CASES=1000, per endpoint.
-NUM_CASES = int(os.environ.get("PIXELCNN_TEST_CASES", "15"))
+NUM_CASES = int(os.environ.get("PIXELCNN_TEST_CASES", "5"))
 CHECKS = [
     "not_a_server_error",
     "status_code_conformance",
@@ -43,6 +43,7 @@ def test_the_document_names_what_is_served(client):
     assert "InvalidArgument" not in str(document)
 
 
+@pytest.mark.repeated
 @pytest.mark.timeout(300 + 10 * NUM_CASES)
 def test_generated_requests_are_answered_as_the_document_says(tmp_path, monkeypatch):
     """Positive and negative ones, NUL bytes among them, and every boundary that the document states."""

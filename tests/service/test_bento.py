@@ -1,4 +1,4 @@
-"""The built Bento, served as a person would serve it, from another folder."""
+"""The Bento, taken to an empty store as one file, and served there from another folder."""
 
 import os
 import signal
@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.local import free_port
+
 ROOT = Path(__file__).parents[2]
 BENTOML = str(Path(sys.executable).with_name("bentoml"))
 REQUEST = {
@@ -20,12 +22,6 @@ REQUEST = {
     "num_samples": 4,
     "seed": 42,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -40,9 +36,21 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
     assert built.returncode == 0, built.stderr
     sources = service_home / "bentos/pixelcnn" / built.stdout.strip().rpartition(":")[2] / "src"
     files = {str(file.relative_to(sources)) for file in sources.rglob("*") if file.is_file()}
-    assert {"app/service.py", "pixelcnn/model.py"} <= files
-    assert not [file for file in files if file.split("/")[0] not in ("app", "pixelcnn", "bentofile.yaml")]
-    assert "app/canvas.py" not in files
+    assert {"app/service/api.py", "pixelcnn/models/base.py"} <= files
+    own = ("app", "pixelcnn", "bentofile.yaml", "constraints.txt")
+    assert not [file for file in files if file.split("/")[0] not in own]
+    assert "app/canvas/main.py" not in files
+
+    # It holds the models that are served, those and no others.
+    for words in (
+        ["export", built.stdout.strip().removeprefix("__tag__:"), str(tmp_path / "pixelcnn.bento")],
+        ["import", str(tmp_path / "pixelcnn.bento")],
+    ):
+        done = subprocess.run([BENTOML, *words], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        environment["BENTOML_HOME"] = str(tmp_path / "empty")
+    served = {str(path.relative_to(tmp_path / "empty/models")) for path in tmp_path.glob("empty/models/*/*/")}
+    assert served == {f"{latest.parent.name}/{latest.read_text()}" for latest in service_home.glob("models/*/latest")}
 
     port = free_port()
     log = tmp_path / "log"

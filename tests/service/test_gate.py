@@ -9,8 +9,10 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from app import gate, service, wire
 from app.client import ServiceClient, ServiceError
+from app.service import api as service
+from app.service import gate, wire
+from app.service.settings import settings
 
 TOKEN = "s3cret-token"
 OPEN = ("/healthz", "/livez", "/readyz")
@@ -86,20 +88,6 @@ def test_other_pages_may_not_read_the_answers(client):
 # Bounds.
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "\u0664"])
-def test_a_setting_that_is_no_number_is_refused(monkeypatch, text):
-    monkeypatch.setenv("PIXELCNN_MAX_QUEUE", text)
-    with pytest.raises(ValueError, match="PIXELCNN_MAX_QUEUE must be a whole number of at least 1, got '"):
-        gate.setting("PIXELCNN_MAX_QUEUE", 48)
-
-
-def test_a_setting_is_read_from_the_environment(monkeypatch):
-    monkeypatch.setenv("PIXELCNN_MAX_QUEUE", "7")
-    assert gate.setting("PIXELCNN_MAX_QUEUE", 48) == 7
-    monkeypatch.setenv("PIXELCNN_MAX_QUEUE", "")
-    assert gate.setting("PIXELCNN_MAX_QUEUE", 48) == 48
-
-
 class Connection:
     """A client's side of one request, by hand: the body comes when `body` is set, it leaves when `left` is."""
 
@@ -123,17 +111,23 @@ class Connection:
         self.sent.append(message)
 
 
-def test_beyond_the_requests_in_flight_all_are_refused_at_once(monkeypatch):
-    monkeypatch.setattr(gate, "MAX_REQUESTS", 2)
-    go = asyncio.Event()
+def held_until(go: asyncio.Event):
+    """Return an application that answers once it is let go."""
 
     async def wait(scope, receive, send) -> None:
         await receive()
         await go.wait()
         await hello(scope, receive, send)
 
+    return wait
+
+
+def test_beyond_the_requests_in_flight_all_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(settings, "max_requests", 2)
+    go = asyncio.Event()
+
     async def run() -> None:
-        app = gate.Gate(wait)
+        app = gate.Gate(held_until(go))
         connections = [Connection() for _ in range(3)]
         tasks = [asyncio.create_task(app(c.scope, c.receive, c.send)) for c in connections]
         await tasks[2]  # the others have not even sent their bodies
@@ -146,6 +140,29 @@ def test_beyond_the_requests_in_flight_all_are_refused_at_once(monkeypatch):
         await asyncio.gather(*tasks)
         assert [c.sent[0]["status"] for c in connections[:2]] == [200, 200]
         assert app.num_active == 0
+
+    asyncio.run(run())
+
+
+def test_beyond_a_clients_own_requests_it_alone_is_refused(monkeypatch):
+    monkeypatch.setattr(settings, "max_client_requests", 2)
+    go = asyncio.Event()
+
+    async def run() -> None:
+        app = gate.Gate(held_until(go))
+        connections = [Connection() for _ in range(5)]
+        for connection, name in zip(connections, (b"one", b"one", b"one", b"two", b""), strict=True):
+            connection.scope |= {"headers": [(b"x-client", name)] if name else [], "client": ("127.0.0.1", 1)}
+        tasks = [asyncio.create_task(app(c.scope, c.receive, c.send)) for c in connections]
+        await asyncio.wait_for(tasks[2], 5)
+        assert connections[2].sent[0]["status"] == 429
+        assert b"you have 2 requests here already" in connections[2].sent[1]["body"]
+        for connection in connections:
+            connection.body.set()
+        go.set()
+        await asyncio.gather(*tasks)
+        assert [c.sent[0]["status"] for c in (*connections[:2], *connections[3:])] == [200] * 4
+        assert not app._active_of, "nobody is remembered"
 
     asyncio.run(run())
 
@@ -191,7 +208,7 @@ def test_a_client_that_leaves_ends_its_request():
 
 
 def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch, caplog):
-    monkeypatch.setattr(gate, "SEND_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(settings, "send_timeout_s", 0.05)
 
     async def stream(scope, receive, send) -> None:
         async def rows():
@@ -213,7 +230,7 @@ def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch, caplog):
 
 
 def test_a_body_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
-    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(settings, "body_timeout_s", 0.05)
 
     async def never() -> dict:
         await asyncio.sleep(0.01)
@@ -226,9 +243,9 @@ def test_a_body_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
 
 def test_beyond_the_queue_requests_are_refused_at_once(client, monkeypatch):
     def full(self, job) -> None:
-        raise service.Full
+        raise service.QueueFull
 
-    monkeypatch.setattr(service.Batches, "submit", full)
+    monkeypatch.setattr(service.Batcher, "submit", full)
     for path in ("/generate", "/complete_stream"):
         body = {"dataset": "grey"}
         if path == "/complete_stream":
@@ -240,8 +257,8 @@ def test_beyond_the_queue_requests_are_refused_at_once(client, monkeypatch):
 
 
 def test_a_stream_ends_in_time(client, monkeypatch):
-    monkeypatch.setattr(service, "TIMEOUT_S", 0.05)
-    monkeypatch.setattr(service.Batches, "submit", lambda self, job: None)
+    monkeypatch.setattr(settings, "timeout_s", 0.05)
+    monkeypatch.setattr(service.Batcher, "submit", lambda self, job: None)
     body = {"dataset": "grey", "image": [[0] * 4] * 5, "observed": [[0] * 4] * 5}
     assert "took longer than 0.05 s: ask for less" in client.post("/complete_stream", json=body).text
 
@@ -268,3 +285,26 @@ def test_requests_that_come_together_are_read_one_per_turn_of_the_loop():
 
     asyncio.run(together())
     assert len(set(read)) == 8
+
+
+def test_clients_are_told_apart_by_their_name_or_else_their_address() -> None:
+    seen = []
+
+    async def note(scope, receive, send) -> None:
+        seen.append(gate.client.get())
+        await PlainTextResponse("hello")(scope, receive, send)
+
+    async def ask(address: str, headers: dict[str, str]) -> None:
+        transport = httpx.ASGITransport(gate.Gate(note), client=(address, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service.test") as client:
+            await client.post("/complete", headers=headers)
+
+    async def run() -> None:
+        for address, headers in (("a", {}), ("b", {}), ("a", {"X-Client": "1"}), ("b", {"X-Client": "1"})):
+            await ask(address, headers)
+        await ask("a", {"X-Client": 10_000 * "long"})
+
+    asyncio.run(run())
+    assert seen[2] == seen[3]
+    assert len(set(seen)) == 4
+    assert {len(name) for name in seen} == {16}  # hashed, so bounded: none holds what was sent

@@ -6,11 +6,11 @@ import time
 import prometheus_client
 import pytest
 import torch
-from champions import GREY, put, wait_until
 
-from app import service
-from pipelines import store
+from app.service.operation import drawings
+from pipelines.registry import store
 from pixelcnn import pixel_log_prob
+from tests.service.champions import GREY, put, wait_until
 
 IMAGE, OBSERVED = [[1, 0, 1, 0]] * 5, [[1] * 4] * 2 + [[0] * 4] * 3
 
@@ -67,7 +67,7 @@ def test_what_people_draw_is_told_as_bits_per_dim(client):
 
 def test_what_is_known_of_a_completion_is_scored(client, grey, monkeypatch):
     """With the upper part known it is the likelihood of those rows, whatever was drawn below them."""
-    monkeypatch.setattr(service, "WATCH_EVERY_S", 0)
+    monkeypatch.setattr(drawings, "SCORE_EVERY_S", 0)
     time.sleep(1)  # what an earlier test has drawn
     labels = {"dataset": "grey", "endpoint": "complete"}
     before = read("pixelcnn_drawn_bits_per_dim_sum", **labels)

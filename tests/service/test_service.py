@@ -2,28 +2,33 @@
 
 import asyncio
 import base64
+import importlib
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from champions import COLOUR, GREY, SCORES, make_checkpoint, put, wait_until
+from bentoml._internal.utils.analytics import usage_stats
 from starlette.requests import Request
 
-from app import gate, jobs, service, wire
-from app.champions import Champions
-from pipelines import store
-from pixelcnn import bits_per_dim, completion_log_prob, log_prob, pixel_log_prob, save_checkpoint
+import app.service
+from app.service import api as service
+from app.service import jobs, wire
+from app.service.champions import Champions
+from app.service.settings import settings
+from pipelines.registry import store
+from pixelcnn import bits_per_dim, completion_log_prob, log_prob, packed_bytes, pixel_log_prob, save_checkpoint
 from pixelcnn.checkpoint import sha256_of
 from pixelcnn.images import to_png
+from tests.service.champions import COLOUR, GREY, SCORES, make_checkpoint, put, wait_until
 
 IMAGE = [[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 OBSERVED = [[1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
@@ -146,7 +151,8 @@ def test_likelihood(client, grey):
     for label in (None, 0):
         request = {"dataset": "grey", "image": IMAGE} | ({} if label is None else {"label": label})
         answer = client.post("/likelihood", json=request).json()
-        assert set(answer) == {"log_prob", "bits_per_dim", "surprise", "model"}
+        assert set(answer) == {"log_prob", "bits_per_dim", "packed_bytes", "surprise", "model"}
+        assert answer["packed_bytes"] == packed_bytes(answer["log_prob"])
         levels = levels_of([IMAGE])
         nats = -pixel_log_prob(grey, levels, None if label is None else torch.tensor([label]))
         assert answer["log_prob"] == pytest.approx(-nats.sum().item(), rel=1e-5)
@@ -447,7 +453,7 @@ def test_our_own_failure_tells_no_details(client, monkeypatch):
 
 
 def test_too_many_at_once(client, monkeypatch):
-    monkeypatch.setattr(gate, "MAX_REQUESTS", 0)
+    monkeypatch.setattr(settings, "max_requests", 0)
     response = client.post("/generate", json={"dataset": "grey"})
     assert "send this one again in a few seconds" in error_of(response, 429)
     assert 3 <= int(response.headers["retry-after"]) <= 8
@@ -459,15 +465,12 @@ def test_a_clients_mistake_is_not_logged_as_an_exception(client, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_no_usage_reports():
-    code = """
-from bentoml._internal.utils.analytics import usage_stats
-assert not usage_stats.do_not_track()  # as the command line asks, first of all
-import app.service
-assert usage_stats.do_not_track()
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "BENTOML_DO_NOT_TRACK"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+def test_no_usage_reports(client, monkeypatch):
+    monkeypatch.delenv("BENTOML_DO_NOT_TRACK", raising=False)
+    usage_stats.do_not_track.cache_clear()
+    assert not usage_stats.do_not_track()  # as the command line asks, first of all
+    importlib.reload(app.service)
+    assert usage_stats.do_not_track()
 
 
 # The store changes.
@@ -586,3 +589,26 @@ def test_a_dataset_that_leaves_the_store_is_no_longer_served(tmp_path, monkeypat
     assert set(champions.describe()) == {"colour"}
     with pytest.raises(wire.RequestError, match="there is no champion for dataset 'grey'"):
         champions.get("grey")
+
+
+def test_before_the_first_champion_its_sampler_is_compiled(tmp_path: Path) -> None:
+    script = f"""
+import threading
+from pathlib import Path
+from app.service.champions import Champions
+from pixelcnn import load_checkpoint
+from pixelcnn.sampling import kernels
+from pixelcnn.sampling.fast import warm_up
+
+def compiled():
+    return {{name: len(value.signatures) for name, value in vars(kernels).items() if hasattr(value, "signatures")}}
+
+assert not any(compiled().values())
+Champions(Path({str(tmp_path)!r})).start()
+[thread] = [thread for thread in threading.enumerate() if thread.name == "compile"]
+thread.join()
+before = compiled()
+warm_up(load_checkpoint(Path("weights/gated_pixelcnn-mnist"))[0])
+assert any(before.values()) and compiled() == before, (before, compiled())
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)

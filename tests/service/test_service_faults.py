@@ -1,5 +1,6 @@
 """A service under load whose clients, worker and store fail: a real one, in processes of its own."""
 
+import errno
 import os
 import signal
 import socket
@@ -10,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-from champions import GREY, put, wait_until
-from served import serving
 
-from app.champions import Champions, load_champion
-from pipelines import store
+from app.service.champions import Champions, load_champion
+from pipelines.registry import store
 from pixelcnn import GatedPixelCNNConfig
+from tests.service.champions import GREY, put, wait_until
+from tests.service.served import serving
 
 # The sizes that the documents state: PIXELCNN_TEST_KILLS=20 PIXELCNN_TEST_FLIPS=400.
 NUM_KILLS = int(os.environ.get("PIXELCNN_TEST_KILLS", "1"))
@@ -117,6 +118,7 @@ def test_readers_that_take_nothing_do_not_hold_up_others(served):
             connection.close()
 
 
+@pytest.mark.repeated
 @pytest.mark.timeout(180 + 60 * NUM_KILLS)
 def test_a_killed_worker_comes_back_and_loses_only_what_it_computed(served):
     """Whoever asked meanwhile sees a broken connection, never a wrong answer; the canvas and clients ask again."""
@@ -178,6 +180,7 @@ def champions_of(tmp_path, monkeypatch):
     return Champions(tmp_path / "bentoml/models"), tmp_path / "bentoml/models" / tag.replace(":", "/")
 
 
+@pytest.mark.repeated
 def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
     """Except where it changes nothing that is read: then what is loaded equals the model, field by field."""
     champions, folder = champions_of(tmp_path, monkeypatch)
@@ -198,7 +201,7 @@ def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
             same = all(a.equal(b) for a, b in zip(found.model.parameters(), good.model.parameters(), strict=True))
             assert same, file.name
             assert found.identity == good.identity, file.name
-            assert found.describe() == good.describe(), (file.name, at)
+            assert found.description == good.description, (file.name, at)
             num_equal += 1
         file.write_bytes(whole)
     print(f"\n{NUM_FLIPS} flipped bits: {num_refused} refused, {num_equal} in bytes that are not read, 0 loaded")
@@ -232,6 +235,31 @@ def test_a_model_of_anything_but_plain_files_in_its_folder_is_refused(tmp_path, 
     champions.refresh()
     assert champions.get("grey").identity.version == "1"
     assert "version 1 is still served" in caplog.text
+
+
+def test_a_swap_that_failed_once_is_tried_again_though_no_file_changed(tmp_path, monkeypatch, caplog):
+    """First after a second, then at growing intervals; it is logged once."""
+    champions, _ = champions_of(tmp_path, monkeypatch)
+    champions.refresh()
+    store.serve(put(tmp_path, "grey", GREY, "2", seed=1))
+    tries, now = [], [1000.0]
+    monkeypatch.setattr("app.service.champions.time.monotonic", lambda: now[0])
+
+    def read_badly(file) -> str:
+        tries.append(now[0])
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("app.service.champions.sha256_of", read_badly)
+        for _ in range(600):
+            champions.refresh()
+            now[0] += 1
+    assert champions.get("grey").identity.version == "1"
+    assert np.diff(tries).tolist()[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert caplog.text.count("Input/output error") == 1
+    now[0] += 60
+    champions.refresh()
+    assert champions.get("grey").identity.version == "2"
 
 
 def test_the_last_good_champion_outlives_its_store(tmp_path, monkeypatch):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from champions import COLOUR, GREY, put
-from served import serving
 
-from pipelines import store
+from pipelines.registry import store
+from tests.service.champions import COLOUR, GREY, put
+from tests.service.served import serving
 
 # What the documents state: PIXELCNN_TEST_SOAK_S=600, a promotion every minute, memory within 5 %.
-SECONDS = float(os.environ.get("PIXELCNN_TEST_SOAK_S", "12"))
+SECONDS = float(os.environ.get("PIXELCNN_TEST_SOAK_S", "6"))
 PROMOTE_EVERY_S = min(60.0, SECONDS / 4)
 NUM_CLIENTS = 4
 PAUSE_S = 0.05  # the load is bounded: what is measured is what stays, not how much goes through
@@ -37,7 +37,7 @@ def memory_and_files(process: int) -> tuple[int, int]:
     return pages * os.sysconf("SC_PAGESIZE"), len(os.listdir(f"/proc/{process}/fd"))
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
 @pytest.mark.timeout(240 + SECONDS)
 def test_under_a_steady_load_nothing_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "bentoml"

@@ -1,0 +1,39 @@
+"""What the page does in the browser beside the grid: its address, and what endings look like while one draws."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from app.canvas.endings import Ending
+from app.canvas.texts import language, say
+
+HERE = Path(__file__).parent
+
+
+def companion(ending: Ending | None, comparable: bool = False) -> None:
+    """Show a button that copies the link to endings, or to the page; keep the address that of the last ones.
+
+    Args:
+        comparable: whether there is a drawing to compare them with.
+    """
+    buttons = (
+        f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
+        f'<button type="button" class="copy">{say("copy_link")}</button><span role="status"></span>'
+    )
+    component = st.components.v2.component(
+        f"companion_{language()}",
+        html=f'<div class="companion">{buttons}</div>',
+        css=(HERE / "companion.css").read_text(),
+        js=(HERE / "companion.js").read_text(),
+    )
+    component(
+        key="companion",
+        data={
+            "query": ending.link if ending else "",
+            "drawing": ending.drawing if ending else "",
+            "comparable": comparable,
+            "copy": say("copy_link"),
+            "copied": say("copied"),
+            "language": language(),
+        },
+    )

@@ -1,0 +1,169 @@
+// What the page does in the browser beside the grid, whose event `drawing` it hears:
+//
+// - Endings (`.endings[data-for]`, the text of the drawing that they end) are dimmed while the grid shows another
+//   drawing, and hidden while it shows none. The one that was clicked looks chosen as long as the grid shows it.
+// - The address becomes that of the last answered request once the pen rests. It replaces the history's entry: neither
+//   Streamlit's query parameters nor anything else here makes one.
+// - A picture that is pasted, or dropped anywhere, goes to the page's uploader, whose part of the page opens. The uploader
+//   offers a phone's camera, and is named to screen readers (Streamlit gives its section a role that hides the name).
+// - Copy link, and a button that shows the drawing in place of its endings as long as it is held.
+//
+// data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing; comparable: whether
+// there are endings of a drawing; copy, copied: what the button says; language:
+// of the page}.
+
+const REST_MS = 500;
+const COPIED_MS = 2000;
+
+function createCompanion(root) {
+  const button = root.querySelector(".copy");
+  const compare = root.querySelector(".compare");
+  let data = {};
+  let chosen = { key: null, text: null }; // the ending that was clicked, and the drawing that it made
+  let choosing = null;
+  let timer = null;
+
+  function improveUploader() {
+    for (const input of document.querySelectorAll('[data-testid="stFileUploader"] input[type="file"]')) {
+      if (input.accept !== "image/*") input.accept = "image/*";
+      input.closest("section")?.removeAttribute("role");
+    }
+  }
+
+  function upload(event) {
+    const files = (event.clipboardData ?? event.dataTransfer)?.files;
+    const input = document.querySelector('[data-testid="stFileUploader"] input[type="file"]');
+    if (!root.isConnected || !input || ![...(files ?? [])].some((file) => file.type.startsWith("image/"))) return;
+    event.preventDefault();
+    event.stopPropagation(); // or the uploader takes what is dropped on it twice
+    const details = input.closest("details");
+    if (details && !details.open) details.querySelector("summary").click();
+    input.files = files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    input.closest('[data-testid="stFileUploader"]').scrollIntoView({ block: "nearest" });
+  }
+
+  function sync() {
+    improveUploader();
+    const drawing = document.drawing;
+    if (!drawing || !document.querySelector(".endings[data-for]")) return;
+    for (const endings of document.querySelectorAll(".endings[data-for]")) {
+      let isCurrent = endings.dataset.for === drawing.text;
+      for (const ending of endings.querySelectorAll("[data-key]")) {
+        const isChosen = ending.dataset.key === chosen.key && drawing.text === chosen.text;
+        if (ending.getAttribute("aria-pressed") !== `${isChosen}`) ending.setAttribute("aria-pressed", isChosen);
+        isCurrent ||= isChosen;
+      }
+      endings.classList.toggle("earlier", !isCurrent);
+      endings.classList.toggle("gone", drawing.blank);
+    }
+  }
+
+  function rest() {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      const address = link();
+      if (root.isConnected && address !== location.href) history.replaceState(history.state, "", address);
+    }, REST_MS);
+  }
+
+  // A shared page is open to who has its token (`make demo SHARE=1`): it stays in the address, whatever else changes.
+  function link() {
+    const query = new URLSearchParams(data.query || location.search);
+    const token = new URLSearchParams(location.search).get("token") ?? sessionStorage.getItem("pixelcnn-token");
+    if (token) {
+      sessionStorage.setItem("pixelcnn-token", token);
+      query.set("token", token);
+    }
+    return `${location.origin}${location.pathname}${query.size ? `?${query}` : ""}`;
+  }
+
+  // Browsers offer a clipboard to secure pages alone, which one in the local network is not.
+  async function copy(text) {
+    if (navigator.clipboard) return navigator.clipboard.writeText(text);
+    const field = document.createElement("textarea");
+    field.value = text;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+
+  button.addEventListener("click", async () => {
+    await copy(link());
+    button.textContent = root.querySelector("span").textContent = data.copied;
+    setTimeout(() => {
+      button.textContent = data.copy;
+      root.querySelector("span").textContent = "";
+    }, COPIED_MS);
+  });
+
+  const hold = (held) => {
+    compare.setAttribute("aria-pressed", held);
+    for (const endings of document.querySelectorAll(".endings")) endings.classList.toggle("compare", held);
+  };
+  for (const type of ["pointerdown", "keydown"]) {
+    compare.addEventListener(type, (event) => hold(type === "pointerdown" || event.key === " " || event.key === "Enter"));
+  }
+  for (const type of ["pointerup", "pointercancel", "pointerleave", "keyup", "blur"]) {
+    compare.addEventListener(type, () => hold(false));
+  }
+  compare.addEventListener("contextmenu", (event) => event.preventDefault()); // which a finger that holds asks for
+
+  // The rest of the page belongs to others: what listens there ends with this element.
+  const gone = new AbortController();
+  const observer = new MutationObserver(() => (root.isConnected ? sync() : leave()));
+  const leave = () => {
+    observer.disconnect();
+    gone.abort();
+  };
+  observer.observe(document.body, { subtree: true, childList: true });
+  const options = { capture: true, signal: gone.signal };
+  for (const type of ["paste", "drop"]) document.addEventListener(type, upload, options);
+  document.addEventListener(
+    "dragover",
+    (event) => {
+      if (root.isConnected && event.dataTransfer?.types.includes("Files")) event.preventDefault(); // it may be dropped
+    },
+    options,
+  );
+  document.addEventListener(
+    "click",
+    (event) => {
+      const key = event.target.closest?.("[data-key]")?.dataset.key;
+      if (!key || !root.isConnected) return;
+      // The grid hears the same click, before or after.
+      chosen = { key, text: document.drawing?.text };
+      choosing = key;
+      setTimeout(() => (choosing = null));
+      queueMicrotask(sync);
+    },
+    options,
+  );
+  document.addEventListener(
+    "drawing",
+    ({ detail }) => {
+      if (!root.isConnected) return leave();
+      if (choosing) chosen = { key: choosing, text: detail.text };
+      sync();
+      rest();
+    },
+    options,
+  );
+
+  return {
+    update(newData) {
+      data = newData;
+      compare.hidden = !data.comparable;
+      document.documentElement.lang = data.language;
+      sync();
+      rest();
+    },
+  };
+}
+
+export default function ({ parentElement, data }) {
+  const root = parentElement.querySelector(".companion");
+  root.companion ??= createCompanion(root);
+  root.companion.update(data);
+}

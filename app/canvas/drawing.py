@@ -1,0 +1,146 @@
+"""A drawing: ink or paint on a grid, its texts, and what of it the model is given. Arrays alone."""
+
+import base64
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from app.canvas.photo import open_picture
+
+NO_MARK, TOUCHED, HOLE = 0, 1, 2  # a cell's mark, as in app/canvas/grid/grid.js
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is on the grid, int64.
+
+    Args:
+        strength: (H, W), of the ink, 0 to 255; or (H, W, 3), the colour of the paint.
+        mark: (H, W), NO_MARK, TOUCHED or HOLE.
+    """
+
+    strength: np.ndarray
+    mark: np.ndarray
+
+
+def blank_drawing(shape: tuple[int, ...]) -> Drawing:
+    """Return an empty grid: (H, W) for ink, (H, W, 3) for paint; so are the shapes below."""
+    return Drawing(np.zeros(shape, dtype=np.int64), np.zeros(shape[:2], dtype=np.int64))
+
+
+def per_cell(values: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return (H, W) values with an axis more if the image is in colour, so that the two go together."""
+    return values[..., None] if image.ndim == 3 else values
+
+
+def _packed(drawing: Drawing) -> bytes:
+    return np.concatenate([drawing.strength.ravel(), drawing.mark.ravel()]).astype(np.uint8).tobytes()
+
+
+def _unpacked(values: bytes, shape: tuple[int, ...]) -> Drawing:
+    """Undo `_packed`; blank if it is no drawing of this shape."""
+    found, size = np.frombuffer(values, dtype=np.uint8).astype(np.int64), math.prod(shape)
+    if len(found) != num_bytes(shape) or found[size:].max() > HOLE:
+        return blank_drawing(shape)
+    return Drawing(found[:size].reshape(shape), found[size:].reshape(shape[:2]))
+
+
+def num_bytes(shape: tuple[int, ...]) -> int:
+    """Return how many bytes a drawing takes: a strength for each channel of a cell, and its mark."""
+    return math.prod(shape) + math.prod(shape[:2])
+
+
+def drawing_text(drawing: Drawing) -> str:
+    """Return a drawing as the grid's state: all strengths, then all marks, two hexadecimal digits each."""
+    return _packed(drawing).hex()
+
+
+def parse_drawing(text: Any, shape: tuple[int, ...]) -> Drawing:
+    """Return the grid's state as a drawing; blank if it is not such a state."""
+    try:
+        return _unpacked(bytes.fromhex(text), shape)
+    except (TypeError, ValueError):
+        return blank_drawing(shape)
+
+
+def encode_drawing(drawing: Drawing) -> str:
+    """Return a drawing as short text for an address; empty for a blank one."""
+    values = _packed(drawing)
+    return base64.urlsafe_b64encode(zlib.compress(values, 9, -15)).decode().rstrip("=") if any(values) else ""
+
+
+def decode_drawing(text: str, shape: tuple[int, ...]) -> Drawing:
+    """Undo `encode_drawing`; blank if the text is no drawing of this shape."""
+    try:
+        packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        return _unpacked(zlib.decompressobj(wbits=-15).decompress(packed, num_bytes(shape) + 1), shape)
+    except (ValueError, zlib.error):
+        return blank_drawing(shape)
+
+
+def levels_of(drawing: Drawing, num_levels: int) -> np.ndarray:
+    """Return the levels, rounded as the grid shows them; 0 in holes, whatever ink is below."""
+    levels = np.floor(drawing.strength * (num_levels - 1) / 255 + 0.5).astype(np.int64)
+    return np.where(per_cell(drawing.mark == HOLE, levels), 0, levels)
+
+
+def strength_of(levels: np.ndarray, num_levels: int) -> np.ndarray:
+    """Return the strengths, 0 to 255, that `levels_of` turns into these levels."""
+    return np.rint(levels * 255 / (num_levels - 1)).astype(np.int64)
+
+
+def known_cells(drawing: Drawing, mode: str, num_levels: int) -> np.ndarray:
+    """Return (H, W) int64, 1 where a cell counts as known; `isKnown` in `app/canvas/grid/grid.js` shows the same.
+
+    Ink is what is not 0; paint is ink of any colour, black too.
+
+    Args:
+        mode: "above": every row down to the lowest ink; "ink"; "touched": ink and known blanks; "mask": all but holes.
+    """
+    ink: np.ndarray = drawing.mark == TOUCHED if drawing.strength.ndim == 3 else levels_of(drawing, num_levels) > 0
+    if mode == "mask":
+        known = np.ones_like(ink)
+    elif mode == "touched":
+        known = drawing.mark == TOUCHED
+    else:
+        known = ink.copy()
+        if mode == "above" and ink.any():
+            known[: int(np.flatnonzero(ink.any(axis=1))[-1]) + 1] = True
+    return np.asarray(known & (drawing.mark != HOLE), dtype=np.int64)
+
+
+def without(drawing: Drawing, part: str) -> Drawing:
+    """Return a drawing whose "lower", "upper", "left" or "right" half is a hole; unchanged for any other `part`."""
+    rows, columns = np.indices(drawing.mark.shape)
+    is_lower, is_right = rows >= drawing.mark.shape[0] // 2, columns >= drawing.mark.shape[1] // 2
+    parts = {"lower": is_lower, "upper": ~is_lower, "left": ~is_right, "right": is_right}
+    hole = parts.get(part, np.zeros_like(is_lower))
+    strength = np.where(per_cell(hole, drawing.strength), 0, drawing.strength)
+    return Drawing(strength, np.where(hole, HOLE, drawing.mark))
+
+
+def fit_picture(data: bytes, shape: tuple[int, ...], dark_ink: bool) -> np.ndarray:
+    """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
+
+    Args:
+        dark_ink: whether a grey picture shows dark ink on light paper, as photographs do; then dark becomes high.
+
+    Raises:
+        ValueError: it is no picture that can be read, or too large a one.
+    """
+    height, width = shape[:2]
+    colour = len(shape) == 3
+    picture = open_picture(data)
+    invert = dark_ink and not colour
+    paper = (255, 255, 255, 255) if invert else (0, 0, 0, 255)
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert("RGB" if colour else "L")
+    scale = min(width / flat.width, height / flat.height)
+    size = max(1, round(flat.width * scale)), max(1, round(flat.height * scale))
+    whole = Image.new(flat.mode, (width, height), paper[:3] if colour else paper[0])
+    whole.paste(flat.resize(size, Image.Resampling.BOX), ((width - size[0]) // 2, (height - size[1]) // 2))
+    values = np.asarray(whole, dtype=np.int64)
+    return 255 - values if invert else values

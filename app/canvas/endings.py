@@ -1,0 +1,106 @@
+"""A request for endings, and the endings that answer it. Arrays alone."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+
+from app.canvas.texts import say
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that one press of Complete sends; equal requests need not be sent twice. `image` and `observed` as rows."""
+
+    dataset: str
+    image: list[list[Any]]
+    observed: list[list[int]]
+    num_samples: int
+    label: int | None
+    temperature: float
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is shown: (N, H, W) or (N, H, W, 3) levels, -1 where not drawn yet, and the request that they answer.
+
+    `settings` and `drawing`, the grid's text, are what the request was made of; `linked` is the drawing as short text.
+    """
+
+    request: Request
+    levels: int
+    images: np.ndarray
+    log_probs: list[float] | None = None
+    seed: int | None = None
+    model: dict[str, Any] | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    drawing: str = ""
+    linked: str = ""
+    names: list[str] = field(default_factory=list)  # what each probably is; empty where nobody asked
+
+    @property
+    def link(self) -> str:
+        """The query of the address that draws them again."""
+        drawing = {"d": self.linked} if self.linked else {}
+        return urlencode(self.settings | {"seed": str(self.seed)} | drawing)
+
+    @property
+    def known(self) -> np.ndarray:
+        """(H, W), 1 where the person drew it."""
+        return np.array(self.request.observed)
+
+
+def parse_seed(text: str) -> int | None:
+    """Return the seed that a person typed, None for an empty field.
+
+    Raises:
+        ValueError: it is no seed; the text says what is.
+    """
+    text = text.strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) <= MAX_SEED):
+        raise ValueError(say("seed_wrong", most=MAX_SEED, text=text))
+    return int(text)
+
+
+def record(ending: Ending) -> str:
+    """Return the endings as JSON. Its `request`, sent to /complete, gives the same `result` from the same model."""
+    sent = {name: value for name, value in asdict(ending.request).items() if value is not None}
+    values = {
+        "request": sent | {"seed": ending.seed},
+        "result": {"completions": ending.images.tolist(), "log_probs": ending.log_probs},
+        "model": ending.model,
+    }
+    return json.dumps(values, indent=1)
+
+
+def version_of(model: Mapping[str, Any] | None) -> str:
+    """Name the model that an answer comes from, and its version."""
+    model = model or {}
+    return say("version", name=model.get("name"), version=model.get("version"))
+
+
+def nats(value: float) -> str:
+    """Write a log-probability for people, with a real minus sign."""
+    return f"{value:.1f} nats".replace("-", "\N{MINUS SIGN}")
+
+
+def bits_per_dim(log_prob: float, num: int) -> str:
+    """Write a log-probability in nats as bits per each of `num` dimensions."""
+    return f"{abs(log_prob) / (max(num, 1) * math.log(2)):.3f} bits/dim"
+
+
+def order_of(ending: Ending, order: str) -> list[int]:
+    """Return the endings' indices in the order to show: "likely" or "rare" first, or as "drawn"."""
+    found = list(range(len(ending.images)))
+    if ending.log_probs is None or order == "drawn":
+        return found
+    return sorted(found, key=ending.log_probs.__getitem__, reverse=order == "likely")

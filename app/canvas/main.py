@@ -1,0 +1,71 @@
+"""The canvas: draw, send to the service, show how the drawing could go on.
+
+Run with `streamlit run app/canvas/main.py`. It knows the service's wire alone (`app.client`): no model, no
+likelihood here. The grid itself is the component in `app/canvas/grid/`, which keeps the drawing in the browser.
+"""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import streamlit as st
+
+from app.canvas.session import Visit, this_visit
+from app.canvas.texts import say
+from app.canvas.views.demo import admit, invitation, training_line
+from app.canvas.views.draw import draw_page
+from app.canvas.views.generate import generate_page
+from app.canvas.views.models import models_page
+from app.canvas.views.surprise import surprise_page
+from app.canvas.widgets import show_trouble
+from app.client import ServiceClient, ServiceError, service_url
+
+Show = Callable[[ServiceClient, Visit], None]
+
+
+@st.cache_resource
+def client_of(url: str) -> ServiceClient:
+    """Return one client per address, shared by all visits."""
+    return ServiceClient(url)
+
+
+@st.cache_resource
+def freeze_garbage() -> None:
+    """Exempt what is loaded from garbage collection: Streamlit collects after each redrawing, 40 ms without strokes."""
+    gc.collect()
+    gc.freeze()
+
+
+def page(name: str, show: Show, client: ServiceClient, visit: Visit) -> st.Page:
+    """Return a page under a path of its own; each but the first needs a model."""
+
+    def shown() -> None:
+        if name == "draw" or visit.models:
+            show(client, visit)
+        else:
+            st.title(say(f"{name}_title"), anchor=False)
+            show_trouble(visit)
+
+    return st.Page(shown, title=say(name), url_path=name, default=name == "draw")
+
+
+def main() -> None:
+    """Show the page."""
+    st.set_page_config(page_title="PixelCNN canvas", page_icon="\N{PENCIL}\N{VARIATION SELECTOR-16}", layout="wide")
+    st.html(Path(__file__).with_name("page.css"))
+    freeze_garbage()
+    admit()
+    visit = this_visit()
+    try:
+        client = client_of(service_url()).named(visit.name)
+    except ServiceError as error:
+        st.error(str(error))
+        st.stop()
+    visit.refresh_models(client)
+    shows = {"draw": draw_page, "generate": generate_page, "surprise": surprise_page, "models": models_page}
+    st.navigation([page(name, show, client, visit) for name, show in shows.items()], position="top").run()
+    training_line()
+    invitation()
+
+
+main()

@@ -1,0 +1,170 @@
+"""A photo of something drawn becomes a drawing: its ink is found, and laid as the model's images have theirs.
+
+Arrays and Pillow alone. Ink is high here, 255, and paper 0, whatever the photo has.
+"""
+
+import functools
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+MAX_PIXELS = 50_000_000  # of a picture that cannot be read at a smaller size; JPEG can
+WORK_SIDE = 512  # a larger photo is reduced to it: many pixels for each cell are left
+LIGHT_STEPS, LIGHT_PIXELS = 10, 5000
+LEAST_CONTRAST = 0.15  # between ink and paper, of the paper's brightness; less is the paper's grain
+DARK = 64  # paper that is darker counts as of this brightness
+INK = 64  # strengths from here on are ink, where images are measured
+MAX_STROKE = 1 / 12  # of the smaller side: images of filled shapes ask for no thicker pen
+DUST = 0.002  # share of the ink at each side that a box may leave out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ink lies in a model's images.
+
+    Args:
+        fill: share of the grid's height or width, whichever is larger, that the ink's box takes: 20/28 in MNIST.
+        by_mass: whether the middle of the grid is the ink's centre of mass, as in MNIST, or the middle of its box.
+        stroke: width of a stroke, in cells, as `_stroke` measures it.
+        has_paper: whether there is ink on an empty ground at all, and not a picture up to its edges.
+    """
+
+    fill: float = 20 / 28
+    by_mass: bool = True
+    stroke: float = 2.0
+    has_paper: bool = True
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Return an uploaded picture, upright, as RGBA.
+
+    Raises:
+        ValueError: it is no picture that can be read, or too large a one.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            file.draft("RGB", (WORK_SIDE, WORK_SIDE))
+            if file.width * file.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            return ImageOps.exif_transpose(file).convert("RGBA")
+    except Image.DecompressionBombError:
+        raise ValueError("This picture is too large. Upload one of at most 50 million pixels.") from None
+    except (OSError, ValueError, SyntaxError):
+        raise ValueError("This file is no picture that can be read. Upload a PNG or a JPEG.") from None
+
+
+def layout_of(images: np.ndarray) -> Layout:
+    """Measure how ink lies in some images, (N, H, W) strengths of 0 to 255."""
+    inks = [image >= INK for image in images if (image >= INK).any()]
+    if not inks:
+        return Layout()
+    size = np.array(images.shape[1:])
+    edges = [np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).mean() for ink in inks]
+    fills, off_mass, off_box = [], [], []
+    for ink in inks:
+        top, bottom, left, right = _box(ink)
+        fills.append(((bottom - top) / size[0], (right - left) / size[1]))
+        off_mass.append(np.abs(np.argwhere(ink).mean(axis=0) + 0.5 - size / 2).sum())
+        off_box.append(np.abs(np.array([top + bottom, left + right]) / 2 - size / 2).sum())
+    return Layout(
+        fill=float(np.median(np.max(fills, axis=1))),
+        by_mass=bool(np.mean(off_mass) < np.mean(off_box)),
+        stroke=float(min(np.median([_stroke(ink) for ink in inks]), size.min() * MAX_STROKE)),
+        has_paper=bool(np.median(edges) < 0.1),
+    )
+
+
+@functools.lru_cache(maxsize=4)  # a page asks again at each redrawing
+def find_ink(data: bytes, shape: tuple[int, int], layout: Layout) -> np.ndarray:
+    """Return the ink of a photo as (H, W) int64 strengths of 0 to 255.
+
+    Paper may be lit unevenly, and ink dark on light or light on dark: the light is fitted, a threshold (Otsu's) parts
+    ink from paper, and what differs is the ink. It is cropped, thickened to the images' strokes if it is thinner, and
+    scaled and centred as `layout` says.
+
+    Raises:
+        ValueError: it is no picture that can be read, or holds no ink.
+    """
+    picture = open_picture(data)
+    picture.thumbnail((WORK_SIDE, WORK_SIDE))
+    grey = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
+    beyond = _beyond_light(np.asarray(grey, dtype=float))
+    threshold = _otsu(beyond)
+    found = beyond > threshold
+    if min(found.shape) >= WORK_SIDE // 4:  # single pixels are grain
+        found = np.asarray(Image.fromarray(found).convert("L").filter(ImageFilter.MedianFilter(3))) > 0
+    if not found.any() or beyond[found].mean() - beyond[~found].mean() < LEAST_CONTRAST:
+        raise ValueError("No ink was found in this picture. Take it nearer, on plain paper.")
+    top, bottom, left, right = _box(found)
+    strength = np.where(found, beyond, 0)[top:bottom, left:right]
+    strength = np.clip(strength / np.quantile(strength[strength > 0], 0.5), 0, 1) * 255
+    ink = Image.fromarray(strength.astype(np.uint8))
+    scale = min(layout.fill * shape[0] / ink.height, layout.fill * shape[1] / ink.width)
+    reach = round((layout.stroke / scale - _stroke(found[top:bottom, left:right])) / 2)
+    if reach > 0:  # a thin pen would fade away when it is scaled down
+        ink = ImageOps.expand(ink, reach).filter(ImageFilter.MaxFilter(2 * reach + 1))
+        scale = min(layout.fill * shape[0] / ink.height, layout.fill * shape[1] / ink.width)
+    size = max(1, round(ink.width * scale)), max(1, round(ink.height * scale))
+    small = np.asarray(ink.resize(size, Image.Resampling.BOX), dtype=np.int64)
+    return _placed(small, shape, layout.by_mass)
+
+
+def _beyond_light(grey: np.ndarray) -> np.ndarray:
+    """Return how far each pixel is from the paper towards the ink, as a share of the paper's brightness there, (H, W).
+
+    That brightness is a quadratic surface, fitted so that ink, the smaller part, hardly counts.
+    """
+    y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in grey.shape), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], axis=-1).reshape(-1, 6)
+    some = slice(None, None, max(1, len(terms) // LIGHT_PIXELS))
+    values, weights = grey.ravel()[some], np.ones(len(terms[some]))
+    rest = values
+    for _ in range(LIGHT_STEPS):
+        surface = np.linalg.lstsq(terms[some] * weights[:, None], values * weights, rcond=None)[0]
+        rest = values - terms[some] @ surface
+        weights = 1 / (1 + (rest / (2 * np.median(np.abs(rest)) + 1)) ** 2)
+    # Ink is the smaller part, on one side of the paper.
+    side = 1 if (np.clip(rest, -255, 255) ** 3).sum() > 0 else -1
+    paper = (terms @ surface).reshape(grey.shape)
+    return np.asarray(np.maximum(side * (grey - paper) / np.maximum(paper, DARK), 0))
+
+
+def _otsu(values: np.ndarray) -> float:
+    """Return the threshold that parts values into the two most separate classes (Otsu 1979)."""
+    counts, edges = np.histogram(values, bins=256)
+    middles = (edges[:-1] + edges[1:]) / 2
+    below, total = np.cumsum(counts), np.cumsum(counts * middles)
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (total / below - (total[-1] - total) / above) ** 2
+    return float(edges[1:][np.nanargmax(between)]) if np.isfinite(between).any() else 0.0
+
+
+def _box(ink: np.ndarray) -> tuple[int, int, int, int]:
+    """Return top, bottom, left and right of (H, W) ink; the last row and column are not in it, nor is dust."""
+    ends = []
+    for axis in (1, 0):
+        share = np.cumsum(ink.sum(axis=axis)) / ink.sum()
+        ends += [int((share <= DUST).sum()), int((share < 1 - DUST).sum()) + 1]
+    return ends[0], ends[1], ends[2], ends[3]
+
+
+def _stroke(ink: np.ndarray) -> float:
+    """Return the usual width of what is drawn in (H, W) ink: twice its area over its outline."""
+    padded = np.pad(ink, 1)
+    outline = sum(int((padded != np.roll(padded, 1, axis)).sum()) for axis in (0, 1))
+    return 2 * int(ink.sum()) / max(outline, 1)
+
+
+def _placed(ink: np.ndarray, shape: tuple[int, int], by_mass: bool) -> np.ndarray:
+    """Put ink onto an empty grid, centred; no ink leaves the grid."""
+    grid = np.zeros(shape, dtype=np.int64)
+    middles = (np.indices(ink.shape) * ink).sum(axis=(1, 2)) / max(int(ink.sum()), 1) if by_mass else None
+    starts = []
+    for axis in (0, 1):
+        middle = (ink.shape[axis] - 1) / 2 if middles is None else middles[axis]
+        starts.append(int(np.clip(round((shape[axis] - 1) / 2 - middle), 0, shape[axis] - ink.shape[axis])))
+    grid[starts[0] : starts[0] + ink.shape[0], starts[1] : starts[1] + ink.shape[1]] = ink
+    return grid

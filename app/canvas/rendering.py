@@ -1,0 +1,194 @@
+"""Images as pixels, PNG and the page's HTML. No Streamlit here."""
+
+import base64
+import functools
+import html
+import io
+
+import numpy as np
+from PIL import Image
+
+from app.canvas.drawing import NO_MARK, Drawing, drawing_text, levels_of, per_cell, strength_of
+from app.canvas.endings import Ending, bits_per_dim, nats, order_of
+from app.canvas.texts import say
+
+SAVED_CELL = 20  # pixels per cell of a picture to keep
+SAVED_GAP = 10
+ANIMATED_CELL, MAX_FRAMES, FRAME_MS, LAST_FRAME_MS = 10, 120, 40, 2000  # of an animation
+UNKNOWN = (232, 228, 220)  # its cells that are not drawn yet
+
+# Colours of the endings, red, green, blue.
+INK = (28, 31, 43)  # drawn by the person
+PAPER = (255, 255, 255)
+ADDED_INK = (217, 72, 15)  # added by the model
+ADDED_PAPER = (255, 246, 240)  # left blank by the model
+# Nats of a pixel, from nothing to the most surprising one of the picture.
+HEAT = np.array([(252, 250, 245), (253, 208, 140), (238, 115, 43), (165, 28, 48), (52, 8, 44)], dtype=float)
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    """Return (H, W, 3 or 4) uint8 pixels as a PNG. The page shows them enlarged without blur (`image-rendering`)."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def ending_pixels(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> np.ndarray:
+    """Return one ending as (H, W, 4) uint8 pixels.
+
+    Args:
+        image: (H, W) or (H, W, 3) levels in 0..levels-1, -1 where not drawn yet (transparent).
+        known: (H, W), 1 where the person drew it.
+        coloured: whether what the model added has a colour of its own; an image in colour keeps its own.
+    """
+    strength = np.clip(image, 0, None) / (levels - 1)
+    pixels = np.empty((*image.shape[:2], 4), dtype=np.uint8)
+    if image.ndim == 3:
+        pixels[..., :3] = np.rint(255 * strength)
+        pixels[..., 3] = np.where((image < 0).any(axis=-1), 0, 255)
+        return pixels
+    drawn = (known == 1) | (not coloured)  # (H, W)
+    ink = np.where(drawn[..., None], INK, ADDED_INK)  # (H, W, 3)
+    paper = np.where(drawn[..., None], PAPER, ADDED_PAPER)
+    pixels[..., :3] = np.rint(paper + (ink - paper) * strength[..., None])
+    pixels[..., 3] = np.where(image < 0, 0, 255)
+    return pixels
+
+
+def whole_pixels(image: np.ndarray, levels: int) -> np.ndarray:
+    """Return an image, (H, W) or (H, W, 3) levels, as (H, W, 4) uint8 pixels: grey ones as ink on paper."""
+    return ending_pixels(image, np.ones(image.shape[:2]), levels, coloured=False)
+
+
+def png_size(image: np.ndarray, levels: int) -> int:
+    """Return the bytes of an image, (H, W) or (H, W, 3) levels, as the smallest PNG that Pillow makes of it."""
+    picture, buffer = Image.fromarray(strength_of(image, levels).astype(np.uint8)), io.BytesIO()
+    (picture.convert("1") if levels == 2 else picture).save(buffer, "PNG", optimize=True)
+    return buffer.tell()
+
+
+def heat_pixels(surprise: np.ndarray) -> np.ndarray:
+    """Return (H, W) nats as (H, W, 3) uint8 pixels: light is expected, dark is the most surprising pixel."""
+    place = surprise / max(float(surprise.max()), 1e-9) * (len(HEAT) - 1)
+    channels = [np.interp(place, np.arange(len(HEAT)), HEAT[:, channel]) for channel in range(3)]
+    return np.asarray(np.rint(np.stack(channels, axis=-1)), dtype=np.uint8)
+
+
+def saved_picture(ending: Ending, coloured: bool, order: str, columns: int) -> bytes:
+    """Return all endings side by side as one large PNG to keep: each cell a crisp square."""
+    images = [ending.images[i] for i in order_of(ending, order)]
+    height, width = SAVED_CELL * images[0].shape[0] + SAVED_GAP, SAVED_CELL * images[0].shape[1] + SAVED_GAP
+    rows = -(-len(images) // columns)
+    paper = np.full((rows * height + SAVED_GAP, columns * width + SAVED_GAP, 3), 226, dtype=np.uint8)
+    for i, image in enumerate(images):
+        pixels = ending_pixels(image, ending.known, ending.levels, coloured)[..., :3]
+        top, left = SAVED_GAP + i // columns * height, SAVED_GAP + i % columns * width
+        large = pixels.repeat(SAVED_CELL, axis=0).repeat(SAVED_CELL, axis=1)
+        paper[top : top + large.shape[0], left : left + large.shape[1]] = large
+    return as_png(paper)
+
+
+def large_image(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> bytes:
+    """Return one image, (H, W) or (H, W, 3) levels, as a large PNG to keep."""
+    return as_png(ending_pixels(image, known, levels, coloured).repeat(SAVED_CELL, axis=0).repeat(SAVED_CELL, axis=1))
+
+
+def saved_animation(ending: Ending, i: int, coloured: bool) -> bytes:
+    """Return how an ending was finished, pixel by pixel in the order of rows, as a GIF that repeats."""
+    image, missing = ending.images[i], np.argwhere(ending.known == 0)
+    frames = []
+    for number in np.linspace(0, len(missing), min(len(missing), MAX_FRAMES - 1) + 1).astype(int):
+        shown = image.copy()
+        rows, columns = missing[number:].T
+        shown[rows, columns] = -1
+        pixels = ending_pixels(shown, ending.known, ending.levels, coloured)
+        pixels = np.where(pixels[..., 3:] == 0, UNKNOWN, pixels[..., :3]).astype(np.uint8)
+        frames.append(Image.fromarray(pixels.repeat(ANIMATED_CELL, axis=0).repeat(ANIMATED_CELL, axis=1)))
+    file, durations = io.BytesIO(), [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return file.getvalue()
+
+
+def img(pixels: np.ndarray, alt: str, css_class: str = "") -> str:
+    """Return (H, W, 3 or 4) uint8 pixels as the page's HTML."""
+    portrait = f' style="--ratio: {pixels.shape[1] / pixels.shape[0]:.3f}"' if pixels.shape[1] < pixels.shape[0] else ""
+    return f'<img class="{css_class}" src="{_address(pixels)}" alt="{html.escape(alt)}"{portrait}>'
+
+
+def _address(pixels: np.ndarray) -> str:
+    return _address_of(pixels.tobytes(), pixels.shape)
+
+
+@functools.lru_cache(maxsize=1024)  # each redrawing of a page shows most pictures again
+def _address_of(raw: bytes, shape: tuple[int, ...]) -> str:
+    png = as_png(np.frombuffer(raw, dtype=np.uint8).reshape(shape))
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _continue_button(ink: str, attributes: str, picture: str) -> str:
+    """Return a picture as a button that puts something on the grid: grid.js takes over its `data-ink`."""
+    return f'<button type="button" data-ink="{ink}" {attributes}>{picture}</button>'
+
+
+def _ink(ending: Ending, i: int) -> str:
+    return strength_of(ending.images[i], ending.levels).astype(np.uint8).tobytes().hex()
+
+
+def _alone(ending: Ending, coloured: bool) -> str:
+    """Return the drawing without its ending as a picture's address, to compare with."""
+    image = ending.images[0]
+    shown = np.where(per_cell(ending.known == 1, image), image, -1)
+    return _address(ending_pixels(shown, ending.known, ending.levels, coloured))
+
+
+def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False, sheet: bool = False) -> str:
+    """Return the endings as a grid of figures, in `order` once they are scored.
+
+    Args:
+        stale: whether other settings are chosen by now; companion.js does the same when the drawing is another.
+        sheet: whether they are whole images, on a page without a grid to continue them on.
+    """
+    known, kind = ending.known, "image" if sheet else "ending"
+    num_added = int((known == 0).sum()) * (3 if ending.images.ndim == 4 else 1)
+    figures = []
+    for rank, i in enumerate(order_of(ending, order), start=1):
+        pixels, title = ending_pixels(ending.images[i], known, ending.levels, coloured), say(kind, rank=rank)
+        if ending.log_probs is None:
+            picture, caption = img(pixels, f"{title}, {say('being_drawn')}"), "\N{HORIZONTAL ELLIPSIS}"
+        else:
+            score, bits = nats(ending.log_probs[i]), bits_per_dim(ending.log_probs[i], num_added)
+            name = html.escape(ending.names[i]) if ending.names else ""
+            caption = (f"<b>{name}</b>" if name else "") + f'<span title="{bits}">{score}</span>'
+            picture = img(pixels, f"{title}: {name} {score}" if name else f"{title}: {score}")
+        if not sheet:
+            label = html.escape(say("continue", rank=rank))
+            key = f'data-key="{ending.seed}-{i}" aria-pressed="false"' if ending.log_probs is not None else ""
+            attributes = f'{key} aria-label="{label}" title="{html.escape(say("continue_help"))}"'
+            picture = _continue_button(_ink(ending, i), attributes, picture)
+        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+    css_class = "endings" + " sheet" * sheet + " stale" * stale
+    told = "" if sheet else f' data-for="{ending.drawing}" style="--alone: url({_alone(ending, coloured)})"'
+    return f'<div class="{css_class}" data-known="{int(known.sum())}"{told}>{"".join(figures)}</div>'
+
+
+def gallery_html(endings: list[Ending]) -> str:
+    """Return the likeliest ending of each past request, as small buttons that continue from it."""
+    buttons = []
+    for ending in endings:
+        likeliest = order_of(ending, "likely")[0]
+        title = html.escape(say("continue_seed", seed=ending.seed))
+        picture = img(ending_pixels(ending.images[likeliest], ending.known, ending.levels, True), "")
+        buttons.append(_continue_button(_ink(ending, likeliest), f'title="{title}" aria-label="{title}"', picture))
+    return f'<div class="gallery">{"".join(buttons)}</div>'
+
+
+def examples_html(beginnings: list[Drawing], num_levels: int) -> str:
+    """Return real test images, begun, as small buttons that put them on the grid."""
+    buttons = []
+    for number, drawing in enumerate(beginnings, start=1):
+        levels = levels_of(drawing, num_levels)
+        shown = np.where(per_cell(drawing.mark == NO_MARK, levels), -1 if levels.ndim == 3 else 0, levels)
+        label = html.escape(say("example", number=number))
+        picture = img(whole_pixels(shown, num_levels), "")
+        buttons.append(_continue_button(drawing_text(drawing), f'aria-label="{label}" title="{label}"', picture))
+    return f'<div class="gallery examples"><span>{html.escape(say("examples"))}</span>{"".join(buttons)}</div>'

@@ -1,0 +1,149 @@
+"""What a visit remembers between redrawings of the page, and what it last heard of the service."""
+
+import contextlib
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import streamlit as st
+
+from app.canvas.drawing import strength_of
+from app.canvas.endings import Ending, Request, parse_seed
+from app.canvas.photo import Layout, layout_of
+from app.canvas.texts import say
+from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
+
+MODELS_TTL_S = 5.0  # how long the list of served models is taken as current
+RETRY_S = 5.0  # a service that does not answer is asked again after so long
+NUM_MEASURED = 9  # images
+NEW_SEEDS = 10**6  # short enough to be read out; a person may type longer ones
+
+
+@dataclass
+class Visit:
+    """The state of a visit, beside the grid's ink, which is the component's, and what the widgets keep."""
+
+    name: str = field(default_factory=lambda: secrets.token_hex(8))  # for the service, which takes turns between visits
+    models: dict[str, ServedModel] = field(default_factory=dict)  # what is served, in the order to offer it
+    models_at: float = -math.inf  # when it was asked
+    models_missing: bool = False  # the service then had none to name, or gave no answer
+    trouble: ServiceError | None = None  # what keeps an answer away
+    retry_at: float = math.inf  # when to try again by itself
+    pending: bool = False  # endings are wanted and have not come yet
+    answered: Request | None = None  # the last request that has an answer, be it an error
+    asked: Request | None = None  # the last request that was sent
+    unanswered: bool = False  # it found no service, so it is to be sent again
+    seed: int | None = None  # of this drawing's endings, until other ones are wanted
+    gallery: list[Ending] = field(default_factory=list)  # the endings of this visit, the last ones first
+    drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
+    linked: str = ""  # the drawing of the address that the visit began with
+    example_wanted: bool = False
+    example: tuple[str, np.ndarray] | None = None  # (dataset, strengths) of the last picture made to start from
+    layouts: dict[str, Layout] = field(default_factory=dict)  # by the SHA-256 of the weights
+    load: dict[str, str] | None = None  # what the grid is to take over: {revision, ink}
+    generate_wanted: bool = True
+    generated: Ending | None = None  # the last sheet
+    surprise: tuple[Any, Likelihood, list[float] | None] | None = None  # (question, answer, log_probs by label)
+
+    def refresh_models(self, client: ServiceClient) -> None:
+        """Ask what is served if the list is old; the last list stays in use while the service is away."""
+        if time.monotonic() - self.models_at < MODELS_TTL_S:
+            return
+        try:
+            self.models = in_order(client.models())
+            if self.models_missing:
+                self.answer_came()
+            if not self.models:
+                raise ServiceError(say("operator_no_model"), away=True)
+            self.models_missing = False
+        except ServiceError as error:
+            self.fail(error)
+            self.models_missing = True
+        self.models_at = time.monotonic()
+
+    def layout(self, client: ServiceClient, dataset: str) -> Layout:
+        """Return how ink lies in a dataset's images, measured on some that its model makes. Raises ServiceError."""
+        model = self.models[dataset]
+        weights = str(model.model.get("weights_sha256"))
+        if weights not in self.layouts:
+            images = client.generate(dataset, num_samples=NUM_MEASURED, seed=0).images
+            self.layouts[weights] = layout_of(strength_of(np.array(images), model.levels))
+        return self.layouts[weights]
+
+    def fail(self, error: ServiceError) -> None:
+        """Note what keeps an answer away, and when to ask again if that may help."""
+        self.trouble = error
+        self.retry_at = time.monotonic() + RETRY_S if error.away else math.inf
+
+    def answer_came(self) -> None:
+        """Note that the service answers."""
+        self.trouble, self.retry_at = None, math.inf
+
+    def retry(self) -> None:
+        """Have everything asked anew that has no answer."""
+        self.models_at, self.retry_at = -math.inf, math.inf
+        self.pending |= self.unanswered
+        self.unanswered = False
+
+    def want_endings(self) -> None:
+        """Note that new endings are wanted. They still are if a stroke interrupts the page before they have come."""
+        self.pending = True
+        self.seed = None
+        self.models_at = -math.inf
+
+    def want_no_endings(self) -> None:
+        """Want no endings after all; nor again for the same drawing as long as it is only live."""
+        self.pending = False
+        self.answered = self.asked
+
+    def own_seed(self) -> int:
+        """Return the seed of this drawing, a new one if it has none: all that is drawn live then bends, not jumps."""
+        if self.seed is None:
+            self.seed = secrets.randbelow(NEW_SEEDS)
+        return self.seed
+
+
+def in_order(served: Mapping[str, ServedModel]) -> dict[str, ServedModel]:
+    """Return what is served in the order to offer it: `mnist`, other handwritten digits, images in colour last."""
+    return dict(
+        sorted(served.items(), key=lambda item: (item[1].shape[0], item[0] != "mnist", not item[0].startswith("mnist")))
+    )
+
+
+def shape_of(model: ServedModel) -> tuple[int, ...]:
+    """Return the shape of an image on the wire: (H, W), or (H, W, 3) for colour."""
+    channels, height, width = model.shape
+    return (height, width) if channels == 1 else (height, width, channels)
+
+
+def this_visit() -> Visit:
+    """Return the state of this visit. A new one takes up the address: with a seed, it is the link to a picture."""
+    state = st.session_state
+    if "visit" not in state:
+        visit = state.visit = Visit()
+        query = st.query_params
+        visit.linked = query.get("d", "")
+        for name, kind in (("dataset", str), ("known", str), ("label", int), ("temperature", float), ("n", int)):
+            with contextlib.suppress(ValueError, KeyError):  # the widgets forget what they do not offer
+                state[f"linked_{name}"] = kind(query[name])
+        with contextlib.suppress(ValueError):
+            visit.seed = parse_seed(query.get("seed", ""))
+        visit.pending = visit.seed is not None and bool(visit.linked)  # the picture is drawn at once
+    return cast(Visit, state.visit)
+
+
+def linked_default(name: str, key: str, offered: Any, default: Any) -> Any:
+    """Return what a widget shows first: the address's value if it is on offer, else the default.
+
+    Args:
+        key: of the widget, whose kept value is dropped where it is not on offer.
+    """
+    state = st.session_state
+    if key in state and state[key] not in offered:
+        del state[key]
+    linked = state.get(f"linked_{name}", default)
+    return linked if linked in offered else default

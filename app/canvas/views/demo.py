@@ -1,0 +1,87 @@
+"""What `make demo` tells the page: the training that goes on beside it, and the link that it is shared by."""
+
+import hmac
+import json
+import os
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import segno
+import streamlit as st
+
+from app.canvas.texts import say
+
+STATUS_VARIABLE = "PIXELCNN_DEMO_STATUS"  # a file that app/demo.py writes
+SHARE_VARIABLE = "PIXELCNN_DEMO_SHARE"  # the link, with its token; none where nobody else can come
+TOKEN = "token"  # its name in the link
+COOKIE = "pixelcnn_token"  # keeps it while the address changes
+KEEP_TOKEN = """
+export default function ({ data }) {
+  document.cookie = `${data}; path=/; SameSite=Strict`;
+}
+"""
+POLL_S = 2
+
+
+def read_status() -> dict[str, str]:
+    """Return what the demo last said, empty if nothing or without a demo."""
+    try:
+        return dict(json.loads(Path(os.environ[STATUS_VARIABLE]).read_text()))
+    except (KeyError, OSError, ValueError):
+        return {}
+
+
+def status_text(status: dict[str, str]) -> str:
+    """Say in one line what is trained beside the page, how good it is and how long it still takes."""
+    if status.get("doing") in ("done", "failed"):
+        return say(f"quick_start_{status['doing']}")
+    if "what" not in status:
+        return ""
+    parts = [say("training", doing=status["doing"], what=status["what"])]
+    if "validation" in status:
+        parts.append(say("validation", nll=status["validation"]))
+    if "left" in status:
+        parts.append(say("left", left=status["left"]))
+    return " · ".join(parts)
+
+
+def training_line() -> None:
+    """Show that line, and keep it up to date as long as something is trained."""
+    if STATUS_VARIABLE not in os.environ:
+        return
+    begun = read_status()
+    ends = begun.get("doing") in ("done", "failed")
+
+    @st.fragment(run_every=None if ends else POLL_S)
+    def line() -> None:
+        status = read_status()
+        if not ends and status.get("doing") in ("done", "failed"):
+            st.rerun()  # the page then finds the new champion, and nothing is asked any more
+        if text := status_text(status):
+            st.caption(text)
+
+    with st.container(key="beside"):
+        line()
+
+
+def admit() -> None:
+    """Stop here for who has not come by the link, where the page is shared by one."""
+    [token] = parse_qs(urlsplit(os.environ.get(SHARE_VARIABLE, "")).query).get(TOKEN, [""])
+    sent = st.query_params.get(TOKEN) or str(st.context.cookies.get(COOKIE, ""))
+    if not token:
+        return
+    if "admitted" not in st.session_state and not hmac.compare_digest(sent.encode(), token.encode()):
+        st.error(say("not_invited"))
+        st.stop()
+    st.session_state.admitted = True
+    st.components.v2.component("keep_token", js=KEEP_TOKEN)(data=f"{COOKIE}={token}", key="keep_token")
+
+
+def invitation() -> None:
+    """Show the link to others and its QR code, where the page is shared."""
+    if link := os.environ.get(SHARE_VARIABLE):
+        with st.popover(say("invite"), icon=":material/qr_code_2:"):
+            st.caption(say("invite_help"))
+            code = segno.make(link, micro=False).svg_data_uri(scale=5, border=3, light="white")
+            st.html(f'<img src="{code}" alt="{say("invite_picture")}">')
+            st.code(link, language=None, wrap_lines=True)

@@ -1,0 +1,69 @@
+"""The page of whole images, drawn from nothing."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import streamlit as st
+
+from app.canvas import widgets
+from app.canvas.companion import companion
+from app.canvas.endings import Ending, Request, version_of
+from app.canvas.rendering import endings_html
+from app.canvas.session import Visit, shape_of
+from app.canvas.texts import say
+from app.canvas.waiting import complete
+from app.client import ServiceClient, ServiceError
+
+NUM_IMAGES = 16
+
+
+def generate_page(client: ServiceClient, visit: Visit) -> None:
+    """Generate a sheet of images at first, and when asked to; show the last one."""
+    st.title(say("generate_title"), anchor=False)
+    st.markdown(say("generate_intro"))
+    left, right = st.columns([9, 21], gap="medium")
+    with left:
+        dataset = widgets.choose_dataset(visit.models)
+        model = visit.models[dataset]
+        label, temperature = widgets.choose_label(model.labels, say("draw_label")), widgets.choose_temperature()
+        seed, wrong_seed = widgets.choose_seed("generate_seed")
+        if widgets.main_button(say("generate_button")):
+            visit.generate_wanted = True
+    with right:
+        away_place = st.container()
+        trouble, place = st.empty(), st.empty()
+    settings = {"dataset": dataset, "label": str(-1 if label is None else label), "temperature": str(temperature)}
+    if wrong_seed:
+        trouble.warning(wrong_seed)
+        return
+    if visit.generate_wanted:
+        # An image of which nothing is known: its completion is what /generate draws, and comes row by row.
+        nothing = np.zeros(shape_of(model), dtype=np.int64)
+        observed = np.zeros(nothing.shape[:2], dtype=np.int64)
+        seed = visit.seed if seed is None and visit.generated is None and not visit.linked else seed  # of the address
+        request = Request(dataset, nothing.tolist(), observed.tolist(), NUM_IMAGES, label, temperature, seed)
+
+        def show(unfinished: Ending) -> None:
+            place.html(endings_html(unfinished, coloured=False, order="likely", sheet=True))
+
+        try:
+            stop = functools.partial(setattr, visit, "generate_wanted", False)
+            visit.generated = replace(complete(client, request, model.levels, stop, show), settings=settings)
+            visit.answer_came()
+        except ServiceError as error:
+            visit.fail(error)
+        visit.generate_wanted = False
+    if visit.trouble:
+        with away_place:
+            widgets.show_trouble(visit)
+    if visit.generated is None:
+        place.html(f'<div class="endings waiting"><p>{say("sixteen")}</p></div>')
+        return
+    stale = visit.generated.settings != settings
+    place.html(endings_html(visit.generated, coloured=False, order="likely", stale=stale, sheet=True))
+    with right, st.container(key="actions", horizontal=True, vertical_alignment="center"):
+        widgets.show_seed(visit.generated.seed)
+        st.caption(say("likeliest_first", model=version_of(visit.generated.model)), width="stretch")
+        widgets.download(visit.generated, coloured=False, order="likely", columns=4)
+        companion(visit.generated)

@@ -1,0 +1,140 @@
+"""The page of surprise: nats per pixel."""
+
+import html
+from typing import Any
+
+import numpy as np
+import streamlit as st
+
+from app.canvas.companion import companion
+from app.canvas.drawing import TOUCHED, Drawing, levels_of, parse_drawing
+from app.canvas.endings import bits_per_dim, nats, version_of
+from app.canvas.examples import real_images
+from app.canvas.rendering import heat_pixels, img, png_size, whole_pixels
+from app.canvas.session import Visit, shape_of
+from app.canvas.texts import say
+from app.canvas.waiting import wait_for
+from app.canvas.widgets import choose_dataset, choose_label, upload_picture
+from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
+
+
+def surprise_page(client: ServiceClient, visit: Visit) -> None:
+    """Show where an image surprises the model, and which label explains it best."""
+    st.title(say("surprise_title"), anchor=False)
+    st.markdown(say("surprise_intro"))
+    left, right = st.columns([9, 21], gap="medium")
+    with left:
+        dataset = choose_dataset(visit.models)
+        model = visit.models[dataset]
+        shape = shape_of(model)
+        strength, trouble = upload_picture(say("own_picture"), client, visit, dataset)
+        label = choose_label(model.labels, say("told"))
+    if trouble:
+        right.warning(trouble)
+        return
+    if strength is None:
+        drawing = parse_drawing(visit.drawn.get(shape), shape)
+    else:
+        drawing = Drawing(strength, np.full(shape[:2], TOUCHED))
+    examples = real_images(dataset)
+    if not drawing.mark.any() and examples:
+        drawing, is_example = Drawing(examples[0], np.full(shape[:2], TOUCHED)), True
+    else:
+        is_example = False
+    image = levels_of(drawing, model.levels)
+    question = (dataset, image.tolist(), label)
+    if not visit.surprise or visit.surprise[0] != question:
+        try:
+            visit.surprise = (question, client.likelihood(dataset, image.tolist(), label=label), None)
+        except ServiceError as error:
+            right.warning(str(error))
+            return
+    _, answer, by_label = visit.surprise
+    surprise = np.array(answer.surprise)
+    sent = img(whole_pixels(image, model.levels), say("sent"))
+    heat = img(heat_pixels(surprise), say("heat_map"))
+    scale = f'<span>0</span><i class="heat"></i><span>{surprise.max():.1f} nats</span>'
+    with right:
+        st.html(
+            f'<div class="pair"><figure>{sent}<figcaption>{say("as_sent")}</figcaption></figure>'
+            f"<figure>{heat}<figcaption>{scale}</figcaption></figure></div>"
+        )
+        if is_example:
+            st.caption(say("example_scored"))
+        elif not drawing.mark.any():
+            st.caption(say("nothing_scored"))
+        first, second, third = st.columns(3)
+        first.metric(say("log_probability"), nats(answer.log_prob))
+        second.metric(say("per_dimension"), bits_per_dim(answer.log_prob, image.size))
+        if "test/nll_nats" in model.scores:
+            third.metric(say("usual"), nats(-model.scores["test/nll_nats"]))
+        size = png_size(image, model.levels)
+        st.caption(say("packed", packed=answer.packed_bytes, png=size))
+        if model.labels and st.button(say("which_label"), icon=":material/label:"):
+
+            def ask() -> list[float]:
+                return log_probs_by_label(client, dataset, len(model.labels), image)
+
+            try:
+                by_label = wait_for(ask, say("asking"), lambda: None)
+                visit.surprise = (question, answer, by_label)
+            except ServiceError as error:
+                st.warning(str(error))
+        if by_label:
+            st.html(labels_html(model.labels, by_label))
+        st.caption(say("by", model=version_of(answer.model)))
+        companion(None)
+
+
+def log_probs_by_label(client: ServiceClient, dataset: str, num_labels: int, image: np.ndarray) -> list[float]:
+    """Return the log-probability of an image, (H, W) or (H, W, 3) levels, as each label has it, nats."""
+    return [client.likelihood(dataset, image.tolist(), label=label).log_prob for label in range(num_labels)]
+
+
+def surprise_beside(client: ServiceClient, visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
+    """Show, beside the grid, which label explains what is on it and where it surprises; of each pixel how likely it is.
+
+    Args:
+        image: (H, W) or (H, W, 3) levels.
+    """
+    question = (dataset, image.tolist(), None)
+    if not visit.surprise or visit.surprise[0] != question or (model.labels and visit.surprise[2] is None):
+
+        def ask() -> tuple[Any, Likelihood, list[float] | None]:
+            answer = client.likelihood(dataset, image.tolist())
+            return question, answer, log_probs_by_label(client, dataset, len(model.labels), image) or None
+
+        try:
+            visit.surprise = wait_for(ask, say("asking"), lambda: None)
+        except ServiceError as error:
+            visit.fail(error)
+            return
+    _, answer, by_label = visit.surprise
+    labels = labels_html(model.labels, by_label, most=5) if by_label else ""
+    st.html(f'<div class="beside">{map_html(np.array(answer.surprise))}<div>{labels}</div></div>')
+    st.caption(say("tap_pixel"))
+
+
+def map_html(surprise: np.ndarray) -> str:
+    """Return (H, W) nats as a map whose pixels say, when pointed at or tapped, how likely each was."""
+    cells = [
+        f'<i style="background: rgb{tuple(colour)}" data-p="{100 * np.exp(-nats):.3g} %"></i>'
+        for colour, nats in zip(heat_pixels(surprise).reshape(-1, 3).tolist(), surprise.ravel(), strict=True)
+    ]
+    label = html.escape(say("heat_map"))
+    return (
+        f'<div class="map" role="img" aria-label="{label}" style="--width: {surprise.shape[1]}">{"".join(cells)}</div>'
+    )
+
+
+def labels_html(names: list[str], log_probs: list[float], most: int = 1000) -> str:
+    """Return what each label makes of an image: its log-probability, and the label's share if all are as likely."""
+    scores = np.array(log_probs)
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    rows = [
+        f"<tr><th>{html.escape(names[i])}</th><td>{nats(scores[i])}</td>"
+        f'<td><i style="width: {100 * shares[i]:.1f}%"></i></td><td>{100 * shares[i]:.0f} %</td></tr>'
+        for i in np.argsort(-scores)[:most]
+    ]
+    return f'<table class="labels">{"".join(rows)}</table>'

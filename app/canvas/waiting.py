@@ -1,0 +1,131 @@
+"""How a page waits for the service: still able to be redrawn, with a button to stop."""
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import streamlit as st
+
+from app.canvas.drawing import per_cell
+from app.canvas.endings import Ending, Request
+from app.canvas.texts import say
+from app.client import Completions, OnOpen, Rows, ServiceClient
+
+Event = TypeVar("Event")
+WAIT_S = 0.01  # how often a page that waits looks whether it is to be redrawn
+SHOW_S = 0.06  # at most this often are unfinished images shown anew
+END = object()
+
+
+def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> Generator[Event | None, None, None]:
+    """Yield the events of another thread, and None whenever nothing has come for a moment.
+
+    A page is redrawn, or stopped, when it next calls Streamlit: `look_up` at each None keeps it responsive while a
+    service is slow. Leaving the generator drops what still comes. Raises what the events raise.
+
+    Args:
+        ask_for: returns the events; it may tell what ends them while the other thread waits for one.
+    """
+    answers: queue.Queue[Any] = queue.Queue()
+    left = threading.Event()
+
+    ends: list[Callable[[], None]] = []
+
+    def on_open(end: Callable[[], None]) -> None:
+        ends.append(end)
+        if left.is_set():
+            end()
+
+    def ask() -> None:
+        try:
+            with contextlib.closing(ask_for(on_open)) as events:  # ends the request
+                for event in events:
+                    answers.put(event)
+                    if left.is_set():
+                        return
+            answers.put(END)
+        except Exception as error:  # it is raised where it is awaited
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    event = None
+    try:
+        while event is not END:
+            try:
+                event = answers.get(timeout=WAIT_S)
+            except queue.Empty:
+                event = None
+            if isinstance(event, Exception):
+                raise event
+            if event is not END:
+                yield event
+    finally:
+        left.set()
+        for end in ends:
+            end()
+
+
+@contextlib.contextmanager
+def busy(text: str, on_stop: Callable[[], None]) -> Iterator[None]:
+    """Show that the model works, and a button that stops it, both unseen in the first moment."""
+    place = st.empty()
+    with place.container(key="busy", horizontal=True, vertical_alignment="center"):
+        st.markdown(text)
+        st.button(say("stop"), on_click=on_stop, key="stop", width="content")
+    try:
+        yield
+    finally:
+        place.empty()
+
+
+def look_up() -> None:
+    """Leave this run of the page here, by an exception of Streamlit's, if the page is to be redrawn or stopped.
+
+    Each read of the session's state does so; showing something would, too, but costs the browser a frame.
+    """
+    st.session_state.get("visit")
+
+
+def wait_for(call: Callable[[], Event], text: str, on_stop: Callable[[], None]) -> Event:
+    """Return what a call of the service returns, showing that it takes a while. Raises ServiceError."""
+    with busy(text, on_stop):
+        for answer in in_background(lambda _: (call() for _ in range(1))):
+            if answer is not None:
+                return answer
+            look_up()
+    raise AssertionError("a call returns or raises")
+
+
+def complete(
+    client: ServiceClient, request: Request, levels: int, on_stop: Callable[[], None], show: Callable[[Ending], Any]
+) -> Ending:
+    """Send a request; return its finished endings. Raises ServiceError.
+
+    Args:
+        levels: K of the model.
+        show: is given the unfinished endings when they have new rows.
+    """
+    known, image = np.array(request.observed), np.array(request.image)
+    blank = np.where(per_cell(known, image) == 1, image, -1)
+    images = np.repeat(blank[None], request.num_samples, axis=0)  # (N, H, W) or (N, H, W, 3)
+    shown_at = -math.inf
+    answers = in_background(lambda on_open: client.complete_stream(**vars(request), on_open=on_open))
+    # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
+    with busy(say("drawing"), on_stop), contextlib.closing(answers):
+        for event in answers:
+            now = time.monotonic()
+            if isinstance(event, Completions):
+                return Ending(request, levels, np.array(event.completions), event.log_probs, event.seed, event.model)
+            if isinstance(event, Rows):
+                rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
+                images[:, event.start : event.start + rows.shape[1]] = rows
+                if now - shown_at >= SHOW_S:
+                    show(Ending(request, levels, images))
+                    shown_at = now
+            look_up()
+    raise AssertionError("the stream ends with the completions or an error")

@@ -1,0 +1,166 @@
+"""The choices, uploads and downloads that pages have in common."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import streamlit as st
+
+from app.canvas.drawing import fit_picture, per_cell
+from app.canvas.endings import Ending, order_of, parse_seed, record
+from app.canvas.photo import find_ink
+from app.canvas.rendering import large_image, saved_animation, saved_picture
+from app.canvas.session import Visit, linked_default, shape_of
+from app.canvas.texts import TEXTS, say
+from app.client import ServedModel, ServiceClient, ServiceError
+
+MAX_UPLOAD_MB = 10
+TEMPERATURE = 0.9  # more endings hold together than at 1, and as many differ: docs/endings.md
+
+
+def choose(label: str, names: Mapping[str, str], default: str, **options: Any) -> str:
+    """Show a row of choices, by the names of their keys; return the chosen key.
+
+    Args:
+        options: further ones of `st.segmented_control`.
+    """
+    chosen: str = st.segmented_control(
+        label, list(names), format_func=lambda key: names[key], default=default, required=True, **options
+    )
+    return chosen
+
+
+def main_button(label: str, on_click: Callable[[], None] | None = None) -> bool:
+    """Show the page's main button, which the key F presses, too; return whether it was pressed."""
+    icon = ":material/auto_awesome:"
+    return st.button(label, on_click=on_click, key="main", shortcut="F", type="primary", icon=icon, width="stretch")
+
+
+def name_of(dataset: str) -> str:
+    """Return a dataset's name and what its images are."""
+    return f"{dataset}: {say(f'about_{dataset}')}" if f"about_{dataset}" in TEXTS else dataset
+
+
+def choose_dataset(served: Mapping[str, ServedModel]) -> str:
+    """Show the datasets; return the chosen one, empty text if there is none."""
+    if not served:  # under a key of its own, or the choice would be lost while the service is away
+        st.selectbox(say("dataset"), [], key="no_dataset", placeholder=say("none_yet"))
+        return ""
+    offered = list(served)
+    first = offered.index(linked_default("dataset", "dataset", offered, offered[0]))
+    return st.selectbox(say("dataset"), offered, first, format_func=name_of, key="dataset", persist_state="session")
+
+
+def choose_label(names: list[str], text: str) -> int | None:
+    """Show the labels; return the chosen one's index, None for none."""
+    if not names:
+        st.selectbox(text, [say("anything")], key="no_label", disabled=True)
+        return None
+    offered = [-1, *range(len(names))]
+    label: int = st.selectbox(
+        text,
+        offered,
+        offered.index(linked_default("label", "label", offered, -1)),
+        format_func=lambda index: say("anything") if index < 0 else names[index],
+        key="label",
+        persist_state="session",
+    )
+    return None if label < 0 else label
+
+
+def choose_temperature() -> float:
+    """Show the temperature; return it."""
+    offered = [round(0.05 * i, 2) for i in range(31)]
+    first = linked_default("temperature", "temperature", offered, TEMPERATURE)
+    text, help_text = say("temperature"), say("temperature_help")
+    temperature: float = st.slider(
+        text, 0.0, 1.5, first, 0.05, key="temperature", persist_state="session", help=help_text
+    )
+    return temperature
+
+
+def choose_seed(key: str) -> tuple[int | None, str]:
+    """Show the seed; return it, None where none is typed, and what is wrong with the one that is."""
+    try:
+        text = st.text_input(
+            say("seed"), placeholder=say("seed_placeholder"), key=key, persist_state="session", help=say("seed_help")
+        )
+        return parse_seed(text), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def upload_picture(label: str, client: ServiceClient, visit: Visit, dataset: str) -> tuple[np.ndarray | None, str]:
+    """Show an upload; return its picture as strengths, (H, W) or (H, W, 3), or None, and what is wrong with it."""
+    shape = shape_of(visit.models[dataset])
+    file = st.file_uploader(label, type=["png", "jpg", "jpeg"], max_upload_size=MAX_UPLOAD_MB)
+    if file is None:
+        return None, ""
+    try:
+        if len(shape) == 3:
+            return fit_picture(file.getvalue(), shape, dark_ink=False), ""
+        layout = visit.layout(client, dataset)
+        if st.toggle(say("find_ink"), value=layout.has_paper, help=say("find_ink_help")):
+            return find_ink(file.getvalue(), shape, layout), ""
+        return fit_picture(file.getvalue(), shape, st.toggle(say("dark_ink"), value=True)), ""
+    except (ValueError, ServiceError) as error:
+        return None, str(error)
+
+
+def show_trouble(visit: Visit) -> None:
+    """Say what keeps an answer away, in a visitor's words; count down to the next try if that may help."""
+    if visit.trouble is None:
+        return
+    if not visit.trouble.away:
+        st.warning(str(visit.trouble))
+        return
+    st.warning(say("no_model" if str(visit.trouble) == say("operator_no_model") else "away"))
+    _count_down(visit)
+    with st.expander(say("operator")):
+        st.markdown(str(visit.trouble))
+
+
+@st.fragment(run_every=1.0)
+def _count_down(visit: Visit) -> None:
+    left = visit.retry_at - time.monotonic()
+    if left <= 0:
+        visit.retry()
+        st.rerun()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if math.isfinite(left):
+            st.caption(say("again_in", seconds=math.ceil(left)), width="content")
+        if st.button(say("try_now"), key="try_now"):
+            visit.retry()
+            st.rerun()
+
+
+def show_seed(seed: int | None) -> None:
+    """Show a seed with a button to copy it."""
+    with st.container(key="seed", horizontal=True, vertical_alignment="center"):
+        st.caption(say("seed"), width="content")
+        st.code(str(seed), language=None, width="content")
+
+
+def download(ending: Ending, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:
+    """Offer to keep endings: all as a large picture, and as JSON that reproduces them; one, and how it came about.
+
+    Args:
+        chosen: the one, the likeliest by default; not offered by itself on a sheet of whole images.
+    """
+    one = order_of(ending, "likely")[0] if chosen is None else chosen
+    image, known, levels = ending.images[one], ending.known, ending.levels
+    alone = np.where(per_cell(known == 1, image), image, -1)
+    offers: list[tuple[str, str, str, Callable[[], str | bytes]]] = [
+        ("one", "png", "image/png", lambda: large_image(image, known, levels, coloured)),
+        ("all", "png", "image/png", lambda: saved_picture(ending, coloured, order, columns)),
+        ("drawing", "png", "image/png", lambda: large_image(alone, known, levels, coloured)),
+        ("animation", "gif", "image/gif", lambda: saved_animation(ending, one, coloured)),
+        ("record", "json", "application/json", lambda: record(ending)),
+    ]
+    with st.popover(say("save"), icon=":material/download:"):
+        for what, kind, mime, data in offers:
+            if known.any() or what in ("all", "animation", "record"):
+                name = f"{ending.request.dataset}-{ending.seed}-{what}.{kind}"
+                st.download_button(say(f"save_{what}"), data, name, mime, key=f"save_{what}", on_click="ignore")

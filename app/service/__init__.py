@@ -1,0 +1,28 @@
+"""The HTTP service, a program of its own: it shares the wire format with the canvas, and no code.
+
+This is the one place that imports private modules of BentoML. Usage reports are off unless BENTOML_DO_NOT_TRACK asks
+for them; but `bentoml serve` has read that variable, and cached it, before it imports this. Its processes count for
+/metrics in a folder that BentoML has one of per model store, and empties at each start: two services that serve one
+store would lose their counts. Here each `bentoml serve` has its own, and takes it away.
+"""
+
+import logging
+import os
+import tempfile
+
+from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.log import TraceRecordFilter
+from bentoml._internal.utils.analytics import usage_stats
+
+from app.service.api import PixelCNNService as PixelCNNService
+from app.service.operation.requests import JsonFormatter
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+usage_stats.do_not_track.cache_clear()
+
+_counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-")  # until this process ends
+BentoMLContainer.prometheus_multiproc_dir.set(os.environ.get("PROMETHEUS_MULTIPROC_DIR") or _counts.name)
+
+for _handler in logging.getLogger("bentoml").handlers:
+    if any(isinstance(one, TraceRecordFilter) for one in _handler.filters):  # a server's, not the command line's
+        _handler.setFormatter(JsonFormatter())

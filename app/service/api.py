@@ -1,0 +1,221 @@
+"""The service's endpoints: decode a request, have it computed, encode the answer.
+
+It serves what promotion put into BentoML's model store, and takes up a new champion without a restart. Its settings are
+in settings.py.
+"""
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator
+from http import HTTPStatus
+from typing import Any, cast
+
+import bentoml
+import torch
+from bentoml.models import BentoModel
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+from torch import Tensor
+
+from app.service import gate, wire
+from app.service.batching import Batcher, Job, QueueFull
+from app.service.champions import Champion, Champions, latest_files, store_folder
+from app.service.images import to_lists
+from app.service.jobs import SamplingJob, likelihood_job
+from app.service.metrics import metrics
+from app.service.openapi import amended
+from app.service.operation.drawings import Drawings
+from app.service.operation.page import page
+from app.service.operation.readiness import Readiness
+from app.service.operation.requests import RequestLog, line_of_request, note
+from app.service.operation.tracing import tracing
+from app.service.settings import settings
+
+logger = logging.getLogger("bentoml.pixelcnn")
+
+MAX_BATCH_IMAGES = 36  # of requests that share a call: nine endings for four canvases take half the processor time
+SWITCH_INTERVAL_S = 0.0005
+
+
+# Clients' mistakes stay out of the server's log, where BentoML would write a traceback for each.
+logging.getLogger("bentoml._internal.server.http_app").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], wire.RequestError))
+)
+
+models_app = FastAPI(title="models", docs_url=None, redoc_url=None, openapi_url=None)
+
+
+@bentoml.service(
+    name="pixelcnn",
+    workers=1,
+    traffic={"timeout": settings.timeout_s},
+    tracing=tracing(),
+    logging={"access": {"enabled": False}},  # RequestLog's lines say more
+    metrics={"enabled": settings.watch},
+    http={"host": "127.0.0.1", "port": 3000},
+)
+@bentoml.asgi_app(models_app)
+class PixelCNNService:
+    """Complete, generate and score images with the champion of each dataset."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(settings.threads)
+        self.champions = Champions(store_folder(), lambda: self.readiness.tell())
+        self.readiness = Readiness(self.champions)
+        self.metrics = metrics()
+        self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue, self.metrics.waiting.set, self._count_call)
+        self.challengers = Champions(store_folder(), role="challenger")
+        self.drawings = Drawings(self.batcher, self.challengers)
+
+    @bentoml.on_startup
+    def start(self) -> None:
+        """Load the champions before the first request."""
+        self.champions.start()
+        self.challengers.start()
+        self.readiness.drain_on_sigterm()
+        # gc.freeze(): full collections of all that is loaded would stall the event loop for about 100 ms.
+        gc.collect()
+        gc.freeze()
+        # Threads that compute in Python would otherwise keep the event loop waiting for 5 ms at a time.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    @bentoml.on_shutdown
+    def shut_down(self) -> None:
+        """Finish the current calls; cancel what waits."""
+        self.champions.stop()
+        self.challengers.stop()
+        self.batcher.close()
+
+    async def __is_ready__(self) -> bool:
+        """Tell BentoML's /readyz; its /livez, which asks for nothing, says that this process answers."""
+        self.readiness.check()
+        return True
+
+    def _champion(self, dataset: str) -> Champion:
+        champion = self.champions.get(dataset)
+        note(dataset=dataset, version=champion.identity.version)
+        return champion
+
+    def _submit(self, job: Job) -> None:
+        line, start = line_of_request.get({}), time.perf_counter()
+        job.on_call = lambda: line.update(waited_s=round(time.perf_counter() - start, 4))
+        job.client = gate.client.get()
+        try:
+            self.batcher.submit(job)
+        except QueueFull:
+            raise wire.RequestError(
+                f"{self.batcher.num_waiting} requests wait already: send this one again in a few seconds.",
+                HTTPStatus.TOO_MANY_REQUESTS,
+            ) from None
+
+    def _count_call(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.on_call()
+        lane = jobs[0].lane
+        self.metrics.batch_requests.labels(lane).observe(len(jobs))
+        self.metrics.batch_images.labels(lane).observe(sum(job.num_images for job in jobs))
+
+    @contextlib.contextmanager
+    def _measured(self, endpoint: str, dataset: str) -> Iterator[None]:
+        """Record the seconds of an answer, or that its client disconnected."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.disconnects.labels(endpoint, dataset).inc()
+            raise
+        self.metrics.seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
+
+    async def _answer(self, endpoint: str, dataset: str, job: Job) -> Any:
+        with self._measured(endpoint, dataset):
+            self._submit(job)
+            return await asyncio.wrap_future(job.done)  # cancelled with the request
+
+    @models_app.get("/models")
+    def list_models(self) -> dict[str, Any]:
+        """Describe the champion of each dataset: shape, levels, labels, lineage, scores."""
+        return self.champions.describe()
+
+    @models_app.get("/drawings")
+    def list_drawings(self) -> dict[str, Any]:
+        """Tell of each dataset's drawings: are they like the reference, and which of two versions knows them better."""
+        return self.drawings.describe()
+
+    @models_app.get("/", include_in_schema=False)
+    def page(self) -> HTMLResponse:
+        """Return a page in place of BentoML's."""
+        return page()
+
+    @models_app.get("/docs.json", include_in_schema=False)
+    def document(self) -> dict[str, Any]:
+        """Return the OpenAPI document, in place of BentoML's."""
+        return amended(cast(bentoml.Service[Any], PixelCNNService).openapi_spec.asdict(), self.champions.describe())
+
+    @bentoml.api
+    async def complete(self, request: wire.CompleteRequest, /) -> wire.CompleteAnswer:
+        """Fill in the missing pixels of an image, several times."""
+        job = SamplingJob(self._champion(request.dataset), request)
+        answer: wire.CompleteAnswer = await self._answer("complete", request.dataset, job)
+        # Once the answer is on its way.
+        asyncio.get_running_loop().call_soon(self.drawings.completed, "complete", request.dataset, job)
+        return answer
+
+    @bentoml.api
+    async def complete_stream(self, request: wire.CompleteRequest, /) -> AsyncGenerator[str, None]:
+        """Do the same, sending each finished row: events `rows`, then `result` (or `error`)."""
+        loop = asyncio.get_running_loop()
+        # Unbounded, but it holds one image's rows at most: the sampler never waits for a slow reader.
+        events: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def put(event: str | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def on_row(row: int, levels: Tensor) -> None:
+            put(wire.server_sent_event("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])})))
+
+        job = SamplingJob(self._champion(request.dataset), request, on_row)
+        self._submit(job)
+        job.done.add_done_callback(lambda _: put(None))
+        end = loop.time() + settings.timeout_s
+        try:
+            with self._measured("complete_stream", request.dataset):
+                yield ": drawing\n\n"  # The answer has begun: BentoML's own timeout no longer applies.
+                while (event := await asyncio.wait_for(events.get(), end - loop.time())) is not None:
+                    yield event
+                yield wire.server_sent_event("result", job.done.result().model_dump_json())
+            self.drawings.completed("complete_stream", request.dataset, job)
+        except Exception as error:
+            text = f"the completion took longer than {settings.timeout_s} s: ask for less."
+            if not isinstance(error, TimeoutError):
+                logger.exception("completion failed while it was streamed")
+                text = "the completion failed: the service's log says why."
+            yield wire.server_sent_event("error", json.dumps({"error": text}))
+        finally:
+            job.done.cancel()  # The client may have disconnected: stop drawing.
+
+    @bentoml.api
+    async def generate(self, request: wire.GenerateRequest, /) -> wire.GenerateAnswer:
+        """Sample whole images."""
+        job = SamplingJob(self._champion(request.dataset), request)
+        answer: wire.GenerateAnswer = await self._answer("generate", request.dataset, job)
+        return answer
+
+    @bentoml.api
+    async def likelihood(self, request: wire.LikelihoodRequest, /) -> wire.LikelihoodAnswer:
+        """Score an image: its log-probability, and how surprising each pixel is."""
+        job = likelihood_job(self._champion(request.dataset), request)
+        answer: wire.LikelihoodAnswer = await self._answer("likelihood", request.dataset, job)
+        self.metrics.drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
+        return answer
+
+
+_service = cast(bentoml.Service[Any], PixelCNNService)
+# What a Bento that is built now pins and holds, by version and hash. A server looks in its store itself.
+_service.models += [BentoModel(f"{latest.parent.name}:{latest.read_text().strip()}") for latest in latest_files()]
+_service.add_asgi_middleware(RequestLog, paths=["/models", *(f"/{name}" for name in _service.apis)])
+_service.add_asgi_middleware(gate.Gate, token=settings.token.get_secret_value().strip())

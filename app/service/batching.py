@@ -1,0 +1,166 @@
+"""Adaptive batching: requests that arrive while the sampler is busy share its next call.
+
+There is no timer. A request that finds its lane idle is computed at once, alone; what arrives meanwhile waits, and the
+next call takes the request whose turn it is with all others of the same key, up to a number of images. Turns go round
+the clients: who sends many requests at once waits behind who sends one. Each lane is a thread, so that a long
+computation in one does not hold up another.
+"""
+
+import itertools
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+logger = logging.getLogger("bentoml.pixelcnn")
+
+MAX_CLIENTS = 1024  # whose last turns are remembered
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait."""
+
+
+class Job:
+    """A request that waits for its computation; cancelling the future `done` drops it.
+
+    Args:
+        lane: jobs of one lane are computed one call after the other.
+        key: jobs of a lane with equal keys can share a call.
+        num_images: what it adds to a call.
+    """
+
+    def __init__(self, lane: str, key: Hashable, num_images: int) -> None:
+        self.lane, self.key, self.num_images = lane, key, num_images
+        self.on_call: Callable[[], None] = lambda: None  # told when its call begins
+        self.client = ""  # whose turn it takes
+        self.done: Future[Any] = Future()
+
+    @staticmethod
+    def run_together(jobs: list[Any]) -> None:
+        """Compute these jobs in one call, and `finish` each; what is raised fails all that are unfinished."""
+        raise NotImplementedError
+
+    def finish(self, result: Any) -> None:
+        """Resolve `done` with a result or an exception, unless that has happened or it was cancelled."""
+        try:
+            if isinstance(result, BaseException):
+                self.done.set_exception(result)
+            else:
+                self.done.set_result(result)
+        except InvalidStateError:
+            pass
+
+
+class Batcher:
+    """The waiting jobs, and the threads that compute them, one for each lane.
+
+    Args:
+        max_images: of a call with several jobs; a larger job is computed alone.
+        max_waiting: jobs that may wait, in all lanes together.
+        on_queue: is told how many jobs wait, whenever that changes.
+        on_call: is told the jobs of each call, before it.
+    """
+
+    def __init__(
+        self,
+        max_images: int,
+        max_waiting: int,
+        on_queue: Callable[[int], None] = lambda num: None,
+        on_call: Callable[[list[Job]], None] = lambda jobs: None,
+    ) -> None:
+        self.max_images, self.max_waiting = max_images, max_waiting
+        self._on_queue, self._on_call = on_queue, on_call
+        self._changed = threading.Condition()
+        self._waiting: list[Job] = []
+        self._turns: dict[str, int] = {}  # of each client, the number of its last turn, the oldest first
+        self._numbers = itertools.count(1)
+        self._lanes: set[str] = set()
+        self._closed = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its `done` resolves when it is computed.
+
+        Raises:
+            QueueFull: too many wait; the job is not taken.
+        """
+        with self._changed:
+            if self._closed or self.num_waiting >= self.max_waiting:
+                raise QueueFull
+            if job.lane not in self._lanes:
+                threading.Thread(target=self._work, args=(job.lane,), name=f"lane-{job.lane}", daemon=True).start()
+                self._lanes.add(job.lane)  # only now: if the start fails, the lane's next job tries again
+            self._set_waiting([*self._waiting, job])
+            self._changed.notify_all()
+        job.done.add_done_callback(lambda _: self._drop(job))
+
+    def close(self) -> None:
+        """Stop the threads after their current call, and cancel what waits."""
+        with self._changed:
+            self._closed = True
+            waiting = self._waiting
+            self._set_waiting([])
+            self._changed.notify_all()
+        for job in waiting:
+            job.done.cancel()
+
+    def _set_waiting(self, jobs: list[Job]) -> None:
+        self._waiting = jobs
+        _notify(self._on_queue, len(jobs))
+
+    def _drop(self, job: Job) -> None:
+        with self._changed:
+            if job in self._waiting:
+                self._set_waiting([other for other in self._waiting if other is not job])
+
+    def _take(self, lane: str) -> list[Job]:
+        """Wait for jobs; return those of the next call, none when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or any(job.lane == lane for job in self._waiting))
+            taken: list[Job] = []
+            num_images = 0
+            for job in self._in_turn(lane):
+                if not taken or (job.key == taken[0].key and num_images + job.num_images <= self.max_images):
+                    taken.append(job)
+                    num_images += job.num_images
+            for job in taken:
+                self._turns.pop(job.client, None)
+                self._turns[job.client] = next(self._numbers)
+            while len(self._turns) > MAX_CLIENTS:
+                del self._turns[next(iter(self._turns))]
+            self._set_waiting([job for job in self._waiting if job not in taken])
+            return taken
+
+    def _in_turn(self, lane: str) -> list[Job]:
+        """Return what waits in a lane: of each client the first job, the client first whose turn was longest ago; then
+        of each the second, and so on."""
+        waiting = [job for job in self._waiting if job.lane == lane]
+        rounds: Counter[str] = Counter()
+        places = {}
+        for job in waiting:
+            places[job] = (rounds[job.client], self._turns.get(job.client, 0))
+            rounds[job.client] += 1
+        return sorted(waiting, key=places.__getitem__)
+
+    def _work(self, lane: str) -> None:
+        while jobs := self._take(lane):
+            _notify(self._on_call, jobs)
+            try:
+                jobs[0].run_together(jobs)
+            except Exception as error:
+                for job in jobs:
+                    job.finish(error)
+
+
+def _notify(observer: Callable[[Any], None], value: Any) -> None:
+    """Call an observer; log what it raises, which must neither fail a job nor end a lane's thread."""
+    try:
+        observer(value)
+    except Exception:
+        logger.exception("an observer of the queue failed")

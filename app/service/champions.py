@@ -1,0 +1,282 @@
+"""The champions in BentoML's model store: each is checked, loaded, and served until another one takes over."""
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import bentoml
+from pydantic import ValidationError
+
+from app.service.metrics import metrics
+from app.service.wire import Identity, RequestError, quoted
+from pixelcnn import GatedPixelCNNConfig, build_model, load_checkpoint
+from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
+from pixelcnn.config import ModelConfig
+from pixelcnn.models.base import AutoregressiveModel, joint_parameters
+from pixelcnn.models.registry import model_name
+from pixelcnn.sampling.fast import warm_up
+
+logger = logging.getLogger("bentoml.pixelcnn")
+
+NAME_PREFIX = "pixelcnn-"  # model `pixelcnn-DATASET` in the store
+VERSION = re.compile(r"[a-z0-9][a-z0-9._-]*")  # no path leads out of the store
+REFERENCE_FILE = "reference.json"  # absent where promotion had no data
+POINTERS = {"champion": "latest", "challenger": "challenger"}  # the file that names a role's version
+MODEL_FILE = "model.yaml"  # BentoML's own, with the metadata
+FILE_KINDS = (".safetensors", ".json", ".yaml", ".md", ".png")
+POLL_S = 1.0
+RETRY_S, MAX_RETRY_S = 1.0, 60.0  # after a load that failed; the delay doubles with each failure
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A loaded model, its lineage, and what `GET /models` tells of it."""
+
+    model: AutoregressiveModel
+    identity: Identity
+    description: dict[str, Any]
+    reference: dict[str, list[float]] = field(default_factory=dict)  # what drawings are like, each statistic's values
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Parameters of the joint network alone: the cost of a pixel grows with them."""
+        return sum(parameter.numel() for parameter in joint_parameters(self.model))
+
+
+def check_files(folder: Path, metadata: dict[str, Any]) -> None:
+    """Check that a model's folder holds plain files of the known kinds, those that were promoted.
+
+    Args:
+        metadata: where `manifest_sha256` is the SHA-256 of the rest and of each file's SHA-256, as JSON.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise ValueError("its folder is a link: put the model itself into the store.")
+    for file in folder.iterdir():
+        if file.is_symlink() or not file.is_file():
+            raise ValueError(f"{quoted(file.name)} in its folder is no plain file. Promote it again.")
+        if file.suffix not in FILE_KINDS:
+            raise ValueError(f"{quoted(file.name)} does not belong into its folder. Promote it again.")
+    if "manifest_sha256" in metadata:  # absent in exports that predate the manifest
+        files = {file.name: sha256_of(file) for file in folder.iterdir() if file.name != MODEL_FILE}
+        told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
+        text = json.dumps({"files": files, "metadata": told}, sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest() != metadata["manifest_sha256"]:
+            raise ValueError("its files or metadata are not those that were promoted. Promote it again.")
+
+
+def load_champion(store: Path, tag: str) -> Champion:
+    """Load a model of the store, and check that it is what was promoted.
+
+    Raises:
+        ValueError: the model is damaged, holds what does not belong there, or lacks its lineage.
+        OSError, BentoMLException: its files cannot be read.
+    """
+    name, _, version = tag.partition(":")
+    if not VERSION.fullmatch(version):
+        raise ValueError(f"{quoted(version)} is no name of a version. Promote it again.")
+    folder = store / name / version
+    metadata: dict[str, Any] = dict(bentoml.Model.from_path(folder).info.metadata)
+    try:
+        identity = Identity(**{name: metadata[name] for name in Identity.model_fields})
+        label_names, protocol = list(metadata["label_names"]), str(metadata["protocol"])
+    except (KeyError, ValidationError) as error:
+        raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
+    found = sha256_of(folder / WEIGHTS_FILE)
+    if found != identity.weights_sha256:
+        raise ValueError(
+            f"its weights are not those that were promoted: their SHA-256 is {found[:12]}..., "
+            f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
+        )
+    check_files(folder, metadata)
+    model, scores = load_checkpoint(folder)
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
+    warm_up(model)
+    config = model.config
+    description = {
+        "shape": list(config.image_shape),
+        "levels": config.num_levels,
+        "labels": label_names if config.num_labels else [],
+        "protocol": protocol,
+        "architecture": model_name(config),
+        "promoted_at": str(metadata.get("promoted_at", "")),
+        "model": identity.model_dump(),
+        "scores": scores,
+    }
+    reference = folder / REFERENCE_FILE
+    return Champion(model, identity, description, json.loads(reference.read_text()) if reference.exists() else {})
+
+
+def compile_sampler() -> None:
+    """Compile the sampler before there is a champion: its code is the same for all networks that it is for."""
+    warm_up(
+        build_model(
+            GatedPixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=8, num_layers=2, kernel_size=3)
+        )
+    )
+
+
+def store_folder() -> Path:
+    """Return where BentoML keeps its models."""
+    home = os.environ.get("BENTOML_HOME") or ".bentoml"  # of this folder, where a promotion puts champions
+    return Path(os.path.expandvars(home)).expanduser() / "models"
+
+
+def latest_files() -> list[Path]:
+    """Return the file of each name in the store that says which of its models is served."""
+    return sorted(store_folder().glob(f"{NAME_PREFIX}*/latest"))
+
+
+@dataclass
+class _Attempt:
+    """How the last version of a dataset that was found on disk was taken up."""
+
+    fingerprint: tuple[object, ...]  # the version, and time and size of each file
+    error: str = ""  # why it could not be loaded
+    delay_s: float = RETRY_S / 2  # before the last attempt
+    next_at: float = 0.0  # time.monotonic() of the next attempt
+
+
+class Champions:
+    """The latest model of each dataset in the store; a new one takes over between two requests.
+
+    A request keeps the champion it began with. A new model that cannot be loaded is logged, and tried again at growing
+    intervals, for a disk or a network may have failed for a moment; the old one is served meanwhile.
+
+    Args:
+        folder: of the store's models.
+        on_poll: called each time that the store was looked through.
+        role: `champion`, or `challenger` for those that score drawings beside them.
+    """
+
+    def __init__(self, folder: Path, on_poll: Callable[[], None] = lambda: None, role: str = "champion") -> None:
+        self.folder, self._on_poll, self.role = folder, on_poll, role
+        self._by_dataset: dict[str, Champion] = {}
+        self._attempts: dict[str, _Attempt] = {}
+        self._is_unreadable = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Load what is there, then poll the store about once a second."""
+        self.refresh()
+        self._on_poll()
+        if not self._by_dataset:
+            threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
+        self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(POLL_S):
+            try:
+                self.refresh()
+                self._on_poll()
+            except Exception:  # Whatever was put into the store, the next change must be seen.
+                logger.exception("the model store could not be looked through")
+
+    def get(self, dataset: str) -> Champion:
+        """Return the champion of a dataset.
+
+        Raises:
+            RequestError: there is none (404).
+        """
+        champion = self._by_dataset.get(dataset)
+        if champion is None:
+            known = ", ".join(sorted(self._by_dataset)) or "none"
+            raise RequestError(
+                f"there is no champion for dataset {quoted(dataset)} (served: {known}): promote a model first, "
+                "python -m pipelines.steps promote DATASET.",
+                HTTPStatus.NOT_FOUND,
+            )
+        return champion
+
+    def find(self, dataset: str) -> Champion | None:
+        """Return the champion of a dataset, if there is one."""
+        return self._by_dataset.get(dataset)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `GET /models` answers."""
+        return {dataset: champion.description for dataset, champion in sorted(self._by_dataset.items())}
+
+    def _swap(self, dataset: str, champion: Champion | None) -> None:
+        """Serve this champion from now on, or none."""
+        old = self._by_dataset.pop(dataset, None) if champion is None else self._by_dataset.get(dataset)
+        if champion is not None:
+            self._by_dataset[dataset] = champion
+        for served, value in ((old, 0), (champion, 1)):
+            if served is not None:
+                metrics().champion.labels(dataset, served.identity.version, self.role).set(value)
+
+    def refresh(self) -> None:
+        """Take up every champion that changed on disk; a failure leaves the one that was served."""
+        try:
+            found = [Path(entry) for entry in os.scandir(self.folder) if entry.is_dir()]
+        except OSError as error:
+            # A store that cannot be read is no order to stop serving.
+            if self._by_dataset and not self._is_unreadable:
+                logger.error("the model store cannot be read (%s); what was loaded is still served.", error)
+            self._is_unreadable = True
+            metrics().store_readable.set(0)
+            return
+        self._is_unreadable = False
+        metrics().store_readable.set(1)
+        folders = {f.name.removeprefix(NAME_PREFIX): f for f in found if f.name.startswith(NAME_PREFIX)}
+        for dataset in set(self._attempts) - set(folders):
+            del self._attempts[dataset]
+            metrics().refused.labels(dataset, self.role).set(0)
+            self._swap(dataset, None)
+            logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
+        for dataset, folder in folders.items():
+            try:
+                version = (folder / POINTERS[self.role]).read_text().strip()
+                if not version:  # being rewritten
+                    continue
+                files = sorted((folder / version).iterdir()) if VERSION.fullmatch(version) else []
+                fingerprint = (version, *((stat.st_mtime_ns, stat.st_size) for stat in (f.stat() for f in files)))
+            except (OSError, UnicodeDecodeError):  # no version yet, or being replaced: the next poll looks again
+                continue
+            attempt = self._attempts.get(dataset)
+            if attempt is None or attempt.fingerprint != fingerprint:
+                attempt = self._attempts[dataset] = _Attempt(fingerprint)
+            if time.monotonic() >= attempt.next_at:
+                self._take_up(dataset, f"{folder.name}:{ascii(version)[1:-1]}", attempt)
+
+    def _take_up(self, dataset: str, tag: str, attempt: _Attempt) -> None:
+        """Load a model and serve it; log a failure once, and set when to try again."""
+        attempt.next_at = math.inf
+        try:
+            self._swap(dataset, load_champion(self.folder, tag))
+        except Exception as error:  # Whatever is wrong with a new model, the old one must go on answering.
+            if str(error) != attempt.error:
+                kept = self._by_dataset.get(dataset)
+                kept_text = f"version {kept.identity.version} is still served" if kept else "nothing is served for it"
+                logger.error("%s cannot be served: %s %s.", tag, error, kept_text)
+            metrics().refused.labels(dataset, self.role).set(1)
+            attempt.error, attempt.delay_s = str(error), min(2 * attempt.delay_s, MAX_RETRY_S)
+            attempt.next_at = time.monotonic() + attempt.delay_s
+        else:
+            logger.info("serving %s as %s.", tag, self.role)
+            metrics().refused.labels(dataset, self.role).set(0)

@@ -1,0 +1,179 @@
+"""The service's gate, an ASGI middleware: who may enter, how many at once, and one form for every error.
+
+BentoML's `max_concurrency` does not replace it: that counts GET /models too, comes before the token is checked, and
+refuses without `Retry-After`. Its `timeout` does, for answers: api.py sets it.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import random
+from collections import Counter
+from contextvars import ContextVar
+from http import HTTPStatus
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.service.settings import settings
+from app.service.wire import quoted
+
+logger = logging.getLogger("bentoml.pixelcnn")
+
+RETRY_AFTER_S = (3, 8)  # drawn anew for each, so that clients that were refused together do not return together
+CLIENT_HEADER = b"x-client"  # a name for one of several clients behind an address, such as a visit of the canvas
+HEALTH_CHECKS = ("/healthz", "/livez", "/readyz")
+
+client: ContextVar[str] = ContextVar("client", default="")  # who sent the request that is answered
+
+
+class Gate:
+    """Admit requests within bounds; give every error the form `{"error": sentence}`.
+
+    A client that disconnects cancels its request: nothing is computed that nobody waits for.
+
+    Args:
+        app: the application that answers.
+        token: what the header `Authorization: Bearer ...` must hold, health checks apart; empty for an open service.
+    """
+
+    def __init__(self, app: ASGIApp, token: str = "") -> None:
+        self.app = app
+        self.token = token
+        self.num_active = 0
+        self._active_of: Counter[str] = Counter()  # of each client that has any
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if not self._is_authorized(scope):
+            text = "this service wants a token: send the header Authorization: Bearer with its PIXELCNN_TOKEN."
+            return await _refusal(401, text, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        if scope["method"] != "POST":
+            return await self._answer(scope, receive, send)
+        if self.num_active >= settings.max_requests:
+            text = f"the service is busy with {self.num_active} requests: send this one again in a few seconds."
+            return await _refusal(429, text)(scope, receive, send)
+        asker = _client_of(scope)
+        if self._active_of[asker] >= settings.max_client_requests:
+            text = f"you have {self._active_of[asker]} requests here already: send this one once one is answered."
+            return await _refusal(429, text)(scope, receive, send)
+        self.num_active += 1
+        self._active_of[asker] += 1
+        client.set(asker)
+        try:
+            await self._answer_while_connected(scope, receive, send)
+        finally:
+            self.num_active -= 1
+            self._active_of[asker] -= 1
+            self._active_of += Counter()  # forget those without any
+
+    def _is_authorized(self, scope: Scope) -> bool:
+        if not self.token or scope["path"] in HEALTH_CHECKS:
+            return True
+        sent = dict(scope["headers"]).get(b"authorization", b"")
+        # Constant time: how long it takes tells nothing of how much of the token is right.
+        return hmac.compare_digest(sent, b"Bearer " + self.token.encode())
+
+    async def _answer_while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, unless the client disconnects, or does not read the answer."""
+        body_read = asyncio.Event()
+        has_begun = False
+
+        async def receive_and_note_end() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                body_read.set()
+            return message
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            # A chunked body that is refused half-read may never end: close the connection.
+            has_length = any(name == b"content-length" for name, _ in scope["headers"])
+            if message["type"] == "http.response.start" and not body_read.is_set() and not has_length:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            try:
+                async with asyncio.timeout(settings.send_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                logger.warning("a client took nothing for %g s: its answer was cut off.", settings.send_timeout_s)
+                answer.cancel()
+                await asyncio.Event().wait()  # until it is cancelled, in whatever task of it this is
+
+        async def wait_for_disconnect() -> None:
+            await body_read.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        answer = asyncio.create_task(self._answer(scope, receive_and_note_end, send_in_time))
+        disconnect = asyncio.create_task(wait_for_disconnect())
+        try:
+            await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                if not answer.cancelled():
+                    answer.result()
+            else:
+                answer.cancel()
+                await asyncio.wait((answer,))
+                if not has_begun:  # Nobody reads this, but BentoML's own timer waits for an answer.
+                    await _refusal(499, "the client has left.")(scope, receive, send)
+        finally:
+            answer.cancel()
+            disconnect.cancel()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the application's answer on, with every error rewritten as `{"error": sentence}`."""
+        has_begun = False
+        error: Message | None = None  # the start of an error's response, held back until its body is complete
+        body = b""
+
+        async def send_rewritten(message: Message) -> None:
+            nonlocal has_begun, error, body
+            has_begun = True
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                error = message
+            elif error is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body"):
+                    status = error["status"]
+                    kept = {k.decode(): v.decode() for k, v in error["headers"] if k.lower() in (b"allow", b"server")}
+                    await _refusal(status, _sentence_of(scope, status, body), kept)(scope, receive, send)
+
+        try:
+            await self.app(scope, receive, send_rewritten)
+        except Exception:
+            # Answered here, or BentoML would wait until its timeout.
+            logger.exception("a request failed")
+            if not has_begun:
+                await _refusal(500, "the service failed: its log says why.")(scope, receive, send)
+
+
+def _client_of(scope: Scope) -> str:
+    """Return who asks, hashed: by the name that is sent, or else by the address."""
+    address, _ = scope.get("client") or ("", 0)
+    name = dict(scope["headers"]).get(CLIENT_HEADER, b"")
+    return hashlib.blake2b(name or address.encode(), digest_size=8).hexdigest()
+
+
+def _refusal(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    retry = {"Retry-After": str(random.randint(*RETRY_AFTER_S))} if status in (429, 503) else {}
+    return JSONResponse({"error": text}, status, {**(headers or {}), **retry})
+
+
+def _sentence_of(scope: Scope, status: int, body: bytes) -> str:
+    """Return the sentence for an error that the service or BentoML made."""
+    if status == HTTPStatus.NOT_FOUND and not body.startswith((b"[", b"{")):
+        return f"there is nothing at {quoted(scope['path'])}: /docs.json lists what there is."
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return f"{quoted(scope['path'])} does not take {quoted(scope['method'])}: /docs.json says what it takes."
+    try:
+        values = json.loads(body)
+        # BentoML wraps its own exceptions' text into a list.
+        return str((values[0] if isinstance(values, list) else values)["error"])
+    except (ValueError, LookupError, TypeError):
+        return f"the request failed: {HTTPStatus(status).phrase}."

@@ -1,0 +1,144 @@
+"""What the service computes: a checked request becomes a job, and jobs that wait together may share a call."""
+
+import itertools
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.service import wire
+from app.service.batching import Job
+from app.service.champions import Champion
+from app.service.images import read_image, read_label, read_observed, to_lists
+from pixelcnn import bits_per_dim, packed_bytes
+from pixelcnn.completion import complete_and_score
+from pixelcnn.data import generator_for
+from pixelcnn.likelihood import pixel_log_prob
+from pixelcnn.sampling.fast import engine_name
+from pixelcnn.sampling.naive import OnRow
+
+SHORT_CALL = 1e10  # sub-pixels times parameters: less than a tenth of a second on two cores
+
+
+def noise(seed: int, num_images: int, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return (B, C, H, W) uniform noise; image i depends on (seed, i) alone, not on how many were asked for."""
+    return torch.stack(
+        [torch.rand(image_shape, generator=generator_for(seed, i), dtype=torch.float64) for i in range(num_images)]
+    )
+
+
+class _NobodyWaits(Exception):
+    """Every job of a call is cancelled or has failed: the sampler may stop."""
+
+
+class SamplingJob(Job):
+    """A checked request for completions, or for whole images: those of which nothing is observed.
+
+    Args:
+        on_row: called from the sampling thread with each finished row's number and levels, (num_samples, C, W); what
+            it raises fails this job.
+
+    Raises:
+        RequestError: the request does not fit the champion.
+    """
+
+    def __init__(self, champion: Champion, request: wire.GenerateRequest, on_row: OnRow | None = None) -> None:
+        config, num = champion.config, request.num_samples
+        self.champion, self.request, self.on_row = champion, request, on_row
+        if isinstance(request, wire.CompleteRequest):
+            observed = read_observed(request.observed, config)
+            image = read_image(request.image, config, observed)
+        else:
+            observed = torch.zeros(1, 1, *config.image_shape[1:], dtype=torch.bool)
+            image = torch.zeros(1, *config.image_shape, dtype=torch.int64)
+        self.observed, self.image = observed.repeat(num, 1, 1, 1), image.repeat(num, 1, 1, 1)
+        self.label = read_label(request.label, config, num)
+        self.seed = secrets.randbelow(wire.MAX_SEED + 1) if request.seed is None else request.seed
+        self.levels: Tensor | None = None  # (num_samples, C, H, W), once drawn
+        # Only the compiled sampler computes each image by itself, so that no bit of it depends on its neighbours.
+        # With the others no call is shared.
+        shares = engine_name(champion.model) == "cached, compiled"
+        # A call is for one network, and drawings may have one of their own.
+        key = (id(champion), request.temperature, bool(observed.any()))
+        super().__init__(request.dataset, key if shares else object(), num)
+
+    @staticmethod
+    def run_together(jobs: list["SamplingJob"]) -> None:
+        champion, temperature = jobs[0].champion, jobs[0].request.temperature
+        ends = list(itertools.accumulate(job.num_images for job in jobs))
+        parts = [slice(end - job.num_images, end) for job, end in zip(jobs, ends, strict=True)]
+
+        def on_row(row: int, levels: Tensor) -> None:
+            if all(job.done.done() for job in jobs):
+                raise _NobodyWaits
+            for job, part in zip(jobs, parts, strict=True):
+                if job.on_row is not None and not job.done.done():
+                    try:
+                        job.on_row(row, levels[part])
+                    except Exception as error:
+                        job.finish(error)
+
+        image, observed = (torch.cat([getattr(job, name) for job in jobs]) for name in ("image", "observed"))
+        u = torch.cat([noise(job.seed, job.num_images, champion.config.image_shape) for job in jobs])
+        labels = [job.label for job in jobs if job.label is not None]  # all or none: they share the model
+        label = torch.cat(labels) if labels else None
+        # Rows are reported only to a listener, or where stopping early pays: the sampler's threads wait for each other
+        # after every row, which a short call would feel.
+        listens = any(job.on_row is not None for job in jobs) or u.numel() * champion.num_parameters > SHORT_CALL
+        try:
+            levels, log_probs = complete_and_score(
+                champion.model, image, observed, u, label, temperature, on_row if listens else None
+            )
+        except _NobodyWaits:
+            return
+        for job, part in zip(jobs, parts, strict=True):
+            job.levels = levels[part]
+            job.finish(job.answer(levels[part], log_probs[part]))
+
+    def answer(self, levels: Tensor, log_probs: Tensor) -> wire.CompleteAnswer | wire.GenerateAnswer:
+        """Return the answer to this request: (num_samples, C, H, W) levels, and as many nats."""
+        common: dict[str, Any] = {"log_probs": log_probs.tolist(), "seed": self.seed, "model": self.champion.identity}
+        if isinstance(self.request, wire.CompleteRequest):
+            return wire.CompleteAnswer(completions=to_lists(levels), **common)
+        return wire.GenerateAnswer(images=to_lists(levels), **common)
+
+
+class ScoringJob(Job):
+    """One image to be scored. Scores share no call: torch promises no equal bits in a larger batch.
+
+    Args:
+        levels: (1, C, H, W).
+        label: (1,), None for a model without labels.
+        answer: makes the answer of what each sub-pixel costs, (C, H, W) nats.
+    """
+
+    def __init__(
+        self, lane: str, champion: Champion, levels: Tensor, label: Tensor | None, answer: Callable[[Tensor], Any]
+    ) -> None:
+        self.champion, self.levels, self.label, self.answer = champion, levels, label, answer
+        super().__init__(lane, object(), 1)
+
+    @staticmethod
+    def run_together(jobs: list["ScoringJob"]) -> None:
+        for job in jobs:
+            with torch.inference_mode():
+                job.finish(job.answer(-pixel_log_prob(job.champion.model, job.levels, job.label)[0].double()))
+
+
+def likelihood_job(champion: Champion, request: wire.LikelihoodRequest) -> ScoringJob:
+    """Return the job of a request for a likelihood. Raises RequestError if it does not fit the champion."""
+
+    def answer(nats: Tensor) -> wire.LikelihoodAnswer:
+        total = nats.sum().item()
+        return wire.LikelihoodAnswer(
+            log_prob=-total,
+            bits_per_dim=bits_per_dim(total, champion.config.image_shape),
+            packed_bytes=packed_bytes(-total),
+            surprise=nats.sum(dim=0).tolist(),
+            model=champion.identity,
+        )
+
+    levels, label = read_image(request.image, champion.config), read_label(request.label, champion.config)
+    return ScoringJob("likelihood", champion, levels, label, answer)

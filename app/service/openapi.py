@@ -1,0 +1,101 @@
+"""The service's OpenAPI document: BentoML's own, amended.
+
+BentoML knows neither the shapes, levels and labels of the datasets that are served at this moment, nor the statuses and
+the form of our errors, nor the events of a stream.
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+ERROR = {
+    "type": "object",
+    "title": "Error",
+    "description": "What is wrong, in one sentence that says what to do.",
+    "required": ["error"],
+    "additionalProperties": False,
+    "properties": {"error": {"type": "string"}},
+}
+# Of a stream, the schema is that of each event; `data` is JSON on one line.
+EVENT = {
+    "type": "object",
+    "title": "Event",
+    "description": "rows: {start, rows}; result: as /complete answers; error: {error}.",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string", "enum": ["rows", "result", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+GET_ERRORS = (401, 500)
+POST_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 504)
+HEALTH_CHECKS = ("/healthz", "/livez", "/readyz")
+
+
+def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    retry = {"Retry-After": {"description": "seconds", "required": True, "schema": {"type": "integer"}}}
+    return {
+        str(status): {"description": HTTPStatus(status).phrase, "content": content}
+        | ({"headers": retry} if status == 429 else {})
+        for status in statuses
+    }
+
+
+def _pixels(height: int, width: int, channels: int, level: dict[str, Any]) -> dict[str, Any]:
+    def row(items: Any, number: int) -> dict[str, Any]:
+        return {"type": "array", "items": items, "minItems": number, "maxItems": number}
+
+    return row(row(level if channels == 1 else row(level, channels), width), height)
+
+
+def _for_dataset(request: dict[str, Any], name: str, dataset: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Narrow a request's schema to one dataset: its champion's shape, levels and labels."""
+    channels, height, width = about["shape"]
+    properties = {**request["properties"], "dataset": {"type": "string", "const": dataset}}
+    label = {"type": "integer", "minimum": -1, "maximum": len(about["labels"]) - 1}
+    properties["label"] = {**properties["label"], "anyOf": [label, {"type": "null"}]}
+    if "image" in properties:
+        # A level under a missing pixel is ignored, so any integer may stand there.
+        known = {"type": "integer", "minimum": 0, "maximum": about["levels"] - 1}
+        level = {"type": "integer"} if "observed" in properties else known
+        png = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png", "minLength": 1}
+        properties["image"] = {
+            "description": properties["image"]["description"],
+            "oneOf": [_pixels(height, width, channels, level), png],
+        }
+    if "observed" in properties:
+        bit = {"type": "integer", "minimum": 0, "maximum": 1}
+        properties["observed"] = {**properties["observed"], **_pixels(height, width, 1, bit)}
+    return {**request, "title": f"{name} of {dataset}", "properties": properties}
+
+
+def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
+    """Return BentoML's document, amended to how this service behaves.
+
+    Args:
+        document: OpenAPI, from BentoML.
+        served: each dataset's description, as `GET /models` answers.
+    """
+    schemas = document["components"]["schemas"]
+    for name in ("InvalidArgument", "NotFound", "InternalServerError", "TaskStatusResponse"):
+        schemas.pop(name, None)
+    schemas["Error"] = ERROR
+    for name, schema in schemas.items():
+        schema.pop("root_input", None)  # BentoML's own mark
+        # The plain schema remains where nothing is served: `oneOf` must not be empty.
+        if name.endswith("Request") and served:
+            schemas[name] = {"oneOf": [_for_dataset(schema, name, dataset, about) for dataset, about in served.items()]}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if method == "post":
+                name = "CompleteRequest" if path.startswith("/complete") else f"{path[1:].capitalize()}Request"
+                schema = {"$ref": f"#/components/schemas/{name}"}
+                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+            kept = {str(status): text for status, text in operation["responses"].items() if str(status) == "200"}
+            if "text/event-stream" in kept["200"].get("content", {}):
+                kept["200"]["content"]["text/event-stream"]["schema"] = EVENT
+            if path not in HEALTH_CHECKS:
+                kept |= _errors(POST_ERRORS if method == "post" else GET_ERRORS)
+            operation["responses"] = kept
+    # From 3.1 on the schemas are JSON Schema, as pydantic writes it.
+    return {**document, "openapi": "3.1.0"}

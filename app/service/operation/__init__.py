@@ -1,0 +1,1 @@
+"""What an operator sees of the service and asks of it: readiness, logs, drift, a challenger on live drawings."""

@@ -1,0 +1,84 @@
+"""Whether drawings are still like those of the reference, and which of two models finds them likelier: statistics.
+
+Drift is tested window by window: the last 100 values of a statistic against the reference's, by the two-sample
+Kolmogorov-Smirnov distance, whatever their distribution. The limit is such that, as long as nothing has changed, an
+alarm anywhere in 10,000 drawings and three statistics has a probability of 1 %: Bonferroni over all these tests, with
+the bound 2 exp(-2 d^2 n m / (n + m)), which ties make smaller. A change that moves the distribution function by more
+than the limit and what chance adds is found in the first window that it fills, after 199 drawings at most.
+
+That supposes drawings that do not depend on each other. Those of one visit do: see docs/runbooks.md.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+WINDOW = 100  # drawings
+HORIZON = 10_000  # drawings of the reference in which an alarm has the probability ...
+FALSE_ALARMS = 0.01
+STATISTICS = ("bits_per_dim", "ink_share", "known_share")
+
+
+def limit(num_reference: int) -> float:
+    """Return the distance of a window that chance does not explain."""
+    num_tests = len(STATISTICS) * HORIZON / WINDOW
+    return math.sqrt(math.log(2 * num_tests / FALSE_ALARMS) / 2 * (1 / WINDOW + 1 / num_reference))
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    """Return the largest difference of two samples' distribution functions."""
+    at = np.concatenate([a, b])
+    below = [np.searchsorted(np.sort(values), at, side="right") / len(values) for values in (a, b)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+@dataclass
+class Drift:
+    """The test of one statistic: add values, and read what the last full window said."""
+
+    reference: list[float]
+    window: list[float] = field(default_factory=list)
+    num_windows: int = 0
+    distance: float = 0.0
+    has_drifted: bool = False
+
+    def add(self, value: float) -> bool:
+        """Take a value; return whether it completed a window."""
+        self.window.append(value)
+        if len(self.window) < WINDOW:
+            return False
+        self.distance = distance(self.window, self.reference)
+        self.has_drifted = self.distance > limit(len(self.reference))
+        self.num_windows += 1
+        self.window = []
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """Return what GET /drawings answers of it."""
+        bound = limit(len(self.reference))
+        told = {"drifted": self.has_drifted, "distance": self.distance, "limit": bound, "windows": self.num_windows}
+        return {**told, "in_window": len(self.window)}
+
+
+@dataclass
+class Paired:
+    """Differences of two models on the same drawings: their mean and its interval, whatever came when."""
+
+    num: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # of the deviations from the mean, summed up (Welford)
+
+    def add(self, difference: float) -> None:
+        self.num += 1
+        deviation = difference - self.mean
+        self.mean += deviation / self.num
+        self.squares += deviation * (difference - self.mean)
+
+    def interval(self) -> tuple[float, float]:
+        """Return the mean's 95 % interval (normal approximation); everything, as long as there are fewer than two."""
+        if self.num < 2:
+            return -math.inf, math.inf
+        half = 1.96 * math.sqrt(self.squares / (self.num - 1) / self.num)
+        return self.mean - half, self.mean + half

@@ -1,0 +1,92 @@
+"""One line of the log for each request, as JSON, under an ID that its client knows, too; nothing of what was drawn.
+
+A line has `request_id`, `method`, `path`, `status`, `seconds`; where a model answered `dataset` and `version`; where it
+computed `waited_s`, before its call began. Health checks and /metrics have none.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.service.metrics import metrics
+from app.service.operation.readiness import draining
+from app.service.settings import settings
+
+logger = logging.getLogger("bentoml.pixelcnn.requests")
+
+ID_HEADER = "x-request-id"
+ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+QUIET = ("/healthz", "/livez", "/readyz", "/metrics")
+MAX_PATH = 60  # characters of it that are logged
+
+line_of_request: ContextVar[dict[str, Any]] = ContextVar("line_of_request")
+
+
+def note(**values: Any) -> None:
+    """Add to the line of the request that is being answered."""
+    line_of_request.get({}).update(values)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON; a request's values beside its message, and its ID beside whatever it logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        values = {"time": at, "level": record.levelname, "message": record.getMessage()}
+        line = line_of_request.get({})
+        values |= getattr(record, "line", {"request_id": line["request_id"]} if line else {})
+        if record.exc_info:
+            values["exception"] = self.formatException(record.exc_info)
+        return json.dumps(values)
+
+
+class RequestLog:
+    """Name, time, count and log each request: an ASGI middleware, the outermost of ours.
+
+    Args:
+        app: the application that answers.
+        paths: those that are counted by their name; others are one, or clients could create time series.
+    """
+
+    def __init__(self, app: ASGIApp, paths: Iterable[str]) -> None:
+        self.app, self.paths = app, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        sent = dict(scope["headers"]).get(ID_HEADER.encode(), b"").decode("latin-1")
+        line = {"request_id": sent if ID.fullmatch(sent) else secrets.token_hex(8)}
+        line |= {"method": scope["method"], "path": scope["path"][:MAX_PATH]}
+        line_of_request.set(line)
+        start = time.perf_counter()
+        status = 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], (ID_HEADER.encode(), line["request_id"].encode())]
+                if draining.is_set():  # the next request of this connection is for another service
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_named)
+        finally:
+            seconds = time.perf_counter() - start
+            # Without a status BentoML has cancelled it, which then answers by itself: its time was up.
+            self._tell(scope["path"], {**line, "status": status or 504, "seconds": round(seconds, 4)})
+
+    def _tell(self, path: str, line: dict[str, Any]) -> None:
+        if settings.watch and path not in QUIET:
+            metrics().requests.labels(path if path in self.paths else "other", str(line["status"])).inc()
+            logger.info("request", extra={"line": line})

@@ -1,0 +1,172 @@
+"""Time the canvas in a real browser, as a person's hand sees it: `make demo`, then `python -m benchmarks.canvas`.
+
+Stroke to ink: from the pointer's event to the frame that shows its ink. Then, with *As I draw*: from the end of a
+stroke to the first pixels of the model that answer the whole stroke, and to nine finished endings; and how long the
+frames are that a live stroke is drawn in.
+
+    python -m benchmarks.canvas --clone              # from a fresh clone's `make demo` to the first nine endings
+    python -m benchmarks.canvas --clone --venv .venv # with packages that are there, not yet compiled to bytecode
+"""
+
+import argparse
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from playwright.sync_api import Page
+
+from benchmarks import interrupts
+from tests.app.browsing import HALF_DIGIT, draw, grid, points_on_screen, tool, wait_for_endings
+from tools.pictures import chromium, clean_page
+
+# The browser's own clock; what Playwright adds on its way is not counted.
+WATCH = """
+(canvas) => {
+  const times = (window.times = { ink: [], frames: [], end: null, first: null, done: null });
+  let [last, isPressed] = [null, false];
+  const frame = (now) => {
+    if (last !== null && isPressed) times.frames.push(now - last);
+    last = now;
+    requestAnimationFrame(frame);
+  };
+  requestAnimationFrame(frame);
+  addEventListener("pointerdown", () => (isPressed = true), true);
+  addEventListener("pointerup", () => (isPressed = false), true);
+  const sources = () => [...document.querySelectorAll(".endings img")].map((image) => image.src).join();
+  let before = "";
+  let seen = {}; // when endings of a drawing with so many known cells were first seen
+  canvas.addEventListener("pointermove", (event) => {
+    if (!event.buttons) return;
+    requestAnimationFrame(() => {
+      // The first task after the frame was handed on.
+      const channel = new MessageChannel();
+      channel.port1.onmessage = () => times.ink.push(performance.now() - event.timeStamp);
+      channel.port2.postMessage(null);
+    });
+  }, true);
+  addEventListener("pointerup", (event) => {
+    [before, times.end, times.known, times.done] = [sources(), event.timeStamp, null, null];
+    seen = {};
+  }, true);
+  new MutationObserver(() => {
+    if (times.end === null || !sources() || sources() === before) return;
+    const known = document.querySelector(".endings").dataset.known;
+    seen[known] ??= performance.now();
+    const captions = [...document.querySelectorAll(".endings figcaption")].map((caption) => caption.textContent);
+    if (captions.length !== 9 || !captions.every((text) => text.includes("nats")) || known === times.known) return;
+    // What is finished first may answer a part of the stroke: the last counts.
+    [times.known, times.first, times.done] = [known, seen[known], performance.now()];
+  }).observe(document.body, { subtree: true, childList: true, characterData: true, attributes: true });
+}
+"""
+
+
+def percentiles(values: list[float]) -> str:
+    """Return median and 95th percentile of milliseconds as text."""
+    p50, p95 = np.percentile(values, [50, 95])
+    return f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, of {len(values)}"
+
+
+def time_ink(page: Page, num_strokes: int) -> list[float]:
+    """Return the milliseconds from each move of a pressed pointer to the frame with its ink."""
+    grid(page).evaluate(WATCH)
+    for i in range(num_strokes):
+        (x, y), *rest = points_on_screen(page, [(a + i % 5, b + i % 7) for a, b in HALF_DIGIT])
+        page.mouse.move(x, y)
+        page.mouse.down()
+        for x, y in rest:
+            page.mouse.move(x, y, steps=4)
+        page.mouse.up()
+    page.wait_for_timeout(100)
+    times: list[float] = page.evaluate("window.times.ink")
+    return times
+
+
+def time_frames(page: Page, num_strokes: int) -> list[float]:
+    """Return how many milliseconds each frame took while a stroke of about a second was drawn live."""
+    grid(page).evaluate(WATCH)
+    for i in range(num_strokes):
+        if i:
+            tool(page, "Clear").click()
+        (x, y), *rest = points_on_screen(page, [(a, b + i % 6) for a, b in HALF_DIGIT])
+        page.mouse.move(x, y)
+        page.mouse.down()
+        for x, y in rest:
+            page.mouse.move(x, y, steps=8)
+            page.wait_for_timeout(120)
+        page.mouse.up()
+    frames: list[float] = page.evaluate("window.times.frames")
+    return frames
+
+
+def time_endings(page: Page, num_strokes: int) -> tuple[list[float], list[float]]:
+    """Return the milliseconds from a stroke's end to the first new pixels, and to nine endings."""
+    grid(page).evaluate(WATCH)
+    first, done = [], []
+    for i in range(num_strokes + 1):
+        if i:
+            tool(page, "Clear").click()
+            page.wait_for_timeout(500)
+        draw(page, [(a, b + i % 6) for a, b in HALF_DIGIT])
+        last = "window.times.done !== null && performance.now() - window.times.done > 1000"
+        page.wait_for_function(last, timeout=60_000)
+        times = page.evaluate("window.times")
+        if i:  # the first one warms up
+            first.append(times["first"] - times["end"])
+            done.append(times["done"] - times["end"])
+    return first, done
+
+
+def time_first_endings(venv: Path | None) -> None:
+    """Print how long a fresh clone takes to show nine endings, a browser being open already."""
+    with tempfile.TemporaryDirectory(prefix="clone-") as top, chromium() as browser:
+        folder, log = Path(top) / "clone", Path(top) / "log.txt"
+        interrupts.clone(folder, venv)
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{top}/bytecode"
+        begun = time.time()
+        process, mark = interrupts.start(folder, log)
+        try:
+            while not (found := re.search(r"Ready: draw at (\S+)", log.read_text())):
+                if process.poll() is not None:
+                    raise SystemExit(log.read_text())
+                time.sleep(0.05)
+            ready = time.time()
+            page = browser.new_page()
+            page.goto(found[1])
+            wait_for_endings(page)  # of the example that draws itself
+            done = time.time()
+            installed = (folder / ".venv" / "installed").stat().st_mtime
+        finally:
+            interrupts.interrupt(process, mark, log)
+    print(f"installed after {max(installed - begun, 0):.0f} s; ready {ready - max(installed, begun):.1f} s later")
+    print(f"installation to nine endings: {done - max(installed, begun):.1f} s")
+
+
+def main() -> None:
+    """Print the timings."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8501", help="of the running canvas")
+    parser.add_argument("--strokes", type=int, default=30)
+    parser.add_argument("--clone", action="store_true", help="time the way from a fresh clone, nothing else")
+    parser.add_argument("--venv", type=Path, help="for --clone: an environment that `make install` has made")
+    arguments = parser.parse_args()
+    if arguments.clone:
+        return time_first_endings(arguments.venv)
+    with chromium() as browser:
+        page = clean_page(browser, arguments.url, seed=1)
+        grid(page).hover()
+        print("stroke to ink:", percentiles(time_ink(page, arguments.strokes)))
+        page = clean_page(browser, arguments.url, seed=1)
+        page.get_by_text("As I draw").click()
+        frames = time_frames(page, arguments.strokes)
+        print(f"frames while drawing live: {percentiles(frames)}, longest {max(frames):.0f} ms")
+        first, done = time_endings(page, arguments.strokes)
+        print("end of a stroke to the model's first pixels:", percentiles(first))
+        print("end of a stroke to nine endings:", percentiles(done))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Interrupt `make demo` at many moments, as Ctrl-C does, and count what is left of it.
+
+    python -m benchmarks.interrupts                    # twenty moments from 1 s to 240 s; installs first
+    python -m benchmarks.interrupts --venv .venv       # with an environment that is installed already
+    python -m benchmarks.interrupts --moments 2 40 90
+
+All in one clone of this repository's last commit, with a model store of its own: each start goes on from where the one
+before was interrupted, and the last one must come to *Ready*. Linux alone: processes are found by their environment.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.local import free_port
+
+ROOT = Path(__file__).parents[1]
+NUM_MOMENTS, LAST_S = 20, 240
+READY = "Ready: "
+WAIT_S = 3600  # for the last start to be ready
+GIVE_UP_S = 60  # what is left then does not end by itself
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Return the processes that inherited a mark in their environment, with their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+def step_of(processes: dict[int, str]) -> str:
+    """Say what a demo was doing, by the command lines of its processes."""
+    lines = " ".join(processes.values())
+    for word, step in (
+        ("promote", "promote"),
+        ("steps train", "train"),
+        ("steps evaluate", "evaluate"),
+        ("steps prepare", "prepare"),
+        ("dvc", "dvc"),
+        ("release", "release"),
+        ("bentoml", "service"),
+        ("install", "install"),
+    ):
+        if word in lines:
+            return step
+    return "start"
+
+
+def clone(folder: Path, venv: Path | None) -> None:
+    """Clone this repository's last commit, with the packages of an environment that is installed already, if any."""
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, folder], check=True)
+    if venv:
+        (folder / ".venv").mkdir()
+        for path in venv.resolve().iterdir():
+            (folder / ".venv" / path.name).symlink_to(path)
+        (folder / ".venv" / "installed").unlink(missing_ok=True)
+        (folder / ".venv" / "installed").touch()
+
+
+def start(folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start `make demo` as a terminal does, in a process group of its own; return it and its processes' mark."""
+    mark = uuid.uuid4().hex
+    stores = {name: str(folder.parent / name) for name in ("BENTOML_HOME", "PREFECT_HOME")}
+    ports = [f"SERVICE_PORT={free_port()}", f"CANVAS_PORT={free_port()}"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            ["make", "demo", *ports],
+            cwd=folder,
+            env={**os.environ, **stores, "DEMO_MARK": mark, "PYTHONPATH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return process, mark
+
+
+def interrupt(process: subprocess.Popen[bytes], mark: str, log: Path) -> str:
+    """Send what Ctrl-C sends; return a line of the table."""
+    before, num_lines = marked_processes(mark), len(log.read_text().splitlines())
+    begun = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    while marked_processes(mark) and time.monotonic() - begun < GIVE_UP_S:
+        time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    left = marked_processes(mark)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    said = [line for line in log.read_text().splitlines()[num_lines:] if line.strip()]
+    return f"| {step_of(before)} | {len(before)} | {seconds:.1f} | {len(left)} | {' / '.join(said)[:200]} |"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table of all interruptions, and whether the last start came to its end."""
+    moments = [1 + i * (LAST_S - 1) / (NUM_MOMENTS - 1) for i in range(NUM_MOMENTS)]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.interrupts", description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", type=Path, help="an environment that `make install` has made")
+    parser.add_argument("--moments", type=float, nargs="+", default=moments, help="seconds from a start")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="interrupts-") as top:
+        folder, log = Path(top) / "clone", Path(top) / "log.txt"
+        clone(folder, arguments.venv)
+        print("| after s | in | processes | ended after s | left | it said |\n| --- | --- | --- | --- | --- | --- |")
+        for moment in arguments.moments:
+            process, mark = start(folder, log)
+            time.sleep(moment)
+            print(f"| {moment:.0f} {interrupt(process, mark, log)}", flush=True)
+        process, mark = start(folder, log)
+        deadline = time.monotonic() + WAIT_S
+        while READY not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+        is_ready = READY in log.read_text()
+        print(f"The last start {'was ready' if is_ready else 'FAILED: ' + log.read_text()[-1000:]}")
+        print(f"| at last {interrupt(process, mark, log)}" if is_ready else "", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What the tools around a training cost: the same training without and with MLflow, Prefect and DVC, each measured.
+
+    python -m benchmarks.overhead                 # the quick start's pixelcnn-mnist5k, a minute of training
+    python -m benchmarks.overhead --epochs 1      # less of it: what the tools cost hardly depends on that
+
+Each line is a process of its own, in an empty folder. Processor seconds (of it and all that it started) tell more than
+those of the clock where a machine has other work. Prefect's server runs and MLflow's database exists, as where people
+work; the last line is the first training on a fresh machine, which has to make both.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from pipelines.errors import run
+from pipelines.operate import PREFECT, await_server, stop
+from pipelines.params import PARAMS_FILE, load_params
+from tests.local import free_port
+
+COPIED = (
+    "pipelines",
+    "pixelcnn",
+    "dvc.yaml",
+    "full/dvc.yaml",
+    ".dvc/config",
+    ".dvcignore",
+    "prefect.toml",
+    PARAMS_FILE,
+)
+TRAINING_S = 60.0  # what the percentage is of
+
+FIT = """
+import sys
+from pathlib import Path
+import torch
+from pipelines.params import load_params
+from pixelcnn import build_model, fit, load_dataset, save_checkpoint
+pair = load_params().pair(sys.argv[1])
+torch.set_num_threads(pair.num_threads or torch.get_num_threads())
+data = load_dataset(Path("data") / f"{pair.dataset}.safetensors")
+torch.manual_seed(pair.train.seed)
+model = build_model(pair.network)
+fit(model, data, pair.train)
+save_checkpoint("out", model, {})
+"""
+# The stages' own functions, and nothing for MLflow.
+WORK = """
+import sys
+from pipelines.stages import evaluate, train
+class Unseen:
+    run_id = None
+    def __init__(self, *args): pass
+    def show(self, *args): pass
+    def end(self, failed=False): pass
+train.LiveRun = Unseen
+train.train(sys.argv[1])
+evaluate.evaluate(sys.argv[1])
+"""
+# What DVC is for, and then the registry.
+REPRO = """
+import subprocess, sys
+pair = sys.argv[1]
+stages = [f"train@{pair}", f"evaluate@{pair}"]
+subprocess.run([sys.executable, "-m", "dvc", "repro", "--single-item", *stages], check=True)
+subprocess.run([sys.executable, "-m", "pipelines.steps", "register", pair], check=True)
+"""
+
+
+WITHOUT_TOOLS, WITH_TOOLS, FRESH = 1, 3, 4  # lines of the table
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[str]:
+    """Run a Prefect server with a database of its own in a folder; yield its URL."""
+    port = free_port()
+    command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "server")}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        await_server(server, url)
+        yield url
+    finally:
+        stop([server])
+
+
+def measure(pair: str, epochs: float | None) -> list[tuple[str, float, float]]:
+    """Train in five ways; return what each is, with its seconds by the clock and of the processor."""
+    dataset = load_params().pair(pair).dataset
+    flow = ("-m", "pipelines.steps", "train-pair", pair)
+    lines = (
+        ("`fit` alone: load, train, save", ("-c", FIT, pair)),
+        ("with scores, reports and pictures", ("-c", WORK, pair)),
+        ("with DVC and MLflow: `dvc repro`, `register`", ("-c", REPRO, pair)),
+        ("with Prefect and MLflow: `train-pair`", flow),
+        ("the same on a fresh machine", flow),
+    )
+    found = []
+    with tempfile.TemporaryDirectory() as top, running_server(Path(top)) as url:
+        for number, (name, words) in enumerate(lines):
+            folder = Path(top) / str(number)
+            _copy_project(folder, pair, dataset, epochs)
+            environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": "", "PREFECT_API_URL": url}
+            environment |= {"PREFECT_HOME": str(folder / "prefect"), "GIT_CEILING_DIRECTORIES": top}
+            if number == FRESH:
+                environment["PREFECT_API_URL"] = ""
+            else:
+                _python(folder, environment, "-c", "from pipelines.registry import runs; runs.client()")
+            before, start = _processor_s(), time.monotonic()
+            _python(folder, environment, *words)
+            found.append((name, time.monotonic() - start, _processor_s() - before))
+    return found
+
+
+def _python(folder: Path, environment: dict[str, str], *words: str) -> None:
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"a measured command failed: {done.stderr.strip()[-1000:]}")
+
+
+def _copy_project(folder: Path, pair: str, dataset: str, epochs: float | None) -> None:
+    for name in COPIED:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, target)
+    (folder / "data").mkdir()
+    shutil.copy(f"data/{dataset}.safetensors", folder / "data")
+    values = yaml.safe_load((folder / PARAMS_FILE).read_text())
+    train = values["pairs"][pair]["train"]
+    train.pop("max_minutes", None)  # the same steps in each, however busy the machine is
+    train |= {"max_epochs": epochs} if epochs else {}
+    (folder / PARAMS_FILE).write_text(yaml.safe_dump(values, sort_keys=False))
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+
+def _processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def report(found: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Return the measurements as a table, each with what it adds to the one before."""
+    lines = ["| training | clock | processor | added, processor |", "| --- | --- | --- | --- |"]
+    for i, (name, clock_s, processor_s) in enumerate(found):
+        added = f"{processor_s - found[i - 1][2]:+.1f} s" if i else ""
+        lines.append(f"| {name} | {clock_s:.1f} s | {processor_s:.1f} s | {added} |")
+    for name, line in (("The tools", WITH_TOOLS), ("On a fresh machine", FRESH)):
+        tools_s = found[line][2] - found[WITHOUT_TOOLS][2]
+        lines.append(f"{name}: {tools_s:.1f} processor seconds, {100 * tools_s / TRAINING_S:.0f} % of a 60 s training.")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description="What the tools cost.")
+    parser.add_argument("pair", nargs="?", default="pixelcnn-mnist5k", help="a pair of params.yaml with prepared data")
+    parser.add_argument("--epochs", type=float, help="of the training; those of params.yaml if it is left out")
+    arguments = parser.parse_args(argv)
+    return run("overhead", lambda: print("\n".join(report(measure(arguments.pair, arguments.epochs)))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The figures of `make bench` as a picture and as tables: `python -m benchmarks.plot`, from reports/bench/*.json."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.files import atomic_write
+from pixelcnn.bench import CACHED, CACHED_TORCH, CROPPED, NAIVE, NAIVE_COMPILED
+
+PICTURE, TABLES = "bench.png", "bench.md"
+_COLOURS = {
+    NAIVE: "#9aa0a6",
+    CROPPED: "#7b8794",
+    NAIVE_COMPILED: "#5f6b7a",
+    CACHED_TORCH: "#e0a458",
+    CACHED: "#2a7f62",
+}
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return every benchmark of a folder, by its pair.
+
+    Raises:
+        ValueError: the folder has no benchmark, or one that cannot be read.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results[path.stem] = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{path} is no JSON. Make it again: make bench") from None
+    if not results:
+        raise ValueError(f"{folder} holds no benchmark. Make one: make bench")
+    return results
+
+
+def plot(results: dict[str, dict[str, Any]], folder: Path) -> Path:
+    """Draw benchmarks: milliseconds per image by batch, and the cost of a pixel by image side; return the picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.1 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), 2, squeeze=False, width_ratios=(3, 2))
+    for (left, right), (name, result) in zip(grid, results.items(), strict=True):
+        _draw_batches(left, name, result)
+        _draw_sides(right, result)
+    first = next(iter(results.values()))
+    figure.suptitle(f"{first['processor']}, {first['num_threads']} threads, torch {first['torch']}", fontsize=9)
+    temporary = folder / f".{PICTURE}.new"
+    figure.savefig(temporary, dpi=110, format="png")
+    return temporary.replace(folder / PICTURE)
+
+
+def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
+    batch_sizes = sorted({row["batch_size"] for row in result["timings"]})
+    for k, (sampler, colour) in enumerate(_COLOURS.items()):
+        rows = [r for r in result["timings"] if r["sampler"] == sampler and r["seconds_per_image"] is not None]
+        places = [batch_sizes.index(row["batch_size"]) + (k - 2) * 0.16 for row in rows]
+        heights = [1e3 * row["seconds_per_image"] for row in rows]
+        axes.bar(places, heights, 0.16, color=colour, label=sampler)
+        if sampler == CACHED:
+            for place, height in zip(places, heights, strict=True):
+                axes.annotate(f"{height:.2g}", (place, height), ha="center", va="bottom", fontsize=7)
+    for place, size in enumerate(batch_sizes):
+        bound = next(r["bound_seconds_per_image"] for r in result["timings"] if r["batch_size"] == size)
+        label = "bound by arithmetic" if place == 0 else None
+        axes.hlines(1e3 * bound, place - 0.45, place + 0.45, colors="black", linestyles="dotted", label=label)
+    axes.set_yscale("log")
+    axes.set_ylim(top=40 * axes.get_ylim()[1])  # room for the legend
+    axes.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
+    axes.set_ylabel("ms per image")
+    channels, height, width = result["image_shape"]
+    axes.set_title(f"{name}, {height} x {width}{' x 3' if channels == 3 else ''}", fontsize=9)
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _draw_sides(axes: Any, result: dict[str, Any]) -> None:
+    found = result.get("sides", [])
+    sides = [row["side"] for row in found]
+    for key, sampler in (("naive_s_per_pixel", NAIVE), ("cached_s_per_pixel", CACHED)):
+        axes.plot(sides, [1e6 * row[key] for row in found], "o-", color=_COLOURS[sampler], label=sampler)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sides, [str(side) for side in sides])
+    axes.set_xlabel("image side, pixels")
+    axes.set_ylabel("us per pixel, batch 1")
+    axes.legend(fontsize=7)
+
+
+def tabulate(results: dict[str, dict[str, Any]], folder: Path) -> Path:
+    """Write the same figures as Markdown, with the ratios between them; return the file."""
+    first = next(iter(results.values()))
+    lines = [f"{first['processor']}, {first['num_threads']} threads, torch {first['torch']}.", ""]
+    lines += _table(
+        "pair", "batch", "sampler", "ms per image", "against naive", "against rows so far", "times the bound"
+    )
+    for name, result in results.items():
+        seconds = {(row["batch_size"], row["sampler"]): row["seconds_per_image"] for row in result["timings"]}
+        for row in result["timings"]:
+            batch_size, own = row["batch_size"], row["seconds_per_image"]
+            if own is None:
+                lines.append(_row(f"`{name}`", batch_size, row["sampler"], row["note"], "", "", ""))
+                continue
+            against = [seconds.get((batch_size, base)) for base in (NAIVE, CROPPED)]
+            ratios = [f"{_short(base / own)}x" if base else "" for base in against]
+            bound = f"{_short(own / row['bound_seconds_per_image'])}x"
+            lines.append(_row(f"`{name}`", batch_size, row["sampler"], _short(1e3 * own), *ratios, bound))
+    lines += ["", *_table("pair", "side", "cached, us per pixel", "naive, us per pixel")]
+    for name, result in results.items():
+        for row in result.get("sides", []):
+            costs = [_short(1e6 * row[key]) for key in ("cached_s_per_pixel", "naive_s_per_pixel")]
+            lines.append(_row(f"`{name}`", row["side"], *costs))
+    atomic_write(folder / TABLES, "\n".join(lines) + "\n")
+    return folder / TABLES
+
+
+def _short(value: float) -> str:
+    """Return three digits of a number, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _table(*heads: str) -> list[str]:
+    return [_row(*heads), _row(*["---"] * len(heads))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code. A mistake is one sentence on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Make a picture and tables.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("reports/bench"), help="what `make bench` wrote")
+    folder = parser.parse_args(argv).folder
+    try:
+        results = read(folder)
+    except ValueError as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {plot(results, folder)} and {tabulate(results, folder)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Measure a running service through HTTP, as its clients see it: `python -m benchmarks.service`.
+
+Latency of /complete with 4 candidates of a half-known image, and of the first rows of /complete_stream, for each
+dataset; then throughput with 1, 8, 32 and 128 clients that each ask for one completion after the other, of a drawing
+of its own or of the same. One client asks for one thing at a time, so nothing is batched for it: it is what the others
+are compared with.
+
+    python -m benchmarks.service --canvases 30 --strokes 20
+
+does what so many canvases do at once: a stroke of a second, of which three parts are sent and left again, then nine
+endings of the whole, which are timed from the stroke's end; then two seconds of looking. No page is shown.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPSConnection
+from statistics import quantiles
+from typing import Any
+
+import httpx
+
+from app.canvas.waiting import in_background
+from app.client import TOKEN_VARIABLE, Completions, Image, ServiceClient, ServiceError, service_url
+
+NUM_CANDIDATES = 4
+TIMEOUT_S = 300
+NUM_ENDINGS = 9
+PART_S, LOOK_S = 0.25, 2.0  # between the parts of a stroke that are sent; between two strokes
+NUM_BODIES = 512  # different requests of the second table
+
+
+def half_known(shape: list[int], drawing: int = 0) -> tuple[Image, list[list[int]]]:
+    """Return an image of noise, another for each `drawing`, and `observed` with the upper half known.
+
+    Args:
+        shape: [C, H, W].
+    """
+    channels, height, width = shape
+    draw = random.Random(drawing)
+
+    def pixel() -> Any:
+        levels = draw.choices((0, 1), k=channels)
+        return levels if channels > 1 else levels[0]
+
+    image = [[pixel() for _ in range(width)] for _ in range(height)]
+    return image, [[int(y < height // 2)] * width for y in range(height)]
+
+
+def body_of(dataset: str, shape: list[int], num_samples: int, seed: int, drawing: int = 0) -> bytes:
+    image, observed = half_known(shape, drawing)
+    values = {"dataset": dataset, "image": image, "observed": observed, "num_samples": num_samples, "seed": seed}
+    return json.dumps(values).encode()
+
+
+def percentiles(seconds: list[float]) -> tuple[float, float]:
+    """Return p50 and p99."""
+    if len(seconds) < 2:
+        return (seconds or [float("nan")])[0], (seconds or [float("nan")])[0]
+    cuts = quantiles(seconds, n=100, method="inclusive")
+    return cuts[49], cuts[98]
+
+
+def time_of(work: Callable[[int], object], times: int) -> list[float]:
+    """Return the seconds of each call."""
+    taken = []
+    for i in range(times):
+        start = time.perf_counter()
+        work(i)
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def first_rows(http: httpx.Client, body: bytes) -> None:
+    """Ask for a stream and leave after the first rows."""
+    with http.stream("POST", "/complete_stream", content=body) as response:
+        response.raise_for_status()
+        next(line for line in response.iter_lines() if line == "event: rows")
+
+
+def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, seconds: float) -> dict:
+    """Let many clients ask for one completion after the other; return what came of it.
+
+    They share this machine with the service, so each is the leanest there is. They come within the first second, and
+    who is refused comes back when told, give or take a second: one process cannot do 128 things at once, and would
+    measure itself.
+    """
+    answered: list[float] = []
+    refused: list[float] = []
+    others: list[str] = []
+    end = time.perf_counter() + seconds
+
+    def ask(number: int) -> None:
+        address = httpx.URL(url)
+        connect = {"http": HTTPConnection, "https": HTTPSConnection}[address.scheme]
+        time.sleep(random.random())
+        named = {**headers, "X-Client": str(number)}
+        with contextlib.closing(connect(address.host, address.port, timeout=TIMEOUT_S)) as connection:
+            i = number
+            while (start := time.perf_counter()) < end:
+                connection.request("POST", "/complete", bodies[i % len(bodies)], named)
+                response = connection.getresponse()
+                text = response.read()
+                taken = time.perf_counter() - start
+                if response.status == HTTPStatus.OK:
+                    answered.append(taken)
+                elif response.status == HTTPStatus.TOO_MANY_REQUESTS:
+                    refused.append(taken)
+                    connection.close()  # a server does not hold one open for so long
+                    # As a client does that reads the answer.
+                    told = float(response.headers["retry-after"]) + random.random()
+                    time.sleep(max(0.0, min(told, end - time.perf_counter())))
+                else:
+                    others.append(text.decode())
+                i += clients
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - start
+    return {"per_s": len(answered) / took, "answered": answered, "refused": refused, "others": others}
+
+
+def canvases(url: str, dataset: str, shape: list[int], num: int, strokes: int) -> tuple[list[float], list[str]]:
+    """Do what canvases do at once; return the seconds from each stroke's end to its endings, and what went wrong."""
+    shared, seconds, lost = ServiceClient(url), [], []
+    _, height, width = shape
+    observed = [
+        [int(height // 4 <= y < height // 2 and width // 4 <= x < 3 * width // 4) for x in range(width)]
+        for y in range(height)
+    ]
+
+    def visit(number: int) -> None:
+        client, draw = shared.named(f"canvas {number}"), random.Random(number)
+        time.sleep(draw.uniform(0, LOOK_S))
+        for stroke in range(strokes):
+            image, _ = half_known(shape, number * strokes + stroke)
+
+            def ask(end_s: float, seed: int = stroke, image: Image = image) -> bool:
+                """Wait for endings until a time, then leave, as the canvas does; return whether they have come."""
+                asked = functools.partial(client.complete_stream, dataset, image, observed, num_samples=NUM_ENDINGS)
+                answers = in_background(lambda on_open: asked(on_open, seed=seed))
+                with contextlib.closing(answers):
+                    for event in answers:
+                        if isinstance(event, Completions):
+                            return True
+                        if time.perf_counter() > end_s:
+                            break
+                return False
+
+            try:
+                for _ in range(3):
+                    end = time.perf_counter() + PART_S
+                    ask(end)
+                    time.sleep(max(0.0, end - time.perf_counter()))
+                start = time.perf_counter()
+                if ask(start + TIMEOUT_S):
+                    seconds.append(time.perf_counter() - start)
+            except ServiceError as error:
+                lost.append(str(error))
+            time.sleep(draw.uniform(0.5, 1.5) * LOOK_S)
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seconds, lost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default=service_url())
+    parser.add_argument("--requests", type=int, default=30, help="per dataset and row of the first table")
+    parser.add_argument("--datasets", nargs="*", help="all that are served by default")
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32, 128])
+    parser.add_argument("--seconds", type=float, default=10, help="per row of the second table")
+    parser.add_argument("--dataset", help="of the second table; the first by name by default")
+    parser.add_argument("--same-drawing", action="store_true", help="let all clients of the second table send the same")
+    parser.add_argument("--canvases", type=int, help="time so many canvases at once, nothing else")
+    parser.add_argument("--strokes", type=int, default=20, help="of each canvas")
+    arguments = parser.parse_args()
+    if arguments.canvases:
+        served_models = ServiceClient(arguments.url).models()
+        dataset = arguments.dataset or ("mnist" if "mnist" in served_models else min(served_models))
+        num = arguments.canvases
+        seconds, lost = canvases(arguments.url, dataset, served_models[dataset].shape, num, arguments.strokes)
+        p50, p95 = (1000 * value for value in quantiles(seconds, n=20, method="inclusive")[9:19:9])
+        print(f"{num} canvases, {dataset}: nine endings p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+        print(f"{len(seconds)} of {num * arguments.strokes} came; lost: {lost[:1] or 'none'}")
+        return
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    with httpx.Client(base_url=arguments.url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
+        served = http.get("/models").raise_for_status().json()
+        if not served:
+            raise SystemExit("error: no dataset is served. Promote a model first.")
+        print(f"| dataset | /complete, {NUM_CANDIDATES} candidates of a half: p50 | p99 | first rows: p50 | p99 |")
+        print("| --- | --- | --- | --- | --- |")
+        for dataset in arguments.datasets or served:
+            shape = served[dataset]["shape"]
+
+            def body(i: int, dataset: str = dataset, shape: list[int] = shape) -> bytes:
+                return body_of(dataset, shape, NUM_CANDIDATES, i)
+
+            http.post("/complete", content=body(0)).raise_for_status()
+            whole = time_of(lambda i: http.post("/complete", content=body(i)).raise_for_status(), arguments.requests)
+            rows = time_of(lambda i: first_rows(http, body(i)), arguments.requests)
+            cells = [f"{1000 * value:.0f} ms" for value in (*percentiles(whole), *percentiles(rows))]
+            print(f"| {dataset} | {' | '.join(cells)} |", flush=True)
+    dataset = arguments.dataset or min(served)
+    print(f"\n| clients, {dataset} | answers per second | against 1 | p50 | p99 | refused | refusal: p99 |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    alone = None
+    shape = served[dataset]["shape"]
+    bodies = [body_of(dataset, shape, 1, i, 0 if arguments.same_drawing else i) for i in range(NUM_BODIES)]
+    for clients in arguments.clients:
+        found = crowd(arguments.url, headers, bodies, clients, arguments.seconds)
+        if found["others"]:
+            raise SystemExit(f"error: {len(found['others'])} requests failed, the first with: {found['others'][0]}")
+        alone = alone or found["per_s"]
+        p50, p99 = percentiles(found["answered"])
+        refusal = f"{1000 * percentiles(found['refused'])[1]:.0f} ms" if found["refused"] else ""
+        print(
+            f"| {clients} | {found['per_s']:.1f} | {found['per_s'] / alone:.2f} x | {1000 * p50:.0f} ms | "
+            f"{1000 * p99:.0f} ms | {len(found['refused'])} | {refusal} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

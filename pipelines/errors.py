@@ -1,0 +1,111 @@
+"""What is told of an error: whether a person can mend it, its whole reason in one line, and how a command ends."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from typer import Typer
+from typer.main import get_command
+
+# Settings, data, a diverging training, files. A LookupError of ours says what is missing; its subclasses, KeyError and
+# IndexError, are bugs.
+_USER_ERRORS = (ValueError, FloatingPointError, OSError)
+# What is wrong with a store or server; their own exceptions are no part of ours.
+_OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy")
+_MAX_CHARACTERS = 400  # of a reason: MLflow's hold whole statements of SQL
+
+# Where a run without a Prefect server starts a temporary one, its chatter is of no use to anybody, and on a busy
+# machine it needs more than the default of 20 s to come up.
+_SETTINGS = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    "BENTOML_DO_NOT_TRACK": "True",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def is_for_user(error: BaseException | None) -> bool:
+    """Say whether a person can mend what an error names; if not, it is a bug of ours."""
+    if isinstance(error, RuntimeError) and "Failed to reach API" in str(error):  # Prefect, of the server it was told of
+        return True
+    if isinstance(error, _USER_ERRORS) or type(error) is LookupError:
+        return True
+    return tool_of(error) is not None
+
+
+def tool_of(error: BaseException | None) -> str | None:
+    """Return the package of a tool that raised an error, such as `mlflow`; None for Python's errors and ours."""
+    package = type(error).__module__.partition(".")[0]
+    return package if package in _OUTSIDE else None
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's text in one line; a long one loses its middle, for causes stand at the end."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= _MAX_CHARACTERS:
+        return text
+    return f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
+
+
+class OneLine(logging.Filter):
+    """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and is_for_user(record.exc_info[1]):
+            record.exc_info = None
+        return True
+
+
+@contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    """Show what the stages log; inside a flow they log by way of Prefect."""
+    stages, handler = logging.getLogger("pipelines.stages"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    stages.addHandler(handler)
+    stages.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        stages.removeHandler(handler)
+
+
+def run(command: str, work: Callable[[], int | None]) -> int:
+    """Do the work of a command; return the exit code. What a person can mend becomes one sentence on stderr.
+
+    Args:
+        command: its name, which begins the sentence.
+        work: returns the exit code; None for 0.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        with _progress_on_stderr():
+            return work() or 0
+    except Exception as error:
+        if not is_for_user(error):
+            raise
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+
+
+def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -> int:
+    """Run a command line as `run` does; return the exit code.
+
+    Args:
+        name: begins the sentence of an error.
+        program: how it is called, for its help.
+        argv: the words; None for this process's.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+
+    def work() -> int:
+        try:
+            get_command(app)(words, prog_name=program)
+        except SystemExit as end:  # typer's way to end a command
+            return int(end.code or 0)
+        return 0
+
+    return run(name, work)

@@ -1,0 +1,8 @@
+"""Prefect's flows. In their logs, too, a person's mistake is one sentence, without a traceback."""
+
+import logging
+
+from pipelines.errors import OneLine
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(OneLine())

@@ -1,0 +1,43 @@
+"""The Prefect flow that makes a dataset of pictures on the machine of its worker."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from pipelines.datasets.own import Colour, Fit, Wishes, add, side_of
+from pipelines.flows.shown import tag_run
+
+
+@flow(name="add-dataset", persist_result=False, log_prints=True)
+def add_dataset(
+    name: str,
+    images: str,
+    side: str | None = None,
+    colour: Colour | None = None,
+    levels: int | None = None,
+    fit: Fit | None = None,
+    minutes: float = 4.0,
+    labels: bool = True,
+) -> list[str]:
+    """Add a dataset and the pair `gated_pixelcnn-NAME`, which `train-pair` then trains.
+
+    Args:
+        images: where the pictures are, on the worker's machine.
+        side: `28`, or `48x32` for width x height; what is None is chosen after a look at the pictures.
+        minutes: of training.
+        labels: whether sub-folders are labels.
+
+    Returns:
+        What was found and chosen.
+
+    Raises:
+        ValueError: the name is taken or no name, or the pictures cannot be learned from.
+    """
+    tag_run(name)
+    chosen = Wishes(
+        side=side_of(side) if side else None, colour=colour, levels=levels, fit=fit, minutes=minutes, labels=labels
+    )
+    lines = add(name, Path(images), chosen)
+    for line in lines:
+        print(line)
+    return lines

@@ -1,0 +1,71 @@
+"""The flow that asks the service whether people draw what its champions were promoted for, and does what was chosen."""
+
+from typing import Any, Literal
+
+import httpx
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_table_artifact
+from prefect.deployments import run_deployment
+
+from pipelines.registry import versions as registry
+from pipelines.settings import Settings
+
+TIMEOUT_S = 10.0
+RETRAINING = "train-pair/train-pair"
+
+
+@flow(name="watch-drift", persist_result=False)
+def watch_drift(
+    action: Literal["report", "retrain", "nothing"] = "report", service_url: str | None = None
+) -> dict[str, list[str]]:
+    """Ask the service for drift, which it finds in what is drawn; see app/service/operation/drift.py.
+
+    Args:
+        action: `report` writes the table `drift-DATASET` and a warning; `retrain` also starts a training of the
+            champion's pair, once for each time that drift begins; `nothing` does nothing.
+        service_url: None for the environment's PIXELCNN_SERVICE_URL.
+
+    Returns:
+        The statistics that have drifted, by dataset.
+
+    Raises:
+        LookupError: no service is named.
+        ConnectionError: it does not answer.
+    """
+    url, token = service_url or Settings().service_url, Settings().token
+    if not url:
+        raise LookupError("no service is named: set service_url, or PIXELCNN_SERVICE_URL where the worker runs")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        answer = httpx.get(f"{url}/drawings", timeout=TIMEOUT_S, trust_env=False, headers=headers).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConnectionError(f"the service at {url} does not tell of drawings ({error})") from error
+    drifted = {dataset: told for dataset, told in answer.json().items() if told["drifted_since"]}
+    for dataset, told in drifted.items():
+        if action != "nothing":
+            _report(dataset, told)
+        if action == "retrain":
+            _retrain(dataset, told)
+    return {
+        dataset: [name for name, one in told["drift"].items() if one["drifted"]] for dataset, told in drifted.items()
+    }
+
+
+def _report(dataset: str, told: dict[str, Any]) -> None:
+    get_run_logger().warning("drawings of %s have drifted since %s", dataset, told["drifted_since"])
+    rows = [{"statistic": name, **values} for name, values in told["drift"].items()]
+    text = f"Drawings against the reference of version {told['version']}, since {told['drifted_since']}."
+    create_table_artifact(rows, key=f"drift-{dataset.replace('_', '-')}", description=text)
+
+
+def _retrain(dataset: str, told: dict[str, Any]) -> None:
+    champion = next(version for version in registry.versions(dataset) if version.version == told["version"])
+    # The key is Prefect's: a run that was asked for by it is not made again.
+    run_deployment(
+        RETRAINING,
+        parameters={"pair": champion.tags["pair"], "reuse": False},
+        timeout=0,
+        idempotency_key=f"drift-{dataset}-{told['drifted_since']}",
+        as_subflow=False,
+    )
+    get_run_logger().info("a training of %s is asked for: promote %s once it is done", champion.tags["pair"], dataset)

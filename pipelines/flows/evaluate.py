@@ -1,0 +1,158 @@
+"""The flow that scores the champions again: are they still what they were when they were promoted?
+
+The model is scored twice: as the registry has it, in this process; and as the service answers, over HTTP, if its
+address is set. Whatever differs from the registered score is a failed run.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect import flow, get_run_logger
+
+from pipelines.flows.shown import show_scores
+from pipelines.params import load_params
+from pipelines.registry import runs as tracking
+from pipelines.registry import versions as registry
+from pipelines.registry.stated import TOLERANCE_NATS, check_scores, stated_score
+from pipelines.settings import Settings
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.evaluation import evaluate, format_nll
+
+EXPERIMENT = "evaluations"
+DATA_FOLDER = Path("data")
+SERVICE_VARIABLE = "PIXELCNN_SERVICE_URL"
+TOKEN_VARIABLE = "PIXELCNN_TOKEN"
+SERVICE_TIMEOUT_S = 60.0
+BUSY = (429, 503)
+MAX_S = 1800.0  # for all champions; a run that takes longer is TimedOut, a failure
+MAX_BUSY_S = 120.0  # that one request waits for a busy service, in all
+
+
+@flow(name="evaluate-champions", persist_result=False, timeout_seconds=MAX_S)
+def evaluate_champions(
+    datasets: list[str] | None = None, service_url: str | None = None, num_images: int = 500
+) -> dict[str, dict[str, float]]:
+    """Score the champion of each dataset on its validation and test images; each is a run in experiment `evaluations`.
+
+    A dataset without champion or prepared data is passed over, with a line in the log.
+
+    Args:
+        datasets: their names; None for all.
+        num_images: of each split, the first so many, fewer where `params.yaml` says so. Whole test sets take minutes.
+        service_url: of the service, which then scores its champion on the first test images, too; None for the
+            environment's PIXELCNN_SERVICE_URL, and without that the service is not asked.
+
+    Returns:
+        The scores by dataset.
+
+    Raises:
+        ValueError: a dataset is unknown.
+        RuntimeError: at the end, naming the champions that do not score what was registered, or could not be scored.
+    """
+    logger = get_run_logger()
+    params = load_params()
+    names = list(params.datasets) if datasets is None else datasets
+    for name in names:
+        params.dataset(name)
+    url = service_url or Settings().service_url or None
+    if url is None:
+        logger.info("the service is not asked: set service_url or %s for that", SERVICE_VARIABLE)
+    scores: dict[str, dict[str, float]] = {}
+    failures: list[str] = []
+    for name in names:
+        number = registry.aliases(name).get(tracking.CHAMPION)
+        path = DATA_FOLDER / f"{name}.safetensors"
+        if number is None or not path.exists():
+            logger.info("%s: passed over, there is no %s", name, "champion" if number is None else path)
+            continue
+        try:
+            scores[name] = _evaluate(name, number, path, url, num_images)
+        except (ValueError, OSError) as error:  # one damaged champion does not hide the others
+            failures.append(f"{name} version {number} ({error})")
+    if failures:
+        raise RuntimeError(f"these champions are not what was registered: {'; '.join(failures)}")
+    return scores
+
+
+def _evaluate(name: str, number: str, path: Path, url: str | None, num_images: int) -> dict[str, float]:
+    version = next(v for v in registry.versions(name) if v.version == number)
+    data, params = load_dataset(path), load_params().evaluate
+    with tempfile.TemporaryDirectory() as folder:
+        model, recorded = load_checkpoint(registry.download(version, Path(folder)))
+    scores = evaluate(
+        model, data, num_images=min(params.num_images or num_images, num_images), batch_size=params.batch_size
+    )
+    tags = {**version.lineage(), "dataset": name, "protocol": data.protocol, "evaluated_data_hash": data.data_hash}
+    show_scores(name, scores)
+    run_id = tracking.log_evaluation(EXPERIMENT, f"{name}-v{number}", scores, tags)
+    found = format_nll(scores["validation/nll_nats"], data.image_shape, data.num_levels)
+    then = format_nll(version.recorded_nll, data.image_shape, data.num_levels)
+    get_run_logger().info("%s version %s: validation %s, recorded in training %s", name, number, found, then)
+    if data.data_hash != version.lineage()["data_hash"]:
+        get_run_logger().warning("%s: the data are not those it was registered with: not compared", name)
+        return scores
+    check_scores(f"{version.name} version {number}", model, recorded, data)
+    if url is not None:
+        split, num, nats = stated_score(f"{version.name} version {number}", recorded)
+        served = score_through_service(url, name, number, data, split, num)
+        tracking.client().log_metric(run_id, f"service/{split}_nll_nats_first_{num}", served)
+        if not abs(served - nats) <= TOLERANCE_NATS:
+            raise ValueError(
+                f"the service at {url} scores {served:.2f} nats on the first {num} {split} images, registered are "
+                f"{nats:.2f}: restart it, and if that does not help, promote {name} again"
+            )
+        get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, url, served, nats)
+    return scores
+
+
+def score_through_service(url: str, dataset: str, version: str, data: Dataset, split: str, num: int) -> float:
+    """Let the service score the first `num` images of a split; return their mean NLL in nats per image.
+
+    Raises:
+        ValueError: another version than `version` answers.
+        ConnectionError: the service cannot be reached, or refuses.
+    """
+    levels = data.levels(split, slice(0, num))  # (N, C, H, W)
+    images = levels[:, 0] if data.image_shape[0] == 1 else levels.permute(0, 2, 3, 1)
+    token = Settings().token
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    total = 0.0
+    try:
+        # The service is a neighbour: never by way of a proxy.
+        with httpx.Client(base_url=url, timeout=SERVICE_TIMEOUT_S, trust_env=False, headers=headers) as http:
+            for image in images.tolist():
+                answer = _post(http, "/likelihood", {"dataset": dataset, "image": image})
+                if answer.status_code == 401:
+                    raise ConnectionError(f"the service at {url} asks for a token: set {TOKEN_VARIABLE} to its own")
+                if answer.status_code != 200:
+                    raise ConnectionError(f"the service at {url} answered {answer.status_code}: {answer.text[:200]}")
+                body = answer.json()
+                if str(body["model"]["version"]) != version:
+                    raise ValueError(
+                        f"the service at {url} answers with version {body['model']['version']}: point it to the model "
+                        f"store of this pipeline (BENTOML_HOME)"
+                    )
+                total -= body["log_prob"]
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConnectionError(
+            f"the service at {url} cannot be reached ({error}): start it with make serve, or unset {SERVICE_VARIABLE}"
+        ) from error
+    return total / len(images)
+
+
+def _post(http: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response:
+    """Ask the service, and again after as long as it asks for while it is busy, `MAX_BUSY_S` in all."""
+    deadline = time.monotonic() + MAX_BUSY_S
+    while True:
+        answer = http.post(path, json=body)
+        if answer.status_code not in BUSY:
+            return answer
+        text = answer.headers.get("retry-after", "")
+        wait_s = float(text) if text.isascii() and text.isdecimal() else 1.0
+        if time.monotonic() + wait_s > deadline:
+            return answer
+        time.sleep(wait_s)

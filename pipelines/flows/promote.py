@@ -1,0 +1,101 @@
+"""The Prefect flows that move champions: promote on evidence, roll back on demand."""
+
+import json
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from pipelines.errors import is_for_user
+from pipelines.files import atomic_write
+from pipelines.flows.shown import show_decision, tag_run
+from pipelines.params import check_dataset, load_params
+from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback
+from pipelines.promotion.register import register_trained, repair
+from pipelines.promotion.rule import Candidate
+from pipelines.promotion.score import score
+from pipelines.registry import versions as registry
+from pipelines.registry.decisions import FAILED, Report
+from pipelines.registry.runs import CHAMPION
+from pipelines.registry.versions import Version
+from pipelines.stages.train import load
+from pixelcnn.data import Dataset
+from pixelcnn.evaluation import format_nll
+
+REPORTS_FOLDER = Path("reports/promotions")
+
+
+def write_report(report: Report) -> None:
+    """Write a report as reports/promotions/DATASET.json, in one step."""
+    REPORTS_FOLDER.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2, allow_nan=False)
+    atomic_write(REPORTS_FOLDER / f"{report['dataset']}.json", text + "\n")
+
+
+@task(name="score", persist_result=False, cache_policy=NO_CACHE)
+def _score(version: Version, data: Dataset, batch_size: int) -> Candidate:
+    scores = score(version, data, batch_size)
+    mean = format_nll(scores.joint_nats.mean().item(), data.image_shape, data.num_levels)
+    get_run_logger().info("version %s: validation %s", version.version, mean)
+    return scores
+
+
+@flow(name="promote", persist_result=False, log_prints=True)
+def promote(dataset: str, dry_run: bool = False, version: int | None = None, why: str | None = None) -> Report:
+    """Let the best registered version of a dataset become champion, if it is better beyond doubt.
+
+    Checkpoints in models/ that the registry does not know are registered first. The report is written to
+    reports/promotions/DATASET.json in any case but a dry run.
+
+    Args:
+        dry_run: decide and say so, but move, register and write nothing.
+        version: the one that competes, even if it was rolled back; None for all.
+        why: it is asked for; recorded, beside who did.
+
+    Raises:
+        ValueError: the dataset is unknown, or its prepared file is missing or damaged.
+        LookupError: nothing is registered, or no such version, or another registry feeds the model store.
+        OSError: the registry, the store or a disk failed; the text says whether anything has moved.
+    """
+    check_dataset(dataset)
+    tag_run(dataset)
+    params, data = load_params().promote, load(dataset)
+    registered: list[str] = []
+    try:
+        if not dry_run:
+            # A registry that was lost and begun anew goes on with the champion that is served.
+            served = [] if CHAMPION in registry.aliases(dataset) else repair(dataset)
+            registered = [*served, *register_trained(dataset)]
+        report = run_promotion(dataset, data, params, _score, dry_run, version, why)
+    except Exception as error:
+        if not is_for_user(error):
+            raise
+        moved = "" if isinstance(error, UnfinishedMoveError) else "nothing moved: "
+        text = f"{dataset}: {moved}{explained(error)}"
+        if not dry_run:
+            write_report({"dataset": dataset, "decision": FAILED, "reason": explained(error), "text": text})
+        if isinstance(error, (LookupError, ValueError)):
+            raise
+        raise OSError(text) from error
+    report["text"] = " ".join([*registered, report["text"]])
+    if not dry_run:
+        write_report(report)
+        show_decision(report)
+    print(report["text"])
+    return report
+
+
+@flow(name="rollback", persist_result=False, log_prints=True)
+def rollback(dataset: str, to: int | None = None, why: str | None = None) -> Report:
+    """Make an earlier champion of a dataset the champion again; see `pipelines.promotion.move.run_rollback`.
+
+    Args:
+        to: a version that was champion; None for the one before the present champion.
+        why: it is asked for; recorded, beside who did.
+    """
+    check_dataset(dataset)
+    tag_run(dataset)
+    report = run_rollback(dataset, to, why)
+    show_decision(report)
+    print(report["text"])
+    return report

@@ -1,0 +1,96 @@
+"""Acceptance: how often a judge takes what a model draws for an image of the dataset.
+
+It is what a likelihood does not tell: a digit that falls apart costs few nats.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.judging.judge import Judge
+from pixelcnn.completion import complete
+from pixelcnn.data import Dataset, generator_for
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.observed import beginnings, ink_of, pen_noise
+
+# What is known of each drawing, and what is judged then.
+KNOWN = {
+    "nothing": "whole samples",
+    "ink45": "endings of the first 45 % of the ink",
+    "right": "endings of the right half",
+    "top": "endings of the upper half",
+}
+NUM_SHOWN, NUM_SEVERAL = 9, 60  # endings of a drawing beside each other; drawings of which as many are counted
+
+
+def known_part(known: str, levels: Tensor, num_levels: int, seed: int) -> Tensor:
+    """Return what is known of each drawing: (B, C, H, W) int64 -> (B, 1, H, W) bool."""
+    num, _, height, width = levels.shape
+    observed = torch.zeros(num, 1, height, width, dtype=torch.bool)
+    if known == "right":
+        observed[..., width // 2 :] = True
+    elif known == "top":
+        observed[..., : height // 2, :] = True
+    elif known == "ink45":
+        noise = pen_noise(np.random.default_rng(seed), num, height, width)
+        part = beginnings(noise, ink_of(levels, num_levels), np.full(num, 0.45))
+        observed = torch.from_numpy(part)[:, None]
+    return observed
+
+
+def judged_images(
+    model: AutoregressiveModel,
+    data: Dataset,
+    num_images: int | None,
+    split: str = "test",
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Return what judges look at: real images, a model's whole images, and its endings of real images' parts.
+
+    Args:
+        model: on the CPU, in eval mode.
+        num_images: the first so many of the split, None for all; one ending each, without label.
+        split: `validation` or `test`: images that neither the model nor a judge has learned from.
+        temperature, seed: of the endings.
+
+    Returns:
+        (N, C, H, W) int64 levels by name: `real`; for each of `KNOWN` the endings; and as `several`, nine endings each
+        of some drawings' first 45 % of ink, one drawing after the other.
+    """
+    levels = data.levels(split, slice(num_images))
+
+    def ended(drawings: Tensor, observed: Tensor) -> Tensor:
+        u = torch.rand(drawings.shape, generator=generator_for(seed), dtype=torch.float64)
+        return complete(model, drawings * observed, observed, u, temperature=temperature)
+
+    several = levels[:NUM_SEVERAL]
+    part = known_part("ink45", several, data.num_levels, seed)
+    return {
+        "real": levels,
+        **{known: ended(levels, known_part(known, levels, data.num_levels, seed)) for known in KNOWN},
+        "several": ended(*(x.repeat_interleave(NUM_SHOWN, dim=0) for x in (several, part))),
+    }
+
+
+def acceptance(images: Mapping[str, Tensor], num_levels: int, judge: Judge, split: str = "test") -> dict[str, float]:
+    """Let a judge look at what `judged_images` returned.
+
+    Args:
+        num_levels: K.
+        split: which one they are of.
+
+    Returns:
+        The accepted shares `test/accepted_real`, `test/accepted_nothing` (of whole images: nothing was known),
+        `test/accepted_ink45`, ..., for each of `KNOWN`; and `test/labels_among_nine`: how many different labels the
+        judge sees, on average, in those that it accepts of nine endings of a drawing's first 45 % of ink.
+    """
+    shares = {name: judge.look(images[name], num_levels)[0].float().mean().item() for name in ("real", *KNOWN)}
+    accepted, label = (found.view(-1, NUM_SHOWN) for found in judge.look(images["several"], num_levels))
+    seen = [set(labels[good].tolist()) for good, labels in zip(accepted, label, strict=True)]
+    return {
+        **{f"{split}/accepted_{name}": share for name, share in shares.items()},
+        f"{split}/labels_among_nine": sum(map(len, seen)) / len(seen),
+    }

@@ -1,0 +1,179 @@
+"""A judge: a small classifier with one class more than the dataset has, for what is none of its images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipelines.judging.spoiled import Spoiler
+from pixelcnn.data import Dataset, generator_for
+from pixelcnn.training.config import resolved_precision
+from pixelcnn.training.redrawn import by_another_hand
+
+JUDGES_FOLDER = Path("judges")
+BATCH = 64  # images as they are, and as many spoiled ones
+REDRAWN = 0.3  # share that is drawn by another hand first
+CRISP_SHARE = 0.5  # of binary images
+REAL = 0.95  # share of real validation images that a judge accepts: it sets the threshold
+LOG_STEPS = 100
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """What tells one judge from another: two should not be wrong about the same images.
+
+    Args:
+        width: features of the first half of the convolutions, twice as many of the second.
+        kernel_size: of the convolutions.
+        half: 0 or 1, which training images it learns from: those of even or of odd index.
+        seed: of weights, batches and spoiled images.
+        epochs: passes over its images.
+    """
+
+    width: int
+    kernel_size: int
+    half: int
+    seed: int
+    epochs: float = 8.0
+
+
+# By the end of their files' names. What the pipeline may look at while it chooses; and another, asked at the end alone.
+JUDGES = {"judge": JudgeConfig(24, 3, 0, seed=0), "held_back": JudgeConfig(16, 5, 1, seed=1)}
+
+
+class Judge(nn.Module):
+    """Convolutions on an image; the last class stands for what is no image of the dataset.
+
+    Args:
+        channels: C of the images.
+        num_labels: classes of the dataset.
+        config: of the network.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, channels: int, num_labels: int, config: JudgeConfig) -> None:
+        super().__init__()
+        widths = [channels, config.width, config.width, 2 * config.width, 2 * config.width]
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise(widths)):
+            layers += [nn.Conv2d(before, after, config.kernel_size, 1 + i % 2, config.kernel_size // 2), nn.ReLU()]
+        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(4), nn.Flatten())
+        self.classes = nn.Sequential(nn.Linear(32 * config.width, 128), nn.ReLU(), nn.Linear(128, num_labels + 1))
+        self.register_buffer("threshold", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the classes: (B, C, H, W) float in [0, 1] -> (B, num_labels + 1)."""
+        logits: Tensor = self.classes(self.features(x))
+        return logits
+
+    @torch.inference_mode()
+    def probs(self, levels: Tensor, num_levels: int) -> Tensor:
+        """Return the classes' probabilities: (B, C, H, W) int64 in [0, K) -> (B, num_labels + 1)."""
+        return torch.cat([self(part.float() / (num_levels - 1)).softmax(dim=1) for part in torch.split(levels, 500)])
+
+    def look(self, levels: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
+        """Judge images.
+
+        Args:
+            levels: (B, C, H, W) int64 in [0, K).
+            num_levels: K.
+
+        Returns:
+            (B,) bool, whether an image passes for one of the dataset's; and (B,) int64, as which label.
+        """
+        probs = self.probs(levels, num_levels)
+        return probs[:, -1] <= self.threshold, probs[:, :-1].argmax(dim=1)
+
+
+def _inked(ink: Tensor, crisp_share: float, generator: torch.Generator) -> Tensor:
+    """Return images of two levels: a share of them in crisp ink, the others as Bernoulli samples.
+
+    Args:
+        ink: (B, C, H, W) float in [0, 1].
+        crisp_share: in [0, 1].
+        generator: all that is random.
+
+    Returns:
+        (B, C, H, W) int64 in {0, 1}.
+    """
+    crisp = torch.rand(len(ink), generator=generator) < crisp_share
+    threshold = torch.where(crisp.view(-1, 1, 1, 1), 0.5, torch.rand(ink.shape, generator=generator))
+    return (threshold < ink).long()
+
+
+def train_judge(data: Dataset, config: JudgeConfig, log: Callable[[str], object]) -> Judge:
+    """Train a judge on half of the training split: images as they are, and images spoiled.
+
+    Binary images are seen as Bernoulli samples and in crisp ink, as those of models and of people are.
+
+    Args:
+        log: is told of the progress.
+    """
+    torch.manual_seed(config.seed)
+    judge = Judge(data.image_shape[0], len(data.label_names), config)
+    generator = generator_for(config.seed)
+    spoil = Spoiler(generator)
+    images, labels = (part["train"][config.half :: 2] for part in (data.images, data.labels))
+    fast = resolved_precision("auto", torch.device("cpu")) == "bfloat16"
+    num_steps = round(config.epochs * len(images) / BATCH)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
+    for step in range(num_steps):
+        index = torch.randint(len(images), (BATCH,), generator=generator)
+        x, label = images[index].float() / (255 if data.num_levels == 2 else data.num_levels - 1), labels[index]
+        # Or a judge would know what is spoiled by the blur of having been moved.
+        anew = torch.rand(len(x), 1, 1, 1, generator=generator) < REDRAWN
+        x = torch.where(anew, by_another_hand(x, generator), x)
+        both = torch.cat([x, spoil(x, label)])
+        if data.num_levels == 2:
+            both = _inked(both, CRISP_SHARE, generator).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            logits = judge(both)
+        none = torch.full_like(label, len(data.label_names))
+        loss = F.cross_entropy(logits.float(), torch.cat([label, none]), label_smoothing=0.02)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % LOG_STEPS == 0:
+            log(f"judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}")
+    judge.eval()
+    doubt = judge.probs(data.levels("validation", slice(None)), data.num_levels)[:, -1]
+    judge.threshold.fill_(float(doubt.quantile(REAL)))
+    return judge
+
+
+def judge_file(dataset: str, which: str) -> Path:
+    """Return where a dataset's judge lies: `which` is one of `JUDGES`."""
+    return JUDGES_FOLDER / f"{dataset}-{which}.safetensors"
+
+
+def save_judge(path: Path, judge: Judge) -> None:
+    """Write a judge's weights in half precision."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.half() for name, weight in judge.state_dict().items()}, path)
+
+
+def load_judge(dataset: str, which: str, data: Dataset) -> Judge:
+    """Read a dataset's judge, for images and labels such as those of `data`.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    path = judge_file(dataset, which)
+    judge = Judge(data.image_shape[0], len(data.label_names), JUDGES[which])
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is no judge of {data.name} ({error}). Make it: python -m pipelines.steps judge {dataset}"
+        ) from None
+    return judge.eval()

@@ -1,0 +1,186 @@
+"""A decision: which versions may compete, what they score, and what the rule makes of that. Nothing moves here."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pipelines.errors import is_for_user, reason
+from pipelines.params import PromoteParams
+from pipelines.promotion.rule import Candidate, Choice, choose, corrected, differences
+from pipelines.promotion.score import check, score
+from pipelines.registry.decisions import KEPT, PROMOTED, Report, versions_compared
+from pipelines.registry.versions import Version
+from pixelcnn.data import Dataset
+from pixelcnn.evaluation import format_nll
+
+# What a better completion may cost the joint model, and the other way round: nats of a binary image, bits per
+# dimension of others.
+ALLOWANCE = {True: 0.3, False: 0.01}
+
+Scorer = Callable[[Version, Dataset, int], Candidate]
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Decision:
+    """One decision about a dataset: `report` says all of it, `chosen` is the version that is to become champion.
+
+    Args:
+        data: the current prepared data; versions that were measured on others do not compete.
+        found: the versions of the dataset.
+        champion: one of them, or None.
+        only: the one version that competes, even if it was rolled back; None for all.
+        scorer: like `pipelines.promotion.score.score`.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        data: Dataset,
+        params: PromoteParams,
+        found: list[Version],
+        champion: Version | None,
+        only: int | None = None,
+        scorer: Scorer = score,
+    ) -> None:
+        self.dataset, self.data, self.params, self.scorer = dataset, data, params, scorer
+        self.by_number = {version.version: version for version in found}
+        self.skipped: dict[str, str] = {}  # version -> why
+        self.report: Report = {
+            "dataset": dataset,
+            "data_hash": data.data_hash,
+            "protocol": data.protocol,
+            "champion": champion and self._described(champion.version),
+            "candidate": None,
+            "confidence": params.confidence,
+            "compared": [],
+            "new": None,
+            "old": champion and champion.version,
+            "served": None,
+        }
+        choice = self._decide(champion, only)
+        self.chosen = self.by_number[choice.version] if choice.version else None
+        self.report["decision"] = PROMOTED if choice.version else KEPT
+        self.report["reason"] = choice.reason
+        self.report["new"] = choice.version
+        self.report["skipped"] = [{"version": number, "reason": why} for number, why in self.skipped.items()]
+
+    def _decide(self, champion: Version | None, only: int | None) -> Choice:
+        if champion is not None and champion.version == str(only):
+            return Choice(None, f"version {only} is the champion already")
+        wanted = [v for v in self.by_number.values() if v is not champion and only in (None, int(v.version))]
+        able = [version for version in wanted if self._may_compete(version, asked_for=only is not None)]
+        if not able:
+            return Choice(None, "no other version can compete" if champion else "no version can become champion")
+        of_champion = self._scored(champion) if champion is not None else None
+        if champion is not None and of_champion is None:
+            why = self.skipped.pop(champion.version)
+            return Choice(None, f"champion version {champion.version} cannot be scored: {why}")
+        pool = []
+        for number, version in enumerate(able, start=1):
+            logger.info("%s: version %s, %d of %d", self.dataset, version.version, number, len(able))
+            scores = self._scored(version)
+            if scores is not None and (champion is not None or self._beats_uniform(scores)):
+                pool.append(scores)
+        return self._chosen(of_champion, pool)
+
+    def _may_compete(self, version: Version, asked_for: bool) -> bool:
+        data_hash, now = version.tags.get("data_hash", ""), self.data.data_hash
+        if data_hash != now:
+            why = f"it was measured on other data (hash {data_hash[:12] or 'unknown'}, now {now[:12]})"
+        elif version.rolled_back and not asked_for:
+            why = "it was rolled back; rollback --to, or promote --version, would bring it back"
+        elif not math.isfinite(version.recorded_nll):
+            why = "its recorded validation NLL is not a finite number"
+        else:
+            return True
+        self.skipped[version.version] = why
+        return False
+
+    def _attempt(self, version: Version, work: Callable[[], T]) -> T | None:
+        """Return what `work` returns; or None, and why the version is passed over: the next one may be fine."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_for_user(error):
+                raise
+            self.skipped[version.version] = reason(error)
+            return None
+
+    def _scored(self, version: Version) -> Candidate | None:
+        return self._attempt(version, lambda: self.scorer(version, self.data, self.params.batch_size))
+
+    def _beats_uniform(self, scores: Candidate) -> bool:
+        uniform = math.prod(self.data.image_shape) * math.log(self.data.num_levels)
+        if scores.joint_nats.mean().item() >= uniform:
+            self.skipped[scores.version] = f"it is no better than the uniform distribution, {self._format(uniform)}"
+            return False
+        return True
+
+    def _chosen(self, champion: Candidate | None, pool: list[Candidate]) -> Choice:
+        """Let the rule choose, and check its choice before it counts: a leak would win them all by cheating."""
+        binary = self.data.num_levels == 2
+        unit = 1.0 if binary else math.prod(self.data.image_shape) * math.log(2)
+        compared = {scores.version for scores in [*pool, *([champion] if champion else [])]}
+        num_versions = len(compared | versions_compared(self.dataset, self.data.data_hash))
+        confidence = self.params.confidence
+        while True:
+            choice = choose(
+                champion, pool, confidence=confidence, num_versions=num_versions, allowance=ALLOWANCE[binary] * unit
+            )
+            self.skipped |= choice.refused
+            if choice.version is None or self._is_sound(self.by_number[choice.version]):
+                break
+            pool = [scores for scores in pool if scores.version != choice.version]
+        self.report["compared"] = sorted(compared, key=int)
+        self.report["confidence"] = level = corrected(confidence, num_versions)
+        if champion is not None:
+            self.report["champion"] = self._described(champion.version, champion)
+        best = next((scores for scores in pool if scores.version == choice.best), None)
+        if best is not None:
+            self.report["candidate"] = self._described(best.version, best)
+        if best is not None and champion is not None:
+            for name, difference in differences(best, champion).items():
+                low, high = difference.interval(level)
+                self.report[f"{name}_difference"] = {"mean": difference.mean, "low": low, "high": high}
+        return choice
+
+    def _is_sound(self, version: Version) -> bool:
+        return bool(self._attempt(version, lambda: check(version, self.data, self.params.max_sample_s)))
+
+    def _described(self, number: str, scores: Candidate | None = None) -> dict[str, Any]:
+        version = self.by_number[number]
+        found: dict[str, Any] = {**version.lineage(), "pair": version.tags.get("pair", "unknown")}
+        if scores is not None:
+            named = {"nll_nats": scores.joint_nats, "completion_nats": scores.completion_nats}
+            means = {name: nats.mean().item() for name, nats in named.items() if nats is not None}
+            found |= {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        return found
+
+    def _format(self, nats: float) -> str:
+        return format_nll(nats, self.data.image_shape, self.data.num_levels)
+
+    def text(self, dry_run: bool = False) -> str:
+        """Return the decision in a sentence or two."""
+        head = (
+            f"{'dry run: ' if dry_run else ''}{self.dataset} ({self.data.protocol}, data {self.data.data_hash[:12]}): "
+        )
+        scores = [
+            f"{role} version {scored['version']} ({scored['pair']}) {self._format(scored['nll_nats'])}"
+            for role in ("candidate", "champion")
+            if (scored := self.report[role]) and "nll_nats" in scored
+        ]
+        said = f"{head}nothing {'would move' if dry_run else 'moved'}: {self.report['reason'].rstrip('.')}."
+        if self.chosen is not None:
+            verb = "would be" if dry_run else "is"
+            said = f"{head}version {self.chosen.version} {verb} the new champion: {self.report['reason']}."
+        skipped = [f"version {number}: {why.rstrip('.')}" for number, why in self.skipped.items()]
+        return " ".join(
+            [
+                said,
+                *([f"Validation: {', '.join(scores)}."] if scores else []),
+                *([f"Passed over: {'; '.join(skipped)}."] if skipped else []),
+            ]
+        )

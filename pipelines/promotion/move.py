@@ -1,0 +1,367 @@
+"""Moves: a champion exported, recorded, put into its place and served; taken back; completed after a kill.
+
+The order of writes. A new champion is exported to the model store, the decision is recorded, and only then the aliases
+move and the model is served: whenever a run is cut off, what is served is whole, and the next promotion or rollback
+first completes what was decided. A version that was rolled back is passed over from then on; a rollback to it, or a
+promotion that names it, brings it back.
+
+A model store is fed by one registry, whose identity it keeps: no experiment and no second clone moves what it serves.
+
+Two at once. On one machine the second waits for the first and then decides on what that has left. Between machines, a
+promotion that finds another champion than the one it compared with decides again.
+"""
+
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import is_for_user, reason, tool_of
+from pipelines.files import file_lock
+from pipelines.params import PromoteParams
+from pipelines.promotion.decide import Decision, Scorer
+from pipelines.promotion.reference import write_reference
+from pipelines.promotion.score import score
+from pipelines.registry import decisions, store
+from pipelines.registry import versions as registry
+from pipelines.registry.decisions import ROLLED_BACK, Report
+from pipelines.registry.runs import CHALLENGER, CHAMPION, PREVIOUS, find_run, location, registered_name, tracking_uri
+from pipelines.registry.versions import Version
+from pipelines.settings import Settings
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.data import Dataset
+
+MAX_DECISIONS = 3  # of one promotion, while other machines move the champion
+
+
+class UnfinishedMoveError(OSError):
+    """A recorded decision was carried out in part; the text says how far, and that the next run completes it."""
+
+
+def explained(error: Exception) -> str:
+    """Return the whole reason of an error, and which server or store it concerns if it is one's."""
+    named = {
+        "mlflow": f"MLflow at {tracking_uri()}",
+        "sqlalchemy": f"MLflow's database {tracking_uri()}",
+        "requests": f"MLflow at {tracking_uri()}",
+        "bentoml": f"the model store in {store.home()}",
+    }.get(tool_of(error) or "")
+    return f"{named} failed ({reason(error)}). Run this again once it works." if named else reason(error)
+
+
+def export(version: Version) -> str:
+    """Put a version into the model store, not yet served; return its tag. One that is there, whole, stays."""
+    tag = store.tag_of(version.lineage())
+    if store.is_intact(tag, version.lineage()):
+        store.set_feeder(_this_registry())
+        return tag
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = registry.download(version, Path(folder))
+        write_reference(checkpoint, version.tags["dataset"], version.lineage()["data_hash"])
+        _, scores = load_checkpoint(checkpoint)
+        metadata: dict[str, Any] = {
+            **version.lineage(),
+            "dataset": version.tags["dataset"],
+            "label_names": list(scores["label_names"]),
+            "protocol": version.tags["protocol"],
+            "promoted_at": _now(),
+        }
+        tag = store.export(checkpoint, metadata)
+    store.set_feeder(_this_registry())
+    return tag
+
+
+def _this_registry() -> dict[str, str]:
+    return {"registry": decisions.registry_id(), "at": location(), "host": socket.gethostname()}
+
+
+def check_feeder() -> None:
+    """Raise LookupError unless this registry feeds the model store; one that serves nothing yet is anybody's.
+
+    It does, too, where it was moved, or was lost and begun anew in the same place; a copy of it does not.
+    """
+    if experiment := Settings().experiment:
+        raise LookupError(
+            f"this is a DVC experiment (on {experiment[:12]}), which registers and compares, and moves no champion: "
+            "nothing moved. Promote what it made once it is applied: dvc exp apply NAME."
+        )
+    this, known = _this_registry(), store.feeder()
+    if known is None:
+        strange = [tag for tag in store.served() if find_run(str(store.metadata_of(tag).get("run_id"))) is None]
+        whose = f"serves {strange[0]}, which this registry does not know" if strange else ""
+    elif known["registry"] == this["registry"]:
+        copied = known["at"] != this["at"] and Path(known["at"]).exists()
+        whose = f"is fed by {known['at']}, of which this registry is a copy" if copied else ""
+    else:
+        renewed = known | {"registry": ""} == this | {"registry": ""}
+        whose = "" if renewed else f"is fed by another registry, {known['at']} on {known['host']}"
+    if whose:
+        raise LookupError(
+            f"the model store {store.home()} {whose}, and this is {this['at']}: nothing moved. Set BENTOML_HOME to a "
+            "store of this registry, or MLFLOW_TRACKING_URI to that one. If that one is lost, let this one take over "
+            "what is served: python -m pipelines.steps repair --take-over."
+        )
+
+
+def ensure_served(version: Version) -> tuple[str, bool]:
+    """Let the model store serve a version, if a run was cut off or the store is a new one; else do nothing.
+
+    Returns:
+        The version's tag, and whether anything was to be done.
+    """
+    tag = export(version)
+    if store.latest(version.name) == tag:
+        return tag, False
+    store.serve(tag)
+    return tag, True
+
+
+@contextmanager
+def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
+    """Hold the lock of a dataset's champion, in a store that this registry feeds.
+
+    Args:
+        take_over: let this registry feed the store from now on, whichever did.
+
+    Raises:
+        LookupError: another one feeds it; see `check_feeder`.
+    """
+    lock = store.home() / f".{registered_name(dataset)}.lock"
+    with file_lock(lock, f"the decision about {dataset}", lambda text: print(text, file=sys.stderr)):
+        if not take_over:
+            check_feeder()
+        yield
+
+
+def record_and_carry_out(dataset: str, run_id: str, report: Report, new: Version) -> None:
+    """Export the new champion, record the decision, and make its moves.
+
+    Raises:
+        UnfinishedMoveError: a move failed after the record; before that, nothing has moved.
+    """
+    report["served"] = export(new)
+    decisions.begin_moves(run_id, report)
+    carry_out(dataset, run_id, report)
+
+
+def carry_out(dataset: str, run_id: str, report: Report) -> None:
+    """Make the moves of a recorded decision; those that were made already stay as they are.
+
+    Raises:
+        UnfinishedMoveError: one of them failed.
+    """
+    found = {version.version: version for version in registry.versions(dataset)}
+    new, previous = found[report["new"]], report.get("old")
+    tag = store.tag_of(new.lineage())
+    marked = [found[number] for number in report.get("passed_over", []) if number in found]
+    rolled_back, serve = report["decision"] == ROLLED_BACK, (f"{tag} is served", lambda: store.serve(tag))
+
+    def end_challenge() -> None:
+        if registry.aliases(dataset).get(CHALLENGER) == new.version:
+            registry.remove_alias(dataset, CHALLENGER)
+
+    moves: list[tuple[str, Callable[[], object]]] = [
+        (f"{tag} is in the model store", lambda: export(new)),
+        *((f"version {v.version} is marked", lambda v=v: registry.mark_rolled_back(v, _now())) for v in marked),
+        (f"version {new.version} is not marked as rolled back", lambda: registry.unmark_rolled_back(new)),
+        # Whoever asks for a rollback wants it served first of all.
+        *([serve] if rolled_back else []),
+    ]
+    if previous in found:
+        moves.append((f"previous is version {previous}", lambda: registry.set_alias(dataset, PREVIOUS, previous)))
+    moves += [
+        (f"champion is version {new.version}", lambda: registry.set_alias(dataset, CHAMPION, new.version)),
+        ("the new champion is no challenger", end_challenge),
+        serve,
+        ("the record says that it is done", lambda: decisions.end_decision(run_id)),
+    ]
+    done: list[str] = []
+    for what, move in moves:
+        try:
+            move()
+        except Exception as error:
+            if not is_for_user(error):
+                raise
+            raise UnfinishedMoveError(
+                f"it was decided that version {new.version} is the champion, and that is carried out in part. Done: "
+                f"{', '.join(done) or 'nothing'}. Failed: {what} ({explained(error)}). Run this again to go on there."
+            ) from error
+        done.append(what)
+
+
+def complete_moves(dataset: str) -> list[str]:
+    """Carry out what was decided by processes that were killed before they had; return what was done, in sentences.
+
+    To be called under `champion_lock`. A decision that another one has overtaken is left, and shown as failed.
+    """
+    done = []
+    for run_id, report in decisions.unfinished_decisions(dataset):
+        numbers = [version.version for version in registry.versions(dataset)]
+        champion = registry.aliases(dataset).get(CHAMPION)
+        if report is None or report["new"] not in numbers or champion not in (report["new"], report["old"]):
+            decisions.end_decision(run_id, "FAILED")
+            continue
+        carry_out(dataset, run_id, report)
+        done.append(f"{dataset}: a decision that was cut off is carried out: {report['text']}")
+    return done
+
+
+def run_promotion(
+    dataset: str,
+    data: Dataset,
+    params: PromoteParams,
+    scorer: Scorer = score,
+    dry_run: bool = False,
+    only: int | None = None,
+    why: str | None = None,
+) -> Report:
+    """Decide, record the decision, and move; complete first what an earlier process was killed at.
+
+    Args:
+        data: the current prepared data.
+        scorer: like `score`.
+        dry_run: decide only; nothing is moved, exported or recorded.
+        only: the one version that competes.
+        why: it is asked for; recorded.
+
+    Returns:
+        The report; its `decision` is `promoted` or `kept`, its `text` says it in words.
+
+    Raises:
+        LookupError: nothing is registered, or no such version, or another registry feeds the store.
+        UnfinishedMoveError: it was decided, and carried out in part.
+        Exception: whatever else; nothing has moved.
+    """
+
+    def decide() -> tuple[Decision, Version | None]:
+        found = registry.versions(dataset)
+        number = registry.aliases(dataset).get(CHAMPION)
+        champion = next((version for version in found if version.version == number), None)
+        return Decision(dataset, data, params, found, champion, only, scorer), champion
+
+    numbers = [version.version for version in registry.versions(dataset)]
+    if not numbers:
+        raise LookupError(
+            f"no version of {registered_name(dataset)} is registered: train a pair of {dataset} first, or register a "
+            "checkpoint: python -m pipelines.steps register FOLDER."
+        )
+    if only is not None and str(only) not in numbers:
+        raise LookupError(f"{registered_name(dataset)} has no version {only}. Known: {', '.join(numbers)}.")
+    if dry_run:
+        decision, _ = decide()
+        return {**decision.report, "text": decision.text(dry_run=True)}
+    with champion_lock(dataset):
+        completed = complete_moves(dataset)
+        with decisions.decision_run(dataset, "promotion", why) as run_id:
+            for _ in range(MAX_DECISIONS):
+                decision, champion = decide()
+                if registry.aliases(dataset).get(CHAMPION) == (champion.version if champion else None):
+                    break
+            else:
+                raise OSError(f"the champion of {dataset} changed {MAX_DECISIONS} times while it was decided")
+            report = {**decision.report, "decision_run_id": run_id, "text": " ".join([*completed, decision.text()])}
+            if decision.chosen is not None:
+                record_and_carry_out(dataset, run_id, report, decision.chosen)
+            else:
+                if champion is not None:
+                    report["served"] = _repair_store(champion, report)
+                decisions.record_decision(run_id, report)
+                decisions.end_decision(run_id)
+    return report
+
+
+def _repair_store(champion: Version, report: Report) -> str | None:
+    """Let the store serve the champion; say so in the report if it did not before."""
+    try:
+        tag, moved = ensure_served(champion)
+        if moved:
+            report["text"] += f" The model store serves {tag} now."
+        return tag
+    except ValueError as error:
+        # The champion's own files are damaged: what is served stays, as does everything else.
+        report["text"] += f" The model store was left as it is: {reason(error)}"
+        return store.latest(champion.name)
+
+
+def run_rollback(dataset: str, to: int | None = None, why: str | None = None) -> Report:
+    """Make an earlier champion the champion again, and serve it; the present one becomes `previous`.
+
+    All that were champion since are passed over by promotions from then on, and by rollbacks: a second one goes further
+    back. A rollback that was cut off is completed, and no second one is made.
+
+    Args:
+        to: a version that was champion; None for the one before the present champion.
+        why: it is asked for; recorded.
+
+    Raises:
+        LookupError: there is no such earlier champion, or another registry feeds the store; nothing has moved.
+        ValueError: the version cannot be fetched whole; nothing has moved.
+        UnfinishedMoveError: it was carried out in part.
+    """
+    with champion_lock(dataset):
+        cut_off = [r for _, r in decisions.unfinished_decisions(dataset) if r and r["decision"] == ROLLED_BACK]
+        completed = complete_moves(dataset)
+        if cut_off and completed:
+            return {**cut_off[-1], "text": " ".join(completed)}
+        found, aliases = registry.versions(dataset), registry.aliases(dataset)
+        by_number = {version.version: version for version in found}
+        made = decisions.decisions(dataset)
+        past = [report["new"] for report in made if report.get("new")]
+        champion = by_number.get(aliases.get(CHAMPION, ""))
+        earlier = [number for number in dict.fromkeys(past) if number in by_number and number != aliases.get(CHAMPION)]
+        before = [number for number in decisions.champions(made) if number in earlier]
+        number = str(to) if to else next(reversed(before), "")
+        target = by_number[number] if number in earlier else None
+        if champion is None or target is None:
+            wanted = f"no earlier champion of version {to}" if to else "no previous champion"
+            raise LookupError(
+                f"{registered_name(dataset)} has {wanted} to roll back to: nothing moved. Earlier champions: "
+                f"{', '.join(earlier) or 'none'}." + (" Name one: --to N." if earlier and not to else "")
+            )
+        since = past[len(past) - past[::-1].index(target.version) :]
+        with decisions.decision_run(dataset, "rollback", why) as run_id:
+            report: Report = {
+                "dataset": dataset,
+                "decision": ROLLED_BACK,
+                "reason": f"asked for: from version {champion.version} back to version {target.version}",
+                "new": target.version,
+                "old": champion.version,
+                "champion": target.lineage(),
+                "rolled_back": champion.lineage(),
+                "passed_over": sorted({champion.version, *since} - {target.version}, key=int),
+                "decision_run_id": run_id,
+                "text": f"{dataset}: version {target.version} is the champion again and "
+                f"{store.tag_of(target.lineage())} is served; version {champion.version} is now `previous` and is not "
+                "promoted again by itself.",
+            }
+            record_and_carry_out(dataset, run_id, report, target)
+    return report
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def run_shadow(dataset: str, number: int | None = None) -> str:
+    """Let a version score the drawings that the champion completes, beside it; return what was done, in a sentence.
+
+    Args:
+        number: of the version, the champion's to end it; None for the alias `challenger`.
+
+    Raises:
+        LookupError: there is no such version; nothing has changed.
+    """
+    wanted = str(number) if number is not None else registry.aliases(dataset).get(CHALLENGER)
+    version = next((version for version in registry.versions(dataset) if version.version == wanted), None)
+    if version is None:
+        known = ", ".join(version.version for version in registry.versions(dataset)) or "none"
+        asked = f"version {wanted}" if wanted else "challenger"
+        raise LookupError(f"{registered_name(dataset)} has no {asked}: name one, --version N. Known: {known}.")
+    with champion_lock(dataset):
+        tag = export(version)
+        store.serve(tag, "challenger")
+    return f"{tag} scores the drawings of {dataset}, beside the champion: GET /drawings of the service tells of both."

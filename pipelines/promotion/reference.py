@@ -1,0 +1,54 @@
+"""The reference of a champion's drawings: what beginnings of validation images are like, as the service measures them.
+
+It is a file of the model in the store. The service compares with it what people draw (app/service/operation/drift.py).
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.registry.lineage import DATA_FOLDER
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.completion import complete_and_score, drawing_bits_per_dim, shares_of_drawing
+from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.observed import beginnings, ink_of, pen_noise, surroundings
+
+REFERENCE_FILE = "reference.json"
+NUM_DRAWINGS = 200
+BATCH = 20
+PARTS = (0.1, 0.7)  # of the ink, as in training
+
+logger = logging.getLogger(__name__)
+
+
+def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
+    """Return the values of each statistic: of beginnings, alone or with what surrounds them, completed by the model."""
+    model, _ = load_checkpoint(checkpoint)
+    levels = data.levels("validation", slice(0, NUM_DRAWINGS))
+    rng = np.random.default_rng(0)
+    ink = ink_of(levels, data.num_levels)
+    drawn = beginnings(pen_noise(rng, *ink.shape), ink, rng.uniform(*PARTS, len(ink)))
+    observed = torch.from_numpy(surroundings(rng, drawn))[:, None]
+    u = torch.rand(levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = shares_of_drawing(levels, observed, data.num_levels)
+    bits = []
+    for first in range(0, len(levels), BATCH):
+        one, known, noise = (tensor[first : first + BATCH] for tensor in (levels, observed, u))
+        bits.append(drawing_bits_per_dim(model, complete_and_score(model, one, known, noise)[0], known))
+    values = {"bits_per_dim": torch.cat(bits), **values}
+    is_drawn = observed.flatten(1).any(dim=1)  # an image without ink has no beginning
+    return {name: [round(value, 5) for value in found[is_drawn].tolist()] for name, found in values.items()}
+
+
+def write_reference(checkpoint: Path, dataset: str, data_hash: str) -> None:
+    """Write the reference beside a checkpoint; nothing where the data that it was trained on are not here."""
+    data_file = DATA_FOLDER / f"{dataset}.safetensors"
+    if not data_file.exists():
+        logger.warning("%s is not here: this champion's drawings will not be watched for drift", data_file)
+        return
+    data = load_dataset(data_file)
+    if data.data_hash == data_hash:
+        (checkpoint / REFERENCE_FILE).write_text(json.dumps(reference_of(checkpoint, data)))

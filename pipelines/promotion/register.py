@@ -1,0 +1,175 @@
+"""Checkpoints that exist already become versions: in `models/`, in `weights/`, in any folder, or served by the store.
+
+Registered is what the checkpoint's `scores.json` says, once for the same weights and data. Where the prepared data are
+there, the model is scored afresh on the images that its scores name, so that a wrong file cannot pass.
+"""
+
+import tempfile
+from pathlib import Path
+
+from pipelines.errors import reason
+from pipelines.params import check_dataset, load_params
+from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, record_and_carry_out
+from pipelines.registry import decisions, stated, store
+from pipelines.registry import runs as tracking
+from pipelines.registry import versions as registry
+from pipelines.registry.decisions import RELEASED, Report
+from pipelines.stages import register as stage
+from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER
+from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
+from pixelcnn.data import load_dataset
+
+WEIGHTS_FOLDER = Path("weights")
+DATA_FOLDER = Path("data")
+
+
+def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str, str]:
+    """Register a checkpoint; the same weights, measured on the same data, stay one version.
+
+    Args:
+        folder: of `config.json`, `model.safetensors`, `scores.json`.
+        released: say so in the run's tags.
+
+    Returns:
+        Its dataset, its version, and what was checked.
+
+    Raises:
+        ValueError: it is damaged, its scores do not say what it is, or it does not score what it says.
+    """
+    model, scores = stage.load_evaluated(folder)
+    dataset, data_hash = scores["dataset"], scores["data_hash"]
+    check_dataset(dataset)
+    path, checked = DATA_FOLDER / f"{dataset}.safetensors", "checksum checked, not scored: "
+    if not path.exists():
+        checked += "the prepared data are not here"
+    elif (data := load_dataset(path)).data_hash != data_hash:
+        checked += "the prepared data are others than those it was measured on"
+    else:
+        checked = f"checksum checked, scored afresh on {stated.check_scores(str(folder), model, scores, data)}"
+    identity = tracking.identity(folder)
+    known = next((v.run_id for v in registry.versions(dataset) if v.identity == identity), None)
+    if known is not None:
+        return dataset, tracking.register(known, folder, scores.get("pair", folder.name), dataset), checked
+    report = REPORTS_FOLDER / folder.name if folder.parent == MODELS_FOLDER else None
+    return dataset, stage.register(folder, report, released, scores=scores)["version"], checked
+
+
+def register(text: str) -> str:
+    """Register the checkpoint of a folder, or of a pair in `models/`; return what was done, in one sentence.
+
+    Raises:
+        ValueError: neither holds a checkpoint; see also `register_checkpoint`.
+    """
+    folder = next((place for place in (Path(text), MODELS_FOLDER / text) if (place / CONFIG_FILE).is_file()), None)
+    if folder is None:
+        raise ValueError(
+            f"neither {text} nor {MODELS_FOLDER / text} holds a checkpoint ({CONFIG_FILE}, weights and scores). Name a "
+            "folder that does, fetch it (dvc pull), or train the pair."
+        )
+    dataset, number, checked = register_checkpoint(folder)
+    return f"{folder} is version {number} of {tracking.registered_name(dataset)} ({checked})."
+
+
+def register_trained(dataset: str) -> list[str]:
+    """Register what lies in `models/` for the pairs of a dataset: after a clone and `dvc pull`, or in a new registry.
+
+    Returns:
+        A sentence for each that is new, or that cannot be registered.
+    """
+    known = {version.identity for version in registry.versions(dataset)}
+    done = []
+    for name, pair in load_params().pairs.items():
+        folder = MODELS_FOLDER / name
+        if pair.dataset != dataset or not (folder / CONFIG_FILE).is_file():
+            continue
+        try:
+            if tracking.identity(folder) not in known:
+                _, number, checked = register_checkpoint(folder)
+                done.append(f"{folder} is registered as version {number} ({checked}).")
+        except ValueError as error:  # a damaged one does not keep out the others
+            done.append(f"{folder} is not registered: {reason(error)}")
+    return done
+
+
+def repair(dataset: str, take_over: bool = False) -> list[str]:
+    """Let registry and model store say the same of a champion again, without scoring: after either was lost.
+
+    A champion that is not served is exported again. Where the registry has none, what the store serves is registered
+    and stays champion. What was decided and cut off is carried out first.
+
+    Args:
+        take_over: let this registry feed the store from now on, whichever did.
+
+    Returns:
+        What was done, in sentences.
+
+    Raises:
+        LookupError: another registry feeds the store.
+        ValueError: the champion's files are damaged.
+    """
+    name = tracking.registered_name(dataset)
+    with champion_lock(dataset, take_over):
+        done = complete_moves(dataset)
+        number, served = registry.aliases(dataset).get(tracking.CHAMPION), store.latest(name)
+        champion = next((v for v in registry.versions(dataset) if v.version == number), None)
+        if champion is not None:
+            tag, moved = ensure_served(champion)
+            done += [f"{dataset}: the model store serves {tag} again."] if moved else []
+        elif served is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                _, number, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
+            why = f"the registry had no champion, the store served {served}"
+            done.append(f"{dataset}: {why}; it is version {number} and champion now ({checked}).")
+            _make_first(dataset, number, why, done[-1])
+    return done
+
+
+def _make_first(dataset: str, number: str, why: str, text: str) -> None:
+    """Make a version the champion of a dataset that has none; the champion's lock is held."""
+    version = next(v for v in registry.versions(dataset) if v.version == number)
+    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": why, "text": text, "new": number}
+    report |= {"old": None, "candidate": version.lineage(), "data_hash": version.tags["data_hash"]}
+    with decisions.decision_run(dataset, "release") as run_id:
+        record_and_carry_out(dataset, run_id, report, version)
+
+
+def repair_all(take_over: bool = False) -> list[str]:
+    """Repair each dataset that the registry or the store knows; return what was done, in sentences."""
+    served = [str(store.metadata_of(tag)["dataset"]) for tag in store.served()]
+    return [text for dataset in sorted({*registry.datasets(), *served}) for text in repair(dataset, take_over)]
+
+
+def release_all() -> list[str]:
+    """Register every pair of `weights/`; return one sentence for each.
+
+    The likeliest on its validation split comes first: it becomes champion where several pairs share a dataset.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or does not score what it says.
+    """
+    folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("*") if (folder / CONFIG_FILE).exists())
+    nats = {folder: load_checkpoint(folder)[1][registry.VALIDATION_METRIC] for folder in folders}
+    return [release(folder.name) for folder in sorted(folders, key=nats.__getitem__)]
+
+
+def release(pair: str) -> str:
+    """Register a pair's released weights; make them champion and serve them if their dataset has no champion.
+
+    They need no data for that: there is nothing to compare them with. From then on they compete like any version.
+
+    Returns:
+        What was done, in one sentence.
+    """
+    dataset, number, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
+    if registry.aliases(dataset).get(tracking.CHAMPION) in (None, number):
+        repair(dataset)
+    with champion_lock(dataset):
+        complete_moves(dataset)
+        champion = registry.aliases(dataset).get(tracking.CHAMPION)
+        became = f"version {champion} stays champion until a promotion decides otherwise."
+        if champion == number:
+            became = "champion already."
+        elif champion is None:
+            became = "champion, as the first of its dataset."
+            _make_first(dataset, number, "there was no champion", became)
+    return f"{pair}: released weights are version {number} of {tracking.registered_name(dataset)} ({checked}); {became}"

@@ -1,0 +1,59 @@
+"""The scores that versions are compared by: NLL image by image, of whole images and of their missing parts."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipelines.promotion.checks import check_candidate
+from pipelines.promotion.rule import Candidate
+from pipelines.registry import versions as registry
+from pipelines.registry.provenance import core_sha256
+from pipelines.registry.versions import Version
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.data import Dataset
+from pixelcnn.evaluation import check_fit, per_image_completion_nll, per_image_nll
+from pixelcnn.observed import SCORED
+
+SCORES_FOLDER = Path("reports/promotions/scores")
+NUM_COMPLETED = 1000  # validation images whose completion is scored, six masks each
+
+
+def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
+    """Fetch a version, whole, and score it on the validation split, without label.
+
+    What was scored already, by the same code on the same data, is read from `SCORES_FOLDER`.
+
+    Returns:
+        Joint NLL of each image, and of the first `NUM_COMPLETED` the mean completion NLL over the masks of
+        `observed.SCORED`; of a model without a context network that of clamping in raster order. Both (N,) float64.
+
+    Raises:
+        ValueError: it cannot be fetched or loaded, or does not fit the data.
+    """
+    key = (version.tags["weights_sha256"], data.data_hash, core_sha256())
+    kept = SCORES_FOLDER / f"{'-'.join(part[:16] for part in key)}.safetensors"
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = registry.download(version, Path(folder))
+        try:
+            nats = load_file(kept)
+        except (FileNotFoundError, SafetensorError):
+            model, _ = load_checkpoint(checkpoint)
+            check_fit(model, data)
+            by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size)
+            completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
+            nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_file(nats, Path(folder) / "nats")
+            (Path(folder) / "nats").replace(kept)
+    return Candidate(version.version, nats["joint"], nats["completion"])
+
+
+def check(version: Version, data: Dataset, max_sample_s: float) -> bool:
+    """Check a version as `check_candidate` does; return True, or raise its ValueError."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = load_checkpoint(registry.download(version, Path(folder)))
+    check_candidate(model, data.levels("validation", slice(0, 1))[0], max_sample_s)
+    return True

@@ -1,0 +1,152 @@
+"""Backup and restore: a registry in SQLite with its artifacts, and the model store, as one file.
+
+A backup is taken while others write. It holds what they would find after a crash at the moment of the database's
+snapshot, from which every promotion and rollback goes on by itself.
+"""
+
+import gzip
+import json
+import sqlite3
+import tarfile
+import tempfile
+import zlib
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipelines.errors import reason
+from pipelines.registry import decisions, store
+from pipelines.registry.runs import location, sqlite_file, tracking_uri
+
+_MANIFEST, _DATABASE, _ARTIFACTS, _STORE = "backup.json", "mlflow.db", "mlruns", "store"
+# Where MLflow writes down the artifacts' full path.
+_PATHS = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
+
+
+def _database() -> Path:
+    database = sqlite_file(tracking_uri())
+    if database is None:
+        raise ValueError(
+            f"the registry {location()} is no SQLite file: back up its database and artifacts where its server runs "
+            "(PostgreSQL: pg_dump, pg_restore); the model store is exported from it again: python -m pipelines.steps "
+            "repair."
+        )
+    return database
+
+
+def backup(file: Path) -> str:
+    """Write registry and model store into a file, whole or not at all; return what was done, in one sentence.
+
+    Raises:
+        ValueError: the registry is no SQLite file.
+        LookupError: there is no registry.
+    """
+    database = _database()
+    if not database.exists():
+        raise LookupError(
+            f"there is no registry {database} to back up. Set MLFLOW_TRACKING_URI to the one that is meant."
+        )
+    artifacts = database.with_name(_ARTIFACTS)
+    with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as temporary:
+        manifest, snapshot, new = (Path(temporary) / name for name in (_MANIFEST, _DATABASE, "new"))
+        manifest.write_text(json.dumps({"registry": decisions.registry_id(), "artifacts": str(artifacts)}))
+        with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(snapshot)) as target:
+            source.backup(target)
+        with tarfile.open(new, "w:gz", compresslevel=1) as archive:
+            archive.add(manifest, _MANIFEST)
+            archive.add(snapshot, _DATABASE)
+            # After the snapshot: all that it names is there, and what came since does no harm.
+            for top, name in ((artifacts, _ARTIFACTS), (store.home() / "models", _STORE)):
+                for path in (path for path in top.rglob("*") if path.is_file()):
+                    try:
+                        archive.add(path, f"{name}/{path.relative_to(top)}")
+                    except FileNotFoundError:  # a temporary file of somebody's
+                        continue
+        new.replace(file)
+    return f"{file} holds {database}, its artifacts, and the model store {store.home()}."
+
+
+def restore(file: Path, replace: bool = False) -> str:
+    """Put a backup into the place of registry and store; the champions are served once `repair` has run.
+
+    Args:
+        replace: a registry with runs in it, too, which is kept aside; and the store of another registry.
+
+    Returns:
+        What was done, in one sentence.
+
+    Raises:
+        ValueError: the file is no whole backup, the registry is not empty, or the store is another's; all is as it was.
+    """
+    database = _database()
+    if not replace and not _is_empty(database):
+        raise ValueError(
+            f"{database} is not empty: nothing is restored. Set MLFLOW_TRACKING_URI to another place, or let it be "
+            "replaced, and kept aside, by --replace."
+        )
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=database.parent, prefix=".restore-") as temporary:
+        folder = Path(temporary)
+        told = _unpack(file, folder)
+        if store.served() and (store.feeder() or {}).get("registry") != told["registry"] and not replace:
+            raise ValueError(
+                f"the model store {store.home()} is fed by another registry than that of {file}: nothing is restored. "
+                "Set BENTOML_HOME to another place, or let the backup feed it from now on by --replace."
+            )
+        artifacts = database.with_name(_ARTIFACTS)
+        _relocate(folder / _DATABASE, Path(told["artifacts"]), artifacts)
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        old = [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
+        kept = [path for path in (artifacts, *old) if path.exists()]
+        for path in kept:
+            path.rename(path.with_name(f"{path.name}.before-{stamp}"))
+        (folder / _ARTIFACTS).rename(artifacts)
+        (folder / _DATABASE).rename(database)
+        store.put_back(folder / _STORE)
+    aside = f" What was there is kept: {', '.join(f'{path.name}.before-{stamp}' for path in kept)}." if kept else ""
+    return f"{database}, its artifacts and the models of {store.home()} are those of {file}.{aside}"
+
+
+def _is_empty(database: Path) -> bool:
+    """Say whether a registry has no runs; one that cannot be read may have some."""
+    if not database.exists():
+        return True
+    with closing(sqlite3.connect(database)) as connection:
+        try:
+            return connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is None
+        except sqlite3.DatabaseError:
+            return False
+
+
+def _unpack(file: Path, folder: Path) -> dict[str, str]:
+    """Unpack a backup that is whole into an empty folder; return its manifest."""
+    with gzip.open(file) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                archive.extractall(folder, filter="data")
+            while stream.read(1 << 20):  # to the end, where the checksum is
+                pass
+            told = {key: str(value) for key, value in json.loads((folder / _MANIFEST).read_text()).items()}
+            for name in (_ARTIFACTS, _STORE):
+                (folder / name).mkdir(exist_ok=True)
+            if (folder / _DATABASE).is_file() and {"registry", "artifacts"} <= told.keys():
+                return told
+            why = "it lacks the registry"
+        except (tarfile.TarError, EOFError, zlib.error, ValueError, gzip.BadGzipFile, FileNotFoundError) as error:
+            why = reason(error)
+    raise ValueError(f"{file} is no whole backup ({why}): nothing is restored. Take another one.")
+
+
+def _relocate(database: Path, old: Path, new: Path) -> None:
+    """Let a database name artifacts where they are now."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        for table, columns in _PATHS.items():
+            for column in columns:
+                for before, after in ((str(old), str(new)), (old.as_uri(), new.as_uri())):
+                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+                    connection.execute(moved, (after, len(before) + 1, len(before), before))

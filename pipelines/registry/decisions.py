@@ -1,0 +1,210 @@
+"""The record of decisions: who became champion, when and why. Runs of MLflow's experiment `promotions`.
+
+None is ever changed or removed. A decision is recorded before anything moves, so that whoever comes after a process
+that was killed can carry it out.
+"""
+
+import getpass
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, RunTag
+
+from pipelines.registry import runs as tracking
+from pipelines.registry.versions import utc
+
+DECISIONS_EXPERIMENT = "promotions"
+PROMOTED, KEPT, FAILED, ROLLED_BACK, RELEASED = "promoted", "kept", "failed", "rolled back", "released"
+_MOVES_TAG = "moves"  # of a decision's run: begun, then ended
+_COMPARED_TAG = "compared"  # the versions, with commas between them
+_REGISTRY_TAG = "registry"  # of the experiment
+
+Report = dict[str, Any]
+
+
+def registry_id() -> str:
+    """Return the identity of this registry, which stays its own wherever it is moved."""
+    client, experiment = tracking.client(), tracking.experiment_id(DECISIONS_EXPERIMENT)
+    if _REGISTRY_TAG not in client.get_experiment(experiment).tags:
+        client.set_experiment_tag(experiment, _REGISTRY_TAG, uuid.uuid4().hex)
+    return str(client.get_experiment(experiment).tags[_REGISTRY_TAG])
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+@contextmanager
+def decision_run(dataset: str, kind: str, why: str | None = None) -> Iterator[str]:
+    """Open the run that records a decision; it is marked FAILED by an exception, and ends by `end_decision` alone.
+
+    Args:
+        kind: promotion, rollback or release.
+        why: somebody asked for it; recorded beside who did.
+
+    Yields:
+        The run's ID.
+    """
+    tags = {"dataset": dataset, "kind": kind, "who": _who(), **({"why": why} if why else {})}
+    run_id = tracking.create_run(DECISIONS_EXPERIMENT, f"{kind}-{dataset}", tags)
+    try:
+        yield run_id
+    except BaseException:
+        with suppress(Exception):  # a registry that is away may be what the exception is about
+            tracking.client().set_terminated(run_id, "FAILED")
+        raise
+
+
+def begin_moves(run_id: str, report: Report) -> None:
+    """Record a decision, and that it is being carried out."""
+    record_decision(run_id, report)
+    tracking.client().set_tag(run_id, _MOVES_TAG, "begun")
+
+
+def end_decision(run_id: str, status: str = "FINISHED") -> None:
+    """Record that a decision was carried out; or, FAILED, that it never will be."""
+    client = tracking.client()
+    client.set_tag(run_id, _MOVES_TAG, "ended")
+    client.set_terminated(run_id, status)
+
+
+def unfinished_decisions(dataset: str) -> list[tuple[str, Report | None]]:
+    """Return the decisions about a dataset that were left where a process was killed, the oldest first.
+
+    Returns:
+        Each one's run ID and report; None for the report if it was not yet decided.
+    """
+    found: list[tuple[str, Report | None]] = []
+    for run in _decision_runs(dataset):
+        moves = run.data.tags.get(_MOVES_TAG)
+        if moves == "begun":
+            found.append((run.info.run_id, _report(run)))
+        elif moves is None and run.info.status == "RUNNING":
+            found.append((run.info.run_id, None))
+    return found
+
+
+def record_decision(run_id: str, report: Report) -> None:
+    """Write a decision into its run: numbers as metrics, words as tags, the whole report as an artifact."""
+    tags = {key: str(report[key]) for key in ("decision", "reason", "data_hash") if report.get(key)}
+    if report.get("compared"):
+        tags[_COMPARED_TAG] = ",".join(report["compared"])
+    metrics = {
+        f"{name}/{key}": value
+        for name in ("joint_difference", "completion_difference", "total_difference")
+        for key, value in (report.get(name) or {}).items()
+    }
+    for role in ("champion", "candidate"):
+        if scored := report.get(role):
+            tags[f"{role}_version"] = scored["version"]
+            metrics |= {f"{role}/{key}": scored[key] for key in ("nll_nats", "completion_nats") if scored.get(key)}
+    client = tracking.client()
+    now_ms = int(time.time() * 1000)
+    measured = [Metric(name, value, now_ms, 0) for name, value in metrics.items()]
+    client.log_batch(run_id, metrics=measured, tags=[RunTag(name, value) for name, value in tags.items()])
+    client.log_dict(run_id, report, "report.json")
+    dataset = client.get_run(run_id).data.tags["dataset"]
+    client.update_run(run_id, name=f"{dataset}: {_outcome(report)}")
+
+
+def _outcome(report: Report) -> str:
+    """Say in a few words what was decided."""
+    if report["decision"] == KEPT:
+        return f"version {report['old']} kept" if report.get("old") else "no champion"
+    instead = f" instead of {report['old']}" if report.get("old") else ""
+    return f"version {report['new']} {'back' if report['decision'] == ROLLED_BACK else report['decision']}{instead}"
+
+
+def versions_compared(dataset: str, data_hash: str) -> set[str]:
+    """Return the versions that decisions so far have compared on the validation images of these data."""
+    tags = [run.data.tags for run in _decision_runs(dataset)]
+    compared = [one.get(_COMPARED_TAG, "").split(",") for one in tags if one.get("data_hash") == data_hash]
+    return {version for versions in compared for version in versions if version}
+
+
+def decisions(dataset: str) -> list[Report]:
+    """Return the reports of all decisions about a dataset, the oldest first.
+
+    Each has `decision`, `kind` (promotion, rollback or release), `when` (UTC), `who`, `why` and `decision_run_id`; a
+    decision that could not be carried out, or is still under way, has nothing else but a `reason`.
+    """
+    found = []
+    for run in _decision_runs(dataset):
+        report: Report = {"decision": FAILED, "reason": "it was cut off before it was recorded"}
+        if run.info.status == "FINISHED":
+            report = _report(run)
+        elif run.info.status == "RUNNING":
+            report = {"decision": "unfinished", "reason": "it is under way, or its process was killed"}
+        report |= {key: run.data.tags.get(key) for key in ("kind", "who", "why")}
+        found.append({**report, "when": utc(run.info.start_time), "decision_run_id": run.info.run_id})
+    return found
+
+
+def champions(found: list[Report]) -> list[str]:
+    """Return the chain of champions that decisions have made, the present one last: each rollback shortens it."""
+    chain: list[str] = []
+    for report in found:
+        new = report.get("new")
+        if new and report["decision"] == ROLLED_BACK and new in chain:
+            del chain[len(chain) - chain[::-1].index(new) :]
+        elif new:
+            chain.append(new)
+    return chain
+
+
+def _report(run: mlflow.entities.Run) -> Report:
+    return dict(mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/report.json"))
+
+
+def _decision_runs(dataset: str) -> list[mlflow.entities.Run]:
+    client = tracking.client()
+    experiment = client.get_experiment_by_name(DECISIONS_EXPERIMENT)
+    if experiment is None:
+        return []
+    about, order = f"tags.dataset = '{dataset}'", ["attributes.start_time ASC"]
+    return list(client.search_runs([experiment.experiment_id], about, order_by=order, max_results=10_000))
+
+
+def history(dataset: str) -> list[str]:
+    """Say who replaced whom in a dataset, when, and by how much: a line for each decision, the oldest first.
+
+    Raises:
+        LookupError: nothing was decided yet.
+    """
+    found = decisions(dataset)
+    if not found:
+        raise LookupError(f"nothing was decided for {dataset} yet: run python -m pipelines.steps promote {dataset}.")
+    return [history_line(report) for report in found]
+
+
+def history_line(report: Report) -> str:
+    """Say a decision, as `decisions` returns it, in one line."""
+    what = report.get("reason", "")
+    if report["decision"] in (PROMOTED, RELEASED):
+        champion = report.get("champion")
+        difference = report.get("total_difference") or report.get("difference")  # of the joint NLL alone, once
+        replaced = f"replaced {_named(champion)}" if champion else "is the first champion"
+        what = f"{_named(report['candidate'])} {replaced}"
+        if champion and difference:
+            what += (
+                f", {difference['mean']:+.3f} nats ({100 * report['confidence']:.5g} % interval "
+                f"{difference['low']:+.3f} to {difference['high']:+.3f})"
+            )
+    elif report["decision"] == ROLLED_BACK:
+        what = f"{_named(report['champion'])} replaced {_named(report['rolled_back'])}, asked for"
+    asked = f"; {report['who']}: {report['why']}" if report.get("why") else ""
+    return f"{report['when']}  {report['decision']:<11}  {what}{asked}"
+
+
+def _named(scored: Report) -> str:
+    return f"version {scored['version']}" + (f" ({scored['pair']})" if "pair" in scored else "")

@@ -1,0 +1,59 @@
+"""Where a training comes from: the state of the code, and the prepared data that DVC recorded."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import yaml
+
+import pixelcnn
+
+LOCK_FILES = ("dvc.lock", "full/dvc.lock", "own/dvc.lock")
+# DVC writes its lock during a stage, and removes a stage's metrics that git tracks before it runs the stage.
+_WRITTEN_BY_DVC = (":(exclude,glob)**/dvc.lock", ":(exclude,glob)reports/*/metrics.json")
+_CODE = ("pixelcnn/*.py", "pipelines/*.py", "app/*.py")  # git's * crosses folders
+
+
+def git_state() -> dict[str, str]:
+    """Return the commit of the project in the current folder, and whether its files differ from it.
+
+    Returns:
+        `git_commit`; and `git_dirty`, `true` where a tracked file was changed, what DVC writes aside, or a Python
+        module was added to the packages. Both are `unknown` outside a repository.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN_BY_DVC)
+        added = git("ls-files", "--others", "--exclude-standard", "--", *_CODE)
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": "unknown", "git_dirty": "unknown"}
+    return {"git_commit": commit, "git_dirty": str(bool(changed or added)).lower()}
+
+
+def recorded_hash(dataset: str) -> str | None:
+    """Return the MD5 of a prepared file as a `dvc.lock` records it; None if none does."""
+    for path in LOCK_FILES:
+        try:
+            stages = yaml.safe_load(Path(path).read_text())["stages"]
+            return str(stages[f"prepare@{dataset}"]["outs"][0]["md5"])
+        except (FileNotFoundError, KeyError):
+            continue
+    return None
+
+
+def core_sha256(*parts: str) -> str:
+    """Return one SHA-256 of modules of `pixelcnn/`.
+
+    Args:
+        parts: files and folders of it; none for all: what computes a score, or trains.
+    """
+    package = Path(pixelcnn.__file__).parent
+    tops = [package / part for part in parts] or [package]
+    code = hashlib.sha256()
+    for path in sorted(file for top in tops for file in ([top] if top.is_file() else top.rglob("*.py"))):
+        code.update(path.name.encode() + b"\0" + path.read_bytes())
+    return code.hexdigest()

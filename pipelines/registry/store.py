@@ -1,0 +1,186 @@
+"""BentoML's model store: where promotion puts champions, and the service finds them.
+
+A model is `pixelcnn-DATASET:vVERSION-SHA8`: the files of a checkpoint, with the lineage as metadata. The one that is
+served is the store's `latest` of that name.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+import bentoml
+import yaml
+
+# No public way leads to a store other than that of BENTOML_HOME as bentoml found it: the export makes one aside.
+from bentoml._internal.models import ModelStore
+
+from pipelines.files import atomic_write, file_lock
+from pipelines.settings import Settings
+from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, load_checkpoint, sha256_of
+
+_TEMPORARY = ".promote-"
+_REGISTRY_FILE = "pixelcnn-registry.json"  # which registry feeds the store
+
+logger = logging.getLogger(__name__)
+
+
+def home() -> Path:
+    """Return BentoML's folder: BENTOML_HOME, or else `.bentoml` in the current folder."""
+    return Path(os.path.expandvars(Settings().store)).expanduser()
+
+
+def _folder(tag: str) -> Path:
+    return home() / "models" / tag.replace(":", "/")
+
+
+def tag_of(lineage: Mapping[str, Any]) -> str:
+    """Return the tag of a version's model: the same version always has the same."""
+    return f"{lineage['name']}:v{lineage['version']}-{lineage['weights_sha256'][:8]}"
+
+
+def latest(name: str) -> str | None:
+    """Return the tag that is served of a name, or None."""
+    try:
+        version = (_folder(name) / "latest").read_text().strip()
+    except FileNotFoundError:
+        return None
+    return f"{name}:{version}" if version and holds(f"{name}:{version}") else None
+
+
+def served() -> list[str]:
+    """Return the tags of all that is served."""
+    return [tag for path in sorted((home() / "models").glob("*/latest")) if (tag := latest(path.parent.name))]
+
+
+def feeder() -> dict[str, str] | None:
+    """Return the `registry` that feeds this store, where it is (`at`) and on which `host`; None if none did yet."""
+    try:
+        return dict(json.loads((home() / _REGISTRY_FILE).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def set_feeder(told: Mapping[str, str]) -> None:
+    """Write down which registry feeds this store, as `feeder` returns it."""
+    if feeder() != told:
+        atomic_write(home() / _REGISTRY_FILE, json.dumps(dict(told)))
+
+
+def holds(tag: str) -> bool:
+    """Say whether the store has a model of this tag, whole or not."""
+    return _folder(tag).is_dir()
+
+
+def metadata_of(tag: str) -> dict[str, Any]:
+    """Return what BentoML keeps with a model: the lineage, and what `export` was given besides.
+
+    Raises:
+        OSError: the store holds no such model.
+        ValueError: its description is damaged.
+    """
+    try:
+        found = yaml.safe_load((_folder(tag) / "model.yaml").read_text())["metadata"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"the model.yaml of {tag} is damaged ({error}). Promote it again.") from None
+    return dict(found)
+
+
+def checkout(tag: str, folder: Path) -> Path:
+    """Copy the checkpoint of a model that is whole into a new folder; return the folder.
+
+    Raises:
+        ValueError: the model is damaged.
+    """
+    if not is_intact(tag, metadata_of(tag)):
+        raise ValueError(f"{tag} in {home()} is damaged. Restore a backup, or promote another version.")
+    folder.mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE):
+        shutil.copyfile(_folder(tag) / name, folder / name)
+    return folder
+
+
+def is_intact(tag: str, lineage: Mapping[str, Any]) -> bool:
+    """Say whether the store holds this model, whole and with exactly this lineage."""
+    folder = _folder(tag)
+    try:
+        metadata = metadata_of(tag)
+        load_checkpoint(folder)
+    except (ValueError, OSError):
+        return False
+    told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
+    if metadata.get("manifest_sha256") != manifest_of(folder, told):
+        return False
+    if any(metadata.get(key) != value for key, value in lineage.items()):
+        return False
+    return sha256_of(folder / WEIGHTS_FILE) == str(lineage["weights_sha256"])
+
+
+def manifest_of(folder: Path, metadata: Mapping[str, Any]) -> str:
+    """Return one SHA-256 of a model's metadata and of all its files: the service checks it before it serves them."""
+    files = {file.name: sha256_of(file) for file in folder.iterdir() if file.name != "model.yaml"}
+    text = json.dumps({"files": files, "metadata": dict(metadata)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
+    """Put a checkpoint into the store, as one that is not yet served; one that is there, whole, stays as it is.
+
+    Args:
+        metadata: the lineage, with `name`, `version` and `weights_sha256`.
+
+    Returns:
+        Its tag.
+    """
+    tag = tag_of(metadata)
+    metadata = {**metadata, "manifest_sha256": manifest_of(checkpoint, metadata)}
+    if is_intact(tag, {key: value for key, value in metadata.items() if key not in ("manifest_sha256", "promoted_at")}):
+        return tag
+    target = _folder(tag)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # BentoML copies file by file and makes the newest model the served one. A store of its own beside the real one,
+    # and then one rename: nobody ever sees half a model, and what is served is for `serve` to say.
+    with (
+        file_lock(home() / ".export.lock", f"the export of {tag}", logger.warning),
+        tempfile.TemporaryDirectory(dir=home(), prefix=_TEMPORARY) as temporary,
+    ):
+        for left in home().glob(f"{_TEMPORARY}*"):  # by a process that was killed
+            if left != Path(temporary):
+                shutil.rmtree(left)
+        own = ModelStore(temporary)
+        with bentoml.models.create(
+            tag, labels={"dataset": metadata["dataset"]}, metadata=dict(metadata), _model_store=own
+        ) as model:
+            shutil.copytree(checkpoint, model.path, dirs_exist_ok=True)
+        if target.exists():  # damaged, as found above
+            target.rename(Path(temporary) / "damaged")
+        (Path(temporary) / tag.replace(":", "/")).rename(target)
+    return tag
+
+
+def put_back(folder: Path) -> None:
+    """Add the models of a folder, NAME/VERSION each, that this store lacks; what is served stays as it is."""
+    with file_lock(home() / ".export.lock", f"the restoring of {home()}", logger.warning):
+        for path in (path for path in folder.glob("*/*") if path.is_dir()):
+            target = home() / "models" / path.relative_to(folder)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=home(), prefix=_TEMPORARY) as temporary:
+                    shutil.copytree(path, Path(temporary) / "model").rename(target)
+
+
+def serve(tag: str, pointer: str = "latest") -> None:
+    """Make a model of the store the one that is served: `latest` names it from one moment to the next.
+
+    Args:
+        pointer: `challenger` for one that scores drawings beside the served one.
+    """
+    name, version = tag.split(":")
+    atomic_write(_folder(name) / pointer, version)

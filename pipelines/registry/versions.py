@@ -1,0 +1,136 @@
+"""MLflow's side of promotion: the versions of a dataset's registered model, and their aliases."""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+# An HTTP registry that is down must be noticed within seconds: MLflow alone would retry for minutes. Read at each call.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+from pipelines.registry import runs as tracking  # noqa: I001  # Sets what MLflow reads when it is imported.
+import mlflow
+
+from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_of
+
+ROLLED_BACK_TAG = "rolled_back"
+VALIDATION_METRIC = "validation/nll_nats"
+RESTORE = "Take it from a backup: python -m pipelines.steps restore FILE --replace."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A version of a dataset's registered model."""
+
+    name: str  # of the registered model
+    version: str  # its number, as text
+    run_id: str  # the training that made it
+    tags: dict[str, str]  # pair, dataset, data_hash, git_commit, weights_sha256, protocol
+    recorded_nll: float  # validation NLL in nats per image as the training measured it; NaN if it recorded none
+
+    @property
+    def rolled_back(self) -> bool:
+        return ROLLED_BACK_TAG in self.tags
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Its weights' SHA-256 and the hash of the data they were measured on: no two versions share both."""
+        return self.tags.get("weights_sha256", ""), self.tags.get("data_hash", "")
+
+    def lineage(self) -> dict[str, str]:
+        """Return what every answer of the service says about its model."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "run_id": self.run_id,
+            **{key: self.tags.get(key, "unknown") for key in ("git_commit", "data_hash", "weights_sha256")},
+        }
+
+
+def versions(dataset: str) -> list[Version]:
+    """Return every version of a dataset's registered model, the oldest first; none if nothing was registered."""
+    name = tracking.registered_name(dataset)
+    found = sorted(tracking.client().search_model_versions(f"name='{name}'"), key=lambda v: int(v.version))
+    runs = {v.version: tracking.find_run(v.run_id) if v.run_id else None for v in found}
+    return [
+        Version(
+            name=name,
+            version=str(v.version),
+            run_id=v.run_id or "unknown",
+            tags=dict(v.tags),
+            recorded_nll=run.data.metrics.get(VALIDATION_METRIC, math.nan) if (run := runs[v.version]) else math.nan,
+        )
+        for v in found
+    ]
+
+
+def datasets() -> list[str]:
+    """Return the datasets of which any version was registered."""
+    prefix = tracking.registered_name("")
+    found = tracking.client().search_registered_models(f"name LIKE '{prefix}%'", max_results=1000)
+    return sorted(model.name.removeprefix(prefix) for model in found)
+
+
+def utc(milliseconds: int) -> str:
+    """Return a time of MLflow's, in milliseconds since 1970, as text."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def aliases(dataset: str) -> dict[str, str]:
+    """Return alias -> version of a dataset's registered model."""
+    name = tracking.registered_name(dataset)
+    found = tracking.client().search_registered_models(f"name='{name}'")
+    return {alias: str(version) for model in found for alias, version in model.aliases.items()}
+
+
+def set_alias(dataset: str, alias: str, version: str) -> None:
+    """Point an alias at a version."""
+    tracking.client().set_registered_model_alias(tracking.registered_name(dataset), alias, version)
+
+
+def remove_alias(dataset: str, alias: str) -> None:
+    """Remove an alias; one that is not there is fine."""
+    if alias in aliases(dataset):
+        tracking.client().delete_registered_model_alias(tracking.registered_name(dataset), alias)
+
+
+def mark_rolled_back(version: Version, when: str) -> None:
+    """Tag a version as one that was rolled back: promotion passes over it from now on."""
+    tracking.client().set_model_version_tag(version.name, version.version, ROLLED_BACK_TAG, when)
+
+
+def unmark_rolled_back(version: Version) -> None:
+    """Take the tag away."""
+    if version.rolled_back:
+        tracking.client().delete_model_version_tag(version.name, version.version, ROLLED_BACK_TAG)
+
+
+def download(version: Version, folder: Path) -> Path:
+    """Fetch a version's checkpoint into a folder and check that its weights are those that were registered.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: the version holds no checkpoint, or other weights than its tag says.
+    """
+    tracking.client()  # sets the URI
+    top = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
+    checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
+    if not (checkpoint / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{version.name} version {version.version} holds no {WEIGHTS_FILE}. {RESTORE}")
+    found, expected = sha256_of(checkpoint / WEIGHTS_FILE), version.tags.get("weights_sha256", "")
+    if found != expected:
+        raise ValueError(
+            f"{version.name} version {version.version} does not hold the weights that were registered: their SHA-256 "
+            f"is {found[:12]}..., its tag says {expected[:12] or 'nothing'}.... {RESTORE}"
+        )
+    # Only a checkpoint's own files go any further: whatever else an artifact folder holds stays behind.
+    clean = folder / "checkpoint"
+    clean.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE):
+        shutil.copyfile(checkpoint / name, clean / name)
+    return clean

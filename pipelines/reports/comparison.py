@@ -1,0 +1,154 @@
+"""reports/comparison.html: the trained pairs beside each other, on one page that needs no other file."""
+
+import base64
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pipelines.datasets.entry import DatasetParams
+from pipelines.files import atomic_write
+from pipelines.params import load_params, repro_command
+from pipelines.reports.card import render, score_text
+from pipelines.reports.curve import read_curve
+
+REPORTS_FOLDER = Path("reports")
+PROMOTIONS_FOLDER = REPORTS_FOLDER / "promotions"
+PAGE = REPORTS_FOLDER / "comparison.html"
+PICTURES = {  # of a pair's report, where it has them
+    "curve.png": "Training curve",
+    "samples.png": "Samples",
+    "class_samples.png": "Samples, a row for each class",
+    "completions.png": "Lower halves taken away (first row), completed, and the originals (last row)",
+    "extremes.png": "Test images that it finds most and least probable",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairReport:
+    """What the training of a pair left in its report's folder."""
+
+    pair: str
+    dataset: str
+    spec: DatasetParams
+    metrics: Mapping[str, Any]
+    folder: Path
+
+    def row(self) -> dict[str, str]:
+        """Return its scores as text, with their protocol."""
+        spec, accepted = self.spec, self.metrics.get("test/accepted_nothing_by_judge")
+        return {
+            "dataset": self.dataset,
+            "pair": self.pair,
+            "protocol": spec.protocol,
+            "test": score_text(self.metrics, "test", spec.model_dump()),
+            "validation": score_text(self.metrics, "validation", spec.model_dump()),
+            "whole samples accepted": f"{accepted:.2f}" if accepted is not None else "",
+            "parameters": f"{self.metrics['num_parameters']:,}",
+            "trained": f"{self.metrics['train_minutes']:.1f} min",
+            "command": repro_command("evaluate", self.pair),
+        }
+
+    def pictures(self) -> list[tuple[str, str]]:
+        """Return the caption and the base64 bytes of each picture that is there."""
+        found = [(self.folder / name, caption) for name, caption in PICTURES.items()]
+        return [(caption, _base64(path.read_bytes())) for path, caption in found if path.exists()]
+
+
+def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport]:
+    """Read the reports of pairs, `folder/MODEL-DATASET/`: by dataset, the best test score first.
+
+    Args:
+        without: pairs whose report, if there is one, may be half written.
+
+    Raises:
+        ValueError: the metrics of one are damaged.
+    """
+    reports, datasets = [], load_params().datasets
+    for path in folder.glob("*/metrics.json"):
+        pair, dataset = path.parent.name, path.parent.name.partition("-")[2]
+        if dataset not in datasets or pair in without:
+            continue
+        try:
+            metrics, spec = json.loads(path.read_text()), datasets[dataset]
+            report = PairReport(pair=pair, dataset=dataset, spec=spec, metrics=metrics, folder=path.parent)
+            report.row()
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} has no readable scores ({error!r}). Train the pair again: {repro_command('evaluate', pair)}"
+            ) from None
+        reports.append(report)
+    order = list(datasets)
+    return sorted(reports, key=lambda r: (order.index(r.dataset), r.metrics["test/nll_nats"], r.pair))
+
+
+def write_comparison(
+    reports: Sequence[PairReport],
+    failures: Mapping[str, str] | None = None,
+    promotions: Path = PROMOTIONS_FOLDER,
+    page: Path = PAGE,
+) -> Path:
+    """Write the page: for each dataset a table, the curves in one picture, and each pair's own pictures.
+
+    Args:
+        reports: of `read_reports`.
+        failures: why a pair has no report, by pair.
+        promotions: folder of the promotions' reports.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: there is nothing to compare, or the report of a promotion is damaged.
+    """
+    if not reports and not failures:
+        raise ValueError("no pair has a report to compare. Train one: dvc repro")
+    by_dataset = {dataset: list(found) for dataset, found in groupby(reports, key=lambda report: report.dataset)}
+    text = render(
+        "comparison.html.j2",
+        by_dataset=by_dataset,
+        curves={dataset: _draw_curves(found) for dataset, found in by_dataset.items()},
+        failures=failures or {},
+        promotions=[_read_promotion(path) for path in sorted(promotions.glob("*.json"))],
+    )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(page, text)
+    return page
+
+
+def _base64(png: bytes) -> str:
+    return base64.b64encode(png).decode()
+
+
+def _draw_curves(reports: Sequence[PairReport]) -> str:
+    """Return the base64 PNG of all pairs' curves; nothing where none has one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for report in reports:
+        if (report.folder / "curve.csv").exists():
+            rows = read_curve(report.folder / "curve.csv")
+            nats = [row["validation_nll_nats"] for row in rows]
+            axes.plot([row["epoch"] for row in rows], nats, label=report.pair, marker=".")
+    if not axes.lines:
+        return ""
+    axes.set(xlabel="epoch", ylabel="validation NLL, nats per image")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100, format="png")
+    return _base64(buffer.getvalue())
+
+
+def _read_promotion(path: Path) -> dict[str, str]:
+    try:
+        report = json.loads(path.read_text())
+        return {key: report[key] for key in ("decision", "text")}
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no report of a promotion ({error!r}). Make it again: "
+            f"python -m pipelines.steps promote {path.stem}"
+        ) from None

@@ -1,0 +1,155 @@
+"""What a training shows of itself in its folder of reports: the curve, and pictures."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.files import atomic_write
+from pipelines.params import SampleParams
+from pixelcnn.completion import complete
+from pixelcnn.data import Dataset
+from pixelcnn.images import to_sheet
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.sampling.fast import sample
+from pixelcnn.training import StepReport
+
+CURVE_COLUMNS = (
+    *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
+    *("validation_nll_nats", "learning_rate"),
+)
+COMPLETER_COLUMNS = (  # of its own curve: other names, for both are curves of one MLflow run
+    *("step", "completer_epoch", "completer_train_nats", "completer_validation_nats", "completer_learning_rate"),
+)
+NUM_EXTREMES = 8  # best and worst test images on their sheet
+
+
+class Curve:
+    """The training curve: a row per validation, kept in a file beside the state so that a resumed run has it whole."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        """Begin a curve, or take up the one in the file.
+
+        Args:
+            columns: those of `CURVE_COLUMNS`, or of `COMPLETER_COLUMNS`.
+        """
+        self.path, self.columns = path, columns
+        self.rows: list[dict[str, float]] = []
+        self._nats: list[float] = []
+        if path.exists():
+            # A column that an older training did not write is not a number.
+            self.rows = [{name: row.get(name, math.nan) for name in columns} for row in read_curve(path)]
+
+    def add(self, report: StepReport) -> None:
+        """Take note of a step; one that was validated becomes a row, and the file is written."""
+        self._nats.append(report.train_nll_nats)
+        if report.validation_nll_nats is None or report.train_subset_nll_nats is None:
+            return
+        # Rows from this step on are of work that was lost when the run was stopped, and done again.
+        self.rows = [row for row in self.rows if row["step"] < report.step]
+        mean = math.fsum(self._nats) / len(self._nats)
+        values = {
+            **asdict(report),
+            "train_nll_nats": mean,
+            "completer_epoch": report.epoch,
+            "completer_train_nats": mean,
+            "completer_validation_nats": report.validation_completion_nats,
+            "completer_learning_rate": report.learning_rate,
+        }
+        self.rows.append({name: values[name] for name in self.columns})
+        self._nats = []
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic_write(self.path, text.getvalue())
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a curve's file; `step` is an int."""
+    with open(path, newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "step": int(row["step"])} for row in rows]
+
+
+def draw_samples(path: Path, model: AutoregressiveModel, params: SampleParams, per_class: bool = False) -> None:
+    """Draw whole images into a sheet: without label, or a row for each class."""
+    config, device = model.config, next(model.parameters()).device
+    num = config.num_labels * params.num_columns if per_class else params.num_images
+    u = torch.rand((num, *config.image_shape), generator=torch.Generator().manual_seed(params.seed)).to(device)
+    label = torch.arange(config.num_labels, device=device).repeat_interleave(params.num_columns) if per_class else None
+    drawn = sample(model, u, label, temperature=params.temperature)
+    to_sheet(drawn.cpu(), config.num_levels, params.num_columns).save(path)
+
+
+def draw_extremes(path: Path, data: Dataset, nll: torch.Tensor) -> None:
+    """Draw the test images that the model finds most and least probable, with their nats."""
+    from matplotlib.figure import Figure
+
+    num = min(NUM_EXTREMES, len(nll))
+    order = nll.argsort().tolist()
+    figure = Figure(figsize=(1.1 * NUM_EXTREMES, 3.2), layout="constrained")
+    grid = figure.subplots(2, NUM_EXTREMES, squeeze=False)
+    for row, title, indices in ((0, "best", order[:num]), (1, "worst", order[::-1][:num])):
+        for axes in grid[row]:
+            axes.set_axis_off()
+        for axes, index in zip(grid[row], indices, strict=False):
+            picture = to_sheet(data.levels("test", slice(index, index + 1)), data.num_levels, 1, gap=0)
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axes.set_title(f"{title} {nll[index]:.1f} nats", fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, params: SampleParams) -> None:
+    """Draw test images whose lower half was taken away, their completions, and the originals, in rows.
+
+    One column for each class: its first test image. What is missing is mid-grey in the first row.
+    """
+    labels = data.labels["test"].tolist()
+    index = torch.tensor([labels.index(label) for label in sorted(set(labels))])
+    originals = data.levels("test", index)  # (N, C, H, W)
+    observed = torch.zeros(len(index), 1, *data.image_shape[1:], dtype=torch.bool)
+    observed[:, :, : data.image_shape[1] // 2] = True
+    num = params.num_completions
+    u = torch.rand((num * len(index), *data.image_shape), generator=torch.Generator().manual_seed(params.seed))
+    completions = complete(model, originals.repeat(num, 1, 1, 1), observed.repeat(num, 1, 1, 1), u)
+    # Twice the levels, and one between: that is mid-grey for binary images, too.
+    given = torch.where(observed, 2 * originals, data.num_levels - 1)
+    rows = torch.cat([given, 2 * completions, 2 * originals])
+    to_sheet(rows, 2 * data.num_levels - 1, num_columns=len(index)).save(path)
+
+
+def draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: Mapping[str, Any], title: str) -> None:
+    """Draw the curve of the joint model and, in a second picture beside it, that of the completer if there is one.
+
+    Args:
+        curves: rows of the joint model's curve, then of the completer's.
+        scores: with `test/nll_nats`, which is a line across.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")
+    all_axes = figure.subplots(1, len(curves), squeeze=False)[0]
+
+    def plot(number: int, column: str, **style: Any) -> None:
+        rows = curves[number]
+        all_axes[number].plot([row["step"] for row in rows], [row[column] for row in rows], **style)
+
+    plot(0, "train_nll_nats", label="train, batches since the last point", color="0.8")
+    plot(0, "train_subset_nll_nats", label="train, averaged weights", marker=".")
+    plot(0, "validation_nll_nats", label="validation, averaged weights", marker=".")
+    all_axes[0].axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
+    all_axes[0].set(xlabel="step", ylabel="NLL, nats per image", title=title)
+    if len(curves) > 1:
+        plot(1, "completer_train_nats", label="train, batches", color="0.8")
+        plot(1, "completer_validation_nats", label="validation", marker=".")
+        what = {"ylabel": "-log p(missing | known), nats per image", "title": "drawings, training's masks"}
+        all_axes[1].set(xlabel="step", **what)
+    for axes in all_axes:
+        axes.legend()
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,113 @@
+"""What the environment says to the pipeline. Values that belong to the project are in params.yaml."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENVIRONMENTS_FILE = Path("environments.yaml")
+DEVELOPMENT = "development"  # what no file needs to describe: the variables, or this folder
+_NAME = "PIXELCNN_ENVIRONMENT"
+_VARIABLES = {"registry": "MLFLOW_TRACKING_URI", "store": "BENTOML_HOME", "service": "PIXELCNN_SERVICE_URL"}
+
+
+class Environment(BaseModel):
+    """A named environment; no two of them share any of these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    registry: str  # like MLFLOW_TRACKING_URI
+    store: str  # like BENTOML_HOME
+    service: str | None = None  # like PIXELCNN_SERVICE_URL
+
+
+def environments() -> dict[str, Environment]:
+    """Return the named environments of `environments.yaml` in the current folder; none without it.
+
+    Raises:
+        LookupError: the file does not describe them, or two of them share something.
+    """
+    try:
+        text = ENVIRONMENTS_FILE.read_text()
+        found = TypeAdapter(dict[str, Environment]).validate_python(yaml.safe_load(text))
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, ValidationError) as error:
+        wrong = error.errors() if isinstance(error, ValidationError) else []  # without its values: passwords are there
+        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong) or "it is no YAML"
+        raise LookupError(
+            f"{ENVIRONMENTS_FILE} must give each environment a registry, a store and, if there is one, a service: {why}"
+        ) from None
+    for field in _VARIABLES:
+        values = [value for one in found.values() if (value := getattr(one, field))]
+        if shared := {value for value in values if values.count(value) > 1}:
+            raise LookupError(f"{ENVIRONMENTS_FILE}: two environments share {field} {min(shared)}. Give each its own.")
+    return found
+
+
+class Settings(BaseSettings):
+    """The environment's settings; one that is empty counts as not set."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, frozen=True)
+
+    # One of environments.yaml, which then says registry, store and service.
+    environment: str = Field(default=DEVELOPMENT, validation_alias=_NAME)
+    # A folder with the official files of the datasets; without, torchvision downloads them.
+    data: Path | None = Field(default=None, validation_alias="PIXELCNN_DATA")
+    # MLflow's server or database; without, `mlflow.db` in the current folder.
+    tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    # BentoML's home, whose model store holds the champions; without, `.bentoml` in the current folder.
+    store: Path = Field(default_factory=lambda: Path.cwd() / ".bentoml", validation_alias="BENTOML_HOME")
+    # The service, which `evaluate-champions` then asks, too; and its token.
+    service_url: str | None = Field(default=None, validation_alias="PIXELCNN_SERVICE_URL")
+    token: str | None = Field(default=None, validation_alias="PIXELCNN_TOKEN", repr=False)
+    # A webhook that `make operate` lets Prefect call when a nightly check fails.
+    notify_url: str | None = Field(default=None, validation_alias="PIXELCNN_NOTIFY_URL")
+    # Prefect's API; without, a flow starts a temporary server.
+    prefect_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
+    # DVC sets this for the stages of an experiment.
+    experiment: str | None = Field(default=None, validation_alias="DVC_EXP_BASELINE_REV")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_named_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Raise LookupError where it is unknown, or a variable says something else than it: nothing is mixed."""
+        name = str(values.get(_NAME) or DEVELOPMENT).strip()
+        known = environments()
+        if name not in known:
+            if name == DEVELOPMENT:
+                return values
+            raise LookupError(
+                f"{_NAME} is {name!r}, which {ENVIRONMENTS_FILE} in this folder does not describe. Known: "
+                f"{', '.join(known) or 'none'}. docs/operations.md shows what it says."
+            )
+        said = known[name].model_dump()
+        for field, variable in _VARIABLES.items():
+            if values.get(variable) not in (None, said[field]):
+                raise LookupError(f"{variable} is set, but not to the {field} of {name}. Unset it, or {_NAME}.")
+        return values | {variable: said[field] for field, variable in _VARIABLES.items() if said[field]}
+
+
+@contextmanager
+def environment(name: str) -> Iterator[Settings]:
+    """Let this process work in another environment for the time of a block.
+
+    Raises:
+        LookupError: it is unknown.
+    """
+
+    def put(values: dict[str, str]) -> dict[str, str]:
+        kept = {v: os.environ.pop(v) for v in (*_VARIABLES.values(), _NAME) if v in os.environ}
+        os.environ.update(values)
+        return kept
+
+    kept = put({_NAME: name})
+    try:
+        yield Settings()
+    finally:
+        put(kept)  # without what MLflow has set meanwhile

@@ -1,0 +1,147 @@
+"""The evaluate stage: trained weights -> scores, pictures, and the model card."""
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pipelines.files import atomic_write
+from pipelines.judging.acceptance import KNOWN, acceptance, judged_images
+from pipelines.judging.judge import JUDGES, load_judge
+from pipelines.params import EvaluateParams, load_params
+from pipelines.reports import curve as training_report
+from pipelines.reports.card import model_card
+from pipelines.stages.train import COMPLETER_FILE, CURVE_FILE, TRAINED_FOLDER, Log, load, use_threads
+from pixelcnn.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
+from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
+from pixelcnn.evaluation import evaluate as evaluate_model
+from pixelcnn.evaluation import evaluate_completion, format_nll, per_image_marginal_nll, per_image_nll
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.registry import config_to_dict
+
+MODELS_FOLDER, REPORTS_FOLDER = Path("models"), Path("reports")
+CHECKED_IMAGES = 200  # the first of the test split: a score that is quick to measure again
+CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
+PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validation/nll_nats, test/nll_nats
+
+logger = logging.getLogger(__name__)
+
+
+def baseline_scores(data: Dataset) -> dict[str, float]:
+    """Score two models without a network on the test split: what any network must beat by far.
+
+    Returns:
+        `test/nll_nats_uniform`: every level equally likely; `test/nll_nats_independent`: each sub-pixel's own
+        distribution of levels, counted on the training split with one added to each count.
+    """
+    num_dims, num_levels = math.prod(data.image_shape), data.num_levels
+    images = data.images["train"].flatten(1)  # (N, C*H*W) uint8
+    if data.protocol == DYNAMIC_PROTOCOL:
+        ink = images.double().sum(dim=0) / 255  # the expected count of ones
+        counts = torch.stack([len(images) - ink, ink])  # (2, C*H*W)
+    else:
+        counts = torch.stack([(images == level).sum(dim=0) for level in range(num_levels)]).double()  # (K, C*H*W)
+    log_probs = ((counts + 1) / (len(images) + num_levels)).log()
+    test = data.images["test"].flatten(1).long()
+    nll = -log_probs.gather(0, test).sum(dim=1)
+    return {"test/nll_nats_uniform": num_dims * math.log(num_levels), "test/nll_nats_independent": nll.mean().item()}
+
+
+def _judged(model: AutoregressiveModel, data: Dataset, params: EvaluateParams) -> dict[str, float]:
+    """Return the shares of test images, samples and endings that pass for real, by each judge."""
+    judges = {which: load_judge(params.judges[data.name], which, data) for which in JUDGES}
+    images = judged_images(model, data, params.judged_images or None)
+    return {
+        f"{name}_by_{which}": share
+        for which, judge in judges.items()
+        for name, share in acceptance(images, data.num_levels, judge).items()
+    }
+
+
+def evaluate(
+    name: str, trained: Path | None = None, out: Path | None = None, report: Path | None = None, log: Log = logger.info
+) -> None:
+    """Score a trained pair; write its checkpoint with scores and card, and the folder of reports.
+
+    Args:
+        trained: what `train` wrote; None for `trained/PAIR`.
+        out: folder of the checkpoint, whose `scores.json` is the training's record and all scores; None for
+            `models/PAIR`.
+        report: folder of metrics, curve and pictures; None for `reports/PAIR`.
+
+    Raises:
+        ValueError: the data or the trained weights are not as they should be; `out` holds something else.
+    """
+    params = load_params()
+    pair = params.pair(name)
+    trained, out, report = (
+        trained or TRAINED_FOLDER / name,
+        out or MODELS_FOLDER / name,
+        report or REPORTS_FOLDER / name,
+    )
+    check_replaceable(out)
+    data = load(pair.dataset)
+    model, record = load_checkpoint(trained)
+    if record["data_hash"] != data.data_hash:
+        raise ValueError(f"{trained} was trained on other data than data/{data.name}.safetensors. Train it again.")
+    use_threads(pair)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
+    per_image: dict[str, torch.Tensor] = {}
+    scores: dict[str, Any] = evaluate_model(
+        model, data, num_images=num_images, batch_size=batch_size, per_image=per_image
+    )
+    scores["test/nll_nats_max"] = per_image["test"].max().item()
+    if model.config.context_features:
+        limits = (params.evaluate.completion_images.get(data.name), num_images)
+        num_completed = min((limit for limit in limits if limit), default=None)
+        scores.update(evaluate_completion(model, data, num_images=num_completed, batch_size=batch_size))
+    scores.update(baseline_scores(data))
+    checked = per_image["test"]
+    if len(checked) < min(CHECKED_IMAGES, len(data.images["test"])):  # fewer were scored than are to be checked
+        checked = per_image_nll(model, data, "test", num_images=CHECKED_IMAGES, batch_size=batch_size)
+    scores[CHECKED_SCORE] = checked[:CHECKED_IMAGES].mean().item()
+    if model.config.num_labels:
+        given = per_image_nll(model, data, "test", True, CHECKED_IMAGES, batch_size)
+        marginal = per_image_marginal_nll(model, data, "test", CHECKED_IMAGES, batch_size)
+        scores[f"{CHECKED_SCORE}_given_label"] = given.mean().item()
+        scores[f"{CHECKED_SCORE}_label_summed_out"] = marginal.mean().item()
+    scores |= record
+
+    def words(key: str) -> str:
+        return format_nll(scores[key], data.image_shape, data.num_levels)
+
+    for split in ("validation", "test"):
+        log(f"{split}: {words(f'{split}/nll_nats')} ({data.name} {data.protocol})")
+    uniform, independent = words("test/nll_nats_uniform"), words("test/nll_nats_independent")
+    log(f"for comparison, test: uniform {uniform}, independent pixels {independent}")
+    model.cpu()  # where sampling is fast
+    if data.name in params.evaluate.judges:
+        scores |= _judged(model, data, params.evaluate)
+        log(
+            "accepted by the judge: "
+            + ", ".join(f"{scores[f'test/accepted_{k}_by_judge']:.2f} of {KNOWN[k]}" for k in KNOWN)
+        )
+    card = model_card(config_to_dict(model.config), scores)
+    report.mkdir(parents=True, exist_ok=True)
+    numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
+    atomic_write(report / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    curves = []
+    for file in (CURVE_FILE, COMPLETER_FILE):
+        if (trained / file).exists():
+            shutil.copyfile(trained / file, report / file)
+            curves.append(training_report.read_curve(report / file))
+    training_report.draw_curve(report / "curve.png", curves, scores, f"{data.name}, {data.protocol}")
+    save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
+    training_report.draw_extremes(report / "extremes.png", data, per_image["test"])
+    training_report.draw_samples(report / "samples.png", model, params.sample)
+    if model.config.num_labels:
+        training_report.draw_samples(report / "class_samples.png", model, params.sample, per_class=True)
+    training_report.draw_completions(report / "completions.png", model, data, params.sample)
+    # Last: whoever finds the checkpoint finds its reports, too.
+    save_checkpoint(out, model, scores, getattr(torch, record["weights_dtype"]), card)

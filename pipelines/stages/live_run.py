@@ -1,0 +1,80 @@
+"""The MLflow run of a training that is under way."""
+
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines.files import atomic_write
+from pipelines.registry import runs as tracking
+from pipelines.registry.runs import Training
+
+RUN_ID_FILE, RUN_KEY_FILE = "run_id", "run_key"  # beside the training's state
+TRACKER_PAUSE_S = 300.0  # after the tracking store failed, until the training tries it again
+
+
+class LiveRun:
+    """Shows a training in MLflow while it goes on.
+
+    A store that fails costs the training nothing but a warning: what it missed is logged later, at the latest when the
+    result is registered. The run's ID lies beside the state, so that a training that was stopped goes on with its run.
+    """
+
+    def __init__(self, folder: Path, training: Training, log: Callable[[str], object]) -> None:
+        """Begin the run, or go on with the one that a stopped training began.
+
+        Args:
+            folder: of the training's state.
+            log: is told, in one sentence, when the store fails.
+        """
+        self._path, self._training, self._log = folder / RUN_ID_FILE, training, log
+        self.run_id = self._path.read_text() if self._path.exists() else None
+        key = folder / RUN_KEY_FILE
+        if not key.exists():
+            atomic_write(key, uuid.uuid4().hex)
+        self._key = key.read_text()
+        self._started = False
+        self._monitor: Any = None
+        self._silent_until = 0.0
+        self._try(self._start)
+
+    def _start(self) -> str:
+        if not self._started or self.run_id is None:
+            self.run_id = tracking.start_training_run(self._training, self._key, self.run_id)
+            atomic_write(self._path, self.run_id)
+            self._started = True
+            self._monitor = tracking.monitor_machine(self.run_id)
+        return self.run_id
+
+    def show(self, rows: list[dict[str, float]], sheet: Path | None) -> None:
+        """Log the curve so far, and the newest sheet of samples if there is one."""
+
+        def log_both() -> None:
+            run_id = self._start()
+            tracking.log_curve(run_id, rows)
+            if sheet is not None:
+                tracking.client().log_artifact(run_id, str(sheet), "samples")
+
+        self._try(log_both)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Show that the training has ended; or failed, or was stopped from outside, by an error."""
+        if self._monitor is not None:
+            self._monitor.finish()
+        if self._started and self.run_id is not None:
+            run_id, status = (
+                self.run_id,
+                "FAILED" if isinstance(error, Exception) else "KILLED" if error else "FINISHED",
+            )
+            self._try(lambda: tracking.client().set_terminated(run_id, status))
+
+    def _try(self, work: Callable[[], object]) -> None:
+        if time.monotonic() < self._silent_until:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._silent_until = time.monotonic() + TRACKER_PAUSE_S
+            reason = str(error).partition("\n")[0]
+            self._log(f"MLflow failed ({reason}). The training goes on; its run shows it later.")

@@ -1,0 +1,81 @@
+"""Register an evaluated checkpoint: its MLflow run has the model and all scores, and a version is made of it.
+
+DVC has no stage for this: it acts on a registry, and whether that has the version is for the registry to say.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.registry import runs as tracking
+from pipelines.registry.runs import Training
+from pipelines.registry.versions import VALIDATION_METRIC
+from pipelines.reports.curve import read_curve
+from pipelines.stages.train import COMPLETER_FILE, CURVE_FILE, Log
+from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, load_checkpoint
+from pixelcnn.models.base import AutoregressiveModel
+
+logger = logging.getLogger(__name__)
+
+
+def load_evaluated(folder: Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
+    """Load a checkpoint whose scores say what it is and how good.
+
+    Raises:
+        ValueError: it is damaged, or its scores lack something.
+    """
+    model, scores = load_checkpoint(folder)
+    needed = ("dataset", "protocol", "data_hash", "label_names", VALIDATION_METRIC)
+    if missing := [key for key in needed if key not in scores]:
+        raise ValueError(f"the scores.json of {folder} lacks {', '.join(missing)}. Train it by the pipeline.")
+    return model, scores
+
+
+def register(
+    folder: Path,
+    report: Path | None = None,
+    released: bool = False,
+    log: Log = logger.info,
+    scores: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Complete the MLflow run of a training, or begin one where this registry has none; make its model a version.
+
+    The same checkpoint twice makes no second version, and no second run.
+
+    Args:
+        folder: the checkpoint that `evaluate` wrote, `models/PAIR` say.
+        report: its folder of reports, whose curves and pictures the run keeps; None where there is none.
+        released: say so in the run's tags.
+        log: is told of the version.
+        scores: those of the checkpoint if it was loaded and found whole already.
+
+    Returns:
+        `run_id`, `version` and `out`, the checkpoint's folder.
+
+    Raises:
+        ValueError: the folder holds no evaluated checkpoint.
+    """
+    scores = scores or load_evaluated(folder)[1]
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    known = ("git_commit", "git_dirty", "protocol", tracking.INPUTS_TAG)
+    training = Training(
+        pair=scores.get("pair", f"{config['model']}-{scores['dataset']}"),
+        dataset=scores["dataset"],
+        data_hash=scores["data_hash"],
+        params=scores.get("settings") or {f"network.{key}": str(value) for key, value in config.items()},
+        tags={
+            **{key: scores[key] for key in known if key in scores},
+            "weights_sha256": config["weights_sha256"],
+            **({"released": "true"} if released else {}),
+        },
+    )
+    key = f"registered-{config['weights_sha256']}-{training.data_hash}"
+    run_id = tracking.start_training_run(training, key, scores.get("run_id"))
+    files = [*sorted(folder.glob("*.png")), folder / CARD_FILE, *(sorted(report.glob("*")) if report else [])]
+    curves = [read_curve(report / name) for name in (CURVE_FILE, COMPLETER_FILE) if report and (report / name).exists()]
+    tracking.log_training_run(run_id, training, folder, scores, curves, [file for file in files if file.is_file()])
+    version = tracking.register(run_id, folder, training.pair, training.dataset)
+    log(f"{tracking.registered_name(training.dataset)} version {version}, run {run_id}")
+    return {"run_id": run_id, "version": version, "out": str(folder)}

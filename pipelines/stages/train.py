@@ -1,0 +1,277 @@
+"""The train stage: prepared data and a pair's settings -> weights, and the record of how they came about.
+
+While a training is under way its state lies in a hidden folder beside its output, where DVC does not look: a run that
+was stopped goes on where it was. The folder's name holds a hash of all that the weights follow from; the state of other
+settings is left beside it. A training that is carried over days names a folder for its state instead, which stays.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.files import file_lock
+from pipelines.params import PairParams, Params, load_params, repro_command
+from pipelines.registry.provenance import core_sha256, git_state, recorded_hash
+from pipelines.registry.runs import Training
+from pipelines.reports import curve as training_report
+from pipelines.reports.curve import COMPLETER_COLUMNS, CURVE_COLUMNS, Curve
+from pipelines.stages.live_run import RUN_ID_FILE, RUN_KEY_FILE, LiveRun
+from pixelcnn.checkpoint import check_replaceable, save_checkpoint
+from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.evaluation import per_image_nll
+from pixelcnn.likelihood import bits_per_dim
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.registry import build_model, config_to_dict
+from pixelcnn.sampling.fast import warm_up
+from pixelcnn.training import StepReport, TrainConfig, fit, format_progress, training_history
+
+TRAINED_FOLDER = Path("trained")
+CURVE_FILE, COMPLETER_FILE = "curve.csv", "completer.csv"
+# The part of the package pixelcnn that decides the weights; dvc.yaml lists the same.
+DECIDES = ("config.py", "data.py", "evaluation.py", "likelihood.py", "observed.py", "models", "training")
+PROGRESS_S = 5.0  # between lines of the log
+HALF_TOLERANCE = 0.001  # bits/dim that the validation score may change when weights are stored in half precision
+HALF_IMAGES = 1000  # of the validation split: the change hardly varies between images
+_DONE_FILE = "done"  # in the folder of a state: the result was written
+_NUM_THREADS = torch.get_num_threads()
+
+Log = Callable[[str], object]
+logger = logging.getLogger(__name__)
+
+
+def load(dataset: str) -> Dataset:
+    """Read the prepared file of a dataset, and check that it is the one that DVC recorded.
+
+    Raises:
+        ValueError: it is missing, damaged, or was changed since it was prepared.
+    """
+    path = Path("data") / f"{dataset}.safetensors"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist. Make it: {repro_command('prepare', dataset)}")
+    data = load_dataset(path)
+    recorded = recorded_hash(dataset)
+    if recorded is not None and recorded != data.data_hash:
+        raise ValueError(
+            f"{path} was changed since it was prepared: its MD5 is {data.data_hash}, DVC recorded {recorded}. "
+            f"Make it again: {repro_command('prepare', dataset)}"
+        )
+    return data
+
+
+def use_threads(pair: PairParams) -> None:
+    """Set torch's number of CPU threads to that of the pair."""
+    torch.set_num_threads(pair.num_threads or _NUM_THREADS)
+
+
+def train(
+    name: str, out: Path | None = None, state: Path | None = None, half: bool = False, log: Log = logger.info
+) -> None:
+    """Train a pair; its MLflow run shows curve and samples as it goes.
+
+    Two trainings that would write the same folder do not run at once: the second waits, and finds the work done.
+
+    Args:
+        out: folder to write: a checkpoint whose `scores.json` is the record of the training, and its curves. None for
+            `trained/PAIR`.
+        state: folder of the training's state, taken up if it is there and kept at the end: a larger budget in
+            params.yaml goes on from it. None for a hidden one beside `out`.
+        half: store the weights in half precision, where the validation score changes by 0.001 bits/dim at most.
+
+    Raises:
+        ValueError: params.yaml, the pair or the data are not as they should be; `out` holds something else.
+        FloatingPointError: the training diverged.
+    """
+    params = load_params()
+    pair = params.pair(name)
+    out = out or TRAINED_FOLDER / name
+    check_replaceable(out)
+    data = load(pair.dataset)
+    num = {split: len(images) for split, images in data.images.items()}
+    log(f"{data.name}: {num} images, data hash {data.data_hash}")
+    use_threads(pair)
+    with ExitStack() as held:
+        for folder in (out, *([state] if state else [])):
+            held.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), f"the training of {name}", log))
+        work = state or _work_folder(out, name, pair, data, log)
+        work.mkdir(parents=True, exist_ok=True)
+        model, record = _fit_all(name, params, data, work, log)
+        dtype = torch.float16 if half and _half_is_enough(model, data, log) else torch.float32
+        if state is None:  # one that is carried over has a history of its own
+            record["inputs_sha256"] = inputs_of(name, params, data, half)
+        save_checkpoint(out, model, {**record, "weights_dtype": str(dtype).removeprefix("torch.")}, dtype)
+        for file in (CURVE_FILE, COMPLETER_FILE):
+            if (work / file).exists():
+                shutil.copyfile(work / file, out / file)
+        if state is None:
+            (work / _DONE_FILE).touch()
+        else:  # this run is complete: a larger budget is another one
+            for file in (RUN_ID_FILE, RUN_KEY_FILE):
+                (work / file).unlink(missing_ok=True)
+
+
+def _fit_all(
+    name: str, params: Params, data: Dataset, work: Path, log: Log
+) -> tuple[AutoregressiveModel, dict[str, Any]]:
+    """Train the joint model and, as a network of its own that begins with the same weights, the completer.
+
+    Args:
+        work: folder of the states; a state that is there is taken up, and its run gone on with.
+
+    Returns:
+        The model, and the record of its training, JSON-ready.
+    """
+    pair = params.pair(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(pair.train.seed)
+    network = pair.network.without_context() if pair.network.completer_features else pair.network
+    model = build_model(network).to(device)
+    whole = build_model(pair.network).to(device)
+    warm_up(model)
+    settings = {key: str(value) for key, value in _settings(name, params).items()}
+    code = git_state()  # now: what is committed while it trains is not what trains
+    identity = {"pair": name, "dataset": data.name, "data_hash": data.data_hash}
+    live = LiveRun(work, Training(**identity, params=settings, tags={**code, "protocol": data.protocol}), log)
+    sheets = work / "samples"
+    sheets.mkdir(exist_ok=True)
+
+    def draw(step: int) -> None:
+        training_report.draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
+
+    def fit_part(part: AutoregressiveModel, config: TrainConfig, curve: Curve, state_file: Path) -> dict[str, Any]:
+        """Train one of the two networks; return the record of that."""
+        num_parameters = sum(p.numel() for p in part.parameters())
+        log(f"training {num_parameters} parameters on {device}")
+        last_line = 0.0
+
+        def on_step(report: StepReport) -> None:
+            nonlocal last_line
+            curve.add(report)
+            now = time.monotonic()
+            if report.validation_nll_nats is not None:
+                live.show(curve.rows, sheets / f"step-{report.step:07d}.png" if part is model else None)
+            if report.validation_nll_nats is not None or now - last_line > PROGRESS_S:
+                log(format_progress(report, data))
+                last_line = now
+
+        fit(part, data, config, on_step, state_file, draw if part is model else None)
+        minutes, phases = training_history(state_file)
+        return {
+            "train_minutes": minutes,
+            "num_parameters": num_parameters,
+            "train_settings": {**asdict(config), **_changed_settings(phases)},
+        }
+
+    try:
+        record = fit_part(model, pair.train, Curve(work / CURVE_FILE, CURVE_COLUMNS), work / "state.safetensors")
+        if whole.completer is not None and pair.completer is not None:
+            whole.load_state_dict(model.state_dict(), strict=False)
+            whole.begin_completer()
+            curve = Curve(work / COMPLETER_FILE, COMPLETER_COLUMNS)
+            of_completer = fit_part(whole.completer, pair.completer, curve, work / "completer.safetensors")
+            renamed = {"num_parameters": "num_completer_parameters"}
+            record |= {renamed.get(key, f"completer_{key}"): value for key, value in of_completer.items()}
+            model = whole.eval()
+    except BaseException as error:
+        live.end(error)
+        raise
+    live.end()
+    record |= {
+        **({"run_id": live.run_id} if live.run_id else {}),
+        **identity,
+        **code,
+        "protocol": data.protocol,
+        "label_names": data.label_names,
+        "hardware": _hardware(model),
+        "settings": settings,
+    }
+    return model, record
+
+
+def _settings(name: str, params: Params) -> dict[str, Any]:
+    """Return all settings that a pair's weights follow from, by their paths."""
+    pair = params.pair(name)
+    return {
+        **{f"network.{key}": value for key, value in config_to_dict(pair.network).items()},
+        **{f"train.{key}": value for key, value in asdict(pair.train).items()},
+        **{f"completer.{key}": value for key, value in (asdict(pair.completer) if pair.completer else {}).items()},
+        **{f"data.{key}": value for key, value in params.data.model_dump().items()},
+    }
+
+
+def _changed_settings(phases: list[dict[str, Any]]) -> dict[str, str]:
+    """Return how the settings went that changed on the way, by name."""
+    found = {}
+    for name in dict.fromkeys(name for phase in phases for name in phase):
+        values = [(phase["from_step"], phase[name]) for phase in phases if name in phase]
+        changes = [one for before, one in zip([(0, None), *values], values, strict=False) if one[1] != before[1]]
+        if name != "from_step" and (len(changes) > 1 or changes[0][0] > 0):
+            found[name] = ", then ".join(f"{value} from step {step}" for step, value in changes)
+    return found
+
+
+def _half_is_enough(model: AutoregressiveModel, data: Dataset, log: Log) -> bool:
+    """Round the weights to half precision; take that back if the validation score suffers."""
+
+    def validate() -> float:
+        nll = per_image_nll(model, data, "validation", num_images=HALF_IMAGES)
+        return float(bits_per_dim(nll.mean().item(), data.image_shape))
+
+    before = validate()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.load_state_dict({name: weight.half() for name, weight in weights.items()})
+    change = validate() - before
+    enough = abs(change) <= HALF_TOLERANCE
+    if not enough:
+        model.load_state_dict(weights)
+    log(f"half precision changes validation by {change:.6f} bits/dim: {'kept' if enough else 'not kept'}")
+    return enough
+
+
+def _hardware(model: AutoregressiveModel) -> str:
+    """Return what the model was trained on."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    num = torch.get_num_threads()
+    return f"{num} CPU thread{'s' if num > 1 else ''} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _work_folder(out: Path, name: str, pair: PairParams, data: Dataset, log: Log) -> Path:
+    """Return the folder of this training's state; say which states of other settings, data or code are beside it."""
+    work = out.with_name(f".{out.name}.run-{weights_key(name, pair, data)[:12]}")
+    for other in sorted(out.parent.glob(f".{out.name}.run-*")):
+        if other != work and not (other / _DONE_FILE).exists():
+            log(
+                f"{other} holds an unfinished training of {name} with other settings, data or code: it goes on when "
+                "they are as they were. Delete it if you do not want it."
+            )
+    return work
+
+
+def remove_finished_states(out: Path) -> None:
+    """Remove the states of trainings into `out` that are done; those that were stopped stay."""
+    for mark in out.parent.glob(f".{out.name}.run-*/{_DONE_FILE}"):
+        shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def weights_key(name: str, pair: PairParams, data: Dataset) -> str:
+    """Return the SHA-256 of all that a pair's weights follow from: settings, data, and the code that decides them."""
+    learning = [config_to_dict(pair.network), asdict(pair.train), asdict(pair.completer) if pair.completer else {}]
+    every = [name, pair.num_threads, *learning, data.data_hash, core_sha256(*DECIDES)]
+    return hashlib.sha256(json.dumps(every).encode()).hexdigest()
+
+
+def inputs_of(name: str, params: Params, data: Dataset, half: bool) -> str:
+    """Return the SHA-256 of all that a registered version follows from: its weights, and how they are scored."""
+    key = weights_key(name, params.pair(name), data)
+    every = [key, half, params.evaluate.model_dump(), params.sample.model_dump()]
+    return hashlib.sha256(json.dumps(every).encode()).hexdigest()

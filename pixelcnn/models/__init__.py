@@ -1,0 +1,14 @@
+"""The architectures, one file each; importing this package registers them all.
+
+So it does those of further modules, named with commas between them in the environment variable PIXELCNN_ARCHITECTURES.
+"""
+
+import importlib
+import os
+
+from pixelcnn.models import attentive_pixelcnn as attentive_pixelcnn
+from pixelcnn.models import gated_pixelcnn as gated_pixelcnn
+from pixelcnn.models import pixelcnn as pixelcnn
+
+for _name in filter(None, os.environ.get("PIXELCNN_ARCHITECTURES", "").split(",")):
+    importlib.import_module(_name)

@@ -1,0 +1,224 @@
+"""What all architectures share: levels in, logits out.
+
+p(x) is the product over rows, columns, then channels (raster order) of p(x_i | x_1, ..., x_{i-1}); each factor is a
+categorical over K levels, whose logits one forward pass gives for all sub-pixels at once.
+
+Sources: PixelCNN, van den Oord et al. 2016, arXiv:1601.06759; Gated PixelCNN, van den Oord et al. 2016,
+arXiv:1606.05328. Departures: labels in both architectures, Adam or Muon and EMA in training (training.py), a softmax of
+two levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the multi-scale
+PixelCNN, the autoencoder of the second paper.
+
+With a context network the model also is p(missing | observed) for any observed part of an image, the product over the
+missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of the drawing enters every layer (section
+2.3 of the second paper). With nothing observed the map is zero, and the same weights are p(x). A model may also have a
+*completer*, a second network of the same kind, for all images of which something is observed; it alone sees drawings.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixelcnn.config import ModelConfig
+from pixelcnn.models.layers import ContextNetwork, masked_1x1
+from pixelcnn.models.maps import NEVER_WAITS, Label, Map
+from pixelcnn.models.masks import colour_groups
+from pixelcnn.models.outputs import OUTPUTS, Output
+
+
+def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
+    """Raise ValueError unless `levels` is (B, C, H, W) int64 in [0, K) for this config."""
+    expected = ("B", *config.image_shape)
+    if levels.dim() != 4 or tuple(levels.shape[1:]) != config.image_shape:
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(levels.shape)}.")
+    if levels.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 levels 0..{config.num_levels - 1}, got dtype {levels.dtype}.")
+    if levels.numel() and (levels.min() < 0 or levels.max() >= config.num_levels):
+        raise ValueError(
+            f"{name} must lie in 0..{config.num_levels - 1}, got {int(levels.min())}..{int(levels.max())}."
+        )
+
+
+def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
+    """Raise ValueError unless `label` is (B,) int64 in [-1, num_labels)."""
+    if label.shape != (batch_size,) or label.dtype != torch.int64:
+        raise ValueError(
+            f"label must have shape ({batch_size},) and dtype int64, got {tuple(label.shape)} and {label.dtype}."
+        )
+    if label.numel() and (label.min() < -1 or label.max() >= config.num_labels):
+        if config.num_labels == 0:
+            raise ValueError("label must be None or -1: this model was built without labels.")
+        raise ValueError(
+            f"label must lie in -1..{config.num_labels - 1} (-1 for none), got {int(label.min())}..{int(label.max())}."
+        )
+
+
+def check_observed(image: Tensor, observed: Tensor, config: ModelConfig, name: str = "image") -> None:
+    """Raise ValueError unless `observed` is (B, 1, H, W) bool and the observed pixels of `image` are levels."""
+    expected = (len(image), 1, *config.image_shape[1:])
+    if observed.dtype != torch.bool or tuple(observed.shape) != expected:
+        raise ValueError(
+            f"observed must be bool of shape {expected}, True where a pixel is known, "
+            f"got {observed.dtype} of shape {tuple(observed.shape)}."
+        )
+    if tuple(image.shape[1:]) != config.image_shape:
+        check_levels(image, config, name)
+    check_levels(torch.where(observed, image, 0), config, f"{name} (where observed)")
+
+
+def check_noise(u: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless `u` is (B, C, H, W) float in [0, 1)."""
+    if u.dim() != 4 or tuple(u.shape[1:]) != image_shape:
+        raise ValueError(f"u must have shape (B, {', '.join(map(str, image_shape))}), got {tuple(u.shape)}.")
+    if not u.is_floating_point():
+        raise ValueError(f"u must be uniform noise of a float dtype, got {u.dtype}.")
+    if not bool(((u >= 0) & (u < 1)).all()):
+        raise ValueError("u must lie in [0, 1), as torch.rand gives it.")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless the temperature is a finite number of at least 0."""
+    if not math.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
+
+
+class AutoregressiveModel(nn.Module):
+    """What all architectures share: input checks and scaling, the context network, the two 1x1 layers of the head.
+
+    `config` says which images it is for; `layer_config` is what its layers are built from, the completer's apart.
+    """
+
+    def __init__(self, config: ModelConfig, in_maps: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_config = config.without_context() if config.completer_features else config
+        num_colours, num_groups = config.image_shape[0], config.num_groups
+        self.output: Output = OUTPUTS[config.output](config)
+        head = colour_groups(config.head_features, num_groups)
+        logits = colour_groups(self.output.num_parameters, num_groups)
+        self.head = masked_1x1("B", colour_groups(in_maps, num_groups), head)
+        self.logits = masked_1x1("B", head, logits)
+        self.context_network: ContextNetwork | None = None
+        if features := self.layer_config.context_features:
+            side = max(config.image_shape[1:])
+            self.context_network = ContextNetwork(num_colours, config.context_width, features, side)
+        self.completer: AutoregressiveModel | None = None  # `build_model` adds it
+
+    def begin_completer(self) -> None:
+        """Let a completer of the joint model's width begin with its weights: it then is the same joint model."""
+        if self.completer is not None and self.completer.config.num_features == self.config.num_features:
+            self.completer.load_state_dict(self.state_dict(), strict=False)
+
+    def networks(self, observed: Tensor) -> list[tuple["AutoregressiveModel", Tensor]]:
+        """Return each network that these images need, with the indices (n,) of those that it is for.
+
+        Args:
+            observed: (B, 1, H, W) bool; where anything is, the image is the completer's, if there is one.
+        """
+        drawn = observed.flatten(1).any(dim=1)
+        if self.completer is None or not bool(drawn.any()):
+            return [(self, torch.arange(len(observed), device=observed.device))]
+        parts = [(self, ~drawn), (self.completer, drawn)]
+        return [(network, which.nonzero()[:, 0]) for network, which in parts if bool(which.any())]
+
+    def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
+        """Return the head's input, (B, maps, H, W), from scaled levels and a map of the drawing."""
+        raise NotImplementedError
+
+    def described(self) -> Map:
+        """Return the logits as a symbolic map, (C * K channels), from which the samplers follow.
+
+        Raises:
+            ValueError: the network is not causal, or a part of it cannot be computed pixel by pixel; it is named.
+        """
+        num_colours = self.config.image_shape[0]
+        image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)
+        label: Any = Label() if self.config.num_labels else None
+        context: Any = None
+        if features := self.layer_config.context_features:
+            context = Map("context", (), None, features, NEVER_WAITS)
+        logits: Any = self.logits(F.relu(self.head(F.relu(self.features(image, label, context)))))
+        due = colour_groups(logits.num_channels, self.config.num_groups)
+        if logits.lead > -1 if logits.turns is None else bool((logits.turns > due).any()):
+            raise ValueError(f"{type(self).__name__} is not causal: its logits see the pixel itself, or later ones.")
+        return logits
+
+    def scale(self, levels: Tensor) -> Tensor:
+        """Return levels as the network sees them, in [-1, 1] and in the dtype of the weights."""
+        # Centred, so that the zero padding is no level of a binary image.
+        # Channels last, down to the strides of a single channel: the layout in which convolutions are fastest.
+        x = levels.to(self.head.weight.dtype, memory_format=torch.channels_last)
+        return x * (2 / (self.config.num_levels - 1)) - 1
+
+    def context(self, drawing: Tensor | None, observed: Tensor | None) -> Tensor | None:
+        """Return the map of a drawing that enters every layer; None without a drawing or without a context network.
+
+        Args:
+            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
+            observed: (B, 1, H, W) bool.
+
+        Returns:
+            (B, context_features, H, W), zero for an image of which nothing is observed.
+        """
+        if self.context_network is None or drawing is None or observed is None:
+            return None
+        return self.context_network(self.scale(torch.where(observed, drawing, 0)), observed)
+
+    def forward(
+        self,
+        levels: Tensor,
+        label: Tensor | None = None,
+        drawing: Tensor | None = None,
+        observed: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output's parameters for every sub-pixel given all earlier ones, and the drawing if there is one.
+
+        Args:
+            levels: (B, C, H, W) int64 in [0, K).
+            label: (B,) int64 in [-1, num_labels), -1 for no label; None for no labels at all.
+            drawing: (B, C, H, W) int64 levels, ignored where not observed; only for models with a context network.
+            observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.
+
+        Returns:
+            (B, K, C, H, W) logits in the dtype of the weights; (B, P, H, W) for a mixture of logistics.
+
+        Raises:
+            ValueError: a shape, dtype or range differs from the above.
+        """
+        config = self.config
+        check_levels(levels, config)
+        if label is not None:
+            check_label(label, len(levels), config)
+        if not config.context_features and (drawing is not None or observed is not None):
+            raise ValueError("drawing and observed must be None: this model has no context network.")
+        if (drawing is None) != (observed is None):
+            raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
+        if drawing is not None and observed is not None:
+            if len(drawing) != len(levels):
+                raise ValueError(f"drawing must have the batch size of levels, {len(levels)}, got {len(drawing)}.")
+            check_observed(drawing, observed, config, "drawing")
+            if self.completer is not None:
+                return self._of_both(levels, label, drawing, observed)
+        features = self.features(self.scale(levels), label, self.context(drawing, observed))
+        hidden = F.relu(self.head(F.relu(features)))
+        if config.output == "categorical":
+            return self.output.shaped(self.logits(hidden))
+        # Rounded to bfloat16, means and scales would cost tenths of a bit.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.output.shaped(self.logits(hidden.to(self.logits.weight.dtype)))
+
+    def _of_both(self, levels: Tensor, label: Tensor | None, drawing: Tensor, observed: Tensor) -> Tensor:
+        """Return the logits of each image from the network that it is for; there is a completer."""
+        found, indices = [], []
+        for network, index in self.networks(observed):
+            seen = (None, None) if network is self else (drawing[index], observed[index])
+            found.append(network(levels[index], None if label is None else label[index], *seen))
+            indices.append(index)
+        return torch.cat(found)[torch.cat(indices).argsort()]
+
+
+def joint_parameters(model: AutoregressiveModel) -> list[nn.Parameter]:
+    """Return the parameters of a model without those of its completer."""
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith("completer.")]

@@ -1,0 +1,187 @@
+"""The networks' building blocks: masked convolutions, PixelCNN's residual block, Gated PixelCNN's layer.
+
+Sources: arXiv:1601.06759 (masks, residual block) and arXiv:1606.05328 (two stacks, gate). Departures: kernels are
+stored cropped (see masks.py), and a label enters PixelCNN's residual blocks as a bias, as it enters the gates of
+Gated PixelCNN (the first paper has no labels). So does the map of a drawing (section 2.3 of the second paper).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixelcnn.models.maps import NEVER_WAITS, Map, convolved, gated, is_symbolic
+from pixelcnn.models.masks import centre_mask
+
+
+class Block(nn.Module):
+    """A layer that samplers know how to compute bit by bit: called with symbolic maps it describes what it does.
+
+    A convolution's kernel has its centre in its last row, `right` columns from the right end.
+    """
+
+    right = 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.described(*inputs) if is_symbolic(*inputs) else super().__call__(*inputs)
+
+    def described(self, *inputs: Any) -> Map:
+        """Return what the block makes of symbolic maps."""
+        raise ValueError(f"no sampler follows from {type(self).__name__}: it does not say what it computes.")
+
+
+class MaskedConv2d(Block):
+    """A convolution whose kernel is multiplied by a mask and only ever reaches up and left.
+
+    Args:
+        mask: (out, in, kh, kw) as masks.py makes them; the centre is in the last row, `right` taps from the right end.
+        right: columns to the right of the centre that the kernel covers (in rows above the centre).
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, right: int) -> None:
+        super().__init__()
+        out_maps, _, height, width = mask.shape
+        self.right = right
+        self.padding = (width - 1 - right, right, height - 1, 0)  # left, right, top, bottom
+        self.weight = nn.Parameter(torch.empty_like(mask))
+        self.bias = nn.Parameter(torch.zeros(out_maps))
+        self.register_buffer("mask", mask, persistent=False)
+        # Unit variance is kept, counting only the taps that the mask lets through.
+        fan_in = max(mask.sum(dim=(1, 2, 3)).mean().item(), 1.0)
+        nn.init.normal_(self.weight, std=fan_in**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the masked convolution, of the same height and width: (B, in, H, W) -> (B, out, H, W)."""
+        return F.conv2d(F.pad(x, self.padding), self.masked_weight(), self.bias)
+
+    def masked_weight(self) -> Tensor:  # (out, in, kh, kw)
+        return self.weight * self.mask
+
+    def taps(self) -> Tensor:
+        """Return where the kernel can be anything but zero: (out, in, kh, kw) bool."""
+        return self.mask != 0
+
+    def described(self, x: Map) -> Map:
+        return convolved(x, self, self.taps(), self.right)
+
+
+class Pointwise(Block, nn.Conv2d):
+    """A 1x1 convolution without a mask."""
+
+    def __init__(self, in_maps: int, out_maps: int, bias: bool = True) -> None:
+        super().__init__(in_maps, out_maps, 1, bias=bias)
+
+    def masked_weight(self) -> Tensor:  # (out, in, 1, 1)
+        return self.weight
+
+    def taps(self) -> Tensor:
+        return torch.ones_like(self.weight, dtype=torch.bool)
+
+    def described(self, x: Map) -> Map:
+        return convolved(x, self, self.taps(), 0)
+
+
+def masked_1x1(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> MaskedConv2d:
+    """Return a 1x1 convolution masked by colour."""
+    return MaskedConv2d(centre_mask(mask_type, in_groups, out_groups)[:, :, None, None], right=0)
+
+
+class LabelBias(Block):
+    """A learned bias per class; label -1 means no label and adds nothing."""
+
+    def __init__(self, num_labels: int, num_maps: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.1 * torch.randn(num_labels, num_maps))
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Return the labels' biases, zero for -1: (B,) int64 in [-1, num_labels) -> (B, maps, 1, 1)."""
+        bias = self.table[label.clamp(min=0)] * (label >= 0)[:, None]
+        if torch.is_autocast_enabled(bias.device.type):  # or it would make float32 of what it is added to
+            bias = bias.to(torch.get_autocast_dtype(bias.device.type))
+        return bias[:, :, None, None]
+
+    def described(self, label: Any) -> Map:
+        return Map("label", (), self, self.table.shape[1], NEVER_WAITS)
+
+
+class ContextNetwork(nn.Module):
+    """Makes a map of a drawing, every part of which can see all of it: residual 3x3 convolutions without a mask.
+
+    Their dilation doubles from layer to layer until they reach across the image.
+
+    Args:
+        num_colours: C of the drawing.
+        width: maps of the hidden layers.
+        num_features: maps of the result.
+        side: the longer side of the image, in pixels.
+    """
+
+    def __init__(self, num_colours: int, width: int, num_features: int, side: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(num_colours + 1, width, 3, padding=1)
+        self.layers = nn.ModuleList()
+        reach, dilation = 1, 1
+        while reach < side - 1 or not self.layers:
+            self.layers.append(nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation))
+            reach, dilation = reach + dilation, 2 * dilation
+        self.last = Pointwise(width, num_features)
+
+    def forward(self, scaled: Tensor, observed: Tensor) -> Tensor:
+        """Return (B, num_features, H, W), zero for an image of which nothing is observed.
+
+        Args:
+            scaled: (B, C, H, W), the drawing in [-1, 1]; any finite values where it is not observed.
+            observed: (B, 1, H, W) bool.
+        """
+        known = observed.to(scaled.dtype)
+        x = self.first(torch.cat([scaled * known, known], dim=1).contiguous(memory_format=torch.channels_last))
+        for layer in self.layers:
+            x = x + layer(F.relu(x))
+        return self.last(F.relu(x)) * known.amax(dim=(2, 3), keepdim=True)
+
+
+def context_projection(context_features: int, num_maps: int) -> Pointwise | None:
+    """Return a zero-initialised, bias-free 1x1 projection: a new context changes nothing, a zero map adds nothing."""
+    if not context_features:
+        return None
+    projection = Pointwise(context_features, num_maps, bias=False)
+    nn.init.zeros_(projection.weight)
+    return projection
+
+
+def gate(x: Any) -> Any:
+    """Return tanh of the first half of the maps times sigmoid of the second: (B, 2p, H, W) -> (B, p, H, W)."""
+    if isinstance(x, Map):
+        return gated(x)
+    # Copied first: torch has slow loops for halves of each pixel's maps, above all in bfloat16.
+    a, b = (half.contiguous(memory_format=torch.channels_last) for half in x.chunk(2, dim=1))
+    return torch.tanh(a) * torch.sigmoid(b)
+
+
+class _ShiftDown(torch.autograd.Function):
+    """Shifts rows and keeps the layout of memory, in the gradient too: padding and slicing change it there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        shifted = torch.empty_like(x)
+        shifted[:, :, :1] = 0
+        shifted[:, :, 1:] = x[:, :, :-1]
+        return shifted
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        shifted = torch.empty_like(gradients[0])
+        shifted[:, :, -1:] = 0
+        shifted[:, :, :-1] = gradients[0][:, :, 1:]
+        return shifted
+
+
+def shift_down(x: Any) -> Any:
+    """Move every row down by one; the first row becomes zero, the last one falls out."""
+    if isinstance(x, Map):
+        return Map("shift", (x,), None, x.num_channels, x.lead - 1)
+    shifted: Tensor = _ShiftDown.apply(x)
+    return shifted

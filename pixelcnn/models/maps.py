@@ -1,0 +1,123 @@
+"""Symbolic maps: a network's forward pass, written down instead of computed.
+
+A network called with a `Map` in place of a tensor gives a `Map` that says what it is made of, block by block, and when
+a sampler can know it. From that follow the samplers (sampling/plan.py), and whether the network is causal at all.
+
+A map is known either a *row* at a time, once the image is known down to some row, or a *pixel* at a time, in raster
+order; then each of its channels has a *turn*: it is known once so many colours of the pixel are. Turns follow from the
+masks alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NEVER_WAITS = -math.inf  # the lead of what is known from the start
+
+
+class Map:
+    """A map of features (channels, H, W) that is not computed, only described.
+
+    Args:
+        op: `image`, `context`, `constant`, `label`, `conv`, `add`, `shift`, `relu`, `gate` or `attend`.
+        inputs: the maps that it is made of.
+        block: the module that makes it, if one does.
+        num_channels: its channels.
+        lead: a row of it is known once the image is known down to so many rows below that row (0: its own row).
+        turns: (channels,) int64 if it is known a pixel at a time: how many colours of the pixel must be known first.
+            None if it is known a row at a time.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        inputs: tuple["Map", ...],
+        block: Any,
+        num_channels: int,
+        lead: float,
+        turns: Tensor | None = None,
+    ) -> None:
+        self.op, self.inputs, self.block, self.num_channels = op, inputs, block, num_channels
+        self.lead, self.turns = lead, turns
+        if turns is None and lead > 0:
+            raise ValueError(f"a {op} looks at rows below its own: no sampler can know it in time.")
+
+    def __add__(self, other: "Map") -> "Map":
+        if not isinstance(other, Map) or other.num_channels != self.num_channels:
+            raise ValueError(f"a map of {self.num_channels} channels can only be added to another one, got {other!r}.")
+        return combined("add", (self, other), None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(
+            f"no sampler follows from '.{name}' of a feature map: build networks from the blocks of "
+            "pixelcnn.models.layers, + and relu (docs/architectures.md)."
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), named: Any = None
+    ) -> "Map":
+        if function in (F.relu, torch.relu):
+            return combined("relu", (arguments[0],), None)
+        if function in (torch.add, Tensor.add, Tensor.__add__):
+            return arguments[0] + arguments[1]
+        raise ValueError(
+            f"no sampler follows from {getattr(function, '__name__', function)}: build networks from the blocks of "
+            "pixelcnn.models.layers, + and relu (docs/architectures.md)."
+        )
+
+
+def combined(op: str, inputs: tuple[Map, ...], block: Any) -> Map:
+    """Return the map that an operation makes of its inputs channel by channel."""
+    lead = max(x.lead for x in inputs)
+    turns = [x.turns for x in inputs if x.turns is not None]
+    if not turns or max((x.lead for x in inputs if x.turns is None), default=NEVER_WAITS) > -1:
+        turns, together = [], None  # some row is needed as a whole
+    else:
+        together = torch.stack(turns).amax(dim=0)
+    return Map(op, inputs, block, inputs[0].num_channels, lead, together)
+
+
+def convolved(x: Map, block: nn.Module, taps: Tensor, right: int) -> Map:
+    """Return the map that a convolution makes.
+
+    Args:
+        block: has `weight`, (out, in, kh, kw), and perhaps `bias` and `mask`.
+        taps: (out, in, kh, kw) bool, where its weight can be anything but zero; the centre is in the last row,
+            `right` columns from the right end.
+    """
+    num_rows = taps.shape[2]
+    used = taps.any(dim=1).any(dim=0)  # (kh, kw)
+    offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]
+    lead = max((x.lead + offset for offset in offsets), default=NEVER_WAITS)
+    turns = None
+    if x.turns is not None and offsets and offsets[-1] == 0 and not bool(used[-1, used.shape[1] - right :].any()):
+        centre = taps[:, :, -1, used.shape[1] - right - 1]  # (out, in)
+        turns = torch.where(centre, x.turns, 0).amax(dim=1)
+    return Map("conv", (x,), block, taps.shape[0], lead, turns)
+
+
+def gated(x: Map) -> Map:
+    """Return the map that a gate makes: half as many channels, each known when both of its halves are."""
+    turns = None if x.turns is None else x.turns.view(2, -1).amax(dim=0)
+    return Map("gate", (x,), None, x.num_channels // 2, x.lead, turns)
+
+
+def row_matrix(kernel: Tensor) -> Tensor:
+    """Return what a window, column by column, contributes: (out, in, columns) -> (columns * in, out)."""
+    return kernel.permute(2, 1, 0).flatten(0, 1)
+
+
+class Label:
+    """Stands for the labels of a batch where a network is only described."""
+
+
+def is_symbolic(*values: object) -> bool:
+    """Return whether one of the values stands for what is not computed."""
+    return any(isinstance(value, (Map, Label)) for value in values)

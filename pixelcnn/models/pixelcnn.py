@@ -1,0 +1,117 @@
+"""PixelCNN, van den Oord et al. 2016, arXiv:1601.06759: a stack of masked convolutions in residual blocks.
+
+Departures: a label enters the residual blocks as a bias, as it enters the gates of Gated PixelCNN (the paper has no
+labels), and so does the map of a drawing. Not implemented: the multi-scale PixelCNN, the recurrent networks.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixelcnn.config import ModelConfig, check_int, check_odd
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.layers import LabelBias, MaskedConv2d, context_projection, masked_1x1
+from pixelcnn.models.masks import colour_groups, raster_mask
+from pixelcnn.models.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCNNConfig(ModelConfig):
+    """PixelCNN (arXiv:1601.06759): residual blocks of `num_features` (the paper's h) inner maps.
+
+    Args:
+        num_blocks: residual blocks after the first layer.
+        first_kernel_size: the first layer's kernel (mask A), odd.
+        kernel_size: the residual blocks' kernel (mask B), odd.
+    """
+
+    num_blocks: int
+    first_kernel_size: int = 7
+    kernel_size: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("num_blocks", self.num_blocks, 1)
+        check_odd("first_kernel_size", self.first_kernel_size)
+        check_odd("kernel_size", self.kernel_size)
+
+
+class ResidualBlock(nn.Module):
+    """PixelCNN's residual block: 1x1 (2h to h), k x k mask B, 1x1 (h to 2h), each after a ReLU, plus the input.
+
+    Also gives the skip connection's contribution to the head.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        head_features: int,
+        kernel_size: int,
+        num_groups: int,
+        num_labels: int,
+        context_features: int = 0,
+    ):
+        super().__init__()
+        outer = colour_groups(2 * num_features, num_groups)
+        inner = colour_groups(num_features, num_groups)
+        head = colour_groups(head_features, num_groups)
+        self.reduce = masked_1x1("B", outer, inner)
+        self.conv = MaskedConv2d(raster_mask("B", kernel_size, inner, inner), right=kernel_size // 2)
+        self.expand = masked_1x1("B", inner, outer)
+        self.skip = masked_1x1("B", inner, head)
+        self.label_bias = LabelBias(num_labels, num_features) if num_labels else None
+        self.context = context_projection(context_features, num_features)
+
+    def forward(self, x: Tensor, label: Tensor | None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after the block, (B, 2h, H, W), and what it adds to the head, (B, head, H, W).
+
+        Args:
+            x: (B, 2h, H, W), the residual stream before it.
+            label: (B,) int64, -1 for none; None for none at all.
+            context: (B, context_features, H, W), the map of a drawing; None without one.
+        """
+        y = self.conv(F.relu(self.reduce(F.relu(x))))  # (B, h, H, W)
+        if self.label_bias is not None and label is not None:
+            y = y + self.label_bias(label)
+        if self.context is not None and context is not None:
+            y = y + self.context(context)
+        y = F.relu(y)
+        return x + self.expand(y), self.skip(y)  # (B, 2h, H, W), (B, head, H, W)
+
+
+@register("pixelcnn", PixelCNNConfig)
+class PixelCNN(AutoregressiveModel):
+    """PixelCNN: a mask-A convolution, residual blocks with mask B, skip connections from each to the head.
+
+    It has the *blind spot* of its paper: a wedge to the upper right of each pixel is never seen.
+    """
+
+    config: PixelCNNConfig
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__(config, in_maps=config.head_features)
+        num_groups = config.num_groups
+        outer = colour_groups(2 * config.num_features, num_groups)
+        first_mask = raster_mask("A", config.first_kernel_size, colour_groups(config.image_shape[0], num_groups), outer)
+        self.first = MaskedConv2d(first_mask, right=config.first_kernel_size // 2)
+        self.first_skip = masked_1x1("B", outer, colour_groups(config.head_features, num_groups))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(
+                config.num_features,
+                config.head_features,
+                config.kernel_size,
+                num_groups,
+                config.num_labels,
+                self.layer_config.context_features,
+            )
+            for _ in range(config.num_blocks)
+        )
+
+    def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
+        x = self.first(x)  # (B, 2h, H, W)
+        skips = self.first_skip(x)  # (B, head, H, W)
+        for block in self.blocks:
+            x, skip = block(x, label, context)
+            skips = skips + skip
+        return skips

@@ -1,0 +1,85 @@
+"""Architectures by name: each registers its config and its module, in the file that defines them.
+
+Importing that file is enough, wherever it lies: `build_model`, checkpoints and the command line know it from then on.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pixelcnn.config import ModelConfig, checked_config
+
+if TYPE_CHECKING:
+    from pixelcnn.models.base import AutoregressiveModel
+
+M = TypeVar("M", bound="AutoregressiveModel")
+# Name: the config class, and what makes the module of such a config.
+_ARCHITECTURES: dict[str, tuple[type[ModelConfig], Callable[[Any], "AutoregressiveModel"]]] = {}
+
+
+def register(name: str, config_class: type[ModelConfig]) -> Callable[[type[M]], type[M]]:
+    """Register the decorated module class under a name, to be built from configs of `config_class`.
+
+    Raises:
+        ValueError: the name, or the config class, is already another architecture's.
+    """
+
+    def add(model_class: type[M]) -> type[M]:
+        if name in _ARCHITECTURES:
+            raise ValueError(f"an architecture named {name!r} exists already: choose another name.")
+        if any(config_class is known for known, _ in _ARCHITECTURES.values()):
+            raise ValueError(f"{config_class.__name__} already belongs to an architecture: give {name!r} its own.")
+        _ARCHITECTURES[name] = (config_class, model_class)
+        return model_class
+
+    return add
+
+
+def architectures() -> dict[str, type[ModelConfig]]:
+    """Return the config class of each registered architecture, by name."""
+    return {name: config_class for name, (config_class, _) in _ARCHITECTURES.items()}
+
+
+def model_name(config: ModelConfig) -> str:
+    """Return the name that a config's architecture is registered under.
+
+    Raises:
+        ValueError: it is registered under none.
+    """
+    for name, (config_class, _) in _ARCHITECTURES.items():
+        if type(config) is config_class:
+            return name
+    known = ", ".join(sorted(config_class.__name__ for config_class, _ in _ARCHITECTURES.values()))
+    raise ValueError(f"config must be one of {known}, got {type(config).__name__}.")
+
+
+def build_model(config: ModelConfig) -> "AutoregressiveModel":
+    """Build the architecture that a config describes, with fresh weights.
+
+    Raises:
+        ValueError: the config is of no registered architecture, or no sampler follows from its network.
+    """
+    model = _ARCHITECTURES[model_name(config)][1](config)
+    model.described()
+    if config.completer_features:  # the last of the parameters, so that the joint model's are drawn as without it
+        model.completer = build_model(config.of_completer())
+    return model
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """Return the config as JSON-ready values, with the architecture's name under `model`."""
+    return {"model": model_name(config), **asdict(config), "image_shape": list(config.image_shape)}
+
+
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """Build a config from `config_to_dict`'s values.
+
+    Raises:
+        ValueError: the model, or a setting of it, is unknown, missing or impossible.
+    """
+    values = dict(values)
+    name = values.pop("model", None)
+    if name not in _ARCHITECTURES:
+        raise ValueError(f"unknown model {name!r}. Known: {', '.join(sorted(_ARCHITECTURES))}.")
+    config: ModelConfig = checked_config(_ARCHITECTURES[name][0], values, where=name)
+    return config

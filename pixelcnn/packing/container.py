@@ -1,0 +1,191 @@
+"""The file: a header, then blocks of images, each with its length and its checksums.
+
+    89 "PXL" 0D 0A 1A 0A    version u16    length u32    CRC u32    header: JSON, by zlib
+    length u32    CRC u32    CRC of the images u32    code            of each block
+
+Numbers are little-endian. A block's CRC begins with the header's and the block's number: no block of another file or
+place passes for it. That of the images (bytes of levels, then labels + 1) is compared when they are decoded. All
+blocks but the last hold `block_images` images: those before a block are skipped by their lengths.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from pixelcnn.config import check_int, checked_config
+
+MAGIC, VERSION = b"\x89PXL\r\n\x1a\n", 1
+_START, _FRAME = struct.Struct("<8sHII"), struct.Struct("<III")
+MAX_HEADER_BYTES = 2**26
+MAX_BLOCK_IMAGES = 4096
+
+
+Block = tuple[int, bytes, int]  # its number, the code, and the CRC of the images
+
+
+class DamagedError(ValueError):
+    """A file that begins well and then is cut or altered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file says of itself.
+
+    Args:
+        image_shape: (C, H, W).
+        num_levels: K.
+        num_images: in all blocks.
+        block_images: images of a block, but for the last.
+        batch_images: images of a block that are coded in turns.
+        has_labels: whether each image has a label.
+        weights_sha256: of the checkpoint that is needed.
+        engine: what computed the probabilities.
+        arithmetic: how, for people.
+        probe: what it computed for two images that every model has (`Coder.probe`).
+        names: the pictures' names, relative; None where they are numbers.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_levels: int
+    num_images: int
+    block_images: int
+    batch_images: int
+    has_labels: bool
+    weights_sha256: str
+    engine: str
+    arithmetic: str
+    probe: str
+    names: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        for name in ("num_levels", "num_images", "block_images", "batch_images"):
+            check_int(name, getattr(self, name), 1)
+        if self.block_images > MAX_BLOCK_IMAGES or self.batch_images > MAX_BLOCK_IMAGES:
+            raise ValueError(f"block_images and batch_images must be at most {MAX_BLOCK_IMAGES}.")
+        for name in ("weights_sha256", "engine", "arithmetic", "probe"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a text.")
+        if self.names is not None:
+            names = self.names
+            if not isinstance(names, list) or len(names) != self.num_images or not all(map(is_plain, names)):
+                raise ValueError("names must be as many plain relative names as there are images.")
+            if len(set(names)) != len(names):
+                raise ValueError("names must differ.")
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_images // self.block_images)
+
+    def images_of(self, block: int) -> range:
+        """Return which images a block holds."""
+        return range(block * self.block_images, min((block + 1) * self.block_images, self.num_images))
+
+    def to_bytes(self) -> bytes:
+        """Return the beginning of a file.
+
+        Raises:
+            ValueError: the names are too long to be read again.
+        """
+        text = json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > MAX_HEADER_BYTES:
+            raise ValueError(f"the pictures' names take more than {MAX_HEADER_BYTES >> 20} MiB. Pack them in parts.")
+        packed = zlib.compress(text, 9)
+        return _START.pack(MAGIC, VERSION, len(packed), zlib.crc32(packed)) + packed
+
+
+def is_plain(name: Any) -> bool:
+    """Return whether a name can be written below a folder, and nowhere else."""
+    if not isinstance(name, str) or not name.endswith(".png") or set(name) & {"\0", "\\", ":"}:
+        return False
+    is_text = name.encode(errors="ignore").decode() == name
+    return is_text and str(PurePosixPath(name)) == name and ".." not in name.split("/") and not name.startswith("/")
+
+
+def block_bytes(header: bytes, number: int, code: bytes, images_crc: int) -> bytes:
+    """Return a block as it is written.
+
+    Args:
+        header: the beginning of its file.
+        number: 0 for the first block.
+        code: the images.
+        images_crc: CRC of the images themselves.
+    """
+    return _FRAME.pack(len(code), _crc(header, number, code, images_crc), images_crc) + code
+
+
+def _crc(header: bytes, number: int, code: bytes, images_crc: int) -> int:
+    return zlib.crc32(code, zlib.crc32(struct.pack("<II", number, images_crc), zlib.crc32(header)))
+
+
+class Reader:
+    """Reads a packed file.
+
+    Args:
+        file: at its beginning.
+        name: what to call it in errors.
+
+    Raises:
+        ValueError: it is no packed file, of another version, or its header is damaged.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name = file, name
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self._start = file.read(_START.size)
+        if not self._start.startswith(MAGIC):
+            raise ValueError(f"{name} is no packed file: it does not begin like one.")
+        if len(self._start) < _START.size:
+            raise ValueError(f"{name} is damaged: it ends in its header.")
+        _, version, length, crc = _START.unpack(self._start)
+        if version != VERSION:
+            raise ValueError(f"{name} is of format version {version}, this program reads version {VERSION}.")
+        packed = file.read(min(length, self.size))
+        if len(packed) < length:
+            raise ValueError(f"{name} is damaged: it ends in its header.")
+        if zlib.crc32(packed) != crc:
+            raise ValueError(f"{name} is damaged: its header's checksum is wrong. Nothing can be recovered.")
+        self._start += packed
+        self.header = self._parse(packed)
+
+    def _parse(self, packed: bytes) -> Header:
+        try:
+            text = zlib.decompressobj().decompress(packed, MAX_HEADER_BYTES + 1)
+            if len(text) > MAX_HEADER_BYTES:
+                raise ValueError("it is too long")
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError("it is no mapping")
+            header: Header = checked_config(Header, values, "header")
+        except (ValueError, TypeError, zlib.error, RecursionError) as error:
+            raise ValueError(f"{self.name} has a header that makes no sense ({error}).") from None
+        return header
+
+    def blocks(self, wanted: range) -> Iterator[Block]:
+        """Yield the blocks of some numbers, in order.
+
+        Raises:
+            DamagedError: a block is cut or altered, or something follows the last one.
+        """
+        place = len(self._start)
+        for number in range(wanted.stop):
+            self.file.seek(place)
+            frame = self.file.read(_FRAME.size)
+            length, crc, images_crc = _FRAME.unpack(frame) if len(frame) == _FRAME.size else (0, 0, 0)
+            place += _FRAME.size + length
+            if len(frame) < _FRAME.size or place > self.size:
+                raise DamagedError(f"the file ends in block {number}, or its length there is wrong")
+            if number < wanted.start:
+                continue
+            code = self.file.read(length)
+            if _crc(self._start, number, code, images_crc) != crc:
+                raise DamagedError(f"the checksum of block {number} is wrong")
+            yield number, code, images_crc
+            if number == self.header.num_blocks - 1 and place < self.size:
+                raise DamagedError("something follows its last block")

@@ -1,0 +1,283 @@
+"""Pack and unpack whole files: blocks in parallel, in memory for a few of them, with an estimate of what is left."""
+
+import json
+import math
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.packing.coder import ENGINE, Coder
+from pixelcnn.packing.container import MAX_BLOCK_IMAGES, Block, DamagedError, Header, Reader, block_bytes
+from pixelcnn.packing.pictures import Unpacked, check_absent, load_labels, number_name, open_images
+
+BATCH_IMAGES = 16  # more of them cost less per image for the coder, and more for the sampler's memory
+# A block is decoded as a whole; its 12 bytes, and 4 that a code ends with, should not count.
+BLOCK_BYTES = 24 * 1024
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+OnProgress = Callable[[int, int], None]  # images done, and of how many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What `pack` has made.
+
+    Args:
+        num_images: in the file.
+        num_bytes: of the file.
+        num_header_bytes: of them, those before the first block.
+        nats: what the images cost by the model's own likelihood, given their labels.
+        num_left_out: files of the folder that are no PNG.
+    """
+
+    num_images: int
+    num_bytes: int
+    num_header_bytes: int
+    nats: float
+    num_left_out: int
+
+
+def _load(checkpoint: Path) -> tuple[AutoregressiveModel, str]:
+    """Return the model and its weights' SHA-256."""
+    model, _ = load_checkpoint(checkpoint)
+    return model, json.loads((checkpoint / CONFIG_FILE).read_text())["weights_sha256"]
+
+
+class _Progress:
+    """Counts images for several threads, and ends their work when the others' has failed."""
+
+    def __init__(self, num_images: int, on_progress: OnProgress) -> None:
+        self.done, self.num_images, self.on_progress = 0, num_images, on_progress
+        self.is_over = False
+        self.lock = threading.Lock()
+
+    def add(self, num: int) -> None:
+        if self.is_over:
+            raise InterruptedError
+        with self.lock:
+            self.done += num
+            self.on_progress(self.done, self.num_images)
+
+
+def _in_order(
+    progress: _Progress, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Generator[Result, None, None]:
+    """Yield function(item) of each item, by threads, with no more than some results in memory; close it at the end."""
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            progress.is_over = True
+            pool.shutdown(cancel_futures=True)
+
+
+def _crc(levels: Tensor, labels: Tensor | None) -> int:
+    """Return the checksum of images and labels themselves."""
+    crc = zlib.crc32(levels.byte().numpy().tobytes())
+    return crc if labels is None else zlib.crc32((labels + 1).int().numpy().astype("<i4").tobytes(), crc)
+
+
+def pack(
+    checkpoint: Path,
+    images: Path,
+    out: Path,
+    *,
+    labels: Path | None = None,
+    split: str = "test",
+    block_images: int | None = None,
+    on_progress: OnProgress = lambda done, num: None,
+) -> Packed:
+    """Pack images without loss into one file, which only the same checkpoint can unpack.
+
+    Args:
+        checkpoint: folder of the model.
+        images: a folder of PNG files, one PNG, a `.npy` array (N, C, H, W), or a prepared dataset.
+        out: the file; it must not be there yet. It comes into being when all is packed.
+        labels: a `.npy` array of whole numbers, or a dataset: they are kept, and told to the model.
+        split: which images of a dataset.
+        block_images: images per block: one of them costs the decoding of all; None for about 24 KiB per block.
+        on_progress: called now and then, in any thread.
+
+    Raises:
+        ValueError: something does not fit; nothing was written.
+    """
+    check_absent(out)
+    if block_images is not None and not 1 <= block_images <= MAX_BLOCK_IMAGES:
+        raise ValueError(f"--block-images must be from 1 to {MAX_BLOCK_IMAGES}, got {block_images}.")
+    model, weights_sha256 = _load(checkpoint)
+    config = model.config
+    source = open_images(images, split, config)
+    numbers = None if labels is None else load_labels(labels, split, source.num, config)
+    coder = Coder(model, BATCH_IMAGES)
+
+    def labels_of(some: range) -> Tensor | None:
+        return None if numbers is None else numbers[some.start : some.stop]
+
+    if block_images is None:
+        # A first batch tells how many images a block can hold.
+        first = range(min(BATCH_IMAGES, source.num))
+        code, _ = coder.encode(source.read(0, first.stop), labels_of(first))
+        batches = math.ceil(BLOCK_BYTES / len(code) * len(first) / BATCH_IMAGES)
+        block_images = min(batches * BATCH_IMAGES, MAX_BLOCK_IMAGES)
+    header = Header(
+        image_shape=config.image_shape,
+        num_levels=config.num_levels,
+        num_images=source.num,
+        block_images=block_images,
+        batch_images=BATCH_IMAGES,
+        has_labels=numbers is not None,
+        weights_sha256=weights_sha256,
+        engine=ENGINE,
+        arithmetic=coder.engine.arithmetic,
+        probe=coder.probe(),
+        names=source.names,
+    )
+    start = header.to_bytes()
+    progress = _Progress(source.num, on_progress)
+
+    def encode(number: int) -> tuple[bytes, float]:
+        some = header.images_of(number)
+        levels = source.read(some.start, some.stop)
+        code, nats = coder.encode(levels, labels_of(some), progress.add)
+        return block_bytes(start, number, code, _crc(levels, labels_of(some))), nats
+
+    new, total = out.with_name(f".{out.name}.new"), 0.0
+    try:
+        with open(new, "wb") as file, closing(_in_order(progress, encode, range(header.num_blocks))) as blocks:
+            file.write(start)
+            for block, nats in blocks:
+                file.write(block)
+                total += nats
+        num_bytes = new.stat().st_size
+        new.rename(out)
+    finally:
+        new.unlink(missing_ok=True)
+    return Packed(
+        num_images=source.num,
+        num_bytes=num_bytes,
+        num_header_bytes=len(start),
+        nats=total,
+        num_left_out=source.num_left_out,
+    )
+
+
+def unpack(
+    checkpoint: Path,
+    file: Path,
+    out: Path,
+    *,
+    images: tuple[int, int] | None = None,
+    on_progress: OnProgress = lambda done, num: None,
+) -> int:
+    """Unpack what `pack` has packed; return how many images there were.
+
+    Args:
+        checkpoint: folder of the model that packed it.
+        out: a `.npy` file, a folder for PNG files, or a `.png` for one image; it must not be there yet, or be empty.
+        images: (start, stop) of the wanted ones; None for all. Only their blocks are read.
+        on_progress: called now and then, in any thread.
+
+    Raises:
+        ValueError: it cannot be unpacked here; nothing was written. Or it is damaged: what comes in whole blocks
+            before the damage was written, if there is any.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is no file.")
+    model, weights_sha256 = _load(checkpoint)
+    with open(file, "rb") as opened:
+        reader = Reader(opened, str(file))
+        header = reader.header
+        _check_model(file, header, model, checkpoint, weights_sha256)
+        first, stop = images or (0, header.num_images)
+        if not 0 <= first < stop <= header.num_images:
+            raise ValueError(f"{file} holds the images 0 to {header.num_images - 1}, got {first} to {stop - 1}.")
+        if out.suffix == ".png" and stop - first != 1:
+            raise ValueError(
+                f"{out} can hold one image, not {stop - first}. Name a folder or a .npy file, or one image."
+            )
+        coder = Coder(model, header.batch_images)
+        if header.engine != ENGINE or coder.probe() != header.probe:
+            raise ValueError(
+                f"{file} cannot be unpacked here: it was packed by {header.arithmetic}, whose results differ in their "
+                f"last bits from those of {coder.engine.arithmetic}. Take a machine, and versions, like the first."
+            )
+        wanted = range(first // header.block_images, (stop - 1) // header.block_images + 1)
+        num_decoded = header.images_of(wanted[-1]).stop - header.images_of(wanted[0]).start
+        progress = _Progress(num_decoded, on_progress)
+
+        def blocks() -> Iterator[Block | DamagedError]:
+            try:
+                yield from reader.blocks(wanted)
+            except DamagedError as error:  # it waits for its turn, behind the whole blocks
+                yield error
+
+        def decode(block: Block | DamagedError) -> tuple[Tensor, Tensor | None]:
+            if isinstance(block, DamagedError):
+                raise block
+            number, code, images_crc = block
+            some = header.images_of(number)
+            try:
+                levels, labels = coder.decode(code, len(some), header.has_labels, progress.add)
+            except ValueError as error:
+                raise DamagedError(f"block {number}: {error}") from None
+            if _crc(levels, labels) != images_crc:
+                raise DamagedError(f"the images of block {number} do not come out as they were packed")
+            here = slice(max(first - some.start, 0), stop - some.start)
+            return levels[here], None if labels is None else labels[here]
+
+        def name(i: int) -> str:
+            return number_name(first + i, header.num_images) if header.names is None else header.names[first + i]
+
+        unpacked = Unpacked(out, model.config, name)
+        try:
+            try:
+                with closing(_in_order(progress, decode, blocks())) as decoded:
+                    for levels, labels in decoded:
+                        unpacked.write(levels, labels)
+            except DamagedError as error:
+                if unpacked.num == 0:
+                    raise ValueError(f"{file} is damaged: {error}. No image could be recovered.") from None
+                unpacked.commit()
+                end = first + unpacked.num
+                lost = "the rest is lost" if end < stop else "none is lost"
+                raise ValueError(
+                    f"{file} is damaged: {error}. Images {first} to {end - 1} are whole and now in {out}; {lost}."
+                ) from None
+            unpacked.commit()
+        finally:
+            unpacked.discard()
+    return unpacked.num
+
+
+def _check_model(file: Path, header: Header, model: AutoregressiveModel, checkpoint: Path, weights_sha256: str) -> None:
+    """Raise ValueError unless a file was packed by this model."""
+    config = model.config
+    if (header.image_shape, header.num_levels) != (config.image_shape, config.num_levels):
+        raise ValueError(
+            f"{file} holds images {header.image_shape} of {header.num_levels} levels, the model in {checkpoint} is for "
+            f"{config.image_shape} of {config.num_levels}. Name the checkpoint that packed it."
+        )
+    if header.weights_sha256 != weights_sha256 or (header.has_labels and not config.num_labels):
+        raise ValueError(
+            f"{file} was packed by the weights {header.weights_sha256[:12]}..., those in {checkpoint} are "
+            f"{weights_sha256[:12]}.... Name the checkpoint that packed it."
+        )

@@ -1,0 +1,245 @@
+"""Cached sampling in plain torch: the same function of (model, u) as `naive_sample`, on any device.
+
+The naive sampler runs the whole network for each sub-pixel, though hardly anything changed. Here nothing is computed
+twice: each step of the plan (plan.py) is a call of torch. The map of a drawing is made once. Only the rows that a
+kernel reaches are kept, so the cost of a pixel does not grow with the image.
+
+A row is drawn by the same calls as the one above it, on the same tensors. On CUDA, where starting a kernel takes longer
+than most of these kernels, the third row is captured as a graph, and the others replay it.
+
+Cached activations: Ramachandran et al. 2017, arXiv:1704.06001. compiled.py follows the same plan in compiled code; most
+of the time here goes into calling torch.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pixelcnn.models.attention import BLOCK, Attention
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.outputs import draw_level
+from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas, sample_by_network
+from pixelcnn.sampling.plan import Buffer, Step, make_plan
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH = 256  # images that are sampled together; a larger batch is split
+
+
+@torch.no_grad()
+def cached_sample(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+    on_row: OnRow | None = None,
+) -> Tensor:
+    """Sample images in raster order: the arguments and the result are those of `naive_sample`.
+
+    Equal to it in float64; in float32 a level can differ where `u` lies within rounding of a boundary between two.
+
+    Args:
+        on_row: called after each finished row; what it raises stops the sampling.
+
+    Returns:
+        (B, C, H, W) int64 levels in [0, K).
+
+    Raises:
+        ValueError: a shape, dtype or range differs from what `naive_sample` asks for.
+    """
+    return sample_by_network(
+        sample_missing, model, new_canvas(model, u, label, temperature, drawing, observed, on_row)
+    )[0]
+
+
+def sample_missing(model: AutoregressiveModel, canvas: Canvas) -> None:
+    """Sample what is missing of one network's images in place: see `sample_by_network`."""
+    # Rows are handed out of the whole batch: then it stays together.
+    size = MAX_BATCH if canvas.on_row is None else max(len(canvas.u), 1)
+    for start in range(0, len(canvas.u), size):
+        _RowSampler(model, canvas.part(slice(start, start + size), canvas.on_row)).sample()
+
+
+class _Keys:
+    """The keys and values of an attention block so far, after the constant that every pixel sees."""
+
+    def __init__(self, attention: Attention, like: Tensor, batch: int) -> None:
+        self.attention, self.table = attention, attention.table.to(like)
+        # Beyond the image's blocks lies room for a row of blocks that are not whole yet.
+        self.num = 1 + attention.num_blocks
+        shape = (batch, self.num + attention.block_columns, attention.heads, attention.key_features)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.keys[:, 0] = attention.null_key.view(attention.heads, -1)
+        self.values[:, 0] = attention.null_value.view(attention.heads, -1)
+
+    def add(self, rows: list[Tensor], left: int, y: Tensor) -> None:
+        """Add the blocks of the two rows above row y, each (B, columns + padding, channels)."""
+        columns = self.attention.block_columns
+        made = self.table[(y // BLOCK - 1).clamp(min=0)]  # (1, columns, 2 * heads * d)
+        for row, matrix in zip(rows, self.attention.matrices, strict=True):
+            made = made + _windows(row, left, len(matrix), columns, BLOCK) @ matrix.to(row)
+        is_whole = (y > 0) & (y % BLOCK == 0)
+        first = torch.where(is_whole, 1 + (y // BLOCK - 1) * columns, self.num)
+        places = first + torch.arange(columns, device=y.device)
+        for kept, new in zip((self.keys, self.values), made.chunk(2, dim=-1), strict=True):
+            kept.index_copy_(1, places, new.unflatten(-1, kept.shape[2:]))
+
+    def attend(self, query: Tensor, channels: slice, y: Tensor) -> Tensor:  # (B, channels) -> (B, channels)
+        features = self.attention.key_features
+        heads = slice(channels.start // features, channels.stop // features)
+        query = query.unflatten(1, (-1, features)) / math.sqrt(features)
+        is_hidden = torch.arange(self.keys.shape[1], device=y.device) > y // BLOCK * self.attention.block_columns
+        scores = torch.einsum("bhd,bnhd->bhn", query, self.keys[:, :, heads]).masked_fill(is_hidden, -math.inf)
+        return torch.einsum("bhn,bnhd->bhd", scores.softmax(dim=-1), self.values[:, :, heads]).flatten(1)
+
+
+def _windows(row: Tensor, start: int, num_in: int, num: int, step: int = 1) -> Tensor:
+    """Return windows of a row, each one run of numbers: (B, columns, channels) -> (B, num, num_in), without a copy."""
+    batch, channels = row.stride(0), row.shape[2]
+    strides = (batch, step * channels, 1)
+    return row.as_strided((len(row), num, num_in), strides, row.storage_offset() + start * channels)
+
+
+def _ready(step: Step, like: Tensor, label: Tensor, width: int) -> Step:
+    """Return a step with its weights beside the model's, its bias for each image (B or 1, 1, outputs) or row."""
+    matrix, bias = (None if values is None else values.to(like) for values in (step.matrix, step.bias))
+    if bias is not None:
+        bias = bias.unflatten(0, (-1, width)) if step.bias_of == "place" else bias[:, None]
+        bias = bias[label + 1] if step.bias_of == "label" else bias
+    return replace(step, matrix=matrix, bias=bias)
+
+
+class _RowSampler:
+    """Draws what is missing of a batch of images in place, one row after the other.
+
+    `y` says which one; but for the first, `draw` then does the same: what it reads and writes stays where it is.
+    """
+
+    def __init__(self, model: AutoregressiveModel, canvas: Canvas) -> None:
+        config, like, batch = model.config, model.head.weight, len(canvas.u)
+        self.plan, self.output, self.num_levels, self.canvas = make_plan(model), model.output, config.num_levels, canvas
+        self.num_colours, self.height, self.width = config.image_shape
+        self.y = torch.zeros(1, dtype=torch.int64, device=like.device)  # the row in turn
+        context = model.context(canvas.levels, ~canvas.missing[:, None])
+        self.context = None if context is None else context.permute(0, 2, 3, 1)  # (B, H, W, features)
+        # The rows that are kept, the latest last: that of the row in turn, or of the one above if late.
+        self.values = {
+            buffer: like.new_zeros(batch, 1, 1, buffer.num_channels)
+            if buffer.is_local
+            else like.new_zeros(
+                batch, buffer.num_rows + 1, buffer.left + self.width + buffer.right, buffer.num_channels
+            )
+            for buffer in self.plan.buffers
+        }
+        self.row_steps, self.pixel_steps = (
+            [_ready(step, like, canvas.label, self.width) for step in steps]
+            for steps in (self.plan.row_steps, self.plan.pixel_steps)
+        )
+        attentions = {step.attention for step in self.row_steps if step.attention is not None}
+        self.keys = {attention: _Keys(attention, like, batch) for attention in attentions}
+
+    def sample(self) -> None:
+        any_missing, everywhere = self.canvas.missing.any(dim=0).tolist(), [True] * self.width
+        # Rows below the last missing pixel need no work.
+        num_rows = max((y + 1 for y in range(self.height) if any(any_missing[y])), default=0)
+        replay: Callable[[], None] | None = None
+        for y in range(self.height):
+            if y < num_rows:
+                self.y.fill_(y)
+                # The first row is unlike the others, and the second lets the libraries choose their kernels.
+                if y == 2:
+                    replay = _capture(lambda: self.draw(everywhere, is_first=False), self.y.device)
+                if replay is not None:
+                    replay()
+                else:
+                    self.draw(any_missing[y], is_first=y == 0)
+            if self.canvas.on_row is not None:
+                self.canvas.on_row(y, self.canvas.levels[:, :, y])
+
+    def cells(self, buffer: Buffer, reader: Buffer, rows_up: int, x: int, num: int) -> Tensor:
+        """Return the cells at columns x..x+num-1 of the row that a reader reads: (B, num, channels)."""
+        start = 0 if buffer.is_local else buffer.left + x
+        return self.row(buffer, reader, rows_up)[:, start : start + num]
+
+    def row(self, buffer: Buffer, reader: Buffer, rows_up: int) -> Tensor:
+        """Return the row that a reader reads, with its padding: (B, columns, channels)."""
+        above = rows_up + reader.is_late - buffer.is_late
+        return self.values[buffer][:, -1 - above]
+
+    def take(self, step: Step, x: int, num: int) -> None:
+        """Take a step at columns x..x+num-1."""
+        out, source, here, attention = step.out, step.source, step.out.channels_of(step.turn), step.attention
+        if step.kind == "keys" and source is not None and attention is not None:
+            rows = [self.row(source, out, BLOCK - 1 - i) for i in range(BLOCK)]
+            self.keys[attention].add(rows, source.left, self.y)
+            return
+        result = self.cells(out, out, 0, x, num)[:, :, here]
+        if step.kind == "gate" and source is not None:
+            a, b = self.cells(source, out, step.rows_up, x, num)[:, :, 2 * here.start : 2 * here.stop].chunk(2, dim=-1)
+            result.copy_(torch.tanh(a) * torch.sigmoid(b))
+            return
+        if step.kind == "attend" and source is not None and attention is not None:
+            query = self.cells(source, out, 0, x, num)[:, 0, here]
+            result[:, 0] = self.keys[attention].attend(query, here, self.y)
+            return
+        total = torch.zeros_like(result) if step.base is None else self.cells(step.base, out, 0, x, num)[:, :, here]
+        if step.bias is not None:
+            total = total + (step.bias[self.y] if step.bias_of == "place" else step.bias)
+        if step.matrix is not None and source is not None:
+            start = 0 if source.is_local else source.left + x + step.first_column
+            window = _windows(self.row(source, out, step.rows_up), start, len(step.matrix), num)
+            total = total + (window.relu() if step.is_of_positive else window) @ step.matrix
+        result.copy_(total.relu() if step.is_rectified else total)
+
+    def draw(self, is_needed: list[bool], is_first: bool) -> None:
+        """Fill in row `y`. `is_needed` tells of each column whether its logits are needed."""
+        for buffer, values in self.values.items():
+            if not buffer.is_local:
+                values.copy_(F.pad(values[:, 1:], (0, 0, 0, 0, 0, 1)))  # in place, for graphs
+        if self.context is not None and self.plan.context is not None:
+            self.values[self.plan.context][:, -1] = self.context.index_select(1, self.y)[:, 0]
+        u, levels, missing = (
+            values.index_select(-2, self.y)[..., 0, :]
+            for values in (self.canvas.u, self.canvas.levels, self.canvas.missing)
+        )
+        for step in self.row_steps:
+            if not (is_first and step.out.is_late):  # above the first row there is none
+                self.take(step, 0, self.width)
+        for x in range(self.width):
+            for c in range(self.num_colours + 1):
+                for step in self.pixel_steps:
+                    if step.turn == c and (is_needed[x] or not step.out.is_for_draws_alone):
+                        self.take(step, x, 1)
+                if c == self.num_colours:
+                    break  # the last steps need the whole pixel
+                here = levels[:, c, x]
+                if is_needed[x]:
+                    maps = self.cells(self.plan.logits, self.plan.logits, 0, x, 1)[:, 0]
+                    logits = self.output.level_logits(self.output.shaped(maps), c, levels[:, :c, x])  # (B, K)
+                    here.copy_(
+                        torch.where(missing[:, x], draw_level(logits, u[:, c, x], self.canvas.temperature), here)
+                    )
+                image = self.cells(self.plan.image, self.plan.image, 0, x, 1)
+                image[:, 0, c] = here.to(image.dtype) * (2 / (self.num_levels - 1)) - 1
+        self.canvas.levels.index_copy_(2, self.y, levels[:, :, None])
+
+
+def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
+    """Capture `work` as a CUDA graph without running it; return its replay, or None where that cannot be."""
+    if device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError as error:
+        logger.warning("sampling without a CUDA graph, slower: %s", error)
+        return None
+    return graph.replay

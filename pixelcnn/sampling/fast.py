@@ -1,0 +1,209 @@
+"""The sampler that callers use: the same function of (model, u) as `naive_sample`, by the fastest way at hand.
+
+On the CPU that is the compiled cached sampler; elsewhere, or without numba, the cached one in torch.
+"""
+
+import importlib
+import logging
+import math
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.sampling import cached
+from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas, sample_by_network
+
+if TYPE_CHECKING:
+    from pixelcnn.sampling.compiled import Engine
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_STEP = 4  # images that a thread samples together
+
+_engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
+_notices: set[str] = set()
+
+
+def engine_name(model: AutoregressiveModel) -> str:
+    """Return how `sample` samples this model, and why no faster: a sentence's end for logs."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        return f"cached, in torch: the model is on {parameter.device.type}"
+    if parameter.dtype not in (torch.float32, torch.float64):
+        return f"cached, in torch: the weights are {parameter.dtype}"
+    try:
+        importlib.import_module("pixelcnn.sampling.compiled")
+    except ImportError:
+        return "cached, in torch: numba is not installed"
+    return "cached, compiled"
+
+
+def _engine_of(model: AutoregressiveModel) -> "Engine":
+    """Return the compiled engine with the model's present weights."""
+    from pixelcnn.sampling.compiled import build_engine
+
+    # Training changes weights in place: their version counters tell.
+    parameters = list(model.parameters())
+    key = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
+    known = _engines.get(model)
+    if known is None or known[0] != key:
+        known = (key, build_engine(model))
+        _engines[model] = known
+    return known[1]
+
+
+def _choose(model: AutoregressiveModel) -> str:
+    """Return `engine_name`'s first word or two; say once in the log why it is not the compiled one."""
+    name = engine_name(model)
+    if name not in _notices:
+        _notices.add(name)
+        level = logging.DEBUG if name == "cached, compiled" else logging.WARNING
+        logger.log(level, "sampling %s", name)
+    return name.split(":")[0]
+
+
+@torch.no_grad()
+def warm_up(model: AutoregressiveModel) -> float:
+    """Compile the model's sampler and lay out its weights, so that no first user waits for it.
+
+    The compiled code is kept on disk, for the next process.
+
+    Returns:
+        The seconds it took: some the first time on a machine, less than one later.
+    """
+    start = time.perf_counter()
+    if _choose(model) == "cached, compiled":
+        levels = torch.zeros(1, *model.config.image_shape, dtype=torch.int64)
+        for network in (model, model.completer):
+            if network is not None:  # a single pixel is missing
+                label, missing = torch.full((1,), -1), torch.arange(levels[0, 0].numel()).view_as(levels[:, 0]) == 0
+                _sample_missing(network, Canvas(levels.double(), label, 1.0, levels, missing))
+    took = time.perf_counter() - start
+    logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
+    return took
+
+
+@torch.no_grad()
+def sample(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+    on_row: OnRow | None = None,
+) -> Tensor:
+    """Sample images in raster order: the arguments and the result are those of `naive_sample`.
+
+    Equal to it in float64; in float32 a level can differ where `u` lies within rounding of a boundary between two.
+
+    Args:
+        on_row: called with each finished row, (B, C, W), in order; what it raises stops the sampling.
+
+    Returns:
+        (B, C, H, W) int64 levels in [0, K).
+
+    Raises:
+        ValueError: a shape, dtype or range differs from what `naive_sample` asks for.
+    """
+    return sample_and_score(model, u, label, temperature, drawing, observed, on_row)[0]
+
+
+@torch.no_grad()
+def sample_and_score(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+    on_row: OnRow | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sample as `sample` does; return also what the compiled sampler knows then: how probable each image was.
+
+    Returns:
+        (B, C, H, W) int64 levels; and (B,) float64 nats, the log-probability of the missing sub-pixels at temperature
+        1, from the logits that they were drawn from. None in place of it from the other samplers.
+    """
+    sampler = _sample_missing if _choose(model) == "cached, compiled" else cached.sample_missing
+    return sample_by_network(sampler, model, new_canvas(model, u, label, temperature, drawing, observed, on_row))
+
+
+def _batches(begins: list[int], stops: list[int], num_threads: int) -> list[tuple[list[int], int, int]]:
+    """Divide images into batches of those that begin with the same row: each one's images, first row and end.
+
+    There are as many as keep all threads at work, so that one thread that is held up does not hold up all.
+    """
+    batches = []
+    for start, members in groupby(sorted(range(len(begins)), key=lambda i: (begins[i], stops[i])), begins.__getitem__):
+        images = list(members)
+        num = num_threads * math.ceil(len(images) / num_threads / MAX_IN_STEP)
+        for part in np.array_split(images, min(num, len(images))):
+            batches.append((part.tolist(), start, max(stops[i] for i in part)))
+    return batches
+
+
+def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
+    """Sample what is missing in place, images in parallel: the compiled code runs without Python's lock.
+
+    See `sample_by_network`.
+    """
+    levels, missing, on_row, num = canvas.levels, canvas.missing, canvas.on_row, len(canvas.levels)
+    engine = _engine_of(model)
+    work, nats = engine.work(canvas)
+    drawings = [(image.tobytes(), hole.tobytes()) for image, hole in zip(work.levels, work.missing, strict=True)]
+    contexts: dict[Hashable, Any] = {}  # of each drawing by itself, so that it does not depend on those beside it
+    for i, drawing in enumerate(drawings):
+        if work.has_context[i] and drawing not in contexts and model.context_network is not None:
+            context = model.context(levels[i : i + 1], ~missing[i : i + 1, None])
+            contexts[drawing] = context[0].permute(1, 2, 0).flatten().numpy()  # type: ignore[index]
+    # Rows below the last missing pixel need no work; candidates of one drawing share what is known above the first.
+    rows_of = [hole.nonzero()[:, 0].tolist() for hole in missing.any(dim=2)]
+    stops = [rows[-1] + 1 if rows else 0 for rows in rows_of]
+    keys = list(zip(canvas.label.tolist(), drawings, strict=True))
+    copies, known_rows = Counter(keys), dict[Hashable, Any]()
+    begins = [rows[0] if rows and copies[key] > 1 else 0 for rows, key in zip(rows_of, keys, strict=True)]
+    num_threads = max(1, min(torch.get_num_threads(), num))
+    batches, states = _batches(begins, stops, num_threads), dict[int, Any]()
+
+    def sample_rows(state: Any, images: list[int], start: int, stop: int) -> None:
+        engine.rows(state, work, np.array(images), float(canvas.temperature), start, stop)
+
+    def sample_known_rows(i: int) -> None:
+        known_rows[keys[i]] = engine.new_state([contexts.get(drawings[i])])
+        sample_rows(known_rows[keys[i]], [i], 0, begins[i])
+
+    def advance(b: int, y0: int, y1: int) -> None:
+        """Sample a batch's rows of y0..y1-1; its state lives from its first row to its last."""
+        images, start, stop = batches[b]
+        if not (start < y1 and y0 < stop):
+            return
+        if b not in states and start:
+            states[b] = engine.joined([known_rows[keys[i]] for i in images])
+        elif b not in states:
+            states[b] = engine.new_state([contexts.get(drawings[i]) for i in images])
+        sample_rows(states[b], images, max(start, y0), min(stop, y1))
+        if stop <= y1:
+            del states[b]
+
+    with ThreadPoolExecutor(max_workers=num_threads) as pool:
+
+        def for_each(task: Callable[[int], object], indices: Collection[int]) -> None:
+            list((map if num_threads == 1 or len(indices) <= 1 else pool.map)(task, indices))
+
+        for_each(sample_known_rows, {keys[i]: i for i in range(num) if begins[i]}.values())
+        for y0, y1 in [(0, levels.shape[2])] if on_row is None else [(y, y + 1) for y in range(levels.shape[2])]:
+            for_each(partial(advance, y0=y0, y1=y1), range(len(batches)))
+            if on_row is not None:
+                on_row(y0, levels[:, :, y0])
+    return -nats

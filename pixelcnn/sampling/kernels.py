@@ -1,0 +1,701 @@
+"""The compiled kernels of cached sampling, and the interpreter that follows a plan with them.
+
+A plan (plan.py) arrives as two tables of steps, row work and pixel work (compiled.py lays them out). Taking a step is
+one call of a kernel, so the interpreter is compiled once for all architectures, and costs a few nanoseconds a step.
+
+- Matrices are cut into panels of one to four vectors' width, one panel after the other: the inner loop
+  reads memory in order and keeps its sums in registers. It is written in vector instructions (`_tile`), because
+  compilers do not find that form by themselves.
+- Row work is multiplied some columns at a time, pixel work some images at a time, so that a weight is read once for
+  all of them. The order of a sum does not depend on how many there are, nor on the processor: not a bit of an image
+  depends on those beside it or on the machine.
+- Behind a rectifier most numbers are zeros. Their products are skipped at a pixel: their weights are not even read.
+
+Arrays are flat; a place in one is an offset. An image's state ends with as many numbers to spare as `_tile` reads at a
+time, and state and weights begin with as many zeros as a product has outputs at most.
+
+All of it is one file: numba keeps compiled code on disk until the file of a function changes, and would not notice a
+change of what the function calls elsewhere.
+"""
+
+import math
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+# The compiler may change no result: `fma` says where a product is fused with a sum, on all machines.
+# error_model: a check for division by zero would keep a loop from becoming vector instructions.
+_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+_compiled: Any = njit(**_options)
+_inlined: Any = njit(**_options, forceinline=True)
+_reordered: Any = njit(**_options, fastmath={"reassoc", "nnan", "nsz"}, forceinline=True)  # for max
+
+Array = np.ndarray[Any, Any]
+ir = cgutils.ir  # numba's own builder of LLVM code
+
+HAS_AVX512 = "+avx512f" in get_host_cpu_features()
+# The same for all machines, or sums would be of another order: the compiler cuts vectors to the width of the registers.
+VECTOR_BYTES = 64
+_, _cpu, _ = cpu_target.target_context.codegen().magic_tuple()
+MACHINE = f"{_cpu}, numba {numba.__version__}"
+PANELS = (4, 3, 2, 1)  # vectors beside each other
+COLUMNS = 4 if HAS_AVX512 else 1  # cells that are multiplied at a time: their sums fit into the registers
+UNROLLED = 4  # inputs are taken so many at a time: matrices are filled up with zeros
+CHUNK = 64  # inputs whose signs are looked at together
+NO_FLOOR = -np.inf
+MIN_LOG_SCALE = -7.0  # as in outputs.LogisticMixture
+_u: Any = np.uintp  # an index that cannot be negative: loops over it become vector instructions
+
+
+def _while(builder, first, holds, body):
+    """Write a loop: `values = first`, then `values = body(*values)` while `holds(*values)`; return the last values."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    values = [builder.phi(value.type) for value in first]
+    builder.cbranch(holds(*values), inside, after)
+    builder.position_at_end(inside)
+    new = body(*values)
+    for value, start, next_ in zip(values, first, new, strict=True):
+        value.add_incoming(start, before)
+        value.add_incoming(next_, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return values
+
+
+def _tile(num_columns: int, is_sparse: bool = False) -> Any:
+    """Return the innermost product, as vector instructions for numba's code.
+
+    tile(s, w, o, o_step, b, b_step, e, e_step, x, x_step, num_in, at, floor, vectors, count) does
+
+        s[o:] = max(floor, s[b:] + w[e:] + s[x:][:num_in] @ panel)
+
+    for each column, every operand a step further, where panel is the (num_in, vectors * lanes) matrix at w[at:].
+    `vectors` is one of PANELS. Of a single vector's results the first `count` are written; of more, all.
+
+    Args:
+        is_sparse: what is not positive in the inputs counts as zero, and its products are skipped; the order in which
+            the others are added is the same.
+    """
+
+    def tile(_, s, w, o, o_step, b, b_step, e, e_step, x, x_step, num_in, at, floor, vectors, count):
+        n = types.intp
+        signature = types.void(s, w, n, n, n, n, n, n, n, n, n, n, types.float64, n, n)
+
+        def generate(context, builder, signature, arguments):
+            state, weights = (
+                context.make_array(signature.args[k])(context, builder, arguments[k]).data for k in (0, 1)
+            )
+            o, o_step, b, b_step, e, e_step, x, x_step, num_in, at, floor, vectors, count = arguments[2:]
+            element = context.get_data_type(signature.args[0].dtype)
+            size = context.get_abi_sizeof(element)
+            lanes, index = VECTOR_BYTES // size, ir.IntType(64)
+            vector, add = ir.VectorType(element, lanes), builder.add
+            zero = ir.Constant(vector, [ir.Constant(element, 0.0)] * lanes)
+            fma_type = ir.FunctionType(vector, [vector] * 3)
+            fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{lanes}f{8 * size}")
+
+            def whole(value):
+                return ir.Constant(index, value)
+
+            def load(data, offset):
+                return builder.load(builder.bitcast(builder.gep(data, [offset]), vector.as_pointer()), align=size)
+
+            def splat(value):
+                undefined, zeros = ir.Constant(vector, ir.Undefined), [0] * lanes
+                first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+                return builder.shuffle_vector(
+                    first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), zeros)
+                )
+
+            def place(start, step, r, v=0):
+                return add(add(start, builder.mul(step, whole(r))), whole(v * lanes))
+
+            def number(k, r=0):
+                return builder.load(builder.gep(state, [add(place(x, x_step, r), k)]))
+
+            def positive(k):
+                """Return as bits which of the inputs k .. k + CHUNK - 1 are positive."""
+                bits = whole(0)
+                for v in range(CHUNK // lanes):
+                    is_positive = builder.fcmp_ordered(">", load(state, add(place(x, x_step, 0, v), k)), zero)
+                    part = builder.zext(builder.bitcast(is_positive, ir.IntType(lanes)), index)
+                    bits = builder.or_(bits, builder.shl(part, whole(v * lanes)))
+                left = builder.sub(num_in, k)
+                within = builder.sub(builder.shl(whole(1), left), whole(1))
+                return builder.select(builder.icmp_signed("<", left, whole(CHUNK)), builder.and_(bits, within), bits)
+
+            def product(num_vectors):
+                cells = [(r, v) for r in range(num_columns) for v in range(num_vectors)]
+                # A sum waits for its last addition: few vectors' sums are made of several, added at the end.
+                num_chains = max(1, UNROLLED // num_vectors)
+
+                def added(sums, chain, k, inputs):
+                    """Add the products of input k, one number for each column, to a chain's sums."""
+                    row, new = add(at, builder.mul(k, whole(num_vectors * lanes))), list(sums)
+                    panel = [load(weights, add(row, whole(v * lanes))) for v in range(num_vectors)]
+                    splats = [splat(value) for value in inputs]
+                    for i, (r, v) in enumerate(cells, chain * len(cells)):
+                        new[i] = builder.call(fma, [splats[r], panel[v], new[i]])
+                    return new
+
+                def dense(k, *sums):
+                    for i in range(UNROLLED):
+                        here = add(k, whole(i))
+                        sums = added(sums, i % num_chains, here, [number(here, r) for r in range(num_columns)])
+                    return [add(k, whole(UNROLLED)), *sums]
+
+                def some(k, *values):
+                    """Take each chain's next positive input of the chunk: zero where there is none."""
+                    left, sums = list(values[:num_chains]), values[num_chains:]
+                    for chain, bits in enumerate(left):
+                        next_ = builder.and_(builder.cttz(bits, ir.Constant(ir.IntType(1), 0)), whole(CHUNK - 1))
+                        is_there, here = builder.icmp_signed("!=", bits, whole(0)), add(k, next_)
+                        input_ = builder.select(is_there, number(here), ir.Constant(element, 0.0))
+                        sums = added(sums, chain, here, [input_])
+                        left[chain] = builder.and_(bits, builder.sub(bits, whole(1)))
+                    return [*left, *sums]
+
+                def chunk(k, *sums):
+                    bits, own = positive(k), sum(1 << i for i in range(0, CHUNK, num_chains))
+                    left = [builder.and_(bits, whole(own << chain)) for chain in range(num_chains)]
+                    values = _while(builder, [*left, *sums], is_some_left, partial(some, k))
+                    return [add(k, whole(CHUNK)), *values[num_chains:]]
+
+                def is_some_left(*values):
+                    return builder.icmp_signed("!=", reduce(builder.or_, values[:num_chains]), whole(0))
+
+                def is_left(k, *_):
+                    return builder.icmp_signed("<", k, num_in)
+
+                sums = [
+                    builder.fadd(load(state, place(b, b_step, *c)), load(weights, place(e, e_step, *c))) for c in cells
+                ]
+                sums += [zero] * len(cells) * (num_chains - 1)
+                _, *sums = _while(builder, [whole(0), *sums], is_left, chunk if is_sparse else dense)
+                least = splat(floor if element == floor.type else builder.fptrunc(floor, element))
+                for i, cell in enumerate(cells):
+                    total = reduce(builder.fadd, sums[i :: len(cells)])
+                    total = builder.select(builder.fcmp_ordered(">", total, least), total, least)
+                    pointer = builder.gep(state, [place(o, o_step, *cell)])
+
+                    def store(pointer=pointer, total=total):
+                        builder.store(total, builder.bitcast(pointer, vector.as_pointer()), align=size)
+
+                    if num_vectors > 1:
+                        store()
+                        continue
+                    with builder.if_else(builder.icmp_signed(">=", count, whole(lanes))) as (full, part):
+                        with full:
+                            store()
+                        with part, cgutils.for_range(builder, count) as lane:
+                            value = builder.extract_element(total, builder.trunc(lane.index, ir.IntType(32)))
+                            builder.store(value, builder.gep(pointer, [lane.index]))
+
+            for num_vectors in PANELS:
+                with builder.if_then(builder.icmp_signed("==", vectors, whole(num_vectors))):
+                    product(num_vectors)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return intrinsic(tile)
+
+
+_tile_of_many, _tile_of_one, _tile_of_positive = _tile(COLUMNS), _tile(1), _tile(1, is_sparse=True)
+
+
+@_inlined
+def _product(step, s, w, num, o, o_step, b, b_step, e, e_step, x, x_step, num_in):
+    """Take a step of kind SUM on `num` cells, each operand a step further: see `_tile`."""
+    floor, at, vectors, count, r = 0.0 if step.is_rectified else NO_FLOOR, step.weights, step.vectors, step.num_out, 0
+    while r < num:
+        to, of, bias, x0 = o + r * o_step, b + r * b_step, e + r * e_step, x + r * x_step
+        if r + COLUMNS <= num and not step.is_raw:
+            _tile_of_many(s, w, to, o_step, of, b_step, bias, e_step, x0, x_step, num_in, at, floor, vectors, count)
+            r += COLUMNS
+        elif step.is_sparse:
+            _tile_of_positive(s, w, to, 0, of, 0, bias, 0, x0, 0, num_in, at, floor, vectors, count)
+            r += 1
+        else:
+            _tile_of_one(s, w, to, 0, of, 0, bias, 0, x0, 0, num_in, at, floor, vectors, count)
+            r += 1
+
+
+def _bitcast(_, bits):
+    """The float of the same bits as an integer."""
+    floats: Any = types.float32 if bits == types.int32 else types.float64
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_data_type(signature.return_type))
+
+    return floats(bits), generate
+
+
+def _fused(_, a, b, c):
+    """a * b + c, rounded once: an instruction of every x86-64 processor since 2013, a slow function before."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return a(a, a, a), generate
+
+
+def _call_at(_, address):
+    """Call a C function without arguments and result."""
+
+    def generate(context, builder, signature, arguments):
+        function = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+_from_bits: Any = intrinsic(_bitcast)
+_fma: Any = intrinsic(_fused)
+_call: Any = intrinsic(_call_at)
+
+
+# The Taylor series of exp, from the last term to the first: to the 7th power (error 5e-9), to the 13th.
+_TERMS32 = tuple(np.float32(1 / math.factorial(k)) for k in range(7, -1, -1))
+_TERMS64 = tuple(1 / math.factorial(k) for k in range(13, -1, -1))
+
+
+@_inlined
+def _series(terms, r):
+    total = terms[0]
+    for k in range(1, len(terms)):
+        total = _fma(total, r, terms[k])
+    return total
+
+
+@_inlined
+def _exp32(x):
+    """exp of a float32 in [-87, 87], within about 1e-7: 2^k times a series, without a branch."""
+    k = np.floor(_fma(x, np.float32(1.44269504), np.float32(0.5)))
+    r = _fma(k, np.float32(2.12194440e-4), _fma(k, np.float32(-0.693359375), x))  # |r| <= ln(2) / 2, ln 2 in two parts
+    return _series(_TERMS32, r) * _from_bits(np.int32((np.int32(k) + np.int32(127)) << np.int32(23)))
+
+
+@_inlined
+def _exp64(x):
+    """exp of a float64 in [-1400, 0], within about 3e-16: likewise."""
+    k = np.floor(_fma(x, 1.4426950408889634, 0.5))
+    r = (x - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10
+    half = np.int64(k) >> 1  # 2^k in two steps, for results that are nearly or just 0
+    return _series(_TERMS64, r) * _from_bits((half + 1023) << 52) * _from_bits((np.int64(k) - half + 1023) << 52)
+
+
+@_inlined
+def _gate32(a, b):
+    """tanh(a) * sigmoid(b) of float32 numbers."""
+    a = min(max(a, np.float32(-15)), np.float32(15))  # tanh is +-1 in float32 from 9 on
+    b = min(max(b, np.float32(-80)), np.float32(80))
+    e, one = _exp32(np.float32(-2) * a), np.float32(1)
+    return (one - e) / ((one + e) * (one + _exp32(-b)))
+
+
+@_compiled
+def _gate(s, o, x, n):
+    """s[o:][:n] = tanh(s[x:][:n]) * sigmoid(s[x + n :][:n])"""
+    o, x, n = _u(o), _u(x), _u(n)
+    if s.itemsize == 4:
+        for k in range(n):
+            s[o + k] = _gate32(s[x + k], s[x + n + k])
+    else:
+        for k in range(n):
+            s[o + k] = math.tanh(s[x + k]) / (1.0 + math.exp(-s[x + n + k]))
+
+
+@_reordered
+def _largest(logits, num_levels):
+    most = logits[0]
+    for k in range(num_levels):
+        most = max(most, logits[k])
+    return most
+
+
+@_inlined
+def _sum(values, num_levels):
+    """Eight sums side by side, as vector instructions have them, added at the end."""
+    a = b = c = d = e = f = g = h = 0.0
+    k = 0
+    while k + 8 <= num_levels:
+        a += values[k]
+        b += values[k + 1]
+        c += values[k + 2]
+        d += values[k + 3]
+        e += values[k + 4]
+        f += values[k + 5]
+        g += values[k + 6]
+        h += values[k + 7]
+        k += 8
+    while k < num_levels:
+        a += values[k]
+        k += 1
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+@_inlined
+def _exponentials(logits, exps, num_levels, temperature):
+    """exps[k] = exp((logits[k] - most) / temperature), in float64; return their sum, and `most`, the largest logit."""
+    most = np.float64(_largest(logits, num_levels))
+    for k in range(num_levels):
+        exps[k] = _exp64(max((np.float64(logits[k]) - most) / temperature, -1400.0))
+    return _sum(exps, num_levels), most
+
+
+@_inlined
+def _reached(exps, num_levels, total, u):
+    """Return the first level whose cumulative probability exceeds u."""
+    reached = 0.0
+    for k in range(num_levels - 1):
+        reached += exps[k] / total
+        if reached > u:
+            return k
+    return num_levels - 1
+
+
+@_compiled
+def _draw(logits, exps, num_levels, u, temperature):
+    """Return the level that `sampling.draw_level` would return, and its nats at temperature 1, in float64."""
+    level = 0
+    if temperature == 0:
+        for k in range(1, num_levels):
+            if logits[k] > logits[level]:
+                level = k
+    elif temperature != 1:
+        total, most = _exponentials(logits, exps, num_levels, temperature)
+        level = _reached(exps, num_levels, total, u)
+    total, most = _exponentials(logits, exps, num_levels, 1.0)
+    if temperature == 1:
+        level = _reached(exps, num_levels, total, u)
+    return level, math.log(total) + most - np.float64(logits[level])
+
+
+@_inlined
+def _sigmoid(x):
+    small = _exp64(max(-abs(x), -1400.0))
+    return (1.0 if x >= 0 else small) / (1.0 + small)
+
+
+@_inlined
+def _prob_of_component(mean, inverse, level, num_levels):
+    """The probability of a level, by products alone: s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) of sigmoids s."""
+    half, centre = inverse / (num_levels - 1), (level * (2.0 / (num_levels - 1)) - 1.0 - mean) * inverse
+    above = 1.0 if level == num_levels - 1 else _sigmoid(centre + half)
+    below = 1.0 if level == 0 else _sigmoid(half - centre)
+    width = 2.0 * half
+    inside = width * (1.0 - 0.5 * width) if width < 1e-5 else 1.0 - _exp64(max(-width, -1400.0))
+    return above * below * (1.0 if level == 0 or level == num_levels - 1 else inside)
+
+
+@_inlined
+def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
+    """Find the components' means, inverse scales and weights for colour c, the pixel's earlier ones being known.
+
+    Args:
+        p: the pixel's parameters, as outputs.LogisticMixture has them.
+        scratch: its first rows hold what is found, which the next colour goes on with.
+    """
+    means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
+    num_colours = levels.size
+    if c == 0:
+        total, _ = _exponentials(p, weights, num_mixtures, 1.0)
+    else:
+        for i in range(num_mixtures):
+            weights[i] *= max(_prob_of_component(means[i], inverses[i], levels[c - 1], num_levels), 1e-280)
+        total = _sum(weights, num_mixtures)
+    for i in range(num_mixtures):
+        weights[i] /= total
+        means[i] = p[(1 + c) * num_mixtures + i]
+        inverses[i] = _exp64(max(-max(np.float64(p[(1 + num_colours + c) * num_mixtures + i]), MIN_LOG_SCALE), -1400.0))
+    for before in range(c):
+        pair = (1 + 2 * num_colours + c * (c - 1) // 2 + before) * num_mixtures
+        for i in range(num_mixtures):  # tanh(x) = 2 sigmoid(2 x) - 1
+            terms[i] = 2.0 * _sigmoid(2.0 * np.float64(p[pair + i])) - 1.0
+            means[i] += terms[i] * (levels[before] * (2.0 / (num_levels - 1)) - 1.0)
+
+
+@_inlined
+def _prob_of_mixture(scratch, level, num_mixtures, num_levels):
+    means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
+    for i in range(num_mixtures):
+        terms[i] = weights[i] * _prob_of_component(means[i], inverses[i], level, num_levels)
+    return max(_sum(terms, num_mixtures), 1e-300)
+
+
+@_inlined
+def _reached_by_mixture(scratch, level, num_mixtures, num_levels):
+    """The cumulative probability of a level, at its upper edge."""
+    means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
+    for i in range(num_mixtures):
+        edge = ((2.0 * level + 1.0) / (num_levels - 1) - 1.0 - means[i]) * inverses[i]
+        terms[i] = weights[i] * _sigmoid(edge)
+    return _sum(terms, num_mixtures)
+
+
+@_compiled
+def _draw_from_mixture(scratch, num_mixtures, num_levels, u, temperature):
+    """Return the level that is drawn from what `_weigh_components` found, and its nats at temperature 1.
+
+    At temperature 1 by bisection of the cumulative distribution; at another one from the probabilities of all levels.
+    """
+    low, high = 0, num_levels - 1  # the smallest level whose cumulative probability exceeds u lies in low..high
+    while temperature == 1 and low < high:
+        middle = (low + high) // 2
+        if _reached_by_mixture(scratch, middle, num_mixtures, num_levels) > u:
+            high = middle
+        else:
+            low = middle + 1
+    if temperature != 1:
+        for k in range(num_levels):
+            scratch[4, k] = math.log(_prob_of_mixture(scratch, k, num_mixtures, num_levels))
+        low, _ = _draw(scratch[4], scratch[5], num_levels, u, temperature)
+    return low, -math.log(_prob_of_mixture(scratch, low, num_mixtures, num_levels))
+
+
+@_compiled
+def _level_probs(own, scratch, num_mixtures, num_levels, probs):
+    """probs[k] = the probability of level k, from logits or what `_weigh_components` found; at least 1e-37."""
+    means, inverses, weights, sums = scratch[0], scratch[1], scratch[2], scratch[5]
+    total, width = 1.0, 2.0 / (num_levels - 1)
+    if num_mixtures == 0:
+        total, _ = _exponentials(own, sums, num_levels, 1.0)
+    else:
+        sums[:num_levels] = 0.0
+    for i in range(num_mixtures):  # the cumulative distribution, at the levels' upper edges
+        weight, inverse, first = weights[i], inverses[i], 1.0 / (num_levels - 1) - 1.0 - means[i]
+        for k in range(num_levels):
+            sums[k] += weight * _sigmoid((k * width + first) * inverse)
+    if num_mixtures:
+        sums[num_levels - 1] = 1.0
+        for k in range(num_levels - 1, 0, -1):
+            sums[k] -= sums[k - 1]
+    for k in range(num_levels):
+        probs[k] = max(sums[k] / total, 1e-37)
+
+
+@_inlined
+def _attend(s, out, query, keys, values, scores, capacity, num_keys, num_features):
+    """s[out:] = the mean of the first values, weighted by the softmax of query times key over sqrt(num_features).
+
+    Keys lie as (num_features, capacity), values as (capacity, num_features); `scores` is a place for as many numbers.
+    """
+    out, query, keys, values, scores = _u(out), _u(query), _u(keys), _u(values), _u(scores)
+    n, zero = _u(num_keys), s.dtype.type(0)
+    scale = s.dtype.type(1 / math.sqrt(num_features))
+    for k in range(n):
+        s[scores + k] = zero
+    for d in range(_u(num_features)):
+        q, of = s[query + d] * scale, keys + d * _u(capacity)
+        for k in range(n):
+            s[scores + k] = _fma(q, s[of + k], s[scores + k])
+    most = _largest(s[scores : scores + n], n)
+    if s.itemsize == 4:
+        for k in range(n):
+            s[scores + k] = _exp32(max(s[scores + k] - most, np.float32(-87)))
+    else:
+        for k in range(n):
+            s[scores + k] = _exp64(max(s[scores + k] - most, -1400.0))
+    total = _sum(s[scores : scores + n], n)
+    for d in range(_u(num_features)):
+        s[out + d] = zero
+    for k in range(n):
+        share, of = s[scores + k], values + k * _u(num_features)
+        for d in range(_u(num_features)):
+            s[out + d] = _fma(share, s[of + d], s[out + d])
+    for d in range(_u(num_features)):
+        s[out + d] /= s.dtype.type(total)
+
+
+class Work(NamedTuple):
+    """Some images that are sampled."""
+
+    levels: Array  # (B, C, H, W) int64: completed in place
+    missing: Array  # (B, H, W) bool
+    u: Array  # (B, C, H, W) float64 in [0, 1)
+    labels: Array  # (B,) int64, -1 for none
+    has_context: Array  # (B,) bool: something of its drawing is known
+    nats: Array  # (B,) float64: what the drawn levels cost is added
+    # A coder in place of the noise: it is called once for the batch's sub-pixels, with what they are drawn from.
+    coder: int  # address of a C function without arguments; 0 for none
+    probs: Array  # (B, K) float32
+    coded: Array  # (B,) int32: their levels in `levels` before the call, those to go on with after it
+
+
+class Program(NamedTuple):
+    """A plan, laid out: sampling/plan.py says what it means."""
+
+    row_steps: Array  # of STEP
+    pixel_steps: Array  # of STEP
+    state_size: int  # numbers of an image's state
+    num_levels: int
+    num_mixtures: int  # components of a mixture of logistics; 0 for logits of the levels
+
+
+SUM, GATE, ATTEND, KEYS, DRAW = range(5)  # what a step does
+
+# Where an operand lies in an image's state: its column 0; how many numbers from a row to the next, how many rows there
+# are before the first is used again; from a column to the next.
+PLACE = np.dtype([(name, np.int64) for name in ("at", "row", "rows", "column")])
+
+# A step, as a row of a table: offsets into the weights, sizes, and yes or no (1, 0). A bias lies `of_label` numbers
+# further for each label, `of_place` for each cell of the image. Row work takes a step on `columns` cells (blocks of
+# them, for keys) of every row, or of every other one.
+_NUMBERS = (
+    *(
+        "kind",
+        "num_out",
+        "vectors",
+        "num_in",
+        "weights",
+        "bias",
+        "of_label",
+        "of_place",
+        "is_rectified",
+        "is_sparse",
+        "is_raw",
+    ),
+    *("rows_up", "every", "columns", "is_of_context", "is_late", "reach", "is_always_needed", "is_for_draws_alone"),
+    *("colour", "num_drawn", "keys", "values", "scores", "capacity", "heads", "features"),
+)
+STEP = np.dtype([*((name, PLACE) for name in ("out", "base", "x")), *((name, np.int64) for name in _NUMBERS)])
+
+
+@_inlined
+def _at(place, y):
+    return place.at + (y % place.rows) * place.row
+
+
+@_inlined
+def _add_keys(step, s, start, y):
+    """Put the keys and values of the blocks of rows y - 1 and y where attention reads them."""
+    for head in range(step.heads):
+        place = start + head * step.capacity * step.features
+        for column in range(step.columns):
+            block, of = 1 + y // 2 * step.columns + column, start + step.x.at + column * step.x.column
+            for d in range(step.features):
+                s[place + step.keys + d * step.capacity + block] = s[of + head * step.features + d]
+                s[place + step.values + block * step.features + d] = s[of + (step.heads + head) * step.features + d]
+
+
+@_compiled
+def _take_row(step, s, start, w, label, has_context, y):
+    """Take a step for row y of the image whose state begins at s[start]."""
+    if (y + 1) % step.every:
+        return
+    out, base, above = start + _at(step.out, y), start + _at(step.base, y), y - step.rows_up
+    x = start + _at(step.x, above)
+    if step.kind == GATE:
+        for column in range(step.columns):
+            _gate(s, out + column * step.out.column, x + column * step.x.column, step.num_out)
+    elif step.kind == KEYS:
+        _add_keys(step, s, start, y)
+    else:
+        # Above the image lie zeros.
+        num_in = step.num_in if above >= 0 and (has_context or not step.is_of_context) else 0
+        bias = step.bias + (label + 1) * step.of_label + y // step.every * step.columns * step.of_place
+        _product(
+            step, s, w, step.columns, out, step.out.column, base, step.base.column, bias, step.of_place, x,
+            step.x.column, num_in,
+        )  # fmt: skip
+
+
+@_compiled
+def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
+    """Sample rows y0..y1-1 of some images in place; their states lie one after the other in s.
+
+    Args:
+        holes: (H, W) bool, where one of the images misses a pixel.
+    """
+    levels, missing, num_images, size = work.levels, work.missing, index.size, program.state_size
+    height, width = holes.shape
+    scale, one = w.dtype.type(2) / w.dtype.type(program.num_levels - 1), w.dtype.type(1)
+    places = np.empty((program.pixel_steps.size, 3), np.int64)  # of out, base and x in this row
+    # Where a step is taken: 0 beyond the last missing pixel, too, since later rows need it; 1 up to it; 2 where one of
+    # the images misses the pixel.
+    extent = np.empty(program.pixel_steps.size, np.int64)
+    first_missing = 0
+    while first_missing < height and not holes[first_missing].any():
+        first_missing += 1
+
+    for y in range(y0, y1):
+        end = width  # the column after the last one that is missing
+        while end > 0 and not holes[y, end - 1]:
+            end -= 1
+        for k in range(program.row_steps.size):
+            step = program.row_steps[k]
+            row = y - step.is_late
+            if row < 0 or (row < first_missing - step.reach if step.is_always_needed else end == 0):
+                continue
+            for g in range(num_images):
+                i = index[g]
+                _take_row(step, s, g * size, w, work.labels[i], work.has_context[i], row)
+        for k in range(program.pixel_steps.size):
+            step = program.pixel_steps[k]
+            places[k, 0], places[k, 1], places[k, 2] = _at(step.out, y), _at(step.base, y), _at(step.x, y)
+            is_needed = step.is_always_needed and y >= first_missing - step.reach
+            extent[k] = 2 if step.is_for_draws_alone else 0 if is_needed else 1
+
+        for x in range(width):
+            here = 2 if holes[y, x] else 1 if x < end else 0
+            for k in range(program.pixel_steps.size):
+                step = program.pixel_steps[k]
+                if extent[k] > here:
+                    continue
+                out, base = places[k, 0] + x * step.out.column, places[k, 1] + x * step.base.column
+                of, n = places[k, 2] + x * step.x.column, step.num_out
+                if step.kind == SUM:
+                    _product(step, s, w, num_images, out, size, base, size, step.bias, 0, of, size, step.num_in)
+                elif step.kind == GATE:
+                    for g in range(num_images):
+                        _gate(s, out + g * size, of + g * size, n)
+                elif step.kind == ATTEND:
+                    for g in range(num_images):
+                        for head in range(step.heads):
+                            at = g * size + head * step.features
+                            place = g * size + head * step.features * step.capacity
+                            _attend(
+                                s, out + at, of + at, place + step.keys, place + step.values, g * size + step.scores,
+                                step.capacity, 1 + y // 2 * step.columns, step.features,
+                            )  # fmt: skip
+                else:  # DRAW: and the network sees the level
+                    for c in range(step.colour, step.colour + step.num_drawn):
+                        for g in range(num_images):
+                            i, own = index[g], s[of + g * size : of + g * size + n]
+                            if program.num_mixtures and missing[i, y, x]:
+                                known = levels[i, :, y, x]
+                                _weigh_components(own, c, known, scratch[g], program.num_mixtures, program.num_levels)
+                            if work.coder:
+                                _level_probs(own, scratch[g], program.num_mixtures, program.num_levels, work.probs[i])
+                                work.coded[i] = levels[i, c, y, x]
+                            elif missing[i, y, x]:
+                                u = work.u[i, c, y, x]
+                                if program.num_mixtures:
+                                    level, cost = _draw_from_mixture(
+                                        scratch[g], program.num_mixtures, program.num_levels, u, temperature
+                                    )
+                                else:
+                                    level, cost = _draw(own, scratch[g, 0], program.num_levels, u, temperature)
+                                levels[i, c, y, x] = level
+                                work.nats[i] += cost
+                        if work.coder:
+                            _call(work.coder)
+                        for g in range(num_images):
+                            i = index[g]
+                            if work.coder:
+                                levels[i, c, y, x] = work.coded[i]
+                                work.nats[i] -= math.log(work.probs[i, work.coded[i]])
+                            seen = w.dtype.type(levels[i, c, y, x]) * scale - one
+                            s[out + g * size + c - step.colour] = seen

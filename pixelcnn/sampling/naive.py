@@ -1,0 +1,150 @@
+"""Sampling: slow, obvious, the reference that every faster sampler must equal.
+
+A sampler is a function of (model, u): the noise is an argument, so the same `u` gives the same image.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixelcnn.models.base import (
+    AutoregressiveModel,
+    check_label,
+    check_noise,
+    check_observed,
+    check_temperature,
+)
+from pixelcnn.models.outputs import draw_level
+
+# Called with a row's index and its levels, (B, C, W) int64, once the row is finished in every image.
+OnRow = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Images to be completed: what a sampler starts from, and works on.
+
+    Args:
+        u: (B, C, H, W) uniform noise.
+        label: (B,) int64, -1 for none.
+        temperature: divides the logits.
+        levels: (B, C, H, W) int64, contiguous, 0 where missing: completed in place.
+        missing: (B, H, W) bool.
+        on_row: called with a row's index and its levels, (B, C, W), once it is finished in every image.
+    """
+
+    u: Tensor
+    label: Tensor
+    temperature: float
+    levels: Tensor
+    missing: Tensor
+    on_row: OnRow | None = None
+
+    def part(self, index: Tensor | slice, on_row: OnRow | None = None) -> "Canvas":
+        """Return some of the images: the same memory for a slice, a copy for indices."""
+        tensors = (self.u[index], self.label[index], self.levels[index], self.missing[index])
+        return Canvas(tensors[0], tensors[1], self.temperature, *tensors[2:], on_row)
+
+
+def new_canvas(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None,
+    temperature: float,
+    drawing: Tensor | None,
+    observed: Tensor | None,
+    on_row: OnRow | None = None,
+) -> Canvas:
+    """Check a sampler's arguments, as `naive_sample` describes them; return what it starts from.
+
+    Raises:
+        ValueError: a shape, dtype or range is wrong.
+    """
+    config = model.config
+    check_noise(u, config.image_shape)
+    check_temperature(temperature)
+    if label is None:
+        label = torch.full((len(u),), -1, device=u.device)
+    check_label(label, len(u), config)
+    if (drawing is None) != (observed is None):
+        raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
+    if drawing is None or observed is None:
+        levels, missing = torch.zeros_like(u, dtype=torch.int64), torch.ones_like(u[:, 0], dtype=torch.bool)
+    else:
+        if len(drawing) != len(u):
+            raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
+        check_observed(drawing, observed, config)
+        levels, missing = torch.where(observed, drawing, 0), ~observed[:, 0]
+    return Canvas(u, label, temperature, levels.contiguous(), missing.contiguous(), on_row)
+
+
+def sample_by_network(
+    sampler: Callable[[AutoregressiveModel, Canvas], Tensor | None], model: AutoregressiveModel, canvas: Canvas
+) -> tuple[Tensor, Tensor | None]:
+    """Let a sampler complete the images of each network that they need, one after the other.
+
+    Rows are handed out while the last network's images are sampled.
+
+    Args:
+        sampler: completes a canvas in place; returns (B,) float64 nats, the log-probability of what it drew, or None.
+
+    Returns:
+        (B, C, H, W) int64 levels; and what the sampler returned, (B,).
+    """
+    levels, scores = canvas.levels, []
+    parts = model.networks(~canvas.missing[:, None])
+    for network, index in parts:
+
+        def hand_out(row: int, values: Tensor, index: Tensor = index) -> None:
+            assert canvas.on_row is not None
+            levels[index, :, row] = values
+            canvas.on_row(row, levels[:, :, row])
+
+        is_last = network is parts[-1][0]
+        part = canvas.part(index, hand_out if is_last and canvas.on_row is not None else None)
+        scores.append(sampler(network, part))
+        levels[index] = part.levels
+    known = [score for score in scores if score is not None]
+    order = torch.cat([index for _, index in parts]).argsort()
+    return levels, torch.cat(known)[order] if known else None
+
+
+@torch.no_grad()  # not inference_mode: its tensors cannot be scored by log_prob while gradients are on
+def naive_sample(
+    model: AutoregressiveModel,
+    u: Tensor,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
+    """Sample images in raster order, with one full forward pass per sub-pixel.
+
+    Args:
+        u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
+        label: (B,) int64, -1 for none; None for no labels.
+        temperature: divides the logits; 1 samples the model itself, 0 takes the most likely level of each sub-pixel.
+        drawing: (B, C, H, W) int64 levels that are kept where observed; ignored elsewhere. A model with a context
+            network sees all of it at every pixel; one without sees of it what lies before the pixel.
+        observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.
+
+    Returns:
+        (B, C, H, W) int64 levels in [0, K).
+
+    Raises:
+        ValueError: a shape, dtype or range differs from the above.
+    """
+    canvas = new_canvas(model, u, label, temperature, drawing, observed)
+    levels, seen = canvas.levels, (drawing, observed) if model.config.context_features else (None, None)
+    channels, height, width = model.config.image_shape
+    for row, column in itertools.product(range(height), range(width)):
+        here = canvas.missing[:, row, column]  # (B,)
+        for channel in range(channels if here.any() else 0):
+            parameters = model(levels, canvas.label, *seen)[..., row, column]
+            logits = model.output.level_logits(parameters, channel, levels[:, :channel, row, column])  # (B, K)
+            drawn = draw_level(logits, u[:, channel, row, column], temperature)
+            levels[:, channel, row, column] = torch.where(here, drawn, levels[:, channel, row, column])
+    return levels

@@ -1,0 +1,369 @@
+"""The plan of a cached sampler: what is computed when, and for how long it is kept; derived from a network's blocks.
+
+A network's symbolic maps (models/maps.py) say when each can be known:
+
+- What depends on rows above alone is *row work*: when a row begins, it is computed for the whole row at once. So is the
+  part of each convolution that reaches into rows above.
+- The rest is *pixel work*: it is added at each pixel, and with several colours at each one's turn, for the channels
+  that have that turn alone. Earlier ones are there; so are the pixels to the left.
+
+Both engines follow the same plan: cached.py in torch, compiled.py in compiled code. Neither knows any architecture.
+
+Values lie in memory as (row, column, channel), the channels in the order of their turns. So the taps of a kernel's row
+are one run of numbers, and so are what lies left of a pixel and those channels at its centre that are known by then.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelcnn.models.attention import BLOCK, Attention
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.maps import Map, row_matrix
+
+
+@dataclass(eq=False, kw_only=True)
+class Buffer:
+    """Where a map's values are kept.
+
+    Args:
+        order: (channels,) int64, which channel of the map lies at each place; sorted by turn.
+        turns: (channels,) int64 in that order, of a map that is known pixel by pixel; None for one known row by row.
+        is_late: of a map known row by row: its row is computed when the row below it begins, not when it does itself.
+        num_rows: rows that are kept; the others are overwritten.
+        left, right: columns of zeros beside each row.
+        is_local: read at the pixel that it is computed at alone, so that one cell is enough.
+        reach: its row y is needed where a pixel is missing in row y + reach or above it.
+        is_always_needed: where no pixel of its own row is missing, too.
+        is_for_draws_alone: it leads to the logits of its own pixel and to nothing else.
+        readers: what reads it, how many rows above its own, and whether in other columns; None stands for the draws.
+    """
+
+    order: Tensor
+    turns: Tensor | None = None
+    is_late: bool = False
+    num_rows: int = 1
+    left: int = 0
+    right: int = 0
+    is_local: bool = True
+    reach: float = 0
+    is_always_needed: bool = False
+    is_for_draws_alone: bool = True
+    readers: list[tuple["Buffer | None", float, bool]] = field(default_factory=list)
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.order)
+
+    def channels_of(self, turn: int | None) -> slice:
+        """Return the places of the channels that become known at a turn; all of a row work's, whose turn is None."""
+        if turn is None:
+            return slice(0, self.num_channels)
+        return slice(self.num_known(turn - 1), self.num_known(turn))
+
+    def num_known(self, turn: int) -> int:
+        """Return how many channels are known at a pixel after a turn."""
+        assert self.turns is not None
+        return int((self.turns <= turn).sum())
+
+
+@dataclass(eq=False, kw_only=True)
+class Step:
+    """A step of work on `out`: on a row of all its channels, or at a pixel on those that have a turn.
+
+    Args:
+        kind: `sum`: of base, bias, and the product of a window of the source; `gate` of the source; `attend`, the
+            source being the queries; `keys`: those of a pair of rows of the source.
+        turn: None for row work. That is done on row y: the row in turn, or the one above it if `out` is late.
+        base: the same channels of it are added: None, `out` itself, or another buffer of the same order.
+        bias: (1, outputs), or a row for each label, none first, or for each cell of the image; None for none.
+        bias_of: "label" or "place" if there is one for each.
+        source: what is read.
+        rows_up: how far above the row of `out` the source is read.
+        first_column: of the window, relative to the cell.
+        matrix: (inputs, outputs); a window's inputs are one run of numbers. None for no product.
+        is_of_positive: the source's negative numbers count as zeros.
+        is_rectified: negative results become zero.
+        attention: of `attend` and `keys`.
+    """
+
+    kind: str
+    turn: int | None
+    out: Buffer
+    base: Buffer | None = None
+    bias: Tensor | None = None
+    bias_of: str = ""
+    source: Buffer | None = None
+    rows_up: int = 0
+    first_column: int = 0
+    matrix: Tensor | None = None
+    is_of_positive: bool = False
+    is_rectified: bool = False
+    attention: Attention | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All of it, in order: what to do when a row begins, and at each turn of a pixel.
+
+    Args:
+        image: where the levels lie, scaled as the network sees them.
+        context: where the map of a drawing lies; None for a network that reads none.
+        logits: those of the colour in turn are drawn from.
+        buffers: in the order in which they are computed.
+    """
+
+    image: Buffer
+    context: Buffer | None
+    logits: Buffer
+    buffers: list[Buffer]
+    row_steps: list[Step]
+    pixel_steps: list[Step]
+
+
+@dataclass(kw_only=True)
+class _Product:
+    """What a sum adds of a stored map: a convolution of it, or the map itself, by a kernel that copies.
+
+    Args:
+        source: the map, `rows_up` rows above the row of the sum.
+        weight: (out, in, rows, columns), the centre in the last row, `right` columns from the right end.
+        taps: (rows, columns) bool, where anything of it can be other than zero.
+    """
+
+    source: Buffer
+    rows_up: int
+    weight: Tensor
+    taps: Tensor
+    right: int = 0
+    is_copy: bool = False
+    is_of_positive: bool = False
+
+    def can_be_base(self, out: Buffer) -> bool:
+        """Return whether it is a map that another can be added to as it is."""
+        if not self.is_copy or self.rows_up or (self.source.turns is None) != (out.turns is None):
+            return False
+        same_turns = self.source.turns is None or torch.equal(self.source.turns, out.turns)  # type: ignore[arg-type]
+        return same_turns and torch.equal(self.source.order, out.order)
+
+    def steps(self, out: Buffer, turn: int | None, is_part: bool) -> Iterator[Step]:
+        """Yield the steps that add it to channels of `out`: one for each row of the kernel.
+
+        Args:
+            turn: None for row work.
+            is_part: only what is known by row, of a sum that pixel work goes on with.
+        """
+        weight = self.weight[out.order[out.channels_of(turn)]][:, self.source.order]
+        num_rows, num_columns = self.taps.shape
+        centre = num_columns - 1 - self.right
+        for row in range(num_rows):
+            rows_up = self.rows_up + num_rows - 1 - row
+            is_by_pixel = self.source.turns is not None and rows_up == 0
+            if is_by_pixel != (turn is not None) and (turn is not None or is_part):
+                continue
+            columns = [i - centre for i in range(num_columns) if self.taps[row, i] and (turn is None or i <= centre)]
+            if not columns:
+                continue
+            first, last = columns[0], columns[-1]
+            matrix = row_matrix(weight[:, :, row, first + centre : last + centre + 1])
+            if turn is not None and last == 0:  # of the centre, what is known by now
+                matrix = matrix[: -first * self.source.num_channels + self.source.num_known(turn)]
+            if len(matrix):
+                step = Step(kind="sum", turn=turn, out=out, source=self.source, rows_up=rows_up, matrix=matrix)
+                step.first_column, step.is_of_positive = first, self.is_of_positive
+                yield step
+
+
+class _Planner:
+    """Walks through a network's maps, from the image to its result."""
+
+    def __init__(self, result: Map) -> None:
+        self.buffers: dict[Map, Buffer] = {}  # in the order in which they are computed
+        self.row_steps: list[Step] = []
+        self.pixel_steps: list[Step] = []
+        self.uses: Counter[Map] = Counter()
+        self.count_uses(result, set())
+        self.stored(result).readers.append((None, 0, False))
+
+    def count_uses(self, map_: Map, seen: set[Map]) -> None:
+        if map_ not in seen:
+            seen.add(map_)
+            for x in map_.inputs:
+                self.uses[x] += 1
+                self.count_uses(x, seen)
+
+    def add_buffer(self, map_: Map) -> Buffer:
+        if map_.turns is None:
+            buffer = Buffer(order=torch.arange(map_.num_channels), is_late=map_.lead == 0, is_local=False)
+        else:
+            turns, order = map_.turns.sort(stable=True)
+            buffer = Buffer(order=order, turns=turns)
+        self.buffers[map_] = buffer
+        return buffer
+
+    def add_step(self, step: Step) -> None:
+        """Add a step, and note what it reads: so many rows and columns of it have to be kept."""
+        (self.row_steps if step.turn is None else self.pixel_steps).append(step)
+        if step.source is not None:
+            num_in = step.source.num_channels if step.matrix is None else len(step.matrix)
+            last = step.first_column + math.ceil(num_in / step.source.num_channels) - 1
+            self.read(step.source, step.out, step.rows_up, step.first_column, last)
+        if step.base is not None and step.base is not step.out:
+            self.read(step.base, step.out, 0, 0, 0)
+
+    def read(self, source: Buffer, reader: Buffer, rows_up: int, first: int, last: int) -> None:
+        """Note that `reader` reads the source so many rows above its own, in these columns relative to its own."""
+        source.left, source.right = max(source.left, -first), max(source.right, last)
+        source.readers.append((reader, rows_up, bool(first or last)))
+        by_row = reader.turns is None
+        if rows_up or first or last or by_row or source.turns is None:
+            source.is_local = False
+        # Relative to the row in turn: the last row that is written by then, and the one that is read.
+        written = -1 if source.is_late or (source.turns is not None and by_row) else 0
+        read = -rows_up - (by_row and reader.is_late)
+        source.num_rows = max(source.num_rows, written - read + 1)
+
+    def stored(self, map_: Map) -> Buffer:
+        """Return where a map is kept; first plan how it gets there."""
+        if map_ not in self.buffers:
+            if map_.op in ("image", "context"):
+                self.add_buffer(map_)
+            elif map_.op == "gate":
+                source, rows_up = self.located(map_.inputs[0])
+                self.plan_unit(Step(kind="gate", turn=None, out=self.add_buffer(map_), source=source, rows_up=rows_up))
+            elif map_.op == "attend":
+                self.plan_attention(map_)
+            else:
+                self.plan_sum(map_)
+        return self.buffers[map_]
+
+    def located(self, map_: Map) -> tuple[Buffer, int]:
+        """Return where a map is kept, and how many rows above its own that buffer's row lies."""
+        if map_.op == "shift":
+            buffer, rows_up = self.located(map_.inputs[0])
+            return buffer, rows_up + 1
+        return self.stored(map_), 0
+
+    def plan_unit(self, step: Step) -> None:
+        """Plan a step for a whole row, or once for each turn."""
+        turns: list[int | None] = [None] if step.out.turns is None else step.out.turns.unique().tolist()
+        for turn in turns:
+            self.add_step(replace(step, turn=turn))
+
+    def plan_attention(self, map_: Map) -> None:
+        query, source = (self.stored(x) for x in map_.inputs)
+        attention = map_.block.weights(query.order, source.order)
+        keys = self.add_buffer(Map("keys", (), map_.block, attention.table.shape[2], 0))
+        self.add_step(Step(kind="keys", turn=None, out=keys, source=source, attention=attention))
+        self.read(source, keys, BLOCK - 1, 0, BLOCK - 1)
+        buffer = self.add_buffer(map_)
+        keys.readers.append((buffer, math.inf, True))  # all later rows read them
+        self.plan_unit(Step(kind="attend", turn=None, out=buffer, source=query, attention=attention))
+
+    def summed(self, map_: Map, is_top: bool = False) -> list[Map]:
+        """Return the maps that a sum adds up; what is used elsewhere, too, is stored once and added as it is."""
+        if map_.op == "add" and (is_top or self.uses[map_] == 1):
+            return [term for x in map_.inputs for term in self.summed(x)]
+        return [map_]
+
+    def product(self, map_: Map, is_top: bool) -> _Product:
+        """Return how a map enters a sum: as a convolution, unless its result is used elsewhere, too; or as it is."""
+        if map_.op != "conv" or not (is_top or self.uses[map_] == 1):
+            source, rows_up = self.located(map_)
+            weight = torch.eye(map_.num_channels)[:, :, None, None]
+            return _Product(source=source, rows_up=rows_up, weight=weight, taps=weight[0, 0] == 1, is_copy=True)
+        x, taps = map_.inputs[0], map_.block.taps().any(dim=1).any(dim=0)
+        # A rectifier beside a pixel's stored sum needs no map of its own: who reads one cell takes what is positive.
+        is_inside = x.op == "relu" and map_.turns is not None and taps.numel() == 1 and self.uses[x.inputs[0]] > 1
+        source, rows_up = self.located(x.inputs[0] if is_inside else x)
+        found = _Product(source=source, rows_up=rows_up, weight=map_.block.masked_weight().detach(), taps=taps)
+        return replace(found, right=map_.block.right, is_of_positive=x.op == "relu")
+
+    def plan_sum(self, map_: Map) -> None:
+        """Plan a sum of convolutions, biases and stored maps, and perhaps a rectifier after it."""
+        is_rectified = map_.op == "relu"
+        terms = self.summed(map_.inputs[0]) if is_rectified else self.summed(map_, is_top=True)
+        order = torch.arange(map_.num_channels) if map_.turns is None else map_.turns.sort(stable=True).indices
+        bias, bias_of, products = torch.zeros(1, map_.num_channels), "", []
+        for term in terms:
+            if term.op == "label":
+                bias, bias_of = bias + torch.nn.functional.pad(term.block.table, (0, 0, 1, 0)), "label"
+            elif term.op == "constant":
+                bias, bias_of = bias + term.block().flatten(1).T, "place"
+            else:
+                products.append(self.product(term, is_top=term is map_))
+                if not products[-1].is_copy and term.block.bias is not None:
+                    bias = bias + term.block.bias
+        first: Any = {"bias": bias.detach()[:, order], "bias_of": bias_of}
+        if map_.turns is None:
+            self.chain(self.add_buffer(map_), None, None, products, first, is_rectified)
+            return
+        # What is known by row is summed by itself, in the order of the whole; pixel work goes on with that.
+        base, row_sum = None, Buffer(order=order)
+        if bias_of or any(True for product in products for _ in product.steps(row_sum, None, is_part=True)):
+            base = self.buffers[Map("row sum", (), None, map_.num_channels, -1)] = row_sum
+            self.chain(row_sum, None, None, products, first, is_rectified=False, is_part=True)
+            first = {}
+        buffer = self.add_buffer(map_)
+        for turn in map_.turns.unique().tolist():
+            here = {"bias": first["bias"][:, buffer.channels_of(turn)]} if first else {}
+            self.chain(buffer, turn, base, products, here, is_rectified)
+
+    def chain(
+        self,
+        out: Buffer,
+        turn: int | None,
+        base: Buffer | None,
+        products: list[_Product],
+        first: dict[str, Any],
+        is_rectified: bool,
+        is_part: bool = False,
+    ) -> None:
+        """Plan steps one after the other, each on top of the one before; `first` is what the first one adds, too."""
+        for product in products:
+            if base is None and product.can_be_base(out):
+                base = product.source
+                products = [other for other in products if other is not product]
+        steps = [step for product in products for step in product.steps(out, turn, is_part)]
+        steps = steps or [Step(kind="sum", turn=turn, out=out)]
+        steps[0] = replace(steps[0], **first)
+        steps[-1].is_rectified = is_rectified
+        for step in steps:
+            step.base, base = base, out
+            self.add_step(step)
+
+    def follow_back(self) -> None:
+        """Find, from the draws back to the image, where and how far up each map is needed."""
+        for buffer in reversed(list(self.buffers.values())):
+            for reader, rows_up, is_sideways in buffer.readers:
+                if reader is None:
+                    continue
+                buffer.reach = max(buffer.reach, reader.reach + rows_up)
+                buffer.is_always_needed |= rows_up > 0 or reader.is_always_needed
+                buffer.is_for_draws_alone &= not (rows_up or is_sideways) and reader.is_for_draws_alone
+            buffer.is_for_draws_alone &= not buffer.is_always_needed
+
+
+def make_plan(model: AutoregressiveModel) -> Plan:
+    """Return the plan for a model without its completer, with its present weights.
+
+    Raises:
+        ValueError: no sampler follows from the network.
+    """
+    planner = _Planner(model.described())
+    planner.follow_back()
+    inputs = {map_.op: buffer for map_, buffer in planner.buffers.items() if map_.op in ("image", "context")}
+    buffers = list(planner.buffers.values())
+    return Plan(
+        image=inputs["image"],
+        context=inputs.get("context"),
+        logits=buffers[-1],
+        buffers=buffers,
+        row_steps=planner.row_steps,
+        pixel_steps=sorted(planner.pixel_steps, key=lambda step: step.turn or 0),
+    )

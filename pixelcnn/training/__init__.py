@@ -1,0 +1,7 @@
+"""Training: `fit`, what it takes, and what it reports."""
+
+from pixelcnn.training.config import TrainConfig
+from pixelcnn.training.state import training_history
+from pixelcnn.training.trainer import StepReport, Trainer, fit, format_progress
+
+__all__ = ["StepReport", "TrainConfig", "Trainer", "fit", "format_progress", "training_history"]

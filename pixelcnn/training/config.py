@@ -1,0 +1,107 @@
+"""How to train: the settings of a run, checked when they are made, and what `precision: auto` stands for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pixelcnn.training.optimizers import OPTIMIZERS
+
+PRECISIONS = ("float32", "bfloat16")
+BFLOAT16_CPUS = ("avx512_bf16", "amx_bf16")  # instructions without which bfloat16 is nine times slower than float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    With `max_minutes` 0 a run is a function of its seed, whatever the machine's speed. While the learning rate has not
+    begun to fall, raising `max_epochs` and resuming gives the weights of a run that had the larger value all along.
+
+    Args:
+        batch_size: images per optimizer step.
+        learning_rate: its peak.
+        optimizer: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimizers.py).
+        max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.
+        max_minutes: minutes of training, for quick trials; 0 for no limit. The schedule is fitted to whichever ends
+            first, so a limit makes the result depend on the machine's speed.
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: last part of the run in which the learning rate falls linearly to zero.
+        ema_decay: decay per step of the weights' exponential moving average, which is what is scored and kept; 0 for
+            the weights themselves.
+        clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
+        label_dropout: share of the images whose label is withheld, so that one network serves with and without.
+        context_share: share of the images that are shown in part, for models with a context network.
+        redrawn_share: share of the images that are drawn anew, as people draw (redrawn.py); for binary datasets alone.
+        horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
+        precision: `float32`, or `bfloat16` for autocast of the matrix work; `auto` for the one that is faster here.
+        accumulate: parts that a batch is split into, to save memory.
+        num_validations: how often the validation split is scored, evenly over the run.
+        num_validation_images: how many of its images are scored then; 0 for all.
+        save_minutes: minutes between saves of the state file: what a training that is killed loses at most.
+        seed: of the batches and everything else that is drawn.
+
+    Raises:
+        ValueError: a value is impossible.
+    """
+
+    batch_size: int
+    learning_rate: float
+    max_epochs: float
+    optimizer: str = "adam"
+    max_minutes: float = 0
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    ema_decay: float = 0.999
+    clip_norm: float = 1.0
+    label_dropout: float = 0.5
+    context_share: float = 0.75
+    redrawn_share: float = 0.0
+    horizontal_flips: bool = False
+    precision: str = "float32"
+    accumulate: int = 1
+    num_validations: int = 10
+    num_validation_images: int = 0
+    save_minutes: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "num_validations"):
+            _check(name, getattr(self, name), int, 1, 1_000_000)
+        for name in ("warmup_steps", "num_validation_images", "seed"):
+            _check(name, getattr(self, name), int, 0, 2**63 - 1)
+        for name in ("learning_rate", "max_epochs", "clip_norm"):
+            _check(name, getattr(self, name), float, 0, {"learning_rate": 1.0}.get(name, 1e9), above=True)
+        for name in ("max_minutes", "save_minutes"):
+            _check(name, getattr(self, name), float, 0, 1e9)
+        for name in ("decay_fraction", "ema_decay", "label_dropout", "context_share", "redrawn_share"):
+            _check(name, getattr(self, name), float, 0, 1)
+        for name, choices in (("precision", (*PRECISIONS, "auto")), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if not isinstance(self.horizontal_flips, bool):
+            raise ValueError(f"horizontal_flips must be true or false, got {self.horizontal_flips!r}.")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
+
+
+def _check(name: str, value: Any, kind: type, least: float, most: float, above: bool = False) -> None:
+    kinds = (int,) if kind is int else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not (least <= value <= most):
+        word = "whole number" if kind is int else "number"
+        raise ValueError(f"{name} must be a {word} from {least} to {most}, got {value!r}.")
+    if above and value == least:
+        raise ValueError(f"{name} must be above {least}, got {value!r}.")
+
+
+def resolved_precision(precision: str, device: torch.device) -> str:
+    """Return what `auto` stands for on a device; any other precision as it is."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Older versions of torch cannot tell.
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = any(capabilities.get(name, False) for name in BFLOAT16_CPUS)
+    return "bfloat16" if fast else "float32"

@@ -1,0 +1,96 @@
+"""How weights follow gradients: Adam for all, or Muon for the convolutions' kernels and Adam for the rest.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the gradient's momentum, seen as a matrix
+from inputs to outputs, by the nearest orthogonal matrix, so that all directions are learned at the same pace. The scale
+of its step is that of Liu et al. 2025, arXiv:2502.16982: as large per weight as Adam's usually are. torch.optim.Muon is
+not used because it takes plain matrices alone, and computes in bfloat16, slow on a CPU that has no instructions for it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZERS = ("adam", "muon")
+# The quintic iteration's coefficients: singular values end between about 0.7 and 1.2, after five rounds.
+QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
+RMS = 0.2  # of a step at learning rate 1, per weight
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Return about U V^T of a matrix (m, n) with singular value decomposition U S V^T."""
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalise(matrix.T).T
+    a, b, c = QUINTIC
+    x: Tensor = matrix / (matrix.norm() + 1e-30)
+    for _ in range(ROUNDS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum, for weights whose first dimension is that of the outputs.
+
+    Args:
+        weights: (out, ...) tensors.
+        lr: learning rate, as Adam's.
+        momentum: share of the momentum that stays from step to step; Nesterov's.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                scale = RMS * max(update.shape) ** 0.5
+                weight.sub_(orthogonalise(update).view_as(weight), alpha=group["lr"] * scale)
+
+
+class Optimizer:
+    """One of `OPTIMIZERS` for a model: its steps, its learning rate, and its state weight by weight.
+
+    Args:
+        model: whose parameters it follows.
+        name: `adam`, or `muon` for the 4-dimensional weights and Adam for the others.
+        lr: learning rate before the first step sets another.
+    """
+
+    def __init__(self, model: nn.Module, name: str, lr: float) -> None:
+        weights = list(model.parameters())
+        kernels = [w for w in weights if name == "muon" and w.dim() == 4]
+        chosen = set(map(id, kernels))
+        rest = [w for w in weights if id(w) not in chosen]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99))]
+        if kernels:
+            self.parts.append(Muon(kernels, lr=lr))
+
+    def step(self, lr: float) -> None:
+        """Update the weights from their gradients, at this learning rate."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+
+    def state(self, weight: Tensor) -> dict[str, Any]:
+        """Return a weight's momenta and step count by name; empty before the first step."""
+        return next(part.state[weight] for part in self._of(weight))
+
+    def restore(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+        """Set what `state` once returned; nothing where that is of another optimizer."""
+        part = next(self._of(weight))
+        if ("momentum" in state) == isinstance(part, Muon):
+            part.state[weight] = {k: v if k == "step" else torch.empty_like(weight).copy_(v) for k, v in state.items()}
+
+    def _of(self, weight: Tensor) -> Iterator[torch.optim.Optimizer]:
+        return (part for part in self.parts if any(w is weight for g in part.param_groups for w in g["params"]))

@@ -1,0 +1,269 @@
+"""`python -m app.demo` with stand-ins for the programs that it starts: what Ctrl-C leaves behind at any moment."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from app.canvas.views.demo import status_text
+from app.demo import own_steps
+from pixelcnn.training import StepReport, format_progress
+from tests.local import free_port
+
+ROOT = Path(__file__).parents[2]
+# A step that ends only when it is killed, as does the process that it starts in a session of its own.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+if "child" not in sys.argv:
+    subprocess.Popen([sys.executable, __file__, "child"], start_new_session=True)
+    open(os.environ["TMPDIR"] + "/../working", "w").write(str(os.nice(0)))
+while True:
+    time.sleep(1)
+"""
+# What answers at /readyz or /_stcore/health; its command ends with the port.
+SERVER = """
+import http.server, socketserver, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+socketserver.TCPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+PROGRAMS = ["make", "dvc", "python", "bentoml", "streamlit"]
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Find processes by a variable of their environment, which all that the demo starts inherit."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+class Demo:
+    """The program, on a PATH that has nothing but stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mark = uuid.uuid4().hex
+        self.ports = {"SERVICE_PORT": free_port(), "CANVAS_PORT": free_port()}
+        self.environment: dict[str, str] = {}
+        self.process: subprocess.Popen[str] | None = None
+
+    def stand_in(self, program: str, text: str) -> None:
+        path = self.folder / program
+        path.write_text(f"#!{sys.executable}\n{text}")
+        path.chmod(0o755)
+
+    def start(self, *words: str, **wishes: str) -> subprocess.Popen[str]:
+        ports = {name: str(port) for name, port in self.ports.items()}
+        environment = {
+            "PATH": str(self.folder),
+            "PYTHONPATH": str(ROOT),
+            "MARK": self.mark,
+            **ports,
+            **self.environment,
+            **wishes,
+        }
+        command = [sys.executable, "-m", "app.demo", *words]
+        self.process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**environment, "TMPDIR": str(self.folder)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        return self.process
+
+    def await_working(self) -> int:
+        """Wait until a stubborn step works; return its niceness."""
+        path = self.folder / "working"
+        deadline = time.monotonic() + 20
+        while not (path.exists() and path.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return int(path.read_text())
+
+    def await_line(self, text: str) -> str:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return line
+        pytest.fail(f"the demo ended without saying {text!r}")
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Demo]:
+    demo = Demo(tmp_path)
+    for program in PROGRAMS:
+        demo.stand_in(program, SERVER if program in ("bentoml", "streamlit") else "")
+    yield demo
+    for pid in marked_processes(demo.mark):
+        os.kill(pid, signal.SIGKILL)
+    if demo.process:
+        demo.process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("program", "sent"),
+    [
+        *((program, signal.SIGINT) for program in [*PROGRAMS, ""]),
+        *((program, sent) for program in ("dvc", "") for sent in (signal.SIGTERM, signal.SIGHUP)),
+    ],
+)
+def test_interrupted_in_any_step_it_leaves_nothing(demo: Demo, program: str, sent: signal.Signals) -> None:
+    if program:
+        demo.stand_in(program, STUBBORN)
+    process = demo.start()
+    if program in ("", "dvc"):
+        demo.await_line("Ready: draw at http://127.0.0.1:")
+    if program:
+        assert demo.await_working() == (19 if program == "dvc" else 0)  # a training leaves the canvas its processors
+    start = time.monotonic()
+    os.killpg(process.pid, sent)  # as a terminal does
+    said, _ = process.communicate(timeout=10)
+    assert time.monotonic() - start < 5
+    assert marked_processes(demo.mark) == []
+    assert said.strip() == "Stopped. The next `make demo` goes on from here."
+    assert process.returncode == 0
+    assert [path.name for path in demo.folder.iterdir() if path.name.startswith("demo-")] == []
+
+
+def test_own_pictures_are_learned_before_they_are_served(demo: Demo) -> None:
+    for program in ("python", "dvc"):
+        demo.stand_in(program, f"import sys; open('ran', 'a').write(' '.join(['{program}', *sys.argv[1:]]) + chr(10))")
+    process = demo.start("own", IMAGES="my pictures", NAME="glyphs", SIDE="48x32", LEVELS="", MINUTES="2")
+    demo.await_line(f"Ready: draw at http://127.0.0.1:{demo.ports['CANVAS_PORT']}/?dataset=glyphs (")
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=10)
+    assert said.strip() == "Stopped. The next `make own` goes on from here."
+    assert (demo.folder / "ran").read_text().splitlines() == [
+        "python -m pipelines.steps add glyphs --images my pictures --keep --side 48x32 --minutes 2",
+        "dvc repro own/dvc.yaml:evaluate@gated_pixelcnn-glyphs",
+        "python -m pipelines.steps promote glyphs",
+    ]
+    name, steps = own_steps({"NAME": ""})
+    assert name == "letters"
+    assert [words[3] for words in steps if words[0] == "python"] == ["letters", "add", "promote"]
+
+
+@pytest.mark.parametrize("program", ["make", "bentoml", "streamlit"])
+def test_a_part_that_fails_ends_all(demo: Demo, program: str) -> None:
+    demo.stand_in(program, "raise SystemExit('no space left')")
+    demo.stand_in("dvc", STUBBORN)
+    process = demo.start()
+    said, _ = process.communicate(timeout=20)
+    *_, reason, sentence, end = said.split("\n")
+    assert (reason, end) == ("no space left", "")
+    assert sentence.startswith("error: ")
+    assert sentence.endswith("; its message stands above.")
+    assert process.returncode == 1
+    assert marked_processes(demo.mark) == []
+
+
+def test_a_quick_start_that_fails_leaves_the_canvas(demo: Demo) -> None:
+    data: Any = SimpleNamespace(image_shape=(1, 28, 28), num_levels=2)
+    speed = {"learning_rate": 0.005, "images_per_s": 690.0, "train_nll_nats": 95.4}
+    reports = [
+        StepReport(step=900, epoch=3.6, remaining_s=40.0, validation_nll_nats=94.7, **speed),
+        StepReport(step=950, epoch=3.8, remaining_s=32.0, validation_nll_nats=None, **speed),
+    ]
+    lines = ["Running stage 'train@pixelcnn-mnist5k':", "02:05:28 Epoch unknown"]
+    lines += [f"02:05:28 {format_progress(report, data)}" for report in reports]
+    demo.stand_in(
+        "dvc",
+        f"""
+import os, shutil, time
+print({chr(10).join(lines)!r})
+while not os.path.exists("go"):
+    time.sleep(0.02)
+shutil.copy(os.environ["PIXELCNN_DEMO_STATUS"], "seen")
+raise SystemExit(1)
+""",
+    )
+    process = demo.start()
+    demo.await_line("Ready")
+    demo.await_line("beside: Running stage 'train@pixelcnn-mnist5k':")
+    demo.await_line("0:32 left")
+    (demo.folder / "go").touch()
+    demo.await_line("The canvas stays, without the quick start: `dvc repro` failed: .logs/quick-start.log says why.")
+    said = json.loads((demo.folder / "seen").read_text())
+    assert said == {"doing": "train", "what": "pixelcnn-mnist5k", "validation": "94.70 nats", "left": "0:32"}
+    assert status_text(said) == "Beside this page: train pixelcnn-mnist5k · validation 94.70 nats · 0:32 left"
+    [status] = demo.folder.glob("demo-*/status.json")
+    assert "goes on without it" in status_text(json.loads(status.read_text()))
+    assert "Epoch unknown" in (demo.folder / ".logs" / "quick-start.log").read_text()
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=10) == 0
+
+
+def test_nothing_can_be_shown_without_the_released_weights(demo: Demo) -> None:
+    demo.stand_in("python", "raise SystemExit(1)")
+    demo.stand_in("bentoml", SERVER.replace("200", "503"))
+    said, _ = demo.start().communicate(timeout=20)
+    assert said == "error: `python -m pipelines.steps release` failed: .logs/quick-start.log says why.\n"
+
+
+def test_a_port_in_use_is_said_before_anything_starts(demo: Demo) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", demo.ports["CANVAS_PORT"]))
+        other.listen()
+        said, _ = demo.start().communicate(timeout=20)
+    port = demo.ports["CANVAS_PORT"]
+    assert said == (
+        f"error: port {port}, for the canvas, is in use on 127.0.0.1. "
+        f"Stop the program that holds it, or choose another port: make demo CANVAS_PORT={port + 1000}\n"
+    )
+
+
+@pytest.mark.parametrize("shared", ["", "127.0.0.1"])
+def test_it_is_shared_by_a_link_with_a_token_alone(demo: Demo, shared: str) -> None:
+    note = """
+import json, os, sys
+with open(sys.argv[0] + ".json", "w") as file:
+    json.dump([sys.argv[1:], os.environ["PIXELCNN_DEMO_SHARE"]], file)
+"""
+    for program in ("bentoml", "streamlit"):
+        demo.stand_in(program, note + SERVER)
+    demo.stand_in("segno", "import sys\nprint('code of', sys.argv[-1])")
+    demo.environment["SHARE"] = shared
+    demo.start()
+    canvas_port = demo.ports["CANVAS_PORT"]
+    ready = demo.await_line(f"Ready: draw at http://127.0.0.1:{canvas_port}")
+    service, _ = json.loads((demo.folder / "bentoml.json").read_text())
+    assert service[service.index("--host") + 1] == "127.0.0.1"  # in both cases
+    canvas, link = json.loads((demo.folder / "streamlit.json").read_text())
+    address = canvas[canvas.index("--server.address") + 1]
+    assert not any("xsrf" in word.lower() or "cors" in word.lower() for word in canvas)
+    if not shared:
+        assert (address, link) == ("127.0.0.1", "")
+        assert "token" not in ready
+        return
+    assert (address, canvas[canvas.index("--browser.serverAddress") + 1]) == ("0.0.0.0", shared)
+    assert re.fullmatch(rf"http://{shared}:{canvas_port}/\?token=[\w-]{{22}}", link)
+    assert link.partition("?")[2] in ready
+    demo.await_line(f"Others in this network draw at {link}")
+    demo.await_line(f"code of {link}")

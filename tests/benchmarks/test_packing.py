@@ -1,0 +1,30 @@
+"""The benchmark of packing measures a folder of one's own, into its place on the page."""
+
+from benchmarks import packing
+from pixelcnn.images import to_png
+from tests.core.test_packing import checkpoint_of
+from tests.core.tiny import random_levels
+
+
+def test_a_folder_and_its_model(tmp_path, monkeypatch, capsys) -> None:
+    page, folder = tmp_path / "page.md", tmp_path / "mine"
+    page.write_text(packing.PAGE.read_text())
+    folder.mkdir()
+    for i, image in enumerate(random_levels((1, 4, 5), 3, 6)):
+        (folder / f"{i}.png").write_bytes(to_png(image, 3))
+    checkpoint = checkpoint_of(tmp_path / "own-mine")
+    monkeypatch.setattr(packing, "PAGE", page)
+    monkeypatch.setattr(packing, "TOOLS", ())
+
+    def by_pillow_alone(levels, num_levels, num_alone):
+        pictures = [packing.picture_of(image, num_levels) for image in levels]
+        return [packing.by_pillow("PNG", some, format="PNG") for some in (pictures[:num_alone], pictures)]
+
+    monkeypatch.setattr(packing, "by_codecs", by_pillow_alone)
+    assert packing.main(["--folder", str(folder), "--checkpoint", str(checkpoint), "--alone", "2"]) == 0
+    before, after = packing.PAGE.read_text().split("<!-- python -m benchmarks.packing --folder -->\n")
+    assert "### `own-mine`, 6 pictures of a folder, `mine`" in after
+    assert "0 mismatches." in after
+    assert "### `gated_pixelcnn-mnist`, 10,000 test images" in before
+    assert packing.main(["--folder", str(folder)]) == 1
+    assert "--folder and --checkpoint go together, and without pairs." in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""The picture and the tables of the samplers' benchmark."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.plot import main, read
+from pixelcnn import PixelCNNConfig, build_model
+from pixelcnn.bench import SAMPLERS, bench, write_json
+
+
+def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = PixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, num_blocks=1)
+    samplers = [name for name in SAMPLERS if "torch.compile" not in name]
+    result = bench(build_model(config).eval(), [1, 2], samplers, 0.01, 0, [4, 8], lambda line: None)
+    write_json(tmp_path / "tiny.json", result)
+    assert main([str(tmp_path)]) == 0
+    path, table = tmp_path / "bench.png", (tmp_path / "bench.md").read_text().splitlines()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.md", "bench.png", "tiny.json"]
+    (cached,) = [line for line in table if line.startswith("| `tiny` | 2 | cached, compiled |")]
+    seconds = {row["sampler"]: row["seconds_per_image"] for row in result["timings"] if row["batch_size"] == 2}
+    ratio = float(cached.split(" | ")[4].removesuffix("x").replace(",", ""))
+    assert ratio == pytest.approx(seconds["naive"] / seconds["cached, compiled"], rel=0.01)
+    assert "e+" not in cached
+    assert sum(line.startswith(("| `tiny` | 4 |", "| `tiny` | 8 |")) for line in table) == 2  # the sides
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 500
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_its_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"plot: {tmp_path} holds no benchmark. Make one: make bench\n"
+    (tmp_path / "half.json").write_text("{")
+    with pytest.raises(ValueError, match=r"half\.json is no JSON. Make it again: make bench"):
+        read(tmp_path)

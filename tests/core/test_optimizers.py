@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+
+from pixelcnn.training.optimizers import OPTIMIZERS, Optimizer, orthogonalise
+from tests.core.tiny import ARCHITECTURES, tiny_model
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 40), (40, 3), (1, 7), (7, 1)])
+def test_orthogonalise_levels_the_singular_values_and_keeps_the_directions(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-6
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.T @ orthogonalise(matrix) @ vh.T
+    assert ((found.diagonal() > 0.4) & (found.diagonal() < 1.25)).all()
+    assert (found - torch.diag(found.diagonal())).abs().max() < 1e-6
+
+
+def test_no_gradient_is_no_direction():
+    assert (orthogonalise(torch.zeros(3, 4)) == 0).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_weight_is_followed_by_one_part(architecture):
+    model = tiny_model(architecture, (1, 3, 3), 2, num_labels=2)
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    for w in model.parameters():
+        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
+    optimizer = Optimizer(model, "muon", lr=1.0)
+    optimizer.step(0.01)
+    for name, w in model.named_parameters():
+        moved = (w.detach() - before[name]).square().mean().sqrt().item()
+        if w.dim() == 4:
+            assert list(optimizer.state(w)) == ["momentum"]
+            rank, largest = min(w.flatten(1).shape), max(w.flatten(1).shape)
+            assert moved == pytest.approx(0.01 * 0.2 * math.sqrt(largest * rank / w.numel()), rel=0.3), name
+        else:
+            assert "exp_avg_sq" in optimizer.state(w)
+            assert moved == pytest.approx(0.01, rel=1e-3), "Adam's first step is as large as its rate"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_restored_goes_on_alike(name):
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            for w in model.parameters():
+                w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(number), dtype=w.dtype)
+            optimizer.step(0.01)
+
+    models = [tiny_model("gated_pixelcnn", (1, 3, 3), 2, num_labels=2) for _ in range(2)]
+    optimizers = [Optimizer(model, name, lr=0.01) for model in models]
+    steps(models[0], optimizers[0], range(3))
+    models[1].load_state_dict(models[0].state_dict())
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        optimizers[1].restore(b, {k: v.clone() for k, v in optimizers[0].state(a).items()})
+    for model, optimizer in zip(models, optimizers, strict=True):
+        steps(model, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_the_memory_of_another_optimizer_is_left_out():
+    model = tiny_model("pixelcnn", (1, 3, 3), 2)
+    adam, muon = (Optimizer(model, name, lr=0.01) for name in OPTIMIZERS)
+    for w in model.parameters():
+        w.grad = torch.ones_like(w)
+    adam.step(0.01)
+    for w in model.parameters():
+        muon.restore(w, adam.state(w))
+        assert bool(muon.state(w)) == (w.dim() != 4)

@@ -1,0 +1,474 @@
+"""Packing: what comes out is what went in, as small as the likelihood says; damage is noticed and never a picture."""
+
+import json
+import math
+import os
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixelcnn import build_model, load_checkpoint, log_prob, packed_bytes, save_checkpoint, save_dataset
+from pixelcnn.__main__ import main
+from pixelcnn.images import to_png
+from pixelcnn.packing import pack, unpack
+from pixelcnn.packing.coder import Coder
+from pixelcnn.packing.container import Header, Reader, block_bytes
+from tests.core.tiny import Shape, exactly, random_levels, tiny_config, toy_dataset
+
+SHAPE = (1, 4, 5)
+# Of numba's names, to be emulated in turn; half a minute each, so that `make test-slow` alone names some.
+PROCESSORS = os.environ.get("PIXELCNN_TEST_PROCESSORS", "").split()
+# What the probe is on any machine: another order of sums changes it, and makes packed files unreadable.
+PROBES = {
+    "pixelcnn": "f6037c32311a771e",
+    "gated_pixelcnn": "9082c9ab8d3e6c0f",
+    "attentive_pixelcnn": "a488cc2f7dd22961",
+}
+DAMAGES = int(os.environ.get("PIXELCNN_TEST_DAMAGES", "40"))
+
+
+def checkpoint_of(
+    folder: Path,
+    architecture: str = "pixelcnn",
+    shape: Shape = SHAPE,
+    num_levels: int = 3,
+    num_labels: int = 2,
+    **changes,
+) -> Path:
+    torch.manual_seed(0)
+    model = build_model(replace(tiny_config(architecture, shape, num_levels, num_labels), **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    save_checkpoint(folder, model, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_of(tmp_path_factory.mktemp("packing") / "model")
+
+
+def array_of(path: Path, num: int, shape: Shape = SHAPE, num_levels: int = 3) -> np.ndarray:
+    """Write `num` images to a `.npy` file; return them."""
+    levels = random_levels(shape, num_levels, num).byte().numpy()
+    np.save(path, levels)
+    return levels
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "num_levels", "num_labels", "changes"),
+    [
+        ("pixelcnn", (1, 5, 4), 2, 0, {}),
+        ("gated_pixelcnn", (3, 4, 5), 256, 3, {}),
+        ("attentive_pixelcnn", (1, 4, 4), 5, 0, {}),
+        ("gated_pixelcnn", (3, 3, 3), 256, 2, {"output": "logistic_mixture", "num_mixtures": 3}),
+    ],
+)
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_what_comes_out_is_what_went_in(
+    tmp_path, architecture, shape, num_levels, num_labels, changes, with_labels
+) -> None:
+    model = checkpoint_of(tmp_path / "model", architecture, shape, num_levels, num_labels, **changes)
+    levels = array_of(tmp_path / "in.npy", 21, shape, num_levels)
+    labels = None
+    if with_labels and num_labels:
+        labels = np.arange(21) % (num_labels + 1) - 1
+        np.save(tmp_path / "labels.npy", labels)
+    given = tmp_path / "labels.npy" if labels is not None else None
+    pack(model, tmp_path / "in.npy", tmp_path / "x.pxl", labels=given, block_images=8)
+    assert unpack(model, tmp_path / "x.pxl", tmp_path / "out.npy") == 21
+    assert np.array_equal(np.load(tmp_path / "out.npy"), levels)
+    assert (tmp_path / "out.labels.npy").exists() == (labels is not None)
+    assert labels is None or np.array_equal(np.load(tmp_path / "out.labels.npy"), labels)
+    unpack(model, tmp_path / "x.pxl", tmp_path / "some", images=(7, 17))
+    assert sorted(path.name for path in (tmp_path / "some").glob("*.png"))[::9] == ["00007.png", "00016.png"]
+    assert labels is None or np.array_equal(np.load(tmp_path / "some" / "labels.npy"), labels[7:17])
+    # The same file comes of the pictures as of the array.
+    unpack(model, tmp_path / "x.pxl", tmp_path / "all")
+    pack(model, tmp_path / "all", tmp_path / "again.pxl", labels=given, block_images=8)
+    assert (tmp_path / "again.pxl").read_bytes() == (tmp_path / "x.pxl").read_bytes()
+
+
+@pytest.mark.parametrize("num_levels", [2, 256])
+def test_a_file_is_as_large_as_the_likelihood_says(tmp_path, num_levels) -> None:
+    checkpoint = checkpoint_of(tmp_path / "model", num_levels=num_levels)
+    levels = array_of(tmp_path / "in.npy", 3000, num_levels=num_levels)
+    with torch.no_grad():
+        nats = -log_prob(load_checkpoint(checkpoint)[0], torch.from_numpy(levels).long()).double().sum().item()
+    made = pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl")
+    assert made.num_bytes == (tmp_path / "x.pxl").stat().st_size
+    assert made.nats == pytest.approx(nats, rel=1e-5)
+    least = packed_bytes(-nats)
+    assert least == math.ceil(nats / math.log(2) / 8)
+    assert 0 <= made.num_bytes - made.num_header_bytes - least <= 0.002 * least
+    assert made.num_header_bytes < 400
+
+
+def test_a_file_does_not_depend_on_the_number_of_threads(checkpoint, tmp_path) -> None:
+    levels = array_of(tmp_path / "in.npy", 100)
+    files = []
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        pack(checkpoint, tmp_path / "in.npy", tmp_path / f"{num_threads}.pxl", block_images=16)
+        unpack(checkpoint, tmp_path / f"{num_threads}.pxl", tmp_path / f"{num_threads}.npy")
+        assert np.array_equal(np.load(tmp_path / f"{num_threads}.npy"), levels)
+        files.append((tmp_path / f"{num_threads}.pxl").read_bytes())
+    torch.set_num_threads(1)
+    assert files[0] == files[1]
+
+
+def test_commands_keep_names_labels_and_subfolders(checkpoint, tmp_path, capsys) -> None:
+    levels = random_levels(SHAPE, 3, 3)
+    names = ["a.png", "b/a.png", "b/ü 2.png"]
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    for name, image in zip(names, levels, strict=True):
+        (tmp_path / "in" / name).write_bytes(to_png(image, 3))
+    (tmp_path / "in" / "notes.txt").write_text("not packed")
+    # A palette is another way to write the same pixels.
+    Image.open(tmp_path / "in" / "a.png").convert("P").save(tmp_path / "in" / "a.png")
+    file, out = tmp_path / "x.pxl", tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint)]
+    assert main(["pack", *command, "--images", str(tmp_path / "in"), "--out", str(file)]) == 0
+    size = f"{file.stat().st_size:,}"
+    assert capsys.readouterr().out == f"left out: 1 files that are no PNG\nwrote {file}: 3 images in {size} bytes\n"
+    assert main(["unpack", *command, str(file), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"wrote 3 images to {out}\n"
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png")) == names
+    for name, image in zip(names, levels, strict=True):
+        assert (out / name).read_bytes() == to_png(image, 3)
+    one = tmp_path / "one.png"
+    assert main(["unpack", *command, str(file), "--out", str(one), "--images", "1"]) == 0
+    assert one.read_bytes() == to_png(levels[1], 3)
+    assert main(["unpack", *command, str(file), "--out", str(tmp_path / "no.png"), "--images", "0:2"]) == 1
+    message = f"error: {tmp_path}/no.png can hold one image, not 2. Name a folder or a .npy file, or one image.\n"
+    assert capsys.readouterr().err == message
+    assert main(["unpack", *command, str(file), "--out", str(tmp_path / "no"), "--images", "2:4"]) == 1
+    assert capsys.readouterr().err == f"error: {file} holds the images 0 to 2, got 2 to 3.\n"
+    assert main(["unpack", *command, str(file), "--out", str(tmp_path / "no"), "--images", "two"]) == 1
+    assert capsys.readouterr().err == "error: --images must be a number, or two of them like 100:200, got 'two'.\n"
+
+
+def test_a_datasets_split_and_a_single_picture(tmp_path) -> None:
+    data = toy_dataset()
+    save_dataset(tmp_path / "toy.safetensors", data)
+    checkpoint = checkpoint_of(tmp_path / "model", shape=(1, 3, 3))
+    file = tmp_path / "toy.safetensors"
+    pack(checkpoint, file, tmp_path / "x.pxl", labels=file, split="validation")
+    unpack(checkpoint, tmp_path / "x.pxl", tmp_path / "out.npy")
+    assert np.array_equal(np.load(tmp_path / "out.npy"), data.images["validation"])
+    assert np.array_equal(np.load(tmp_path / "out.labels.npy"), data.labels["validation"])
+    (tmp_path / "one.png").write_bytes(to_png(data.images["test"][0].long(), 3))
+    pack(checkpoint, tmp_path / "one.png", tmp_path / "one.pxl")
+    unpack(checkpoint, tmp_path / "one.pxl", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "one.png").read_bytes() == (tmp_path / "one.png").read_bytes()
+    with pytest.raises(ValueError, match=exactly("--split must be one of train, validation, test, got 'all'.")):
+        pack(checkpoint, file, tmp_path / "y.pxl", split="all")
+
+
+def test_progress_is_told_and_a_failure_leaves_nothing(checkpoint, tmp_path) -> None:
+    array_of(tmp_path / "in.npy", 40)
+    seen = []
+    command = (checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl")
+    pack(*command, block_images=20, on_progress=lambda done, num: seen.append((done, num)))
+    assert seen == [(16, 40), (20, 40), (36, 40), (40, 40)]
+    before = sorted(tmp_path.iterdir())
+
+    def fail(done: int, num: int) -> None:
+        if done > 20:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        pack(*command[:2], tmp_path / "y.pxl", block_images=20, on_progress=fail)
+    for out in ("y.npy", "y"):
+        with pytest.raises(RuntimeError, match="power cut"):
+            unpack(checkpoint, tmp_path / "x.pxl", tmp_path / out, on_progress=fail)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def changed(array: np.ndarray, value: int) -> np.ndarray:
+    array = array.astype(np.int64)
+    array[2, 0, 1, 1] = value
+    return array
+
+
+def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
+    array = array_of(tmp_path / "in.npy", 4)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("no picture")
+    for name, picture in {
+        "large": Image.new("L", (6, 4)),
+        "grey": Image.new("L", (5, 4), 100),
+        "red": Image.new("RGB", (5, 4), (255, 0, 0)),
+        "clear": Image.new("LA", (5, 4), (255, 0)),
+        "deep": Image.new("I;16", (5, 4)),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00000.png").write_bytes(to_png(torch.zeros(SHAPE, dtype=torch.int64), 3))
+        picture.save(tmp_path / name / "00001.png")
+    np.save(tmp_path / "floats.npy", array.astype(np.float32))
+    np.save(tmp_path / "shape.npy", array[:, :, 1:])
+    np.save(tmp_path / "none.npy", array[:0])
+    np.save(tmp_path / "high.npy", changed(array, 3))
+    np.save(tmp_path / "low.npy", changed(array, -1))
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "file.txt").write_text("no images")
+    holds = "must hold at least one image (1, 4, 5) of whole numbers, as an array (N, C, H, W), got"
+    levels = (
+        "does not fit the model: image must hold the 3 levels of grey of the model and nothing else (black is the "
+        "first one, white the last one): others would be changed."
+    )
+    before = sorted(tmp_path.iterdir())
+    for name, message in {
+        "empty": "{} holds no PNG file (*.png).",
+        "other": "{} holds no PNG file (*.png).",
+        "nowhere": "{} does not exist.",
+        "large": "{}/00001.png does not fit the model: image must be 5 x 4 pixels, got 6 x 4.",
+        "grey": "{}/00001.png " + levels,
+        "red": "{}/00001.png " + levels,
+        "clear": "{}/00001.png " + levels,
+        "deep": "{}/00001.png " + levels,
+        "floats.npy": "{} " + holds + " float32 (4, 1, 4, 5).",
+        "shape.npy": "{} " + holds + " uint8 (4, 1, 3, 5).",
+        "none.npy": "{} " + holds + " uint8 (0, 1, 4, 5).",
+        "high.npy": "{} does not fit the model: its levels are 0 to 2, got 0 to 3.",
+        "low.npy": "{} does not fit the model: its levels are 0 to 2, got -1 to 2.",
+        "file.txt": "{} must be a folder of PNG files, a .png, a .npy or a prepared dataset (.safetensors).",
+    }.items():
+        with pytest.raises(ValueError, match=exactly(message.format(tmp_path / name))):
+            pack(checkpoint, tmp_path / name, tmp_path / "x.pxl")
+    for name in ("broken.npy", "pickle.npy"):
+        with pytest.raises(ValueError, match=f"{name} is no .npy array"):
+            pack(checkpoint, tmp_path / name, tmp_path / "x.pxl")
+    np.save(tmp_path / "labels.npy", np.array([0, 1, 2, 0]))
+    np.save(tmp_path / "few.npy", np.array([0, 1]))
+    for name, message in {
+        "labels.npy": "{} must hold labels from -1 (none) to 1.",
+        "few.npy": "{} must hold 4 whole numbers, got int64 (2,).",
+        "nowhere.npy": "{} does not exist.",
+    }.items():
+        with pytest.raises(ValueError, match=exactly(message.format(tmp_path / name))):
+            pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / name)
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=exactly("--block-images must be from 1 to 4096, got 0.")):
+        pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", block_images=0)
+    assert sorted(tmp_path.iterdir()) == before
+    unlabelled = checkpoint_of(tmp_path / "model", num_labels=0)
+    with pytest.raises(ValueError, match=exactly("the model knows no labels. Leave --labels out.")):
+        pack(unlabelled, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / "in.npy")
+
+
+def test_what_is_there_is_never_replaced(checkpoint, tmp_path) -> None:
+    array_of(tmp_path / "in.npy", 4)
+    pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl")
+    (tmp_path / "folder").mkdir()
+    unpack(checkpoint, tmp_path / "x.pxl", tmp_path / "folder")  # an empty one has nothing to lose
+    (tmp_path / "empty.npy").mkdir()
+    message = "{} is there already. Name another one, or remove it."
+    with pytest.raises(ValueError, match=exactly(message.format(tmp_path / "x.pxl"))):
+        pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl")
+    for name in ("in.npy", "folder", "empty.npy"):
+        with pytest.raises(ValueError, match=exactly(message.format(tmp_path / name))):
+            unpack(checkpoint, tmp_path / "x.pxl", tmp_path / name)
+    absent = tmp_path / "absent" / "x"
+    message = f"{absent} cannot be written: {absent.parent} is no folder that you may write to."
+    with pytest.raises(ValueError, match=exactly(message)):
+        pack(checkpoint, tmp_path / "in.npy", absent)
+    with pytest.raises(ValueError, match=exactly(message)):
+        unpack(checkpoint, tmp_path / "x.pxl", absent)
+
+
+def test_another_model_version_or_machine_is_refused(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    array_of(tmp_path / "in.npy", 4)
+    file = tmp_path / "x.pxl"
+    pack(checkpoint, tmp_path / "in.npy", file)
+    before = sorted(tmp_path.iterdir())
+
+    def refused(model: Path, path: Path = file) -> str:
+        assert main(["unpack", "--checkpoint", str(model), str(path), "--out", str(tmp_path / "out")]) == 1
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error[7:-1].replace(str(path), "x.pxl")
+
+    other = checkpoint_of(tmp_path.parent / f"{tmp_path.name}-other", "gated_pixelcnn")
+    mine, its = (json.loads((folder / "config.json").read_text())["weights_sha256"] for folder in (checkpoint, other))
+    assert refused(other) == (
+        f"x.pxl was packed by the weights {mine[:12]}..., those in {other} are {its[:12]}.... "
+        "Name the checkpoint that packed it."
+    )
+    binary = checkpoint_of(tmp_path.parent / f"{tmp_path.name}-binary", num_levels=2)
+    assert refused(binary) == (
+        f"x.pxl holds images (1, 4, 5) of 3 levels, the model in {binary} is for (1, 4, 5) of 2. "
+        "Name the checkpoint that packed it."
+    )
+    newer = tmp_path.parent / f"{tmp_path.name}.pxl"
+    newer.write_bytes(file.read_bytes()[:8] + b"\x02\x00" + file.read_bytes()[10:])
+    assert refused(checkpoint, newer) == "x.pxl is of format version 2, this program reads version 1."
+    assert refused(checkpoint, tmp_path / "nowhere.pxl") == "x.pxl is no file."
+    probe = Coder.probe
+    monkeypatch.setattr(Coder, "probe", lambda coder: probe(coder)[::-1])
+    assert refused(checkpoint).startswith("x.pxl cannot be unpacked here: it was packed by float32 on ")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "pixelcnn.sampling.compiled", None)
+    message = "packing needs the compiled sampler, but sampling is cached, in torch: numba is not installed."
+    assert refused(checkpoint) == message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_probe_sees_the_last_bit_of_a_weight(checkpoint) -> None:
+    model, _ = load_checkpoint(checkpoint)
+    probes = {Coder(model, 16).probe(), Coder(model, 4).probe()}
+    assert len(probes) == 1
+    with torch.no_grad():
+        weight = next(p for name, p in model.named_parameters() if name.endswith("bias"))
+        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+    assert Coder(model, 16).probe() not in probes
+
+
+@pytest.mark.parametrize("architecture", PROBES)
+def test_the_arithmetic_is_the_same_on_every_machine(architecture: str) -> None:
+    model = build_model(tiny_config(architecture, (1, 8, 8), 5, num_features=20))
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):  # torch's own random numbers differ by machine
+            values = torch.arange(weight.numel(), dtype=torch.float64) * (number + 1) * 0.618033988749895 % 1
+            weight.copy_((values - 0.5).view_as(weight))
+    assert Coder(model.eval(), 16).probe()[:16] == PROBES[architecture]
+
+
+@pytest.mark.repeated
+@pytest.mark.timeout(600)  # the sampler is compiled anew
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_a_lesser_processor_gives_the_same_pictures(checkpoint, tmp_path, processor: str) -> None:
+    levels = array_of(tmp_path / "in.npy", 60)
+    pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl")
+    # Numba and torch's libraries, told to be content with less.
+    less = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "ATEN_CPU_CAPABILITY": "default"}
+    less |= {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+    command = [sys.executable, "-m", "pixelcnn", "unpack", "--checkpoint", str(checkpoint), str(tmp_path / "x.pxl")]
+    command += ["--out", str(tmp_path / "out.npy")]
+    done = subprocess.run(command, env=os.environ | less, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(tmp_path / "out.npy"), levels)
+    print(f"{processor}: the same pictures")
+
+
+def damaged(whole: bytes, rng: random.Random) -> bytes:
+    """Return a file that is not the one that was packed, in one of many ways."""
+    place, other = rng.randrange(len(whole)), rng.randrange(len(whole))
+    first, last = sorted((place, other))
+    start = struct.unpack_from("<I", whole, 10)[0] + 18
+    values = json.loads(zlib.decompress(whole[18:start]))
+    key = rng.choice(list(values))
+    values[key] = rng.choice([None, -1, 0, 1, 7, 2**70, "", "x", [], [1, 4, 5], {}, True, ["../a.png"] * 60, ["a.png"]])
+    signed = zlib.compress(json.dumps(values).encode())
+    junk = rng.randbytes(rng.randrange(1, 400))
+    return rng.choice(
+        [
+            whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :],
+            whole[:place] + rng.randbytes(4) + whole[place + 4 :],
+            whole[:place],
+            whole[: rng.randrange(20)],
+            whole[:place] + junk + whole[place:],
+            whole[:first] + whole[last:],
+            whole + junk,
+            whole + whole[start:],
+            whole[:first] + bytes(last - first) + whole[last:],
+            junk,
+            whole[:18] + junk,
+            whole[:10] + struct.pack("<II", len(signed), zlib.crc32(signed)) + signed + whole[start:],
+            to_png(torch.zeros(SHAPE, dtype=torch.int64), 3),
+        ]
+    )
+
+
+@pytest.mark.repeated
+def test_a_damaged_file_is_refused_or_recovered_in_part(checkpoint, tmp_path) -> None:
+    levels = array_of(tmp_path / "in.npy", 60)
+    pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", block_images=16)
+    whole, rng = (tmp_path / "x.pxl").read_bytes(), random.Random(1)
+    num_recovered = 0
+    for _ in range(DAMAGES):
+        content = damaged(whole, rng)
+        if content == whole:
+            continue
+        file, out = tmp_path / "y.pxl", tmp_path / "out.npy"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"y.pxl .*\.$") as error:
+            unpack(checkpoint, file, out)
+        assert "\n" not in str(error.value)
+        assert out.exists() == ("are whole and now in" in str(error.value))
+        if out.exists():
+            found = np.load(out)
+            assert np.array_equal(found, levels[: len(found)])
+            assert len(found) in (16, 32, 48, 60)
+            num_recovered += 1
+            out.unlink()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npy", "x.pxl", "y.pxl"]
+    assert DAMAGES / 10 < num_recovered < DAMAGES
+    print(f"{DAMAGES} damaged files: {num_recovered} recovered in part, the others refused, no wrong picture")
+
+
+def test_whole_blocks_before_the_damage_are_recovered(checkpoint, tmp_path) -> None:
+    levels = array_of(tmp_path / "in.npy", 60)
+    file, out = tmp_path / "x.pxl", tmp_path / "out"
+    pack(checkpoint, tmp_path / "in.npy", file, block_images=16)
+    content = bytearray(file.read_bytes())
+    content[-30] ^= 1  # in the last block
+    file.write_bytes(content)
+    message = (
+        f"{file} is damaged: the checksum of block 3 is wrong. Images 0 to 47 are whole and now in {out}; "
+        "the rest is lost."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        unpack(checkpoint, file, out)
+    assert [path.read_bytes() for path in sorted(out.iterdir())] == [
+        to_png(image, 3) for image in torch.from_numpy(levels[:48]).long()
+    ]
+    assert unpack(checkpoint, file, tmp_path / "some.npy", images=(20, 40)) == 20  # the damage is elsewhere
+    assert np.array_equal(np.load(tmp_path / "some.npy"), levels[20:40])
+    message = f"{file} is damaged: the checksum of block 3 is wrong. No image could be recovered."
+    with pytest.raises(ValueError, match=exactly(message)):
+        unpack(checkpoint, file, tmp_path / "last.npy", images=(50, 52))
+    assert not (tmp_path / "last.npy").exists()
+
+
+def test_other_results_than_the_probes_are_noticed_by_the_images_checksum(checkpoint, tmp_path) -> None:
+    array_of(tmp_path / "in.npy", 32)
+    file = tmp_path / "x.pxl"
+    pack(checkpoint, tmp_path / "in.npy", file, block_images=16)
+    with open(file, "rb") as opened:
+        reader = Reader(opened, "x.pxl")
+        (_, code, crc), (_, _, _) = reader.blocks(range(2))
+    start = reader.header.to_bytes()
+    file.write_bytes(start + block_bytes(start, 0, code, crc) + block_bytes(start, 1, code, crc + 1))
+    with pytest.raises(
+        ValueError, match=r"the images of block 1 do not come out as they were packed\. Images 0 to 15 "
+    ):
+        unpack(checkpoint, file, tmp_path / "out.npy")
+    for junk in (b"", b"abc", b"\xff" * 8):
+        (tmp_path / "junk.pxl").write_bytes(start + block_bytes(start, 0, junk, crc))
+        with pytest.raises(ValueError, match=r"junk.pxl is damaged: .*block 0.* No image could be recovered\.$"):
+            unpack(checkpoint, tmp_path / "junk.pxl", tmp_path / "junk.npy")
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.png", "/a.png", "a", "b\\a.png", "c:a.png", "a/../../b.png", "a//b.png", ".png/"]
+)
+def test_names_cannot_lead_out_of_the_folder(name: str) -> None:
+    common = {"image_shape": SHAPE, "num_levels": 3, "num_images": 1, "block_images": 1, "batch_images": 1}
+    texts = dict.fromkeys(["weights_sha256", "engine", "arithmetic", "probe"], "x")
+    with pytest.raises(ValueError, match="names must be as many plain relative names as there are images"):
+        Header(**common, **texts, has_labels=False, names=[name])

@@ -1,0 +1,221 @@
+"""A sampler follows from any network made of the blocks; what none can follow from is refused by name."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixelcnn import build_model, naive_sample, sample
+from pixelcnn.config import ModelConfig
+from pixelcnn.models import registry
+from pixelcnn.models.attention import BlockAttention
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.layers import (
+    LabelBias,
+    MaskedConv2d,
+    Pointwise,
+    context_projection,
+    gate,
+    masked_1x1,
+    shift_down,
+)
+from pixelcnn.models.masks import colour_groups, raster_mask, row_mask
+from pixelcnn.sampling.cached import cached_sample
+from pixelcnn.sampling.plan import make_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(ModelConfig):
+    """Random networks: the seed decides what is connected with what."""
+
+    seed: int
+
+
+class RandomLayer(nn.Module):
+    """A vertical and a horizontal convolution, and by chance all else that there is."""
+
+    def __init__(self, rng: np.random.Generator, config: RandomConfig, context_features: int, is_first: bool) -> None:
+        super().__init__()
+        colours, height, width = config.image_shape
+        p, k = config.num_features, int(rng.choice([3, 5]))
+        groups = colour_groups(p, colours)
+        inputs, kind = (torch.arange(colours), "A") if is_first else (groups, "B")
+
+        def chance(probability: float) -> bool:
+            return bool(rng.random() < probability)
+
+        def holed(mask: Tensor, right: int) -> MaskedConv2d:
+            holes = torch.from_numpy(rng.random(mask.shape[2:]) < 0.6) if chance(0.3) else torch.ones(mask.shape[2:])
+            return MaskedConv2d(mask * holes, right)
+
+        self.v_unit, self.h_unit = (gate if chance(0.5) else F.relu for _ in range(2))
+        v_groups, h_groups = (groups.repeat(2 if unit is gate else 1) for unit in (self.v_unit, self.h_unit))
+        self.v_conv = holed(torch.ones(len(v_groups), len(inputs), k // 2 + 1, k), k // 2)
+        if chance(0.5):
+            self.h_conv = holed(row_mask(kind, k, inputs, h_groups), 0)
+        else:
+            self.h_conv = holed(raster_mask(kind, k, inputs, h_groups), k // 2)
+        self.link = Pointwise(len(v_groups), len(h_groups)) if chance(0.7) else None
+        self.labels, self.contexts = (
+            [make(maps) if there and chance(0.5) else None for maps in (len(v_groups), len(h_groups))]
+            for there, make in (
+                (config.num_labels, lambda maps: LabelBias(config.num_labels, maps)),
+                (context_features, lambda maps: context_projection(context_features, maps)),
+            )
+        )
+        self.extras = nn.ModuleList(block for block in (*self.labels, *self.contexts) if block is not None)
+        self.attention = self.enter = self.out = None
+        if not is_first and chance(0.5):
+            self.attention = BlockAttention(p, colours, 1, 3, height, width)
+            self.enter = masked_1x1("B", colour_groups(3 * colours, colours), h_groups)
+        if chance(0.5):
+            self.out = masked_1x1("B", groups, groups)
+        self.v_residual, self.h_residual = (not is_first and chance(0.4) for _ in range(2))
+
+    def forward(self, v, h, label, context):
+        found = [self.v_conv(v), self.h_conv(h)]
+        if self.link is not None:
+            found[1] = found[1] + self.link(shift_down(found[0]))
+        for i in range(2):
+            if self.labels[i] is not None and label is not None:
+                found[i] = found[i] + self.labels[i](label)
+            if self.contexts[i] is not None and context is not None:
+                found[i] = found[i] + self.contexts[i](context)
+        if self.attention is not None and self.enter is not None:
+            found[1] = found[1] + self.enter(self.attention(v, h))
+        v_new, h_new = self.v_unit(found[0]), self.h_unit(found[1])
+        if self.out is not None:
+            h_new = self.out(h_new)
+        return v + v_new if self.v_residual else v_new, h + h_new if self.h_residual else h_new
+
+
+class RandomNetwork(AutoregressiveModel):
+    """Random layers, and by chance the sum of all of them instead of the last."""
+
+    def __init__(self, config: RandomConfig) -> None:
+        super().__init__(config, in_maps=config.num_features)
+        rng, context_features = np.random.default_rng(config.seed), self.layer_config.context_features
+        self.layers = nn.ModuleList(
+            RandomLayer(rng, config, context_features, is_first=i == 0) for i in range(int(rng.integers(1, 5)))
+        )
+        self.is_sum = bool(rng.random() < 0.5)
+
+    def features(self, x, label, context):
+        v = h = x
+        skips = []
+        for layer in self.layers:
+            v, h = layer(v, h, label, context)
+            skips.append(h)
+        for skip in skips[:-1] if self.is_sum else []:
+            h = h + skip
+        return h
+
+
+@pytest.fixture(autouse=True)
+def _random_networks():
+    registry.register("random", RandomConfig)(RandomNetwork)
+    yield
+    del registry._ARCHITECTURES["random"]
+
+
+def random_network(seed: int) -> AutoregressiveModel:
+    rng = np.random.default_rng([seed, 1])
+    colours = int(rng.integers(1, 4))
+    torch.manual_seed(seed)
+    model = build_model(
+        RandomConfig(
+            image_shape=(colours, int(rng.integers(1, 7)), int(rng.integers(1, 7))),
+            num_levels=int(rng.choice([2, 3, 5])),
+            num_features=colours * int(rng.integers(1, 7)),
+            num_labels=int(rng.choice([0, 2])),
+            context_features=int(rng.choice([0, 0, 3])),
+            seed=seed,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+@pytest.mark.repeated
+def test_random_architectures_are_sampled_exactly() -> None:
+    for seed in range(int(os.environ.get("PIXELCNN_TEST_NETWORKS", 40))):
+        model = random_network(seed)
+        config = model.config
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.rand(2, *config.image_shape, generator=generator, dtype=torch.float64)
+        label = torch.tensor([-1, 1]) if config.num_labels else None
+        drawing = torch.randint(0, config.num_levels, u.shape, generator=generator)
+        observed = torch.rand(2, 1, *config.image_shape[1:], generator=generator) < 0.5
+        for seen in ({}, {"drawing": drawing, "observed": observed}):
+            expected = naive_sample(model, u, label, **seen)
+            assert torch.equal(sample(model, u, label, **seen), expected), f"compiled, seed {seed}"
+            assert torch.equal(cached_sample(model, u, label, **seen), expected), f"torch, seed {seed}"
+
+
+class Refused(AutoregressiveModel):
+    """A network whose features go through `layer`."""
+
+    def __init__(self, config: ModelConfig, layer) -> None:
+        super().__init__(config, in_maps=4)
+        self.first = MaskedConv2d(raster_mask("A", 3, torch.arange(1), colour_groups(4, 1)), right=1)
+        self.layer = layer
+
+    def features(self, x, label, context):
+        return self.layer(self.first(x))
+
+
+CONFIG = ModelConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.BatchNorm2d(4), "no sampler follows from '.*' of a feature map|no sampler follows from batch_norm"),
+        (nn.Conv2d(4, 4, 3, padding=1), "no sampler follows from conv2d"),
+        (torch.tanh, "no sampler follows from tanh"),
+        (lambda x: x.flip(1), "no sampler follows from '.flip' of a feature map"),
+        (MaskedConv2d(torch.ones(4, 4, 1, 3), right=1), "is not causal"),
+        (lambda x: x + 1, "can only be added to another one"),
+    ],
+    ids=["batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"],
+)
+def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Refused(CONFIG, layer).described()
+
+
+def test_a_network_that_sees_its_own_pixel_is_refused_when_it_is_built() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class LeakyConfig(ModelConfig):
+        """Of a network whose first layer has the wrong mask."""
+
+    class Leaky(AutoregressiveModel):
+        def __init__(self, config: LeakyConfig) -> None:
+            super().__init__(config, in_maps=4)
+            self.first = MaskedConv2d(raster_mask("B", 3, torch.arange(1), colour_groups(4, 1)), right=1)
+
+        def features(self, x, label, context):
+            return self.first(x)
+
+    registry.register("leaky", LeakyConfig)(Leaky)
+    try:
+        with pytest.raises(ValueError, match="Leaky is not causal: its logits see the pixel itself, or later ones"):
+            build_model(LeakyConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4))
+    finally:
+        del registry._ARCHITECTURES["leaky"]
+
+
+def test_rows_and_columns_are_kept_only_as_far_as_they_are_read() -> None:
+    model = build_model(registry.architectures()["gated_pixelcnn"](
+        image_shape=(1, 9, 9), num_levels=2, num_features=4, num_layers=3, kernel_size=5))  # fmt: skip
+    plan = make_plan(model)
+    assert max(buffer.num_rows for buffer in plan.buffers) == 3
+    assert max(max(buffer.left, buffer.right) for buffer in plan.buffers) == 2
+    # The vertical stack's rows are read by two layers that each look two rows up, and by a link one row down.
+    assert max(buffer.reach for buffer in plan.buffers) == 7

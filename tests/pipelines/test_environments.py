@@ -1,0 +1,183 @@
+"""A model store is fed by one registry; named environments are never mixed, and hand champions on by hash."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines import steps
+from pipelines.promotion.move import run_rollback
+from pipelines.promotion.register import repair_all
+from pipelines.registry import decisions, lineage, store
+from pipelines.registry import versions as registry
+from pipelines.settings import Settings, environment
+from tests.pipelines.toys import INK, Toy
+
+NAME = "pixelcnn-mnist5k"
+
+
+@pytest.fixture
+def clone(tmp_path, new_database, monkeypatch):
+    """Make a folder with a registry of its own, new or a copy, and work in it."""
+    for variable in ("MLFLOW_TRACKING_URI", "BENTOML_HOME", "PIXELCNN_SERVICE_URL", "PIXELCNN_ENVIRONMENT"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def make(name: str, database: Path = new_database) -> Toy:
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(database, folder / "mlflow.db")
+        shutil.copy(Path(steps.__file__).parents[1] / "params.yaml", folder)
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which MLflow sets
+        return Toy("mnist5k", folder)
+
+    return make
+
+
+def state_of(home: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+def test_twenty_experiments_and_clones_leave_production_as_it_is(clone, monkeypatch):
+    production = clone("production")
+    production.register(0.3)
+    production.promote()
+    production.register(0.2)
+    production.promote()
+    home = production.folder / ".bentoml"
+    assert store.home() == home, "a clone's own, without any setting"
+    before = state_of(home)
+    expected = {
+        "clone": "fed by another registry",
+        "copy": "of which this registry is a copy",
+        "experiment": "this is a DVC experiment",
+        "own store": None,
+    }
+    for number in range(20):
+        kind, refusal = list(expected.items())[number % 4]
+        with monkeypatch.context() as patch:
+            patch.setenv("BENTOML_HOME", str(home))
+            if kind == "experiment":  # what `dvc exp run` tells its stages, here of production's own registry
+                patch.chdir(production.folder)
+                patch.setenv("MLFLOW_TRACKING_URI", "")
+                patch.setenv("DVC_EXP_BASELINE_REV", "c0ffee")
+                other = production
+            else:
+                other = clone(str(number), *([production.folder / "mlflow.db"] if kind == "copy" else []))
+            if number < 8:
+                other.register(INK)  # whoever tries registers, and may compare
+            if refusal is None:
+                patch.delenv("BENTOML_HOME")
+                assert other.promote()["decision"] == "promoted" if number < 8 else not repair_all()
+            else:
+                tries = [other.promote] if number < 8 else [lambda: run_rollback("mnist5k"), repair_all]
+                for attempt in tries:
+                    with pytest.raises(LookupError, match=rf"{refusal}.* nothing moved\."):
+                        attempt()
+        assert state_of(home) == before, (kind, number)
+    monkeypatch.chdir(production.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert production.promote()["decision"] == "promoted", "what the experiment registered, once somebody asks for it"
+
+
+def test_a_registry_that_is_moved_or_begun_anew_keeps_its_store(clone, monkeypatch, capsys):
+    toy = clone("first")
+    toy.register(INK)
+    toy.promote()
+    served = store.metadata_of(str(store.latest(NAME)))
+    moved = toy.folder.rename(toy.folder.with_name("moved"))
+    monkeypatch.setenv("BENTOML_HOME", str(moved / ".bentoml"))
+    monkeypatch.chdir(moved)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert store.feeder()["at"].endswith("first/mlflow.db")
+    assert repair_all() == []
+    assert store.feeder()["at"] == str(moved / "mlflow.db")
+
+    # Another one takes over by being told to, and goes on with what is served.
+    other = clone("other")
+    assert steps.main(["repair"]) == 1
+    assert (
+        "this one take over what is served: python -m pipelines.steps repair --take-over.\n" in capsys.readouterr().err
+    )
+    assert steps.main(["repair", "--take-over"]) == 0
+    assert "it is version 1 and champion now (checksum checked, scored afresh on 200" in capsys.readouterr().out
+    now = other.served()
+    assert now["weights_sha256"] == served["weights_sha256"]
+    assert now["run_id"] != served["run_id"], "its lineage leads to the registry that there is"
+    answer = Path("answer.json")
+    answer.write_text(json.dumps({"model": {key: now[key] for key in registry.versions("mnist5k")[0].lineage()}}))
+    assert lineage.main(["--version", str(answer), "--verify"]) == 0
+    assert steps.main(["repair"]) == 0
+    assert capsys.readouterr().out.endswith("nothing to repair: registry and model store agree.\n")
+
+
+@pytest.fixture
+def two_environments(clone, tmp_path, monkeypatch):
+    """Staging and production of one file; work in staging."""
+    for name in ("production", "staging"):
+        toy = clone(name)
+    text = "".join(
+        f"{name}: {{registry: 'sqlite:///{tmp_path}/{name}/mlflow.db', store: '{tmp_path}/{name}/store',"
+        f" service: 'http://{name}:3000'}}\n"
+        for name in ("staging", "production")
+    )
+    Path("environments.yaml").write_text(text)
+    monkeypatch.setenv("PIXELCNN_ENVIRONMENT", "staging")
+    return toy
+
+
+def test_production_gets_what_staging_served_by_hash(two_environments, capsys):
+    toy = two_environments
+    assert steps.main(["promote", "mnist5k", "--to", "production"]) == 1
+    assert capsys.readouterr().err.startswith("promote: staging serves no model of mnist5k")
+    toy.register(0.3)
+    toy.promote()
+    assert steps.main(["promote", "mnist5k", "--to", "production", "--why", "release 1"]) == 0
+    toy.register(INK)
+    toy.promote()
+    staged = toy.served()
+    assert store.home().parts[-2:] == ("staging", "store")
+    for said in ("are version 2 and champion of production now (checksum checked, scored", "already."):
+        assert steps.main(["promote", "mnist5k", "--to", "production"]) == 0
+        out = capsys.readouterr().out
+        assert said in out
+        assert f"weights {staged['weights_sha256'][:12]}, served in staging as version 2" in out
+    assert toy.served() == staged
+    with environment("production") as settings:
+        assert settings.service_url == "http://production:3000"
+        assert toy.aliases == {"champion": "2", "previous": "1"}
+        served = toy.served()
+        assert served["weights_sha256"] == staged["weights_sha256"]
+        assert served["run_id"] != staged["run_id"]
+        lines = decisions.history("mnist5k")
+        assert ["release 1" in line for line in lines] == [True, False, False]
+        assert "version 2 (gated_pixelcnn-mnist5k) replaced version 1" in lines[1]
+        assert lineage.main(["--version", f"{NAME}/2", "--verify"]) == 0
+        assert run_rollback("mnist5k")["new"] == "1"
+    assert Settings().environment == "staging"
+    assert steps.main(["promote", "mnist5k", "--to", "production", "--dry-run"]) == 1
+    damaged = store.home() / "models" / str(store.latest(NAME)).replace(":", "/") / "model.safetensors"
+    damaged.write_bytes(b"damaged")
+    assert steps.main(["promote", "mnist5k", "--to", "production"]) == 1
+    assert "is damaged. Restore a backup, or promote another version.\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "variables", "said"),
+    [
+        (None, {"PIXELCNN_ENVIRONMENT": "tests"}, r"'tests', which environments\.yaml .*Known: staging, production\."),
+        (None, {"BENTOML_HOME": "/elsewhere"}, r"BENTOML_HOME is set, but not to the store of staging\. Unset it, or "),
+        ("staging: {registry: x}", {}, r"a store and, if there is one, a service: staging\.store: Field required"),
+        ("a: {registry: x, store: y}\nb: {registry: z, store: y}", {}, "two environments share store y"),
+        ("a: [", {}, "it is no YAML"),
+    ],
+    ids=["unknown", "mixed", "lacking", "shared", "no YAML"],
+)
+def test_environments_are_not_mixed(two_environments, monkeypatch, capsys, text, variables, said):
+    if text is not None:
+        Path("environments.yaml").write_text(text)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(LookupError, match=said):
+        Settings()

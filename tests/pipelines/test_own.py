@@ -1,0 +1,451 @@
+"""A folder of pictures becomes a dataset without an edit of code; a bad folder is one sentence, and leaves nothing."""
+
+import errno
+import gzip
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipelines import steps
+from pipelines.datasets import own
+from pipelines.datasets.letters import write_letters
+from pipelines.params import load_params
+from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.data import load_dataset
+from pixelcnn.models.registry import build_model
+from tests.pipelines.projects import ROOT, copy_project, tiny_params, write_params
+
+NAME = "glyphs"
+
+
+def picture(seed: int, width: int = 12, height: int = 12, mode: str = "L") -> Image.Image:
+    channels = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels, mode=None if mode != "CMYK" else "CMYK")
+
+
+def fill(folder: Path, num: int, first: int = 0, **options: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + num):
+        picture(i, **options).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a small project; return a folder of 30 grey pictures outside of it."""
+    project = tmp_path / "project"
+    project.mkdir()
+    write_params(project, tiny_params())
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    fill(tmp_path / "pictures", 30)
+    return tmp_path / "pictures"
+
+
+def state(top: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+
+
+def add(folder: Path, *words: str, name: str = NAME) -> int:
+    return steps.main(["add", name, "--images", str(folder), *words])
+
+
+def only(num: int) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        for file in sorted(folder.iterdir())[num:]:
+            file.unlink()
+
+    return build
+
+
+def no_picture(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.rename(file.with_suffix(".txt"))
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def truncated(folder: Path) -> None:
+    (folder / "x.png").write_bytes((folder / "7.png").read_bytes()[:120])
+
+
+def tiny_picture(folder: Path) -> None:
+    picture(1, 1, 1).save(folder / "x.png")
+
+
+def bomb(folder: Path) -> None:
+    """10,000 x 10,000 pixels in a few bytes; nothing of it may be decoded."""
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    (folder / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def animated(folder: Path) -> None:
+    picture(1).save(folder / "x.webp", save_all=True, append_images=[picture(2), picture(3)])
+
+
+def link(target: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "x.png").symlink_to(target)
+
+
+def link_to_folder(folder: Path) -> None:
+    (folder / "x").symlink_to(folder)
+
+
+def labels(a: str, num_a: int, b: str, num_b: int) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        shutil.rmtree(folder)
+        fill(folder / a, num_a)
+        fill(folder / b, num_b, first=1000)
+
+    return build
+
+
+def mixed_depth(folder: Path) -> None:
+    fill(folder / "a", 3, first=100)
+
+
+def same(folder: Path) -> None:
+    for file in folder.iterdir():
+        picture(0).save(file)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (only(0), "holds no pictures: at least 20 are needed"),
+    "one": (only(1), "holds 1 picture: at least 20 are needed"),
+    "five": (only(5), "holds 5 pictures: at least 20 are needed"),
+    "no image": (no_picture, "holds no pictures (30 files of other kinds)"),
+    "all alike": (same, "holds 1 different pictures: at least 20"),
+    "zero bytes": (write("x.png", b""), "'x.png' is empty. Mend or remove it, or leave such pictures out"),
+    "text": (write("x.png", b"hello"), "'x.png' is no picture of PNG, JPEG, WebP or BMP"),
+    "truncated": (truncated, "'x.png' is damaged ("),
+    "newline": (write("a\nb ü.png", b""), r"'a\nb ü.png' is empty"),
+    "not utf-8": (lambda folder: Path(os.fsdecode(bytes(folder) + b"/\xff.png")).touch(), "is no name in UTF-8"),
+    "1 x 1": (tiny_picture, "'x.png' is 1 x 1 pixels: sides of 4 to 4096 can be read"),
+    "bomb": (bomb, "'x.png' is 10000 x 10000 pixels"),
+    "animated": (animated, "'x.webp' is animated"),
+    "link out": (link("/etc/passwd"), "'x.png' is a link that leads out of"),
+    "link to nothing": (link("nothing.png"), "'x.png' is a link that leads nowhere or to itself"),
+    "loop": (link("x.png"), "'x.png' is a link that leads nowhere or to itself"),
+    "loop of folders": (link_to_folder, "'x' is a link to a folder"),
+    "label of one": (labels("a", 20, "b", 1), "label 'b' has 1 picture: a label needs 3"),
+    "labels by case": (labels("a", 20, "A", 5), "labels 'A' and 'a' differ by case alone"),
+    "half labels": (mixed_depth, "holds pictures beside folders of pictures ('a/100.png')"),
+    "gone": (shutil.rmtree, "does not exist. Name a folder of pictures"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_folder_is_one_sentence(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    build, said = BAD[kind]
+    build(folder)
+    before = state(Path.cwd())
+    assert add(folder) == 1
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.err.startswith("add: ")
+    assert (shown.err.count("\n"), shown.out) == (1, "")
+    assert state(Path.cwd()) == before, "nothing stays behind"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("../x", "'../x' is no name of a dataset: use small letters"),
+        ("Glyphs", "'Glyphs' is no name"),
+        ("a-b", "'a-b' is no name"),
+        ("mnist", "there is a dataset 'mnist' already: choose another name"),
+    ],
+)
+def test_a_name_that_is_taken_or_none(folder: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = state(Path.cwd())
+    assert add(folder, name=name) == 1
+    assert said in capsys.readouterr().err
+    assert state(Path.cwd()) == before
+
+
+def test_without_permission(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, *_: Path(path) != folder)  # root may read everything
+    assert add(folder) == 1
+    assert capsys.readouterr().err == f"add: {folder} may not be read: change its permissions.\n"
+
+
+def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = state(Path.cwd())
+    monkeypatch.setattr("pixelcnn.data.save_file", full)
+    assert add(folder) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert state(Path.cwd()) == before
+
+
+def test_pictures_of_every_mode_are_read_alike(folder: Path) -> None:
+    """16 bits, palette, CMYK, transparency, turned by EXIF; names with spaces, Unicode, newlines."""
+    wide = np.repeat(np.arange(0, 240, 20, dtype=np.uint8)[None], 12, axis=0)
+    expected = {}
+    for name, image, strengths in (
+        ("16 bit.png", Image.fromarray(wide.astype(np.uint16) << 8), wide),
+        ("palette ü.png", Image.fromarray(wide).convert("P"), wide),
+        ("grey\nlines.bmp", Image.fromarray(wide.T.copy()), wide.T),
+        ("alpha.png", Image.merge("LA", [Image.fromarray(wide), Image.new("L", (12, 12), 0)]), np.zeros_like(wide)),
+        ("lossless.webp", Image.fromarray(wide[:, ::-1].copy()).convert("RGB"), wide[:, ::-1]),
+    ):
+        image.save(folder / name, lossless=True) if name.endswith("webp") else image.save(folder / name)
+        expected[name] = strengths
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(wide).save(folder / "turned.png", exif=exif)
+    expected["turned.png"] = np.rot90(wide, -1)
+    Image.new("CMYK", (12, 12), (0, 0, 0, 255 - 51)).save(folder / "print.jpg", quality=100)
+    expected["print.jpg"] = np.full_like(wide, 51)
+    source = own.source_of(folder)
+    read = {p.name: np.asarray(p.image.convert("L")) for p in own.read_pictures(source, "black", True, own.Left())}
+    for name, strengths in expected.items():
+        assert np.abs(read[name].astype(int) - strengths).max() <= 3, name
+
+
+def test_a_folder_becomes_a_pair_and_goes_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ink on paper, in two labels: binary, inverted; the network fits the data."""
+    shutil.rmtree(folder)
+    for i in range(60):
+        image = Image.new("L", (16, 12), 255)
+        image.putpixel((i % 16, i // 16 + 3), 0)
+        image.putpixel((0, 11), 0)
+        target = folder / ("left" if i % 16 < 8 else "right") / f"{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target)
+    shutil.copy(folder / "left/0.png", folder / "left/copy.png")
+    (folder / "left/note.txt").write_text("no picture")
+    Path("own").mkdir()
+    Path("own/params.yaml").write_text("# mine\ndatasets: {}\npairs: {}\n")
+    before, code = state(Path.cwd()), state(Path(own.__file__).parents[1])
+    assert add(folder) == 0
+    said = capsys.readouterr().out
+    assert "found: 61 pictures, 1 other files" in said
+    assert "labels: 2: left (33), right (28)" in said
+    assert "exact duplicates: 1, each taken once" in said
+    assert "learned as: 16 x 12, binary, 2 levels (threshold)" in said
+    assert "inverted: ink is dark; 48 train, 6 validation, 6 test" in said
+    assert state(Path(own.__file__).parents[1]).keys() == code.keys(), "no code was touched"
+    data, params = load_dataset(f"data/{NAME}.safetensors"), load_params()
+    assert (data.image_shape, data.label_names, data.num_levels) == ((1, 12, 16), ["left", "right"], 2)
+    for split, images in data.images.items():
+        assert set(images.unique().tolist()) == {0, 1}
+        columns = images[:, 0, 3:7].sum(dim=1).argmax(dim=1)
+        assert torch.equal(data.labels[split], (columns >= 8).long()), "each picture kept its label"
+    pair = params.pair(f"gated_pixelcnn-{NAME}")
+    assert (pair.network.image_shape, pair.network.num_labels) == ((1, 12, 16), 2)
+    build_model(pair.network)
+    assert "# mine" in Path("own/params.yaml").read_text()
+    with Image.open(f"reports/data/{NAME}.png") as sheet:
+        assert sheet.width > 8 * 16
+    assert steps.main(["prepare", NAME]) == 0
+    assert load_dataset(f"data/{NAME}.safetensors").data_hash == data.data_hash
+    assert add(folder) == 1
+    assert f"there is a dataset '{NAME}' already: remove it first" in capsys.readouterr().err
+    assert steps.main(["remove", NAME]) == 0
+    assert state(Path.cwd()) == before
+    assert steps.main(["remove", "mnist"]) == 1
+    assert "'mnist' stands in params.yaml, not in own/params.yaml: it belongs to the project" in capsys.readouterr().err
+
+
+def test_a_pair_of_ones_own_is_trained_and_evaluated(project: Path, tmp_path: Path) -> None:
+    """Colour, not square, no labels: down to the card, which knows no word of this dataset."""
+    fill(tmp_path / "pictures", 30, width=24, height=16, mode="RGB")
+    assert add(tmp_path / "pictures", "--minutes", "0.01") == 0
+    values, pair = yaml.safe_load(Path("own/params.yaml").read_text()), f"gated_pixelcnn-{NAME}"
+    values["pairs"][pair]["network"] |= {"num_features": 3, "num_layers": 1}
+    Path("own/params.yaml").write_text(yaml.safe_dump(values))
+    for command in ("train", "evaluate"):
+        assert steps.main([command, pair]) == 0
+    model, scores = load_checkpoint(f"models/{pair}")
+    assert (model.config.image_shape, model.config.num_labels) == ((3, 16, 24), 0)
+    assert scores["data_hash"] == load_dataset(f"data/{NAME}.safetensors").data_hash
+    assert "16 levels, evenly spaced" in Path(f"models/{pair}/README.md").read_text()
+
+
+def test_a_dataset_that_is_served_stays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert add(folder) == 0
+    served = Path(os.environ["BENTOML_HOME"]) / f"models/pixelcnn-{NAME}"
+    (served / "v1-0123").mkdir(parents=True)
+    (served / "latest").write_text("v1-0123")
+    assert steps.main(["remove", NAME]) == 1
+    assert f"pixelcnn-{NAME}:v1-0123 is served: `bentoml models delete" in capsys.readouterr().err
+    assert NAME in load_params().datasets
+    assert steps.main(["remove", NAME, "--force"]) == 0
+    assert NAME not in load_params().datasets
+
+
+@pytest.mark.parametrize(
+    ("mode", "words", "shape", "levels", "protocol"),
+    [
+        ("L", [], (1, 12, 12), 16, "quantized"),
+        ("RGB", [], (3, 12, 12), 16, "quantized"),
+        ("RGB", ["--side", "10x6", "--colour", "grey", "--levels", "256"], (1, 6, 10), 256, "8-bit"),
+        ("L", ["--levels", "2", "--fit", "crop", "--side", "8"], (1, 8, 8), 2, "threshold"),
+    ],
+)
+def test_sizes_colours_and_levels(
+    folder: Path, mode: str, words: list[str], shape: tuple, levels: int, protocol: str
+) -> None:
+    fill(folder, 30, mode=mode)
+    fill(folder, 1, first=90, width=20, height=9)  # another size, another mode
+    assert add(folder, *words) == 0
+    data = load_dataset(f"data/{NAME}.safetensors")
+    assert (data.image_shape, data.num_levels, data.protocol, data.label_names) == (shape, levels, protocol, [])
+    assert levels // 2 <= int(data.images["train"].max()) < levels
+    build_model(load_params().pair(f"gated_pixelcnn-{NAME}").network)
+
+
+def test_broken_pictures_can_be_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "x.png").write_bytes(b"")
+    assert add(folder, "--skip-broken") == 0
+    assert "left out, broken: 1, e.g. 'x.png' is empty" in capsys.readouterr().out
+
+
+def test_other_formats(folder: Path, tmp_path: Path) -> None:
+    """Arrays, IDX and CIFAR's batches give the same pictures as PNG files do."""
+    images = np.stack([np.asarray(picture(i, mode="RGB", width=32, height=32)) for i in range(30)])
+    numbers = np.arange(30) % 3
+    np.savez(tmp_path / "x.npz", images=images, labels=numbers, label_names=np.array(["a", "b", "c"]))
+    (tmp_path / "cifar").mkdir()
+    rows = np.concatenate([numbers[:, None].astype(np.uint8), images.transpose(0, 3, 1, 2).reshape(30, -1)], axis=1)
+    rows.tofile(tmp_path / "cifar/data_batch_1.bin")
+    (tmp_path / "cifar/batches.meta.txt").write_text("a\nb\nc\n")
+    for path in (tmp_path / "x.npz", tmp_path / "cifar"):
+        assert add(path, "--levels", "256", name=path.stem) == 0
+        data = load_dataset(f"data/{path.stem}.safetensors")
+        assert data.label_names == ["a", "b", "c"]
+        found = {image.numpy().transpose(1, 2, 0).tobytes() for part in data.images.values() for image in part}
+        assert found == {image.tobytes() for image in images}
+    (tmp_path / "idx").mkdir()
+    grey = np.ascontiguousarray(images[..., 0])
+    raw = struct.pack(">4B3i", 0, 0, 8, 3, *grey.shape) + grey.tobytes()
+    (tmp_path / "idx/train-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "idx/train-labels-idx1-ubyte").write_bytes(
+        struct.pack(">4Bi", 0, 0, 8, 1, 30) + numbers.astype(np.uint8).tobytes()
+    )
+    assert add(tmp_path / "idx", "--levels", "256", name="idx") == 0
+    assert load_dataset("data/idx.safetensors").label_names == ["0", "1", "2"]
+    np.save(tmp_path / "p.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="holds no plain arrays of numpy"):
+        own.add("p", tmp_path / "p.npy", own.Wishes())
+
+
+def test_the_flow_adds_a_dataset(folder: Path) -> None:
+    from pipelines.flows.add_dataset import add_dataset
+
+    lines = add_dataset.fn(NAME, str(folder), side="10x6")
+    assert any(line.startswith("learned as: 10 x 6, grey, 16 levels") for line in lines)
+    assert load_dataset(f"data/{NAME}.safetensors").image_shape == (1, 6, 10)
+    deployed = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert "pipelines/flows/add_dataset.py:add_dataset" in [one["entrypoint"] for one in deployed]
+
+
+def test_letters_have_labels_and_are_the_same_each_time(folder: Path) -> None:
+    num = write_letters(Path("letters.npz"), variants=1)
+    with np.load("letters.npz") as made:
+        images, labels, names = made["images"], made["labels"], made["label_names"].tolist()
+    assert "".join(names) == "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    assert images.shape == (num, 28, 28)
+    assert np.bincount(labels).tolist() == [num // 52] * 52
+    ink = images.reshape(num, -1).mean(axis=1)
+    assert ink[labels == names.index("M")].mean() > 1.5 * ink[labels == names.index("i")].mean()
+    write_letters(Path("again.npz"), variants=1)
+    assert Path("again.npz").read_bytes() == Path("letters.npz").read_bytes()
+
+
+def few(folder: Path) -> None:
+    for i in range(18):
+        (folder / f"{i}.png").unlink()
+
+
+def inverted(folder: Path) -> None:
+    for file in folder.iterdir():
+        with Image.open(file) as image:
+            Image.fromarray(np.asarray(image) // 2).save(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (few, "images 30 before, 12 now"),
+        (inverted, "strengths differ by 0.4"),
+        (lambda folder: [(folder / f"{i}.png").rename(folder / f"x{i}.png") for i in range(30)], ""),
+    ],
+    ids=["fewer", "darker", "renamed"],
+)
+def test_a_changed_dataset_waits_to_be_confirmed(
+    folder: Path, change: Callable, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert add(folder) == 0
+    before = Path(f"data/{NAME}.safetensors").read_bytes()
+    change(folder)
+    assert steps.main(["prepare", NAME]) == bool(said)
+    if said:
+        error = capsys.readouterr().err
+        assert f"prepare: {NAME} has changed too much since it was prepared last: " in error
+        assert said in error
+        assert "**beyond**" in Path(f"reports/data/{NAME}.md").read_text()
+        assert Path(f"data/{NAME}.safetensors").read_bytes() == before
+        assert steps.main(["prepare", NAME]) == 1, "asking again confirms nothing"
+        assert steps.main(["confirm", NAME]) == 0
+        assert steps.main(["prepare", NAME]) == 0
+        assert Path(f"data/{NAME}.safetensors").read_bytes() != before
+    assert steps.main(["confirm", NAME]) == 1
+    assert f"no version of {NAME} waits to be confirmed" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy"
+    project.mkdir()
+    copy_project(project)
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    fill(tmp_path / "others", 30, first=500)
+    environment = {**os.environ, "PYTHONPATH": str(project), "DVC_NO_ANALYTICS": "1"}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=project, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def stale() -> set[str]:
+        lines = run("dvc", "status", "own/dvc.yaml").splitlines()
+        return {line.split(":")[1] for line in lines if line.startswith("own/") and "prepare@" in line}
+
+    for name, images in (("first", folder), ("second", tmp_path / "others")):
+        run("pipelines.steps", "add", name, "--images", str(images))
+    assert stale() == set(), "adding prepares, and DVC knows"
+    lock = yaml.safe_load((project / "own/dvc.lock").read_text())["stages"]
+    recorded = lock["prepare@first"]["outs"][0]["md5"]
+    assert recorded == load_dataset(project / "data/first.safetensors").data_hash
+    for change in (
+        lambda: fill(folder, 1, first=77),
+        (folder / "77.png").unlink,
+        lambda: picture(9).save(folder / "3.png"),
+    ):
+        change()
+        assert stale() == {"prepare@first"}
+        run("dvc", "commit", "-q", "-f", "own/dvc.yaml:prepare@first")
+    run("pipelines.steps", "remove", "second")
+    assert stale() == set()
+    assert "prepare@second" not in (project / "own/dvc.lock").read_text()

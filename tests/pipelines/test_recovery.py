@@ -1,0 +1,272 @@
+"""What is lost comes back: registry, model store or both are removed for good, and one command each restores them."""
+
+import gc
+import io
+import itertools
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+
+from pipelines import steps
+from pipelines.promotion.move import run_rollback
+from pipelines.registry import lineage, store
+from pipelines.registry import versions as registry
+from tests.pipelines.toys import INK, Toy
+from tools.faults.check import in_process
+
+NAME = "pixelcnn-mnist5k"
+
+
+def alone(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Work in a folder, with the registry and the store that lie there."""
+    patch.chdir(folder)
+    for variable in ("MLFLOW_TRACKING_URI", "BENTOML_HOME"):
+        patch.setenv(variable, "")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, new_database):
+    """Make a clone with two champions, of which the second is served; and a copy of all that."""
+    folder = tmp_path_factory.mktemp("recovery") / "clone"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch, folder)
+        shutil.copy(new_database, "mlflow.db")
+        shutil.copy(Path(steps.__file__).parents[1] / "params.yaml", ".")
+        toy = Toy("mnist5k", folder)
+        for ink in (0.3, INK):
+            toy.register(ink)
+            toy.promote()
+    shutil.copytree(folder, folder.with_name("copy"))
+    return toy
+
+
+@pytest.fixture
+def toy(made, monkeypatch):
+    """That clone as it was made, in its place."""
+    remove(*made.folder.parent.glob("[!c]*"), made.folder)  # what a test has left
+    shutil.copytree(made.folder.with_name("copy"), made.folder)
+    alone(monkeypatch, made.folder)
+    forget_connections()
+    return made
+
+
+def forget_connections(close: bool = True) -> None:
+    """Let no connection to a database outlive it: another one lies in its place now.
+
+    Args:
+        close: the process's own ones; those that a forked process shares are only let go.
+    """
+    for engine in [one for one in gc.get_objects() if issubclass(type(one), sqlalchemy.engine.Engine)]:
+        engine.dispose(close=close)
+
+
+def afresh(work: Callable[[], None]) -> None:
+    """Do work as a process of its own would: without connections to a database that was replaced."""
+
+    def start() -> None:
+        os.environ["MLFLOW_TRACKING_URI"] = ""  # which MLflow sets
+        forget_connections(close=False)
+        work()
+
+    assert in_process(start) == 0, "see above"
+
+
+def run(*words: str) -> None:
+    def work() -> None:
+        assert steps.main(words) == 0
+
+    afresh(work)
+
+
+def check(served: dict, num_versions: int) -> None:
+    """Everything that is registered is as it was registered, and the same weights are served."""
+
+    def work() -> None:
+        versions = registry.versions("mnist5k")
+        assert len(versions) == num_versions
+        for version in versions:
+            assert lineage.main(["--version", f"{NAME}/{version.version}", "--verify"]) == 0
+        now = store.metadata_of(str(store.latest(NAME)))
+        assert now["weights_sha256"] == served["weights_sha256"]
+        answer = Path("answer.json")
+        answer.write_text(json.dumps({key: now[key] for key in versions[0].lineage()}))
+        assert lineage.main(["--version", str(answer)]) == 0, "from what is served back to its run"
+        assert registry.aliases("mnist5k")["champion"] == now["version"]
+        assert not list(Path().glob(".*.*")) + list(Path(".bentoml").glob(".promote-*")), "left behind"
+
+    afresh(work)
+
+
+def remove(*names: str | Path) -> None:
+    for name in names:
+        shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+
+
+REGISTRY = ("mlflow.db", "mlruns")
+
+
+@pytest.mark.parametrize(
+    ("lost", "command", "num_versions"),
+    [
+        ((), ["restore", "../backup", "--replace"], 2),
+        (REGISTRY, ["restore", "../backup"], 2),
+        (["mlruns"], ["restore", "../backup", "--replace"], 2),
+        ((*REGISTRY, ".bentoml"), ["restore", "../backup"], 2),
+        ([".bentoml"], ["repair"], 2),
+        (REGISTRY, ["repair"], 1),  # without any backup: what is served is all that is known
+        (REGISTRY, ["release"], 1),  # the same, before anything else becomes the first champion
+    ],
+    ids=["nothing", "registry", "artifacts", "both", "store", "no-backup", "released"],
+)
+def test_one_command_after_each_loss(toy, lost, command, num_versions):
+    served = toy.served()
+    assert steps.main(["backup", "../backup"]) == 0
+    remove(*lost)
+    if command == ["release"]:
+        shutil.copytree("models/1", "weights/gated_pixelcnn-mnist5k")  # a worse one
+        num_versions += 1
+    run(*command)
+    if command == ["release"]:
+        assert store.metadata_of(str(store.latest(NAME)))["weights_sha256"] == served["weights_sha256"]
+    check(served, num_versions)
+    aside = [path.name.partition(".before-")[0] for path in Path().glob("*.before-*")]
+    assert sorted(aside) == sorted(set(REGISTRY) - {*lost} if command[0] == "restore" else [])
+
+
+def test_a_backup_is_restored_in_another_place(toy, tmp_path, monkeypatch):
+    served = toy.served()
+    assert steps.main(["backup", str(tmp_path / "backup")]) == 0
+    other = tmp_path / "another clone"
+    other.mkdir()
+    shutil.copytree("data", other / "data")
+    shutil.copy("params.yaml", other)
+    remove(*REGISTRY, ".bentoml")
+    monkeypatch.chdir(other)
+    run("restore", str(tmp_path / "backup"))
+    check(served, 2)
+    run("rollback", "mnist5k")
+    assert toy.served()["version"] == "1"
+
+
+def test_a_backup_while_others_write(toy, monkeypatch):
+    """Each of some backups, taken at any moment of promotions and rollbacks, is whole."""
+    tmp_path = toy.folder.parent
+    stop, begun = tmp_path / "stop", tmp_path / "begun"
+
+    def write() -> None:
+        for step in itertools.count(1):
+            for work in (
+                lambda: run_rollback("mnist5k", 1),
+                lambda: run_rollback("mnist5k", 2),
+                lambda: toy.register(0.3),
+            ):
+                with open(begun, "a") as file:
+                    file.write("x")
+                work()
+                if stop.exists() or step > 99:
+                    return
+
+    writer = os.fork()
+    if writer == 0:
+        try:
+            afresh(write)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    try:
+        for number in range(3):
+            while not begun.exists() or begun.stat().st_size < 2 + 2 * number:
+                assert os.waitpid(writer, os.WNOHANG) == (0, 0), "it has ended"
+                time.sleep(0.01)
+            assert steps.main(["backup", f"../{number}"]) == 0
+    finally:
+        stop.touch()
+        assert os.waitpid(writer, 0)[1] == 0
+    sizes = []
+    for number in range(3):
+        folder = tmp_path / f"restored-{number}"
+        folder.mkdir()
+        shutil.copytree("data", folder / "data")
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            run("restore", str(tmp_path / str(number)), "--replace")
+            with sqlite3.connect("mlflow.db") as database:
+                sizes.append(database.execute("SELECT count(*) FROM model_versions").fetchone()[0])
+                (champion,) = database.execute(
+                    "SELECT version FROM registered_model_aliases WHERE alias = 'champion'"
+                ).fetchone()
+            found = store.metadata_of(str(store.latest(NAME)))
+            assert str(champion) == found["version"]
+            check(found, sizes[-1])
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 2, "somebody wrote meanwhile"
+
+
+def archive(path: Path, *members: tarfile.TarInfo) -> None:
+    with tarfile.open(path, "w:gz") as found:
+        for member in members:
+            found.addfile(member, io.BytesIO(b"x" * member.size))
+
+
+def test_what_is_no_backup_changes_nothing(toy, capsys):
+    assert steps.main(["backup", "../backup"]) == 0
+    assert "holds " in capsys.readouterr().out
+    tmp_path = toy.folder.parent
+    whole = (tmp_path / "backup").read_bytes()
+    assert steps.main(["restore", "../backup"]) == 1
+    assert "mlflow.db is not empty: nothing is restored. Set MLFLOW_TRACKING_URI" in capsys.readouterr().err
+    outside, link = tarfile.TarInfo("../outside"), tarfile.TarInfo("mlruns/link")
+    outside.size, link.type, link.linkname = 1, tarfile.SYMTYPE, "/etc"
+    archive(tmp_path / "outside.tar", outside)
+    archive(tmp_path / "link.tar", link)
+    archive(tmp_path / "empty.tar")
+    half = len(whole) // 2
+    (tmp_path / "cut.tar").write_bytes(whole[:half])
+    (tmp_path / "end.tar").write_bytes(whole[:-1])
+    (tmp_path / "bit.tar").write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :])
+    (tmp_path / "text.tar").write_text("a text")
+    before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("outside", "link", "empty", "cut", "end", "bit", "text", "none"):
+        assert steps.main(["restore", f"../{name}.tar", "--replace"]) == 1, name
+        error = capsys.readouterr().err
+        assert ("no whole backup" if name != "none" else "No such file") in error, error
+        assert len(error.splitlines()) == 1
+    assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_backup_does_not_feed_the_store_of_another_registry(toy, tmp_path, new_database, monkeypatch, capsys):
+    assert steps.main(["backup", "../backup"]) == 0
+    home = store.home()
+    monkeypatch.setenv("BENTOML_HOME", str(home))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new/mlflow.db")
+    (home / "pixelcnn-registry.json").write_text(json.dumps({"registry": "x", "at": "y", "host": "z"}))
+    assert steps.main(["restore", "../backup"]) == 1
+    assert "is fed by another registry than that of ../backup: nothing is restored." in capsys.readouterr().err
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_registry_on_a_server_is_backed_up_there(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg://me:secret@host:5432/mlflow")
+    for words in (["backup", "x"], ["restore", "x"]):
+        assert steps.main(words) == 1
+        error = capsys.readouterr().err
+        assert "the registry host:5432/mlflow is no SQLite file: back up its database" in error
+        assert "pg_dump" in error
+        assert "secret" not in error
+
+
+def test_nothing_to_back_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.chdir(tmp_path)
+    assert steps.main(["backup", "x"]) == 1
+    assert "there is no registry" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

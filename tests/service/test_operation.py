@@ -1,0 +1,205 @@
+"""The service as a platform and an operator see it: two real ones over one store, in processes of their own."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import pytest
+
+from app.service.champions import Champions
+from app.service.operation.readiness import Readiness, draining
+from app.service.settings import settings
+from pipelines.registry import store
+from tests.service.champions import COLOUR, GREY, put, wait_until
+from tests.service.served import serving
+from tests.service.test_metrics import read
+
+REQUEST = {"dataset": "grey", "num_samples": 2, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("operated") / "bentoml"
+    home.mkdir()
+    return home
+
+
+@pytest.fixture(scope="module")
+def collector():
+    """A collector of traces: its address, and the bodies that came."""
+    traces = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            traces.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *values: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", traces
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def served(home, collector):
+    endpoint, traces = collector
+    values = {"PIXELCNN_DATASETS": "grey", "PIXELCNN_DRAIN_S": "4", "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+    with serving(home, home.parent / "log", **values, OTEL_BSP_SCHEDULE_DELAY="500") as served:
+        served.traces = traces
+        yield served
+
+
+def get(served, path: str) -> httpx.Response:
+    return httpx.get(served.url + path, timeout=30)
+
+
+def post(served, **headers: str) -> httpx.Response:
+    return httpx.post(f"{served.url}/generate", json=REQUEST, headers=headers, timeout=60)
+
+
+def metric(served, start: str) -> float:
+    lines = get(served, "/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
+
+
+def test_it_is_ready_once_a_champion_of_each_wanted_dataset_is_served(served, home, monkeypatch):
+    monkeypatch.setenv("BENTOML_HOME", str(home))
+    answer = get(served, "/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["error"].startswith("no champion of grey is served: promote a model")
+    assert get(served, "/livez").status_code == 200
+    store.serve(put(home.parent, "colour", COLOUR, "1", seed=0))
+    wait_until(lambda: "colour" in get(served, "/models").json())
+    assert get(served, "/readyz").status_code == 503
+    store.serve(put(home.parent, "grey", GREY, "1", seed=0))
+    wait_until(lambda: get(served, "/readyz").status_code == 200)
+    wait_until(lambda: metric(served, "pixelcnn_ready") == 1)
+
+
+def test_a_second_service_of_the_store_does_not_spoil_the_first_ones_counts(served, home):
+    count = 'pixelcnn_request_seconds_count{dataset="grey",endpoint="generate"}'
+    post(served)
+    before = metric(served, count)
+    assert before >= 1
+    with serving(home, home.parent / "second-log") as second:
+        assert metric(served, count) == before
+        assert metric(second, count) == 0
+        post(served)
+        assert metric(served, count) == before + 1
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    answer = client.get("/")
+    assert answer.status_code == 200
+    assert answer.headers["content-security-policy"] == "default-src 'none'"
+    assert "http" not in answer.text
+    assert "<script" not in answer.text
+    for link in ("models", "docs.json", "readyz"):
+        assert f'href="{link}"' in answer.text
+        assert client.get(f"/{link}").status_code == 200
+
+
+def lines_of(served) -> list[dict]:
+    """Return the lines of the requests, all of which must be JSON from the start of the worker on."""
+    return [json.loads(line) for line in served.log.read_text().splitlines() if '"message": "request"' in line]
+
+
+def test_each_request_is_a_line_with_its_id_and_nothing_of_the_drawing(served):
+    image = [[1, 0, 1, 0]] * 5
+    body = {"dataset": "grey", "image": image, "observed": [[1] * 4] * 2 + [[0] * 4] * 3}
+    for number, (path, status) in enumerate(
+        (("/complete", 200), ("/complete_stream", 200), ("/complete?image=1", 400))
+    ):
+        sent = body if status == 200 else {**body, "dataset": "grey", "image": "drawing"}
+        answer = httpx.post(served.url + path, json=sent, headers={"X-Request-Id": f"id-{number}"})
+        assert answer.status_code == status
+        assert answer.headers["x-request-id"] == f"id-{number}"
+        wait_until(lambda id=answer.headers["x-request-id"]: [x for x in lines_of(served) if x["request_id"] == id], 10)
+        line = [x for x in lines_of(served) if x["request_id"] == answer.headers["x-request-id"]][-1]
+        known = {"time", "level", "message", "request_id", "method", "path", "status", "seconds", "dataset", "version"}
+        assert set(line) == known | ({"waited_s"} if status == 200 else set())
+        assert (line["dataset"], line["version"], line["status"]) == ("grey", "1", status)
+        assert line["path"] == path.partition("?")[0]
+        assert abs((datetime.fromisoformat(line["time"]) - datetime.now(UTC)).total_seconds()) < 60
+    for bad in ("", "x" * 65, "a b", "line\tbreak", "\xe9"):
+        answer = httpx.get(f"{served.url}/models", headers={"X-Request-Id": bad.encode("latin-1")})
+        assert answer.headers["x-request-id"] != bad
+        assert len(answer.headers["x-request-id"]) == 16
+    assert metric(served, 'pixelcnn_requests_total{path="/complete",status="400"}') == 1
+    httpx.get(f"{served.url}/from-outside")
+    assert metric(served, 'pixelcnn_requests_total{path="other",status="404"}') == 1
+    assert not [line for line in served.log.read_text().splitlines() if "readyz" in line]
+
+
+def test_traces_are_sent_where_an_endpoint_is_set(served):
+    """It is set for all tests of this service; the collector is the one of the fixture `collector`."""
+    answer = post(served)
+    assert answer.status_code == 200
+    wait_until(lambda: b"POST /generate" in b"".join(served.traces), 20)
+
+
+def test_without_an_endpoint_nothing_that_sends_traces_is_loaded():
+    code = "import sys, app.service; print([name for name in sys.modules if 'opentelemetry.exporter' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_sigterm_ends_readiness_first_and_answers_afterwards(served):
+    """The last test of this service."""
+    served.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: get(served, "/readyz").status_code == 503, 3)
+    assert get(served, "/livez").status_code == 200
+    answer = post(served)
+    assert answer.status_code == 200
+    assert answer.headers["connection"] == "close"
+    served.process.wait(30)
+    with pytest.raises(httpx.ConnectError):
+        post(served)
+
+
+# In this process.
+
+
+def test_a_refused_champion_is_counted_until_a_good_one_comes(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    (tmp_path / "bentoml").mkdir()
+    champions = Champions(tmp_path / "bentoml/models")
+    tag = put(tmp_path, "refused", GREY, "1", seed=0)
+    (tmp_path / "bentoml/models" / tag.replace(":", "/") / "config.json").write_text("{")
+    store.serve(tag)
+    champions.refresh()
+    assert read("pixelcnn_champion_refused", dataset="refused") == 1
+    assert f"{tag} cannot be served" in caplog.text
+    store.serve(put(tmp_path, "refused", GREY, "2", seed=0))
+    champions.refresh()
+    assert read("pixelcnn_champion_refused", dataset="refused") == 0
+    assert read("pixelcnn_store_readable") == 1
+    champions.folder.rename(tmp_path / "gone")
+    champions.refresh()
+    assert read("pixelcnn_store_readable") == 0
+
+
+def test_without_named_datasets_one_of_any_is_enough(tmp_path, monkeypatch):
+    champions = Champions(tmp_path)
+    readiness = Readiness(champions)
+    assert "no champion of any dataset is served" in readiness.reason()
+    monkeypatch.setattr(champions, "describe", lambda: {"grey": {}})
+    assert readiness.reason() == ""
+    monkeypatch.setattr(settings, "datasets", ("grey", "colour", "more"))
+    assert "no champion of colour, more is served" in readiness.reason()
+    monkeypatch.setattr(settings, "datasets", ())
+    draining.set()
+    try:
+        assert "is about to end" in readiness.reason()
+    finally:
+        draining.clear()

@@ -1,0 +1,76 @@
+"""The service's settings: what they may be, what is said of others, and what the README says of them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bentoml.exceptions import BentoMLConfigException
+
+from app.service.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def variable(field: str) -> str:
+    return f"PIXELCNN_{field.upper()}"
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch) -> None:
+    for field in Settings.model_fields:
+        monkeypatch.delenv(variable(field), raising=False)
+
+
+@pytest.mark.parametrize("field", [field for field in Settings.model_fields if field not in ("token", "datasets")])
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "\u0664"])
+def test_a_wrong_value_is_refused_by_the_name_of_its_variable(monkeypatch, field, text):
+    if (field, text) in (("drain_s", "0"), ("watch", "0")):
+        return
+    monkeypatch.setenv(variable(field), text)
+    with pytest.raises(BentoMLConfigException) as caught:
+        load_settings()
+    sentence = str(caught.value)
+    assert re.fullmatch(
+        rf"{variable(field)} must be [a-z0-9 ]+, got {re.escape(ascii(text))}\. Set it anew\.", sentence
+    )
+
+
+def test_settings_are_read_from_the_environment(monkeypatch):
+    monkeypatch.setenv("PIXELCNN_MAX_QUEUE", " 7 ")
+    monkeypatch.setenv("PIXELCNN_TOKEN", "s3cret")
+    monkeypatch.setenv("PIXELCNN_MAX_REQUESTS", "")
+    monkeypatch.setenv("PIXELCNN_DATASETS", "mnist, cifar10,")
+    settings = load_settings()
+    assert (settings.max_queue, settings.max_requests) == (7, 64)
+    assert settings.datasets == ("mnist", "cifar10")
+    assert settings.token.get_secret_value() == "s3cret"
+    assert "s3cret" not in repr(settings)
+
+
+def test_a_wrong_value_ends_the_start_with_one_sentence(tmp_path):
+    environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "PIXELCNN_TIMEOUT_S": "soon"}
+    bentoml = Path(sys.executable).with_name("bentoml")
+    done = subprocess.run(
+        [bentoml, "serve", "app.service:PixelCNNService"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "PIXELCNN_TIMEOUT_S must be a valid integer, got 'soon'. Set it anew." in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_readme_has_every_setting_with_its_default():
+    rows = re.findall(r"^\| (`PIXELCNN_.+?) \| (.+?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    told = {}
+    for names, defaults in rows:
+        variables = re.findall(r"PIXELCNN_\w+", names)
+        told |= dict(zip(variables, defaults.split(", ") if len(variables) > 1 else [defaults], strict=True))
+    expected = {
+        variable(name): "none" if name in ("token", "datasets") else f"{field.default:,}"
+        for name, field in Settings.model_fields.items()
+        if field.default_factory is None
+    }
+    assert {name: told.get(name) for name in expected} == expected
+    assert told["PIXELCNN_THREADS"] == "cores, at most 4"

@@ -1,0 +1,45 @@
+"""Container and workflow files: what can be held to without Docker and GitHub. docs/packages.md says what was run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
+
+
+def test_every_locked_version_has_hashes_and_no_index() -> None:
+    locked, hashed = ((ROOT / name).read_text() for name in ("constraints.txt", "hashes.txt"))
+    entries = re.split(r"\n(?=\S)", hashed.rstrip())
+    pins = {re.sub("[._-]+", "-", line.lower()) for line in locked.splitlines() if "==" in line}
+    assert {re.sub("[._-]+", "-", entry.split()[0].lower()) for entry in entries} == pins, (
+        "docs/packages.md: uv pip compile"
+    )
+    assert all(re.fullmatch(r"\S+( \\\n +--hash=sha256:[0-9a-f]{64})+", entry) for entry in entries), "and nothing else"
+
+
+def test_containers_are_closed() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    users = {stage.split()[2]: re.findall(r"^USER (\w+)", stage, re.MULTILINE) for stage in stages}
+    for name, service in services.items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["read_only"] or name == "worker", name
+        if "build" in service:
+            assert users[service["build"]["target"]] == ["pixelcnn"], "not root"
+        has_check = "HEALTHCHECK" in next((s for s in stages if s.split()[2] == name), "") or "healthcheck" in service
+        assert has_check, name
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_may_little_and_calls_what_is_there(workflow: Path) -> None:
+    text = workflow.read_text()
+    assert yaml.safe_load(text)["permissions"] == {"contents": "read"}, "more is for a job to ask for"
+    assert all(re.fullmatch(r"v\d+|[0-9a-f]{40}", version) for version in re.findall(r"uses: [\w/-]+@(\S+)", text))
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make ([a-z-]+)", text)) <= set(targets)
+    # What others wrote is no part of a script: it comes as a variable of the environment.
+    assert not re.search(r"run:[^\n]*\$\{\{", text)

@@ -1,0 +1,7 @@
+"""Programs for those who change the project.
+
+- `tools.faults`: processes killed at their worst moments, a rerun, and a table of what was wrong.
+- `tools.pictures`: the pictures of the docs, from a running demo.
+- `tools.write_golden`: tests/golden/core.txt, what tiny networks with fixed seeds compute.
+- `tools.write_released`: tests/released/, the images that the released weights are checked on.
+"""

@@ -1,0 +1,35 @@
+"""Write tests/released/DATASET.safetensors, the images that the released weights are checked on without the data:
+
+    python -m tools.write_released mnist fashion_mnist cifar10
+
+from the project's root, after `dvc repro prepare@DATASET`. They are the first images of the test split.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pixelcnn import load_dataset
+
+FOLDER = Path(__file__).parents[1] / "tests" / "released"
+NUM_IMAGES = 200
+
+
+def main(datasets: list[str]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name in datasets:
+        data = load_dataset(Path("data") / f"{name}.safetensors")
+        levels = data.levels("test", slice(0, NUM_IMAGES)).to(torch.uint8)
+        label = data.labels["test"][:NUM_IMAGES].to(torch.uint8)
+        path = FOLDER / f"{name}.safetensors"
+        temporary = path.with_name(f".{path.name}.new")
+        save_file({"levels": levels.contiguous(), "label": label}, temporary, {"data_hash": data.data_hash})
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        print(f"wrote {path}: {len(levels)} images")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
