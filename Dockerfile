@@ -1,0 +1,39 @@
+# Three images: service (a Bento with its models), canvas, pipeline (MLflow, Prefect, a worker). compose.yaml builds and
+# runs them; docs/packages.md says what has to be there before.
+FROM python:3.11-slim AS base
+# PyTorch without CUDA: a tenth of the size. With it: docker compose build --build-arg PIP_EXTRA_INDEX_URL=
+ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp NUMBA_CACHE_DIR=/tmp/numba \
+    DO_NOT_TRACK=1 BENTOML_DO_NOT_TRACK=True DVC_NO_ANALYTICS=1 MLFLOW_DISABLE_TELEMETRY=true \
+    PREFECT_SERVER_ANALYTICS_ENABLED=false STREAMLIT_BROWSER_GATHER_USAGE_STATS=false
+WORKDIR /srv/pixelcnn
+RUN useradd --uid 10001 --no-create-home pixelcnn && mkdir /srv/store /srv/artifacts data models && chown -R pixelcnn /srv
+
+FROM base AS service
+ENV BENTOML_HOME=/srv/store BENTOML_HOST=0.0.0.0
+COPY pixelcnn.bento ./
+RUN python -m tarfile -e pixelcnn.bento bento && \
+    pip install -r bento/env/python/requirements.txt -c bento/src/constraints.txt
+USER pixelcnn
+RUN bentoml import ./pixelcnn.bento
+EXPOSE 3000
+HEALTHCHECK --start-period=60s CMD python -c "from urllib.request import urlopen; urlopen('http://127.0.0.1:3000/readyz')"
+CMD ["bentoml", "serve", "pixelcnn:latest"]
+
+FROM base AS canvas
+COPY pyproject.toml constraints.txt ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['app'], sep='\n')" \
+    > app.txt && pip install -r app.txt -c constraints.txt
+COPY .streamlit .streamlit
+COPY app/__init__.py app/client.py app/
+COPY app/canvas app/canvas
+ENV PYTHONPATH=/srv/pixelcnn
+USER pixelcnn
+EXPOSE 8501
+HEALTHCHECK CMD python -c "from urllib.request import urlopen; urlopen('http://127.0.0.1:8501/_stcore/health')"
+CMD ["streamlit", "run", "app/canvas/main.py", "--server.address", "0.0.0.0"]
+
+FROM base AS pipeline
+COPY . .
+RUN pip install -e '.[pipelines,cluster]' -c constraints.txt && chown -R pixelcnn .
+USER pixelcnn
