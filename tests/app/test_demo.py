@@ -146,7 +146,9 @@ def test_interrupted_in_any_step_it_leaves_nothing(demo: Demo, program: str, sen
     said, _ = process.communicate(timeout=10)
     assert time.monotonic() - start < 5
     assert marked_processes(demo.mark) == []
-    assert said.strip() == "Stopped. The next `make demo` goes on from here."
+    # On a busy machine the canvas can be ready before the signal comes.
+    lines = [line for line in said.splitlines() if line and not line.startswith("Ready: draw at ")]
+    assert lines == ["Stopped. The next `make demo` goes on from here."]
     assert process.returncode == 0
     assert [path.name for path in demo.folder.iterdir() if path.name.startswith("demo-")] == []
 
