@@ -37,11 +37,13 @@ class ServiceError(Exception):
 
     Args:
         away: whether the service, not the request, is at fault: trying again may help.
+        busy: whether it has too much to do just now, which is one way of being away.
     """
 
-    def __init__(self, text: str, away: bool = False) -> None:
+    def __init__(self, text: str, away: bool = False, busy: bool = False) -> None:
         super().__init__(text)
         self.away = away
+        self.busy = busy
 
 
 class Sampling(TypedDict, total=False):
@@ -227,7 +229,7 @@ class ServiceClient:
     @contextlib.contextmanager
     def _errors_told(self) -> Iterator[None]:
         """Turn whatever keeps an answer away into a ServiceError."""
-        away = True
+        away, busy = True, False
         try:
             yield
             return
@@ -235,7 +237,8 @@ class ServiceClient:
             text = ""
         except httpx.HTTPStatusError as error:
             text = self._refusal(error.response)
-            away = error.response.status_code >= 500 and error.response.status_code not in BUSY
+            busy = error.response.status_code in BUSY
+            away = busy or error.response.status_code >= 500
             text = text and _with_id(text, error.request)
         except httpx.ReadTimeout as error:
             text = f"The service at {self.url} takes too long to answer. Try again; your drawing is kept."
@@ -247,6 +250,7 @@ class ServiceClient:
             or f"What answers at {self.url} does not speak like the completion service. "
             f"Set {URL_VARIABLE} to the address that `make serve` prints.",
             away,
+            busy,
         )
 
     def _refusal(self, response: httpx.Response) -> str:

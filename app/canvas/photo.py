@@ -1,6 +1,6 @@
 """A photo of something drawn becomes a drawing: its ink is found, and laid as the model's images have theirs.
 
-Arrays and Pillow alone. Ink is high here, 255, and paper 0, whatever the photo has.
+Arrays, Pillow and texts alone. Ink is high here, 255, and paper 0, whatever the photo has.
 """
 
 import functools
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
+
+from app.canvas.texts import say
 
 MAX_PIXELS = 50_000_000  # of a picture that cannot be read at a smaller size; JPEG can
 WORK_SIDE = 512  # a larger photo is reduced to it: many pixels for each cell are left
@@ -50,9 +52,9 @@ def open_picture(data: bytes) -> Image.Image:
                 raise Image.DecompressionBombError
             return ImageOps.exif_transpose(file).convert("RGBA")
     except Image.DecompressionBombError:
-        raise ValueError("This picture is too large. Upload one of at most 50 million pixels.") from None
+        raise ValueError(say("picture_too_large", most=MAX_PIXELS // 10**6)) from None
     except (OSError, ValueError, SyntaxError):
-        raise ValueError("This file is no picture that can be read. Upload a PNG or a JPEG.") from None
+        raise ValueError(say("picture_unreadable")) from None
 
 
 def layout_of(images: np.ndarray) -> Layout:
@@ -96,7 +98,7 @@ def find_ink(data: bytes, shape: tuple[int, int], layout: Layout) -> np.ndarray:
     if min(found.shape) >= WORK_SIDE // 4:  # single pixels are grain
         found = np.asarray(Image.fromarray(found).convert("L").filter(ImageFilter.MedianFilter(3))) > 0
     if not found.any() or beyond[found].mean() - beyond[~found].mean() < LEAST_CONTRAST:
-        raise ValueError("No ink was found in this picture. Take it nearer, on plain paper.")
+        raise ValueError(say("picture_no_ink"))
     top, bottom, left, right = _box(found)
     strength = np.where(found, beyond, 0)[top:bottom, left:right]
     strength = np.clip(strength / np.quantile(strength[strength > 0], 0.5), 0, 1) * 255

@@ -13,7 +13,7 @@ from app.canvas.endings import Ending, order_of, parse_seed, record
 from app.canvas.photo import find_ink
 from app.canvas.rendering import large_image, saved_animation, saved_picture
 from app.canvas.session import Visit, linked_default, shape_of
-from app.canvas.texts import TEXTS, say
+from app.canvas.texts import TEXTS, say, say_label
 from app.client import ServedModel, ServiceClient, ServiceError
 
 MAX_UPLOAD_MB = 10
@@ -63,7 +63,7 @@ def choose_label(names: list[str], text: str) -> int | None:
         text,
         offered,
         offered.index(linked_default("label", "label", offered, -1)),
-        format_func=lambda index: say("anything") if index < 0 else names[index],
+        format_func=lambda index: say("anything") if index < 0 else say_label(names[index]),
         key="label",
         persist_state="session",
     )
@@ -105,19 +105,28 @@ def upload_picture(label: str, client: ServiceClient, visit: Visit, dataset: str
         if st.toggle(say("find_ink"), value=layout.has_paper, help=say("find_ink_help")):
             return find_ink(file.getvalue(), shape, layout), ""
         return fit_picture(file.getvalue(), shape, st.toggle(say("dark_ink"), value=True)), ""
-    except (ValueError, ServiceError) as error:
+    except ServiceError as error:
+        return None, in_words(error)
+    except ValueError as error:
         return None, str(error)
+
+
+def in_words(error: ServiceError) -> str:
+    """Say in a visitor's words what keeps an answer away; the error itself is for whoever runs the page."""
+    if error.busy:
+        return say("busy")
+    if str(error) == say("operator_no_model"):
+        return say("no_model")
+    return say("away" if error.away else "refused")
 
 
 def show_trouble(visit: Visit) -> None:
     """Say what keeps an answer away, in a visitor's words; count down to the next try if that may help."""
     if visit.trouble is None:
         return
-    if not visit.trouble.away:
-        st.warning(str(visit.trouble))
-        return
-    st.warning(say("no_model" if str(visit.trouble) == say("operator_no_model") else "away"))
-    _count_down(visit)
+    st.warning(in_words(visit.trouble))
+    if visit.trouble.away:
+        _count_down(visit)
     with st.expander(say("operator")):
         st.markdown(str(visit.trouble))
 

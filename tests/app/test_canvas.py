@@ -188,7 +188,15 @@ def test_service_refuses(service: StubService, open_page: OpenPage) -> None:
     service.refusal = (429, '{"error": "Too many requests at once. Try again in a second."}')
     page = complete(open_page())
     (warning,) = page.warning
-    assert warning.value.startswith("Too many requests at once. Try again in a second.")
+    assert warning.value == "Many are drawing just now: your turn comes in a moment. Your drawing is kept."
+    assert any(text.value.startswith("Trying again in") for text in page.caption)  # by itself
+    assert any(element.value.startswith("Too many requests at once.") for element in page.markdown)  # for its operator
+    service.refusal = (400, '{"error": "temperature must be at most 2."}')
+    complete(page)
+    (warning,) = page.warning
+    assert warning.value == "The model cannot take this as it is. Your drawing is kept."
+    assert not any(text.value.startswith("Trying again in") for text in page.caption)
+    assert any(element.value.startswith("temperature must be at most 2.") for element in page.markdown)
     service.refusal = None
     complete(page)
     assert not page.warning
@@ -439,7 +447,22 @@ def test_generate(service: StubService, open_page: OpenPage) -> None:
     assert page.code[0].value == "8"
     service.refusal = (429, '{"error": "Too many requests at once."}')
     press(page, "Generate")
-    assert page.warning[0].value.startswith("Too many requests at once.")
+    assert page.warning[0].value.startswith("Many are drawing just now")
+
+
+def test_a_french_page_says_in_french_what_keeps_an_answer_away(
+    service: StubService, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.canvas.texts.language", lambda: "fr")
+    page = open_page()
+    said = {429: "Beaucoup dessinent", 400: "Le modèle ne peut pas", 500: "Le modèle ne répond"}
+    for status, expected in said.items():
+        service.refusal = (status, '{"error": "A sentence in English."}')
+        complete(page)
+        assert [warning.value[: len(expected)] for warning in page.warning] == [expected]
+    service.refusal = None
+    go_to(page, "Models")
+    assert page.metric[0].label == "NLL de test (dynamic)"
 
 
 def test_surprise_of_the_drawing(service: StubService, open_page: OpenPage) -> None:

@@ -239,6 +239,18 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Recadrée et placée comme dans les images du modèle, quels que soient la lumière et le papier.",
     ),
     "dark_ink": ("Dark ink on light paper", "Encre sombre sur papier clair"),
+    "picture_too_large": (
+        "This picture is too large. Upload one of at most {most} million pixels.",
+        "Cette image est trop grande. Importez-en une d'au plus {most} millions de pixels.",
+    ),
+    "picture_unreadable": (
+        "This file is no picture that can be read. Upload a PNG or a JPEG.",
+        "Ce fichier n'est pas une image lisible. Importez un PNG ou un JPEG.",
+    ),
+    "picture_no_ink": (
+        "No ink was found in this picture. Take it nearer, on plain paper.",
+        "Aucune encre trouvée dans cette image. Prenez-la de plus près, sur du papier uni.",
+    ),
     "half": ("Half left to the model", "Moitié laissée au modèle"),
     "half_none": ("None", "Aucune"),
     "half_lower": ("Lower", "Bas"),
@@ -297,12 +309,80 @@ TEXTS: dict[str, tuple[str, str]] = {
         "One champion per dataset. A better version takes its place without a restart.",
         "Un champion par jeu de données. Une meilleure version le remplace sans redémarrage.",
     ),
+    "about_model": (
+        "{architecture} · {height} x {width}{colour}, {levels} levels · protocol: {protocol}",
+        "{architecture} · {height} x {width}{colour}, {levels} niveaux · protocole : {protocol}",
+    ),
+    "test_nll": ("test NLL ({protocol})", "NLL de test ({protocol})"),
+    "line_nll": (
+        "test NLL {nll} (protocol: {protocol}{images})",
+        "NLL de test {nll} (protocole : {protocol}{images})",
+    ),
+    "line_images": (", {number} test images", ", {number} images de test"),
+    "nats_per_image": ("nats per image", "nats par image"),
+    "promoted": ("promoted", "promu"),
+    "data_hash": ("data hash", "empreinte des données"),
+    "git_commit": ("git commit", "commit git"),
+    "run_id": ("MLflow run", "run MLflow"),
+    "weights_sha256": ("weights sha256", "sha256 des poids"),
     "beside": ("Beside it: {papers}", "À côté : {papers}"),
+    # Test figures of the papers, to stand beside ours. The protocol belongs to each.
+    "papers_mnist": (
+        "PixelRNN paper (arXiv:1601.06759): PixelCNN 81.30, Row LSTM 80.54, Diagonal BiLSTM 79.20 nats; protocol "
+        "static, so not the same task as dynamic.",
+        "article PixelRNN (arXiv:1601.06759) : PixelCNN 81.30, Row LSTM 80.54, Diagonal BiLSTM 79.20 nats ; protocole "
+        "static, donc une autre tâche que dynamic.",
+    ),
+    "papers_mnist5k": (
+        "No paper uses these 5,000 digits. The PixelRNN paper's PixelCNN has 81.30 nats on all of MNIST, with "
+        "55,000 digits to learn from; protocol static.",
+        "aucun article n'utilise ces 5 000 chiffres. Le PixelCNN de l'article PixelRNN a 81.30 nats sur tout MNIST, "
+        "avec 55 000 chiffres pour apprendre ; protocole static.",
+    ),
+    "papers_fashion_mnist": (
+        "No autoregressive figure is published. Glow has 2.958 bits/dim; protocol 8-bit.",
+        "aucune valeur autorégressive n'est publiée. Glow a 2.958 bits/dim ; protocole 8-bit.",
+    ),
+    "papers_cifar10": (
+        "PixelCNN 3.14, PixelRNN 3.00 (arXiv:1601.06759), Gated PixelCNN 3.03 (arXiv:1606.05328) bits/dim; "
+        "protocol 8-bit.",
+        "PixelCNN 3.14, PixelRNN 3.00 (arXiv:1601.06759), Gated PixelCNN 3.03 (arXiv:1606.05328) bits/dim ; "
+        "protocole 8-bit.",
+    ),
     "all_scores": ("All scores", "Tous les scores"),
+    # What the images of the datasets are of, as the service names it.
+    "label T-shirt/top": ("T-shirt/top", "t-shirt/haut"),
+    "label Trouser": ("Trouser", "pantalon"),
+    "label Pullover": ("Pullover", "pull"),
+    "label Dress": ("Dress", "robe"),
+    "label Coat": ("Coat", "manteau"),
+    "label Sandal": ("Sandal", "sandale"),
+    "label Shirt": ("Shirt", "chemise"),
+    "label Sneaker": ("Sneaker", "basket"),
+    "label Bag": ("Bag", "sac"),
+    "label Ankle boot": ("Ankle boot", "bottine"),
+    "label airplane": ("airplane", "avion"),
+    "label automobile": ("automobile", "voiture"),
+    "label bird": ("bird", "oiseau"),
+    "label cat": ("cat", "chat"),
+    "label deer": ("deer", "cerf"),
+    "label dog": ("dog", "chien"),
+    "label frog": ("frog", "grenouille"),
+    "label horse": ("horse", "cheval"),
+    "label ship": ("ship", "bateau"),
+    "label truck": ("truck", "camion"),
     # When the service does not answer.
     "away": (
         "The model does not answer just now. Your drawing is kept.",
         "Le modèle ne répond pas pour l'instant. Votre dessin est conservé.",
+    ),
+    "busy": (
+        "Many are drawing just now: your turn comes in a moment. Your drawing is kept.",
+        "Beaucoup dessinent en ce moment : votre tour vient dans un instant. Votre dessin est conservé.",
+    ),
+    "refused": (
+        "The model cannot take this as it is. Your drawing is kept.",
+        "Le modèle ne peut pas prendre ceci tel quel. Votre dessin est conservé.",
     ),
     "no_model": (
         "There is no model yet. Your drawing is kept.",
@@ -355,3 +435,8 @@ def language() -> str:
 def say(key: str, **values: object) -> str:
     """Return a text in the language to show, with values in its {places}."""
     return TEXTS[key][LANGUAGES.index(language())].format(**values)
+
+
+def say_label(name: str) -> str:
+    """Return a label as the service names it in the language to show, where the canvas knows it."""
+    return say(f"label {name}") if f"label {name}" in TEXTS else name

@@ -25,7 +25,7 @@ from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, gallery_html
 from app.canvas.session import Visit, linked_default, shape_of
-from app.canvas.texts import say
+from app.canvas.texts import say, say_label
 from app.canvas.views.known import choose_known, known_help
 from app.canvas.views.picture import start_from_picture
 from app.canvas.views.surprise import log_probs_by_label, surprise_beside
@@ -208,7 +208,7 @@ def name_endings(client: ServiceClient, visit: Visit, ending: Ending, model: Ser
     def ask() -> list[str]:
         dataset = ending.request.dataset
         found = [log_probs_by_label(client, dataset, len(model.labels), image) for image in ending.images]
-        return [model.labels[int(np.argmax(log_probs))] for log_probs in found]
+        return [say_label(model.labels[int(np.argmax(log_probs))]) for log_probs in found]
 
     try:
         named = replace(ending, names=wait_for(ask, say("asking"), lambda: None))
@@ -285,10 +285,11 @@ def model_line(served: ServedModel) -> str:
     """Say in one line which version serves and how good it is, with the protocol."""
     model, scores = served.model, served.scores
     parts = [say("version", name=f"**{model.get('name')}**", version=model.get("version"))]
-    key, unit = ("test/bits_per_dim", "bits/dim") if served.levels > 2 else ("test/nll_nats", "nats per image")
+    key, unit = ("test/bits_per_dim", "bits/dim") if served.levels > 2 else ("test/nll_nats", say("nats_per_image"))
     if key in scores:
-        images = f", {scores['test/num_images']:.0f} test images" if "test/num_images" in scores else ""
-        parts.append(f"test NLL {scores[key]:.2f} {unit} (protocol: {served.protocol}{images})")
+        number = scores.get("test/num_images")
+        images = "" if number is None else say("line_images", number=f"{number:.0f}")
+        parts.append(say("line_nll", nll=f"{scores[key]:.2f} {unit}", protocol=served.protocol, images=images))
     if model.get("git_commit"):
         parts.append(f"commit {str(model['git_commit'])[:7]}")
     return " · ".join(parts)

@@ -12,7 +12,7 @@ from app.canvas.session import Visit, shape_of
 from app.canvas.texts import say
 from app.canvas.views.known import known_key
 from app.canvas.waiting import wait_for
-from app.canvas.widgets import choose, upload_picture
+from app.canvas.widgets import choose, in_words, upload_picture
 from app.client import ServedModel, ServiceClient, ServiceError
 
 SOURCES = ("file", "model")
@@ -70,6 +70,6 @@ def made_picture(
             answer = wait_for(lambda: client.generate(dataset, label=label), say("drawing"), lambda: want(False))
             visit.example = (dataset, strength_of(np.array(answer.images[0]), model.levels))
         except ServiceError as error:
-            st.warning(str(error))
+            st.warning(in_words(error))
         want(False)
     return visit.example[1] if visit.example and visit.example[0] == dataset else None

@@ -12,9 +12,9 @@ from app.canvas.endings import bits_per_dim, nats, version_of
 from app.canvas.examples import real_images
 from app.canvas.rendering import heat_pixels, img, png_size, whole_pixels
 from app.canvas.session import Visit, shape_of
-from app.canvas.texts import say
+from app.canvas.texts import say, say_label
 from app.canvas.waiting import wait_for
-from app.canvas.widgets import choose_dataset, choose_label, upload_picture
+from app.canvas.widgets import choose_dataset, choose_label, in_words, show_trouble, upload_picture
 from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
 
 
@@ -46,8 +46,11 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
     if not visit.surprise or visit.surprise[0] != question:
         try:
             visit.surprise = (question, client.likelihood(dataset, image.tolist(), label=label), None)
+            visit.answer_came()
         except ServiceError as error:
-            right.warning(str(error))
+            visit.fail(error)
+            with right:
+                show_trouble(visit)
             return
     _, answer, by_label = visit.surprise
     surprise = np.array(answer.surprise)
@@ -79,7 +82,7 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
                 by_label = wait_for(ask, say("asking"), lambda: None)
                 visit.surprise = (question, answer, by_label)
             except ServiceError as error:
-                st.warning(str(error))
+                st.warning(in_words(error))
         if by_label:
             st.html(labels_html(model.labels, by_label))
         st.caption(say("by", model=version_of(answer.model)))
@@ -133,7 +136,7 @@ def labels_html(names: list[str], log_probs: list[float], most: int = 1000) -> s
     shares = np.exp(scores - scores.max())
     shares /= shares.sum()
     rows = [
-        f"<tr><th>{html.escape(names[i])}</th><td>{nats(scores[i])}</td>"
+        f"<tr><th>{html.escape(say_label(names[i]))}</th><td>{nats(scores[i])}</td>"
         f'<td><i style="width: {100 * shares[i]:.1f}%"></i></td><td>{100 * shares[i]:.0f} %</td></tr>'
         for i in np.argsort(-scores)[:most]
     ]
