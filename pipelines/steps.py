@@ -85,11 +85,14 @@ def add(
 
 
 @app.command()
-def letters(out: Annotated[Path, Argument(help="the .npz file to write")] = Path("data/raw/letters.npz")) -> None:
+def letters(
+    out: Annotated[Path, Argument(help="the .npz file to write")] = Path("data/raw/letters.npz"),
+    variants: Annotated[int, Option(help="pictures of each letter in each font", min=1)] = 12,
+) -> None:
     """Make pictures of letters, in the fonts that Matplotlib ships, to be added like any others."""
     from pipelines.datasets.letters import write_letters
 
-    print(f"{write_letters(out)} letters: {out}")
+    print(f"{write_letters(out, variants)} letters: {out}")
 
 
 @app.command()

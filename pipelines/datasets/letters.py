@@ -36,7 +36,7 @@ def letter(text: str, font: ImageFont.FreeTypeFont, slant: float, moved: tuple[f
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-def write_letters(path: Path, variants: int = 4) -> int:
+def write_letters(path: Path, variants: int) -> int:
     """Write `.npz` of images, labels and their names, A to Z and a to z; equal fonts give equal bytes.
 
     Args:

@@ -106,7 +106,8 @@ def look_at(source: Source, wishes: Wishes) -> Look:
         )
     folded: dict[str, str] = {}
     for label in sorted(look.labels):
-        if folded.setdefault(label.casefold(), label) != label:
+        # Folders: one file system keeps both, another mixes them. Arrays name theirs on purpose: letters A and a.
+        if source.kind == "folder" and folded.setdefault(label.casefold(), label) != label:
             raise ValueError(f"labels {folded[label.casefold()]!r} and {label!r} differ by case alone: rename one.")
         if look.labels[label] < MIN_OF_LABEL:
             raise ValueError(
