@@ -131,8 +131,8 @@ def load_dataset(path: str | Path) -> Dataset:
             data_hash = hashlib.file_digest(raw, "md5").hexdigest()
         return Dataset(**description, images=images, labels=labels, data_hash=data_hash)
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist. Make it: dvc repro prepare@{path.stem}") from None
+        raise ValueError(f"{path} does not exist. Make it: python -m pipelines.steps prepare {path.stem}") from None
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is no prepared dataset ({error}). Make it again: dvc repro -f prepare@{path.stem}"
+            f"{path} is no prepared dataset ({error}). Make it again: python -m pipelines.steps prepare {path.stem}"
         ) from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -23,19 +24,22 @@ from pipelines.datasets.checks import forget
 from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetParams, Source
 from pipelines.datasets.pictures import MIN_PICTURE, Left, load_pictures, read_pictures
 from pipelines.datasets.prepare import write
-from pipelines.files import atomic_write
+from pipelines.files import atomic_write, file_lock
 from pipelines.params import OWN_FILE, PARAMS_FILE, load_params, repro_command
 from pixelcnn.data import BYTES_PROTOCOL, SPLITS, Dataset
 from pixelcnn.images import to_sheet
 
 DATA_FOLDER, LOOKS_FOLDER = Path("data"), Path("reports/data")
 LOCK_FILE = Path("own/dvc.lock")
+CHANGES_LOCK = Path("own/.changes.lock")  # of who adds or removes a dataset: each reads and writes the same files
 MODEL = "gated_pixelcnn"  # of the pair that comes with a dataset
 MIN_PICTURES, MIN_OF_LABEL = 20, 3
 LARGE_SIDE = {"binary": 28, "grey": 32, "rgb": 32}  # of pictures that are too large to be learned as they are
 MAX_FEW = 32  # as many different values are levels of their own
 MANY = 16  # levels of colours and greys that are more than a few
 MIXTURE_LEVELS = 64  # more of them are neighbours on a scale: a mixture of logistics learns them faster
+
+logger = logging.getLogger(__name__)
 
 Colour = Literal["binary", "grey", "rgb"]
 Fit = Literal["crop", "pad", "stretch"]
@@ -224,6 +228,11 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         ValueError: the name is taken or no name, or the pictures cannot be learned from.
         OSError: a file cannot be written.
     """
+    with file_lock(CHANGES_LOCK, f"adding {name}", logger.warning):
+        return _add(name, images, wishes, keep)
+
+
+def _add(name: str, images: Path, wishes: Wishes, keep: bool) -> list[str]:
     params = load_params()
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a dataset: {NAMES}.")
@@ -264,6 +273,11 @@ def remove(name: str) -> list[str]:
     Raises:
         ValueError: it is none of the datasets that somebody added.
     """
+    with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
+        return _remove(name)
+
+
+def _remove(name: str) -> list[str]:
     params = load_params()
     own = YAML().load(Path(OWN_FILE).read_text()) if Path(OWN_FILE).exists() else {}
     if name not in (own.get("datasets") or {}):

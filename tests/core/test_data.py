@@ -58,7 +58,9 @@ def test_a_failure_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_missing_file_is_named(tmp_path):
     path = tmp_path / "mnist.safetensors"
-    with pytest.raises(ValueError, match=exactly(f"{path} does not exist. Make it: dvc repro prepare@mnist")):
+    with pytest.raises(
+        ValueError, match=exactly(f"{path} does not exist. Make it: python -m pipelines.steps prepare mnist")
+    ):
         load_dataset(path)
 
 
@@ -67,7 +69,10 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     path = tmp_path / "mnist.safetensors"
     save_dataset(path, toy_dataset())
     path.write_bytes(path.read_bytes()[:keep])
-    message = beginning(f"{path} is no prepared dataset (") + r".*\)\. Make it again: dvc repro -f prepare@mnist$"
+    message = (
+        beginning(f"{path} is no prepared dataset (")
+        + r".*\)\. Make it again: python -m pipelines\.steps prepare mnist$"
+    )
     with pytest.raises(ValueError, match=message):
         load_dataset(path)
 

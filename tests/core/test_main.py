@@ -166,7 +166,7 @@ def test_bench_prints_and_writes_its_figures(
     [
         (
             ["train", "pixelcnn", "--data", "no.safetensors", "--out", "x"],
-            "no.safetensors does not exist. Make it: dvc",
+            "no.safetensors does not exist. Make it: python -m",
         ),
         (["evaluate", "--checkpoint", "nowhere", "--data", "no"], "nowhere is no checkpoint: config.json is missing."),
         (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--num-samples", "0"], "from 1 to 1024, got 0"),

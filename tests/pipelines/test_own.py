@@ -7,8 +7,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from pipelines import steps
 from pipelines.datasets import own
 from pipelines.datasets.letters import write_letters
+from pipelines.files import file_lock
 from pipelines.params import load_params
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset
@@ -278,6 +281,19 @@ def test_a_pair_of_ones_own_is_trained_and_evaluated(project: Path, tmp_path: Pa
     assert (model.config.image_shape, model.config.num_labels) == ((3, 16, 24), 0)
     assert scores["data_hash"] == load_dataset(f"data/{NAME}.safetensors").data_hash
     assert "16 levels, evenly spaced" in Path(f"models/{pair}/README.md").read_text()
+
+
+def test_two_who_add_take_turns(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each writes own/params.yaml anew: the second must see what the first wrote."""
+    with ThreadPoolExecutor() as pool, file_lock(own.CHANGES_LOCK, "this test", print):
+        second = pool.submit(own.add, NAME, folder, own.Wishes())
+        while "adding glyphs waits for process" not in caplog.text:
+            assert not second.done()
+            time.sleep(0.01)
+        own._add("first", folder, own.Wishes(), keep=False)
+    second.result()
+    assert {NAME, "first"} <= load_params().datasets.keys()
+    assert not own.CHANGES_LOCK.exists()
 
 
 def test_a_dataset_that_is_served_stays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
