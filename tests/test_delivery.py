@@ -1,10 +1,13 @@
 """Container and workflow files: what can be held to without Docker and GitHub. docs/packages.md says what was run."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
@@ -32,6 +35,18 @@ def test_containers_are_closed() -> None:
             assert users[service["build"]["target"]] == ["pixelcnn"], "not root"
         has_check = "HEALTHCHECK" in next((s for s in stages if s.split()[2] == name), "") or "healthcheck" in service
         assert has_check, name
+
+
+def test_prometheus_takes_what_compose_gives_it(tmp_path: Path) -> None:
+    compose = YAML(typ="safe").load((ROOT / "compose.yaml").read_text())  # which refuses a key that is there twice
+    YAML(typ="safe").load(compose["configs"]["prometheus"]["content"])
+    if promtool := shutil.which("promtool"):
+        for config in compose["services"]["prometheus"]["configs"]:
+            given, path = compose["configs"][config["source"]], tmp_path / Path(config["target"]).name
+            path.write_text(given["content"] if "content" in given else (ROOT / given["file"]).read_text())
+        command = [promtool, "check", "config", str(tmp_path / "prometheus.yml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
