@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pipelines.registry import decisions, lineage, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
@@ -20,6 +22,7 @@ def in_process(work: Callable[[], None]) -> int:
     if pid == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # the threads of the process that was forked are not there
             work()
             code = 0
         except BaseException:
