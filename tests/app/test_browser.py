@@ -45,6 +45,7 @@ from tests.local import free_port
 
 ROOT = Path(__file__).parents[2]
 SIZE = 28
+EXAMPLE = levels_of(beginnings_of("mnist")[0], 2)  # draws itself on a page that is opened
 NUM_STROKES = int(os.environ.get("PIXELCNN_TEST_STROKES", "100"))  # `make test-slow`: 500
 expect.set_options(timeout=15_000)  # a loaded machine is no failure
 
@@ -715,9 +716,11 @@ def test_no_stroke_is_lost(open_page: OpenPage, service: StubService) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "language"), [("light", "en"), ("dark", "fr")])
-def test_axe_finds_nothing(open_page: OpenPage, scheme: str, language: str) -> None:
+def test_axe_finds_nothing(open_page: OpenPage, service: StubService, scheme: str, language: str) -> None:
     page = open_page(live=True, example=True, color_scheme=scheme, locale=language)
+    until(lambda: (ink(page) == EXAMPLE).all(), "the example did not draw itself")
     wait_for_endings(page)
+    until(lambda: service.requests[-1][1]["image"] == EXAMPLE.tolist(), "the example was not completed as a whole")
     assert page.locator("html").get_attribute("lang") == language
     found = set()
     for name in ("draw", "generate", "surprise", "models"):
@@ -853,8 +856,7 @@ def test_everything_is_in_one_view(open_page: OpenPage, page_url: str, dataset: 
 def test_first_ten_seconds(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True, example=True)
     wait_for_endings(page)  # nobody has touched anything
-    example = levels_of(beginnings_of("mnist")[0], 2)
-    until(lambda: (ink(page) == example).all(), "the example did not draw itself")
+    until(lambda: (ink(page) == EXAMPLE).all(), "the example did not draw itself")
     shown = ink(page)
     assert shown[:14].any()
     assert not shown[14:].any()
