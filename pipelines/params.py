@@ -50,6 +50,7 @@ class PairParams(Frozen):
     network: InstanceOf[ModelConfig]  # with what the dataset fixes filled in
     train: InstanceOf[TrainConfig]  # without its completer
     completer: InstanceOf[TrainConfig] | None = None  # if `network` has one
+    labels: InstanceOf[TrainConfig] | None = None  # of the label network, if `network` has one
 
     @model_validator(mode="before")
     @classmethod
@@ -67,10 +68,11 @@ class PairParams(Frozen):
         built = {**values, "network": network, "train": _config(TrainConfig, values["train"], "train")}
         if built["train"].horizontal_flips and not spec.flips:
             raise ValueError("train: horizontal_flips mirrors images whose dataset has no `flips: true`.")
-        if network.completer_features:
-            built["completer"] = _config(TrainConfig, values.get("completer", {}), "completer")
-        elif "completer" in values:
-            raise ValueError("completer: it trains nothing: set completer_features in its network.")
+        for part, features in (("completer", "completer_features"), ("labels", "label_features")):
+            if getattr(network, features):
+                built[part] = _config(TrainConfig, values.get(part, {}), part)
+            elif part in values:
+                raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
         return built
 
 

@@ -1,10 +1,10 @@
 """PixelCNN and Gated PixelCNN: exact likelihoods, sampling and completion of images."""
 
 from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
-from pixelcnn.completion import complete, completion_log_prob, resample
+from pixelcnn.completion import complete, resample
 from pixelcnn.data import Dataset, load_dataset, save_dataset
 from pixelcnn.evaluation import evaluate
-from pixelcnn.likelihood import bits_per_dim, level_probs, log_prob, packed_bytes, pixel_log_prob
+from pixelcnn.likelihood import bits_per_dim, completion_log_prob, level_probs, log_prob, packed_bytes, pixel_log_prob
 from pixelcnn.models.gated_pixelcnn import GatedPixelCNNConfig
 from pixelcnn.models.pixelcnn import PixelCNNConfig
 from pixelcnn.models.registry import build_model

@@ -24,12 +24,12 @@ from typer.main import get_command
 
 from pixelcnn.bench import SAMPLERS, bench, write_json
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_weights, save_checkpoint
-from pixelcnn.completion import complete, completion_log_prob, resample
+from pixelcnn.completion import complete, resample
 from pixelcnn.config import checked_config
 from pixelcnn.data import load_dataset
 from pixelcnn.evaluation import check_fit, evaluate, evaluate_completion, format_nll
 from pixelcnn.images import from_png, to_sheet
-from pixelcnn.likelihood import bits_per_dim, count_leaks, log_prob
+from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
 from pixelcnn.sampling.fast import sample

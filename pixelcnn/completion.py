@@ -2,8 +2,9 @@
 
 Pixels are visited in raster order and known ones are clamped. A model with a context network draws each missing pixel
 from p(x_i | x_1, ..., x_{i-1}, all that is known): for any mask, a sample of a normalised p(missing | observed). With a
-model without one, known pixels that come after a missing one do not count: exact only where every missing pixel comes
-after every observed one (a lower half, say).
+label network, too, and no label given, it first draws one from p(label | all that is known), and then all pixels given
+it. With a model without a context network, known pixels that come after a missing one do not count: exact only where
+every missing pixel comes after every observed one (a lower half, say).
 """
 
 import math
@@ -11,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from pixelcnn.likelihood import log_prob, pixel_log_prob
-from pixelcnn.models.base import AutoregressiveModel, check_observed
+from pixelcnn.likelihood import completion_log_prob, log_prob, pixel_log_prob
+from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.observed import ink_of
 from pixelcnn.sampling.fast import sample, sample_and_score
 from pixelcnn.sampling.naive import OnRow
@@ -68,31 +69,6 @@ def complete_and_score(
     """
     levels, log_probs = sample_and_score(model, u, label, temperature, image, observed, on_row)
     return levels, completion_log_prob(model, levels, observed, label).double() if log_probs is None else log_probs
-
-
-@torch.inference_mode()
-def completion_log_prob(
-    model: AutoregressiveModel, levels: Tensor, observed: Tensor, label: Tensor | None = None
-) -> Tensor:
-    """Return the log-probability with which `complete` (temperature 1) fills in these missing pixels.
-
-    It is the sum over the missing sub-pixels of log p(x_i | x_1, ..., x_{i-1}), given the drawing too if the model has
-    a context network: a normalised distribution over them.
-
-    Args:
-        levels: (B, C, H, W) int64 in [0, K), the finished images.
-        observed: (B, 1, H, W) bool, True where the pixel was known.
-        label: (B,) int64, -1 for none; None for no labels.
-
-    Returns:
-        (B,) nats, log p(missing | observed); 0 where nothing was missing.
-
-    Raises:
-        ValueError: a shape, dtype or range differs from the above.
-    """
-    check_observed(levels, observed, model.config)
-    seen = (levels, observed) if model.config.context_features else (None, None)
-    return (pixel_log_prob(model, levels, label, *seen) * ~observed).sum(dim=(1, 2, 3))
 
 
 def resample(

@@ -25,6 +25,8 @@ class ModelConfig:
         num_mixtures: components of a logistic mixture; 0 for other outputs.
         completer_features: width of a network of its own that drawings go to, otherwise of this architecture and with
             the context network; 0 for none. The joint model then has no part in completing, and loses nothing to it.
+        label_features: width of the network that says which labels a drawing may have; 0 for none. With it an ending
+            without label is drawn with one, from p(label | drawing), so that all of its pixels agree on what it is.
 
     Raises:
         ValueError: a value is impossible.
@@ -38,6 +40,7 @@ class ModelConfig:
     head_features: int = 0
     context_width: int = 0
     completer_features: int = 0
+    label_features: int = 0
     output: str = "categorical"
     num_mixtures: int = 0
 
@@ -50,7 +53,7 @@ class ModelConfig:
         object.__setattr__(self, "image_shape", tuple(shape))
         for name, least in {"num_levels": 2, "num_features": 1, "num_labels": 0}.items():
             check_int(name, getattr(self, name), least)
-        for name in ("head_features", "context_features", "context_width", "completer_features"):
+        for name in ("head_features", "context_features", "context_width", "completer_features", "label_features"):
             check_int(name, getattr(self, name), 0)
         if self.context_width and not self.context_features:
             raise ValueError(f"context_width must be 0 where context_features is 0, got {self.context_width}.")
@@ -58,6 +61,11 @@ class ModelConfig:
             raise ValueError(
                 f"completer_features must be 0 where context_features is 0, got {self.completer_features}: "
                 "it would see no drawing."
+            )
+        if self.label_features and not (self.context_features and self.num_labels):
+            raise ValueError(
+                f"label_features must be 0 where context_features or num_labels is 0, got {self.label_features}: "
+                "no drawing would be given a label."
             )
         if self.context_width == 0:
             object.__setattr__(self, "context_width", self.context_features)
@@ -81,11 +89,13 @@ class ModelConfig:
 
     def without_context(self) -> Self:
         """Return the same network without context network and completer."""
-        return replace(self, context_features=0, context_width=0, completer_features=0)
+        return replace(self, context_features=0, context_width=0, completer_features=0, label_features=0)
 
     def of_completer(self) -> Self:
         """Return the config of the completer, a network by itself."""
-        return replace(self, num_features=self.completer_features, head_features=0, completer_features=0)
+        return replace(
+            self, num_features=self.completer_features, head_features=0, completer_features=0, label_features=0
+        )
 
 
 def check_odd(name: str, value: Any) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pixelcnn.data import Dataset
-from pixelcnn.likelihood import bits_per_dim, log_prob, pixel_log_prob
+from pixelcnn.likelihood import bits_per_dim, completion_log_prob, log_prob, pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.layers import LabelNetwork
 from pixelcnn.observed import SCORED, scored_masks
 
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
@@ -22,7 +23,7 @@ def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int
     return f"{bits_per_dim(nats, dataset_shape):.4f} bits/dim"
 
 
-def check_fit(model: AutoregressiveModel, data: Dataset) -> None:
+def check_fit(model: AutoregressiveModel | LabelNetwork, data: Dataset) -> None:
     """Check that a model is for images and labels such as a dataset's.
 
     Raises:
@@ -165,12 +166,10 @@ def per_image_completion_nll(
         joint = pixel_log_prob(model, levels)
         for name in SCORED:
             observed = scored_masks(name, levels, data.num_levels, seed, first)
-            given = joint
-            if model.config.context_features:
-                given = pixel_log_prob(model, levels, None, levels, observed)
-            for key, log_probs in ((name, given), (f"{name}_raster", joint)):
-                nats = -(log_probs * ~observed).sum(dim=(1, 2, 3))
-                found.setdefault(key, []).append(nats.double().cpu())
+            raster = (joint * ~observed).sum(dim=(1, 2, 3))
+            given = completion_log_prob(model, levels, observed) if model.config.context_features else raster
+            for key, log_probs in ((name, given), (f"{name}_raster", raster)):
+                found.setdefault(key, []).append(-log_probs.double().cpu())
         first += len(levels)
     return {key: torch.cat(parts) for key, parts in found.items()}
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.base import AutoregressiveModel, check_label, check_observed
 
 ROUNDING = 1e-12  # of float64 probabilities: where an image lies in a batch may move their last bits
 
@@ -74,6 +74,45 @@ def log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = 
     Source: van den Oord et al. 2016, arXiv:1601.06759, eq. 1.
     """
     return pixel_log_prob(model, levels, label).sum(dim=(1, 2, 3))
+
+
+@torch.inference_mode()
+def completion_log_prob(
+    model: AutoregressiveModel, levels: Tensor, observed: Tensor, label: Tensor | None = None
+) -> Tensor:
+    """Return the log-probability with which `complete` (temperature 1) fills in these missing pixels.
+
+    It is the sum over the missing sub-pixels of log p(x_i | x_1, ..., x_{i-1}), given the drawing too if the model has
+    a context network: a normalised distribution over them. With a label network, and no label given, it is that of the
+    mixture over labels.
+
+    Args:
+        levels: (B, C, H, W) int64 in [0, K), the finished images.
+        observed: (B, 1, H, W) bool, True where the pixel was known.
+        label: (B,) int64, -1 for none; None for no labels.
+
+    Returns:
+        (B,) nats, log p(missing | observed); 0 where nothing was missing.
+
+    Raises:
+        ValueError: a shape, dtype or range differs from the above.
+    """
+    check_observed(levels, observed, model.config)
+
+    def given(levels: Tensor, observed: Tensor, label: Tensor | None) -> Tensor:
+        seen = (levels, observed) if model.config.context_features else (None, None)
+        return (pixel_log_prob(model, levels, label, *seen) * ~observed).sum(dim=(1, 2, 3))
+
+    if model.label_network is None:
+        return given(levels, observed, label)
+    label = torch.full((len(levels),), -1, device=levels.device) if label is None else label
+    check_label(label, len(levels), model.config)
+    terms = model.label_log_probs(levels, observed, label)
+    for column, possible in enumerate(terms.isfinite().T):
+        if possible.any():
+            index = possible.nonzero()[:, 0]
+            terms[index, column] += given(levels[index], observed[index], torch.full_like(index, column - 1))
+    return terms.logsumexp(dim=1)
 
 
 def bits_per_dim(nats: float | Tensor, shape: Sequence[int]) -> float | Tensor:

@@ -23,9 +23,16 @@ CURVE_COLUMNS = (
     *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
     *("validation_nll_nats", "learning_rate"),
 )
-COMPLETER_COLUMNS = (  # of its own curve: other names, for both are curves of one MLflow run
-    *("step", "completer_epoch", "completer_train_nats", "completer_validation_nats", "completer_learning_rate"),
-)
+# The networks that a model may have beside the joint one. Their columns have other names: all are curves of one run.
+PARTS = ("completer", "labels")
+CURVE_FILES = ("curve.csv", *(f"{part}.csv" for part in PARTS))
+
+
+def columns_of(part: str) -> tuple[str, ...]:
+    """Return the columns of the curve of one of `PARTS`."""
+    return ("step", *(f"{part}_{name}" for name in ("epoch", "train_nats", "validation_nats", "learning_rate")))
+
+
 NUM_EXTREMES = 8  # best and worst test images on their sheet
 
 
@@ -36,7 +43,7 @@ class Curve:
         """Begin a curve, or take up the one in the file.
 
         Args:
-            columns: those of `CURVE_COLUMNS`, or of `COMPLETER_COLUMNS`.
+            columns: `CURVE_COLUMNS`, or those of a part.
         """
         self.path, self.columns = path, columns
         self.rows: list[dict[str, float]] = []
@@ -53,14 +60,11 @@ class Curve:
         # Rows from this step on are of work that was lost when the run was stopped, and done again.
         self.rows = [row for row in self.rows if row["step"] < report.step]
         mean = math.fsum(self._nats) / len(self._nats)
-        values = {
-            **asdict(report),
-            "train_nll_nats": mean,
-            "completer_epoch": report.epoch,
-            "completer_train_nats": mean,
-            "completer_validation_nats": report.validation_completion_nats,
-            "completer_learning_rate": report.learning_rate,
-        }
+        completion = report.validation_completion_nats
+        values = {**asdict(report), "train_nll_nats": mean}
+        for part in PARTS:
+            validated = report.validation_nll_nats if completion is None else completion
+            values |= zip(columns_of(part)[1:], (report.epoch, mean, validated, report.learning_rate), strict=True)
         self.rows.append({name: values[name] for name in self.columns})
         self._nats = []
         text = io.StringIO()
@@ -125,10 +129,10 @@ def draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, para
 
 
 def draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: Mapping[str, Any], title: str) -> None:
-    """Draw the curve of the joint model and, in a second picture beside it, that of the completer if there is one.
+    """Draw the curve of the joint model and, in pictures beside it, those of its completer and of its label network.
 
     Args:
-        curves: rows of the joint model's curve, then of the completer's.
+        curves: rows of the joint model's curve, then of each part's that there is.
         scores: with `test/nll_nats`, which is a line across.
     """
     from matplotlib.figure import Figure
@@ -145,11 +149,12 @@ def draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: Mapping
     plot(0, "validation_nll_nats", label="validation, averaged weights", marker=".")
     all_axes[0].axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
     all_axes[0].set(xlabel="step", ylabel="NLL, nats per image", title=title)
-    if len(curves) > 1:
-        plot(1, "completer_train_nats", label="train, batches", color="0.8")
-        plot(1, "completer_validation_nats", label="validation", marker=".")
-        what = {"ylabel": "-log p(missing | known), nats per image", "title": "drawings, training's masks"}
-        all_axes[1].set(xlabel="step", **what)
+    of_parts = {"completer": "-log p(missing | known), nats per image", "labels": "-log p(label | known), nats"}
+    for i, rows in enumerate(curves[1:], start=1):
+        part = next(part for part in PARTS if columns_of(part)[1] in rows[0])
+        plot(i, f"{part}_train_nats", label="train, batches", color="0.8")
+        plot(i, f"{part}_validation_nats", label="validation", marker=".")
+        all_axes[i].set(xlabel="step", ylabel=of_parts[part], title="drawings, training's masks")
     for axes in all_axes:
         axes.legend()
     figure.savefig(path, dpi=100)

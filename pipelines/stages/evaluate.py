@@ -16,7 +16,7 @@ from pipelines.judging.judge import JUDGES, load_judge
 from pipelines.params import EvaluateParams, load_params
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
-from pipelines.stages.train import COMPLETER_FILE, CURVE_FILE, TRAINED_FOLDER, Log, load, use_threads
+from pipelines.stages.train import TRAINED_FOLDER, Log, load, use_threads
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
 from pixelcnn.evaluation import evaluate as evaluate_model
@@ -132,7 +132,7 @@ def evaluate(
     numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
     atomic_write(report / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     curves = []
-    for file in (CURVE_FILE, COMPLETER_FILE):
+    for file in training_report.CURVE_FILES:
         if (trained / file).exists():
             shutil.copyfile(trained / file, report / file)
             curves.append(training_report.read_curve(report / file))

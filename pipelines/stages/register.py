@@ -12,8 +12,8 @@ from typing import Any
 from pipelines.registry import runs as tracking
 from pipelines.registry.runs import Training
 from pipelines.registry.versions import VALIDATION_METRIC
-from pipelines.reports.curve import read_curve
-from pipelines.stages.train import COMPLETER_FILE, CURVE_FILE, Log
+from pipelines.reports.curve import CURVE_FILES, read_curve
+from pipelines.stages.train import Log
 from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, load_checkpoint
 from pixelcnn.models.base import AutoregressiveModel
 
@@ -74,7 +74,7 @@ def register(
     key = f"registered-{config['weights_sha256']}-{training.data_hash}"
     run_id = tracking.start_training_run(training, key, scores.get("run_id"))
     files = [*sorted(folder.glob("*.png")), folder / CARD_FILE, *(sorted(report.glob("*")) if report else [])]
-    curves = [read_curve(report / name) for name in (CURVE_FILE, COMPLETER_FILE) if report and (report / name).exists()]
+    curves = [read_curve(report / name) for name in CURVE_FILES if report and (report / name).exists()]
     tracking.log_training_run(run_id, training, folder, scores, curves, [file for file in files if file.is_file()])
     version = tracking.register(run_id, folder, training.pair, training.dataset)
     log(f"{tracking.registered_name(training.dataset)} version {version}, run {run_id}")

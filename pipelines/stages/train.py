@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,19 @@ from pipelines.params import PairParams, Params, load_params, repro_command
 from pipelines.registry.provenance import core_sha256, git_state, recorded_hash
 from pipelines.registry.runs import Training
 from pipelines.reports import curve as training_report
-from pipelines.reports.curve import COMPLETER_COLUMNS, CURVE_COLUMNS, Curve
+from pipelines.reports.curve import CURVE_COLUMNS, CURVE_FILES, Curve, columns_of
 from pipelines.stages.live_run import RUN_ID_FILE, RUN_KEY_FILE, LiveRun
 from pixelcnn.checkpoint import check_replaceable, save_checkpoint
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.layers import LabelNetwork
 from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.sampling.fast import warm_up
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress, training_history
 
 TRAINED_FOLDER = Path("trained")
-CURVE_FILE, COMPLETER_FILE = "curve.csv", "completer.csv"
 # The part of the package pixelcnn that decides the weights; dvc.yaml lists the same.
 DECIDES = ("config.py", "data.py", "evaluation.py", "likelihood.py", "observed.py", "models", "training")
 PROGRESS_S = 5.0  # between lines of the log
@@ -108,7 +108,7 @@ def train(
         if state is None:  # one that is carried over has a history of its own
             record["inputs_sha256"] = inputs_of(name, params, data, half)
         save_checkpoint(out, model, {**record, "weights_dtype": str(dtype).removeprefix("torch.")}, dtype)
-        for file in (CURVE_FILE, COMPLETER_FILE):
+        for file in CURVE_FILES:
             if (work / file).exists():
                 shutil.copyfile(work / file, out / file)
         if state is None:
@@ -121,7 +121,7 @@ def train(
 def _fit_all(
     name: str, params: Params, data: Dataset, work: Path, log: Log
 ) -> tuple[AutoregressiveModel, dict[str, Any]]:
-    """Train the joint model and, as a network of its own that begins with the same weights, the completer.
+    """Train the joint model, the completer, which begins with the same weights, and the label network, each by itself.
 
     Args:
         work: folder of the states; a state that is there is taken up, and its run gone on with.
@@ -132,7 +132,8 @@ def _fit_all(
     pair = params.pair(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(pair.train.seed)
-    network = pair.network.without_context() if pair.network.completer_features else pair.network
+    network = replace(pair.network, label_features=0, completer_features=0)
+    network = network.without_context() if pair.network.completer_features else network
     model = build_model(network).to(device)
     whole = build_model(pair.network).to(device)
     warm_up(model)
@@ -146,8 +147,10 @@ def _fit_all(
     def draw(step: int) -> None:
         training_report.draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
 
-    def fit_part(part: AutoregressiveModel, config: TrainConfig, curve: Curve, state_file: Path) -> dict[str, Any]:
-        """Train one of the two networks; return the record of that."""
+    def fit_part(
+        part: AutoregressiveModel | LabelNetwork, config: TrainConfig, curve: Curve, state_file: Path
+    ) -> dict[str, Any]:
+        """Train one of the networks; return the record of that."""
         num_parameters = sum(p.numel() for p in part.parameters())
         log(f"training {num_parameters} parameters on {device}")
         last_line = 0.0
@@ -171,15 +174,17 @@ def _fit_all(
         }
 
     try:
-        record = fit_part(model, pair.train, Curve(work / CURVE_FILE, CURVE_COLUMNS), work / "state.safetensors")
-        if whole.completer is not None and pair.completer is not None:
-            whole.load_state_dict(model.state_dict(), strict=False)
-            whole.begin_completer()
-            curve = Curve(work / COMPLETER_FILE, COMPLETER_COLUMNS)
-            of_completer = fit_part(whole.completer, pair.completer, curve, work / "completer.safetensors")
-            renamed = {"num_parameters": "num_completer_parameters"}
-            record |= {renamed.get(key, f"completer_{key}"): value for key, value in of_completer.items()}
-            model = whole.eval()
+        record = fit_part(model, pair.train, Curve(work / CURVE_FILES[0], CURVE_COLUMNS), work / "state.safetensors")
+        whole.load_state_dict(model.state_dict(), strict=False)
+        whole.begin_completer()
+        parts = {"completer": (whole.completer, pair.completer), "labels": (whole.label_network, pair.labels)}
+        for name_of_part, (part, config) in parts.items():
+            if part is not None and config is not None:
+                curve = Curve(work / f"{name_of_part}.csv", columns_of(name_of_part))
+                found = fit_part(part, config, curve, work / f"{name_of_part}.safetensors")
+                record[f"num_{name_of_part}_parameters"] = found.pop("num_parameters")
+                record |= {f"{name_of_part}_{key}": value for key, value in found.items()}
+        model = whole.eval()
     except BaseException as error:
         live.end(error)
         raise
@@ -203,6 +208,7 @@ def _settings(name: str, params: Params) -> dict[str, Any]:
         **{f"network.{key}": value for key, value in config_to_dict(pair.network).items()},
         **{f"train.{key}": value for key, value in asdict(pair.train).items()},
         **{f"completer.{key}": value for key, value in (asdict(pair.completer) if pair.completer else {}).items()},
+        **{f"labels.{key}": value for key, value in (asdict(pair.labels) if pair.labels else {}).items()},
         **{f"data.{key}": value for key, value in params.data.model_dump().items()},
     }
 
@@ -265,7 +271,8 @@ def remove_finished_states(out: Path) -> None:
 
 def weights_key(name: str, pair: PairParams, data: Dataset) -> str:
     """Return the SHA-256 of all that a pair's weights follow from: settings, data, and the code that decides them."""
-    learning = [config_to_dict(pair.network), asdict(pair.train), asdict(pair.completer) if pair.completer else {}]
+    learning = [config_to_dict(pair.network)]
+    learning += [asdict(config) if config else {} for config in (pair.train, pair.completer, pair.labels)]
     every = [name, pair.num_threads, *learning, data.data_hash, core_sha256(*DECIDES)]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
 

@@ -12,6 +12,8 @@ With a context network the model also is p(missing | observed) for any observed 
 missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of the drawing enters every layer (section
 2.3 of the second paper). With nothing observed the map is zero, and the same weights are p(x). A model may also have a
 *completer*, a second network of the same kind, for all images of which something is observed; it alone sees drawings.
+With a *label network* p(missing | observed) is a mixture: the sum over labels of p(label | observed) p(missing |
+observed, label), of which a label is drawn first, and then all pixels given it.
 """
 
 import math
@@ -22,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.models.layers import ContextNetwork, masked_1x1
+from pixelcnn.models.layers import ContextNetwork, LabelNetwork, masked_1x1, scaled
 from pixelcnn.models.maps import NEVER_WAITS, Label, Map
 from pixelcnn.models.masks import colour_groups
 from pixelcnn.models.outputs import OUTPUTS, Output
+
+LEAST_LABEL = 0.01  # the smallest probability that a label of a drawing may have: smaller ones count as zero
 
 
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
@@ -104,7 +108,8 @@ class AutoregressiveModel(nn.Module):
         if features := self.layer_config.context_features:
             side = max(config.image_shape[1:])
             self.context_network = ContextNetwork(num_colours, config.context_width, features, side)
-        self.completer: AutoregressiveModel | None = None  # `build_model` adds it
+        self.completer: AutoregressiveModel | None = None  # `build_model` adds it, and what follows
+        self.label_network: LabelNetwork | None = None
 
     def begin_completer(self) -> None:
         """Let a completer of the joint model's width begin with its weights: it then is the same joint model."""
@@ -122,6 +127,33 @@ class AutoregressiveModel(nn.Module):
             return [(self, torch.arange(len(observed), device=observed.device))]
         parts = [(self, ~drawn), (self.completer, drawn)]
         return [(network, which.nonzero()[:, 0]) for network, which in parts if bool(which.any())]
+
+    def label_log_probs(self, drawing: Tensor, observed: Tensor, label: Tensor) -> Tensor:
+        """Return with which labels endings are drawn, (B, 1 + num_labels) float64 log-probabilities of none, 0, 1, ...
+
+        It is the label that is given; where none is, but a label network and something known, p(label | drawing),
+        without the labels of less than `LEAST_LABEL`. Each drawing is looked at by itself: its figures do not depend
+        on those beside it.
+
+        Args:
+            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
+            observed: (B, 1, H, W) bool.
+            label: (B,) int64, -1 for none.
+        """
+        found = torch.full(
+            (len(label), 1 + self.config.num_labels), -math.inf, dtype=torch.float64, device=label.device
+        )
+        found.scatter_(1, label[:, None] + 1, 0.0)
+        asked = (label < 0) & observed.flatten(1).any(dim=1)
+        if self.label_network is None or not bool(asked.any()):
+            return found
+        seen = torch.cat([torch.where(observed, drawing, 0), observed], dim=1)[asked]
+        different, which = seen.unique(dim=0, return_inverse=True)
+        logits = [self.label_network(one[None, :-1], one[None, -1:].bool()) for one in different]
+        log_probs = torch.cat(logits).double().log_softmax(dim=1)
+        log_probs = log_probs.masked_fill(log_probs < math.log(LEAST_LABEL), -math.inf).log_softmax(dim=1)
+        found[asked] = F.pad(log_probs, (1, 0), value=-math.inf)[which]
+        return found
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         """Return the head's input, (B, maps, H, W), from scaled levels and a map of the drawing."""
@@ -147,10 +179,7 @@ class AutoregressiveModel(nn.Module):
 
     def scale(self, levels: Tensor) -> Tensor:
         """Return levels as the network sees them, in [-1, 1] and in the dtype of the weights."""
-        # Centred, so that the zero padding is no level of a binary image.
-        # Channels last, down to the strides of a single channel: the layout in which convolutions are fastest.
-        x = levels.to(self.head.weight.dtype, memory_format=torch.channels_last)
-        return x * (2 / (self.config.num_levels - 1)) - 1
+        return scaled(levels, self.config.num_levels, self.head.weight.dtype)
 
     def context(self, drawing: Tensor | None, observed: Tensor | None) -> Tensor | None:
         """Return the map of a drawing that enters every layer; None without a drawing or without a context network.
@@ -220,5 +249,6 @@ class AutoregressiveModel(nn.Module):
 
 
 def joint_parameters(model: AutoregressiveModel) -> list[nn.Parameter]:
-    """Return the parameters of a model without those of its completer."""
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith("completer.")]
+    """Return the parameters of a model without those of its completer and its label network."""
+    others = ("completer.", "label_network.")
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith(others)]

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixelcnn.config import ModelConfig
 from pixelcnn.models.maps import NEVER_WAITS, Map, convolved, gated, is_symbolic
 from pixelcnn.models.masks import centre_mask
+
+
+def scaled(levels: Tensor, num_levels: int, dtype: torch.dtype) -> Tensor:
+    """Return levels as networks see them, in [-1, 1]."""
+    # Centred, so that the zero padding is no level of a binary image.
+    # Channels last, down to the strides of a single channel: the layout in which convolutions are fastest.
+    return levels.to(dtype, memory_format=torch.channels_last) * (2 / (num_levels - 1)) - 1
 
 
 class Block(nn.Module):
@@ -141,6 +149,32 @@ class ContextNetwork(nn.Module):
         for layer in self.layers:
             x = x + layer(F.relu(x))
         return self.last(F.relu(x)) * known.amax(dim=(2, 3), keepdim=True)
+
+
+class LabelNetwork(nn.Module):
+    """Says which labels a drawing may have: a context network, and what its maps come to over the image.
+
+    Args:
+        config: of the images and labels; its `label_features` are the maps.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.label_features
+        self.context = ContextNetwork(config.image_shape[0], width, width, max(config.image_shape[1:]))
+        self.last = nn.Linear(2 * width, config.num_labels)
+
+    def forward(self, drawing: Tensor, observed: Tensor) -> Tensor:
+        """Return (B, num_labels) logits.
+
+        Args:
+            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
+            observed: (B, 1, H, W) bool.
+        """
+        x = scaled(torch.where(observed, drawing, 0), self.config.num_levels, self.last.weight.dtype)
+        x = F.relu(self.context(x, observed))
+        logits: Tensor = self.last(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1))
+        return logits
 
 
 def context_projection(context_features: int, num_maps: int) -> Pointwise | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pixelcnn.config import ModelConfig, checked_config
+from pixelcnn.models.layers import LabelNetwork
 
 if TYPE_CHECKING:
     from pixelcnn.models.base import AutoregressiveModel
@@ -63,6 +64,8 @@ def build_model(config: ModelConfig) -> "AutoregressiveModel":
     model.described()
     if config.completer_features:  # the last of the parameters, so that the joint model's are drawn as without it
         model.completer = build_model(config.of_completer())
+    if config.label_features:
+        model.label_network = LabelNetwork(config)
     return model
 
 

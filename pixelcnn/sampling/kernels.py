@@ -368,7 +368,10 @@ def _reached(exps, num_levels, total, u):
 
 @_compiled
 def _draw(logits, exps, num_levels, u, temperature):
-    """Return the level that `sampling.draw_level` would return, and its nats at temperature 1, in float64."""
+    """Return the level that `sampling.draw_level` would return, and its nats at temperature 1, in float64.
+
+    A level that is to be scored, and not drawn, comes as u = level + 1; at temperature 1.
+    """
     level = 0
     if temperature == 0:
         for k in range(1, num_levels):
@@ -379,7 +382,7 @@ def _draw(logits, exps, num_levels, u, temperature):
         level = _reached(exps, num_levels, total, u)
     total, most = _exponentials(logits, exps, num_levels, 1.0)
     if temperature == 1:
-        level = _reached(exps, num_levels, total, u)
+        level = _reached(exps, num_levels, total, u) if u < 1 else int(u) - 1
     return level, math.log(total) + most - np.float64(logits[level])
 
 
@@ -452,6 +455,8 @@ def _draw_from_mixture(scratch, num_mixtures, num_levels, u, temperature):
     At temperature 1 by bisection of the cumulative distribution; at another one from the probabilities of all levels.
     """
     low, high = 0, num_levels - 1  # the smallest level whose cumulative probability exceeds u lies in low..high
+    if u >= 1:  # to be scored, as in `_draw`
+        low = high = int(u) - 1
     while temperature == 1 and low < high:
         middle = (low + high) // 2
         if _reached_by_mixture(scratch, middle, num_mixtures, num_levels) > u:

@@ -34,6 +34,7 @@ class Canvas:
         levels: (B, C, H, W) int64, contiguous, 0 where missing: completed in place.
         missing: (B, H, W) bool.
         on_row: called with a row's index and its levels, (B, C, W), once it is finished in every image.
+        label_log_probs: (B, 1 + num_labels) float64, what the labels were drawn from; None if they were given.
     """
 
     u: Tensor
@@ -42,6 +43,7 @@ class Canvas:
     levels: Tensor
     missing: Tensor
     on_row: OnRow | None = None
+    label_log_probs: Tensor | None = None
 
     def part(self, index: Tensor | slice, on_row: OnRow | None = None) -> "Canvas":
         """Return some of the images: the same memory for a slice, a copy for indices."""
@@ -59,6 +61,8 @@ def new_canvas(
     on_row: OnRow | None = None,
 ) -> Canvas:
     """Check a sampler's arguments, as `naive_sample` describes them; return what it starts from.
+
+    Labels that are not given are drawn here, where the model has a label network and something is known.
 
     Raises:
         ValueError: a shape, dtype or range is wrong.
@@ -78,7 +82,12 @@ def new_canvas(
             raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
         check_observed(drawing, observed, config)
         levels, missing = torch.where(observed, drawing, 0), ~observed[:, 0]
-    return Canvas(u, label, temperature, levels.contiguous(), missing.contiguous(), on_row)
+    label_log_probs = None
+    if model.label_network is not None and drawing is not None and observed is not None:
+        label_log_probs = model.label_log_probs(levels, observed, label)
+        first = observed.flatten(1).long().argmax(dim=1)  # a known pixel: its noise is free
+        label = draw_level(label_log_probs, u[:, 0].flatten(1).gather(1, first[:, None])[:, 0], temperature) - 1
+    return Canvas(u, label, temperature, levels.contiguous(), missing.contiguous(), on_row, label_log_probs)
 
 
 def sample_by_network(

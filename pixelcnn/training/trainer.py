@@ -23,11 +23,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, generator_for
 from pixelcnn.evaluation import check_fit, format_nll, per_image_nll
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.layers import LabelNetwork
 from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.observed import training_masks
 from pixelcnn.training.config import TrainConfig, resolved_precision
@@ -44,7 +46,14 @@ PHASE_SETTINGS = (
     *("batch_size", "label_dropout", "redrawn_share", "precision", "optimizer", "learning_rate", "ema_decay"),
     *CONTEXT_SETTINGS,
 )
-BUDGET_SETTINGS = ("max_epochs", "max_minutes", "num_validations", "save_minutes", "completer_features")
+BUDGET_SETTINGS = (
+    "max_epochs",
+    "max_minutes",
+    "num_validations",
+    "save_minutes",
+    "completer_features",
+    "label_features",
+)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
@@ -89,8 +98,9 @@ class Trainer:
         ValueError: the batch is larger than the training split, or too small for `accumulate` and the processes.
     """
 
-    def __init__(self, model: AutoregressiveModel, data: Dataset, config: TrainConfig) -> None:
-        self.model, self.data, self.config = model, data, config
+    def __init__(self, model: AutoregressiveModel | LabelNetwork, data: Dataset, config: TrainConfig) -> None:
+        self.model: Any = model  # of a kind that `nlls` and `mean_nll` know
+        self.data, self.config = data, config
         self.parameters: list[Tensor] = list(model.parameters())
         self.device = self.parameters[0].device
         self.precision = resolved_precision(config.precision, self.device)
@@ -170,6 +180,12 @@ class Trainer:
         rng = np.random.default_rng([self.config.seed, *path])
         return training_masks(rng, levels, self.data.num_levels, share)
 
+    def nlls(self, levels: Tensor, label: Tensor | None, observed: Tensor | None) -> Tensor:
+        """Return what is to be lowered: nats of a batch, in any shape. `observed`: (B, 1, H, W), None for nothing."""
+        if observed is None:
+            return -pixel_log_prob(self.model, levels, label)
+        return -pixel_log_prob(self.model, levels, label, levels, observed) * ~observed
+
     def train_step(self) -> tuple[float, float]:
         """Take one optimizer step; return the batch's loss, nats per image, and the learning rate.
 
@@ -185,10 +201,7 @@ class Trainer:
         share = torch.arange(len(levels)).tensor_split(self.num_processes)[self.rank]
         for part in share.tensor_split(config.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                drawing = () if observed is None else (levels[part], observed[part])
-                nlls = -pixel_log_prob(self.model, levels[part], None if label is None else label[part], *drawing)
-            if observed is not None:
-                nlls = nlls * ~observed[part]
+                nlls = self.nlls(levels[part], *(None if x is None else x[part] for x in (label, observed)))
             # Divided by all sub-pixels, the observed ones too: an image counts by the nats that are to be explained.
             loss = nlls.sum() / (len(levels) * num_dims)
             torch.autograd.backward(loss)
@@ -265,14 +278,10 @@ class Trainer:
         """
         with self.swap_weights(self.ema):
             num_images = self.config.num_validation_images or None
-            nll = per_image_nll(self.model, self.data, "validation", num_images=num_images).mean().item()
-            num_train = min(TRAIN_SUBSET, num_images or TRAIN_SUBSET)
-            train_nll = per_image_nll(self.model, self.data, "train", num_images=num_train).mean().item()
-            completion = None
-            score = nll
-            if self.model.config.context_features:
-                completion = self.completion_nll(num_images)
-                score = nll + self.config.context_share * (completion - nll)
+            nll = self.mean_nll("validation", num_images)
+            train_nll = self.mean_nll("train", min(TRAIN_SUBSET, num_images or TRAIN_SUBSET))
+            completion = self.completion_nll(num_images)
+            score = nll if completion is None else nll + self.config.context_share * (completion - nll)
             if on_validation is not None and math.isfinite(score):
                 on_validation(self.step)
         if not math.isfinite(score):
@@ -285,15 +294,21 @@ class Trainer:
             self.best = [w.clone() for w in self.ema]
         return nll, train_nll, completion
 
+    def mean_nll(self, split: str, num_images: int | None) -> float:
+        """Return the mean nats of the first images of a split, whole and without label."""
+        return per_image_nll(self.model, self.data, split, num_images=num_images).mean().item()
+
     @torch.inference_mode()
-    def completion_nll(self, num_images: int | None) -> float:
-        """Return the mean nats of the missing part of validation images, one fixed mask each."""
+    def completion_nll(self, num_images: int | None) -> float | None:
+        """Return the mean nats of what is missing of validation images, one fixed mask each; None without a context."""
+        if not self.model.config.context_features:
+            return None
         total, num = 0.0, 0
         for i, (levels, _) in enumerate(self.data.batches("validation", 250, num_images)):
             observed = self.masks(levels, 3, i, share=1.0)
             assert observed is not None
             levels, observed = levels.to(self.device), observed.to(self.device)
-            nlls = -pixel_log_prob(self.model, levels, None, levels, observed) * ~observed
+            nlls = self.nlls(levels, None, observed)
             total, num = total + nlls.sum().item(), num + len(levels)
         return total / num
 
@@ -387,6 +402,30 @@ class Trainer:
         return [names.index(name) for name, _ in joint.named_parameters()]
 
 
+class LabelTrainer(Trainer):
+    """A run that trains a label network: to tell the label of what is known of an image."""
+
+    def nlls(self, levels: Tensor, label: Tensor | None, observed: Tensor | None) -> Tensor:
+        """Return (B,) nats of the labels, 0 where one is withheld."""
+        assert label is not None
+        return F.cross_entropy(self.model(levels, observed), label, ignore_index=-1, reduction="none")
+
+    def objective(self) -> str:
+        return "validation nats of the label of an image that is known in part"
+
+    @torch.inference_mode()
+    def mean_nll(self, split: str, num_images: int | None) -> float:
+        """Return the mean nats of the labels of a split's first images, of which one fixed mask is known."""
+        nlls = []
+        for i, (levels, label) in enumerate(self.data.batches(split, 250, num_images)):
+            observed = self.masks(levels, 3, i, share=1.0)
+            nlls.append(self.nlls(levels.to(self.device), label.to(self.device), observed))
+        return torch.cat(nlls).mean().item()
+
+    def completion_nll(self, num_images: int | None) -> None:
+        return None
+
+
 def keep_memory() -> None:
     """Let glibc keep freed memory: a step that gets its tensors from the system each time is 6 % slower."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -396,7 +435,7 @@ def keep_memory() -> None:
 
 
 def fit(
-    model: AutoregressiveModel,
+    model: AutoregressiveModel | LabelNetwork,
     data: Dataset,
     config: TrainConfig,
     on_step: Callable[[StepReport], None] | None = None,
@@ -407,7 +446,8 @@ def fit(
 
     Args:
         model: as `build_model` makes it, for images of this dataset; on the device to train on. A completer is trained
-            by itself: as `model.completer`, the joint model as that of `config.without_context()`.
+            by itself: as `model.completer`, the joint model as that of `config.without_context()`. So is a label
+            network: as `model.label_network`, its nats are those of the label.
         data: a prepared dataset.
         config: how to train.
         on_step: called after every step.
@@ -429,10 +469,13 @@ def fit(
         OSError: the state could not be saved; the one that was saved before is left as it was.
     """
     check_fit(model, data)
-    if model.completer is not None:
-        raise ValueError("a model with a completer is trained in two parts: without it, and model.completer by itself.")
+    is_label_network = isinstance(model, LabelNetwork)
+    if not is_label_network and (model.completer is not None or model.label_network is not None):
+        raise ValueError(
+            "a model with a completer or a label network is trained in parts: without them, and each of them by itself."
+        )
     keep_memory()
-    trainer = Trainer(model, data, config)
+    trainer = (LabelTrainer if is_label_network else Trainer)(model, data, config)
     state_path = None if state_file is None else Path(state_file)
     if state_path is not None and state_path.exists():
         trainer.resume(state_path)
