@@ -200,7 +200,7 @@ def test_scores_do_not_depend_on_the_batch_size(protocol):
 def test_a_completer_is_trained_by_itself():
     data = toy_dataset(shape=(1, 4, 4), num_levels=2)
     model = context_model(data, "pixelcnn", completer_features=8)
-    with pytest.raises(ValueError, match="is trained in two parts: without it, and"):
+    with pytest.raises(ValueError, match="is trained in parts: without them, and"):
         fit(model, data, config(max_epochs=1))
     model.begin_completer()
     joint = copy.deepcopy({n: w for n, w in model.state_dict().items() if not n.startswith("completer.")})

@@ -623,12 +623,14 @@ def test_the_code_of_a_training_is_that_of_its_start(trained, monkeypatch: pytes
     assert load_checkpoint("models/committed")[1]["git_commit"] == "a"
 
 
-def test_a_completer_is_trained_after_the_joint_model(project: Path) -> None:
+def test_completer_and_label_network_are_trained_after_the_joint_model(project: Path) -> None:
     train_stage.train(PAIR, Path("models/joint"))
     values = tiny_params()
     pair = values["pairs"][PAIR]
     pair["network"] |= {"context_features": 2, "completer_features": 2}
     pair["completer"] = {**pair["train"], "context_share": 1.0, "learning_rate": 0.02}
+    pair["network"]["label_features"] = 2
+    pair["labels"] = {**pair["train"], "label_dropout": 0.0}
     values["evaluate"]["completion_images"] = {"mnist5k": 5}
     write_params(Path(), values)
     out, state = Path("models/completer"), Path("models/completer-state")
@@ -636,6 +638,8 @@ def test_a_completer_is_trained_after_the_joint_model(project: Path) -> None:
     model, scores = load_checkpoint(out)
     joint, _ = load_checkpoint("models/joint")
     assert model.completer is not None
+    assert model.label_network is not None
+    assert scores["num_labels_parameters"] == sum(p.numel() for p in model.label_network.parameters())
     assert all(torch.equal(w, model.state_dict()[name]) for name, w in joint.state_dict().items()), "it is as it was"
     assert scores["num_completer_parameters"] == sum(p.numel() for p in model.completer.parameters())
     assert scores["completer_train_minutes"] > 0
@@ -649,6 +653,7 @@ def test_a_completer_is_trained_after_the_joint_model(project: Path) -> None:
     client = tracking.client()
     history = client.get_metric_history(run_id, "curve/completer_validation_nats")
     assert [m.step for m in history] == [3, 6]
+    assert [m.step for m in client.get_metric_history(run_id, "curve/labels_validation_nats")] == [3, 6]
     assert client.get_run(run_id).data.params["completer.learning_rate"] == "0.02"
     # With larger budgets both go on.
     pair["train"]["max_epochs"], pair["completer"]["max_epochs"] = 0.06, 0.07
