@@ -82,8 +82,8 @@ def make_animation(browser: Browser, url: str) -> None:
     frames: list[PIL.Image.Image] = []
 
     def frame() -> None:
-        picture = PIL.Image.open(io.BytesIO(page.screenshot(clip={"x": 80, "y": 0, "width": 1120, "height": 900})))
-        frames.append(picture.resize((672, 540), PIL.Image.Resampling.LANCZOS).convert("RGB"))
+        picture = PIL.Image.open(io.BytesIO(page.screenshot()))
+        frames.append(picture.resize((768, 540), PIL.Image.Resampling.LANCZOS).convert("RGB"))
 
     # The upper half of a 3 and then its lower half, in three strokes.
     lower_half: Points = [(14, 12), (17, 13), (18.5, 16), (17, 20), (13, 22), (9, 20)]
