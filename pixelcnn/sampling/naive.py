@@ -85,9 +85,29 @@ def new_canvas(
     label_log_probs = None
     if model.label_network is not None and drawing is not None and observed is not None:
         label_log_probs = model.label_log_probs(levels, observed, label)
-        first = observed.flatten(1).long().argmax(dim=1)  # a known pixel: its noise is free
-        label = draw_level(label_log_probs, u[:, 0].flatten(1).gather(1, first[:, None])[:, 0], temperature) - 1
+        label, u = _drawn_labels(label_log_probs, u, temperature)
     return Canvas(u, label, temperature, levels.contiguous(), missing.contiguous(), on_row, label_log_probs)
+
+
+def _drawn_labels(log_probs: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw labels by the noise of the first pixel, whatever is known: so they change as little as the drawing does.
+
+    Where the noise lies between the ends of its label's interval is again uniform: it is what is left for the pixel.
+
+    Args:
+        log_probs: (B, 1 + num_labels) nats, of no label, 0, 1, ...
+
+    Returns:
+        (B,) int64, -1 for none; and the noise that is left, (B, C, H, W).
+    """
+    noise = u[:, 0, 0, 0].double()
+    column = draw_level(log_probs, noise, temperature)
+    if temperature:
+        probs = (log_probs / temperature).softmax(dim=1)
+        below, width = ((x.gather(1, column[:, None])[:, 0]) for x in (probs.cumsum(dim=1) - probs, probs))
+        u = u.clone()
+        u[:, 0, 0, 0] = ((noise - below) / width).clamp(0, 1 - torch.finfo(u.dtype).eps)
+    return column - 1, u
 
 
 def sample_by_network(
@@ -154,6 +174,6 @@ def naive_sample(
         for channel in range(channels if here.any() else 0):
             parameters = model(levels, canvas.label, *seen)[..., row, column]
             logits = model.output.level_logits(parameters, channel, levels[:, :channel, row, column])  # (B, K)
-            drawn = draw_level(logits, u[:, channel, row, column], temperature)
+            drawn = draw_level(logits, canvas.u[:, channel, row, column], temperature)
             levels[:, channel, row, column] = torch.where(here, drawn, levels[:, channel, row, column])
     return levels

@@ -93,6 +93,10 @@ def test_a_mixture_of_logistics_is_scored_by_the_sampler_too():
 def test_labels_come_as_often_as_the_network_says():
     model, num = label_model(), 4000
     drawing, observed = random_levels(SHAPE, 2, 1), masks(1, seed=3)
+    observed[..., 0, 0], observed[..., 1, 1] = (
+        False,
+        True,
+    )  # the noise of the first pixel serves the label and the pixel
     weights = model.label_log_probs(drawing, observed, torch.tensor([-1]))[0].exp()
     assert weights.max() < 0.9
     u = torch.rand((num, *SHAPE), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
