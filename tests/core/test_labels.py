@@ -96,7 +96,7 @@ def test_labels_come_as_often_as_the_network_says():
     observed[..., 0, 0], observed[..., 1, 1] = (
         False,
         True,
-    )  # the noise of the first pixel serves the label and the pixel
+    )  # whose noise serves the label, too
     weights = model.label_log_probs(drawing, observed, torch.tensor([-1]))[0].exp()
     assert weights.max() < 0.9
     u = torch.rand((num, *SHAPE), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
