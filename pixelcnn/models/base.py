@@ -29,7 +29,7 @@ from pixelcnn.models.maps import NEVER_WAITS, Label, Map
 from pixelcnn.models.masks import colour_groups
 from pixelcnn.models.outputs import OUTPUTS, Output
 
-LEAST_LABEL = 0.01  # the smallest probability that a label of a drawing may have: smaller ones count as zero
+LEAST_LABEL = 0.05  # the smallest probability that a label of a drawing may have: smaller ones count as zero
 
 
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
