@@ -46,8 +46,10 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
             completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
             nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
             kept.parent.mkdir(parents=True, exist_ok=True)
-            save_file(nats, Path(folder) / "nats")
-            (Path(folder) / "nats").replace(kept)
+            # On the same disk, which a file can be moved within.
+            with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as beside:
+                save_file(nats, Path(beside) / "nats")
+                (Path(beside) / "nats").replace(kept)
     return Candidate(version.version, nats["joint"], nats["completion"])
 
 

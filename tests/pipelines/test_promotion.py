@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import socket
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -517,6 +518,13 @@ def test_scores_are_kept_for_the_next_decision(toy, monkeypatch):
     monkeypatch.setattr(score, "core_sha256", lambda: "other code")
     toy.promote()
     assert len(scored) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a disk of its own, of Linux")
+def test_temporary_files_may_lie_on_another_disk(toy, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    toy.register(INK)
+    assert toy.promote()["decision"] == "promoted"
 
 
 def test_rollback_without_a_previous_champion(toy):
