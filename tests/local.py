@@ -1,9 +1,17 @@
-"""Ports and small HTTP servers on this machine."""
+"""Ports, small HTTP servers and processes on this machine."""
 
+import contextlib
+import os
+import signal
 import socket
+import subprocess
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from tempfile import TemporaryFile
+from typing import Any, Self
+
+import psutil
 
 
 def free_port() -> int:
@@ -12,6 +20,40 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def stop(process: subprocess.Popen[Any], seconds: float = 8) -> None:
+    """End a process that has a session of its own, and all below it, whatever theirs: asked twice, then killed."""
+    below: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(2):  # a worker that is told once may wait for its runs
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for one in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait(seconds)
+
+
+def run(command: Sequence[Any], seconds: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command; what it left behind is killed, and after `seconds` itself.
+
+    Its output goes to files: a pipe is read until the last process that holds it has ended.
+    """
+    with TemporaryFile("w+") as said, TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=said, stderr=errors, start_new_session=True, **options)
+        try:
+            code = process.wait(seconds)
+        finally:
+            stop(process)
+            for file in (said, errors):
+                file.seek(0)
+        return subprocess.CompletedProcess(command, code, said.read(), errors.read())
 
 
 class Handler(BaseHTTPRequestHandler):

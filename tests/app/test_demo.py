@@ -123,7 +123,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
     for pid in marked_processes(demo.mark):
         os.kill(pid, signal.SIGKILL)
     if demo.process:
-        demo.process.communicate()
+        demo.process.communicate(timeout=30)
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,15 @@
 """A project with servers of its own, in a folder."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
-from tests.local import free_port
+from tests.local import free_port, run
 
 PREFECT = str(Path(sys.executable).with_name("prefect"))
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End a process group: a worker that is told once may wait for its runs."""
-    for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, sent)
-            try:
-                process.wait(timeout=8)
-            except subprocess.TimeoutExpired:
-                continue
-    process.wait()
 
 
 class Site:
@@ -44,12 +31,26 @@ class Site:
         self.processes: list[subprocess.Popen] = []
 
     def start(self, *words: str) -> subprocess.Popen:
-        with open(self.folder / f"{words[0]}.log", "w") as log:
+        return self._begin(words[0], [PREFECT, *words])
+
+    def operate(self, **settings: str) -> subprocess.Popen:
+        """Make the deployments and automations, and start a worker, and the server if need be; wait for all."""
+        process = self._begin("operate", [sys.executable, "-m", "pipelines.operate"], **settings)
+        deadline = time.monotonic() + 180
+        while "Ready: " not in (said := (self.folder / "operate.log").read_text()):
+            assert process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.2)
+        return process
+
+    def _begin(self, name: str, command: list[str], **settings: str) -> subprocess.Popen:
+        environment = {**self.environment, **settings}
+        with open(self.folder / f"{name}.log", "w") as log:
             self.processes.append(
                 subprocess.Popen(
-                    [PREFECT, *words],
+                    command,
                     cwd=self.folder,
-                    env=self.environment,
+                    env=environment,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -58,14 +59,7 @@ class Site:
         return self.processes[-1]
 
     def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [PREFECT, "--no-prompt", *words],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return run([PREFECT, "--no-prompt", *words], 240, cwd=self.folder, env=self.environment)
 
     def wait_until_healthy(self, path: str = "/api/health") -> None:
         deadline = time.monotonic() + 180

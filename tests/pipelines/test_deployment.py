@@ -12,8 +12,9 @@ import yaml
 
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import save_dataset
+from tests.local import stop
 from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset, tiny_params, write_params
-from tests.pipelines.sites import Site, stop
+from tests.pipelines.sites import Site
 
 
 @pytest.fixture
@@ -33,15 +34,10 @@ def site(tmp_path: Path) -> Iterator[Site]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_deployment_runs_to_completed(site: Site) -> None:
-    done = site.prefect("work-pool", "create", "pixelcnn", "--type", "process", "--overwrite")
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = site.prefect("deploy", "--all")
-    assert done.returncode == 0, done.stdout + done.stderr
-    site.start("worker", "start", "--pool", "pixelcnn")
-
+    site.operate()
     run = ("deployment", "run", "train-pair/train-pair", "--watch", "--watch-timeout", "150")
     done = site.prefect(*run, "-p", "pair=gated_pixelcnn-mnist5k")
-    log = (site.folder / "worker.log").read_text()
+    log = (site.folder / "operate.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
     assert "step 1, epoch" in log, "progress is in the worker's log"
     (out,) = site.folder.glob("models/deployments/*/gated_pixelcnn-mnist5k")
@@ -68,7 +64,7 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
         assert time.monotonic() < deadline, "the training goes on"
         time.sleep(0.2)
     while lock.parent.exists():
-        assert time.monotonic() < deadline, (site.folder / "worker.log").read_text()
+        assert time.monotonic() < deadline, (site.folder / "operate.log").read_text()
         time.sleep(0.2)
     with sqlite3.connect(site.folder / "mlflow.db") as database:
         statuses = database.execute("select status from runs where name = ?", [PAIR]).fetchall()

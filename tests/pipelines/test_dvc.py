@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from pipelines.datasets.entry import OFFICIAL
 from pipelines.params import QUICK_START, load_params
+from tests.local import run
 from tests.pipelines.projects import ROOT, copy_project, tiny_params, write_params
 
 ROOT_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -95,9 +97,7 @@ def test_both_files_have_the_same_stages() -> None:
 def dvc(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # stages call `python`
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(folder), **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return run([sys.executable, "-m", "dvc", *words], 600, cwd=folder, env=environment)
 
 
 def ran(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -115,6 +115,7 @@ def copy(tmp_path: Path) -> Path:
 # What the stages do, without the work: each writes its outs from what it reads.
 STUB = """
 import sys
+import time
 from pathlib import Path
 import yaml
 command, name = sys.argv[1:3]
@@ -281,10 +282,13 @@ def test_repro_for_real(copy: Path) -> None:
         env={**os.environ, "PATH": path, "PYTHONPATH": str(copy), **environment},
         start_new_session=True,
     )
-    while not list(copy.glob("trained/.pixelcnn-mnist5k.run-*/state.safetensors")):
-        assert process.poll() is None
-    os.killpg(process.pid, 9)
-    process.wait()
+    try:
+        while not list(copy.glob("trained/.pixelcnn-mnist5k.run-*/state.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
     done = dvc(copy, "repro", **environment)
     assert set(ran(done)) >= QUICK_START_STAGES - {"fetch@mnist5k", "prepare@mnist5k"}
     assert done.stderr.count("step 1,") == 1, "the killed training went on where it was, the other one began"

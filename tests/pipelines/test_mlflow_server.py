@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.pipelines.sites import Site, stop
+from tests.local import stop
+from tests.pipelines.sites import Site
 
 
 @pytest.mark.slow

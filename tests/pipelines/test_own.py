@@ -27,6 +27,7 @@ from pipelines.params import load_params
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset
 from pixelcnn.models.registry import build_model
+from tests.local import run
 from tests.pipelines.projects import ROOT, copy_project, tiny_params, write_params
 
 NAME = "glyphs"
@@ -439,19 +440,17 @@ def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Pat
     fill(tmp_path / "others", 30, first=500)
     environment = {**os.environ, "PYTHONPATH": str(project), "DVC_NO_ANALYTICS": "1"}
 
-    def run(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=project, env=environment, capture_output=True, text=True, check=False
-        )
+    def call(*words: str) -> str:
+        done = run([sys.executable, "-m", *words], cwd=project, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def stale() -> set[str]:
-        lines = run("dvc", "status", "own/dvc.yaml").splitlines()
+        lines = call("dvc", "status", "own/dvc.yaml").splitlines()
         return {line.split(":")[1] for line in lines if line.startswith("own/") and "prepare@" in line}
 
     for name, images in (("first", folder), ("second", tmp_path / "others")):
-        run("pipelines.steps", "add", name, "--images", str(images))
+        call("pipelines.steps", "add", name, "--images", str(images))
     assert stale() == set(), "adding prepares, and DVC knows"
     lock = yaml.safe_load((project / "own/dvc.lock").read_text())["stages"]
     recorded = lock["prepare@first"]["outs"][0]["md5"]
@@ -463,7 +462,7 @@ def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Pat
     ):
         change()
         assert stale() == {"prepare@first"}
-        run("dvc", "commit", "-q", "-f", "own/dvc.yaml:prepare@first")
-    run("pipelines.steps", "remove", "second")
+        call("dvc", "commit", "-q", "-f", "own/dvc.yaml:prepare@first")
+    call("pipelines.steps", "remove", "second")
     assert stale() == set()
     assert "prepare@second" not in (project / "own/dvc.lock").read_text()

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ import pytest
 
 from pipelines.promotion.move import run_rollback
 from pixelcnn.data import save_dataset
-from tests.local import free_port
+from tests.local import free_port, run, stop
 from tests.pipelines.projects import PAIR, copy_project, tiny_dataset
-from tests.pipelines.sites import Site, stop
+from tests.pipelines.sites import Site
 from tests.pipelines.toys import INK, Toy
 from tools.faults.check import check
 
@@ -38,7 +37,8 @@ def postgres() -> Iterator[str]:
 
     def call(*words: str) -> None:
         command = [*user, str(programs / words[0]), *words[1:]]
-        subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL)
+        done = run(command, cwd="/")
+        assert done.returncode == 0, done.stderr
 
     call("initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "postgres", "--no-sync")
     call("pg_ctl", "-D", str(folder / "data"), "-l", str(folder / "log"), "-o", settings, "-w", "start")
@@ -83,7 +83,8 @@ def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
         site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port))
         site.wait_until_healthy()
         command = [sys.executable, "-m", "pipelines.steps", "train-pair", PAIR, "--out", "out", "--report", "report"]
-        subprocess.run(command, cwd=tmp_path, env=site.environment, check=True)
+        done = run(command, 300, cwd=tmp_path, env=site.environment)
+        assert done.returncode == 0, done.stderr
         runs = site.prefect("flow-run", "ls").stdout
         assert "train-pair" in runs
         assert "COMPLETED" in runs

@@ -15,6 +15,7 @@ from pipelines import steps
 from pipelines.flows import train_all as train_all_flow
 from pipelines.flows.train_all import run_apart, train_all
 from pipelines.registry import versions as registry
+from tests.local import stop
 from tests.pipelines.projects import PAIR, tiny_params, write_params
 
 GATED = "gated_pixelcnn-mnist5k"
@@ -120,7 +121,8 @@ def test_a_cancelled_run_stops_its_trainings(project: Path, prefect_server: str)
     values["pairs"][PAIR]["train"] |= {"max_epochs": 10_000}
     write_params(project, values)
     command = [sys.executable, "-m", "pipelines.steps", "train-all", PAIR]
-    run = subprocess.Popen(command, env={**os.environ, "PREFECT_API_URL": prefect_server}, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "PREFECT_API_URL": prefect_server}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while not any("step" in log.read_text() for log in project.glob(f"models/deployments/*/logs/{PAIR}.log")):
             assert run.poll() is None
@@ -133,7 +135,7 @@ def test_a_cancelled_run_stops_its_trainings(project: Path, prefect_server: str)
         with pytest.raises(ProcessLookupError):
             os.kill(int(training[0]), 0)
     finally:
-        run.kill()
+        stop(run)
 
 
 def test_how_many_is_checked_before_anything_starts(

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from pipelines.stages.evaluate import baseline_scores
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.likelihood import log_prob
+from tests.local import run
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
 
 PAIR = "pixelcnn-mnist5k"
@@ -244,7 +246,7 @@ print(model.predict(np.zeros((1, 1, 28, 28), dtype=np.int64))[0])
 """
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     where, nats = done.stdout.splitlines()[-2:]
     assert Path(where).is_relative_to(tmp_path / "model/code"), "not that of the project"
@@ -775,8 +777,7 @@ def test_two_processes_may_make_one_new_database(tmp_path: Path) -> None:
     code = "from pipelines.registry import runs; runs.experiment_id('x')"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    with ThreadPoolExecutor(2) as both:
+        for done in both.map(lambda _: run(command, env=environment), range(2)):
+            assert done.returncode == 0, done.stderr
     assert (tmp_path / "mlflow.db").stat().st_size > 0

@@ -1,7 +1,6 @@
 """The service as a person starts it: a process of its own on a free port."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.local import free_port
+from tests.local import free_port, stop
 
 ROOT = Path(__file__).parents[2]
 BENTOML = str(Path(sys.executable).with_name("bentoml"))
@@ -76,10 +75,4 @@ def serving(home: Path, log: Path, port: int | None = None, **environment: str) 
         served.wait_until_ready()
         yield served
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        stop(process, 30)

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 from app.service.metrics import metrics
 from pipelines.registry import store
 from pixelcnn.completion import drawing_bits_per_dim
-from tests.local import free_port
+from tests.local import free_port, run, stop
 from tests.service.champions import GREY, make_checkpoint, put, wait_until
 from tests.service.served import ROOT, serving
 from tests.service.test_service_faults import SLOW
@@ -35,11 +35,9 @@ DRAWING = {"image": [[1, 0, 1, 0]] * 5, "observed": [[1] * 4] * 5}
 
 @needs_prometheus
 def test_promtool_finds_nothing():
-    done = subprocess.run(
-        ["promtool", "check", "config", "prometheus.yaml"], cwd=OPS / "prometheus", capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert f"{len(ALERTS)} rules found" in done.stdout.decode()
+    done = run(["promtool", "check", "config", "prometheus.yaml"], cwd=OPS / "prometheus")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(ALERTS)} rules found" in done.stdout
 
 
 def test_each_alert_has_its_runbook_and_each_runbook_its_alert():
@@ -76,7 +74,11 @@ class Prometheus:
         command = ["prometheus", f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.path=data"]
         with open(folder / "prometheus.log", "w") as log:
             self.process = subprocess.Popen(
-                [*command, "--config.file=prometheus.yaml"], cwd=folder, stdout=log, stderr=subprocess.STDOUT
+                [*command, "--config.file=prometheus.yaml"],
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def firing(self) -> set[str]:
@@ -90,8 +92,7 @@ class Prometheus:
         return self
 
     def __exit__(self, *args: object) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+        stop(self.process)
 
 
 def champion(folder: Path, version: str, seed: int, reference: list[float]) -> str:

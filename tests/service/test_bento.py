@@ -1,7 +1,6 @@
 """The Bento, taken to an empty store as one file, and served there from another folder."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.local import free_port
+from tests.local import free_port, run, stop
 
 ROOT = Path(__file__).parents[2]
 BENTOML = str(Path(sys.executable).with_name("bentoml"))
@@ -30,9 +29,7 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
     environment = {**os.environ, "BENTOML_HOME": str(service_home), "BENTOML_DO_NOT_TRACK": "True"}
     # A Bento brings its own code: what is installed here must not stand in for it.
     environment.pop("PYTHONPATH", None)
-    built = subprocess.run(
-        [BENTOML, "build", "--output", "tag"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    built = run([BENTOML, "build", "--output", "tag"], cwd=ROOT, env=environment)
     assert built.returncode == 0, built.stderr
     sources = service_home / "bentos/pixelcnn" / built.stdout.strip().rpartition(":")[2] / "src"
     files = {str(file.relative_to(sources)) for file in sources.rglob("*") if file.is_file()}
@@ -46,7 +43,7 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
         ["export", built.stdout.strip().removeprefix("__tag__:"), str(tmp_path / "pixelcnn.bento")],
         ["import", str(tmp_path / "pixelcnn.bento")],
     ):
-        done = subprocess.run([BENTOML, *words], env=environment, capture_output=True, text=True, timeout=120)
+        done = run([BENTOML, *words], env=environment)
         assert done.returncode == 0, done.stderr
         environment["BENTOML_HOME"] = str(tmp_path / "empty")
     served = {str(path.relative_to(tmp_path / "empty/models")) for path in tmp_path.glob("empty/models/*/*/")}
@@ -86,5 +83,4 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
         with socket.socket() as other, pytest.raises(ConnectionRefusedError):
             other.connect(("127.0.0.2", port))
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        stop(server)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import threading
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from app.service.champions import Champions
 from app.service.operation.readiness import Readiness, draining
 from app.service.settings import settings
 from pipelines.registry import store
+from tests.local import run
 from tests.service.champions import COLOUR, GREY, put, wait_until
 from tests.service.served import serving
 from tests.service.test_metrics import read
@@ -150,7 +150,7 @@ def test_traces_are_sent_where_an_endpoint_is_set(served):
 
 def test_without_an_endpoint_nothing_that_sends_traces_is_loaded():
     code = "import sys, app.service; print([name for name in sys.modules if 'opentelemetry.exporter' in name])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run([sys.executable, "-c", code])
     assert done.stdout.strip() == "[]"
 
 

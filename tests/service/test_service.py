@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from pipelines.registry import store
 from pixelcnn import bits_per_dim, completion_log_prob, log_prob, packed_bytes, pixel_log_prob, save_checkpoint
 from pixelcnn.checkpoint import sha256_of
 from pixelcnn.images import to_png
+from tests.local import run
 from tests.service.champions import COLOUR, GREY, SCORES, make_checkpoint, put, wait_until
 
 IMAGE = [[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
@@ -611,4 +611,5 @@ before = compiled()
 warm_up(load_checkpoint(Path("weights/gated_pixelcnn-mnist"))[0])
 assert any(before.values()) and compiled() == before, (before, compiled())
 """
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)
+    done = run([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from bentoml.exceptions import BentoMLConfigException
 
 from app.service.settings import Settings, load_settings
+from tests.local import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,9 +53,7 @@ def test_settings_are_read_from_the_environment(monkeypatch):
 def test_a_wrong_value_ends_the_start_with_one_sentence(tmp_path):
     environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "PIXELCNN_TIMEOUT_S": "soon"}
     bentoml = Path(sys.executable).with_name("bentoml")
-    done = subprocess.run(
-        [bentoml, "serve", "app.service:PixelCNNService"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = run([bentoml, "serve", "app.service:PixelCNNService"], cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert "PIXELCNN_TIMEOUT_S must be a valid integer, got 'soon'. Set it anew." in done.stderr
     assert "Traceback" not in done.stdout + done.stderr

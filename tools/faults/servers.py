@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pixelcnn.data import save_dataset
+from tests.local import stop
 from tests.pipelines.projects import PAIR, copy_project, tiny_dataset, tiny_params, write_params
-from tests.pipelines.sites import Site, stop
+from tests.pipelines.sites import Site
 from tools.faults.check import DATASET, check, fine
 
 WAIT_S = 400
@@ -129,14 +130,8 @@ def worker_case() -> None:
     params["pairs"][PAIR]["train"] |= {"save_minutes": 0, "max_epochs": 40}
     write_params(Path(), params)
     site = Site(Path.cwd())
-    url = site.environment["PREFECT_API_URL"]
-    settings = {name: site.environment[name] for name in ("PREFECT_API_URL", "PREFECT_HOME", "PWD")}
-    with open("operate.log", "w") as log:
-        command = [sys.executable, "-m", "pipelines.operate", "--url", url]
-        environment = {**os.environ, **settings, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-        operate = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: "Ready: " in Path("operate.log").read_text(), "operate is not ready")
+        operate = site.operate()
         done = site.prefect("deployment", "run", "train-pair/train-pair", "-p", f"pair={PAIR}")
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for(lambda: state("models/deployments"), "the training did not begin")
@@ -152,8 +147,8 @@ def worker_case() -> None:
         assert json.loads(inspected)["run_count"] == 2, inspected
         fine(lambda: check(DATASET, num_versions=1, num_runs=1))
     finally:
-        operate.terminate()
-        operate.wait(60)
+        for process in site.processes:
+            stop(process)
 
 
 def cases() -> dict[str, Callable[[], None]]:
