@@ -1,5 +1,7 @@
 """A deployment, as a person runs it: a server, a work pool, a worker, `prefect deployment run`, COMPLETED."""
 
+import json
+import queue
 import re
 import sqlite3
 import time
@@ -12,7 +14,7 @@ import yaml
 
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import save_dataset
-from tests.local import stop
+from tests.local import Handler, LocalServer, stop
 from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset, tiny_params, write_params
 from tests.pipelines.sites import Site
 
@@ -82,6 +84,29 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     assert done.returncode == 1, "a failed run is a failed command"
     assert "ValueError: unknown pair 'pixelcnn-svhn'" in " ".join(done.stdout.split()), "whoever watches sees why"
     assert "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_failed_watch_notifies(site: Site) -> None:
+    """As the runbooks say: by Prefect's own automation and webhook, whatever Prefect is told beside it."""
+    said: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+
+    class OnCall(Handler):
+        def do_POST(self) -> None:
+            said.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.reply(200)
+
+    with LocalServer(OnCall) as on_call:
+        site.operate(PIXELCNN_NOTIFY_URL=on_call.url)
+        run = ("deployment", "run", "evaluate-champions/evaluate-champions", "--watch", "--watch-timeout", "150")
+        assert site.prefect(*run).returncode == 0, "nothing to complain of: nobody is called"
+        done = site.prefect(*run, "-p", 'datasets=["svhn"]')
+        assert done.returncode == 1, done.stdout
+        text = said.get(timeout=60)["text"]
+    assert text.startswith("evaluate-champions is Failed\n")
+    assert "unknown dataset 'svhn'" in text
+    assert said.empty()
 
 
 def test_deployments_name_flows_that_exist() -> None:
