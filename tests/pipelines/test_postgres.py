@@ -1,10 +1,15 @@
 """MLflow and Prefect on PostgreSQL, one URL each: a server of the test's own, in a temporary folder."""
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,7 @@ import pytest
 from pipelines.promotion.move import run_rollback
 from pixelcnn.data import save_dataset
 from tests.local import free_port, run, stop
-from tests.pipelines.projects import PAIR, copy_project, tiny_dataset
+from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset
 from tests.pipelines.sites import Site
 from tests.pipelines.toys import INK, Toy
 from tools.faults.check import check
@@ -20,35 +25,44 @@ from tools.faults.check import check
 pytest.importorskip("psycopg", reason="MLflow's driver is missing: pip install -e '.[cluster]'")
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """Start PostgreSQL as Debian packages it; yields USER@HOST:PORT of databases `mlflow` and `prefect`."""
+@contextmanager
+def running(auth: str, port: int, *inside: str) -> Iterator[tuple[Path, list[str]]]:
+    """Start PostgreSQL as Debian packages it, by way of the command `inside`.
+
+    Yields the folder of its socket, and the words that let a command run as its user.
+    """
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         pytest.skip("PostgreSQL is missing: apt-get install postgresql")
     programs = found[-1].parent
     # It refuses to run as root; the package brings a user for it.
-    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    user = [*inside, *(["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else [])]
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-    if user:
+    if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-    port = free_port()
     settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
 
     def call(*words: str) -> None:
-        command = [*user, str(programs / words[0]), *words[1:]]
-        done = run(command, cwd="/")
+        done = run([*user, str(programs / words[0]), *words[1:]], cwd="/")
         assert done.returncode == 0, done.stderr
 
-    call("initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "postgres", "--no-sync")
+    call("initdb", "-D", str(folder / "data"), *auth.split(), "-U", "postgres", "--no-sync")
     call("pg_ctl", "-D", str(folder / "data"), "-l", str(folder / "log"), "-o", settings, "-w", "start")
     try:
-        for name in ("mlflow", "prefect"):
-            call("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", name)
-        yield f"postgres@127.0.0.1:{port}"
+        yield folder, user
     finally:
         call("pg_ctl", "-D", str(folder / "data"), "-m", "immediate", "-w", "stop")
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """Yield USER@HOST:PORT of databases `mlflow` and `prefect`."""
+    port = free_port()
+    with running("--auth=trust", port) as (folder, user):
+        for name in ("mlflow", "prefect"):
+            assert run([*user, "createdb", "-h", str(folder), "-p", str(port), name], cwd="/").returncode == 0
+        yield f"postgres@127.0.0.1:{port}"
 
 
 def test_versions_promotions_and_lineage(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,4 +105,131 @@ def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
     finally:
         for process in site.processes:
             stop(process)
+    assert not list(tmp_path.rglob("*.db")), "nothing was left to SQLite"
+
+
+# Two machines: a network of its own for each, and a clone at the same path.
+
+HOST = "10.77.0.1"
+GATED = "gated_pixelcnn-mnist5k"
+
+
+def blocks(number: int) -> list[str]:
+    """Return the commands of a section of the page, a text for each terminal, with what a person puts in."""
+    page = (ROOT / "docs/operations.md").read_text()
+    section = page.partition(f"\n## {number}. ")[2].partition("\n## ")[0]
+    found = re.findall(r"^ *```bash\n(.*?)^ *```", section, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(text).replace("HOST", HOST).replace("SECRET", "p4ss") for text in found]
+
+
+class Machine:
+    """One that has its own network and its own clone, which its terminals see at the same path as the other's.
+
+    Args:
+        folder: of the logs and the clone.
+        place: where the clone is seen.
+        name: of the network namespace, and the begin of its one interface's.
+    """
+
+    def __init__(self, folder: Path, place: Path, name: str, address: str) -> None:
+        self.folder, self.place, self.name = folder, place, name
+        self.inside = ("ip", "netns", "exec", name)
+        self.clone = folder / "clone"
+        self.clone.mkdir(parents=True)
+        copy_project(self.clone)
+        save_dataset(self.clone / "data/mnist5k.safetensors", tiny_dataset())
+        for words in (f"addr add {address}/24 dev {name}", "link set lo up", f"link set {name} up"):
+            assert run(["ip", "-n", name, *words.split()]).returncode == 0
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(place),
+            "PREFECT_HOME": str(folder / "prefect"),
+            "BENTOML_HOME": str(folder.parent / "shared/bentoml"),
+            "GIT_CEILING_DIRECTORIES": str(place.parent),
+            "OMP_NUM_THREADS": "1",
+        }
+        for variable in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+            self.environment.pop(variable, None)
+
+    def _command(self, lines: str) -> list[str]:
+        lines = lines.replace("/shared/", f"{self.folder.parent}/shared/")
+        return [*self.inside, "bash", "-ec", f"mount --bind {self.clone} {self.place}; cd {self.place}\n{lines}"]
+
+    def start(self, name: str, lines: str) -> tuple[subprocess.Popen, Path]:
+        """Type lines into a terminal of their own, and leave them running; return its process and its log."""
+        path = self.folder / f"{name}.log"
+        with path.open("w") as log:
+            process = subprocess.Popen(
+                self._command(lines), env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        return process, path
+
+    def type(self, lines: str) -> str:
+        done = run(self._command(lines), 300, env=self.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[list[Machine]]:
+    """Two machines that see each other, and nothing else."""
+    names = [f"pixelcnn-{os.getpid() % 10000}-{one}" for one in "ab"]  # of at most 15 letters, as interfaces have
+    if shutil.which("ip") is None or any(run(["ip", "netns", "add", name]).returncode for name in names):
+        pytest.skip("network namespaces are missing, or the right to make them: root, and Debian's package iproute2")
+    try:
+        link = f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}"
+        assert run(link.split()).returncode == 0
+        place = tmp_path / "project"
+        place.mkdir()
+        yield [Machine(tmp_path / name[-1], place, name, f"10.77.0.{i + 1}") for i, name in enumerate(names)]
+    finally:
+        for name in names:
+            run(["ip", "netns", "del", name])
+
+
+@pytest.mark.repeated
+@pytest.mark.timeout(1200)
+def test_two_machines_as_the_page_says(machines: list[Machine], tmp_path: Path) -> None:
+    """Each block of the page's sections 4 and 5, line by line."""
+    one, other = machines
+    database, prefect, mlflow, addresses = blocks(4)
+    operate, further = blocks(5)
+    terminals: list[subprocess.Popen] = []
+
+    def start(machine: Machine, name: str, lines: str, until: str) -> subprocess.Popen:
+        process, log = machine.start(name, lines)
+        terminals.append(process)
+        deadline = time.monotonic() + 240
+        while until not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        return process
+
+    def submit(machine: Machine, words: str) -> None:
+        machine.type(f"{addresses}\nprefect deployment run {words} --watch --watch-timeout 240")
+
+    # The package's own settings: the user postgres by the socket, others by their password.
+    with running("--auth-local=peer --auth-host=scram-sha-256", 5432, *one.inside) as (socket, user):
+        done = run([*user, "env", f"PGHOST={socket}", "bash", "-ec", database], cwd="/")
+        assert done.returncode == 0, done.stderr
+        try:
+            start(one, "prefect", prefect, "Check out the dashboard at")
+            start(one, "mlflow", mlflow, "Application startup complete")
+            first = start(one, "operate", addresses + operate, "Ready: ")
+            submit(other, f"train-pair/train-pair -p pair={PAIR}")
+            assert list(one.clone.glob(f"models/deployments/*/{PAIR}/scores.json"))
+            stop(first)
+            start(other, "worker", addresses + further, "started!")
+            submit(one, f"train-pair/train-pair -p pair={GATED}")
+            assert list(other.clone.glob(f"models/deployments/*/{GATED}/scores.json"))
+            submit(one, "promote/promote -p dataset=mnist5k")
+            assert (tmp_path / "shared/bentoml/models/pixelcnn-mnist5k/latest").exists(), "it is served"
+            lineage = "python -m pipelines.registry.lineage --version pixelcnn-mnist5k"
+            other.type(f"{addresses}\n{lineage}/1 --verify\n{lineage}/2 --verify")
+        finally:
+            for process in reversed(terminals):
+                stop(process)
+    assert list((tmp_path / "shared/mlartifacts").rglob("model.safetensors"))
     assert not list(tmp_path.rglob("*.db")), "nothing was left to SQLite"
