@@ -49,7 +49,8 @@ class Proxy(LocalServer):
 
         def look() -> None:
             while not self._end.wait(CHECK_EVERY_S):
-                self.ready = [port for port in ports if is_ready(port)]
+                # None at all: all are late with their answers. As proxies do, it goes on with those of before.
+                self.ready = [port for port in ports if is_ready(port)] or self.ready
 
         super().__init__(Forward)
         self._looking = threading.Thread(target=look)
