@@ -21,6 +21,12 @@ _Why = Annotated[str | None, Option(help="recorded, beside who asked")]
 _Pair = Annotated[str, Argument(help="a pair of params.yaml, e.g. pixelcnn-mnist5k")]
 
 
+def _check_known(dataset: str) -> None:
+    from pipelines.registry.versions import check_known
+
+    check_known(dataset)
+
+
 @app.command()
 def fetch(dataset: _Dataset) -> None:
     """Copy or download the official files of a dataset into `data/raw/DATASET`."""
@@ -218,7 +224,7 @@ def promote(
 
         if dry_run or version is not None:
             raise ValueError("--to copies what is served here: it takes neither --version nor --dry-run.")
-        check_dataset(dataset)
+        _check_known(dataset)
         print(copy_served(dataset, to, why)["text"])
         return
     from pipelines.flows.promote import promote as decide
@@ -229,7 +235,7 @@ def promote(
 @app.command()
 def history(dataset: _Dataset) -> None:
     """Say who replaced whom as champion of a dataset, when, and by how much."""
-    check_dataset(dataset)
+    _check_known(dataset)
     from pipelines.registry.decisions import history as lines
 
     for line in lines(dataset):
@@ -243,7 +249,7 @@ def rollback(
     why: _Why = None,
 ) -> None:
     """Make an earlier champion of a dataset champion again; a second rollback goes further back."""
-    check_dataset(dataset)
+    _check_known(dataset)
     from pipelines.promotion.move import run_rollback
 
     print(run_rollback(dataset, to, why)["text"])  # without Prefect: nobody who needs this waits for a server
@@ -268,7 +274,7 @@ def shadow(
     version: Annotated[int | None, Option(help="the alias challenger if not given; the champion's ends it")] = None,
 ) -> None:
     """Let another version score what people draw, beside the champion, which alone answers."""
-    check_dataset(dataset)
+    _check_known(dataset)
     from pipelines.promotion.move import run_shadow
 
     print(run_shadow(dataset, version))

@@ -93,7 +93,7 @@ def rollback(dataset: str, to: int | None = None, why: str | None = None) -> Rep
         to: a version that was champion; None for the one before the present champion.
         why: it is asked for; recorded, beside who did.
     """
-    check_dataset(dataset)
+    registry.check_known(dataset)
     tag_run(dataset)
     report = run_rollback(dataset, to, why)
     show_decision(report)

@@ -3,12 +3,13 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pipelines.errors import is_for_user, reason
 from pipelines.params import PromoteParams
 from pipelines.promotion.rule import Candidate, Choice, choose, corrected, differences
-from pipelines.promotion.score import check, score
+from pipelines.promotion.score import MisfitError, check, score
 from pipelines.registry.decisions import KEPT, PROMOTED, Report, versions_compared
 from pipelines.registry.versions import Version
 from pixelcnn.data import Dataset
@@ -48,6 +49,7 @@ class Decision:
         self.dataset, self.data, self.params, self.scorer = dataset, data, params, scorer
         self.by_number = {version.version: version for version in found}
         self.skipped: dict[str, str] = {}  # version -> why
+        self.misfits: set[str] = set()  # of them, versions for other images
         self.report: Report = {
             "dataset": dataset,
             "data_hash": data.data_hash,
@@ -75,16 +77,22 @@ class Decision:
         if not able:
             return Choice(None, "no other version can compete" if champion else "no version can become champion")
         of_champion = self._scored(champion) if champion is not None else None
+        misfit = ""
         if champion is not None and of_champion is None:
             why = self.skipped.pop(champion.version)
-            return Choice(None, f"champion version {champion.version} cannot be scored: {why}")
+            if champion.version not in self.misfits:
+                return Choice(None, f"champion version {champion.version} cannot be scored: {why}")
+            misfit = f"champion version {champion.version} cannot be compared: {why.rstrip('.')}; "
         pool = []
         for number, version in enumerate(able, start=1):
             logger.info("%s: version %s, %d of %d", self.dataset, version.version, number, len(able))
             scores = self._scored(version)
-            if scores is not None and (champion is not None or self._beats_uniform(scores)):
+            if scores is not None and (of_champion is not None or self._beats_uniform(scores)):
                 pool.append(scores)
-        return self._chosen(of_champion, pool)
+        choice = self._chosen(of_champion, pool)
+        if misfit:
+            choice = replace(choice, reason=misfit + choice.reason.removeprefix("there was no champion, and "))
+        return choice
 
     def _may_compete(self, version: Version, asked_for: bool) -> bool:
         data_hash, now = version.tags.get("data_hash", ""), self.data.data_hash
@@ -107,6 +115,8 @@ class Decision:
             if not is_for_user(error):
                 raise
             self.skipped[version.version] = reason(error)
+            if isinstance(error, MisfitError):
+                self.misfits.add(version.version)
             return None
 
     def _scored(self, version: Version) -> Candidate | None:

@@ -7,8 +7,9 @@ there, the model is scored afresh on the images that its scores name, so that a 
 import tempfile
 from pathlib import Path
 
+from pipelines.datasets.entry import NAME, NAMES
 from pipelines.errors import reason
-from pipelines.params import check_dataset, load_params
+from pipelines.params import load_params
 from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, record_and_carry_out
 from pipelines.registry import decisions, stated, store
 from pipelines.registry import runs as tracking
@@ -38,7 +39,8 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str,
     """
     model, scores = stage.load_evaluated(folder)
     dataset, data_hash = scores["dataset"], scores["data_hash"]
-    check_dataset(dataset)
+    if not NAME.fullmatch(dataset):  # with an entry in params.yaml or not: a checkpoint says all that is needed
+        raise ValueError(f"{folder} is of {dataset!r}, which is no name of a dataset: {NAMES}.")
     path, checked = DATA_FOLDER / f"{dataset}.safetensors", "checksum checked, not scored: "
     if not path.exists():
         checked += "the prepared data are not here"

@@ -21,6 +21,10 @@ SCORES_FOLDER = Path("reports/promotions/scores")
 NUM_COMPLETED = 1000  # validation images whose completion is scored, six masks each
 
 
+class MisfitError(ValueError):
+    """A version is not for images, or labels, such as those of the data."""
+
+
 def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
     """Fetch a version, whole, and score it on the validation split, without label.
 
@@ -31,7 +35,8 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
         `observed.SCORED`; of a model without a context network that of clamping in raster order. Both (N,) float64.
 
     Raises:
-        ValueError: it cannot be fetched or loaded, or does not fit the data.
+        MisfitError: it does not fit the data.
+        ValueError: it cannot be fetched or loaded.
     """
     key = (version.tags["weights_sha256"], data.data_hash, core_sha256())
     kept = SCORES_FOLDER / f"{'-'.join(part[:16] for part in key)}.safetensors"
@@ -41,7 +46,10 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
             nats = load_file(kept)
         except (FileNotFoundError, SafetensorError):
             model, _ = load_checkpoint(checkpoint)
-            check_fit(model, data)
+            try:
+                check_fit(model, data)
+            except ValueError as error:
+                raise MisfitError(str(error)) from None
             by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size)
             completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
             nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}

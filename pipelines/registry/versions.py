@@ -14,6 +14,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 from pipelines.registry import runs as tracking  # noqa: I001  # Sets what MLflow reads when it is imported.
 import mlflow
 
+from pipelines.params import load_params
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_of
 
 ROLLED_BACK_TAG = "rolled_back"
@@ -72,6 +73,13 @@ def datasets() -> list[str]:
     prefix = tracking.registered_name("")
     found = tracking.client().search_registered_models(f"name LIKE '{prefix}%'", max_results=1000)
     return sorted(model.name.removeprefix(prefix) for model in found)
+
+
+def check_known(dataset: str) -> None:
+    """Raise ValueError for a dataset that neither params.yaml nor the registry knows."""
+    params = load_params()
+    if dataset not in params.datasets and dataset not in datasets():
+        params.dataset(dataset)
 
 
 def utc(milliseconds: int) -> str:

@@ -31,7 +31,7 @@ from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.evaluation import evaluate, evaluate_completion
 from pixelcnn.models.layers import MaskedConv2d
 from pixelcnn.observed import SCORED
-from tests.pipelines.toys import INK, PARAMS, Toy
+from tests.pipelines.toys import CONFIG, INK, PARAMS, Toy
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +304,24 @@ def test_champion_that_cannot_be_scored_stays(toy, registry_folder):
     assert f"champion version {first} cannot be scored" in report["reason"]
     assert "does not hold the weights that were registered" in report["reason"]
     assert toy.aliases["champion"] == first
+
+
+def test_a_champion_for_other_images_gives_way(toy):
+    """A dataset was made anew under its name, with another side: the champion would stay for ever."""
+    first = toy.register(0.3)
+    toy.promote()
+    images = {split: torch.cat([part, part], dim=3) for split, part in toy.data.images.items()}
+    toy.data = replace(toy.data, images=images, data_hash="wider")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.pipelines.toys.CONFIG", replace(CONFIG, image_shape=(1, 4, 8)))
+        second = toy.register(INK)
+    report = toy.promote()
+    assert (report["decision"], report["old"], report["new"]) == ("promoted", first, second)
+    assert report["reason"] == (
+        f"champion version {first} cannot be compared: the model is for images (1, 4, 4) of 2 levels, {toy.name} has "
+        "(1, 4, 8) of 2; no version has a lower mean NLL"
+    )
+    assert toy.aliases["champion"] == second
 
 
 def test_again_changes_nothing_and_repairs_the_store(toy):

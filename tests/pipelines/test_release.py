@@ -56,6 +56,26 @@ def test_a_checkpoint_is_registered_once(weights: Path, capsys: pytest.CaptureFi
     assert "scores.json of weights/pixelcnn-mnist5k lacks data_hash, label_names." in capsys.readouterr().err
 
 
+def test_released_weights_need_no_entry_of_their_dataset(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = json.loads((weights / "scores.json").read_text()) | {"dataset": "letters", "pair": "pixelcnn-letters"}
+    (weights / "scores.json").write_text(json.dumps(scores))
+    weights.rename(weights.with_name("pixelcnn-letters"))
+    (text,) = release_all()
+    assert text.endswith(
+        "(checksum checked, not scored: the prepared data are not here); champion, as the first of its dataset."
+    )
+    assert store.latest("pixelcnn-letters") is not None
+    assert steps.main(["history", "letters"]) == 0
+    assert "version 1 is the first champion" in capsys.readouterr().out
+    assert steps.main(["rollback", "letters"]) == 1
+    assert "unknown dataset" not in capsys.readouterr().err
+    assert steps.main(["promote", "letters"]) == 1
+    assert "promote: unknown dataset 'letters'. Known: mnist5k, " in capsys.readouterr().err
+    (Path("weights/pixelcnn-letters") / "scores.json").write_text(json.dumps(scores | {"dataset": "../x"}))
+    with pytest.raises(ValueError, match=r"weights/pixelcnn-letters is of '../x', which is no name of a dataset: use"):
+        release_all()
+
+
 def test_a_champion_that_is_there_stays(weights: Path) -> None:
     release(PAIR)
     served = store.latest("pixelcnn-mnist5k")

@@ -70,6 +70,15 @@ def test_a_row_for_each_released_pair(scored: Path) -> None:
     assert "No weights are released yet" not in text
 
 
+def test_a_dataset_that_is_known_by_its_weights_alone_has_a_table(scored: Path) -> None:
+    scores = json.loads((scored / "scores.json").read_text()) | {"dataset": "letters", "protocol": "threshold"}
+    (scored / "scores.json").write_text(json.dumps(scores))
+    scored.rename(scored.with_name("pixelcnn-letters"))
+    text = results_text(Path("weights"))
+    assert "## letters, protocol threshold, nats" in text
+    assert "`dvc repro own/dvc.yaml:evaluate@pixelcnn-letters`" in text
+
+
 def test_the_table_follows_the_scores(scored: Path) -> None:
     write_results()
     before = Path("RESULTS.md").read_text()
