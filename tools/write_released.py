@@ -1,8 +1,9 @@
 """Write tests/released/DATASET.safetensors, the images that the released weights are checked on without the data:
 
-    python -m tools.write_released mnist fashion_mnist cifar10
+    python -m tools.write_released mnist fashion_mnist cifar10 letters
 
-from the project's root, after `dvc repro prepare@DATASET`. They are the first images of the test split.
+from the project's root, after `dvc repro prepare@DATASET`, of letters after `python -m pipelines.steps add`. They are
+the first images of the test split.
 """
 
 import sys
