@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.judging.spoiled import Spoiler
-from pixelcnn.data import Dataset, generator_for
+from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, generator_for
 from pixelcnn.training.config import resolved_precision
 from pixelcnn.training.redrawn import by_another_hand
 
@@ -122,12 +122,13 @@ def train_judge(data: Dataset, config: JudgeConfig, log: Callable[[str], object]
     spoil = Spoiler(generator)
     images, labels = (part["train"][config.half :: 2] for part in (data.images, data.labels))
     fast = resolved_precision("auto", torch.device("cpu")) == "bfloat16"
+    most = 255 if data.protocol == DYNAMIC_PROTOCOL else data.num_levels - 1
     num_steps = round(config.epochs * len(images) / BATCH)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
     for step in range(num_steps):
         index = torch.randint(len(images), (BATCH,), generator=generator)
-        x, label = images[index].float() / (255 if data.num_levels == 2 else data.num_levels - 1), labels[index]
+        x, label = images[index].float() / most, labels[index]
         # Or a judge would know what is spoiled by the blur of having been moved.
         anew = torch.rand(len(x), 1, 1, 1, generator=generator) < REDRAWN
         x = torch.where(anew, by_another_hand(x, generator), x)
