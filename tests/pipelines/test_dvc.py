@@ -115,7 +115,6 @@ def copy(tmp_path: Path) -> Path:
 # What the stages do, without the work: each writes its outs from what it reads.
 STUB = """
 import sys
-import time
 from pathlib import Path
 import yaml
 command, name = sys.argv[1:3]
