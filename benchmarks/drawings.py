@@ -88,8 +88,8 @@ def main() -> None:
     drawings = torch.stack([ink(pen, strokes) for _, pen, strokes in DRAWINGS])
     observed = drawings.repeat_interleave(NUM_ENDINGS, dim=0)
     u = torch.rand(observed.shape, generator=generator_for(arguments.seed), dtype=torch.float64)
-    endings, nats = complete_and_score(model, observed.long(), observed, u, temperature=TEMPERATURE)
-    order = nats.view(-1, NUM_ENDINGS).argsort(dim=1, descending=True)  # the likely ones first
+    endings, score = complete_and_score(model, observed.long(), observed, u, temperature=TEMPERATURE)
+    order = score().view(-1, NUM_ENDINGS).argsort(dim=1, descending=True)  # the likely ones first
     shown = endings.view(len(drawings), NUM_ENDINGS, *drawings.shape[1:])[torch.arange(len(drawings))[:, None], order]
     which = load_params().evaluate.judges[data.name]
     judges = {name: load_judge(which, name, data) for name in ("judge", "held_back")}

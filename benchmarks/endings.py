@@ -62,7 +62,9 @@ def main(folder: str) -> None:
             for image, known, noise in zip(images, observed, u, strict=True)
         ]
         for name, choose in CHOICES.items():
-            shown = torch.stack([endings[choose(endings, nats.argsort(descending=True))] for endings, nats in drawn])
+            shown = torch.stack(
+                [endings[choose(endings, score().argsort(descending=True))] for endings, score in drawn]
+            )
             accepted, label = (x.view(-1, NUM_SHOWN) for x in judge.look(shown.flatten(0, 1), data.num_levels))
             labels = [len(set(seen[good].tolist())) for seen, good in zip(label, accepted, strict=True)]
             print(f"| {temperature} | {name} | {accepted.float().mean():.3f} | {sum(labels) / len(labels):.2f} |")

@@ -8,7 +8,8 @@ are compared with.
     python -m benchmarks.service --canvases 30 --strokes 20
 
 does what so many canvases do at once: a stroke of a second, of which three parts are sent and left again, then nine
-endings of the whole, which are timed from the stroke's end; then two seconds of looking. No page is shown.
+endings of the whole, which are timed from the stroke's end; then two seconds of looking. A stroke draws the upper half
+of one of the canvas's test images, each time elsewhere. No page is shown.
 """
 
 import argparse
@@ -19,14 +20,17 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPSConnection
 from statistics import quantiles
 from typing import Any
 
 import httpx
+import numpy as np
 
+from app.canvas.drawing import known_cells, levels_of, per_cell
+from app.canvas.examples import beginnings_of
 from app.canvas.waiting import in_background
 from app.client import TOKEN_VARIABLE, Completions, Image, ServiceClient, ServiceError, service_url
 
@@ -131,24 +135,40 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
     return {"per_s": len(answered) / took, "answered": answered, "refused": refused, "others": others}
 
 
-def canvases(url: str, dataset: str, shape: list[int], num: int, strokes: int) -> tuple[list[float], list[str]]:
+def parts_of_a_stroke(dataset: str, num_levels: int, draw: random.Random) -> Iterator[tuple[Image, list[list[int]]]]:
+    """Yield what is on a canvas after each quarter of a stroke that draws a test image's upper half, from its top.
+
+    Yields:
+        An image, and `observed` with its ink known.
+
+    Raises:
+        SystemExit: the canvas has no images of the dataset.
+    """
+    beginnings = beginnings_of(dataset)
+    if not beginnings:
+        raise SystemExit(f"error: the canvas has no examples of {dataset}. Name another: --dataset mnist")
+    beginning = draw.choice(beginnings)
+    moved = draw.randint(-2, 2), draw.randint(-2, 2)
+    levels = np.roll(levels_of(beginning, num_levels), moved, axis=(0, 1))
+    known = np.roll(known_cells(beginning, "ink", num_levels), moved, axis=(0, 1))
+    ink = known.cumsum().reshape(known.shape)
+    for part in range(1, 5):
+        drawn = known * (ink <= part * known.sum() / 4)
+        yield (levels * per_cell(drawn, levels)).tolist(), drawn.tolist()
+
+
+def canvases(url: str, dataset: str, num_levels: int, num: int, strokes: int) -> tuple[list[float], list[str]]:
     """Do what canvases do at once; return the seconds from each stroke's end to its endings, and what went wrong."""
     shared, seconds, lost = ServiceClient(url), [], []
-    _, height, width = shape
-    observed = [
-        [int(height // 4 <= y < height // 2 and width // 4 <= x < 3 * width // 4) for x in range(width)]
-        for y in range(height)
-    ]
 
     def visit(number: int) -> None:
         client, draw = shared.named(f"canvas {number}"), random.Random(number)
         time.sleep(draw.uniform(0, LOOK_S))
         for stroke in range(strokes):
-            image, _ = half_known(shape, number * strokes + stroke)
 
-            def ask(end_s: float, seed: int = stroke, image: Image = image) -> bool:
+            def ask(part: tuple[Image, list[list[int]]], end_s: float, seed: int = stroke) -> bool:
                 """Wait for endings until a time, then leave, as the canvas does; return whether they have come."""
-                asked = functools.partial(client.complete_stream, dataset, image, observed, num_samples=NUM_ENDINGS)
+                asked = functools.partial(client.complete_stream, dataset, *part, num_samples=NUM_ENDINGS)
                 answers = in_background(lambda on_open: asked(on_open, seed=seed))
                 with contextlib.closing(answers):
                     for event in answers:
@@ -159,12 +179,13 @@ def canvases(url: str, dataset: str, shape: list[int], num: int, strokes: int) -
                 return False
 
             try:
-                for _ in range(3):
+                *parts, whole = parts_of_a_stroke(dataset, num_levels, draw)
+                for part in parts:
                     end = time.perf_counter() + PART_S
-                    ask(end)
+                    ask(part, end)
                     time.sleep(max(0.0, end - time.perf_counter()))
                 start = time.perf_counter()
-                if ask(start + TIMEOUT_S):
+                if ask(whole, start + TIMEOUT_S):
                     seconds.append(time.perf_counter() - start)
             except ServiceError as error:
                 lost.append(str(error))
@@ -193,8 +214,8 @@ def main() -> None:
     if arguments.canvases:
         served_models = ServiceClient(arguments.url).models()
         dataset = arguments.dataset or ("mnist" if "mnist" in served_models else min(served_models))
-        num = arguments.canvases
-        seconds, lost = canvases(arguments.url, dataset, served_models[dataset].shape, num, arguments.strokes)
+        num, num_levels = arguments.canvases, served_models[dataset].levels
+        seconds, lost = canvases(arguments.url, dataset, num_levels, num, arguments.strokes)
         p50, p95 = (1000 * value for value in quantiles(seconds, n=20, method="inclusive")[9:19:9])
         print(f"{num} canvases, {dataset}: nine endings p50 {p50:.0f} ms, p95 {p95:.0f} ms")
         print(f"{len(seconds)} of {num * arguments.strokes} came; lost: {lost[:1] or 'none'}")

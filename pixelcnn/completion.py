@@ -8,6 +8,7 @@ every missing pixel comes after every observed one (a lower half, say).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,17 +59,18 @@ def complete_and_score(
     label: Tensor | None = None,
     temperature: float = 1.0,
     on_row: OnRow | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Complete as `complete` does, and return also what `completion_log_prob` says of the result.
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Complete as `complete` does, and return also what tells how probable the result was.
 
-    The compiled sampler has that figure from the logits that it draws from, equal within rounding; with the others it
-    costs a forward pass.
+    The compiled sampler has that from the logits that it draws from, equal within rounding to `completion_log_prob`,
+    for one more pass for each other label that a drawing may have; with the other samplers it costs forward passes.
 
     Returns:
-        (B, C, H, W) int64 levels; (B,) float64 nats, log p(missing | observed) at temperature 1.
+        (B, C, H, W) int64 levels; and what returns, once it is asked, (B,) float64 nats, log p(missing | observed) at
+        temperature 1.
     """
-    levels, log_probs = sample_and_score(model, u, label, temperature, image, observed, on_row)
-    return levels, completion_log_prob(model, levels, observed, label).double() if log_probs is None else log_probs
+    levels, score = sample_and_score(model, u, label, temperature, image, observed, on_row)
+    return levels, score or (lambda: completion_log_prob(model, levels, observed, label).double())
 
 
 def resample(

@@ -88,7 +88,7 @@ class ModelConfig:
         return self.image_shape[0] if self.output == "categorical" else 1
 
     def without_context(self) -> Self:
-        """Return the same network without context network and completer."""
+        """Return the same network without context network, completer and label network."""
         return replace(self, context_features=0, context_width=0, completer_features=0, label_features=0)
 
     def of_completer(self) -> Self:

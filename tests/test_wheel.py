@@ -52,6 +52,7 @@ def test_it_holds_code_assets_and_weights(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"app", "pipelines", "pixelcnn"}
 
 
+@pytest.mark.slow
 def test_it_works_in_a_new_environment(wheel: Path, tmp_path: Path) -> None:
     """The command draws with released weights, by name; the packages that it needs are those of this environment."""
     venv.create(tmp_path / "venv", with_pip=False)

@@ -88,11 +88,14 @@ class SamplingJob(Job):
         # after every row, which a short call would feel.
         listens = any(job.on_row is not None for job in jobs) or u.numel() * champion.num_parameters > SHORT_CALL
         try:
-            levels, log_probs = complete_and_score(
+            levels, score = complete_and_score(
                 champion.model, image, observed, u, label, temperature, on_row if listens else None
             )
         except _NobodyWaits:
             return
+        if all(job.done.done() for job in jobs):  # a stroke has gone on: nobody asks how probable its endings were
+            return
+        log_probs = score()
         for job, part in zip(jobs, parts, strict=True):
             job.levels = levels[part]
             job.finish(job.answer(levels[part], log_probs[part]))

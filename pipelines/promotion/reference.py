@@ -12,7 +12,7 @@ import torch
 
 from pipelines.registry.lineage import DATA_FOLDER
 from pixelcnn.checkpoint import load_checkpoint
-from pixelcnn.completion import complete_and_score, drawing_bits_per_dim, shares_of_drawing
+from pixelcnn.completion import complete, drawing_bits_per_dim, shares_of_drawing
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.observed import beginnings, ink_of, pen_noise, surroundings
 
@@ -37,7 +37,7 @@ def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
     bits = []
     for first in range(0, len(levels), BATCH):
         one, known, noise = (tensor[first : first + BATCH] for tensor in (levels, observed, u))
-        bits.append(drawing_bits_per_dim(model, complete_and_score(model, one, known, noise)[0], known))
+        bits.append(drawing_bits_per_dim(model, complete(model, one, known, noise), known))
     values = {"bits_per_dim": torch.cat(bits), **values}
     is_drawn = observed.flatten(1).any(dim=1)  # an image without ink has no beginning
     return {name: [round(value, 5) for value in found[is_drawn].tolist()] for name, found in values.items()}

@@ -25,15 +25,13 @@ CURVE_COLUMNS = (
 )
 # The networks that a model may have beside the joint one. Their columns have other names: all are curves of one run.
 PARTS = ("completer", "labels")
+NUM_EXTREMES = 8  # best and worst test images on their sheet
 CURVE_FILES = ("curve.csv", *(f"{part}.csv" for part in PARTS))
 
 
 def columns_of(part: str) -> tuple[str, ...]:
     """Return the columns of the curve of one of `PARTS`."""
     return ("step", *(f"{part}_{name}" for name in ("epoch", "train_nats", "validation_nats", "learning_rate")))
-
-
-NUM_EXTREMES = 8  # best and worst test images on their sheet
 
 
 class Curve:
@@ -62,9 +60,9 @@ class Curve:
         mean = math.fsum(self._nats) / len(self._nats)
         completion = report.validation_completion_nats
         values = {**asdict(report), "train_nll_nats": mean}
-        for part in PARTS:
+        if self.columns != CURVE_COLUMNS:
             validated = report.validation_nll_nats if completion is None else completion
-            values |= zip(columns_of(part)[1:], (report.epoch, mean, validated, report.learning_rate), strict=True)
+            values |= zip(self.columns[1:], (report.epoch, mean, validated, report.learning_rate), strict=True)
         self.rows.append({name: values[name] for name in self.columns})
         self._nats = []
         text = io.StringIO()
@@ -128,11 +126,11 @@ def draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, para
     to_sheet(rows, 2 * data.num_levels - 1, num_columns=len(index)).save(path)
 
 
-def draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: Mapping[str, Any], title: str) -> None:
+def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores: Mapping[str, Any], title: str) -> None:
     """Draw the curve of the joint model and, in pictures beside it, those of its completer and of its label network.
 
     Args:
-        curves: rows of the joint model's curve, then of each part's that there is.
+        curves: by file of `CURVE_FILES` that there is, its rows; the joint model's first.
         scores: with `test/nll_nats`, which is a line across.
     """
     from matplotlib.figure import Figure
@@ -141,7 +139,7 @@ def draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: Mapping
     all_axes = figure.subplots(1, len(curves), squeeze=False)[0]
 
     def plot(number: int, column: str, **style: Any) -> None:
-        rows = curves[number]
+        rows = list(curves.values())[number]
         all_axes[number].plot([row["step"] for row in rows], [row[column] for row in rows], **style)
 
     plot(0, "train_nll_nats", label="train, batches since the last point", color="0.8")
@@ -150,8 +148,8 @@ def draw_curve(path: Path, curves: list[list[dict[str, float]]], scores: Mapping
     all_axes[0].axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
     all_axes[0].set(xlabel="step", ylabel="NLL, nats per image", title=title)
     of_parts = {"completer": "-log p(missing | known), nats per image", "labels": "-log p(label | known), nats"}
-    for i, rows in enumerate(curves[1:], start=1):
-        part = next(part for part in PARTS if columns_of(part)[1] in rows[0])
+    for i, file in enumerate(list(curves)[1:], start=1):
+        part = Path(file).stem
         plot(i, f"{part}_train_nats", label="train, batches", color="0.8")
         plot(i, f"{part}_validation_nats", label="validation", marker=".")
         all_axes[i].set(xlabel="step", ylabel=of_parts[part], title="drawings, training's masks")

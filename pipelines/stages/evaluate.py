@@ -131,11 +131,11 @@ def evaluate(
     report.mkdir(parents=True, exist_ok=True)
     numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
     atomic_write(report / "metrics.json", json.dumps(numbers, indent=2) + "\n")
-    curves = []
+    curves = {}
     for file in training_report.CURVE_FILES:
         if (trained / file).exists():
             shutil.copyfile(trained / file, report / file)
-            curves.append(training_report.read_curve(report / file))
+            curves[file] = training_report.read_curve(report / file)
     training_report.draw_curve(report / "curve.png", curves, scores, f"{data.name}, {data.protocol}")
     save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
     training_report.draw_extremes(report / "extremes.png", data, per_image["test"])

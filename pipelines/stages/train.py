@@ -135,7 +135,7 @@ def _fit_all(
     network = replace(pair.network, label_features=0, completer_features=0)
     network = network.without_context() if pair.network.completer_features else network
     model = build_model(network).to(device)
-    whole = build_model(pair.network).to(device)
+    whole = model if network == pair.network else build_model(pair.network).to(device)
     warm_up(model)
     settings = {key: str(value) for key, value in _settings(name, params).items()}
     code = git_state()  # now: what is committed while it trains is not what trains
@@ -175,8 +175,9 @@ def _fit_all(
 
     try:
         record = fit_part(model, pair.train, Curve(work / CURVE_FILES[0], CURVE_COLUMNS), work / "state.safetensors")
-        whole.load_state_dict(model.state_dict(), strict=False)
-        whole.begin_completer()
+        if whole is not model:
+            whole.load_state_dict(model.state_dict(), strict=False)
+            whole.begin_completer()
         parts = {"completer": (whole.completer, pair.completer), "labels": (whole.label_network, pair.labels)}
         for name_of_part, (part, config) in parts.items():
             if part is not None and config is not None:

@@ -128,32 +128,40 @@ def sample_and_score(
     drawing: Tensor | None = None,
     observed: Tensor | None = None,
     on_row: OnRow | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Callable[[], Tensor] | None]:
     """Sample as `sample` does; return also what the compiled sampler knows then: how probable each image was.
 
     Returns:
-        (B, C, H, W) int64 levels; and (B,) float64 nats, the log-probability of the missing sub-pixels at temperature
-        1, from the logits that they were drawn from. None in place of it from the other samplers.
+        (B, C, H, W) int64 levels; and what returns, once it is asked, (B,) float64 nats, the log-probability of the
+        missing sub-pixels at temperature 1: from the logits that they were drawn from, or with a label network of the
+        mixture over labels, for which the sampler goes through the images again. None in place of it from the other
+        samplers.
     """
     sampler = _sample_missing if _choose(model) == "cached, compiled" else cached.sample_missing
     canvas = new_canvas(model, u, label, temperature, drawing, observed, on_row)
     levels, nats = sample_by_network(sampler, model, canvas)
-    if nats is None or canvas.label_log_probs is None:
-        return levels, nats
-    # Drawn with another label the same pixels have another probability: the sampler goes through them once for each.
-    terms, drawn = canvas.label_log_probs, (torch.arange(len(levels)), canvas.label + 1)
-    terms[drawn] += nats
-    others = terms.isfinite()
-    others[drawn] = False
-    index, column = others.nonzero(as_tuple=True)
-    if len(index):
-        missing = canvas.missing[index]
-        known = torch.where(missing[:, None], 0, levels[index])
-        scored = Canvas((levels[index] + 1).double(), column - 1, 1.0, known, missing)
-        scores = sample_by_network(sampler, model, scored)[1]
-        assert scores is not None
-        terms[index, column] += scores
-    return levels, terms.logsumexp(dim=1)
+
+    @torch.no_grad()
+    def score() -> Tensor:
+        assert nats is not None
+        if canvas.label_log_probs is None:
+            return nats
+        # Drawn with another label the same pixels have another probability.
+        terms, drawn = canvas.label_log_probs.clone(), (torch.arange(len(levels)), canvas.label + 1)
+        terms[drawn] += nats
+        others = terms.isfinite()
+        others[drawn] = False
+        index, column = others.nonzero(as_tuple=True)
+        if len(index):
+            missing = canvas.missing[index]
+            known = torch.where(missing[:, None], 0, levels[index])
+            scored = Canvas((levels[index] + 1).double(), column - 1, 1.0, known, missing)
+            scores = sample_by_network(sampler, model, scored)[1]
+            assert scores is not None
+            terms[index, column] += scores
+        return terms.logsumexp(dim=1)
+
+    return levels, None if nats is None else score
 
 
 def _batches(begins: list[int], stops: list[int], num_threads: int) -> list[tuple[list[int], int, int]]:

@@ -39,6 +39,7 @@ def test_the_seed_pairs_are_released():
     assert size <= 40e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_weights_score_what_they_say(pair):
     model, scores, levels, label = released(pair)

@@ -157,6 +157,7 @@ def test_a_backup_is_restored_in_another_place(toy, tmp_path, monkeypatch):
     assert toy.served()["version"] == "1"
 
 
+@pytest.mark.slow
 def test_a_backup_while_others_write(toy, monkeypatch):
     """Each of some backups, taken at any moment of promotions and rollbacks, is whole."""
     tmp_path = toy.folder.parent

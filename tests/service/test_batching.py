@@ -5,6 +5,7 @@ import dataclasses
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -382,10 +383,10 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
     go = threading.Event()
     drawn = []
 
-    def wait(model, image, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    def wait(model, image, *arguments) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
         drawn.append(len(image))
         assert go.wait(10)
-        return image, torch.zeros(len(image), dtype=torch.float64)
+        return image, lambda: torch.zeros(len(image), dtype=torch.float64)
 
     monkeypatch.setattr(jobs, "complete_and_score", wait)
 
@@ -415,6 +416,16 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
 
     asyncio.run(leave())
     assert drawn == [1, 3]
+
+
+def test_endings_that_nobody_waits_for_are_not_scored(monkeypatch):
+    scored = []
+    monkeypatch.setattr(jobs, "complete_and_score", lambda model, image, *more: (image, lambda: scored.append(image)))
+    job = jobs.SamplingJob(SimpleNamespace(model=build_model(GREY), config=GREY), wire.GenerateRequest(dataset="grey"))
+    job.champion.num_parameters = 1
+    job.done.cancel()
+    jobs.SamplingJob.run_together([job])
+    assert not scored
 
 
 def test_a_call_is_for_one_network():

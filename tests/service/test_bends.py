@@ -7,7 +7,7 @@ import torch
 
 from app.service.jobs import noise
 from pixelcnn import load_checkpoint
-from pixelcnn.completion import complete_and_score
+from pixelcnn.completion import complete
 
 WEIGHTS = Path(__file__).parents[2] / "weights" / "gated_pixelcnn-mnist"
 
@@ -23,7 +23,7 @@ def test_a_tiny_stroke_changes_at_most_45_cells_of_an_ending() -> None:
     for seed in range(4):
         u = noise(seed, 9, (1, 28, 28))
         pair = [
-            complete_and_score(model, ink.repeat(9, 1, 1, 1), ink.repeat(9, 1, 1, 1).bool(), u, None, 0.9, None)[0]
+            complete(model, ink.repeat(9, 1, 1, 1), ink.repeat(9, 1, 1, 1).bool(), u, None, 0.9)
             for ink in (drawing, more)
         ]
         changes.append((pair[0] != pair[1]).double().sum((1, 2, 3)).mean().item())
