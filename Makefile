@@ -38,9 +38,9 @@ own:
 
 # A module's tests stay in one process, with the servers that they share.
 test: install
-	python -m pytest --numprocesses $(WORKERS) --dist loadscope --cov
+	python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --cov
 
-# The sizes that the documents state; `.ci/run` asks for less of each.
+# The sizes that the documents state; `make test` asks for less of each.
 test-slow: export FAULT_TIMES ?= 10
 test-slow: export PIXELCNN_KILLS ?= 20
 test-slow: export PIXELCNN_TEST_CASES ?= 1000
