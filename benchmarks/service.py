@@ -8,14 +8,15 @@ are compared with.
     python -m benchmarks.service --canvases 30 --strokes 20
 
 does what so many canvases do at once: a stroke of a second, of which three parts are sent and left again, then nine
-endings of the whole, which are timed from the stroke's end; then two seconds of looking. A stroke draws the upper half
-of one of the canvas's test images, each time elsewhere. No page is shown.
+endings of the whole, timed from the stroke's end; then two seconds of looking, in which it is said how probable each
+ending is. A stroke draws the upper half of one of the canvas's test images, each time elsewhere. No page is shown.
 """
 
 import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import random
 import threading
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPSConnection
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import httpx
@@ -32,7 +33,7 @@ import numpy as np
 from app.canvas.drawing import known_cells, levels_of, per_cell
 from app.canvas.examples import beginnings_of
 from app.canvas.waiting import in_background
-from app.client import TOKEN_VARIABLE, Completions, Image, ServiceClient, ServiceError, service_url
+from app.client import TOKEN_VARIABLE, Completions, Image, Rows, ServiceClient, ServiceError, service_url
 
 NUM_CANDIDATES = 4
 TIMEOUT_S = 300
@@ -157,26 +158,40 @@ def parts_of_a_stroke(dataset: str, num_levels: int, draw: random.Random) -> Ite
         yield (levels * per_cell(drawn, levels)).tolist(), drawn.tolist()
 
 
-def canvases(url: str, dataset: str, num_levels: int, num: int, strokes: int) -> tuple[list[float], list[str]]:
-    """Do what canvases do at once; return the seconds from each stroke's end to its endings, and what went wrong."""
-    shared, seconds, lost = ServiceClient(url), [], []
+def canvases(
+    url: str, dataset: str, num_levels: int, num: int, strokes: int
+) -> tuple[list[float], list[float], list[str]]:
+    """Do what canvases do at once.
+
+    Returns:
+        The seconds from each stroke's end to its endings, and to their probabilities, infinite where the next stroke
+        came before; and what went wrong.
+    """
+    shared, drawn, scored, lost = ServiceClient(url), [], [], []
 
     def visit(number: int) -> None:
         client, draw = shared.named(f"canvas {number}"), random.Random(number)
         time.sleep(draw.uniform(0, LOOK_S))
         for stroke in range(strokes):
+            look_s = draw.uniform(0.5, 1.5) * LOOK_S
 
-            def ask(part: tuple[Image, list[list[int]]], end_s: float, seed: int = stroke) -> bool:
-                """Wait for endings until a time, then leave, as the canvas does; return whether they have come."""
+            def ask(
+                part: tuple[Image, list[list[int]]], end_s: float, seed: int = stroke, look_s: float = look_s
+            ) -> tuple[float, float]:
+                """Wait for endings until a time, then leave, as the canvas does; return when they and their
+                probabilities came."""
                 asked = functools.partial(client.complete_stream, dataset, *part, num_samples=NUM_ENDINGS)
-                answers = in_background(lambda on_open: asked(on_open, seed=seed))
+                answers, drawn_at = in_background(lambda on_open: asked(on_open, seed=seed)), math.inf
                 with contextlib.closing(answers):
                     for event in answers:
+                        now = time.perf_counter()
                         if isinstance(event, Completions):
-                            return True
-                        if time.perf_counter() > end_s:
+                            return drawn_at, now
+                        if isinstance(event, Rows) and event.start + len(event.rows[0]) == len(part[0]):
+                            drawn_at, end_s = now, min(end_s, now + look_s)
+                        if now > end_s:
                             break
-                return False
+                return drawn_at, math.inf
 
             try:
                 *parts, whole = parts_of_a_stroke(dataset, num_levels, draw)
@@ -185,18 +200,19 @@ def canvases(url: str, dataset: str, num_levels: int, num: int, strokes: int) ->
                     ask(part, end)
                     time.sleep(max(0.0, end - time.perf_counter()))
                 start = time.perf_counter()
-                if ask(whole, start + TIMEOUT_S):
-                    seconds.append(time.perf_counter() - start)
+                drawn_at, scored_at = ask(whole, start + TIMEOUT_S)
+                drawn.append(drawn_at - start)
+                scored.append(scored_at - start)
+                time.sleep(max(0.0, drawn_at + look_s - time.perf_counter()))
             except ServiceError as error:
                 lost.append(str(error))
-            time.sleep(draw.uniform(0.5, 1.5) * LOOK_S)
 
     threads = [threading.Thread(target=visit, args=(number,)) for number in range(num)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return seconds, lost
+    return drawn, scored, lost
 
 
 def main() -> None:
@@ -215,10 +231,12 @@ def main() -> None:
         served_models = ServiceClient(arguments.url).models()
         dataset = arguments.dataset or ("mnist" if "mnist" in served_models else min(served_models))
         num, num_levels = arguments.canvases, served_models[dataset].levels
-        seconds, lost = canvases(arguments.url, dataset, num_levels, num, arguments.strokes)
-        p50, p95 = (1000 * value for value in quantiles(seconds, n=20, method="inclusive")[9:19:9])
-        print(f"{num} canvases, {dataset}: nine endings p50 {p50:.0f} ms, p95 {p95:.0f} ms")
-        print(f"{len(seconds)} of {num * arguments.strokes} came; lost: {lost[:1] or 'none'}")
+        drawn, scored, lost = canvases(arguments.url, dataset, num_levels, num, arguments.strokes)
+        print(f"{num} canvases, {dataset}: {len(drawn)} of {num * arguments.strokes} came; lost: {lost[:1] or 'none'}")
+        p50, p95 = (1000 * value for value in quantiles(drawn, n=20, method="inclusive")[9:19:9])
+        print(f"nine endings: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+        before = sum(map(math.isfinite, scored))
+        print(f"how probable each is: {before} before the next stroke, p50 of all {1000 * median(scored):.0f} ms")
         return
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})

@@ -124,7 +124,7 @@ def complete(
             if isinstance(event, Rows):
                 rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
                 images[:, event.start : event.start + rows.shape[1]] = rows
-                if now - shown_at >= SHOW_S:
+                if now - shown_at >= SHOW_S or event.start + rows.shape[1] == images.shape[1]:
                     show(Ending(request, levels, images))
                     shown_at = now
             look_up()

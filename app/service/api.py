@@ -103,7 +103,7 @@ class PixelCNNService:
 
     def _submit(self, job: Job) -> None:
         line, start = line_of_request.get({}), time.perf_counter()
-        job.on_call = lambda: line.update(waited_s=round(time.perf_counter() - start, 4))
+        job.on_call = lambda: line.setdefault("waited_s", round(time.perf_counter() - start, 4))
         job.client = gate.client.get()
         try:
             self.batcher.submit(job)

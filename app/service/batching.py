@@ -36,11 +36,15 @@ class Job:
         self.lane, self.key, self.num_images = lane, key, num_images
         self.on_call: Callable[[], None] = lambda: None  # told when its call begins
         self.client = ""  # whose turn it takes
+        self.num_calls = 0  # that it took part in
         self.done: Future[Any] = Future()
 
     @staticmethod
     def run_together(jobs: list[Any]) -> None:
-        """Compute these jobs in one call, and `finish` each; what is raised fails all that are unfinished."""
+        """Compute these jobs in one call, and `finish` each; what is raised fails all that are unfinished.
+
+        Who is left unfinished waits for another call, behind all who have had none.
+        """
         raise NotImplementedError
 
     def finish(self, result: Any) -> None:
@@ -139,12 +143,12 @@ class Batcher:
 
     def _in_turn(self, lane: str) -> list[Job]:
         """Return what waits in a lane: of each client the first job, the client first whose turn was longest ago; then
-        of each the second, and so on."""
+        of each the second, and so on. Who has had a call counts as one further back."""
         waiting = [job for job in self._waiting if job.lane == lane]
         rounds: Counter[str] = Counter()
         places = {}
         for job in waiting:
-            places[job] = (rounds[job.client], self._turns.get(job.client, 0))
+            places[job] = (rounds[job.client] + job.num_calls, self._turns.get(job.client, 0))
             rounds[job.client] += 1
         return sorted(waiting, key=places.__getitem__)
 
@@ -156,6 +160,15 @@ class Batcher:
             except Exception as error:
                 for job in jobs:
                     job.finish(error)
+            with self._changed:
+                unfinished = [job for job in jobs if not job.done.done()]
+                for job in unfinished:
+                    job.num_calls += 1
+                if not self._closed:
+                    self._set_waiting([*self._waiting, *unfinished])
+                    continue
+            for job in unfinished:
+                job.done.cancel()
 
 
 def _notify(observer: Callable[[Any], None], value: Any) -> None:

@@ -1,5 +1,6 @@
 """What the service computes: a checked request becomes a job, and jobs that wait together may share a call."""
 
+import functools
 import itertools
 import secrets
 from collections.abc import Callable
@@ -56,7 +57,9 @@ class SamplingJob(Job):
         self.observed, self.image = observed.repeat(num, 1, 1, 1), image.repeat(num, 1, 1, 1)
         self.label = read_label(request.label, config, num)
         self.seed = secrets.randbelow(wire.MAX_SEED + 1) if request.seed is None else request.seed
-        self.levels: Tensor | None = None  # (num_samples, C, H, W), once drawn
+        # Once drawn: (num_samples, C, H, W), and what returns as many nats.
+        self.levels: Tensor | None = None
+        self.score: Callable[[], Tensor] | None = None
         # Only the compiled sampler computes each image by itself, so that no bit of it depends on its neighbours.
         # With the others no call is shared.
         shares = engine_name(champion.model) == "cached, compiled"
@@ -66,6 +69,18 @@ class SamplingJob(Job):
 
     @staticmethod
     def run_together(jobs: list["SamplingJob"]) -> None:
+        if jobs[0].levels is None:
+            SamplingJob._draw(jobs)
+            # With a label network the sampler goes through the images again to say how probable they are, in another
+            # call: who has images by now waits behind those who have none, and leaves if its stroke goes on.
+            if jobs[0].champion.model.label_network is not None:
+                return
+        for job in jobs:
+            if not job.done.done():
+                job.finish(job.answer())
+
+    @staticmethod
+    def _draw(jobs: list["SamplingJob"]) -> None:
         champion, temperature = jobs[0].champion, jobs[0].request.temperature
         ends = list(itertools.accumulate(job.num_images for job in jobs))
         parts = [slice(end - job.num_images, end) for job, end in zip(jobs, ends, strict=True)]
@@ -93,19 +108,19 @@ class SamplingJob(Job):
             )
         except _NobodyWaits:
             return
-        if all(job.done.done() for job in jobs):  # a stroke has gone on: nobody asks how probable its endings were
-            return
-        log_probs = score()
+        again, score = object(), functools.cache(score)
         for job, part in zip(jobs, parts, strict=True):
-            job.levels = levels[part]
-            job.finish(job.answer(levels[part], log_probs[part]))
+            job.key, job.levels, job.score = again, levels[part], lambda part=part: score()[part]
 
-    def answer(self, levels: Tensor, log_probs: Tensor) -> wire.CompleteAnswer | wire.GenerateAnswer:
-        """Return the answer to this request: (num_samples, C, H, W) levels, and as many nats."""
-        common: dict[str, Any] = {"log_probs": log_probs.tolist(), "seed": self.seed, "model": self.champion.identity}
+    def answer(self) -> wire.CompleteAnswer | wire.GenerateAnswer:
+        """Return the answer to this request, whose images are drawn."""
+        assert self.levels is not None
+        assert self.score is not None
+        images, log_probs = to_lists(self.levels), self.score().tolist()
+        common: dict[str, Any] = {"log_probs": log_probs, "seed": self.seed, "model": self.champion.identity}
         if isinstance(self.request, wire.CompleteRequest):
-            return wire.CompleteAnswer(completions=to_lists(levels), **common)
-        return wire.GenerateAnswer(images=to_lists(levels), **common)
+            return wire.CompleteAnswer(completions=images, **common)
+        return wire.GenerateAnswer(images=images, **common)
 
 
 class ScoringJob(Job):

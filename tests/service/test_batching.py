@@ -115,6 +115,33 @@ def test_who_floods_waits_behind_others(batches):
     assert called[:5] == ["flood 0", "a 0", "b 0", "flood 1", "a 1"]
 
 
+def test_who_is_left_unfinished_has_another_call_behind_who_had_none(batches):
+    class Twice(Held):
+        @staticmethod
+        def run_together(jobs: list["Held"]) -> None:
+            Held.calls.append([job.name for job in jobs])
+            assert Held.go.wait(10)
+            for job in jobs:
+                if job.num_calls:
+                    job.finish(job.name)
+
+    twice, once = Twice("twice", key="1"), Held("once", key="2")
+    submit(batches, twice)
+    wait_until(lambda: Held.calls == [["twice"]], 10)
+    submit(batches, once)
+    Held.go.set()
+    assert [job.done.result(10) for job in (once, twice)] == ["once", "twice"]
+    assert Held.calls == [["twice"], ["once"], ["twice"]]
+    Held.go.clear()
+    gone = Twice("gone")
+    submit(batches, gone)
+    wait_until(lambda: Held.calls[-1] == ["gone"], 10)
+    gone.done.cancel()
+    Held.go.set()
+    wait_until(lambda: not batches.num_waiting, 10)
+    assert Held.calls.count(["gone"]) == 1
+
+
 def test_clients_are_forgotten_one_day(batches, monkeypatch):
     monkeypatch.setattr(batching, "MAX_CLIENTS", 3)
     Held.go.set()
