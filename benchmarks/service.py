@@ -1,6 +1,6 @@
 """Measure a running service through HTTP, as its clients see it: `python -m benchmarks.service`.
 
-Latency of /complete with 4 candidates of a half-known image, and of the first rows of /complete_stream, for each
+Latency of /complete with 4 candidates of a test image's upper half, and of the first rows of /complete_stream, for each
 dataset; then throughput with 1, 8, 32 and 128 clients that each ask for one completion after the other, of a drawing
 of its own or of the same. One client asks for one thing at a time, so nothing is batched for it: it is what the others
 are compared with.
@@ -25,15 +25,14 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPSConnection
 from statistics import median, quantiles
-from typing import Any
 
 import httpx
 import numpy as np
 
-from app.canvas.drawing import known_cells, levels_of, per_cell
-from app.canvas.examples import beginnings_of
+from app.canvas.drawing import per_cell
+from app.canvas.examples import real_images
 from app.canvas.waiting import in_background
-from app.client import TOKEN_VARIABLE, Completions, Image, Rows, ServiceClient, ServiceError, service_url
+from app.client import TOKEN_VARIABLE, Completions, Image, Rows, ServedModel, ServiceClient, ServiceError, service_url
 
 NUM_CANDIDATES = 4
 TIMEOUT_S = 300
@@ -42,27 +41,23 @@ PART_S, LOOK_S = 0.25, 2.0  # between the parts of a stroke that are sent; betwe
 NUM_BODIES = 512  # different requests of the second table
 
 
-def half_known(shape: list[int], drawing: int = 0) -> tuple[Image, list[list[int]]]:
-    """Return an image of noise, another for each `drawing`, and `observed` with the upper half known.
-
-    Args:
-        shape: [C, H, W].
-    """
-    channels, height, width = shape
-    draw = random.Random(drawing)
-
-    def pixel() -> Any:
-        levels = draw.choices((0, 1), k=channels)
-        return levels if channels > 1 else levels[0]
-
-    image = [[pixel() for _ in range(width)] for _ in range(height)]
-    return image, [[int(y < height // 2)] * width for y in range(height)]
+def image_of(dataset: str, served: ServedModel, draw: random.Random) -> np.ndarray:
+    """Return (H, W) or (H, W, 3) levels of one of the canvas's test images, moved a little; noise where it has none."""
+    channels, height, width = served.shape
+    images = real_images(dataset)
+    if not images:
+        noise = np.array(draw.choices((0, 1), k=height * width * channels))
+        return noise.reshape((height, width) if channels == 1 else (height, width, channels))
+    moved = np.roll(draw.choice(images), (draw.randint(-2, 2), draw.randint(-2, 2)), axis=(0, 1))
+    return np.floor(moved * (served.levels - 1) / 255 + 0.5).astype(np.int64)
 
 
-def body_of(dataset: str, shape: list[int], num_samples: int, seed: int, drawing: int = 0) -> bytes:
-    image, observed = half_known(shape, drawing)
-    values = {"dataset": dataset, "image": image, "observed": observed, "num_samples": num_samples, "seed": seed}
-    return json.dumps(values).encode()
+def body_of(dataset: str, served: ServedModel, num_samples: int, seed: int, drawing: int = 0) -> bytes:
+    """Return a request for completions of an image whose upper half is known, of another for each `drawing`."""
+    image = image_of(dataset, served, random.Random(drawing))
+    observed = [[int(y < len(image) // 2)] * len(image[0]) for y in range(len(image))]
+    values = {"dataset": dataset, "image": image.tolist(), "observed": observed}
+    return json.dumps({**values, "num_samples": num_samples, "seed": seed}).encode()
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float]:
@@ -136,30 +131,22 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
     return {"per_s": len(answered) / took, "answered": answered, "refused": refused, "others": others}
 
 
-def parts_of_a_stroke(dataset: str, num_levels: int, draw: random.Random) -> Iterator[tuple[Image, list[list[int]]]]:
-    """Yield what is on a canvas after each quarter of a stroke that draws a test image's upper half, from its top.
+def parts_of_a_stroke(image: np.ndarray) -> Iterator[tuple[Image, list[list[int]]]]:
+    """Yield what is on a canvas after each quarter of a stroke that draws an image's upper half, from its top.
 
     Yields:
         An image, and `observed` with its ink known.
-
-    Raises:
-        SystemExit: the canvas has no images of the dataset.
     """
-    beginnings = beginnings_of(dataset)
-    if not beginnings:
-        raise SystemExit(f"error: the canvas has no examples of {dataset}. Name another: --dataset mnist")
-    beginning = draw.choice(beginnings)
-    moved = draw.randint(-2, 2), draw.randint(-2, 2)
-    levels = np.roll(levels_of(beginning, num_levels), moved, axis=(0, 1))
-    known = np.roll(known_cells(beginning, "ink", num_levels), moved, axis=(0, 1))
-    ink = known.cumsum().reshape(known.shape)
+    ink = image > 0 if image.ndim == 2 else np.ones(image.shape[:2], dtype=bool)
+    ink[len(image) // 2 :] = False
+    order = ink.cumsum().reshape(ink.shape)
     for part in range(1, 5):
-        drawn = known * (ink <= part * known.sum() / 4)
-        yield (levels * per_cell(drawn, levels)).tolist(), drawn.tolist()
+        drawn = ink & (order <= part * ink.sum() / 4)
+        yield (image * per_cell(drawn, image)).tolist(), drawn.astype(int).tolist()
 
 
 def canvases(
-    url: str, dataset: str, num_levels: int, num: int, strokes: int
+    url: str, dataset: str, served: ServedModel, num: int, strokes: int
 ) -> tuple[list[float], list[float], list[str]]:
     """Do what canvases do at once.
 
@@ -194,7 +181,7 @@ def canvases(
                 return drawn_at, math.inf
 
             try:
-                *parts, whole = parts_of_a_stroke(dataset, num_levels, draw)
+                *parts, whole = parts_of_a_stroke(image_of(dataset, served, draw))
                 for part in parts:
                     end = time.perf_counter() + PART_S
                     ask(part, end)
@@ -222,16 +209,18 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="*", help="all that are served by default")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32, 128])
     parser.add_argument("--seconds", type=float, default=10, help="per row of the second table")
-    parser.add_argument("--dataset", help="of the second table; the first by name by default")
+    parser.add_argument("--dataset", help="of the second table, and of canvases; mnist by default")
     parser.add_argument("--same-drawing", action="store_true", help="let all clients of the second table send the same")
     parser.add_argument("--canvases", type=int, help="time so many canvases at once, nothing else")
     parser.add_argument("--strokes", type=int, default=20, help="of each canvas")
     arguments = parser.parse_args()
+    served = ServiceClient(arguments.url).models()
+    if not served:
+        raise SystemExit("error: no dataset is served. Promote a model first.")
+    dataset = arguments.dataset or ("mnist" if "mnist" in served else min(served))
     if arguments.canvases:
-        served_models = ServiceClient(arguments.url).models()
-        dataset = arguments.dataset or ("mnist" if "mnist" in served_models else min(served_models))
-        num, num_levels = arguments.canvases, served_models[dataset].levels
-        drawn, scored, lost = canvases(arguments.url, dataset, num_levels, num, arguments.strokes)
+        num = arguments.canvases
+        drawn, scored, lost = canvases(arguments.url, dataset, served[dataset], num, arguments.strokes)
         print(f"{num} canvases, {dataset}: {len(drawn)} of {num * arguments.strokes} came; lost: {lost[:1] or 'none'}")
         p50, p95 = (1000 * value for value in quantiles(drawn, n=20, method="inclusive")[9:19:9])
         print(f"nine endings: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
@@ -241,28 +230,22 @@ def main() -> None:
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     with httpx.Client(base_url=arguments.url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
-        served = http.get("/models").raise_for_status().json()
-        if not served:
-            raise SystemExit("error: no dataset is served. Promote a model first.")
         print(f"| dataset | /complete, {NUM_CANDIDATES} candidates of a half: p50 | p99 | first rows: p50 | p99 |")
         print("| --- | --- | --- | --- | --- |")
-        for dataset in arguments.datasets or served:
-            shape = served[dataset]["shape"]
+        for name in arguments.datasets or served:
 
-            def body(i: int, dataset: str = dataset, shape: list[int] = shape) -> bytes:
-                return body_of(dataset, shape, NUM_CANDIDATES, i)
+            def body(i: int, name: str = name) -> bytes:
+                return body_of(name, served[name], NUM_CANDIDATES, i, i)
 
             http.post("/complete", content=body(0)).raise_for_status()
             whole = time_of(lambda i: http.post("/complete", content=body(i)).raise_for_status(), arguments.requests)
             rows = time_of(lambda i: first_rows(http, body(i)), arguments.requests)
             cells = [f"{1000 * value:.0f} ms" for value in (*percentiles(whole), *percentiles(rows))]
-            print(f"| {dataset} | {' | '.join(cells)} |", flush=True)
-    dataset = arguments.dataset or min(served)
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
     print(f"\n| clients, {dataset} | answers per second | against 1 | p50 | p99 | refused | refusal: p99 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     alone = None
-    shape = served[dataset]["shape"]
-    bodies = [body_of(dataset, shape, 1, i, 0 if arguments.same_drawing else i) for i in range(NUM_BODIES)]
+    bodies = [body_of(dataset, served[dataset], 1, i, 0 if arguments.same_drawing else i) for i in range(NUM_BODIES)]
     for clients in arguments.clients:
         found = crowd(arguments.url, headers, bodies, clients, arguments.seconds)
         if found["others"]:

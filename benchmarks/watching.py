@@ -18,6 +18,7 @@ from statistics import median
 
 import httpx
 
+from app.client import ServiceClient
 from benchmarks.service import body_of
 from pipelines.registry import store
 from pixelcnn.checkpoint import load_checkpoint, sha256_of
@@ -66,10 +67,10 @@ def main() -> None:
             served = stack.enter_context(serving(home, home / f"log-{watch}", PIXELCNN_WATCH=str(int(watch))))
             http = httpx.Client(base_url=served.url, timeout=60, trust_env=False)
             services[watch] = stack.enter_context(http)
-        shape = services[True].get("/models").json()[DATASET]["shape"]
+        model = ServiceClient(str(services[True].base_url)).models()[DATASET]
         taken: dict[bool, list[float]] = {True: [], False: []}
         for i in range(WARM_UP + arguments.pairs):
-            body = body_of(DATASET, shape, NUM_CANDIDATES, i, i)
+            body = body_of(DATASET, model, NUM_CANDIDATES, i, i)
             for watch in (True, False) if i % 2 else (False, True):
                 start = time.perf_counter()
                 services[watch].post(
