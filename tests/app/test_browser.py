@@ -46,7 +46,7 @@ from tests.local import free_port
 ROOT = Path(__file__).parents[2]
 SIZE = 28
 EXAMPLE = levels_of(beginnings_of("mnist")[0], 2)  # draws itself on a page that is opened
-NUM_STROKES = int(os.environ.get("PIXELCNN_TEST_STROKES", "100"))  # `make test-slow`: 500
+NUM_STROKES = int(os.environ.get("PIXELCNN_TEST_STROKES", "50"))  # `make test-slow`: 500
 expect.set_options(timeout=15_000)  # a loaded machine is no failure
 
 

@@ -18,7 +18,7 @@ from tests.service.champions import GREY, put, wait_until
 from tests.service.served import serving
 
 # The size that the documents state: PIXELCNN_TEST_RESTARTS=100.
-NUM_RESTARTS = int(os.environ.get("PIXELCNN_TEST_RESTARTS", "2"))
+NUM_RESTARTS = int(os.environ.get("PIXELCNN_TEST_RESTARTS", "1"))
 REQUEST = {"dataset": "grey", "num_samples": 2, "seed": 1}
 CHECK_EVERY_S = 0.2
 DRAIN_S = 2
