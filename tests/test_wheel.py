@@ -90,4 +90,4 @@ def test_it_works_in_a_new_environment(wheel: Path, tmp_path: Path) -> None:
         [binaries / "pixelcnn", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "released weights: gated_pixelcnn-cifar10," in done.stderr
+    assert "released weights: attentive_pixelcnn-mnist, gated_pixelcnn-cifar10," in done.stderr
