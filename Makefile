@@ -1,6 +1,7 @@
 # Two commands do all: `make demo` and `make test`. Everything is installed into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
+COVERAGE ?= --cov
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The tools' telemetry stays off (see also prefect.toml, .dvc/config, .streamlit/config.toml).
@@ -38,7 +39,7 @@ own:
 
 # A module's tests stay in one process, with the servers that they share.
 test: install
-	python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --cov
+	python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(COVERAGE)
 
 # The sizes that the documents state; `make test` asks for less of each.
 test-slow: export FAULT_TIMES ?= 10
