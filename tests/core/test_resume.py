@@ -18,7 +18,7 @@ from pixelcnn import load_checkpoint, save_dataset
 from pixelcnn.__main__ import main
 from tests.core.tiny import toy_dataset
 
-NUM_KILLS = int(os.environ.get("PIXELCNN_KILLS", "1"))
+NUM_KILLS = int(os.environ.get("PIXELCNN_KILLS", "2"))
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.timeout(120 * (NUM_KILLS + 1))
