@@ -29,7 +29,7 @@ from statistics import median, quantiles
 import httpx
 import numpy as np
 
-from app.canvas.drawing import per_cell
+from app.canvas.drawing import TOUCHED, Drawing, known_cells, levels_of, per_cell, strength_of, without
 from app.canvas.examples import real_images
 from app.canvas.waiting import in_background
 from app.client import TOKEN_VARIABLE, Completions, Image, Rows, ServedModel, ServiceClient, ServiceError, service_url
@@ -41,22 +41,24 @@ PART_S, LOOK_S = 0.25, 2.0  # between the parts of a stroke that are sent; betwe
 NUM_BODIES = 512  # different requests of the second table
 
 
-def image_of(dataset: str, served: ServedModel, draw: random.Random) -> np.ndarray:
-    """Return (H, W) or (H, W, 3) levels of one of the canvas's test images, moved a little; noise where it has none."""
+def drawing_of(dataset: str, served: ServedModel, draw: random.Random) -> Drawing:
+    """Return the upper half of one of the canvas's test images, moved a little; of noise where it has none."""
     channels, height, width = served.shape
     images = real_images(dataset)
-    if not images:
+    if images:
+        strength = np.roll(draw.choice(images), (draw.randint(-2, 2), draw.randint(-2, 2)), axis=(0, 1))
+    else:
         noise = np.array(draw.choices((0, 1), k=height * width * channels))
-        return noise.reshape((height, width) if channels == 1 else (height, width, channels))
-    moved = np.roll(draw.choice(images), (draw.randint(-2, 2), draw.randint(-2, 2)), axis=(0, 1))
-    return np.floor(moved * (served.levels - 1) / 255 + 0.5).astype(np.int64)
+        shape = (height, width) if channels == 1 else (height, width, channels)
+        strength = strength_of(noise.reshape(shape), served.levels)
+    return without(Drawing(strength, np.full((height, width), TOUCHED)), "lower")
 
 
 def body_of(dataset: str, served: ServedModel, num_samples: int, seed: int, drawing: int = 0) -> bytes:
     """Return a request for completions of an image whose upper half is known, of another for each `drawing`."""
-    image = image_of(dataset, served, random.Random(drawing))
-    observed = [[int(y < len(image) // 2)] * len(image[0]) for y in range(len(image))]
-    values = {"dataset": dataset, "image": image.tolist(), "observed": observed}
+    half = drawing_of(dataset, served, random.Random(drawing))
+    image, observed = levels_of(half, served.levels), known_cells(half, "mask", served.levels)
+    values = {"dataset": dataset, "image": image.tolist(), "observed": observed.tolist()}
     return json.dumps({**values, "num_samples": num_samples, "seed": seed}).encode()
 
 
@@ -131,18 +133,17 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
     return {"per_s": len(answered) / took, "answered": answered, "refused": refused, "others": others}
 
 
-def parts_of_a_stroke(image: np.ndarray) -> Iterator[tuple[Image, list[list[int]]]]:
-    """Yield what is on a canvas after each quarter of a stroke that draws an image's upper half, from its top.
+def parts_of_a_stroke(drawing: Drawing, num_levels: int) -> Iterator[tuple[Image, list[list[int]]]]:
+    """Yield what is on a canvas after each quarter of a stroke that draws a drawing's ink, from its top.
 
     Yields:
         An image, and `observed` with its ink known.
     """
-    ink = image > 0 if image.ndim == 2 else np.ones(image.shape[:2], dtype=bool)
-    ink[len(image) // 2 :] = False
+    image, ink = levels_of(drawing, num_levels), known_cells(drawing, "ink", num_levels)
     order = ink.cumsum().reshape(ink.shape)
     for part in range(1, 5):
-        drawn = ink & (order <= part * ink.sum() / 4)
-        yield (image * per_cell(drawn, image)).tolist(), drawn.astype(int).tolist()
+        drawn = ink * (order <= part * ink.sum() / 4)
+        yield (image * per_cell(drawn, image)).tolist(), drawn.tolist()
 
 
 def canvases(
@@ -181,7 +182,7 @@ def canvases(
                 return drawn_at, math.inf
 
             try:
-                *parts, whole = parts_of_a_stroke(image_of(dataset, served, draw))
+                *parts, whole = parts_of_a_stroke(drawing_of(dataset, served, draw), served.levels)
                 for part in parts:
                     end = time.perf_counter() + PART_S
                     ask(part, end)

@@ -162,9 +162,9 @@ class Batcher:
                     job.finish(error)
             with self._changed:
                 unfinished = [job for job in jobs if not job.done.done()]
-                for job in unfinished:
-                    job.num_calls += 1
-                if not self._closed:
+                if unfinished and not self._closed:
+                    for job in unfinished:
+                        job.num_calls += 1
                     self._set_waiting([*self._waiting, *unfinished])
                     continue
             for job in unfinished:

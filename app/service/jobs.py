@@ -71,9 +71,9 @@ class SamplingJob(Job):
     def run_together(jobs: list["SamplingJob"]) -> None:
         if jobs[0].levels is None:
             SamplingJob._draw(jobs)
-            # With a label network the sampler goes through the images again to say how probable they are, in another
-            # call: who has images by now waits behind those who have none, and leaves if its stroke goes on.
-            if jobs[0].champion.model.label_network is not None:
+            # With a label network the sampler goes through endings again to say how probable they are, in another call:
+            # who has images by now waits behind those who have none, and leaves if its stroke goes on.
+            if jobs[0].champion.model.label_network is not None and bool(jobs[0].observed.any()):
                 return
         for job in jobs:
             if not job.done.done():
