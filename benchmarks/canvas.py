@@ -10,7 +10,6 @@ frames are that a live stroke is drawn in.
 
 import argparse
 import os
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -129,13 +128,12 @@ def time_first_endings(venv: Path | None) -> None:
         begun = time.time()
         process, mark = interrupts.start(folder, log)
         try:
-            while not (found := re.search(r"Ready: draw at (\S+)", log.read_text())):
-                if process.poll() is not None:
-                    raise SystemExit(log.read_text())
-                time.sleep(0.05)
+            address = interrupts.wait_until_ready(process, log)
             ready = time.time()
+            if not address:
+                raise SystemExit(log.read_text())
             page = browser.new_page()
-            page.goto(found[1])
+            page.goto(address)
             wait_for_endings(page)  # of the example that draws itself
             done = time.time()
             installed = (folder / ".venv" / "installed").stat().st_mtime

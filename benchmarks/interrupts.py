@@ -10,6 +10,7 @@ before was interrupted, and the last one must come to *Ready*. Linux alone: proc
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -22,8 +23,7 @@ from tests.local import free_port
 
 ROOT = Path(__file__).parents[1]
 NUM_MOMENTS, LAST_S = 20, 240
-READY = "Ready: "
-WAIT_S = 3600  # for the last start to be ready
+WAIT_S = 3600  # for a start to be ready
 GIVE_UP_S = 60  # what is left then does not end by itself
 
 
@@ -68,14 +68,18 @@ def clone(folder: Path, venv: Path | None) -> None:
         (folder / ".venv" / "installed").touch()
 
 
-def start(folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start `make demo` as a terminal does, in a process group of its own; return it and its processes' mark."""
+def start(folder: Path, log: Path, *words: str) -> tuple[subprocess.Popen[bytes], str]:
+    """Start `make demo`, or `make` with other words, as a terminal does, in a process group of its own.
+
+    Returns:
+        The process, and the mark of all that it starts.
+    """
     mark = uuid.uuid4().hex
     stores = {name: str(folder.parent / name) for name in ("BENTOML_HOME", "PREFECT_HOME")}
     ports = [f"SERVICE_PORT={free_port()}", f"CANVAS_PORT={free_port()}"]
     with open(log, "w") as file:
         process = subprocess.Popen(
-            ["make", "demo", *ports],
+            ["make", *(words or ["demo"]), *ports],
             cwd=folder,
             env={**os.environ, **stores, "DEMO_MARK": mark, "PYTHONPATH": str(folder)},
             stdin=subprocess.DEVNULL,
@@ -84,6 +88,16 @@ def start(folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
             start_new_session=True,
         )
     return process, mark
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Return the canvas's address once it is said; empty if the process ends before, or an hour has passed."""
+    deadline = time.monotonic() + WAIT_S
+    while not (found := re.search(r"Ready: draw at (\S+)", log.read_text())):
+        if process.poll() is not None or time.monotonic() > deadline:
+            return ""
+        time.sleep(0.05)
+    return found[1]
 
 
 def interrupt(process: subprocess.Popen[bytes], mark: str, log: Path) -> str:
@@ -118,10 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             time.sleep(moment)
             print(f"| {moment:.0f} {interrupt(process, mark, log)}", flush=True)
         process, mark = start(folder, log)
-        deadline = time.monotonic() + WAIT_S
-        while READY not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.5)
-        is_ready = READY in log.read_text()
+        is_ready = bool(wait_until_ready(process, log))
         print(f"The last start {'was ready' if is_ready else 'FAILED: ' + log.read_text()[-1000:]}")
         print(f"| at last {interrupt(process, mark, log)}" if is_ready else "", flush=True)
 

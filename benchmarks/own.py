@@ -1,0 +1,165 @@
+"""Try `make own` on pictures of several kinds, each from a fresh clone to nine endings of a drawing in the browser.
+
+    python -m benchmarks.own glyphs --minutes 4                       # 2,000 pictures of capitals; installs first
+    python -m benchmarks.own digits icons sprites scans --venv .venv  # with an environment that is installed already
+    python -m benchmarks.own icons --images /usr/share/icons/oxygen/base/32x32
+
+Writes a picture of the page for each kind, and all of them as one sheet. Icons are those of a theme of Debian's
+(`apt-get install oxygen-icon-theme`); the other kinds are made here.
+"""
+
+import argparse
+import os
+import string
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFont
+from playwright.sync_api import Browser
+
+from benchmarks import interrupts
+from pipelines.datasets import letters
+from tests.app.browsing import HALF_DIGIT, draw, grid, press_complete, wait_for_endings, wait_until_still
+from tools.pictures import chromium
+
+NUM = 2000
+ICONS = Path("/usr/share/icons/oxygen/base/32x32")
+HEAD = 1500  # characters of a log that are shown
+
+Random = np.random.RandomState
+
+
+def save(folder: Path, label: str, number: int, pixels: np.ndarray) -> None:
+    """Write a picture, (H, W) of uint8, into its label's folder."""
+    (folder / label).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(folder / label / f"{number}.png")
+
+
+def random_letter(text: str, random: Random) -> np.ndarray:
+    """Return a letter in one of Matplotlib's fonts, slanted and moved, (28, 28) uint8 strengths of ink."""
+    fonts = letters.fonts()
+    font = ImageFont.truetype(str(fonts[random.randint(len(fonts))]), int(random.uniform(19, 24) * letters.FINER))
+    return letters.letter(text, font, random.uniform(-0.25, 0.25), tuple(random.uniform(-1.5, 1.5, 2)))
+
+
+def write_glyphs(folder: Path, random: Random) -> None:
+    """Capitals, 28 x 28."""
+    for i in range(NUM):
+        text = string.ascii_uppercase[i % 26]
+        save(folder, text, i, random_letter(text, random))
+
+
+def write_digits(folder: Path, _: Random) -> None:
+    """The handwritten digits of scikit-learn, 8 x 8, seventeen greys."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    for i, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
+        save(folder, str(label), i, np.round(pixels * 255 / 16).astype(np.uint8))
+
+
+def write_sprites(folder: Path, random: Random) -> None:
+    """Creatures of a game, 16 x 16 and four greys: half of each at random, grown to one piece, mirrored, outlined."""
+    for i in range(NUM):
+        half = np.zeros((16, 8), dtype=bool)
+        half[2:14, 2:] = random.random_sample((12, 6)) < np.linspace(0.25, 0.75, 6)
+        near = sum(np.roll(half, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1))
+        body = (near >= 5) | half & (near >= 4)
+        lights = body & (random.random_sample(body.shape) < 0.2)
+        edge = ~body & (sum(np.roll(body, shift, axis) for axis in (0, 1) for shift in (-1, 1)) > 0)
+        levels = 85 * (edge + 2 * (body & ~lights) + 3 * lights)
+        save(folder, "", i, np.hstack([levels, levels[:, ::-1]]).astype(np.uint8))
+
+
+def write_scans(folder: Path, random: Random) -> None:
+    """Small letters on paper, scanned: dark on uneven, noisy light, 48 x 32."""
+    for i in range(NUM):
+        text = string.ascii_lowercase[i % 26]
+        ink = np.asarray(Image.fromarray(random_letter(text, random)).resize((32, 48), Image.Resampling.BICUBIC))
+        light = random.uniform(200, 245) + np.linspace(0, random.uniform(-30, 30), 32) + random.normal(0, 6, (48, 32))
+        save(folder, text, i, np.clip(light * (1 - 0.85 * ink / 255), 0, 255).astype(np.uint8))
+
+
+KINDS: dict[str, tuple[Callable[[Path, Random], None] | None, dict[str, str]]] = {
+    "glyphs": (write_glyphs, {}),
+    "digits": (write_digits, {}),
+    "icons": (None, {}),
+    "sprites": (write_sprites, {"LEVELS": "4"}),
+    "scans": (write_scans, {"SIDE": "48x32", "COLOUR": "binary"}),
+}
+
+
+def draw_on(browser: Browser, address: str, picture: Path) -> None:
+    """Draw a hook into the upper part of the grid, wait for nine endings, and write a picture of the page."""
+    page = browser.new_page(viewport={"width": 1280, "height": 760})
+    page.goto(address)
+    grid(page).wait_for()
+    wait_until_still(page)
+    columns, rows = grid(page).evaluate("canvas => [canvas.width, canvas.height]")
+    draw(page, [(x * columns / 28, y * rows / 28) for x, y in HALF_DIGIT])
+    wait_until_still(page)
+    press_complete(page)
+    wait_for_endings(page)
+    page.mouse.move(5, 5)
+    page.screenshot(path=picture)
+    page.close()
+
+
+def try_kind(kind: str, images: Path, minutes: float, venv: Path | None, out: Path) -> None:
+    """Print how long a kind takes, and what the command said; write `out`/KIND.png."""
+    with tempfile.TemporaryDirectory(prefix="own-") as top, chromium() as browser:
+        folder, log, pictures = Path(top) / "clone", Path(top) / "log.txt", Path(top) / "pictures"
+        interrupts.clone(folder, venv)
+        write, wishes = KINDS[kind]
+        if write:
+            write(pictures, Random(letters.SEED))
+        else:
+            pictures = images
+        words = {"IMAGES": str(pictures), "NAME": kind, "MINUTES": f"{minutes:g}", **wishes}
+        begun = time.time()
+        process, mark = interrupts.start(folder, log, "own", *(f"{key}={value}" for key, value in words.items()))
+        try:
+            address = interrupts.wait_until_ready(process, log)
+            print(f"## {kind}\n{log.read_text()[:HEAD]}", flush=True)
+            if not address:
+                raise SystemExit(f"error: {kind} did not come to the canvas:\n{log.read_text()[-HEAD:]}")
+            ready = time.time()
+            draw_on(browser, address, out / f"{kind}.png")
+            installed = max((folder / ".venv" / "installed").stat().st_mtime, begun)
+            print(
+                f"{kind}: installed after {installed - begun:.0f} s; then ready after {ready - installed:.0f} s, ",
+                end="",
+            )
+            print(f"nine endings of a drawing after {time.time() - installed:.0f} s", flush=True)
+        finally:
+            interrupts.interrupt(process, mark, log)
+
+
+def main() -> None:
+    """Try the kinds that are named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.own", description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="+", choices=KINDS)
+    parser.add_argument("--minutes", type=float, default=4, help="of training")
+    parser.add_argument("--images", type=Path, default=ICONS, help="the folder of icons")
+    parser.add_argument("--venv", type=Path, help="an environment that `make install` has made")
+    parser.add_argument("--out", type=Path, default=Path("reports/own"), help="where the pictures go")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    os.environ.pop("PIXELCNN_DATA", None)  # nothing else is there on a fresh machine
+    for kind in arguments.kinds:
+        try_kind(kind, arguments.images.resolve(), arguments.minutes, arguments.venv, arguments.out)
+    shown = [Image.open(arguments.out / f"{kind}.png").convert("RGB") for kind in arguments.kinds]
+    width, height = shown[0].size
+    sheet = Image.new("RGB", (2 * width, -(-len(shown) // 2) * height), "white")
+    for i, picture in enumerate(shown):
+        sheet.paste(picture, (i % 2 * width, i // 2 * height))
+    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).quantize(128).save(
+        arguments.out / "sheet.png", optimize=True
+    )
+
+
+if __name__ == "__main__":
+    main()
