@@ -1,8 +1,8 @@
 """Time the canvas in a real browser, as a person's hand sees it: `make demo`, then `python -m benchmarks.canvas`.
 
 Stroke to ink: from the pointer's event to the frame that shows its ink. Then, with *As I draw*: from the end of a
-stroke to the first pixels of the model that answer the whole stroke, and to nine finished endings; and how long the
-frames are that a live stroke is drawn in.
+stroke to the first pixels of the model that answer the whole stroke, to nine endings without a missing pixel, and to
+their probabilities; and how long the frames are that a live stroke is drawn in.
 
     python -m benchmarks.canvas --clone              # from a fresh clone's `make demo` to the first nine endings
     python -m benchmarks.canvas --clone --venv .venv # with packages that are there, not yet compiled to bytecode
@@ -24,7 +24,7 @@ from tools.pictures import chromium, clean_page
 # The browser's own clock; what Playwright adds on its way is not counted.
 WATCH = """
 (canvas) => {
-  const times = (window.times = { ink: [], frames: [], end: null, first: null, done: null });
+  const times = (window.times = { ink: [], frames: [], end: null, known: null, done: null });
   let [last, isPressed] = [null, false];
   const frame = (now) => {
     if (last !== null && isPressed) times.frames.push(now - last);
@@ -52,12 +52,15 @@ WATCH = """
   }, true);
   new MutationObserver(() => {
     if (times.end === null || !sources() || sources() === before) return;
-    const known = document.querySelector(".endings").dataset.known;
-    seen[known] ??= performance.now();
+    const endings = document.querySelector(".endings");
+    if (endings.matches(".earlier, .stale")) return;
+    const { known, drawn } = endings.dataset;
+    seen[known] ??= { first: performance.now() };
+    if (drawn === "1") seen[known].drawn ??= performance.now();
     const captions = [...document.querySelectorAll(".endings figcaption")].map((caption) => caption.textContent);
     if (captions.length !== 9 || !captions.every((text) => text.includes("nats")) || known === times.known) return;
     // What is finished first may answer a part of the stroke: the last counts.
-    [times.known, times.first, times.done] = [known, seen[known], performance.now()];
+    Object.assign(times, seen[known], { known, done: performance.now() });
   }).observe(document.body, { subtree: true, childList: true, characterData: true, attributes: true });
 }
 """
@@ -101,10 +104,10 @@ def time_frames(page: Page, num_strokes: int) -> list[float]:
     return frames
 
 
-def time_endings(page: Page, num_strokes: int) -> tuple[list[float], list[float]]:
-    """Return the milliseconds from a stroke's end to the first new pixels, and to nine endings."""
+def time_endings(page: Page, num_strokes: int) -> dict[str, list[float]]:
+    """Return the milliseconds from a stroke's end to what comes of it, by what that is."""
     grid(page).evaluate(WATCH)
-    first, done = [], []
+    found: dict[str, list[float]] = {"first": [], "drawn": [], "done": []}
     for i in range(num_strokes + 1):
         if i:
             tool(page, "Clear").click()
@@ -114,9 +117,9 @@ def time_endings(page: Page, num_strokes: int) -> tuple[list[float], list[float]
         page.wait_for_function(last, timeout=60_000)
         times = page.evaluate("window.times")
         if i:  # the first one warms up
-            first.append(times["first"] - times["end"])
-            done.append(times["done"] - times["end"])
-    return first, done
+            for what, values in found.items():
+                values.append(times[what] - times["end"])
+    return found
 
 
 def time_first_endings(venv: Path | None) -> None:
@@ -161,9 +164,10 @@ def main() -> None:
         page.get_by_text("As I draw").click()
         frames = time_frames(page, arguments.strokes)
         print(f"frames while drawing live: {percentiles(frames)}, longest {max(frames):.0f} ms")
-        first, done = time_endings(page, arguments.strokes)
-        print("end of a stroke to the model's first pixels:", percentiles(first))
-        print("end of a stroke to nine endings:", percentiles(done))
+        found = time_endings(page, arguments.strokes)
+        print("end of a stroke to the model's first pixels:", percentiles(found["first"]))
+        print("end of a stroke to nine endings:", percentiles(found["drawn"]))
+        print("end of a stroke to their probabilities:", percentiles(found["done"]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ every missing pixel comes after every observed one (a lower half, say).
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from pixelcnn.likelihood import completion_log_prob, log_prob, pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.observed import ink_of
-from pixelcnn.sampling.fast import sample, sample_and_score
+from pixelcnn.sampling.fast import Score, sample, sample_and_score
 from pixelcnn.sampling.naive import OnRow
 
 
@@ -59,18 +58,22 @@ def complete_and_score(
     label: Tensor | None = None,
     temperature: float = 1.0,
     on_row: OnRow | None = None,
-) -> tuple[Tensor, Callable[[], Tensor]]:
+) -> tuple[Tensor, Score]:
     """Complete as `complete` does, and return also what tells how probable the result was.
 
     The compiled sampler has that from the logits that it draws from, equal within rounding to `completion_log_prob`,
     for one more pass for each other label that a drawing may have; with the other samplers it costs forward passes.
 
     Returns:
-        (B, C, H, W) int64 levels; and what returns, once it is asked, (B,) float64 nats, log p(missing | observed) at
-        temperature 1.
+        (B, C, H, W) int64 levels; and what returns, once it is asked, how probable they were.
     """
     levels, score = sample_and_score(model, u, label, temperature, image, observed, on_row)
-    return levels, score or (lambda: completion_log_prob(model, levels, observed, label).double())
+
+    def score_by_network(images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
+        given = None if label is None else label[images]
+        return completion_log_prob(model, levels[images], observed[images], given).double()
+
+    return levels, score or score_by_network
 
 
 def resample(

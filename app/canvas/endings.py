@@ -52,6 +52,11 @@ class Ending:
         return urlencode(self.settings | {"seed": str(self.seed)} | drawing)
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether no pixel is missing any more."""
+        return bool((self.images >= 0).all())
+
+    @property
     def known(self) -> np.ndarray:
         """(H, W), 1 where the person drew it."""
         return np.array(self.request.observed)

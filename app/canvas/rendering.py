@@ -154,7 +154,8 @@ def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False
     for rank, i in enumerate(order_of(ending, order), start=1):
         pixels, title = ending_pixels(ending.images[i], known, ending.levels, coloured), say(kind, rank=rank)
         if ending.log_probs is None:
-            picture, caption = img(pixels, f"{title}, {say('being_drawn')}"), "\N{HORIZONTAL ELLIPSIS}"
+            alt = title if ending.is_drawn else f"{title}, {say('being_drawn')}"
+            picture, caption = img(pixels, alt), "\N{HORIZONTAL ELLIPSIS}"
         else:
             score, bits = nats(ending.log_probs[i]), bits_per_dim(ending.log_probs[i], num_added)
             name = html.escape(ending.names[i]) if ending.names else ""
@@ -168,7 +169,8 @@ def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     css_class = "endings" + " sheet" * sheet + " stale" * stale
     told = "" if sheet else f' data-for="{ending.drawing}" style="--alone: url({_alone(ending, coloured)})"'
-    return f'<div class="{css_class}" data-known="{int(known.sum())}"{told}>{"".join(figures)}</div>'
+    state = f'data-known="{int(known.sum())}" data-drawn="{int(ending.is_drawn)}"'
+    return f'<div class="{css_class}" {state}{told}>{"".join(figures)}</div>'
 
 
 def gallery_html(endings: list[Ending]) -> str:

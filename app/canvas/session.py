@@ -39,6 +39,7 @@ class Visit:
     unanswered: bool = False  # it found no service, so it is to be sent again
     seed: int | None = None  # of this drawing's endings, until other ones are wanted
     gallery: list[Ending] = field(default_factory=list)  # the endings of this visit, the last ones first
+    unfinished: Ending | None = None  # of a request that the next stroke has ended: shown until there is more
     drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
     linked: str = ""  # the drawing of the address that the visit began with
     example_wanted: bool = False
@@ -98,7 +99,7 @@ class Visit:
     def want_no_endings(self) -> None:
         """Want no endings after all; nor again for the same drawing as long as it is only live."""
         self.pending = False
-        self.answered = self.asked
+        self.answered, self.unfinished = self.asked, None
 
     def own_seed(self) -> int:
         """Return the seed of this drawing, a new one if it has none: all that is drawn live then bends, not jumps."""

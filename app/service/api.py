@@ -16,7 +16,6 @@ from http import HTTPStatus
 from typing import Any, cast
 
 import bentoml
-import torch
 from bentoml.models import BentoModel
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
@@ -35,6 +34,7 @@ from app.service.operation.readiness import Readiness
 from app.service.operation.requests import RequestLog, line_of_request, note
 from app.service.operation.tracing import tracing
 from app.service.settings import settings
+from pixelcnn.sampling.fast import use_threads
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
@@ -64,7 +64,7 @@ class PixelCNNService:
     """Complete, generate and score images with the champion of each dataset."""
 
     def __init__(self) -> None:
-        torch.set_num_threads(settings.threads)
+        use_threads(settings.threads)
         self.champions = Champions(store_folder(), lambda: self.readiness.tell())
         self.readiness = Readiness(self.champions)
         self.metrics = metrics()

@@ -1,5 +1,6 @@
 """What the service computes: a checked request becomes a job, and jobs that wait together may share a call."""
 
+import contextlib
 import functools
 import itertools
 import secrets
@@ -34,6 +35,11 @@ class _NobodyWaits(Exception):
     """Every job of a call is cancelled or has failed: the sampler may stop."""
 
 
+def _leave_if_nobody_waits(jobs: list["SamplingJob"]) -> None:
+    if all(job.done.done() for job in jobs):
+        raise _NobodyWaits
+
+
 class SamplingJob(Job):
     """A checked request for completions, or for whole images: those of which nothing is observed.
 
@@ -57,9 +63,9 @@ class SamplingJob(Job):
         self.observed, self.image = observed.repeat(num, 1, 1, 1), image.repeat(num, 1, 1, 1)
         self.label = read_label(request.label, config, num)
         self.seed = secrets.randbelow(wire.MAX_SEED + 1) if request.seed is None else request.seed
-        # Once drawn: (num_samples, C, H, W), and what returns as many nats.
+        # Once drawn: (num_samples, C, H, W), and what returns as many nats, stopped by what it calls after each row.
         self.levels: Tensor | None = None
-        self.score: Callable[[], Tensor] | None = None
+        self.score: Callable[[OnRow], Tensor] | None = None
         # Only the compiled sampler computes each image by itself, so that no bit of it depends on its neighbours.
         # With the others no call is shared.
         shares = engine_name(champion.model) == "cached, compiled"
@@ -71,13 +77,14 @@ class SamplingJob(Job):
     def run_together(jobs: list["SamplingJob"]) -> None:
         if jobs[0].levels is None:
             SamplingJob._draw(jobs)
-            # With a label network the sampler goes through endings again to say how probable they are, in another call:
-            # who has images by now waits behind those who have none, and leaves if its stroke goes on.
+            # With a label network the sampler goes through endings again to say how probable they are: of each request
+            # in another call, behind all who have no images yet, and only as long as its client does not draw on.
             if jobs[0].champion.model.label_network is not None and bool(jobs[0].observed.any()):
                 return
         for job in jobs:
             if not job.done.done():
-                job.finish(job.answer())
+                with contextlib.suppress(_NobodyWaits):
+                    job.finish(job.answer())
 
     @staticmethod
     def _draw(jobs: list["SamplingJob"]) -> None:
@@ -86,8 +93,7 @@ class SamplingJob(Job):
         parts = [slice(end - job.num_images, end) for job, end in zip(jobs, ends, strict=True)]
 
         def on_row(row: int, levels: Tensor) -> None:
-            if all(job.done.done() for job in jobs):
-                raise _NobodyWaits
+            _leave_if_nobody_waits(jobs)
             for job, part in zip(jobs, parts, strict=True):
                 if job.on_row is not None and not job.done.done():
                     try:
@@ -108,15 +114,14 @@ class SamplingJob(Job):
             )
         except _NobodyWaits:
             return
-        again, score = object(), functools.cache(score)
         for job, part in zip(jobs, parts, strict=True):
-            job.key, job.levels, job.score = again, levels[part], lambda part=part: score()[part]
+            job.key, job.levels, job.score = object(), levels[part], functools.partial(score, part)
 
     def answer(self) -> wire.CompleteAnswer | wire.GenerateAnswer:
         """Return the answer to this request, whose images are drawn."""
         assert self.levels is not None
         assert self.score is not None
-        images, log_probs = to_lists(self.levels), self.score().tolist()
+        images, log_probs = to_lists(self.levels), self.score(lambda *_: _leave_if_nobody_waits([self])).tolist()
         common: dict[str, Any] = {"log_probs": log_probs, "seed": self.seed, "model": self.champion.identity}
         if isinstance(self.request, wire.CompleteRequest):
             return wire.CompleteAnswer(completions=images, **common)

@@ -138,21 +138,21 @@ def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores:
     figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")
     all_axes = figure.subplots(1, len(curves), squeeze=False)[0]
 
-    def plot(number: int, column: str, **style: Any) -> None:
-        rows = list(curves.values())[number]
-        all_axes[number].plot([row["step"] for row in rows], [row[column] for row in rows], **style)
+    def plot(axes: Any, rows: list[dict[str, float]], column: str, **style: Any) -> None:
+        axes.plot([row["step"] for row in rows], [row[column] for row in rows], **style)
 
-    plot(0, "train_nll_nats", label="train, batches since the last point", color="0.8")
-    plot(0, "train_subset_nll_nats", label="train, averaged weights", marker=".")
-    plot(0, "validation_nll_nats", label="validation, averaged weights", marker=".")
+    (_, joint), *parts = curves.items()
+    plot(all_axes[0], joint, "train_nll_nats", label="train, batches since the last point", color="0.8")
+    plot(all_axes[0], joint, "train_subset_nll_nats", label="train, averaged weights", marker=".")
+    plot(all_axes[0], joint, "validation_nll_nats", label="validation, averaged weights", marker=".")
     all_axes[0].axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
     all_axes[0].set(xlabel="step", ylabel="NLL, nats per image", title=title)
     of_parts = {"completer": "-log p(missing | known), nats per image", "labels": "-log p(label | known), nats"}
-    for i, file in enumerate(list(curves)[1:], start=1):
+    for axes, (file, rows) in zip(all_axes[1:], parts, strict=True):
         part = Path(file).stem
-        plot(i, f"{part}_train_nats", label="train, batches", color="0.8")
-        plot(i, f"{part}_validation_nats", label="validation", marker=".")
-        all_axes[i].set(xlabel="step", ylabel=of_parts[part], title="drawings, training's masks")
+        plot(axes, rows, f"{part}_train_nats", label="train, batches", color="0.8")
+        plot(axes, rows, f"{part}_validation_nats", label="validation", marker=".")
+        axes.set(xlabel="step", ylabel=of_parts[part], title="drawings, training's masks")
     for axes in all_axes:
         axes.legend()
     figure.savefig(path, dpi=100)

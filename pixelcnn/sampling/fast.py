@@ -3,17 +3,19 @@
 On the CPU that is the compiled cached sampler; elsewhere, or without numba, the cached one in torch.
 """
 
+import heapq
 import importlib
 import logging
 import math
+import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +32,21 @@ logger = logging.getLogger(__name__)
 
 MAX_IN_STEP = 4  # images that a thread samples together
 
+
+class Score(Protocol):
+    """Returns, once it is asked, how probable images were that have been drawn."""
+
+    def __call__(self, images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
+        """Return (B,) float64 nats of these images: log p(missing | observed) at temperature 1.
+
+        Args:
+            on_row: called with each row that was gone through, where that is done at all; what it raises stops it.
+        """
+
+
 _engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
 _notices: set[str] = set()
+_num_threads: int | None = None  # of the sampler; None: as many as torch has
 
 
 def engine_name(model: AutoregressiveModel) -> str:
@@ -70,6 +85,18 @@ def _choose(model: AutoregressiveModel) -> str:
         level = logging.DEBUG if name == "cached, compiled" else logging.WARNING
         logger.log(level, "sampling %s", name)
     return name.split(":")[0]
+
+
+def use_threads(num: int) -> None:
+    """Sample on so many threads from now on, and leave torch one.
+
+    For a process that shares the machine. The small networks that look at a drawing are torch's, and its threads wait
+    for each other many times in each: with another program on one of two cores that takes ten times as long as on one
+    thread. The sampler's threads wait for nobody.
+    """
+    global _num_threads
+    torch.set_num_threads(1)
+    _num_threads = num
 
 
 @torch.no_grad()
@@ -128,40 +155,41 @@ def sample_and_score(
     drawing: Tensor | None = None,
     observed: Tensor | None = None,
     on_row: OnRow | None = None,
-) -> tuple[Tensor, Callable[[], Tensor] | None]:
+) -> tuple[Tensor, Score | None]:
     """Sample as `sample` does; return also what the compiled sampler knows then: how probable each image was.
 
     Returns:
-        (B, C, H, W) int64 levels; and what returns, once it is asked, (B,) float64 nats, the log-probability of the
-        missing sub-pixels at temperature 1: from the logits that they were drawn from, or with a label network of the
-        mixture over labels, for which the sampler goes through the images again. None in place of it from the other
-        samplers.
+        (B, C, H, W) int64 levels; and a `Score`: from the logits that they were drawn from, or with a label network of
+        the mixture over labels, for which the sampler goes through the images again. None in place of it from the
+        other samplers.
     """
     sampler = _sample_missing if _choose(model) == "cached, compiled" else cached.sample_missing
     canvas = new_canvas(model, u, label, temperature, drawing, observed, on_row)
     levels, nats = sample_by_network(sampler, model, canvas)
+    if nats is None:
+        return levels, None
 
     @torch.no_grad()
-    def score() -> Tensor:
-        assert nats is not None
+    def score(images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
         if canvas.label_log_probs is None:
-            return nats
+            return nats[images]
         # Drawn with another label the same pixels have another probability.
-        terms, drawn = canvas.label_log_probs.clone(), (torch.arange(len(levels)), canvas.label + 1)
-        terms[drawn] += nats
+        terms = canvas.label_log_probs[images].clone()
+        drawn = (torch.arange(len(terms)), canvas.label[images] + 1)
+        terms[drawn] += nats[images]
         others = terms.isfinite()
         others[drawn] = False
         index, column = others.nonzero(as_tuple=True)
         if len(index):
-            missing = canvas.missing[index]
-            known = torch.where(missing[:, None], 0, levels[index])
-            scored = Canvas((levels[index] + 1).double(), column - 1, 1.0, known, missing)
+            missing, done = canvas.missing[images][index], levels[images][index]
+            known = torch.where(missing[:, None], 0, done)
+            scored = Canvas((done + 1).double(), column - 1, 1.0, known, missing, on_row)
             scores = sample_by_network(sampler, model, scored)[1]
             assert scores is not None
             terms[index, column] += scores
         return terms.logsumexp(dim=1)
 
-    return levels, None if nats is None else score
+    return levels, score
 
 
 def _batches(begins: list[int], stops: list[int], num_threads: int) -> list[tuple[list[int], int, int]]:
@@ -176,6 +204,60 @@ def _batches(begins: list[int], stops: list[int], num_threads: int) -> list[tupl
         for part in np.array_split(images, min(num, len(images))):
             batches.append((part.tolist(), start, max(stops[i] for i in part)))
     return batches
+
+
+def _row_by_row(
+    pool: ThreadPoolExecutor,
+    num_threads: int,
+    advance: Callable[[int, int, int], None],
+    num_batches: int,
+    height: int,
+    on_row: Callable[[int], None],
+) -> None:
+    """Let threads advance batches row by row, and tell of each row that all have reached; what that raises stops them.
+
+    A thread takes the batch that is furthest behind, and waits for no other: one that the machine holds up holds up its
+    batch alone.
+    """
+    changed, is_stopped = threading.Condition(), False
+    behind = [(0, b) for b in range(num_batches)]  # a heap of those that nobody works at, by their next row
+    next_rows = [0] * num_batches
+
+    def stop() -> None:
+        nonlocal is_stopped
+        with changed:
+            is_stopped = True
+            changed.notify()
+
+    def work() -> None:
+        try:
+            while True:
+                with changed:
+                    if is_stopped or not behind:
+                        return
+                    y, b = heapq.heappop(behind)
+                advance(b, y, y + 1)
+                with changed:
+                    next_rows[b] = y + 1
+                    if y + 1 < height:
+                        heapq.heappush(behind, (y + 1, b))
+                    changed.notify()
+        except BaseException:
+            stop()
+            raise
+
+    workers = [pool.submit(work) for _ in range(num_threads)]
+    try:
+        for y in range(height):
+            with changed:
+                changed.wait_for(lambda: is_stopped or min(next_rows) > y)  # noqa: B023
+            if is_stopped:
+                break
+            on_row(y)
+    finally:
+        stop()
+    for worker in workers:
+        worker.result()
 
 
 def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
@@ -198,7 +280,7 @@ def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
     keys = list(zip(canvas.label.tolist(), drawings, strict=True))
     copies, known_rows = Counter(keys), dict[Hashable, Any]()
     begins = [rows[0] if rows and copies[key] > 1 else 0 for rows, key in zip(rows_of, keys, strict=True)]
-    num_threads = max(1, min(torch.get_num_threads(), num))
+    num_threads = max(1, min(_num_threads or torch.get_num_threads(), num))
     batches, states = _batches(begins, stops, num_threads), dict[int, Any]()
 
     def sample_rows(state: Any, images: list[int], start: int, stop: int) -> None:
@@ -222,13 +304,10 @@ def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
             del states[b]
 
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
-
-        def for_each(task: Callable[[int], object], indices: Collection[int]) -> None:
-            list((map if num_threads == 1 or len(indices) <= 1 else pool.map)(task, indices))
-
-        for_each(sample_known_rows, {keys[i]: i for i in range(num) if begins[i]}.values())
-        for y0, y1 in [(0, levels.shape[2])] if on_row is None else [(y, y + 1) for y in range(levels.shape[2])]:
-            for_each(partial(advance, y0=y0, y1=y1), range(len(batches)))
-            if on_row is not None:
-                on_row(y0, levels[:, :, y0])
+        list(pool.map(sample_known_rows, {keys[i]: i for i in range(num) if begins[i]}.values()))
+        height = levels.shape[2]
+        if on_row is None:
+            list(pool.map(partial(advance, y0=0, y1=height), range(len(batches))))
+        else:
+            _row_by_row(pool, num_threads, advance, len(batches), height, lambda y: on_row(y, levels[:, :, y]))
     return -nats

@@ -3,18 +3,19 @@
 import logging
 import os
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import pixelcnn.sampling.compiled as compiled
 import pixelcnn.sampling.fast as fast_sampling
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, level_probs, log_prob, naive_sample, sample
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
-from pixelcnn.sampling.compiled import build_engine
-from pixelcnn.sampling.fast import sample_and_score, warm_up
+from pixelcnn.sampling.fast import sample_and_score, use_threads, warm_up
 from tests.core.tiny import in_raster_order
 
 SHAPES = [(1, 5, 6), (1, 1, 7), (1, 7, 1), (3, 4, 5), (2, 3, 3)]
@@ -120,6 +121,33 @@ def tiny():
     return model_of(config, torch.float64), torch.rand(4, 1, 6, 5, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The sampler's threads."""
+    monkeypatch.setattr(fast_sampling, "_num_threads", request.param)
+    num: int = request.param
+    return num
+
+
+def test_threads_of_the_sampler_are_not_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_sampling, "_num_threads", None)
+    pools, begin = [], fast_sampling.ThreadPoolExecutor
+    monkeypatch.setattr(
+        fast_sampling, "ThreadPoolExecutor", lambda max_workers: pools.append(max_workers) or begin(max_workers)
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        sample(*tiny())
+        use_threads(3)
+        assert torch.get_num_threads() == 1
+        sample(*tiny())
+    finally:
+        torch.set_num_threads(before)
+    assert pools == [2, 3]
+
+
+@pytest.mark.usefixtures("threads")
 def test_rows_are_handed_out_in_order_and_final() -> None:
     model, u = tiny()
     observed = torch.zeros(4, 1, 6, 5, dtype=torch.bool)
@@ -134,6 +162,40 @@ def test_rows_are_handed_out_in_order_and_final() -> None:
     assert torch.equal(levels, naive_sample(model, u, drawing=drawing, observed=observed))
 
 
+def test_a_thread_that_is_held_up_holds_up_its_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other thread takes all other batches to their ends meanwhile."""
+    monkeypatch.setattr(fast_sampling, "_num_threads", 2)
+    monkeypatch.setattr(fast_sampling, "MAX_IN_STEP", 1)
+    model, u = tiny()
+    done, ended = [], threading.Event()
+    advance = compiled.Engine.rows
+
+    def rows(self, state, work, images, temperature, y0, y1) -> None:
+        if images[0] == 0 and y0 == 0:
+            assert ended.wait(10)
+        advance(self, state, work, images, temperature, y0, y1)
+        done.append((images[0], y0))
+        if {(i, 5) for i in range(1, 4)} <= {*done}:
+            ended.set()
+
+    monkeypatch.setattr(compiled.Engine, "rows", rows)
+    seen = []
+    levels = sample(model, u, on_row=lambda row, _: seen.append((row, len(done))))
+    assert torch.equal(levels, naive_sample(model, u))
+    assert seen[0] >= (0, 3 * 6 + 1), "no row is handed out before all have it"
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(*_: object) -> None:
+        raise MemoryError("of a thread")
+
+    monkeypatch.setattr(compiled.Engine, "rows", rows)
+    with pytest.raises(MemoryError, match="of a thread"):
+        sample(*tiny(), on_row=lambda *_: None)
+
+
+@pytest.mark.usefixtures("threads")
 def test_a_callback_can_stop_between_rows() -> None:
     model, u = tiny()
     seen = []
@@ -177,7 +239,7 @@ def test_a_coder_gets_the_models_probabilities_and_says_the_levels(output: dict)
     shape = (3, 4, 5)
     common = {"image_shape": shape, "num_levels": 6, "num_labels": 2, "num_features": 6}
     model = model_of(GatedPixelCNNConfig(**common, num_layers=2, kernel_size=3, **output), torch.float64)
-    engine, levels, labels = build_engine(model), torch.randint(0, 6, (5, *shape)), [-1, 0, 1, 0, -1]
+    engine, levels, labels = compiled.build_engine(model), torch.randint(0, 6, (5, *shape)), [-1, 0, 1, 0, -1]
     order = in_raster_order(levels).int().numpy()  # (B, D)
 
     def probs_of(images: list[int], start: Tensor, *, says: bool) -> tuple[np.ndarray, Tensor, Tensor]:

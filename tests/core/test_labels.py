@@ -79,6 +79,24 @@ def test_all_samplers_draw_the_same_labels_and_pixels(architecture, shape, chang
         assert torch.equal(levels, expected)
         scored = completion_log_prob(model, levels, observed, label)
         assert torch.allclose(score(), scored, atol=1e-10), "summed over the labels, not that of the one drawn"
+        assert torch.equal(score(slice(5, 9)), score()[5:9])
+
+
+def test_scoring_can_be_stopped_between_rows() -> None:
+    shape = (1, 5, 3)
+    model = label_model(shape=shape)
+    drawing, observed = random_levels(shape, 2, 8), masks(8, shape)
+    score = complete_and_score(model, drawing, observed, torch.rand(8, *shape, dtype=torch.float64))[1]
+    rows = []
+
+    def stop(row: int, _: torch.Tensor) -> None:
+        rows.append(row)
+        if row == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        score(on_row=stop)
+    assert rows == [0, 1, 2]
 
 
 def test_a_mixture_of_logistics_is_scored_by_the_sampler_too():

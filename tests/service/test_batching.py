@@ -410,10 +410,10 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
     go = threading.Event()
     drawn = []
 
-    def wait(model, image, *arguments) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    def wait(model, image, *arguments) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
         drawn.append(len(image))
         assert go.wait(10)
-        return image, lambda: torch.zeros(len(image), dtype=torch.float64)
+        return image, lambda images, _: torch.zeros(len(image), dtype=torch.float64)[images]
 
     monkeypatch.setattr(jobs, "complete_and_score", wait)
 
@@ -446,13 +446,22 @@ def test_a_client_that_leaves_takes_its_waiting_request_along(monkeypatch):
 
 
 def test_endings_that_nobody_waits_for_are_not_scored(monkeypatch):
-    scored = []
-    monkeypatch.setattr(jobs, "complete_and_score", lambda model, image, *more: (image, lambda: scored.append(image)))
-    job = jobs.SamplingJob(SimpleNamespace(model=build_model(GREY), config=GREY), wire.GenerateRequest(dataset="grey"))
-    job.champion.num_parameters = 1
-    job.done.cancel()
-    jobs.SamplingJob.run_together([job])
-    assert not scored
+    """Neither those of a client that has left, nor further than to the row at which it leaves."""
+    champion, rows = SimpleNamespace(model=build_model(GREY), config=GREY, num_parameters=1), []
+    gone, leaves = (jobs.SamplingJob(champion, wire.GenerateRequest(dataset="grey")) for _ in range(2))
+
+    def score(images: slice, on_row: Callable) -> None:
+        assert images == slice(1, 2)
+        for row in range(5):
+            rows.append(row)
+            if row == 2:
+                leaves.done.cancel()
+            on_row(row, None)
+
+    monkeypatch.setattr(jobs, "complete_and_score", lambda model, image, *more: (image, score))
+    gone.done.cancel()
+    jobs.SamplingJob.run_together([gone, leaves])
+    assert rows == [0, 1, 2]
 
 
 def test_a_call_is_for_one_network():

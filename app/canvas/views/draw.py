@@ -135,7 +135,8 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
             widgets.download(last, settings.coloured, order, 3, chosen)
         companion(last, comparable=last is not None)
         beside = st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
-    show_ending(place, note, last, settings, order)
+    fits = visit.unfinished is not None and visit.unfinished.images.shape[1:] == shape and drawing.mark.any()
+    show_ending(place, note, last, visit.unfinished if fits else None, settings, order)
     if beginnings:
         examples_place.html(examples_html(beginnings, levels))
     if earlier:
@@ -176,7 +177,8 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
         )
 
         def show(unfinished: Ending) -> None:
-            place.html(endings_html(made_of(unfinished), settings.coloured, order))
+            visit.unfinished = made_of(unfinished)
+            place.html(endings_html(visit.unfinished, settings.coloured, order))
 
         try:
             with status:
@@ -189,7 +191,7 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
             ending = made_of(ending)
             visit.gallery = [ending, *visit.gallery][:GALLERY]
             place.html(endings_html(ending, settings.coloured, order))
-        visit.pending, visit.answered = False, request
+        visit.pending, visit.answered, visit.unfinished = False, request, None
         st.rerun()
     if beside:
         with beside_place:
@@ -295,12 +297,21 @@ def model_line(served: ServedModel) -> str:
     return " · ".join(parts)
 
 
-def show_ending(place: Any, note: Any, ending: Ending | None, settings: Settings, order: str) -> None:
-    """Show the last endings, or what to do to get some."""
-    if ending is None:
+def show_ending(
+    place: Any, note: Any, ending: Ending | None, unfinished: Ending | None, settings: Settings, order: str
+) -> None:
+    """Show the last endings, or what to do to get some.
+
+    Args:
+        unfinished: what came since then for a drawing that has changed meanwhile, in place of endings older still.
+    """
+    shown = unfinished or ending
+    if shown is None:
         place.html(f'<div class="endings waiting"><p>{html.escape(say("waiting"))}</p></div>')
         return
-    place.html(endings_html(ending, settings.coloured, order, stale=ending.settings != settings.query))
+    place.html(endings_html(shown, settings.coloured, order, stale=shown.settings != settings.query))
+    if ending is None:
+        return
     legend = ""
     if settings.coloured and ending.images.ndim == 3:
         legend = f'<span><i style="background: rgb{INK}"></i>{say("yours")}</span>'
