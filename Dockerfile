@@ -15,7 +15,8 @@ COPY pixelcnn.bento ./
 RUN python -m tarfile -e pixelcnn.bento bento && \
     pip install -r bento/env/python/requirements.txt -c bento/src/constraints.txt
 USER pixelcnn
-RUN bentoml import ./pixelcnn.bento
+# A whole path: BentoML takes others from /
+RUN bentoml import "$PWD/pixelcnn.bento"
 EXPOSE 3000
 HEALTHCHECK --start-period=60s CMD python -c "from urllib.request import urlopen; urlopen('http://127.0.0.1:3000/readyz')"
 CMD ["bentoml", "serve", "pixelcnn:latest"]

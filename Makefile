@@ -51,6 +51,7 @@ test-slow: export PIXELCNN_TEST_DRAWINGS ?= 10000
 test-slow: export PIXELCNN_TEST_FLIPS ?= 400
 test-slow: export PIXELCNN_TEST_IMAGES ?= 1000
 test-slow: export PIXELCNN_TEST_KILLS ?= 20
+test-slow: export PIXELCNN_TEST_MACHINES ?= 2
 test-slow: export PIXELCNN_TEST_NETWORKS ?= 200
 test-slow: export PIXELCNN_TEST_PROCESSORS ?= haswell nehalem
 test-slow: export PIXELCNN_TEST_RESTARTS ?= 100

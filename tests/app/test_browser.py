@@ -342,6 +342,31 @@ def test_as_i_draw(open_page: OpenPage, service: StubService) -> None:
         assert (picture[last == 1] == (28, 31, 43)).all()
 
 
+def test_unfinished_endings_stay_until_there_is_more(open_page: OpenPage, service: StubService) -> None:
+    """A stroke that is drawn on does not bring back the endings of strokes before."""
+    page = open_page(live=True)
+    draw(page, HALF_DIGIT)
+    wait_for_endings(page)
+    page.evaluate("""() => {
+      window.seen = [];
+      new MutationObserver(() => {
+        const known = document.querySelector(".endings")?.dataset.known;
+        if (known && known !== window.seen.at(-1)) window.seen.push(known);
+      }).observe(document.body, { subtree: true, childList: true, attributes: true });
+    }""")
+    service.row_s = 0.1
+    for stroke in ([(14, 12), (16, 15)], [(16, 15), (18, 19)]):
+        draw(page, stroke)
+        until(lambda: service.requests[-1][1]["image"] == ink(page).tolist(), "the stroke was never sent")
+        expect(page.locator(f'.endings[data-known="{ink(page).sum()}"]')).to_be_visible()
+    service.row_s = 0.0
+    wait_for_endings(page)
+    expect(page.locator(".endings")).to_have_attribute("data-drawn", "1")
+    seen = page.evaluate("window.seen")
+    assert seen == sorted({*seen}, key=int)
+    assert len(seen) >= 2
+
+
 def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)

@@ -110,6 +110,7 @@ def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
 
 # Two machines: a network of its own for each, and a clone at the same path.
 
+NUM_MACHINES = int(os.environ.get("PIXELCNN_TEST_MACHINES", "1"))  # `make test-slow`: 2
 HOST = "10.77.0.1"
 GATED = "gated_pixelcnn-mnist5k"
 
@@ -171,26 +172,34 @@ class Machine:
         return done.stdout
 
 
-@pytest.fixture
-def machines(tmp_path: Path) -> Iterator[list[Machine]]:
-    """Two machines that see each other, and nothing else."""
-    names = [f"pixelcnn-{os.getpid() % 10000}-{one}" for one in "ab"]  # of at most 15 letters, as interfaces have
+@contextmanager
+def namespaces(letters: str) -> Iterator[list[str]]:
+    """Make network namespaces, one for each letter; yield their names."""
+    names = [f"pixelcnn-{os.getpid() % 10000}-{one}" for one in letters]  # of at most 15, as interfaces have
     if shutil.which("ip") is None:
         pytest.skip("network namespaces are missing: apt-get install iproute2")
     try:
         if any(run(["ip", "netns", "add", name]).returncode for name in names):
             pytest.skip("the right to make network namespaces is missing: root has it")
-        link = f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}"
-        assert run(link.split()).returncode == 0
-        place = tmp_path / "project"
-        place.mkdir()
-        yield [Machine(tmp_path / name[-1], place, name, f"10.77.0.{i + 1}") for i, name in enumerate(names)]
+        yield names
     finally:
         for name in names:
             run(["ip", "netns", "del", name])
 
 
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[list[Machine]]:
+    """Two machines that see each other, and nothing else."""
+    with namespaces("ab") as names:
+        link = f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}"
+        assert run(link.split()).returncode == 0
+        place = tmp_path / "project"
+        place.mkdir()
+        yield [Machine(tmp_path / name[-1], place, name, f"10.77.0.{i + 1}") for i, name in enumerate(names)]
+
+
 @pytest.mark.repeated
+@pytest.mark.skipif(NUM_MACHINES < 2, reason="two machines take minutes: make test-slow")
 @pytest.mark.timeout(1200)
 def test_two_machines_as_the_page_says(machines: list[Machine], tmp_path: Path) -> None:
     """Each block of the page's sections 4 and 5, line by line."""

@@ -1,0 +1,202 @@
+"""The services of compose.yaml together: their commands, environments and health checks, as processes in one network.
+
+What is Docker's stays unseen: images, users, what may be written. The service is a Bento that was taken to its store.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pixelcnn.data import save_dataset
+from tests.local import run, stop
+from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset
+from tests.pipelines.test_postgres import namespaces, running
+from tests.pipelines.toys import Toy
+
+PAGE = (ROOT / "docs/packages.md").read_text()
+PASSWORD, TOKEN = "p4ss", "t0ken"
+BENTOML = str(Path(sys.executable).with_name("bentoml"))
+URLOPEN = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
+
+
+class Composed:
+    """The services as compose.yaml and Dockerfile describe them, with /srv in a folder of the test's own."""
+
+    def __init__(self, folder: Path, inside: list[str]) -> None:
+        self.folder, self._inside = folder, inside
+        (folder / "srv").mkdir()
+        self._docker = self._here((ROOT / "Dockerfile").read_text())
+        text = re.sub(r"\$\{POSTGRES_PASSWORD\b[^}]*\}", PASSWORD, (ROOT / "compose.yaml").read_text())
+        described = yaml.safe_load(self._here(text.replace("${PIXELCNN_TOKEN:-}", TOKEN)))
+        self.services, self.configs = described["services"], described["configs"]
+        self._processes: list[subprocess.Popen] = []
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIXELCNN", "PYTHONPATH"))}
+        self._environment = {**kept, "PREFECT_HOME": f"{folder}/prefect", "OMP_NUM_THREADS": "1"}
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+        self._environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:{programs}"
+
+    def _here(self, text: str) -> str:
+        return text.replace("/srv/", f"{self.folder}/srv/")
+
+    def of_stage(self, stage: str, word: str) -> str:
+        """Return what an instruction of one of Dockerfile's stages says, empty without one."""
+        lines = re.split(r"^FROM ", self._docker, flags=re.MULTILINE)
+        text = next(lines for lines in lines if lines.partition("\n")[0].endswith(f"AS {stage}"))
+        found = re.search(rf"^{word} (?:--\S+ )*(.*)$", text, re.MULTILINE)
+        return found[1] if found else ""
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Return what a service's processes find in their environment."""
+        image = shlex.split(self.of_stage(name, "ENV")) if name in ("service", "canvas") else []
+        told = {**dict(word.split("=", 1) for word in image), **self.services[name].get("environment", {})}
+        return {**self._environment, **told}
+
+    def run(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in a service's container."""
+        return run([*self._inside, *command], 300, cwd=self.folder / "srv/pixelcnn", env=self.environment(name))
+
+    def start(self, name: str, command: list[str] | None = None) -> None:
+        """Start a service's command, and wait until its health check passes."""
+        said = self.services[name].get("command")
+        command = command or (shlex.split(said) if said else json.loads(self.of_stage(name, "CMD")))
+        with (self.folder / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                [*self._inside, *command],
+                cwd=self.folder / "srv/pixelcnn",
+                env=self.environment(name),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        self.wait_for(name, process)
+
+    def wait_for(self, name: str, process: subprocess.Popen | None = None) -> None:
+        check = self.services[name].get("healthcheck", {})
+        if check.get("disable"):
+            return
+        words = check["test"][1:] if check else shlex.split(self.of_stage(name, "HEALTHCHECK").removeprefix("CMD "))
+        if words[0] == "wget":  # which that image has
+            words = ["python", "-c", URLOPEN, words[-1]]
+        deadline = time.monotonic() + 180
+        while self.run(name, *words).returncode:
+            said = (self.folder / f"{name}.log").read_text() if process else ""
+            assert process is None or process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        for process in reversed(self._processes):
+            stop(process)
+
+
+@pytest.fixture
+def network() -> Iterator[list[str]]:
+    """Yield what runs a command in a network in which each service has its name."""
+    with namespaces("c") as (name,):
+        hosts = Path("/etc/netns", name, "hosts")  # which `ip` lays over /etc/hosts
+        hosts.parent.mkdir(parents=True)
+        try:
+            names = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+            hosts.write_text(f"127.0.0.1 localhost {' '.join(names)}\n")
+            assert run(["ip", "-n", name, "link", "set", "lo", "up"]).returncode == 0
+            yield ["ip", "netns", "exec", name]
+        finally:
+            shutil.rmtree(hosts.parent)
+
+
+def pack_bento(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a Bento that holds a champion of another registry, as docs/packages.md says."""
+    folder.mkdir()
+    with monkeypatch.context() as context:
+        context.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        context.setenv("BENTOML_HOME", f"{folder}/bentoml")
+        context.chdir(folder)
+        toy = Toy("mnist5k", folder)
+        toy.train(0.3)
+        toy.promote()
+        context.delenv("PYTHONPATH", raising=False)
+        for words in (["build"], ["export", "pixelcnn:latest", str(out)]):
+            done = run([BENTOML, *words], 300, cwd=ROOT)
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.repeated
+@pytest.mark.timeout(900)
+def test_all_services_together(network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are healthy; a training and a promotion by the worker reach the service; Prometheus sees it."""
+    all_of_it = Composed(tmp_path, network)
+    srv = tmp_path / "srv"
+    (srv / "pixelcnn").mkdir()
+    pack_bento(tmp_path / "elsewhere", srv / "pixelcnn/pixelcnn.bento", monkeypatch)
+    copy_project(srv / "pixelcnn")
+    shutil.copytree(ROOT / "app", srv / "pixelcnn/app")
+    save_dataset(srv / "pixelcnn/data/mnist5k.safetensors", tiny_dataset())
+    for name in ("alerts", "prometheus"):
+        config = all_of_it.configs[name]
+        text = config.get("content") or (ROOT / config["file"]).read_text()
+        (srv / f"{name}.{'yml' if name == 'prometheus' else 'yaml'}").write_text(text)
+    with running("--auth-local=peer --auth-host=scram-sha-256", 5432, *network) as (socket, user):
+        told = all_of_it.services["postgres"]["environment"]
+        for line in (  # as that image makes them
+            f"CREATE ROLE {told['POSTGRES_USER']} SUPERUSER LOGIN PASSWORD '{told['POSTGRES_PASSWORD']}'",
+            f"CREATE DATABASE {told['POSTGRES_DB']}",
+            all_of_it.configs["databases"]["content"],
+        ):
+            done = run([*user, "psql", "-h", str(socket), "-c", line], cwd="/")
+            assert done.returncode == 0, done.stderr
+        try:
+            told["PGHOST"] = str(socket)  # which that image has at its usual place
+            all_of_it.wait_for("postgres")
+            done = all_of_it.run("service", "sh", "-c", f"bentoml {all_of_it.of_stage('service', 'RUN bentoml')}")
+            assert done.returncode == 0, done.stderr
+            scrape = f"--config.file={srv}/prometheus.yml --storage.tsdb.path={tmp_path}/metrics".split()
+            for name in ("service", "canvas", "mlflow", "prefect", "worker"):
+                all_of_it.start(name)
+            all_of_it.start("prometheus", ["prometheus", *scrape])
+
+            def of_service(path: str) -> dict:
+                code = f"from urllib.request import *; r = Request('http://service:3000{path}'); "
+                code += f"r.add_header('Authorization', 'Bearer {TOKEN}'); print(urlopen(r).read().decode())"
+                done = all_of_it.run("canvas", "python", "-c", code)
+                assert done.returncode == 0, done.stderr
+                found: dict = json.loads(done.stdout)
+                return found
+
+            before = of_service("/models")["mnist5k"]["model"]["weights_sha256"]
+            address = "PREFECT_API_URL=http://prefect:4200/api"
+            deadline = time.monotonic() + 180
+            while "Ready: " not in (tmp_path / "worker.log").read_text():
+                assert time.monotonic() < deadline, (tmp_path / "worker.log").read_text()
+                time.sleep(0.5)
+            adopt = re.search(r"^docker compose exec worker (.*?) +#", PAGE, re.MULTILINE)
+            assert adopt, "the page says how the registry takes over what the Bento serves"
+            submit = f"env {address} prefect deployment run --watch --watch-timeout 240"
+            for line in (
+                adopt[1],
+                f"{submit} train-pair/train-pair -p pair={PAIR}",
+                f"{submit} promote/promote -p dataset=mnist5k",
+            ):
+                done = all_of_it.run("worker", *shlex.split(line))
+                assert done.returncode == 0, done.stdout + done.stderr
+            deadline = time.monotonic() + 30
+            while of_service("/models")["mnist5k"]["model"]["weights_sha256"] == before:
+                assert time.monotonic() < deadline, "the promotion never reached the service"
+                time.sleep(0.5)
+            query = "http://prometheus:9090/api/v1/query?query=up"
+            code = f"import time, urllib.request as u; time.sleep(20); print(u.urlopen('{query}').read().decode())"
+            result = json.loads(all_of_it.run("canvas", "python", "-c", code).stdout)["data"]["result"]
+            assert [(one["metric"]["instance"], one["value"][1]) for one in result] == [("service:3000", "1")]
+        finally:
+            all_of_it.stop()
+    assert not list(srv.rglob("*.db")), "nothing was left to SQLite"
