@@ -10,6 +10,7 @@ Writes a picture of the page for each kind, and all of them as one sheet. Icons 
 
 import argparse
 import os
+import shutil
 import string
 import tempfile
 import time
@@ -22,7 +23,7 @@ from playwright.sync_api import Browser
 
 from benchmarks import interrupts
 from pipelines.datasets import letters
-from tests.app.browsing import HALF_DIGIT, draw, grid, press_complete, wait_for_endings, wait_until_still
+from tests.app.browsing import HALF_DIGIT, draw, grid, wait_for_endings, wait_until_still
 from tools.pictures import chromium
 
 NUM = 2000
@@ -43,6 +44,16 @@ def random_letter(text: str, random: Random) -> np.ndarray:
     fonts = letters.fonts()
     font = ImageFont.truetype(str(fonts[random.randint(len(fonts))]), int(random.uniform(19, 24) * letters.FINER))
     return letters.letter(text, font, random.uniform(-0.25, 0.25), tuple(random.uniform(-1.5, 1.5, 2)))
+
+
+def write_icons(folder: Path, images: Path) -> None:
+    """The icons of a theme, 32 x 32 in colour: of each kind that has three, without what links out of the folder."""
+    for kind in images.iterdir():
+        files = [file for file in kind.glob("*.png") if not file.is_symlink()]
+        if len(files) >= 3:
+            (folder / kind.name).mkdir(parents=True)
+            for file in files:
+                shutil.copy(file, folder / kind.name)
 
 
 def write_glyphs(folder: Path, random: Random) -> None:
@@ -66,21 +77,20 @@ def write_sprites(folder: Path, random: Random) -> None:
     for i in range(NUM):
         half = np.zeros((16, 8), dtype=bool)
         half[2:14, 2:] = random.random_sample((12, 6)) < np.linspace(0.25, 0.75, 6)
+        half, lit = (np.hstack([x, x[:, ::-1]]) for x in (half, random.random_sample(half.shape) < 0.2))
         near = sum(np.roll(half, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1))
         body = (near >= 5) | half & (near >= 4)
-        lights = body & (random.random_sample(body.shape) < 0.2)
         edge = ~body & (sum(np.roll(body, shift, axis) for axis in (0, 1) for shift in (-1, 1)) > 0)
-        levels = 85 * (edge + 2 * (body & ~lights) + 3 * lights)
-        save(folder, "", i, np.hstack([levels, levels[:, ::-1]]).astype(np.uint8))
+        save(folder, "", i, (85 * (edge + 2 * body + (body & lit))).astype(np.uint8))
 
 
 def write_scans(folder: Path, random: Random) -> None:
-    """Small letters on paper, scanned: dark on uneven, noisy light, 48 x 32."""
+    """Two small letters on paper, scanned: dark on uneven, noisy light, 48 wide and 32 high."""
     for i in range(NUM):
-        text = string.ascii_lowercase[i % 26]
-        ink = np.asarray(Image.fromarray(random_letter(text, random)).resize((32, 48), Image.Resampling.BICUBIC))
-        light = random.uniform(200, 245) + np.linspace(0, random.uniform(-30, 30), 32) + random.normal(0, 6, (48, 32))
-        save(folder, text, i, np.clip(light * (1 - 0.85 * ink / 255), 0, 255).astype(np.uint8))
+        pair = [random_letter(string.ascii_lowercase[random.randint(26)], random)[:, 3:-4] for _ in range(2)]
+        ink = np.asarray(Image.fromarray(np.hstack(pair)).resize((48, 32), Image.Resampling.BICUBIC))
+        light = random.uniform(200, 245) + np.linspace(0, random.uniform(-30, 30), 48) + random.normal(0, 6, (32, 48))
+        save(folder, "", i, np.clip(light * (1 - 0.85 * ink / 255), 0, 255).astype(np.uint8))
 
 
 KINDS: dict[str, tuple[Callable[[Path, Random], None] | None, dict[str, str]]] = {
@@ -100,9 +110,8 @@ def draw_on(browser: Browser, address: str, picture: Path) -> None:
     wait_until_still(page)
     columns, rows = grid(page).evaluate("canvas => [canvas.width, canvas.height]")
     draw(page, [(x * columns / 28, y * rows / 28) for x, y in HALF_DIGIT])
-    wait_until_still(page)
-    press_complete(page)
     wait_for_endings(page)
+    wait_until_still(page)
     page.mouse.move(5, 5)
     page.screenshot(path=picture)
     page.close()
@@ -117,7 +126,7 @@ def try_kind(kind: str, images: Path, minutes: float, venv: Path | None, out: Pa
         if write:
             write(pictures, Random(letters.SEED))
         else:
-            pictures = images
+            write_icons(pictures, images)
         words = {"IMAGES": str(pictures), "NAME": kind, "MINUTES": f"{minutes:g}", **wishes}
         begun = time.time()
         process, mark = interrupts.start(folder, log, "own", *(f"{key}={value}" for key, value in words.items()))
@@ -135,7 +144,8 @@ def try_kind(kind: str, images: Path, minutes: float, venv: Path | None, out: Pa
             )
             print(f"nine endings of a drawing after {time.time() - installed:.0f} s", flush=True)
         finally:
-            interrupts.interrupt(process, mark, log)
+            if process.poll() is None:
+                interrupts.interrupt(process, mark, log)
 
 
 def main() -> None:
