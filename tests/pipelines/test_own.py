@@ -330,6 +330,16 @@ def test_sizes_colours_and_levels(
     build_model(load_params().pair(f"gated_pixelcnn-{NAME}").network)
 
 
+def test_large_pictures_of_many_levels_are_learned_in_small_batches(folder: Path) -> None:
+    for name, words, batch_size in (
+        ("large", ["--side", "20"], 4),
+        ("ink", ["--side", "20", "--levels", "2"], 16),
+        ("small", [], 16),
+    ):
+        assert add(folder, *words, name=name) == 0
+        assert load_params().pair(f"gated_pixelcnn-{name}").train.batch_size == batch_size
+
+
 def test_broken_pictures_can_be_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "x.png").write_bytes(b"")
     assert add(folder, "--skip-broken") == 0
