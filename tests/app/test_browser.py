@@ -358,7 +358,8 @@ def test_unfinished_endings_stay_until_there_is_more(open_page: OpenPage, servic
     for stroke in ([(14, 12), (16, 15)], [(16, 15), (18, 19)]):
         draw(page, stroke)
         until(lambda: service.requests[-1][1]["image"] == ink(page).tolist(), "the stroke was never sent")
-        expect(page.locator(f'.endings[data-known="{ink(page).sum()}"]')).to_be_visible()
+        known = np.sum(service.requests[-1][1]["observed"])
+        expect(page.locator(f'.endings[data-known="{known}"]')).to_be_visible()
     service.row_s = 0.0
     wait_for_endings(page)
     expect(page.locator(".endings")).to_have_attribute("data-drawn", "1")
