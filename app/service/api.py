@@ -34,8 +34,7 @@ from app.service.operation.readiness import Readiness
 from app.service.operation.requests import RequestLog, line_of_request, note
 from app.service.operation.tracing import tracing
 from app.service.settings import settings
-from pixelcnn import PixelCNNConfig, build_model
-from pixelcnn.sampling.fast import use_threads, warm_up
+from pixelcnn.sampling.fast import use_threads
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
@@ -76,8 +75,6 @@ class PixelCNNService:
     @bentoml.on_startup
     def start(self) -> None:
         """Load the champions before the first request."""
-        # What all networks share is compiled, once on a machine, while a new demo's first champion is still on its way.
-        warm_up(build_model(PixelCNNConfig(image_shape=(1, 1, 1), num_levels=2, num_features=1, num_blocks=1)))
         self.champions.start()
         self.challengers.start()
         self.readiness.drain_on_sigterm()
