@@ -20,7 +20,7 @@ import yaml
 from pixelcnn.data import save_dataset
 from tests.local import run, stop
 from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset
-from tests.pipelines.test_postgres import namespaces, running
+from tests.pipelines.test_postgres import NUM_MACHINES, namespaces, running
 from tests.pipelines.toys import Toy
 
 PAGE = (ROOT / "docs/packages.md").read_text()
@@ -132,6 +132,7 @@ def pack_bento(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.repeated
+@pytest.mark.skipif(NUM_MACHINES < 2, reason="seven services take minutes: make test-slow")
 @pytest.mark.timeout(900)
 def test_all_services_together(network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are healthy; a training and a promotion by the worker reach the service; Prometheus sees it."""
