@@ -9,6 +9,7 @@ before was interrupted, and the last one must come to *Ready*. Linux alone: proc
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -104,7 +105,8 @@ def interrupt(process: subprocess.Popen[bytes], mark: str, log: Path) -> str:
     """Send what Ctrl-C sends; return a line of the table."""
     before, num_lines = marked_processes(mark), len(log.read_text().splitlines())
     begun = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, signal.SIGINT)
     while marked_processes(mark) and time.monotonic() - begun < GIVE_UP_S:
         time.sleep(0.05)
     seconds = time.monotonic() - begun

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import Image
 from playwright.sync_api import Browser
 
 from benchmarks import interrupts
@@ -39,14 +39,7 @@ def save(folder: Path, label: str, number: int, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(folder / label / f"{number}.png")
 
 
-def random_letter(text: str, random: Random) -> np.ndarray:
-    """Return a letter in one of Matplotlib's fonts, slanted and moved, (28, 28) uint8 strengths of ink."""
-    fonts = letters.fonts()
-    font = ImageFont.truetype(str(fonts[random.randint(len(fonts))]), int(random.uniform(19, 24) * letters.FINER))
-    return letters.letter(text, font, random.uniform(-0.25, 0.25), tuple(random.uniform(-1.5, 1.5, 2)))
-
-
-def write_icons(folder: Path, images: Path) -> None:
+def write_icons(folder: Path, _: Random, images: Path) -> None:
     """The icons of a theme, 32 x 32 in colour: of each kind that has three, without what links out of the folder."""
     for kind in images.iterdir():
         files = [file for file in kind.glob("*.png") if not file.is_symlink()]
@@ -56,14 +49,15 @@ def write_icons(folder: Path, images: Path) -> None:
                 shutil.copy(file, folder / kind.name)
 
 
-def write_glyphs(folder: Path, random: Random) -> None:
+def write_glyphs(folder: Path, random: Random, _: Path) -> None:
     """Capitals, 28 x 28."""
+    fonts = letters.fonts()
     for i in range(NUM):
-        text = string.ascii_uppercase[i % 26]
-        save(folder, text, i, random_letter(text, random))
+        text, font = string.ascii_uppercase[i % 26], letters.random_font(fonts[random.randint(len(fonts))], random)
+        save(folder, text, i, letters.random_letter(text, font, random))
 
 
-def write_digits(folder: Path, _: Random) -> None:
+def write_digits(folder: Path, _: Random, __: Path) -> None:
     """The handwritten digits of scikit-learn, 8 x 8, seventeen greys."""
     from sklearn.datasets import load_digits
 
@@ -72,7 +66,7 @@ def write_digits(folder: Path, _: Random) -> None:
         save(folder, str(label), i, np.round(pixels * 255 / 16).astype(np.uint8))
 
 
-def write_sprites(folder: Path, random: Random) -> None:
+def write_sprites(folder: Path, random: Random, _: Path) -> None:
     """Creatures of a game, 16 x 16 and four greys: half of each at random, grown to one piece, mirrored, outlined."""
     for i in range(NUM):
         half = np.zeros((16, 8), dtype=bool)
@@ -84,19 +78,24 @@ def write_sprites(folder: Path, random: Random) -> None:
         save(folder, "", i, (85 * (edge + 2 * body + (body & lit))).astype(np.uint8))
 
 
-def write_scans(folder: Path, random: Random) -> None:
+def write_scans(folder: Path, random: Random, _: Path) -> None:
     """Two small letters on paper, scanned: dark on uneven, noisy light, 48 wide and 32 high."""
+    fonts = letters.fonts()
     for i in range(NUM):
-        pair = [random_letter(string.ascii_lowercase[random.randint(26)], random)[:, 3:-4] for _ in range(2)]
+        font = letters.random_font(fonts[random.randint(len(fonts))], random)
+        pair = [
+            letters.random_letter(text, font, random)[:, 3:-4] for text in random.choice([*string.ascii_lowercase], 2)
+        ]
         ink = np.asarray(Image.fromarray(np.hstack(pair)).resize((48, 32), Image.Resampling.BICUBIC))
         light = random.uniform(200, 245) + np.linspace(0, random.uniform(-30, 30), 48) + random.normal(0, 6, (32, 48))
         save(folder, "", i, np.clip(light * (1 - 0.85 * ink / 255), 0, 255).astype(np.uint8))
 
 
-KINDS: dict[str, tuple[Callable[[Path, Random], None] | None, dict[str, str]]] = {
+# What writes a kind's pictures into a folder, given the folder of icons, and what `make own` is told beside it.
+KINDS: dict[str, tuple[Callable[[Path, Random, Path], None], dict[str, str]]] = {
     "glyphs": (write_glyphs, {}),
     "digits": (write_digits, {}),
-    "icons": (None, {}),
+    "icons": (write_icons, {}),
     "sprites": (write_sprites, {"LEVELS": "4"}),
     "scans": (write_scans, {"SIDE": "48x32", "COLOUR": "binary"}),
 }
@@ -123,10 +122,7 @@ def try_kind(kind: str, images: Path, minutes: float, venv: Path | None, out: Pa
         folder, log, pictures = Path(top) / "clone", Path(top) / "log.txt", Path(top) / "pictures"
         interrupts.clone(folder, venv)
         write, wishes = KINDS[kind]
-        if write:
-            write(pictures, Random(letters.SEED))
-        else:
-            write_icons(pictures, images)
+        write(pictures, Random(letters.SEED), images)
         words = {"IMAGES": str(pictures), "NAME": kind, "MINUTES": f"{minutes:g}", **wishes}
         begun = time.time()
         process, mark = interrupts.start(folder, log, "own", *(f"{key}={value}" for key, value in words.items()))
@@ -144,8 +140,7 @@ def try_kind(kind: str, images: Path, minutes: float, venv: Path | None, out: Pa
             )
             print(f"nine endings of a drawing after {time.time() - installed:.0f} s", flush=True)
         finally:
-            if process.poll() is None:
-                interrupts.interrupt(process, mark, log)
+            interrupts.interrupt(process, mark, log)
 
 
 def main() -> None:

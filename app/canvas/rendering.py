@@ -149,12 +149,13 @@ def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False
         sheet: whether they are whole images, on a page without a grid to continue them on.
     """
     known, kind = ending.known, "image" if sheet else "ending"
+    is_drawn = ending.is_drawn
     num_added = int((known == 0).sum()) * (3 if ending.images.ndim == 4 else 1)
     figures = []
     for rank, i in enumerate(order_of(ending, order), start=1):
         pixels, title = ending_pixels(ending.images[i], known, ending.levels, coloured), say(kind, rank=rank)
         if ending.log_probs is None:
-            alt = title if ending.is_drawn else f"{title}, {say('being_drawn')}"
+            alt = title if is_drawn else f"{title}, {say('being_drawn')}"
             picture, caption = img(pixels, alt), "\N{HORIZONTAL ELLIPSIS}"
         else:
             score, bits = nats(ending.log_probs[i]), bits_per_dim(ending.log_probs[i], num_added)
@@ -169,7 +170,7 @@ def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     css_class = "endings" + " sheet" * sheet + " stale" * stale
     told = "" if sheet else f' data-for="{ending.drawing}" style="--alone: url({_alone(ending, coloured)})"'
-    state = f'data-known="{int(known.sum())}" data-drawn="{int(ending.is_drawn)}"'
+    state = f'data-known="{int(known.sum())}" data-drawn="{int(is_drawn)}"'
     return f'<div class="{css_class}" {state}{told}>{"".join(figures)}</div>'
 
 

@@ -36,6 +36,16 @@ def letter(text: str, font: ImageFont.FreeTypeFont, slant: float, moved: tuple[f
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
+def random_font(file: Path, random: np.random.RandomState) -> ImageFont.FreeTypeFont:
+    """Return a font in one of the sizes that letters come in."""
+    return ImageFont.truetype(str(file), int(random.uniform(19, 24) * FINER))
+
+
+def random_letter(text: str, font: ImageFont.FreeTypeFont, random: np.random.RandomState) -> np.ndarray:
+    """Return one letter as `letter` does, slanted and moved at random."""
+    return letter(text, font, random.uniform(-0.25, 0.25), tuple(random.uniform(-1.5, 1.5, 2)))
+
+
 def write_letters(path: Path, variants: int) -> int:
     """Write `.npz` of images, labels and their names, A to Z and a to z; equal fonts give equal bytes.
 
@@ -49,9 +59,9 @@ def write_letters(path: Path, variants: int) -> int:
     images, labels = [], []
     for file in fonts():
         for _ in range(variants):
-            font = ImageFont.truetype(str(file), int(random.uniform(19, 24) * FINER))
+            font = random_font(file, random)
             for label, name in enumerate(names):
-                images.append(letter(name, font, random.uniform(-0.25, 0.25), tuple(random.uniform(-1.5, 1.5, 2))))
+                images.append(random_letter(name, font, random))
                 labels.append(label)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, images=np.stack(images), labels=np.array(labels), label_names=np.array(names))

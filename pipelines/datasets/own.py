@@ -184,14 +184,9 @@ def pair_for(name: str, spec: DatasetParams, minutes: float) -> dict[str, Any]:
     # so few take as long as more.
     batch_size = 16 if small or spec.num_levels == 2 else 4
     train = {
-        **{
-            "batch_size": batch_size,
-            "optimizer": "muon",
-            "learning_rate": 0.003,
-            "max_epochs": 200,
-            "max_minutes": minutes,
-        },
-        **{"decay_fraction": 0.5, "horizontal_flips": spec.flips, "precision": "auto", "ema_decay": 0.98},
+        **{"batch_size": batch_size, "optimizer": "muon", "learning_rate": 0.003},
+        **{"max_epochs": 200, "max_minutes": minutes, "decay_fraction": 0.5},
+        **{"horizontal_flips": spec.flips, "precision": "auto", "ema_decay": 0.98},
         # A slow machine makes some hundred steps: an average over more, or a longer warm-up, would be most of the run.
         **{"warmup_steps": 20, "context_share": 0.7, "num_validations": 8, "num_validation_images": 300},
     }
