@@ -22,11 +22,16 @@ from tests.local import run, stop
 from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset
 from tests.pipelines.test_postgres import NUM_MACHINES, namespaces, running
 from tests.pipelines.toys import Toy
+from tests.service.champions import wait_until
 
 PAGE = (ROOT / "docs/packages.md").read_text()
 PASSWORD, TOKEN = "p4ss", "t0ken"
 BENTOML = str(Path(sys.executable).with_name("bentoml"))
-URLOPEN = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
+URLOPEN = """
+import sys
+from urllib.request import Request, urlopen
+print(urlopen(Request(sys.argv[1], headers={"Authorization": f"Bearer {sys.argv[2]}"})).read().decode())
+"""
 
 
 class Composed:
@@ -50,8 +55,8 @@ class Composed:
 
     def of_stage(self, stage: str, word: str) -> str:
         """Return what an instruction of one of Dockerfile's stages says, empty without one."""
-        lines = re.split(r"^FROM ", self._docker, flags=re.MULTILINE)
-        text = next(lines for lines in lines if lines.partition("\n")[0].endswith(f"AS {stage}"))
+        stages = re.split(r"^FROM ", self._docker, flags=re.MULTILINE)
+        text = next(text for text in stages if text.partition("\n")[0].endswith(f"AS {stage}"))
         found = re.search(rf"^{word} (?:--\S+ )*(.*)$", text, re.MULTILINE)
         return found[1] if found else ""
 
@@ -87,13 +92,20 @@ class Composed:
             return
         words = check["test"][1:] if check else shlex.split(self.of_stage(name, "HEALTHCHECK").removeprefix("CMD "))
         if words[0] == "wget":  # which that image has
-            words = ["python", "-c", URLOPEN, words[-1]]
+            words = ["python", "-c", URLOPEN, words[-1], ""]
         deadline = time.monotonic() + 180
         while self.run(name, *words).returncode:
             said = (self.folder / f"{name}.log").read_text() if process else ""
             assert process is None or process.poll() is None, said
             assert time.monotonic() < deadline, said
             time.sleep(0.5)
+
+    def fetch(self, url: str) -> dict:
+        """Return what a service answers the canvas's container, as JSON."""
+        done = self.run("canvas", "python", "-c", URLOPEN, url, TOKEN)
+        assert done.returncode == 0, done.stderr
+        found: dict = json.loads(done.stdout)
+        return found
 
     def stop(self) -> None:
         for process in reversed(self._processes):
@@ -166,20 +178,17 @@ def test_all_services_together(network: list[str], tmp_path: Path, monkeypatch: 
                 all_of_it.start(name)
             all_of_it.start("prometheus", ["prometheus", *scrape])
 
-            def of_service(path: str) -> dict:
-                code = f"from urllib.request import *; r = Request('http://service:3000{path}'); "
-                code += f"r.add_header('Authorization', 'Bearer {TOKEN}'); print(urlopen(r).read().decode())"
-                done = all_of_it.run("canvas", "python", "-c", code)
-                assert done.returncode == 0, done.stderr
-                found: dict = json.loads(done.stdout)
-                return found
+            def served() -> str:
+                sha256: str = all_of_it.fetch("http://service:3000/models")["mnist5k"]["model"]["weights_sha256"]
+                return sha256
 
-            before = of_service("/models")["mnist5k"]["model"]["weights_sha256"]
+            def scraped() -> list[tuple[str, str]]:
+                found = all_of_it.fetch("http://prometheus:9090/api/v1/query?query=up")["data"]["result"]
+                return [(one["metric"]["instance"], one["value"][1]) for one in found]
+
+            before = served()
             address = "PREFECT_API_URL=http://prefect:4200/api"
-            deadline = time.monotonic() + 180
-            while "Ready: " not in (tmp_path / "worker.log").read_text():
-                assert time.monotonic() < deadline, (tmp_path / "worker.log").read_text()
-                time.sleep(0.5)
+            wait_until(lambda: "Ready: " in (tmp_path / "worker.log").read_text(), 180)
             adopt = re.search(r"^docker compose exec worker (.*?) +#", PAGE, re.MULTILINE)
             assert adopt, "the page says how the registry takes over what the Bento serves"
             submit = f"env {address} prefect deployment run --watch --watch-timeout 240"
@@ -190,14 +199,8 @@ def test_all_services_together(network: list[str], tmp_path: Path, monkeypatch: 
             ):
                 done = all_of_it.run("worker", *shlex.split(line))
                 assert done.returncode == 0, done.stdout + done.stderr
-            deadline = time.monotonic() + 30
-            while of_service("/models")["mnist5k"]["model"]["weights_sha256"] == before:
-                assert time.monotonic() < deadline, "the promotion never reached the service"
-                time.sleep(0.5)
-            query = "http://prometheus:9090/api/v1/query?query=up"
-            code = f"import time, urllib.request as u; time.sleep(20); print(u.urlopen('{query}').read().decode())"
-            result = json.loads(all_of_it.run("canvas", "python", "-c", code).stdout)["data"]["result"]
-            assert [(one["metric"]["instance"], one["value"][1]) for one in result] == [("service:3000", "1")]
+            wait_until(lambda: served() != before, 30)  # the promotion reaches it
+            wait_until(lambda: scraped() == [("service:3000", "1")], 20)
         finally:
             all_of_it.stop()
     assert not list(srv.rglob("*.db")), "nothing was left to SQLite"
