@@ -175,12 +175,14 @@ class Beside:
             with LOG.open("ab") as output:
                 self._step = " ".join(command)
                 # From the first moment on, and so for all that it starts.
-                give_way = None if command is RELEASE else lambda: os.nice(19)
                 self._process = start(
-                    command, self._environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=give_way
+                    command,
+                    self._environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=lambda: os.nice(19),
                 )
-            if give_way:
-                give_way_between_sessions(self._process.pid)
+            give_way_between_sessions(self._process.pid)
         elif self._said.get("doing") not in (None, "done"):
             self._tell(doing="done")
 
@@ -257,8 +259,10 @@ def main(words: list[str]) -> None:
         for command in [INSTALL, *before]:
             if start(command, environment).wait() != 0:
                 raise SystemExit(f"error: `{' '.join(command)}` failed; its message stands above.")
+        # The released weights at once, as they lie in the clone; `release` registers them.
+        at_once = {} if name else {"PIXELCNN_RELEASED": "1", "PIXELCNN_DATASETS": "mnist"}
         servers = {
-            "service": start([*SERVICE, str(service_port)], environment),
+            "service": start([*SERVICE, str(service_port)], {**environment, **at_once}),
             "canvas": start(canvas, environment),
         }
         beside = Beside(environment, status, [] if name else BESIDE)
@@ -267,15 +271,16 @@ def main(words: list[str]) -> None:
             for what, process in servers.items():
                 if process.poll() is not None:
                     raise SystemExit(f"error: the {what} ended by itself; its message stands above.")
-            beside.poll()
+            if is_ready:  # not before: what is shown first comes first
+                beside.poll()
             if not is_ready and answers(canvas_port, "/_stcore/health") and answers(service_port, "/readyz"):
                 is_ready = True
                 print(f"\nReady: draw at {canvas_url}{path} (service: {service_url}). Ctrl-C ends all.\n", flush=True)
                 if shared:
                     print(f"Others in this network draw at {link}\n", flush=True)
                     start(["segno", "--compact", link], environment).wait()
-            if not is_ready and (beside.failure or time.monotonic() > deadline):
-                raise SystemExit(f"error: {beside.failure or f'nothing could be shown within {START_S} s.'}")
+            if not is_ready and time.monotonic() > deadline:
+                raise SystemExit(f"error: nothing could be shown within {START_S} s.")
             if beside.failure != said:
                 said = beside.failure
                 print(f"The canvas stays, without the quick start: {said}", flush=True)

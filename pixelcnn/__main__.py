@@ -1,4 +1,4 @@
-"""The core by command line: python -m pixelcnn {train,evaluate,check,sample,complete,bench,pack,unpack,rank} ...
+"""The core by command line: python -m pixelcnn {train,evaluate,check,sample,complete,compile,bench,pack,unpack,rank}.
 
 It needs the core's packages alone, and reads prepared datasets (`dvc repro prepare@DATASET` writes them).
 """
@@ -32,6 +32,7 @@ from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
+from pixelcnn.sampling.ahead import compile_sampler
 from pixelcnn.sampling.fast import sample
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
 
@@ -252,6 +253,11 @@ def complete_command(
     _write_sheet(torch.cat([shown, levels]), config.num_levels, out)
 
 
+def compile_command() -> None:
+    """Compile the sampler for this processor, once: else the first to sample waits for it."""
+    print(f"compiled after {compile_sampler():.1f} s")
+
+
 def bench_command(
     checkpoint: Checkpoint,
     batch_sizes: list[int] = [1, 4, 16, 64],  # noqa: B006 -- typer shows it as the default
@@ -393,6 +399,7 @@ def _app() -> Typer:
         check_command,
         sample_command,
         complete_command,
+        compile_command,
         bench_command,
         pack_command,
         unpack_command,

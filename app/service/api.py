@@ -23,7 +23,7 @@ from torch import Tensor
 
 from app.service import gate, wire
 from app.service.batching import Batcher, Job, QueueFull
-from app.service.champions import Champion, Champions, latest_files, store_folder
+from app.service.champions import Champion, Champions, latest_files, released_by_dataset, store_folder
 from app.service.images import to_lists
 from app.service.jobs import SamplingJob, likelihood_job
 from app.service.metrics import metrics
@@ -65,7 +65,8 @@ class PixelCNNService:
 
     def __init__(self) -> None:
         use_threads(settings.threads)
-        self.champions = Champions(store_folder(), lambda: self.readiness.tell())
+        released = released_by_dataset(settings.datasets) if settings.released else {}
+        self.champions = Champions(store_folder(), lambda: self.readiness.tell(), released=released)
         self.readiness = Readiness(self.champions)
         self.metrics = metrics()
         self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue, self.metrics.waiting.set, self._count_call)

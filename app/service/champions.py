@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -20,16 +20,18 @@ from pydantic import ValidationError
 
 from app.service.metrics import metrics
 from app.service.wire import Identity, RequestError, quoted
-from pixelcnn import GatedPixelCNNConfig, build_model, load_checkpoint
-from pixelcnn.checkpoint import WEIGHTS_FILE, sha256_of
+from pixelcnn import load_checkpoint
+from pixelcnn.checkpoint import SCORES_FILE, WEIGHTS_FILE, released, sha256_of
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.registry import model_name
+from pixelcnn.sampling.ahead import compile_aside
 from pixelcnn.sampling.fast import warm_up
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
 NAME_PREFIX = "pixelcnn-"  # model `pixelcnn-DATASET` in the store
+RELEASED = "released"  # in place of a version in a registry
 VERSION = re.compile(r"[a-z0-9][a-z0-9._-]*")  # no path leads out of the store
 REFERENCE_FILE = "reference.json"  # absent where promotion had no data
 POINTERS = {"champion": "latest", "challenger": "challenger"}  # the file that names a role's version
@@ -106,7 +108,27 @@ def load_champion(store: Path, tag: str) -> Champion:
             f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
         )
     check_files(folder, metadata)
-    model, scores = load_checkpoint(folder)
+    reference = folder / REFERENCE_FILE
+    return _champion(
+        *load_checkpoint(folder),
+        identity,
+        {"labels": label_names, "protocol": protocol, "promoted_at": str(metadata.get("promoted_at", ""))},
+        json.loads(reference.read_text()) if reference.exists() else {},
+    )
+
+
+def _champion(
+    model: AutoregressiveModel,
+    scores: dict[str, Any],
+    identity: Identity,
+    told: dict[str, Any],
+    reference: dict[str, list[float]],
+) -> Champion:
+    """Make a model ready to be served.
+
+    Args:
+        told: the names of its labels, its protocol, and when it was promoted.
+    """
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
     warm_up(model)
@@ -114,24 +136,42 @@ def load_champion(store: Path, tag: str) -> Champion:
     description = {
         "shape": list(config.image_shape),
         "levels": config.num_levels,
-        "labels": label_names if config.num_labels else [],
-        "protocol": protocol,
         "architecture": model_name(config),
-        "promoted_at": str(metadata.get("promoted_at", "")),
         "model": identity.model_dump(),
         "scores": scores,
+        **told,
+        "labels": told["labels"] if config.num_labels else [],
     }
-    reference = folder / REFERENCE_FILE
-    return Champion(model, identity, description, json.loads(reference.read_text()) if reference.exists() else {})
+    return Champion(model, identity, description, reference)
 
 
-def compile_sampler() -> None:
-    """Compile the sampler before there is a champion: its code is the same for all networks that it is for."""
-    warm_up(
-        build_model(
-            GatedPixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=8, num_layers=2, kernel_size=3)
-        )
-    )
+def load_released(folder: Path) -> Champion:
+    """Load a checkpoint that no registry knows: its version is `released`.
+
+    Raises:
+        ValueError: it is damaged, or does not say what it is.
+        OSError: its files cannot be read.
+    """
+    model, scores = load_checkpoint(folder)
+    try:
+        name = NAME_PREFIX + scores["dataset"]
+        lineage = {key: scores.get(key, "") for key in ("run_id", "git_commit", "data_hash")}
+        told = {"labels": scores["label_names"], "protocol": scores["protocol"], "promoted_at": ""}
+    except KeyError as error:
+        raise ValueError(f"{folder} does not say its {error}: take the weights as they were released.") from None
+    identity = Identity(name=name, version=RELEASED, weights_sha256=sha256_of(folder / WEIGHTS_FILE), **lineage)
+    return _champion(model, scores, identity, told, {})
+
+
+def released_by_dataset(first: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Return the folder of each dataset's best released weights: the likeliest on its validation images.
+
+    Args:
+        first: the datasets that come first.
+    """
+    scores = {folder: json.loads((folder / SCORES_FILE).read_text()) for folder in released().values()}
+    best = {scores[f]["dataset"]: f for f in sorted(scores, key=lambda f: -scores[f]["validation/nll_nats"])}
+    return dict(sorted(best.items(), key=lambda item: item[0] not in first))
 
 
 def store_folder() -> Path:
@@ -165,10 +205,17 @@ class Champions:
         folder: of the store's models.
         on_poll: called each time that the store was looked through.
         role: `champion`, or `challenger` for those that score drawings beside them.
+        released: checkpoints, by dataset, to serve from the start until the store has a champion.
     """
 
-    def __init__(self, folder: Path, on_poll: Callable[[], None] = lambda: None, role: str = "champion") -> None:
-        self.folder, self._on_poll, self.role = folder, on_poll, role
+    def __init__(
+        self,
+        folder: Path,
+        on_poll: Callable[[], None] = lambda: None,
+        role: str = "champion",
+        released: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.folder, self._on_poll, self.role, self._released = folder, on_poll, role, released or {}
         self._by_dataset: dict[str, Champion] = {}
         self._attempts: dict[str, _Attempt] = {}
         self._is_unreadable = False
@@ -176,11 +223,20 @@ class Champions:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Load what is there, then poll the store about once a second."""
+        """Load what is there, then poll the store about once a second.
+
+        Where the store has nothing, the sampler is compiled aside: the first user has not been here before.
+        """
         self.refresh()
+        if not self._by_dataset and self.role == "champion":
+            compile_aside()
+        for dataset, folder in self._released.items():
+            if dataset not in self._by_dataset:
+                try:
+                    self._swap(dataset, load_released(folder))
+                except (ValueError, OSError) as error:
+                    logger.error("%s cannot be served: %s", folder, error)
         self._on_poll()
-        if not self._by_dataset:
-            threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
         self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
         self._thread.start()
 

@@ -39,6 +39,8 @@ class Settings(BaseSettings):
     """Threads of a computation; by default as many as there are cores, at most 4."""
     datasets: Annotated[tuple[str, ...], NoDecode] = ()
     """Those whose champions must be served before /readyz says so, separated by commas; without any, one of any."""
+    released: bool = False
+    """Serve the weights that were released with this code, too: of each dataset until its first promotion."""
     drain_s: NonNegativeInt = 0
     """Seconds after SIGTERM in which it goes on answering though /readyz says no; then it refuses, and ends."""
 

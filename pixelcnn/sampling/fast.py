@@ -47,6 +47,7 @@ class Score(Protocol):
 _engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
 _notices: set[str] = set()
 _num_threads: int | None = None  # of the sampler; None: as many as torch has
+_compiling: threading.Thread | None = None  # the sampler, aside
 
 
 def engine_name(model: AutoregressiveModel) -> str:
@@ -60,6 +61,8 @@ def engine_name(model: AutoregressiveModel) -> str:
         importlib.import_module("pixelcnn.sampling.compiled")
     except ImportError:
         return "cached, in torch: numba is not installed"
+    if _compiling is not None and _compiling.is_alive() and threading.current_thread() is not _compiling:
+        return "cached, in torch: the compiled sampler is not ready yet"
     return "cached, compiled"
 
 
@@ -118,6 +121,12 @@ def warm_up(model: AutoregressiveModel) -> float:
     took = time.perf_counter() - start
     logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
     return took
+
+
+def sample_in_torch_during(compiling: threading.Thread) -> None:
+    """Sample in torch as long as another thread, which is to be started, compiles the sampler."""
+    global _compiling
+    _compiling = compiling
 
 
 @torch.no_grad()

@@ -91,8 +91,9 @@ def press_complete(page: Page) -> None:
     page.locator(".st-key-main button").click()
 
 
-def wait_for_endings(page: Page, number: int = 9) -> None:
-    expect(page.locator(".endings figcaption").filter(has_text="nats")).to_have_count(number)
+def wait_for_endings(page: Page, number: int = 9, timeout_s: float = 5) -> None:
+    captions = page.locator(".endings figcaption").filter(has_text="nats")
+    expect(captions).to_have_count(number, timeout=1000 * timeout_s)
 
 
 def wait_until_still(page: Page) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import pixelcnn.sampling.fast as fast_sampling
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, level_probs, log_prob, naive_sample, sample
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
-from pixelcnn.sampling.fast import sample_and_score, use_threads, warm_up
+from pixelcnn.sampling.ahead import compile_aside
+from pixelcnn.sampling.fast import engine_name, sample_and_score, use_threads, warm_up
 from tests.core.tiny import in_raster_order
 
 SHAPES = [(1, 5, 6), (1, 1, 7), (1, 7, 1), (3, 4, 5), (2, 3, 3)]
@@ -312,6 +314,31 @@ def test_without_numba_the_torch_sampler_answers_with_one_notice(
     monkeypatch.setitem(sys.modules, "pixelcnn.sampling.compiled", None)
     model, _ = tiny()
     assert notices_of(model, caplog, monkeypatch) == ["sampling cached, in torch: numba is not installed"]
+
+
+def test_while_the_sampler_is_compiled_aside_it_samples_in_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_compiled, commands = threading.Event(), []
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        is_compiled.wait()
+
+    monkeypatch.setattr("pixelcnn.sampling.ahead.subprocess.run", run)
+    model, u = tiny()
+    expected = naive_sample(model, u)
+    thread = compile_aside()
+    try:
+        said = ["sampling cached, in torch: the compiled sampler is not ready yet"]
+        assert notices_of(model, caplog, monkeypatch) == said
+        assert torch.equal(sample(model, u), expected)
+    finally:
+        is_compiled.set()
+        thread.join()
+    assert commands == [["nice", sys.executable, "-m", "pixelcnn", "compile"]]
+    assert engine_name(model) == "cached, compiled"
+    assert torch.equal(sample(model, u), expected)
 
 
 def test_warm_up_compiles_and_lays_out_without_a_sample(

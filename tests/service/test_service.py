@@ -21,10 +21,18 @@ from starlette.requests import Request
 import app.service
 from app.service import api as service
 from app.service import jobs, wire
-from app.service.champions import Champions
+from app.service.champions import Champions, released_by_dataset
 from app.service.settings import settings
 from pipelines.registry import store
-from pixelcnn import bits_per_dim, completion_log_prob, log_prob, packed_bytes, pixel_log_prob, save_checkpoint
+from pixelcnn import (
+    bits_per_dim,
+    build_model,
+    completion_log_prob,
+    log_prob,
+    packed_bytes,
+    pixel_log_prob,
+    save_checkpoint,
+)
 from pixelcnn.checkpoint import sha256_of
 from pixelcnn.images import to_png
 from tests.local import run
@@ -591,11 +599,51 @@ def test_a_dataset_that_leaves_the_store_is_no_longer_served(tmp_path, monkeypat
         champions.get("grey")
 
 
+def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    monkeypatch.setattr("app.service.champions.compile_aside", lambda: None)
+    lineage = {"label_names": ["a", "b", "c"], "protocol": "toy", "git_commit": "c0ffee", "data_hash": "d41d8c"}
+    released = {}
+    for dataset in ("grey", "other", "damaged"):
+        released[dataset] = tmp_path / dataset
+        save_checkpoint(released[dataset], build_model(GREY), {**SCORES, **lineage, "dataset": dataset})
+    (released["damaged"] / "model.safetensors").write_bytes(b"")
+    (tmp_path / "bentoml/models").mkdir(parents=True)
+    champions = Champions(tmp_path / "bentoml/models", released=released)
+    champions.start()
+    try:
+        served = champions.describe()
+        assert sorted(served) == ["grey", "other"]
+        assert served["grey"]["labels"] == ["a", "b", "c"]
+        weights = sha256_of(released["grey"] / "model.safetensors")
+        told = {"version": "released", "weights_sha256": weights, "run_id": "", "git_commit": "c0ffee"}
+        assert champions.get("grey").identity.model_dump().items() >= told.items()
+        assert f"{released['damaged']} cannot be served" in caplog.text
+    finally:
+        champions.stop()
+    store.serve(put(tmp_path, "grey", GREY, "1", seed=0))
+    champions.refresh()
+    assert {name: told["model"]["version"] for name, told in champions.describe().items()} == {
+        "grey": "1",
+        "other": "released",
+    }
+
+
+def test_the_best_released_weights_of_each_dataset_those_wanted_first(tmp_path, monkeypatch):
+    names = [("a", "letters", 40.0), ("b", "mnist", 81.0), ("c", "mnist", 79.0)]
+    folders = {name: tmp_path / name for name, _, _ in names}
+    for name, dataset, nats in names:
+        folders[name].mkdir()
+        (folders[name] / "scores.json").write_text(json.dumps({"dataset": dataset, "validation/nll_nats": nats}))
+    monkeypatch.setattr("app.service.champions.released", lambda: folders)
+    assert list(released_by_dataset(("mnist",)).items()) == [("mnist", folders["c"]), ("letters", folders["a"])]
+
+
 def test_before_the_first_champion_its_sampler_is_compiled(tmp_path: Path) -> None:
     script = f"""
 import threading
 from pathlib import Path
-from app.service.champions import Champions
+from app.service.champions import Champions, released_by_dataset
 from pixelcnn import load_checkpoint
 from pixelcnn.sampling import kernels
 from pixelcnn.sampling.fast import warm_up
