@@ -6,10 +6,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
+from streamlit.runtime.scriptrunner_utils.script_requests import ScriptRequestType
+from streamlit.runtime.scriptrunner_utils.script_run_context import ThreadState
 
 from app.canvas.drawing import per_cell
 from app.canvas.endings import Ending, Request
@@ -83,12 +86,30 @@ def busy(text: str, on_stop: Callable[[], None]) -> Iterator[None]:
         place.empty()
 
 
+def is_of_fragment() -> bool:
+    """Return whether this run is one of a fragment alone, not of the page."""
+    run = get_script_run_ctx()
+    return run is not None and bool(run.fragment_ids_this_run)
+
+
+def redraw() -> NoReturn:
+    """Leave this run here, and run the fragment again, or the page if it is the page that runs."""
+    st.rerun(scope="fragment" if is_of_fragment() else "app")
+
+
 def look_up() -> None:
-    """Leave this run of the page here, by an exception of Streamlit's, if the page is to be redrawn or stopped.
+    """Leave this run here, by an exception of Streamlit's, if the page or its fragment is to be redrawn or stopped.
 
     Each read of the session's state does so; showing something would, too, but costs the browser a frame.
     """
     st.session_state.get("visit")
+    # A run of a fragment waits until the one under way has ended, and there is no public way to ask for it.
+    run, fragment = get_script_run_ctx(), ThreadState.get().fragment_id
+    requests = run.script_requests if run else None
+    if requests is None or requests._state != ScriptRequestType.RERUN:
+        return
+    if fragment is None or fragment in requests._rerun_data.fragment_id_queue:
+        redraw()
 
 
 def wait_for(call: Callable[[], Event], text: str, on_stop: Callable[[], None]) -> Event:

@@ -29,7 +29,7 @@ from app.canvas.texts import say, say_label
 from app.canvas.views.known import choose_known, known_help
 from app.canvas.views.picture import start_from_picture
 from app.canvas.views.surprise import log_probs_by_label, surprise_beside
-from app.canvas.waiting import complete, wait_for
+from app.canvas.waiting import complete, is_of_fragment, redraw, wait_for
 from app.client import ServedModel, ServiceClient, ServiceError
 
 NUM_ENDINGS = 9
@@ -84,6 +84,29 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
     # In the order of a phone: grid, button, endings, settings. What needs the settings is filled last. Above the grid
     # nothing may be `st.empty`, which vanishes for a moment at each redrawing: the grid would move under the hand.
     intro = st.container(key="intro")
+    board_place = st.container()
+    left, right = st.columns(2, gap="medium")
+    with right:
+        picture_place = st.container()
+        with st.expander(say("keys")):
+            st.markdown(say("keys_table"))
+    with left:
+        settings = choose_settings(visit)
+    rows = " two-rows" if settings.levels > 2 else ""  # of tools: page.css leaves room for them
+    intro.html(f'<p class="intro{rows}">{html.escape(introduction(settings))}</p>')
+    gallery_place = st.empty()
+    if settings.model:
+        st.caption(say("serving", model=model_line(settings.model)))
+    with board_place:
+        board(client, visit, settings, gallery_place)
+    if settings.model:
+        with picture_place:
+            start_from_picture(client, visit, settings.dataset, settings.model, settings.label, settings.sees_all)
+
+
+@st.fragment
+def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place: Any) -> None:
+    """Show the grid, and what comes of a drawing: after a stroke this alone runs, the endings first."""
     with st.container(key="board"):
         left, right = st.columns(2, gap="medium")
     with left:
@@ -95,34 +118,32 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
         away_place = st.container()  # what is redrawn by itself must not stand in an `st.empty`, which may be gone then
         status, place, note = st.empty(), st.empty(), st.empty()
         actions = st.container(key="actions", horizontal=True, vertical_alignment="center")
-    left, right = st.columns(2, gap="medium")
-    with right:
-        picture_place = st.container()
-        with st.expander(say("keys")):
-            st.markdown(say("keys_table"))
-    with left:
-        settings = choose_settings(visit)
-    model, shape, levels = settings.model, settings.shape, settings.levels
-    rows = " two-rows" if levels > 2 else ""  # of tools: page.css leaves room for them
-    intro.html(f'<p class="intro{rows}">{html.escape(introduction(settings))}</p>')
-    with button_place:
-        button = st.container()
-        live = st.toggle(say("live"), value=True, key="live", persist_state="session")
+    model, levels = settings.model, settings.levels
     beginnings = beginnings_of(settings.dataset)
+    live = st.session_state.get("live", True)
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)
+    _, known = sent_of(drawing, settings)
+    at_once = is_of_fragment() and is_wanted(visit, settings, drawing, live) and not known.all()
+    if at_once:
+        with status:  # what else stands on the page can wait: the browser needs a tenth of a second for it
+            answer(client, visit, settings, drawing, place)
+        served = visit.models
+        visit.refresh_models(client)
+        if visit.models != served:
+            st.rerun()
     # Endings of another shape could not be continued from: they wait until such images are drawn again.
-    earlier = [ending for ending in visit.gallery if ending.images.shape[1:] == shape]
+    earlier = earlier_endings(visit, settings)
     last = earlier[0] if earlier and drawing.mark.any() else None
-    image, known = sent_of(drawing, settings)
     if not drawing.mark.any():
         visit.seed = visit.seed if visit.pending else None  # the next drawing gets a new one
     is_answer = last is not None and last.settings == settings.query and last.drawing == drawing_text(drawing)
-    with button:
+    with button_place:
         name = say("nine") if settings.num_samples == NUM_ENDINGS else str(settings.num_samples)
         label = say("another", number=name) if is_answer else say("complete")
-        if widgets.main_button(label, on_click=visit.want_endings):
+        if widgets.main_button(label, on_click=visit.want_endings) and not at_once:
             visit.pending = True  # a visit that goes on after a restart of this program has no callback yet
+        live = st.toggle(say("live"), value=True, key="live", persist_state="session")
     order = "drawn"
     with actions:
         if last:
@@ -135,17 +156,14 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
             widgets.download(last, settings.coloured, order, 3, chosen)
         companion(last, comparable=last is not None)
         beside = st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
-    fits = visit.unfinished is not None and visit.unfinished.images.shape[1:] == shape and drawing.mark.any()
+    fits = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape and drawing.mark.any()
     show_ending(place, note, last, visit.unfinished if fits else None, settings, order)
     if beginnings:
         examples_place.html(examples_html(beginnings, levels))
-    if earlier:
-        st.caption(say("gallery"))
-        st.html(gallery_html(earlier))
-    if model:
-        st.caption(say("serving", model=model_line(model)))
-        with picture_place:
-            start_from_picture(client, visit, settings.dataset, model, settings.label, settings.sees_all)
+    with gallery_place.container():
+        if earlier:
+            st.caption(say("gallery"))
+            st.html(gallery_html(earlier))
 
     if settings.trouble:
         status.warning(settings.trouble)
@@ -154,13 +172,47 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
         with away_place:
             widgets.show_trouble(visit)
         return
-    taken = any(np.array_equal(image, ending) for past in earlier for ending in past.images)
-    wanted = visit.pending or (live and drawing.mark.any() and not taken)
-    if wanted and known.all():
-        visit.pending = False
-        status.warning(say("nothing_left"))
-        return
-    seed = visit.own_seed() if wanted and settings.seed is None else settings.seed
+    if is_wanted(visit, settings, drawing, live):
+        if known.all():
+            visit.pending = False
+            status.warning(say("nothing_left"))
+            return
+        with status:
+            answered = answer(client, visit, settings, drawing, place)
+        if answered:
+            redraw()
+    if beside:
+        with beside_place:
+            surprise_beside(client, visit, settings.dataset, model, levels_of(drawing, levels))
+    if settings.named and last and not last.names and model.labels:
+        name_endings(client, visit, last, model)
+        redraw()
+    if visit.trouble:
+        with away_place:
+            widgets.show_trouble(visit)
+
+
+def earlier_endings(visit: Visit, settings: Settings) -> list[Ending]:
+    """Return the visit's endings of images like these, the last ones first."""
+    return [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
+
+
+def is_wanted(visit: Visit, settings: Settings, drawing: Drawing, live: bool) -> bool:
+    """Return whether endings of a drawing are wanted: by the button, or live of what is no ending itself."""
+    if settings.trouble or settings.model is None:
+        return False
+    image, _ = sent_of(drawing, settings)
+    is_taken = any(np.array_equal(image, ending) for past in earlier_endings(visit, settings) for ending in past.images)
+    return visit.pending or (live and bool(drawing.mark.any()) and not is_taken)
+
+
+def answer(client: ServiceClient, visit: Visit, settings: Settings, drawing: Drawing, place: Any) -> bool:
+    """Have endings drawn that are wanted; show them in their place while they come, and keep them.
+
+    Returns:
+        Whether they were asked for: live, the same request is not sent twice.
+    """
+    image, known = sent_of(drawing, settings)
     request = Request(
         dataset=settings.dataset,
         image=image.tolist(),
@@ -168,40 +220,32 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
         num_samples=settings.num_samples,
         label=settings.label,
         temperature=settings.temperature,
-        seed=seed,
+        seed=visit.own_seed() if settings.seed is None else settings.seed,
     )
-    if visit.pending or (wanted and request != visit.answered):
-        visit.asked = request
-        made_of = functools.partial(
-            replace, settings=settings.query, drawing=drawing_text(drawing), linked=encode_drawing(drawing)
-        )
+    if request == visit.answered and not visit.pending:
+        return False
+    visit.asked = request
+    order = st.session_state.get("order") or ORDERS[0]
+    made_of = functools.partial(
+        replace, settings=settings.query, drawing=drawing_text(drawing), linked=encode_drawing(drawing)
+    )
 
-        def show(unfinished: Ending) -> None:
-            visit.unfinished = made_of(unfinished)
-            place.html(endings_html(visit.unfinished, settings.coloured, order))
+    def show(unfinished: Ending) -> None:
+        visit.unfinished = made_of(unfinished)
+        place.html(endings_html(visit.unfinished, settings.coloured, order))
 
-        try:
-            with status:
-                ending = complete(client, request, levels, visit.want_no_endings, show)
-        except ServiceError as error:
-            visit.fail(error)
-            visit.unanswered = error.away
-        else:
-            visit.answer_came()
-            ending = made_of(ending)
-            visit.gallery = [ending, *visit.gallery][:GALLERY]
-            place.html(endings_html(ending, settings.coloured, order))
-        visit.pending, visit.answered, visit.unfinished = False, request, None
-        st.rerun()
-    if beside:
-        with beside_place:
-            surprise_beside(client, visit, settings.dataset, model, levels_of(drawing, levels))
-    if settings.named and last and not last.names and model.labels:
-        name_endings(client, visit, last, model)
-        st.rerun()
-    if visit.trouble:
-        with away_place:
-            widgets.show_trouble(visit)
+    try:
+        ending = complete(client, request, settings.levels, visit.want_no_endings, show)
+    except ServiceError as error:
+        visit.fail(error)
+        visit.unanswered = error.away
+    else:
+        visit.answer_came()
+        ending = made_of(ending)
+        visit.gallery = [ending, *visit.gallery][:GALLERY]
+        place.html(endings_html(ending, settings.coloured, order))
+    visit.pending, visit.answered, visit.unfinished = False, request, None
+    return True
 
 
 def name_endings(client: ServiceClient, visit: Visit, ending: Ending, model: ServedModel) -> None:
