@@ -25,7 +25,7 @@ from pixelcnn.checkpoint import SCORES_FILE, WEIGHTS_FILE, released, sha256_of
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.registry import model_name
-from pixelcnn.sampling.ahead import compile_aside
+from pixelcnn.sampling.ahead import compile_aside, compile_sampler
 from pixelcnn.sampling.fast import warm_up
 
 logger = logging.getLogger("bentoml.pixelcnn")
@@ -225,11 +225,14 @@ class Champions:
     def start(self) -> None:
         """Load what is there, then poll the store about once a second.
 
-        Where the store has nothing, the sampler is compiled aside: the first user has not been here before.
+        Where the store has nothing, the sampler is compiled before its first champion comes; beside released weights,
+        which are served at once, aside.
         """
         self.refresh()
-        if not self._by_dataset and self.role == "champion":
+        if not self._by_dataset and self._released:
             compile_aside()
+        elif not self._by_dataset:
+            threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
         for dataset, folder in self._released.items():
             if dataset not in self._by_dataset:
                 try:
