@@ -3,14 +3,21 @@
 import re
 import shutil
 import subprocess
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
+UNLOCKED = {"torch", "torchvision"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 
 
 def test_every_locked_version_has_hashes_and_no_index() -> None:
@@ -21,6 +28,30 @@ def test_every_locked_version_has_hashes_and_no_index() -> None:
         "docs/packages.md: uv pip compile"
     )
     assert all(re.fullmatch(r"\S+( \\\n +--hash=sha256:[0-9a-f]{64})+", entry) for entry in entries), "and nothing else"
+
+
+def test_every_requirement_is_locked_but_those_whose_builds_differ() -> None:
+    """Also what others bring along, llvmlite say; but for the two, which bring what their builds need."""
+    groups = [PROJECT["project"]["dependencies"], *EXTRAS.values(), PROJECT["dependency-groups"]["dev"]]
+    todo = [(Requirement(line), "") for group in groups for line in group]
+    needed: set[tuple[str, str]] = set()  # name, extra
+    while todo:
+        requirement, extra = todo.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for asked in {(canonicalize_name(requirement.name), one) for one in ("", *requirement.extras)} - needed:
+            needed.add(asked)
+            if asked[0] not in UNLOCKED:
+                todo += [(Requirement(line), asked[1]) for line in requires(asked[0]) or []]
+    locked = re.findall(r"^([^#=]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert {name for name, _ in needed} - {canonicalize_name(name) for name in locked} == UNLOCKED
+
+
+def test_the_bento_takes_what_the_service_does() -> None:
+    """And pins what the bits depend on at the build: tests/service/test_bento.py."""
+    packages = yaml.safe_load((ROOT / "bentofile.yaml").read_text())["python"]["packages"]
+    wanted = {*EXTRAS["service"], *EXTRAS["tracing"]}
+    assert wanted <= set(packages) <= wanted | set(PROJECT["project"]["dependencies"])
 
 
 def test_containers_are_closed() -> None:

@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import Any, cast
 
 import bentoml
+from bentoml.images import Image
 from bentoml.models import BentoModel
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
@@ -218,5 +220,8 @@ class PixelCNNService:
 _service = cast(bentoml.Service[Any], PixelCNNService)
 # What a Bento that is built now pins and holds, by version and hash. A server looks in its store itself.
 _service.models += [BentoModel(f"{latest.parent.name}:{latest.read_text().strip()}") for latest in latest_files()]
+# The same bits need these releases; the build of PyTorch, for a CPU or a GPU, is the choice of who installs the Bento.
+_pinned = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "numpy", "numba", "llvmlite")]
+_service.image = Image().python_packages(*_pinned)
 _service.add_asgi_middleware(RequestLog, paths=["/models", *(f"/{name}" for name in _service.apis)])
 _service.add_asgi_middleware(gate.Gate, token=settings.token.get_secret_value().strip())

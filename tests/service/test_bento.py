@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -37,6 +38,12 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
     own = ("app", "pixelcnn", "bentofile.yaml", "constraints.txt")
     assert not [file for file in files if file.split("/")[0] not in own]
     assert "app/canvas/main.py" not in files
+
+    # What the bits depend on is what answers here.
+    requirements = (sources.parent / "env/python/requirements.txt").read_text().splitlines()
+    assert {f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "numba", "llvmlite", "numpy")} <= set(
+        requirements
+    )
 
     # It holds the models that are served, those and no others.
     for words in (

@@ -23,6 +23,8 @@ def tracing() -> dict[str, Any]:
         return {"excluded_urls": ".*"}
     # Names from the top: the parent of a module that is looked for is imported.
     if not all(importlib.util.find_spec(name) for name in ("opentelemetry.exporter", "opentelemetry.exporter.otlp")):
-        raise BentoMLConfigException(f"{endpoint} is set: pip install 'pixelcnn[tracing]', or unset it.")
+        raise BentoMLConfigException(
+            f"{endpoint} is set: pip install opentelemetry-exporter-otlp-proto-http, or unset it."
+        )
     share = float(os.environ.get("OTEL_TRACES_SAMPLER_ARG") or 1)
     return {"exporter_type": "otlp", "sample_rate": share, "excluded_urls": QUIET, "otlp": {"protocol": "http"}}
