@@ -36,5 +36,7 @@ CMD ["streamlit", "run", "app/canvas/main.py", "--server.address", "0.0.0.0"]
 
 FROM base AS pipeline
 COPY . .
-RUN pip install -e '.[pipelines,cluster]' -c constraints.txt && chown -R pixelcnn .
+RUN pip install -e '.[pipelines,cluster]' -c constraints.txt
+# Adding a dataset records it with DVC, which otherwise looks for git: an image has neither the program nor the history.
+RUN dvc config --local core.no_scm true && chown -R pixelcnn .
 USER pixelcnn

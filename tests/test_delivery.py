@@ -1,5 +1,7 @@
 """Container and workflow files: what can be held to without Docker and GitHub. docs/packages.md says what was run."""
 
+import json
+import queue
 import re
 import shutil
 import subprocess
@@ -7,11 +9,15 @@ import tomllib
 from importlib.metadata import requires
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
+
+from tests.local import Handler, LocalServer, free_port, stop
+from tests.pipelines.projects import copy_project
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
@@ -68,6 +74,15 @@ def test_containers_are_closed() -> None:
         assert has_check, name
 
 
+def test_a_worker_has_what_a_project_consists_of(tmp_path: Path) -> None:
+    """Also the entries of datasets of one's own, which outlive its container."""
+    copy_project(tmp_path)
+    taken = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir() if not any(path.match(name) for name in taken)] == []
+    worker = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["worker"]
+    assert {volume.partition("/srv/pixelcnn/")[2] for volume in worker["volumes"]} >= {"data", "models", "own"}
+
+
 def test_prometheus_takes_what_compose_gives_it(tmp_path: Path) -> None:
     compose = YAML(typ="safe").load((ROOT / "compose.yaml").read_text())  # which refuses a key that is there twice
     YAML(typ="safe").load(compose["configs"]["prometheus"]["content"])
@@ -80,11 +95,62 @@ def test_prometheus_takes_what_compose_gives_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Debian's package prometheus")
+def test_each_alert_fires_at_its_limit_and_after_its_time() -> None:
+    command = ["promtool", "test", "rules", str(ROOT / "ops/prometheus/alerts_test.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rules, tested = ((ROOT / f"ops/prometheus/{name}.yaml").read_text() for name in ("alerts", "alerts_test"))
+    assert set(re.findall(r"alert: (\w+)", rules)) == set(re.findall(r"alertname=\"(\w+)\"", tested))
+
+
+@pytest.mark.skipif(shutil.which("prometheus-alertmanager") is None, reason="needs Debian's prometheus-alertmanager")
+def test_an_alert_reaches_the_webhook_and_its_end_too(tmp_path: Path) -> None:
+    """As ops/alertmanager says, but for the times; Slack's form, with what the runbooks need."""
+    told: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+
+    class Slack(Handler):
+        def do_POST(self) -> None:
+            told.put(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["attachments"][0])
+            self.reply(200, b"ok")
+
+    settings = yaml.safe_load((ROOT / "ops/alertmanager/alertmanager.yaml").read_text())
+    settings["route"] |= {"group_wait": "0s", "group_interval": "1s"}
+    (channel,) = settings["receivers"][0]["slack_configs"]
+    channel["api_url_file"] = str(tmp_path / "notify_url")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [
+        "prometheus-alertmanager",
+        "--config.file=settings.yaml",
+        "--storage.path=.",
+        "--cluster.listen-address=",
+    ]
+    with (tmp_path / "log").open("w") as log, LocalServer(Slack) as slack:
+        (tmp_path / "notify_url").write_text(f"{slack.url}\n")
+        listen = f"--web.listen-address={url.removeprefix('http://')}"
+        process = subprocess.Popen([*command, listen], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        try:
+            client = httpx.Client(transport=httpx.HTTPTransport(retries=6))  # while it starts
+            alert = {
+                "labels": {"alertname": "PixelCNNDown", "instance": "one:3000", "severity": "page"},
+                "annotations": {"summary": "it is down", "runbook_url": "docs/runbooks.md#pixelcnndown"},
+            }
+            for end, status in (({}, "firing"), ({"endsAt": "2020-01-01T00:00:00Z"}, "resolved")):
+                client.post(f"{url}/api/v2/alerts", json=[alert | end]).raise_for_status()
+                said = told.get(timeout=20)
+                assert said["title"] == f"PixelCNNDown is {status}"
+                assert said["text"].strip() == "it is down (docs/runbooks.md#pixelcnndown)"
+        finally:
+            stop(process)
+
+
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_may_little_and_calls_what_is_there(workflow: Path) -> None:
     text = workflow.read_text()
     assert yaml.safe_load(text)["permissions"] == {"contents": "read"}, "more is for a job to ask for"
     assert all(re.fullmatch(r"v\d+|[0-9a-f]{40}", version) for version in re.findall(r"uses: [\w/-]+@(\S+)", text))
+    assert "run: .ci/run" in text or workflow.stem != "tests", "with the packages that tests need"
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make ([a-z-]+)", text)) <= set(targets)
     # What others wrote is no part of a script: it comes as a variable of the environment.
