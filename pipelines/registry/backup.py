@@ -33,8 +33,8 @@ def _database() -> Path:
     if database is None:
         raise ValueError(
             f"the registry {location()} is no SQLite file: back up its database and artifacts where its server runs "
-            "(PostgreSQL: pg_dump, pg_restore); the model store is exported from it again: python -m pipelines.steps "
-            "repair."
+            "(PostgreSQL: pg_dump, pg_restore, as docs/operations.md says); the model store is exported from it again: "
+            "python -m pipelines.steps repair."
         )
     return database
 

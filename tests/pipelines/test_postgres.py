@@ -20,9 +20,11 @@ from tests.local import free_port, run, stop
 from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset
 from tests.pipelines.sites import Site
 from tests.pipelines.toys import INK, Toy
-from tools.faults.check import check
+from tools.faults.check import check, in_process
 
 pytest.importorskip("psycopg", reason="MLflow's driver is missing: pip install -e '.[cluster]'")
+
+NUM_MACHINES = int(os.environ.get("PIXELCNN_TEST_MACHINES", "1"))  # `make test-slow`: 2
 
 
 @contextmanager
@@ -82,6 +84,48 @@ def test_versions_promotions_and_lineage(postgres: str, tmp_path: Path, monkeypa
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.repeated
+@pytest.mark.skipif(NUM_MACHINES < 2, reason="takes as long as the one above: make test-slow")
+@pytest.mark.timeout(600)
+def test_a_lost_database_is_restored_as_the_page_says(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Database, artifacts and model store are gone; no process has a connection from before."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql+psycopg://{postgres}/lost")
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    monkeypatch.chdir(tmp_path)
+    toy = Toy("mnist5k", tmp_path)
+    address = postgres.partition("@")[2]
+    environment = {**os.environ, "PGHOST": address.partition(":")[0], "PGPORT": address.partition(":")[2]}
+    environment |= {"PGUSER": "postgres", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def type_(lines: str) -> None:
+        for said, here in (
+            (f"pixelcnn:{PASSWORD}@127.0.0.1:5432/mlflow", f"{postgres}/lost"),
+            ("createdb --owner pixelcnn mlflow", "createdb --owner pixelcnn lost"),
+            ("/srv/backups/", f"{tmp_path}/"),
+            ("/shared mlartifacts", f"{tmp_path} mlruns"),
+            ("/shared", str(tmp_path)),
+        ):
+            lines = lines.replace(said, here)
+        done = run(["bash", "-ec", lines], env=environment)
+        assert done.returncode == 0, done.stderr
+
+    def fill() -> None:
+        toy.train(0.3)
+        toy.promote()
+
+    backup, restore = [text for text in blocks(3) if "/srv/backups/mlflow.dump" in text]
+    type_("createuser pixelcnn; createdb --owner pixelcnn mlflow")
+    assert in_process(fill) == 0
+    type_(backup)
+    type_("dropdb --force lost")
+    for name in ("mlruns", "bentoml"):
+        shutil.rmtree(tmp_path / name)
+    type_(restore)
+    assert in_process(lambda: check("mnist5k", num_versions=1, num_runs=1)) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
@@ -110,8 +154,7 @@ def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
 
 # Two machines: a network of its own for each, and a clone at the same path.
 
-NUM_MACHINES = int(os.environ.get("PIXELCNN_TEST_MACHINES", "1"))  # `make test-slow`: 2
-HOST = "10.77.0.1"
+HOST, PASSWORD = "10.77.0.1", "p4ss"
 GATED = "gated_pixelcnn-mnist5k"
 
 
@@ -120,7 +163,7 @@ def blocks(number: int) -> list[str]:
     page = (ROOT / "docs/operations.md").read_text()
     section = page.partition(f"\n## {number}. ")[2].partition("\n## ")[0]
     found = re.findall(r"^ *```bash\n(.*?)^ *```", section, re.MULTILINE | re.DOTALL)
-    return [textwrap.dedent(text).replace("HOST", HOST).replace("SECRET", "p4ss") for text in found]
+    return [textwrap.dedent(text).replace("HOST", HOST).replace("SECRET", PASSWORD) for text in found]
 
 
 class Machine:
