@@ -50,6 +50,7 @@ test-slow: export PIXELCNN_TEST_DAMAGES ?= 1000
 test-slow: export PIXELCNN_TEST_DRAWINGS ?= 10000
 test-slow: export PIXELCNN_TEST_FLIPS ?= 400
 test-slow: export PIXELCNN_TEST_IMAGES ?= 1000
+test-slow: export PIXELCNN_TEST_INSTALL ?= 1
 test-slow: export PIXELCNN_TEST_KILLS ?= 20
 test-slow: export PIXELCNN_TEST_MACHINES ?= 2
 test-slow: export PIXELCNN_TEST_NETWORKS ?= 200

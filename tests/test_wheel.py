@@ -53,25 +53,33 @@ def test_it_holds_code_assets_and_weights(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_works_in_a_new_environment(wheel: Path, tmp_path: Path) -> None:
-    """The command draws with released weights, by name; the packages that it needs are those of this environment."""
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "empty",
+    [
+        pytest.param(False, id="with the packages of this one"),
+        pytest.param(
+            True,
+            id="empty",
+            marks=[
+                pytest.mark.repeated,
+                pytest.mark.skipif("PIXELCNN_TEST_INSTALL" not in os.environ, reason="asks an index: make test-slow"),
+            ],
+        ),
+    ],
+)
+def test_it_works_in_a_new_environment(wheel: Path, tmp_path: Path, empty: bool) -> None:
+    """The command draws with released weights, by name; the library loads them, and the canvas is there."""
     venv.create(tmp_path / "venv", with_pip=False)
     binaries = tmp_path / "venv/bin"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(binaries / "python"),
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-    ]
-    subprocess.run([*pip, str(wheel)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(binaries / "python"), "install", "--quiet"]
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
-    # At the end of the path, and without this clone, which an editable installation adds.
-    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+    if empty:
+        subprocess.run([*pip, f"{wheel}[app]", "-c", str(ROOT / "constraints.txt")], check=True)
+    else:
+        subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
+        # At the end of the path, and without this clone, which an editable installation adds.
+        (site / "others.pth").write_text(sysconfig.get_path("purelib"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = ["sample", "--checkpoint", "pixelcnn-mnist", "--num-samples", "1", "--out", "one.png"]
     done = subprocess.run(
