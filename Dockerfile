@@ -26,7 +26,7 @@ COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['app'], sep='\n')" \
     > app.txt && pip install -r app.txt -c constraints.txt
 COPY .streamlit .streamlit
-COPY app/__init__.py app/client.py app/
+COPY app/__init__.py app/client.py app/environment.py app/
 COPY app/canvas app/canvas
 ENV PYTHONPATH=/srv/pixelcnn
 USER pixelcnn

@@ -17,6 +17,8 @@ import stamina
 from httpx_sse import SSEError, connect_sse
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from app.environment import setting
+
 DEFAULT_URL = "http://127.0.0.1:3000"
 URL_VARIABLE = "PIXELCNN_SERVICE_URL"
 TOKEN_VARIABLE = "PIXELCNN_TOKEN"
@@ -114,8 +116,15 @@ class _Refusal(_Answer):
 
 
 def service_url() -> str:
-    """Return the service's address: the environment's, else the default."""
-    return os.environ.get(URL_VARIABLE, "").strip().rstrip("/") or DEFAULT_URL
+    """Return the service's address: the environment's, else the default.
+
+    Raises:
+        ServiceError: the environment that PIXELCNN_ENVIRONMENT names has none, or PIXELCNN_SERVICE_URL is another's.
+    """
+    try:
+        return setting(URL_VARIABLE, "service").rstrip("/") or DEFAULT_URL
+    except LookupError as error:
+        raise ServiceError(str(error)) from None
 
 
 class ServiceClient:

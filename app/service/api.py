@@ -18,14 +18,13 @@ from typing import Any, cast
 
 import bentoml
 from bentoml.images import Image
-from bentoml.models import BentoModel
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from torch import Tensor
 
 from app.service import gate, wire
 from app.service.batching import Batcher, Job, QueueFull
-from app.service.champions import Champion, Champions, latest_files, released_by_dataset, store_folder
+from app.service.champions import Champion, Champions, pinned_models, released_by_dataset, store_folder
 from app.service.images import to_lists
 from app.service.jobs import SamplingJob, likelihood_job
 from app.service.metrics import metrics
@@ -218,8 +217,7 @@ class PixelCNNService:
 
 
 _service = cast(bentoml.Service[Any], PixelCNNService)
-# What a Bento that is built now pins and holds, by version and hash. A server looks in its store itself.
-_service.models += [BentoModel(f"{latest.parent.name}:{latest.read_text().strip()}") for latest in latest_files()]
+_service.models += pinned_models()
 # The same bits need these releases; the build of PyTorch, for a CPU or a GPU, is the choice of who installs the Bento.
 _pinned = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "numpy", "numba", "llvmlite")]
 _service.image = Image().python_packages(*_pinned)

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import bentoml
+from bentoml.exceptions import BentoMLConfigException
+from bentoml.models import BentoModel
 from pydantic import ValidationError
 
+from app.environment import setting
 from app.service.metrics import metrics
 from app.service.wire import Identity, RequestError, quoted
 from pixelcnn import load_checkpoint
@@ -36,6 +39,7 @@ VERSION = re.compile(r"[a-z0-9][a-z0-9._-]*")  # no path leads out of the store
 REFERENCE_FILE = "reference.json"  # absent where promotion had no data
 POINTERS = {"champion": "latest", "challenger": "challenger"}  # the file that names a role's version
 MODEL_FILE = "model.yaml"  # BentoML's own, with the metadata
+BENTO_FILE = Path(__file__).parents[3] / "bento.yaml"  # there if this code lies in a Bento, in its folder `src`
 FILE_KINDS = (".safetensors", ".json", ".yaml", ".md", ".png")
 POLL_S = 1.0
 RETRY_S, MAX_RETRY_S = 1.0, 60.0  # after a load that failed; the delay doubles with each failure
@@ -175,14 +179,45 @@ def released_by_dataset(first: tuple[str, ...] = ()) -> dict[str, Path]:
 
 
 def store_folder() -> Path:
-    """Return where BentoML keeps its models."""
-    home = os.environ.get("BENTOML_HOME") or ".bentoml"  # of this folder, where a promotion puts champions
+    """Return where the models are: in BENTOML_HOME, or else in `.bentoml` of this folder, where a promotion puts them.
+
+    A Bento without BENTOML_HOME has them where `bentoml import` put it and them.
+
+    Raises:
+        BentoMLConfigException: the environment that PIXELCNN_ENVIRONMENT names is unknown, or has another store.
+    """
+    default = "~/bentoml" if BENTO_FILE.exists() else ".bentoml"
+    try:
+        home = setting("BENTOML_HOME", "store") or default
+    except LookupError as error:
+        raise BentoMLConfigException(str(error)) from None
     return Path(os.path.expandvars(home)).expanduser() / "models"
 
 
-def latest_files() -> list[Path]:
-    """Return the file of each name in the store that says which of its models is served."""
-    return sorted(store_folder().glob(f"{NAME_PREFIX}*/latest"))
+class _PinnedModel(BentoModel):
+    """A served model that a Bento which is built now pins and holds, by version and hash."""
+
+    def to_info(self, alias: str | None = None) -> Any:
+        """Describe it to a build.
+
+        Where BentoML's own commands look for another store than ours, it is copied there: `bentoml export` reads it.
+        """
+        served = store_folder() / self.tag.path()
+        if self.stored is None:
+            bentoml.Model.from_path(served).save()
+        kept = Path(self.stored.path)
+        if not kept.samefile(served):
+            (kept.parent / POINTERS["champion"]).write_text(served.name)
+        return super().to_info(alias)
+
+    def resolve(self, *_: Any, **__: Any) -> None:
+        """Find nothing for a server: it looks through its store itself."""
+
+
+def pinned_models() -> list[BentoModel]:
+    """Return the served model of each name in the store."""
+    pointers = sorted(store_folder().glob(f"{NAME_PREFIX}*/{POINTERS['champion']}"))
+    return [_PinnedModel(f"{pointer.parent.name}:{pointer.read_text().strip()}") for pointer in pointers]
 
 
 @dataclass

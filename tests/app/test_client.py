@@ -215,11 +215,36 @@ def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert service_url() == "http://127.0.0.1:9999"
 
 
+def test_the_named_environment_says_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PIXELCNN_SERVICE_URL", raising=False)
+    monkeypatch.setenv("PIXELCNN_ENVIRONMENT", "staging")
+    with pytest.raises(ServiceError, match=r"'staging', which environments\.yaml .* not describe\. Known: none\."):
+        service_url()
+    Path("environments.yaml").write_text("staging: {store: s, service: 'http://staging:3000'}\nempty: {store: e}")
+    assert service_url() == "http://staging:3000"
+    monkeypatch.setenv("PIXELCNN_SERVICE_URL", "http://production:3000")
+    with pytest.raises(ServiceError, match="PIXELCNN_SERVICE_URL is set, but not to the service of staging"):
+        service_url()
+    monkeypatch.setenv("PIXELCNN_ENVIRONMENT", "empty")
+    with pytest.raises(ServiceError, match="says no service of empty"):
+        service_url()
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT")
+    assert service_url() == "http://production:3000", "development, which the file does not describe"
+
+
 def test_client_knows_the_wire_alone() -> None:
     tree = ast.parse(Path(app.client.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"collections.abc", "httpx", "httpx_sse", "stamina", "pydantic"}
+    assert imported - sys.stdlib_module_names == {
+        "collections.abc",
+        "httpx",
+        "httpx_sse",
+        "stamina",
+        "pydantic",
+        "app.environment",
+    }
 
 
 def test_a_named_client_sends_its_name() -> None:

@@ -58,14 +58,19 @@ class Served:
 
 @contextmanager
 def serving(home: Path, log: Path, port: int | None = None, **environment: str) -> Iterator[Served]:
-    """Serve the models of a store, BENTOML_HOME, until the end of the block."""
+    """Serve the models of a store, BENTOML_HOME, until the end of the block.
+
+    A store `.bentoml` is found as that of the current folder instead: the variable is unset.
+    """
     port = port or free_port()
-    settings = {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT), **environment}
+    by_default = home.name == ".bentoml"
+    place = {"HOME": str(log.parent)} if by_default else {"BENTOML_HOME": str(home)}
+    settings = {**place, "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT), **environment}
     with open(log, "w") as output:
         process = subprocess.Popen(
             [BENTOML, "serve", "app.service:PixelCNNService", "--port", str(port)],
-            cwd=ROOT,
-            env={**os.environ, **settings},
+            cwd=home.parent if by_default else ROOT,
+            env={**{name: value for name, value in os.environ.items() if name != "BENTOML_HOME"}, **settings},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

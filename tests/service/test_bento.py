@@ -1,6 +1,7 @@
-"""The Bento, taken to an empty store as one file, and served there from another folder."""
+"""The Bento, taken to an empty store as one file, and served there from another folder; BENTOML_HOME is nowhere set."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,13 +27,22 @@ REQUEST = {
 
 @pytest.mark.slow
 def test_bento_answers_like_the_service(client, service_home, tmp_path):
-    expected = client.post("/complete", json=REQUEST).json()
-    environment = {**os.environ, "BENTOML_HOME": str(service_home), "BENTOML_DO_NOT_TRACK": "True"}
+    project, home = tmp_path / "project", tmp_path / "home"
+    for folder in ("app", "pixelcnn"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("bentofile.yaml", "constraints.txt"):
+        shutil.copy(ROOT / file, project)
+    (project / ".bentoml").symlink_to(service_home)
+    environment = {**os.environ, "HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
     # A Bento brings its own code: what is installed here must not stand in for it.
-    environment.pop("PYTHONPATH", None)
-    built = run([BENTOML, "build", "--output", "tag"], cwd=ROOT, env=environment)
+    for name in ("PYTHONPATH", "BENTOML_HOME"):
+        environment.pop(name, None)
+    old = home / "bentoml/models/pixelcnn-grey/latest"  # of a Bento that was built before
+    old.parent.mkdir(parents=True)
+    old.write_text("v0-0")
+    built = run([BENTOML, "build", "--output", "tag"], cwd=project, env=environment)
     assert built.returncode == 0, built.stderr
-    sources = service_home / "bentos/pixelcnn" / built.stdout.strip().rpartition(":")[2] / "src"
+    sources = home / "bentoml/bentos/pixelcnn" / built.stdout.strip().rpartition(":")[2] / "src"
     files = {str(file.relative_to(sources)) for file in sources.rglob("*") if file.is_file()}
     assert {"app/service/api.py", "pixelcnn/models/base.py"} <= files
     own = ("app", "pixelcnn", "bentofile.yaml", "constraints.txt")
@@ -52,8 +62,9 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
     ):
         done = run([BENTOML, *words], env=environment)
         assert done.returncode == 0, done.stderr
-        environment["BENTOML_HOME"] = str(tmp_path / "empty")
-    served = {str(path.relative_to(tmp_path / "empty/models")) for path in tmp_path.glob("empty/models/*/*/")}
+        environment["HOME"] = str(tmp_path / "empty")
+    models = tmp_path / "empty/bentoml/models"
+    served = {str(path.relative_to(models)) for path in models.glob("*/*/")}
     assert served == {f"{latest.parent.name}/{latest.read_text()}" for latest in service_home.glob("models/*/latest")}
 
     port = free_port()
@@ -78,7 +89,11 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
                     break
             except httpx.TransportError:
                 time.sleep(0.1)
-        assert httpx.post(f"{url}/complete", json=REQUEST, timeout=60).json() == expected
+        # By now both have the compiled sampler.
+        assert (
+            httpx.post(f"{url}/complete", json=REQUEST, timeout=60).json()
+            == client.post("/complete", json=REQUEST).json()
+        )
         assert httpx.get(f"{url}/models").json() == client.get("/models").json()
         # Through a real server, too, a huge body is refused in the one form.
         response = httpx.post(

@@ -24,7 +24,7 @@ REQUEST = {"dataset": "grey", "num_samples": 2, "seed": 1}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("operated") / "bentoml"
+    home = tmp_path_factory.mktemp("operated") / ".bentoml"
     home.mkdir()
     return home
 
@@ -92,6 +92,7 @@ def test_a_second_service_of_the_store_does_not_spoil_the_first_ones_counts(serv
     before = metric(served, count)
     assert before >= 1
     with serving(home, home.parent / "second-log") as second:
+        assert get(second, "/models").json() == get(served, "/models").json()  # from the start, BENTOML_HOME unset
         assert metric(served, count) == before
         assert metric(second, count) == 0
         post(served)

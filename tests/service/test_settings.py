@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from bentoml.exceptions import BentoMLConfigException
 
+from app.service.champions import store_folder
 from app.service.settings import Settings, load_settings
 from tests.local import run
 
@@ -57,6 +58,29 @@ def test_a_wrong_value_ends_the_start_with_one_sentence(tmp_path):
     assert done.returncode == 1
     assert "PIXELCNN_TIMEOUT_S must be a valid integer, got 'soon'. Set it anew." in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_named_environment_says_the_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BENTOML_HOME")
+    monkeypatch.setenv("PIXELCNN_ENVIRONMENT", "staging")
+    with pytest.raises(BentoMLConfigException, match=r"'staging', which environments\.yaml .*Known: none\."):
+        store_folder()
+    Path("environments.yaml").write_text("staging: {store: /srv/staging}\nproduction: {store: /srv/production}")
+    assert store_folder() == Path("/srv/staging/models")
+    monkeypatch.setenv("BENTOML_HOME", "/srv/production")
+    with pytest.raises(
+        BentoMLConfigException, match=r"BENTOML_HOME is set, but not to the store of staging\. Unset it"
+    ):
+        store_folder()
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT")
+    assert store_folder() == Path("/srv/production/models")
+    monkeypatch.delenv("BENTOML_HOME")
+    assert store_folder() == Path(".bentoml/models")
+    for text in ("staging: [", "staging: /srv/staging"):
+        Path("environments.yaml").write_text(text)
+        with pytest.raises(BentoMLConfigException, match="must give each environment a registry, a store"):
+            store_folder()
 
 
 def test_the_readme_has_every_setting_with_its_default():
