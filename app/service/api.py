@@ -124,18 +124,22 @@ class PixelCNNService:
 
     @contextlib.contextmanager
     def _measured(self, endpoint: str, dataset: str) -> Iterator[None]:
-        """Record the seconds of an answer, or that its client disconnected."""
-        start = time.perf_counter()
+        """Record the seconds of an answer, be it a failure, or that its client disconnected."""
+        start, has_left = time.perf_counter(), False
         try:
             yield
         except (asyncio.CancelledError, GeneratorExit):
-            self.metrics.disconnects.labels(endpoint, dataset).inc()
+            has_left = True
             raise
-        self.metrics.seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
+        finally:
+            if has_left:
+                self.metrics.disconnects.labels(endpoint, dataset).inc()
+            else:
+                self.metrics.seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
 
     async def _answer(self, endpoint: str, dataset: str, job: Job) -> Any:
+        self._submit(job)
         with self._measured(endpoint, dataset):
-            self._submit(job)
             return await asyncio.wrap_future(job.done)  # cancelled with the request
 
     @models_app.get("/models")
@@ -190,12 +194,13 @@ class PixelCNNService:
                 while (event := await asyncio.wait_for(events.get(), end - loop.time())) is not None:
                     yield event
                 yield wire.server_sent_event("result", job.done.result().model_dump_json())
-            self.drawings.completed("complete_stream", request.dataset, job)
+            loop.call_soon(self.drawings.completed, "complete_stream", request.dataset, job)
         except Exception as error:
-            text = f"the completion took longer than {settings.timeout_s} s: ask for less."
+            status, text = 504, f"the completion took longer than {settings.timeout_s} s: ask for less."
             if not isinstance(error, TimeoutError):
                 logger.exception("completion failed while it was streamed")
-                text = "the completion failed: the service's log says why."
+                status, text = 500, "the completion failed: the service's log says why."
+            note(status=status)  # its response began as 200
             yield wire.server_sent_event("error", json.dumps({"error": text}))
         finally:
             job.done.cancel()  # The client may have disconnected: stop drawing.

@@ -82,11 +82,14 @@ class Prometheus:
             )
 
     def firing(self) -> set[str]:
+        """Return the names of what fires, each alone and with its endpoint, as in `PixelCNNSlow complete`."""
         try:
             alerts = httpx.get(f"{self.url}/api/v1/alerts", timeout=5).json()["data"]["alerts"]
         except (httpx.TransportError, ValueError):  # it is only starting
             return set()
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+        found = [alert["labels"] for alert in alerts if alert["state"] == "firing"]
+        names = {labels["alertname"] for labels in found}
+        return names | {f"{labels['alertname']} {labels.get('endpoint')}" for labels in found}
 
     def __enter__(self) -> "Prometheus":
         return self
@@ -158,9 +161,13 @@ def test_each_alert_fires_and_resolves(tmp_path, monkeypatch):
                     httpx.post(f"{served.url}{path}", json=body, headers={"X-Client": client}, timeout=60)
 
             complete = {"dataset": "grey", **DRAWING}
+            _, height, width = SLOW.image_shape
+            unknown = {"image": [[[0, 0, 0]] * width] * height, "observed": [[0] * width] * height}
+            endless = {"dataset": "slow", "num_samples": 16, **unknown}
             load: list[Callable[[], None]] = [
-                lambda: ask("/generate", "slow", {"dataset": "slow", "num_samples": 16}),  # longer than may be: 504
+                lambda: ask("/complete_stream", "slow", endless),  # longer than may be: a stream that ends in 504
                 lambda: ask("/complete", "one", complete),
+                lambda: ask("/complete_stream", "two", complete),
                 lambda: ask("/generate", "slow", {"dataset": "grey"}),  # the client's second request: 429
             ]
             threads = [threading.Thread(target=work) for work in load]
@@ -176,6 +183,7 @@ def test_each_alert_fires_and_resolves(tmp_path, monkeypatch):
             try:
                 for name in under_load:
                     fires(name)
+                wait_until(lambda: {"PixelCNNSlow complete", "PixelCNNSlow complete_stream"} <= prometheus.firing())
             finally:
                 end.set()
                 for thread in threads:

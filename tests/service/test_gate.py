@@ -13,6 +13,7 @@ from app.client import ServiceClient, ServiceError
 from app.service import api as service
 from app.service import gate, wire
 from app.service.settings import settings
+from tests.service.test_metrics import read
 
 TOKEN = "s3cret-token"
 OPEN = ("/healthz", "/livez", "/readyz")
@@ -260,7 +261,12 @@ def test_a_stream_ends_in_time(client, monkeypatch):
     monkeypatch.setattr(settings, "timeout_s", 0.05)
     monkeypatch.setattr(service.Batcher, "submit", lambda self, job: None)
     body = {"dataset": "grey", "image": [[0] * 4] * 5, "observed": [[0] * 4] * 5}
+    seconds = {"endpoint": "complete_stream", "dataset": "grey"}
+    counted = {"path": "/complete_stream", "status": "504"}
+    before = [read("pixelcnn_request_seconds_sum", **seconds), read("pixelcnn_requests_total", **counted)]
     assert "took longer than 0.05 s: ask for less" in client.post("/complete_stream", json=body).text
+    assert read("pixelcnn_request_seconds_sum", **seconds) > before[0] + 0.04
+    assert read("pixelcnn_requests_total", **counted) == before[1] + 1
 
 
 def test_requests_that_come_together_are_read_one_per_turn_of_the_loop():

@@ -5,6 +5,7 @@ import base64
 import importlib
 import itertools
 import json
+import logging
 import math
 import shutil
 import sys
@@ -37,6 +38,7 @@ from pixelcnn.checkpoint import sha256_of
 from pixelcnn.images import to_png
 from tests.local import run
 from tests.service.champions import COLOUR, GREY, SCORES, make_checkpoint, put, wait_until
+from tests.service.test_metrics import read
 
 IMAGE = [[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 OBSERVED = [[1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
@@ -260,14 +262,22 @@ def test_stream_refuses_before_it_begins(client):
     assert "observed must be a list" in error_of(client.post("/complete_stream", json={**COMPLETE, "observed": 1}), 400)
 
 
-def test_stream_that_fails_ends_with_an_error_event(client, monkeypatch):
+def test_stream_that_fails_ends_with_an_error_event(client, monkeypatch, caplog):
     def fail(*arguments, **more):
         raise RuntimeError("secret details")
 
     monkeypatch.setattr(jobs, "complete_and_score", fail)
+    labels = {"endpoint": "complete_stream", "dataset": "grey"}
+    before = read("pixelcnn_request_seconds_count", **labels)
+    failed = read("pixelcnn_requests_total", path="/complete_stream", status="500")
+    caplog.set_level(logging.INFO, "bentoml.pixelcnn.requests")
     ((kind, event),) = read_events(client.post("/complete_stream", json=COMPLETE))
     assert kind == "error"
     assert event == {"error": "the completion failed: the service's log says why."}
+    # On call it is a failure, though its first byte was sent with status 200.
+    assert caplog.records[-1].line["status"] == 500
+    assert read("pixelcnn_requests_total", path="/complete_stream", status="500") == failed + 1
+    assert read("pixelcnn_request_seconds_count", **labels) == before + 1
 
 
 @pytest.mark.usefixtures("client", "use_home")

@@ -1,7 +1,8 @@
 """One line of the log for each request, as JSON, under an ID that its client knows, too; nothing of what was drawn.
 
 A line has `request_id`, `method`, `path`, `status`, `seconds`; where a model answered `dataset` and `version`; where it
-computed `waited_s`, before its call began. Health checks and /metrics have none.
+computed `waited_s`, before its call began. A stream that ends in an error has that error's status. Health checks and
+/metrics have none.
 """
 
 import json
@@ -63,7 +64,7 @@ class RequestLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         sent = dict(scope["headers"]).get(ID_HEADER.encode(), b"").decode("latin-1")
-        line = {"request_id": sent if ID.fullmatch(sent) else secrets.token_hex(8)}
+        line: dict[str, Any] = {"request_id": sent if ID.fullmatch(sent) else secrets.token_hex(8)}
         line |= {"method": scope["method"], "path": scope["path"][:MAX_PATH]}
         line_of_request.set(line)
         start = time.perf_counter()
@@ -84,7 +85,9 @@ class RequestLog:
         finally:
             seconds = time.perf_counter() - start
             # Without a status BentoML has cancelled it, which then answers by itself: its time was up.
-            self._tell(scope["path"], {**line, "status": status or 504, "seconds": round(seconds, 4)})
+            # A stream notes how it failed, after it had begun as 200.
+            status = line.pop("status", status) or 504
+            self._tell(scope["path"], {**line, "status": status, "seconds": round(seconds, 4)})
 
     def _tell(self, path: str, line: dict[str, Any]) -> None:
         if settings.watch and path not in QUIET:
