@@ -54,7 +54,7 @@ class Metrics:
         self.drawn = Histogram(
             "pixelcnn_drawn_bits_per_dim",
             "What people draw: of /complete the known pixels, each given what lies before it in the first completion; "
-            "of /likelihood the image. Of completions at most one a second is scored, and none while somebody waits.",
+            "of /likelihood the image. Of completions every fourth is scored, and none while somebody waits.",
             by,
             buckets=BITS_PER_DIM,
         )
@@ -66,12 +66,17 @@ class Metrics:
         )
         self.drift = gauge(
             "pixelcnn_drift",
-            "1 while drawings are not distributed like the reference.",
+            "1 while drawings are not distributed like the reference; NaN where there is none.",
             ["dataset", "statistic"],
+        )
+        self.drift_watched = gauge(
+            "pixelcnn_drift_watched",
+            "1 where drawings are compared with a reference, 0 where the champion came without one.",
+            ["dataset"],
         )
         self.drift_distance = gauge(
             "pixelcnn_drift_distance",
-            "Kolmogorov-Smirnov distance of the last window to the reference.",
+            "Kolmogorov-Smirnov distance of the last window to the reference; NaN where there is none.",
             ["dataset", "statistic"],
         )
         self.shadow = gauge(

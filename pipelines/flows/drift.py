@@ -40,6 +40,10 @@ def watch_drift(
         answer = httpx.get(f"{url}/drawings", timeout=TIMEOUT_S, trust_env=False, headers=headers).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConnectionError(f"the service at {url} does not tell of drawings ({error})") from error
+    for dataset, told in answer.json().items():
+        if action != "nothing" and not told["watched"]:
+            text = "drawings of %s are not watched: version %s came without a reference"
+            get_run_logger().warning(text, dataset, told["version"])
     drifted = {dataset: told for dataset, told in answer.json().items() if told["drifted_since"]}
     for dataset, told in drifted.items():
         if action != "nothing":

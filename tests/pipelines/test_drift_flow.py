@@ -55,6 +55,7 @@ class Other(LocalServer):
     def __init__(self, drifted_since: str | None) -> None:
         drift = {"ink_share": {"drifted": True, "distance": 0.5, "limit": 0.29, "windows": 3, "in_window": 0}}
         told = {"mnist5k": {"version": "1", "drifted_since": drifted_since, "drift": drift, "shadow": None}}
+        told["mnist5k"]["watched"] = drifted_since is not None
         self.sent: list[bytes] = []
         sent = self.sent
 
@@ -69,7 +70,9 @@ class Other(LocalServer):
         super().__init__(Telling)
 
 
-def test_drift_triggers_what_was_chosen(weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drift_triggers_what_was_chosen(
+    weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     release("pixelcnn-mnist5k")
     asked: list[dict] = []
     monkeypatch.setattr(drift, "run_deployment", lambda name, **values: asked.append({"name": name, **values}))
@@ -86,6 +89,7 @@ def test_drift_triggers_what_was_chosen(weights: Path, prefect_server: str, monk
         assert len({one["idempotency_key"] for one in asked}) == 1, "Prefect makes one run of a key"
     with Other(None) as other:
         assert drift.watch_drift("retrain", other.url) == {}
+        assert "drawings of mnist5k are not watched: version 1 came without a reference" in caplog.text
     with pytest.raises(ConnectionError, match="does not tell of drawings"):
         drift.watch_drift("report", "http://127.0.0.1:9")
     with pytest.raises(LookupError, match="no service is named: set service_url"):

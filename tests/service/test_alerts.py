@@ -98,13 +98,14 @@ class Prometheus:
         stop(self.process)
 
 
-def champion(folder: Path, version: str, seed: int, reference: list[float]) -> str:
-    """Put a champion of grey with a reference into the store; return its tag."""
+def champion(folder: Path, version: str, seed: int, reference: list[float] | None) -> str:
+    """Put a champion of grey into the store, with a reference if there is one; return its tag."""
     tag = put(folder, "grey", GREY, f"{version}0", seed)  # for its metadata
     checkpoint = folder / f"with-reference-{version}"
     make_checkpoint(checkpoint, GREY, seed)
     names = ("bits_per_dim", "ink_share", "known_share")
-    (checkpoint / "reference.json").write_text(json.dumps(dict.fromkeys(names, reference)))
+    if reference is not None:
+        (checkpoint / "reference.json").write_text(json.dumps(dict.fromkeys(names, reference)))
     metadata = {key: value for key, value in store.metadata_of(tag).items() if key != "manifest_sha256"}
     return store.export(checkpoint, {**metadata, "version": version})
 
@@ -188,8 +189,12 @@ def test_each_alert_fires_and_resolves(tmp_path, monkeypatch):
                 end.set()
                 for thread in threads:
                     thread.join()
-            store.serve(champion(tmp_path, "3", worse, [0.5] * 200))
-            wait_until(lambda: httpx.get(f"{served.url}/models").json()["grey"]["model"]["version"] == "3")
-            httpx.post(f"{served.url}/complete", json=complete, timeout=60)
-            resolves(*under_load)
+            for version, reference in (("3", None), ("4", [0.5] * 200)):
+                store.serve(champion(tmp_path, version, worse, reference))
+                told = f'"version":"{version}"'
+                wait_until(lambda told=told: told in httpx.get(f"{served.url}/models").text)
+                httpx.post(f"{served.url}/complete", json=complete, timeout=60)
+                if reference is None:
+                    fires("PixelCNNDriftUnwatched")
+            resolves(*under_load, "PixelCNNDriftUnwatched")
     assert set(fired) == set(resolved) == set(ALERTS)

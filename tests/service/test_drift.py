@@ -1,47 +1,110 @@
 """What is told of drawings: found when it changes, silent while it doesn't; and a challenger's figures beside."""
 
 import json
+import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import prometheus_client
 import pytest
 import torch
+from torch import Tensor
 
-from app.service.operation import drawings as module
-from app.service.operation.drift import WINDOW, Drift, Paired, distance, limit
+from app.service.batching import Batcher
+from app.service.champions import Champion, Champions
+from app.service.operation.drawings import Drawings
+from app.service.operation.drift import SCORE_EVERY, WINDOW, Drift, Paired, distance, drifts_from, limit
+from app.service.wire import Identity
 from pipelines.registry import store
+from pixelcnn import GatedPixelCNNConfig, build_model, log_prob
 from pixelcnn.completion import drawing_bits_per_dim, shares_of_drawing
+from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.observed import strokes
 from tests.service.champions import GREY, make_checkpoint, put, wait_until
 from tests.service.test_metrics import read
 
 IMAGE, OBSERVED = [[1, 0, 1, 0]] * 5, [[1] * 4] * 2 + [[0] * 4] * 3
+SIDE = 10
 
 
-def population(num: int, seed: int, side: int = 10) -> dict[str, list[float]]:
-    """Return the shares of random strokes, known with some of what surrounds them."""
-    rng = np.random.default_rng(seed)
-    drawn = torch.from_numpy(strokes(rng, num, side, side))[:, None]
+def drawings(num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return random strokes as levels, and what is known: they and some of what surrounds them."""
+    drawn = torch.from_numpy(strokes(np.random.default_rng(seed), num, SIDE, SIDE))[:, None]
     known = drawn | (torch.rand(drawn.shape, generator=torch.Generator().manual_seed(seed)) < 0.3)
-    return {name: values.tolist() for name, values in shares_of_drawing(drawn.long(), known, 2).items()}
+    return drawn.long(), known
 
 
-def test_no_false_alarm_in_10_000_of_the_reference_and_a_change_is_found_within_200():
-    reference = population(200, seed=1)
-    for name, values in population(10_000, seed=2).items():
-        drift = Drift(reference[name])
-        for value in values:
-            drift.add(value)
-            assert not drift.has_drifted
-        assert drift.num_windows == 10_000 // WINDOW
-    values = population(60, seed=3)["ink_share"]  # in the middle of a window
-    changed = [0.5 * value for value in population(200, seed=4)["ink_share"]]
+def statistics(model: AutoregressiveModel, levels: Tensor, known: Tensor) -> dict[str, list[float]]:
+    found = {"bits_per_dim": drawing_bits_per_dim(model, levels, known), **shares_of_drawing(levels, known, 2)}
+    return {name: values.tolist() for name, values in found.items()}
+
+
+@pytest.fixture(scope="module")
+def model() -> AutoregressiveModel:
+    """A network that has learned strokes."""
+    torch.manual_seed(0)
+    config = GatedPixelCNNConfig(image_shape=(1, SIDE, SIDE), num_levels=2, num_features=4, num_layers=2, kernel_size=3)
+    model = build_model(config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for seed in range(100, 130):
+        loss = -log_prob(model, drawings(16, seed)[0]).mean()
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= 0.01 * gradient
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def reference(model) -> dict[str, list[float]]:
+    return statistics(model, *drawings(200, seed=1))
+
+
+def test_no_false_alarm_in_10_000_of_the_reference_and_a_change_is_found_within_200(model, reference):
+    drifts = drifts_from(reference)
+    for name, values in statistics(model, *drawings(10_000, seed=2)).items():
+        for value in values[:: SCORE_EVERY if name == "bits_per_dim" else 1]:
+            drifts[name].add(value)
+            assert not drifts[name].has_drifted
+        assert drifts[name].num_windows == 10_000 // WINDOW
+    values = statistics(model, *drawings(60, seed=3))["ink_share"]  # in the middle of a window
+    changed = [0.5 * value for value in statistics(model, *drawings(200, seed=4))["ink_share"]]
     drift = Drift(reference["ink_share"])
     found = [drift.add(value) and drift.has_drifted for value in [*values, *changed]]
     assert True in found
     assert found.index(True) < 60 + 200
-    for value in population(200, seed=5)["ink_share"]:
+    for value in statistics(model, *drawings(200, seed=5))["ink_share"]:
         drift.add(value)
     assert not drift.has_drifted, "it ends with its cause"
+
+
+def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fast(model, reference, tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion = Champion(model, Identity(**lineage), {}, reference)
+    batcher = Batcher(36, 48)
+    watch = Drawings(batcher, Champions(tmp_path))
+
+    def draw(levels: Tensor, known: Tensor) -> None:
+        for image, observed in zip(levels[:, None], known[:, None], strict=True):
+            request = SimpleNamespace(dataset="strokes")
+            job: Any = SimpleNamespace(champion=champion, request=request, image=image, levels=image)
+            job.observed, job.label = observed, None
+            watch.completed("complete", "strokes", job)
+
+    def drifted() -> dict[str, bool]:
+        return {name: told["drifted"] for name, told in watch.describe()["strokes"]["drift"].items()}
+
+    draw(*drawings(150, seed=3))  # to the middle of a window
+    wait_until(lambda: watch.describe()["strokes"]["drift"]["bits_per_dim"]["in_window"] == 150 // SCORE_EVERY % 25)
+    assert not any(drifted().values())
+    # The same shares of ink and of what is known, but scattered dots in place of strokes.
+    levels, known = drawings(200, seed=4)
+    places = torch.rand(levels.shape, generator=torch.Generator().manual_seed(0)).flatten(2).argsort(2)
+    draw(*(values.flatten(2).gather(2, places).view_as(levels) for values in (levels, known)))
+    wait_until(lambda: drifted()["bits_per_dim"])
+    assert drifted() == {"bits_per_dim": True, "ink_share": False, "known_share": False}
+    batcher.close()
 
 
 def test_the_limit_keeps_the_rate_of_false_alarms_that_it_states():
@@ -65,8 +128,7 @@ def test_the_interval_of_differences():
     assert (low, high) == (pytest.approx(values.mean() - half), pytest.approx(values.mean() + half))
 
 
-def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, service_home, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "SCORE_EVERY_S", 0)
+def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, service_home, tmp_path, caplog):
     # A champion with a reference that is not like what is drawn here; its challenger is another version.
     tags = []
     for version, seed in (("1", 5), ("2", 6)):
@@ -105,6 +167,13 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     assert told["shadow"]["bits_per_dim_less"]["mean"] == pytest.approx(bits[1] - bits[0], abs=1e-5)
     assert told["shadow"]["bits_per_dim_less"]["low"] == pytest.approx(bits[1] - bits[0], abs=1e-5)
     assert read("pixelcnn_shadow_drawings", dataset="watched") >= told["shadow"]["drawings"]
-    # A champion without a reference: nothing is tested, and the answers are those of the champion alone.
-    assert client.get("/drawings").json().get("grey", {"drift": {}})["drift"] == {}
     assert answers[0]["model"]["version"] == "3"
+    assert told["watched"]
+    assert read("pixelcnn_drift_watched", dataset="watched") == 1
+    # A champion without a reference: nothing is tested, and that is told.
+    client.post("/complete", json={**body, "dataset": "grey"})
+    wait_until(lambda: "grey" in client.get("/drawings").json())
+    told = client.get("/drawings").json()["grey"]
+    assert (told["watched"], told["drift"]) == (False, {})
+    assert prometheus_client.REGISTRY.get_sample_value("pixelcnn_drift_watched", {"dataset": "grey"}) == 0
+    assert math.isnan(read("pixelcnn_drift", dataset="grey", statistic="ink_share")), "neither 0 nor 1"

@@ -1,7 +1,6 @@
 """What the service tells Prometheus, as prometheus_client keeps it; test_service_faults.py reads it from /metrics."""
 
 import math
-import time
 
 import prometheus_client
 import pytest
@@ -67,8 +66,7 @@ def test_what_people_draw_is_told_as_bits_per_dim(client):
 
 def test_what_is_known_of_a_completion_is_scored(client, grey, monkeypatch):
     """With the upper part known it is the likelihood of those rows, whatever was drawn below them."""
-    monkeypatch.setattr(drawings, "SCORE_EVERY_S", 0)
-    time.sleep(1)  # what an earlier test has drawn
+    monkeypatch.setattr(drawings, "SCORE_EVERY", 1)
     labels = {"dataset": "grey", "endpoint": "complete"}
     before = read("pixelcnn_drawn_bits_per_dim_sum", **labels)
     count = read("pixelcnn_drawn_bits_per_dim_count", **labels)

@@ -1,13 +1,14 @@
 """What people draw: compared with the champion's reference, and scored by a challenger, too. Figures alone are kept.
 
-All of it happens after the answer, in a lane of its own: one drawing at a time, at most one a second, and none while a
-request waits. A challenger is another version, named in the model store by `pipelines.steps shadow`.
+All of it happens after the answer. Every fourth drawing of a dataset is scored, in a lane of its own: one at a time,
+and none while a request waits. A challenger is another version, named in the model store by `pipelines.steps shadow`.
 """
 
 import contextlib
 import logging
+import math
 import threading
-import time
+from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -16,29 +17,34 @@ from app.service.batching import Batcher, Job, QueueFull
 from app.service.champions import Champion, Champions
 from app.service.jobs import SamplingJob
 from app.service.metrics import metrics
-from app.service.operation.drift import STATISTICS, Drift, Paired
+from app.service.operation.drift import SCORE_EVERY, STATISTICS, WINDOW, Drift, Paired, drifts_from
 from app.service.settings import settings
 from pixelcnn.completion import drawing_bits_per_dim, shares_of_drawing
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
-SCORE_EVERY_S = 1.0
+MAX_UNSCORED = 2 * WINDOW // SCORE_EVERY  # drawings of a dataset that wait to be scored; the oldest are dropped
 
 
 class _Score(Job):
-    """A finished completion, whose known part is scored: `done` holds each model's bits per dimension."""
+    """A finished completion, whose known part is scored: `done` holds each model's bits per dimension.
 
-    def __init__(self, finished: SamplingJob, models: list[Champion]) -> None:
-        self.finished, self.models = finished, models
+    Args:
+        models: the champion, and its challenger if there is one.
+    """
+
+    def __init__(self, endpoint: str, finished: SamplingJob, models: list[Champion]) -> None:
+        assert finished.levels is not None
+        self.endpoint, self.dataset, self.models = endpoint, finished.request.dataset, models
+        # Copies of the first image: what else its call has computed is not kept until there is time.
+        self.levels, self.observed = finished.levels[:1].clone(), finished.observed[:1].clone()
+        self.label = None if finished.label is None else finished.label[:1]
         super().__init__("drawings", object(), 1)
 
     @staticmethod
     def run_together(jobs: list["_Score"]) -> None:
         for job in jobs:
-            of = job.finished
-            assert of.levels is not None
-            label = None if of.label is None else of.label[:1]
-            scored = [drawing_bits_per_dim(one.model, of.levels[:1], of.observed[:1], label) for one in job.models]
+            scored = [drawing_bits_per_dim(one.model, job.levels, job.observed, job.label) for one in job.models]
             job.finish([bits.item() for bits in scored])
 
 
@@ -48,9 +54,16 @@ class _Watched:
 
     champion: Champion
     drifts: dict[str, Drift]
+    num_drawings: int = 0
+    unscored: deque[_Score] = field(default_factory=lambda: deque(maxlen=MAX_UNSCORED))
     since: str | None = None  # when the present drift was found, ISO 8601
     challenger: Champion | None = None
     paired: Paired = field(default_factory=Paired)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether its champion came with a reference of all statistics."""
+        return set(STATISTICS) <= set(self.drifts)
 
 
 class Drawings:
@@ -65,7 +78,6 @@ class Drawings:
         self._batcher, self._challengers = batcher, challengers
         self._watched: dict[str, _Watched] = {}
         self._score: Job | None = None  # the last that was begun
-        self._next_score = 0.0  # time.monotonic()
         self._lock = threading.Lock()  # shares come from the event loop, scores from their lane
 
     def completed(self, endpoint: str, dataset: str, job: SamplingJob) -> None:
@@ -73,17 +85,28 @@ class Drawings:
         if not settings.watch or not bool(job.observed[0].any()):
             return
         shares = shares_of_drawing(job.image[:1], job.observed[:1], job.champion.config.num_levels)
-        for name, value in shares.items():
-            metrics().drawn_share.labels(dataset, name).observe(value.item())
-            self._add(dataset, job.champion, name, value.item())
-        now = time.monotonic()
-        is_free = self._score is None or self._score.done.done()
-        if not is_free or self._batcher.num_waiting or now < self._next_score:
-            return
-        self._next_score = now + SCORE_EVERY_S
-        challenger = self._challenger_of(dataset, job.champion)
-        score = self._score = _Score(job, [job.champion, *([challenger] if challenger else [])])
-        score.done.add_done_callback(lambda done: self._scored(endpoint, dataset, score))
+        with self._lock:
+            watched = self._of(dataset, job.champion)
+            for name, value in shares.items():
+                metrics().drawn_share.labels(dataset, name).observe(value.item())
+                self._add(dataset, watched, name, value.item())
+            watched.num_drawings += 1
+            if watched.num_drawings % SCORE_EVERY == 0:
+                challenger = self._challenger_of(dataset, job.champion)
+                models = [job.champion, *([challenger] if challenger else [])]
+                watched.unscored.append(_Score(endpoint, job, models))
+        self._score_next()
+
+    def _score_next(self) -> None:
+        """Score a drawing of the dataset that has most of them, unless one is being scored or a request waits."""
+        with self._lock:
+            unscored = max((watched.unscored for watched in self._watched.values()), key=len, default=None)
+            is_free = self._score is None or self._score.done.done()
+            if not unscored or not is_free or self._batcher.num_waiting:
+                return
+            score = unscored.popleft()
+            self._score = score
+        score.done.add_done_callback(lambda _: self._scored(score))
         with contextlib.suppress(QueueFull):
             self._batcher.submit(score)
             return
@@ -99,55 +122,62 @@ class Drawings:
         return None if found is None or found.identity == champion.identity else found
 
     def _of(self, dataset: str, champion: Champion) -> _Watched:
-        """Return what is known of a champion's drawings; a new champion begins anew."""
+        """Return what is known of a champion's drawings; a new champion begins anew. The lock is held."""
         watched = self._watched.get(dataset)
         if watched is None or watched.champion is not champion:
-            drifts = {name: Drift(values) for name, values in champion.reference.items()}
+            drifts = drifts_from(champion.reference)
             watched = self._watched[dataset] = _Watched(champion, drifts)
-            for name in STATISTICS:
-                metrics().drift.labels(dataset, name).set(0)
+            metrics().drift_watched.labels(dataset).set(watched.is_compared)
+            for name in STATISTICS:  # nothing is told of what is not compared
+                metrics().drift.labels(dataset, name).set(0 if name in drifts else math.nan)
+                metrics().drift_distance.labels(dataset, name).set(math.nan)
             metrics().shadow_drawings.labels(dataset).set(0)
         return watched
 
-    def _add(self, dataset: str, champion: Champion, name: str, value: float) -> None:
-        with self._lock:
-            watched = self._of(dataset, champion)
-            drift = watched.drifts.get(name)
-            if drift is None or not drift.add(value):
-                return
-            metrics().drift.labels(dataset, name).set(drift.has_drifted)
-            metrics().drift_distance.labels(dataset, name).set(drift.distance)
-            drifted = [name for name, one in watched.drifts.items() if one.has_drifted]
-            if drifted and watched.since is None:
-                watched.since = datetime.now(UTC).isoformat(timespec="seconds")
-                text = "drawings of %s are not like the reference of version %s: %s differs by %.2f."
-                logger.warning(text, dataset, champion.identity.version, name, drift.distance)
-            elif not drifted and watched.since is not None:
-                watched.since = None
-                logger.info("drawings of %s are like the reference again.", dataset)
+    def _add(self, dataset: str, watched: _Watched, name: str, value: float) -> None:
+        """Add a value of a statistic. The lock is held."""
+        drift = watched.drifts.get(name)
+        if drift is None or not drift.add(value):
+            return
+        metrics().drift.labels(dataset, name).set(drift.has_drifted)
+        metrics().drift_distance.labels(dataset, name).set(drift.distance)
+        drifted = [name for name, one in watched.drifts.items() if one.has_drifted]
+        if drifted and watched.since is None:
+            watched.since = datetime.now(UTC).isoformat(timespec="seconds")
+            text = "drawings of %s are not like the reference of version %s: %s differs by %.2f."
+            logger.warning(text, dataset, watched.champion.identity.version, name, drift.distance)
+        elif not drifted and watched.since is not None:
+            watched.since = None
+            logger.info("drawings of %s are like the reference again.", dataset)
 
-    def _scored(self, endpoint: str, dataset: str, score: _Score) -> None:
+    def _scored(self, score: _Score) -> None:
         if score.done.cancelled() or score.done.exception():
             return
-        champion, bits = score.models[0], score.done.result()
-        metrics().drawn.labels(endpoint, dataset).observe(bits[0])
-        self._add(dataset, champion, "bits_per_dim", bits[0])
-        if len(bits) == 1:
-            return
+        dataset, bits = score.dataset, score.done.result()
         with self._lock:
-            watched, challenger = self._of(dataset, champion), score.models[1]
-            if watched.challenger is not challenger:
-                watched.challenger, watched.paired = challenger, Paired()
-            watched.paired.add(bits[1] - bits[0])
-            low, high = watched.paired.interval()
-            for bound, value in (("low", low), ("mean", watched.paired.mean), ("high", high)):
-                metrics().shadow.labels(dataset, bound).set(value)
-            metrics().shadow_drawings.labels(dataset).set(watched.paired.num)
+            watched = self._watched[dataset]
+            if watched.champion is score.models[0]:
+                metrics().drawn.labels(score.endpoint, dataset).observe(bits[0])
+                self._add(dataset, watched, "bits_per_dim", bits[0])
+                if len(bits) > 1:
+                    self._compare(dataset, watched, score.models[1], bits[1] - bits[0])
+        self._score_next()
+
+    def _compare(self, dataset: str, watched: _Watched, challenger: Champion, difference: float) -> None:
+        """Add what a challenger's bits are more than the champion's. The lock is held."""
+        if watched.challenger is not challenger:
+            watched.challenger, watched.paired = challenger, Paired()
+        watched.paired.add(difference)
+        low, high = watched.paired.interval()
+        for bound, value in (("low", low), ("mean", watched.paired.mean), ("high", high)):
+            metrics().shadow.labels(dataset, bound).set(value)
+        metrics().shadow_drawings.labels(dataset).set(watched.paired.num)
 
 
 def _description(watched: _Watched) -> dict[str, Any]:
     told: dict[str, Any] = {
         "version": watched.champion.identity.version,
+        "watched": watched.is_compared,
         "drifted_since": watched.since,
         "drift": {name: drift.describe() for name, drift in watched.drifts.items()},
         "shadow": None,

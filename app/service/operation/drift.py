@@ -1,10 +1,12 @@
 """Whether drawings are still like those of the reference, and which of two models finds them likelier: statistics.
 
-Drift is tested window by window: the last 100 values of a statistic against the reference's, by the two-sample
-Kolmogorov-Smirnov distance, whatever their distribution. The limit is such that, as long as nothing has changed, an
-alarm anywhere in 10,000 drawings and three statistics has a probability of 1 %: Bonferroni over all these tests, with
-the bound 2 exp(-2 d^2 n m / (n + m)), which ties make smaller. A change that moves the distribution function by more
-than the limit and what chance adds is found in the first window that it fills, after 199 drawings at most.
+Drift is tested window by window: a statistic's values of 100 drawings against the reference's, by the two-sample
+Kolmogorov-Smirnov distance, whatever their distribution. Of bits per dimension, which cost as much as an answer, they
+are those of every fourth drawing. The limit is such that, as long as nothing has changed, an alarm anywhere in 10,000
+drawings and three statistics has a probability of 1 %: Bonferroni over all these tests, with the bound
+2 exp(-2 d^2 n m / (n + m)), which ties make smaller. A change that moves the distribution function by more than the
+limit (with 200 values of the reference 0.29, of bits per dimension 0.50) and what chance adds is found in the first
+window that it fills, after 199 drawings at most.
 
 That supposes drawings that do not depend on each other. Those of one visit do: see docs/runbooks.md.
 """
@@ -16,15 +18,16 @@ from typing import Any
 import numpy as np
 
 WINDOW = 100  # drawings
+SCORE_EVERY = 4  # drawings of a dataset: WINDOW // SCORE_EVERY values of `bits_per_dim` make a window
 HORIZON = 10_000  # drawings of the reference in which an alarm has the probability ...
 FALSE_ALARMS = 0.01
 STATISTICS = ("bits_per_dim", "ink_share", "known_share")
 
 
-def limit(num_reference: int) -> float:
-    """Return the distance of a window that chance does not explain."""
+def limit(num_reference: int, size: int = WINDOW) -> float:
+    """Return the distance that chance does not explain, of a window of `size` values."""
     num_tests = len(STATISTICS) * HORIZON / WINDOW
-    return math.sqrt(math.log(2 * num_tests / FALSE_ALARMS) / 2 * (1 / WINDOW + 1 / num_reference))
+    return math.sqrt(math.log(2 * num_tests / FALSE_ALARMS) / 2 * (1 / size + 1 / num_reference))
 
 
 def distance(a: list[float], b: list[float]) -> float:
@@ -36,9 +39,10 @@ def distance(a: list[float], b: list[float]) -> float:
 
 @dataclass
 class Drift:
-    """The test of one statistic: add values, and read what the last full window said."""
+    """The test of one statistic: add values, and read what the last full window of `size` said."""
 
     reference: list[float]
+    size: int = WINDOW
     window: list[float] = field(default_factory=list)
     num_windows: int = 0
     distance: float = 0.0
@@ -47,19 +51,25 @@ class Drift:
     def add(self, value: float) -> bool:
         """Take a value; return whether it completed a window."""
         self.window.append(value)
-        if len(self.window) < WINDOW:
+        if len(self.window) < self.size:
             return False
         self.distance = distance(self.window, self.reference)
-        self.has_drifted = self.distance > limit(len(self.reference))
+        self.has_drifted = self.distance > limit(len(self.reference), self.size)
         self.num_windows += 1
         self.window = []
         return True
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers of it."""
-        bound = limit(len(self.reference))
+        bound = limit(len(self.reference), self.size)
         told = {"drifted": self.has_drifted, "distance": self.distance, "limit": bound, "windows": self.num_windows}
         return {**told, "in_window": len(self.window)}
+
+
+def drifts_from(reference: dict[str, list[float]]) -> dict[str, Drift]:
+    """Return the test of each statistic of a reference."""
+    sizes = {"bits_per_dim": WINDOW // SCORE_EVERY}
+    return {name: Drift(values, sizes.get(name, WINDOW)) for name, values in reference.items()}
 
 
 @dataclass
