@@ -29,7 +29,17 @@ from pipelines.promotion.score import score
 from pipelines.registry import decisions, store
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import ROLLED_BACK, Report
-from pipelines.registry.runs import CHALLENGER, CHAMPION, PREVIOUS, find_run, location, registered_name, tracking_uri
+from pipelines.registry.runs import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    find_run,
+    is_shared,
+    location,
+    registered_name,
+    sqlite_file,
+    tracking_uri,
+)
 from pipelines.registry.versions import Version
 from pipelines.settings import Settings
 from pixelcnn.checkpoint import load_checkpoint
@@ -76,13 +86,18 @@ def export(version: Version) -> str:
 
 
 def _this_registry() -> dict[str, str]:
-    return {"registry": decisions.registry_id(), "at": location(), "host": socket.gethostname()}
+    this = {"registry": decisions.registry_id(), "at": location(), "host": socket.gethostname()}
+    if (database := sqlite_file(tracking_uri())) is not None:
+        status = database.stat()
+        this["file"] = f"{status.st_dev}:{status.st_ino}"  # which a move within a disk keeps, and a copy does not
+    return this
 
 
 def check_feeder() -> None:
     """Raise LookupError unless this registry feeds the model store; one that serves nothing yet is anybody's.
 
-    It does, too, where it was moved, or was lost and begun anew in the same place; a copy of it does not.
+    It does, too, where its file was renamed, or where it was lost and begun anew in the same place. Any other place is
+    taken for that of a copy, whether or not the one that feeds the store can be seen from here.
     """
     if experiment := Settings().experiment:
         raise LookupError(
@@ -93,17 +108,20 @@ def check_feeder() -> None:
     if known is None:
         strange = [tag for tag in store.served() if find_run(str(store.metadata_of(tag).get("run_id"))) is None]
         whose = f"serves {strange[0]}, which this registry does not know" if strange else ""
-    elif known["registry"] == this["registry"]:
-        copied = known["at"] != this["at"] and Path(known["at"]).exists()
-        whose = f"is fed by {known['at']}, of which this registry is a copy" if copied else ""
     else:
-        renewed = known | {"registry": ""} == this | {"registry": ""}
-        whose = "" if renewed else f"is fed by another registry, {known['at']} on {known['host']}"
+        at, here = known["at"], known["host"] == this["host"]
+        if known["registry"] != this["registry"]:
+            renewed = at == this["at"] and here
+            whose = "" if renewed else f"is fed by another registry, {at} on {known['host']}"
+        else:
+            renamed = here and known.get("file") == this.get("file", "") and not Path(at).exists()
+            itself = renamed or (at == this["at"] and (here or is_shared()))
+            whose = "" if itself else f"is fed by {at} on {known['host']}, of which this registry is a copy"
     if whose:
         raise LookupError(
-            f"the model store {store.home()} {whose}, and this is {this['at']}: nothing moved. Set BENTOML_HOME to a "
-            "store of this registry, or MLFLOW_TRACKING_URI to that one. If that one is lost, let this one take over "
-            "what is served: python -m pipelines.steps repair --take-over."
+            f"the model store {store.home()} {whose}, and this is {this['at']} on {this['host']}: nothing moved. Set "
+            "BENTOML_HOME to a store of this registry, or MLFLOW_TRACKING_URI to that one. If that one is lost, or was "
+            "moved here, let this one take over what is served: python -m pipelines.steps repair --take-over."
         )
 
 
@@ -132,7 +150,9 @@ def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
     """
     lock = store.home() / f".{registered_name(dataset)}.lock"
     with file_lock(lock, f"the decision about {dataset}", lambda text: print(text, file=sys.stderr)):
-        if not take_over:
+        if take_over:
+            store.set_feeder(_this_registry())
+        else:
             check_feeder()
         yield
 

@@ -13,6 +13,7 @@ import zlib
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from socket import gethostname
 
 from pipelines.errors import reason
 from pipelines.registry import decisions, store
@@ -93,10 +94,17 @@ def restore(file: Path, replace: bool = False) -> str:
     with tempfile.TemporaryDirectory(dir=database.parent, prefix=".restore-") as temporary:
         folder = Path(temporary)
         told = _unpack(file, folder)
-        if store.served() and (store.feeder() or {}).get("registry") != told["registry"] and not replace:
+        fed = store.feeder() or {}
+        of_another = fed.get("registry") != told["registry"]
+        if store.served() and not replace and (of_another or (fed["at"], fed["host"]) != (location(), gethostname())):
+            by = (
+                f"another registry than that of {file}"
+                if of_another
+                else f"{fed['at']} on {fed['host']}, not from here"
+            )
             raise ValueError(
-                f"the model store {store.home()} is fed by another registry than that of {file}: nothing is restored. "
-                "Set BENTOML_HOME to another place, or let the backup feed it from now on by --replace."
+                f"the model store {store.home()} is fed by {by}: nothing is restored. Set BENTOML_HOME to another "
+                "place, or let the backup feed it from now on by --replace."
             )
         artifacts = database.with_name(_ARTIFACTS)
         _relocate(folder / _DATABASE, Path(told["artifacts"]), artifacts)

@@ -78,6 +78,12 @@ def location() -> str:
     return str(database) if database is not None else f"{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def is_shared() -> bool:
+    """Say whether the registry is a server whose address means the same on every machine."""
+    host = urlsplit(tracking_uri()).hostname
+    return host is not None and host not in ("localhost", "::1") and not host.startswith("127.")
+
+
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of a SQLite database; None for another one, or a server."""
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None

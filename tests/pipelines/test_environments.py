@@ -1,12 +1,15 @@
 """A model store is fed by one registry; named environments are never mixed, and hand champions on by hash."""
 
+import contextlib
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 from pipelines import steps
+from pipelines.promotion import move
 from pipelines.promotion.move import run_rollback
 from pipelines.promotion.register import repair_all
 from pipelines.registry import decisions, lineage, store
@@ -47,24 +50,31 @@ def test_twenty_experiments_and_clones_leave_production_as_it_is(clone, monkeypa
     production.promote()
     home = production.folder / ".bentoml"
     assert store.home() == home, "a clone's own, without any setting"
-    before = state_of(home)
+    before, original = state_of(home), production.folder / "mlflow.db"
     expected = {
         "clone": "fed by another registry",
         "copy": "of which this registry is a copy",
+        "copy that does not see the original": "of which this registry is a copy",
+        "copy at the same path of another machine": "of which this registry is a copy",
         "experiment": "this is a DVC experiment",
         "own store": None,
     }
     for number in range(20):
-        kind, refusal = list(expected.items())[number % 4]
+        kind, refusal = list(expected.items())[number % len(expected)]
         with monkeypatch.context() as patch:
             patch.setenv("BENTOML_HOME", str(home))
-            if kind == "experiment":  # what `dvc exp run` tells its stages, here of production's own registry
+            if kind in ("experiment", "copy at the same path of another machine"):
                 patch.chdir(production.folder)
                 patch.setenv("MLFLOW_TRACKING_URI", "")
-                patch.setenv("DVC_EXP_BASELINE_REV", "c0ffee")
+                if kind == "experiment":  # what `dvc exp run` tells its stages, here of production's own registry
+                    patch.setenv("DVC_EXP_BASELINE_REV", "c0ffee")
+                else:
+                    patch.setattr(socket, "gethostname", lambda: "elsewhere")
                 other = production
             else:
-                other = clone(str(number), *([production.folder / "mlflow.db"] if kind == "copy" else []))
+                other = clone(str(number), *([original] if kind.startswith("copy") else []))
+            if kind == "copy that does not see the original":
+                patch.setattr(Path, "exists", lambda path, seen=Path.exists: path != original and seen(path))
             if number < 8:
                 other.register(INK)  # whoever tries registers, and may compare
             if refusal is None:
@@ -101,6 +111,7 @@ def test_a_registry_that_is_moved_or_begun_anew_keeps_its_store(clone, monkeypat
         "this one take over what is served: python -m pipelines.steps repair --take-over.\n" in capsys.readouterr().err
     )
     assert steps.main(["repair", "--take-over"]) == 0
+    assert store.feeder()["at"] == str(other.folder / "mlflow.db")
     assert "it is version 1 and champion now (checksum checked, scored afresh on 200" in capsys.readouterr().out
     now = other.served()
     assert now["weights_sha256"] == served["weights_sha256"]
@@ -110,6 +121,27 @@ def test_a_registry_that_is_moved_or_begun_anew_keeps_its_store(clone, monkeypat
     assert lineage.main(["--version", str(answer), "--verify"]) == 0
     assert steps.main(["repair"]) == 0
     assert capsys.readouterr().out.endswith("nothing to repair: registry and model store agree.\n")
+
+
+@pytest.mark.parametrize(
+    ("uri", "changed", "refusal"),
+    [
+        ("http://mlflow:5000", {"host": "other"}, None),  # a server has one address for all machines
+        ("postgresql://u:p@10.0.0.7/mlflow", {"host": "other"}, None),
+        ("http://mlflow:5000", {"at": "elsewhere:5000"}, "of which this registry is a copy"),
+        ("http://127.0.0.1:5000", {"host": "other"}, "of which this registry is a copy"),  # but not this one
+        ("postgresql:///mlflow", {"host": "other"}, "of which this registry is a copy"),
+        ("http://mlflow:5000", {"registry": "new"}, None),  # lost, and begun anew
+        ("http://mlflow:5000", {"registry": "new", "host": "other"}, "fed by another registry"),
+    ],
+)
+def test_a_server_is_the_same_registry_at_the_same_address(tmp_path, monkeypatch, uri, changed, refusal):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(decisions, "registry_id", lambda: "known")
+    store.set_feeder({"registry": "known", "at": move.location(), "host": socket.gethostname(), **changed})
+    with pytest.raises(LookupError, match=refusal) if refusal else contextlib.nullcontext():
+        move.check_feeder()
 
 
 @pytest.fixture

@@ -249,6 +249,9 @@ def test_a_backup_does_not_feed_the_store_of_another_registry(toy, tmp_path, new
     home = store.home()
     monkeypatch.setenv("BENTOML_HOME", str(home))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert steps.main(["restore", "../backup"]) == 1, "a backup is a copy"
+    assert "/clone/mlflow.db on " in (error := capsys.readouterr().err)
+    assert ", not from here: nothing is restored." in error
     (home / "pixelcnn-registry.json").write_text(json.dumps({"registry": "x", "at": "y", "host": "z"}))
     assert steps.main(["restore", "../backup"]) == 1
     assert "is fed by another registry than that of ../backup: nothing is restored." in capsys.readouterr().err
