@@ -12,9 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -28,7 +29,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer import Option, Typer
 
 from pipelines.errors import run_typer
-from pipelines.settings import Settings
+from pipelines.settings import Settings, in_prefect
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 POOL = "pixelcnn"
@@ -61,12 +62,36 @@ def await_server(server: subprocess.Popen[bytes], url: str) -> None:
 
 
 def has_worker() -> bool:
-    """Say whether the pool has a worker that is alive."""
+    """Say whether the environment's pool has a worker that is alive."""
     with get_client(sync_client=True) as client:
         try:
-            return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(POOL))
+            return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(in_prefect(POOL)))
         except ObjectNotFound:
             return False
+
+
+def deploy(environment: Mapping[str, str]) -> None:
+    """Make the work pool and the deployments of prefect.yaml, under this environment's own names.
+
+    Args:
+        environment: of Prefect's command.
+
+    Raises:
+        OSError: it failed.
+    """
+    settings, pool = yaml.safe_load(Path("prefect.yaml").read_text()), in_prefect(POOL)
+    # Whichever worker takes a run: it acts on the registry and the store of this environment.
+    variables = {"env": {"PIXELCNN_ENVIRONMENT": Settings().environment}}
+    for deployment in settings["deployments"]:
+        deployment["name"] = in_prefect(deployment["name"])
+        deployment["work_pool"] |= {"name": pool, "job_variables": variables}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(settings, file)
+        file.flush()
+        make_pool = ("work-pool", "create", pool, "--type", "process", "--overwrite")
+        for words in (make_pool, ("deploy", "--all", "--prefect-file", file.name)):
+            if subprocess.run([PREFECT, "--no-prompt", *words], env=dict(environment), check=False).returncode != 0:
+                raise OSError(f"`prefect {' '.join(words)}` failed; its message stands above.")
 
 
 def automate() -> None:
@@ -94,6 +119,7 @@ def operate(url: str) -> None:
     """
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
+    pool = in_prefect(POOL)
     kept: dict[str, tuple[str, ...]] = {}  # the commands of what is started here
     processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -114,18 +140,16 @@ def operate(url: str) -> None:
             host, port = address.hostname or "127.0.0.1", str(address.port or 4200)
             kept["server"] = ("server", "start", "--host", host, "--port", port)
             start("server")
-        for words in (("work-pool", "create", POOL, "--type", "process", "--overwrite"), ("deploy", "--all")):
-            if subprocess.run([PREFECT, "--no-prompt", *words], env=environment, check=False).returncode != 0:
-                raise OSError(f"`prefect {' '.join(words)}` failed; its message stands above.")
+        deploy(environment)
         with temporary_settings({PREFECT_API_URL: url}):
             automate()
             has_one = has_worker()
         if has_one:
-            print(f"Ready: the pool {POOL} of {url} has a worker already.", flush=True)
+            print(f"Ready: the pool {pool} of {url} has a worker already.", flush=True)
         else:
-            kept["worker"] = ("worker", "start", "--pool", POOL)
+            kept["worker"] = ("worker", "start", "--pool", pool)
             start("worker")
-            print(f"Ready: server at {url}, worker of the pool {POOL}. Ctrl-C ends what was started here.", flush=True)
+            print(f"Ready: server at {url}, worker of the pool {pool}. Ctrl-C ends what was started here.", flush=True)
         restarts: list[float] = []
         while kept:
             time.sleep(POLL_S)

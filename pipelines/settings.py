@@ -93,6 +93,12 @@ class Settings(BaseSettings):
         return values | {variable: said[field] for field, variable in _VARIABLES.items() if said[field]}
 
 
+def in_prefect(name: str) -> str:
+    """Return the name of a work pool or deployment of this environment: none has another's on a common server."""
+    here = Settings().environment
+    return name if here == DEVELOPMENT else f"{name}-{here}"
+
+
 @contextmanager
 def environment(name: str) -> Iterator[Settings]:
     """Let this process work in another environment for the time of a block.

@@ -8,10 +8,9 @@ from prefect.artifacts import create_table_artifact
 from prefect.deployments import run_deployment
 
 from pipelines.registry import versions as registry
-from pipelines.settings import Settings
+from pipelines.settings import Settings, in_prefect
 
 TIMEOUT_S = 10.0
-RETRAINING = "train-pair/train-pair"
 
 
 @flow(name="watch-drift", persist_result=False)
@@ -66,7 +65,7 @@ def _retrain(dataset: str, told: dict[str, Any]) -> None:
     champion = next(version for version in registry.versions(dataset) if version.version == told["version"])
     # The key is Prefect's: a run that was asked for by it is not made again.
     run_deployment(
-        RETRAINING,
+        f"train-pair/{in_prefect('train-pair')}",
         parameters={"pair": champion.tags["pair"], "reuse": False},
         timeout=0,
         idempotency_key=f"drift-{dataset}-{told['drifted_since']}",

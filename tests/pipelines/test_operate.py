@@ -1,15 +1,21 @@
 """`python -m pipelines.operate` with a stand-in for Prefect's command: what ends, and how often it is started again."""
 
+import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from pipelines import operate
+from pipelines.flows import drift
 from tests.local import free_port
+from tests.pipelines.projects import ROOT
 
 # A server lives for SERVER_S seconds; a worker lives as long as a server answers.
 PREFECT = """
@@ -26,6 +32,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 words = [word for word in sys.argv[1:] if not word.startswith("--no-")]
 with open("log", "a") as log:
     print(" ".join(words[:2]), os.getpid(), file=log)
+if words[0] == "deploy":
+    Path("deployed.yaml").write_text(Path(words[-1]).read_text())
+if words[:2] == ["work-pool", "create"]:
+    Path("pools").open("a").write(words[2] + " ")
 if words[:2] == ["server", "start"]:
     threading.Timer(float(os.environ["SERVER_S"]), lambda: os._exit(7)).start()
     http.server.HTTPServer(("127.0.0.1", int(words[-1])), Handler).serve_forever()
@@ -43,6 +53,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     stand_in.write_text(f"#!{sys.executable}\n{PREFECT}")
     stand_in.chmod(0o755)
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "prefect.yaml", tmp_path)
     monkeypatch.setattr(operate, "PREFECT", str(stand_in))
     monkeypatch.setattr(operate, "POLL_S", 0.1)
     monkeypatch.setattr(operate, "automate", lambda: None)
@@ -92,3 +103,29 @@ def test_a_worker_whose_server_was_not_started_here_and_is_gone_ends_it_too(
     assert operate.main(["--url", url]) == 1
     assert "the worker ended again and again, at last with exit code 1" in capsys.readouterr().err
     assert len(started()["worker start"]) == 1 + operate.MAX_RESTARTS
+
+
+def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the runs of one would act on the registry and the model store of the other."""
+    Path("environments.yaml").write_text("staging: {registry: a, store: b}\nproduction: {registry: c, store: d}\n")
+    for variable in ("MLFLOW_TRACKING_URI", "BENTOML_HOME", "PIXELCNN_SERVICE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    asked: list[str] = []
+    monkeypatch.setattr(drift, "run_deployment", lambda name, **_: asked.append(name))
+    monkeypatch.setattr(drift, "get_run_logger", lambda: logging.getLogger())
+    monkeypatch.setattr(drift.registry, "versions", lambda _: [SimpleNamespace(version="1", tags={"pair": "x"})])
+    names: list[str] = []
+    for environment in ("", "staging", "production"):
+        monkeypatch.setenv("PIXELCNN_ENVIRONMENT", environment)
+        operate.deploy(os.environ)
+        pool = Path("pools").read_text().split()[-1]
+        deployments = yaml.safe_load(Path("deployed.yaml").read_text())["deployments"]
+        names += [pool, *(deployment["name"] for deployment in deployments)]
+        for deployment in deployments:
+            assert deployment["work_pool"]["name"] == pool
+            variables = deployment["work_pool"]["job_variables"]
+            assert variables == {"env": {"PIXELCNN_ENVIRONMENT": environment or "development"}}
+        drift._retrain("mnist5k", {"version": "1", "drifted_since": "now"})
+        assert asked[-1].removeprefix("train-pair/") in names[-len(deployments) :], "by the environment's own name"
+    assert {"pixelcnn", "promote", "pixelcnn-staging", "promote-staging", "promote-production"} <= set(names)
+    assert len(set(names)) == len(names)
