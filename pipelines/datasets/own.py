@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -354,13 +355,25 @@ def _flowing(told: Mapping[str, Any]) -> CommentedMap:
 
 def _record(name: str) -> None:
     """Let DVC know that the dataset is prepared from the pictures of now, where DVC is used."""
-    if Path(".dvc").is_dir():
-        stage = repro_command("prepare", name).split()[-1]
-        words = [sys.executable, "-m", "dvc", "commit", "--quiet", "--force", stage]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            why = (done.stderr.strip().splitlines() or ["no reason given"])[0].removeprefix("ERROR: ")
-            raise ValueError(f"DVC could not record {stage}: {why}")
+    if not Path(".dvc").is_dir():
+        return
+    stage = repro_command("prepare", name).split()[-1]
+    words = [sys.executable, "-m", "dvc", "commit", "--force", stage]  # --quiet would hide the reason of a failure
+
+    def commit(**variables: str) -> str:
+        environment = {**os.environ, **variables}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+        return "" if done.returncode == 0 else (errors or said[-1:])[0]
+
+    why = commit()
+    if why.endswith("is not a git repository"):  # a container, say: DVC works without, where a setting says so
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config").write_text("[core]\n    no_scm = true\n")
+            why = commit(DVC_SYSTEM_CONFIG_DIR=folder)
+    if why:
+        raise ValueError(f"DVC could not record {stage}: {why}")
 
 
 def draw_sheet(path: Path, data: Dataset) -> Path:

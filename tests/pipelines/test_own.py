@@ -441,6 +441,15 @@ def test_a_changed_dataset_waits_to_be_confirmed(
     assert f"no version of {NAME} waits to be confirmed" in capsys.readouterr().err
 
 
+def test_a_failure_of_dvc_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --quiet DVC says nothing but its exit code."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "*.local"))
+    Path(".dvc/config").write_text("[core")
+    with pytest.raises(ValueError, match=r"could not record own/dvc.yaml:prepare@glyphs: .*config"):
+        own._record(NAME)
+
+
 @pytest.mark.timeout(300)
 def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     project = tmp_path / "copy"
@@ -459,8 +468,10 @@ def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Pat
         lines = call("dvc", "status", "own/dvc.yaml").splitlines()
         return {line.split(":")[1] for line in lines if line.startswith("own/") and "prepare@" in line}
 
-    for name, images in (("first", folder), ("second", tmp_path / "others")):
-        call("pipelines.steps", "add", name, "--images", str(images))
+    call("pipelines.steps", "add", "first", "--images", str(folder))
+    git = (project / ".git").rename(tmp_path / "git")  # as in a container
+    call("pipelines.steps", "add", "second", "--images", str(tmp_path / "others"))
+    git.rename(project / ".git")
     assert stale() == set(), "adding prepares, and DVC knows"
     lock = yaml.safe_load((project / "own/dvc.lock").read_text())["stages"]
     recorded = lock["prepare@first"]["outs"][0]["md5"]
