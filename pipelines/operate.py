@@ -95,7 +95,10 @@ def deploy(environment: Mapping[str, str]) -> None:
 
 
 def automate() -> None:
-    """Create the automations that this server does not have; what notifies, where there is somebody to be notified."""
+    """Put the automations into the server as the file has them; what notifies, where there is somebody to be notified.
+
+    One that somebody has switched off stays off.
+    """
     known: Any = Automation  # its methods are awaited in a coroutine, done at once here
     text, on_call = AUTOMATIONS_FILE.read_text(), None
     if url := Settings().notify_url:
@@ -106,9 +109,11 @@ def automate() -> None:
         if on_call is None and any(action["type"] == "send-notification" for action in values["actions"]):
             continue
         try:
-            known.read(name=values["name"])
+            there = known.read(name=values["name"])
         except ValueError:
             known.model_validate(values).create()
+        else:
+            known.model_validate({**values, "id": there.id, "enabled": there.enabled}).update()
 
 
 def operate(url: str) -> None:

@@ -260,11 +260,12 @@ def repair(
     take_over: Annotated[
         bool, Option("--take-over", help="feed the model store from now on, whichever registry did")
     ] = False,
+    why: _Why = None,
 ) -> None:
     """After a loss: export champions that are not served; make champion what is served where the registry has none."""
     from pipelines.promotion.register import repair_all
 
-    for text in repair_all(take_over) or ["nothing to repair: registry and model store agree."]:
+    for text in repair_all(take_over, why) or ["nothing to repair: registry and model store agree."]:
         print(text)
 
 
@@ -303,11 +304,11 @@ def restore(
 
 
 @app.command()
-def release() -> None:
+def release(why: _Why = None) -> None:
     """Register the weights of weights/PAIR/; they serve where a dataset has no champion yet."""
     from pipelines.promotion.register import release_all
 
-    for text in release_all():
+    for text in release_all(why):
         print(text)
 
 

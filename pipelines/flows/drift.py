@@ -7,6 +7,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.deployments import run_deployment
 
+from pipelines.flows.shown import tag_run
 from pipelines.registry import versions as registry
 from pipelines.settings import Settings, in_prefect
 
@@ -39,11 +40,13 @@ def watch_drift(
         answer = httpx.get(f"{url}/drawings", timeout=TIMEOUT_S, trust_env=False, headers=headers).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConnectionError(f"the service at {url} does not tell of drawings ({error})") from error
-    for dataset, told in answer.json().items():
+    drawn = answer.json()
+    tag_run(*drawn)
+    for dataset, told in drawn.items():
         if action != "nothing" and not told["watched"]:
             text = "drawings of %s are not watched: version %s came without a reference"
             get_run_logger().warning(text, dataset, told["version"])
-    drifted = {dataset: told for dataset, told in answer.json().items() if told["drifted_since"]}
+    drifted = {dataset: told for dataset, told in drawn.items() if told["drifted_since"]}
     for dataset, told in drifted.items():
         if action != "nothing":
             _report(dataset, told)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from prefect import flow, get_run_logger
 
-from pipelines.flows.shown import show_scores
+from pipelines.flows.shown import show_scores, tag_run
 from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
@@ -61,16 +61,20 @@ def evaluate_champions(
     url = service_url or Settings().service_url or None
     if url is None:
         logger.info("the service is not asked: set service_url or %s for that", SERVICE_VARIABLE)
+    champions: dict[str, str] = {}
+    paths = {name: DATA_FOLDER / f"{name}.safetensors" for name in names}
+    for name, path in paths.items():
+        number = registry.aliases(name).get(tracking.CHAMPION)
+        if number is not None and path.exists():
+            champions[name] = number
+        else:
+            logger.info("%s: passed over, there is no %s", name, "champion" if number is None else path)
+    tag_run(*champions)
     scores: dict[str, dict[str, float]] = {}
     failures: list[str] = []
-    for name in names:
-        number = registry.aliases(name).get(tracking.CHAMPION)
-        path = DATA_FOLDER / f"{name}.safetensors"
-        if number is None or not path.exists():
-            logger.info("%s: passed over, there is no %s", name, "champion" if number is None else path)
-            continue
+    for name, number in champions.items():
         try:
-            scores[name] = _evaluate(name, number, path, url, num_images)
+            scores[name] = _evaluate(name, number, paths[name], url, num_images)
         except (ValueError, OSError) as error:  # one damaged champion does not hide the others
             failures.append(f"{name} version {number} ({error})")
     if failures:

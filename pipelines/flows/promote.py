@@ -10,6 +10,7 @@ from pipelines.errors import is_for_user
 from pipelines.files import atomic_write
 from pipelines.flows.shown import show_decision, tag_run
 from pipelines.params import check_dataset, load_params
+from pipelines.promotion.copy import copy_served
 from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback
 from pipelines.promotion.register import register_trained, repair
 from pipelines.promotion.rule import Candidate
@@ -41,7 +42,9 @@ def _score(version: Version, data: Dataset, batch_size: int) -> Candidate:
 
 
 @flow(name="promote", persist_result=False, log_prints=True)
-def promote(dataset: str, dry_run: bool = False, version: int | None = None, why: str | None = None) -> Report:
+def promote(
+    dataset: str, dry_run: bool = False, version: int | None = None, why: str | None = None, to: str | None = None
+) -> Report:
     """Let the best registered version of a dataset become champion, if it is better beyond doubt.
 
     Checkpoints in models/ that the registry does not know are registered first. The report is written to
@@ -51,14 +54,23 @@ def promote(dataset: str, dry_run: bool = False, version: int | None = None, why
         dry_run: decide and say so, but move, register and write nothing.
         version: the one that competes, even if it was rolled back; None for all.
         why: it is asked for; recorded, beside who did.
+        to: an environment, which is to serve what this one serves; nothing else is done then.
 
     Raises:
         ValueError: the dataset is unknown, or its prepared file is missing or damaged.
         LookupError: nothing is registered, or no such version, or another registry feeds the model store.
         OSError: the registry, the store or a disk failed; the text says whether anything has moved.
     """
-    check_dataset(dataset)
     tag_run(dataset)
+    if to is not None:
+        if dry_run or version is not None:
+            raise ValueError("`to` copies what is served here: it takes neither `version` nor `dry_run`.")
+        registry.check_known(dataset)
+        report = copy_served(dataset, to, why)
+        show_decision(report)
+        print(report["text"])
+        return report
+    check_dataset(dataset)
     params, data = load_params().promote, load(dataset)
     registered: list[str] = []
     try:

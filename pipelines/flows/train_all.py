@@ -16,7 +16,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from pipelines.flows.shown import DEPLOYMENTS_FOLDER, remove_cancelled
+from pipelines.flows.shown import DEPLOYMENTS_FOLDER, remove_cancelled, tag_run
 from pipelines.flows.train import check_attempts
 from pipelines.params import QUICK_START, load_params
 from pipelines.registry import runs as tracking
@@ -51,16 +51,17 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
         raise ValueError(f"at_once must be 1 or more, got {at_once}.")
     params, logger = load_params(), get_run_logger()
     folder = DEPLOYMENTS_FOLDER / str(flow_run.get_id())
-    commands, failures = {}, {}
+    commands, failures, tags = {}, {}, []
     for pair in params.pairs_of(QUICK_START) if pairs is None else pairs:
         try:
-            params.pair(pair)
+            tags += [pair, params.pair(pair).dataset]
         except ValueError as error:
             failures[pair] = str(error)
             continue
         words = ["--out", str(folder / pair), "--report", str(folder / "reports" / pair)]
         words += [] if again else ["--reuse"]
         commands[pair] = [sys.executable, "-m", "pipelines.steps", "train-pair", pair, *words]
+    tag_run(*tags)
     # Their runs belong to the server that this flow uses, even if it is one that was started for it alone.
     with get_client(sync_client=True) as client:
         environment = {**os.environ, "PREFECT_API_URL": str(client.api_url).rstrip("/")}

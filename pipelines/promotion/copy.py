@@ -3,7 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from pipelines.promotion.move import champion_lock, complete_moves, record_and_carry_out
+from pipelines.promotion.move import champion_lock, complete_moves, export, record_and_carry_out
+from pipelines.promotion.reference import REFERENCE_FILE
 from pipelines.promotion.register import register_checkpoint
 from pipelines.registry import decisions, store
 from pipelines.registry import versions as registry
@@ -33,12 +34,14 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
         raise LookupError(f"{here} serves no model of {dataset}, so there is nothing to copy to {to}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = store.checkout(tag, Path(temporary) / "checkpoint")
+        reference = store.file_of(tag, REFERENCE_FILE)
         source = {**store.metadata_of(tag), "environment": here}
         with environment(to), champion_lock(dataset):
             complete_moves(dataset)
             _, number, checked = register_checkpoint(folder)
             found = {version.version: version for version in registry.versions(dataset)}
-            new, champion = found[number], found.get(registry.aliases(dataset).get(CHAMPION, ""))
+            export(new := found[number], reference)
+            champion = found.get(registry.aliases(dataset).get(CHAMPION, ""))
             what = f"the weights {new.tags['weights_sha256'][:12]}, served in {here} as version {source['version']}"
             report: Report = {"dataset": dataset, "data_hash": new.tags["data_hash"], "source": source}
             report |= {"decision": KEPT if new is champion else PROMOTED, "reason": f"copied: {what}", "new": None}

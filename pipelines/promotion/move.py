@@ -11,6 +11,7 @@ Two at once. On one machine the second waits for the first and then decides on w
 promotion that finds another champion than the one it compared with decides again.
 """
 
+import logging
 import socket
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from pipelines.errors import is_for_user, reason, tool_of
 from pipelines.files import file_lock
 from pipelines.params import PromoteParams
 from pipelines.promotion.decide import Decision, Scorer
-from pipelines.promotion.reference import write_reference
+from pipelines.promotion.reference import REFERENCE_FILE, write_reference
 from pipelines.promotion.score import score
 from pipelines.registry import decisions, store
 from pipelines.registry import versions as registry
@@ -47,6 +48,8 @@ from pixelcnn.data import Dataset
 
 MAX_DECISIONS = 3  # of one promotion, while other machines move the champion
 
+logger = logging.getLogger(__name__)
+
 
 class UnfinishedMoveError(OSError):
     """A recorded decision was carried out in part; the text says how far, and that the next run completes it."""
@@ -63,24 +66,38 @@ def explained(error: Exception) -> str:
     return f"{named} failed ({reason(error)}). Run this again once it works." if named else reason(error)
 
 
-def export(version: Version) -> str:
-    """Put a version into the model store, not yet served; return its tag. One that is there, whole, stays."""
-    tag = store.tag_of(version.lineage())
-    if store.is_intact(tag, version.lineage()):
-        store.set_feeder(_this_registry())
-        return tag
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = registry.download(version, Path(folder))
-        write_reference(checkpoint, version.tags["dataset"], version.lineage()["data_hash"])
-        _, scores = load_checkpoint(checkpoint)
-        metadata: dict[str, Any] = {
-            **version.lineage(),
-            "dataset": version.tags["dataset"],
-            "label_names": list(scores["label_names"]),
-            "protocol": version.tags["protocol"],
-            "promoted_at": _now(),
-        }
-        tag = store.export(checkpoint, metadata)
+def export(version: Version, reference: Path | None = None) -> str:
+    """Put a version into the model store, not yet served; return its tag.
+
+    One that is there, whole, stays, and gets the reference of its drawings if it has none and there is one now.
+
+    Args:
+        reference: its file, in another store; else it is made of the data, if they are here.
+    """
+    lineage, dataset = version.lineage(), version.tags["dataset"]
+    tag = store.tag_of(lineage)
+    is_there = store.is_intact(tag, lineage)
+    if not (is_there and store.file_of(tag, REFERENCE_FILE).exists()):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            checkpoint = store.checkout(tag, folder / "checkpoint") if is_there else registry.download(version, folder)
+            has_reference = write_reference(checkpoint, dataset, lineage["data_hash"], reference)
+            if not is_there or has_reference:
+                _, scores = load_checkpoint(checkpoint)
+                metadata: dict[str, Any] = {
+                    **lineage,
+                    "dataset": dataset,
+                    "label_names": list(scores["label_names"]),
+                    "protocol": version.tags["protocol"],
+                    "promoted_at": store.metadata_of(tag)["promoted_at"] if is_there else _now(),
+                }
+                store.export(checkpoint, metadata)
+            if not has_reference and not is_there:
+                logger.warning(
+                    "the data of %s that %s was trained on are not here: its drawings will not be watched for drift "
+                    "until they are, and `python -m pipelines.steps repair` has run",
+                    *(dataset, tag),
+                )
     store.set_feeder(_this_registry())
     return tag
 
@@ -125,17 +142,19 @@ def check_feeder() -> None:
         )
 
 
-def ensure_served(version: Version) -> tuple[str, bool]:
+def ensure_served(version: Version) -> tuple[str, str]:
     """Let the model store serve a version, if a run was cut off or the store is a new one; else do nothing.
 
     Returns:
-        The version's tag, and whether anything was to be done.
+        The version's tag, and what was done, in words; none if there was nothing to do.
     """
+    reference = store.file_of(store.tag_of(version.lineage()), REFERENCE_FILE)
+    had_reference = reference.exists()
     tag = export(version)
-    if store.latest(version.name) == tag:
-        return tag, False
-    store.serve(tag)
-    return tag, True
+    if store.latest(version.name) != tag:
+        store.serve(tag)
+        return tag, f"the model store serves {tag} again"
+    return tag, f"{tag} has a reference of its drawings now" if reference.exists() and not had_reference else ""
 
 
 @contextmanager
@@ -297,9 +316,9 @@ def run_promotion(
 def _repair_store(champion: Version, report: Report) -> str | None:
     """Let the store serve the champion; say so in the report if it did not before."""
     try:
-        tag, moved = ensure_served(champion)
-        if moved:
-            report["text"] += f" The model store serves {tag} now."
+        tag, done = ensure_served(champion)
+        if done:
+            report["text"] += f" Besides, {done}."
         return tag
     except ValueError as error:
         # The champion's own files are damaged: what is served stays, as does everything else.

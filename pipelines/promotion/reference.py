@@ -4,7 +4,7 @@ It is a file of the model in the store. The service compares with it what people
 """
 
 import json
-import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,6 @@ REFERENCE_FILE = "reference.json"
 NUM_DRAWINGS = 200
 BATCH = 20
 PARTS = (0.1, 0.7)  # of the ink, as in training
-
-logger = logging.getLogger(__name__)
 
 
 def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
@@ -43,12 +41,18 @@ def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
     return {name: [round(value, 5) for value in found[is_drawn].tolist()] for name, found in values.items()}
 
 
-def write_reference(checkpoint: Path, dataset: str, data_hash: str) -> None:
-    """Write the reference beside a checkpoint; nothing where the data that it was trained on are not here."""
+def write_reference(checkpoint: Path, dataset: str, data_hash: str, known: Path | None = None) -> bool:
+    """Write the reference beside a checkpoint, if it can be had; return whether it could.
+
+    Args:
+        data_hash: of the data that it was trained on.
+        known: its file, if somebody has made it; else it is made of the data, if they are here.
+    """
     data_file = DATA_FOLDER / f"{dataset}.safetensors"
-    if not data_file.exists():
-        logger.warning("%s is not here: this champion's drawings will not be watched for drift", data_file)
-        return
-    data = load_dataset(data_file)
-    if data.data_hash == data_hash:
+    if known is not None and known.exists():
+        shutil.copyfile(known, checkpoint / REFERENCE_FILE)
+    elif data_file.exists() and (data := load_dataset(data_file)).data_hash == data_hash:
         (checkpoint / REFERENCE_FILE).write_text(json.dumps(reference_of(checkpoint, data)))
+    else:
+        return False
+    return True

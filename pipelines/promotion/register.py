@@ -10,11 +10,13 @@ from pathlib import Path
 from pipelines.datasets.entry import NAME, NAMES
 from pipelines.errors import reason
 from pipelines.params import load_params
-from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, record_and_carry_out
+from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, record_and_carry_out
+from pipelines.promotion.reference import REFERENCE_FILE
 from pipelines.registry import decisions, stated, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import RELEASED, Report
+from pipelines.registry.versions import Version
 from pipelines.stages import register as stage
 from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER
 from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
@@ -93,7 +95,7 @@ def register_trained(dataset: str) -> list[str]:
     return done
 
 
-def repair(dataset: str, take_over: bool = False) -> list[str]:
+def repair(dataset: str, take_over: bool = False, why: str | None = None) -> list[str]:
     """Let registry and model store say the same of a champion again, without scoring: after either was lost.
 
     A champion that is not served is exported again. Where the registry has none, what the store serves is registered
@@ -101,6 +103,7 @@ def repair(dataset: str, take_over: bool = False) -> list[str]:
 
     Args:
         take_over: let this registry feed the store from now on, whichever did.
+        why: it is asked for; recorded where a champion is made.
 
     Returns:
         What was done, in sentences.
@@ -115,33 +118,35 @@ def repair(dataset: str, take_over: bool = False) -> list[str]:
         number, served = registry.aliases(dataset).get(tracking.CHAMPION), store.latest(name)
         champion = next((v for v in registry.versions(dataset) if v.version == number), None)
         if champion is not None:
-            tag, moved = ensure_served(champion)
-            done += [f"{dataset}: the model store serves {tag} again."] if moved else []
+            _, what = ensure_served(champion)
+            done += [f"{dataset}: {what}."] if what else []
         elif served is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _, number, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
-            why = f"the registry had no champion, the store served {served}"
-            done.append(f"{dataset}: {why}; it is version {number} and champion now ({checked}).")
-            _make_first(dataset, number, why, done[-1])
+            version = next(v for v in registry.versions(dataset) if v.version == number)
+            export(version, store.file_of(served, REFERENCE_FILE))
+            reason = f"the registry had no champion, the store served {served}"
+            done.append(f"{dataset}: {reason}; it is version {number} and champion now ({checked}).")
+            _make_first(version, reason, done[-1], why)
     return done
 
 
-def _make_first(dataset: str, number: str, why: str, text: str) -> None:
+def _make_first(version: Version, reason: str, text: str, why: str | None) -> None:
     """Make a version the champion of a dataset that has none; the champion's lock is held."""
-    version = next(v for v in registry.versions(dataset) if v.version == number)
-    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": why, "text": text, "new": number}
+    dataset, number = version.tags["dataset"], version.version
+    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": reason, "text": text, "new": number}
     report |= {"old": None, "candidate": version.lineage(), "data_hash": version.tags["data_hash"]}
-    with decisions.decision_run(dataset, "release") as run_id:
+    with decisions.decision_run(dataset, "release", why) as run_id:
         record_and_carry_out(dataset, run_id, report, version)
 
 
-def repair_all(take_over: bool = False) -> list[str]:
+def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
     """Repair each dataset that the registry or the store knows; return what was done, in sentences."""
     served = [str(store.metadata_of(tag)["dataset"]) for tag in store.served()]
-    return [text for dataset in sorted({*registry.datasets(), *served}) for text in repair(dataset, take_over)]
+    return [text for dataset in sorted({*registry.datasets(), *served}) for text in repair(dataset, take_over, why)]
 
 
-def release_all() -> list[str]:
+def release_all(why: str | None = None) -> list[str]:
     """Register every pair of `weights/`; return one sentence for each.
 
     The likeliest on its validation split comes first: it becomes champion where several pairs share a dataset.
@@ -151,10 +156,10 @@ def release_all() -> list[str]:
     """
     folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("*") if (folder / CONFIG_FILE).exists())
     nats = {folder: load_checkpoint(folder)[1][registry.VALIDATION_METRIC] for folder in folders}
-    return [release(folder.name) for folder in sorted(folders, key=nats.__getitem__)]
+    return [release(folder.name, why) for folder in sorted(folders, key=nats.__getitem__)]
 
 
-def release(pair: str) -> str:
+def release(pair: str, why: str | None = None) -> str:
     """Register a pair's released weights; make them champion and serve them if their dataset has no champion.
 
     They need no data for that: there is nothing to compare them with. From then on they compete like any version.
@@ -164,7 +169,7 @@ def release(pair: str) -> str:
     """
     dataset, number, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
     if registry.aliases(dataset).get(tracking.CHAMPION) in (None, number):
-        repair(dataset)
+        repair(dataset, why=why)
     with champion_lock(dataset):
         complete_moves(dataset)
         champion = registry.aliases(dataset).get(tracking.CHAMPION)
@@ -173,5 +178,6 @@ def release(pair: str) -> str:
             became = "champion already."
         elif champion is None:
             became = "champion, as the first of its dataset."
-            _make_first(dataset, number, "there was no champion", became)
+            version = next(v for v in registry.versions(dataset) if v.version == number)
+            _make_first(version, "there was no champion", became, why)
     return f"{pair}: released weights are version {number} of {tracking.registered_name(dataset)} ({checked}); {became}"

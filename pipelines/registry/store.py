@@ -74,6 +74,11 @@ def set_feeder(told: Mapping[str, str]) -> None:
         atomic_write(home() / _REGISTRY_FILE, json.dumps(dict(told)))
 
 
+def file_of(tag: str, name: str) -> Path:
+    """Return the path of a model's file, whether or not it is there."""
+    return _folder(tag) / name
+
+
 def holds(tag: str) -> bool:
     """Say whether the store has a model of this tag, whole or not."""
     return _folder(tag).is_dir()
@@ -131,7 +136,7 @@ def manifest_of(folder: Path, metadata: Mapping[str, Any]) -> str:
 
 
 def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
-    """Put a checkpoint into the store, as one that is not yet served; one that is there, whole, stays as it is.
+    """Put a checkpoint into the store, not yet served; one that is there, whole and with all these files, stays.
 
     Args:
         metadata: the lineage, with `name`, `version` and `weights_sha256`.
@@ -141,9 +146,11 @@ def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
     """
     tag = tag_of(metadata)
     metadata = {**metadata, "manifest_sha256": manifest_of(checkpoint, metadata)}
-    if is_intact(tag, {key: value for key, value in metadata.items() if key not in ("manifest_sha256", "promoted_at")}):
-        return tag
     target = _folder(tag)
+    if all((target / file.name).exists() for file in checkpoint.iterdir()) and is_intact(
+        tag, {key: value for key, value in metadata.items() if key not in ("manifest_sha256", "promoted_at")}
+    ):
+        return tag
     target.parent.mkdir(parents=True, exist_ok=True)
     # BentoML copies file by file and makes the newest model the served one. A store of its own beside the real one,
     # and then one rename: nobody ever sees half a model, and what is served is for `serve` to say.
@@ -159,8 +166,8 @@ def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
             tag, labels={"dataset": metadata["dataset"]}, metadata=dict(metadata), _model_store=own
         ) as model:
             shutil.copytree(checkpoint, model.path, dirs_exist_ok=True)
-        if target.exists():  # damaged, as found above
-            target.rename(Path(temporary) / "damaged")
+        if target.exists():  # damaged, or without one of the files
+            target.rename(Path(temporary) / "before")
         (Path(temporary) / tag.replace(":", "/")).rename(target)
     return tag
 

@@ -7,9 +7,22 @@ import time
 import urllib.request
 from pathlib import Path
 
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter
+from prefect.client.schemas.sorting import FlowRunSort
+
 from tests.local import free_port, run
 
 PREFECT = str(Path(sys.executable).with_name("prefect"))
+
+
+def tags_of_last_run(flow: str) -> set[str]:
+    """Return the tags that a flow's newest run has in Prefect's pages."""
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(
+            flow_filter=FlowFilter(name={"any_": [flow]}), sort=FlowRunSort.START_TIME_DESC, limit=1
+        )
+    return set(run.tags)
 
 
 class Site:

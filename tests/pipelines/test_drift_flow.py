@@ -9,14 +9,16 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 
+from app.service.champions import load_champion
 from pipelines import operate
 from pipelines.flows import drift
 from pipelines.promotion.move import run_shadow
 from pipelines.promotion.reference import NUM_DRAWINGS, reference_of
-from pipelines.promotion.register import release
+from pipelines.promotion.register import release, repair_all
 from pipelines.registry import store
 from pixelcnn import load_dataset
 from tests.local import Handler, LocalServer
+from tests.pipelines.sites import tags_of_last_run
 
 
 def test_a_champion_has_a_reference_and_may_have_a_challenger(weights: Path) -> None:
@@ -40,13 +42,23 @@ def test_a_champion_has_a_reference_and_may_have_a_challenger(weights: Path) -> 
         run_shadow("mnist5k")
 
 
-def test_without_the_data_there_is_no_reference(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Path("data/mnist5k.safetensors").unlink()
+def test_without_the_data_there_is_no_reference_until_a_repair_finds_them(
+    weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Path("data/mnist5k.safetensors").rename("elsewhere")
     release("pixelcnn-mnist5k")
-    tag = store.latest("pixelcnn-mnist5k")
-    assert tag
-    assert not (store.home() / "models" / tag.replace(":", "/") / "reference.json").exists()
-    assert "will not be watched for drift" in caplog.text
+    tag = str(store.latest("pixelcnn-mnist5k"))
+    file, told = store.file_of(tag, "reference.json"), store.metadata_of(tag)
+    assert not file.exists()
+    assert "will not be watched for drift until they are, and `python -m pipelines.steps repair` has run" in caplog.text
+    assert repair_all() == []
+    data.rename("data/mnist5k.safetensors")
+    assert repair_all() == [f"mnist5k: {tag} has a reference of its drawings now."]
+    assert json.loads(file.read_text()) == reference_of(weights, load_dataset("data/mnist5k.safetensors"))
+    now = store.metadata_of(tag)
+    assert load_champion(store.home() / "models", tag).reference, "the service takes it"
+    assert now == told | {"manifest_sha256": now["manifest_sha256"]}
+    assert repair_all() == []
 
 
 class Other(LocalServer):
@@ -78,6 +90,7 @@ def test_drift_triggers_what_was_chosen(
     monkeypatch.setattr(drift, "run_deployment", lambda name, **values: asked.append({"name": name, **values}))
     with Other("2030-01-01T00:00:00+00:00") as other:
         assert drift.watch_drift("nothing", other.url) == {"mnist5k": ["ink_share"]}
+        assert tags_of_last_run("watch-drift") == {"mnist5k"}
         with get_client(sync_client=True) as client:
             assert not client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": ["drift-mnist5k"]}))
             drift.watch_drift("report", other.url)
@@ -96,7 +109,9 @@ def test_drift_triggers_what_was_chosen(
         drift.watch_drift()
 
 
-def test_a_failure_is_told_where_somebody_is_on_call(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_told_where_somebody_is_on_call(
+    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The automation names a block of Prefect's, which calls the webhook; without one there is no such automation."""
     name = "a failed watch notifies"
     monkeypatch.delenv("PIXELCNN_NOTIFY_URL", raising=False)
@@ -109,6 +124,14 @@ def test_a_failure_is_told_where_somebody_is_on_call(prefect_server: str, monkey
         (action,) = Automation.read(name=name).actions
         block = CustomWebhookNotificationBlock.load("on-call")
         assert action.block_document_id == block._block_document_id
+        # A change of the file reaches a server that has it; whoever has switched it off has done so on purpose.
+        Automation.read(name=name).disable()
+        changed = tmp_path / "automations.yaml"
+        changed.write_text(operate.AUTOMATIONS_FILE.read_text().replace("within: 90", "within: 77"))
+        monkeypatch.setattr(operate, "AUTOMATIONS_FILE", changed)
+        operate.automate()
+        assert Automation.read(name="a silent run has crashed").trigger.within.total_seconds() == 77
+        assert not Automation.read(name=name).enabled
         block.notify("mnist5k version 1 is damaged", "evaluate-champions is Failed")
         (sent,) = other.sent
     assert json.loads(sent)["text"] == "evaluate-champions is Failed\nmnist5k version 1 is damaged"

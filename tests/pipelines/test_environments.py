@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import steps
-from pipelines.promotion import move
+from pipelines.flows.promote import promote
+from pipelines.promotion import move, reference
 from pipelines.promotion.move import run_rollback
 from pipelines.promotion.register import repair_all
 from pipelines.registry import decisions, lineage, store
@@ -110,7 +111,8 @@ def test_a_registry_that_is_moved_or_begun_anew_keeps_its_store(clone, monkeypat
     assert (
         "this one take over what is served: python -m pipelines.steps repair --take-over.\n" in capsys.readouterr().err
     )
-    assert steps.main(["repair", "--take-over"]) == 0
+    assert steps.main(["repair", "--take-over", "--why", "a lost disk"]) == 0
+    assert decisions.history("mnist5k")[-1].endswith(": a lost disk")
     assert store.feeder()["at"] == str(other.folder / "mlflow.db")
     assert "it is version 1 and champion now (checksum checked, scored afresh on 200" in capsys.readouterr().out
     now = other.served()
@@ -159,7 +161,7 @@ def two_environments(clone, tmp_path, monkeypatch):
     return toy
 
 
-def test_production_gets_what_staging_served_by_hash(two_environments, capsys):
+def test_production_gets_what_staging_served_by_hash(two_environments, monkeypatch, capsys):
     toy = two_environments
     assert steps.main(["promote", "mnist5k", "--to", "production"]) == 1
     assert capsys.readouterr().err.startswith("promote: staging serves no model of mnist5k")
@@ -169,12 +171,20 @@ def test_production_gets_what_staging_served_by_hash(two_environments, capsys):
     toy.register(INK)
     toy.promote()
     staged = toy.served()
+    monkeypatch.setattr(reference, "reference_of", lambda *_: pytest.fail("it is copied, as the data may not be here"))
+    watched = store.file_of(str(store.latest(NAME)), "reference.json").read_text()
     assert store.home().parts[-2:] == ("staging", "store")
     for said in ("are version 2 and champion of production now (checksum checked, scored", "already."):
-        assert steps.main(["promote", "mnist5k", "--to", "production"]) == 0
+        with monkeypatch.context() as patch:
+            if said != "already.":  # the first time without a reference, as if staging had none yet
+                patch.setattr(move, "write_reference", lambda *_: False)
+            assert steps.main(["promote", "mnist5k", "--to", "production"]) == 0
         out = capsys.readouterr().out
         assert said in out
         assert f"weights {staged['weights_sha256'][:12]}, served in staging as version 2" in out
+    assert promote.fn("mnist5k", to="production")["text"].endswith(" already."), "and as Prefect's deployment"
+    with pytest.raises(ValueError, match="it takes neither `version` nor `dry_run`"):
+        promote.fn("mnist5k", dry_run=True, to="production")
     assert toy.served() == staged
     with environment("production") as settings:
         assert settings.service_url == "http://production:3000"
@@ -182,8 +192,10 @@ def test_production_gets_what_staging_served_by_hash(two_environments, capsys):
         served = toy.served()
         assert served["weights_sha256"] == staged["weights_sha256"]
         assert served["run_id"] != staged["run_id"]
+        known = store.file_of(str(store.latest(NAME)), "reference.json")
+        assert known.read_text() == watched
         lines = decisions.history("mnist5k")
-        assert ["release 1" in line for line in lines] == [True, False, False]
+        assert ["release 1" in line for line in lines] == [True, False, False, False]
         assert "version 2 (gated_pixelcnn-mnist5k) replaced version 1" in lines[1]
         assert lineage.main(["--version", f"{NAME}/2", "--verify"]) == 0
         assert run_rollback("mnist5k")["new"] == "1"

@@ -1,6 +1,7 @@
 """Scoring the champions again."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from pipelines.registry import versions as registry
 from pixelcnn import evaluate, load_checkpoint, load_dataset, log_prob
 from tests.local import Handler, LocalServer
 from tests.pipelines.projects import write_weights
+from tests.pipelines.sites import tags_of_last_run
 
 
 def test_champions_are_scored_and_the_others_passed_over(weights: Path, prefect_server: str) -> None:
@@ -28,6 +30,7 @@ def test_champions_are_scored_and_the_others_passed_over(weights: Path, prefect_
     assert run.data.metrics["test/nll_nats"] == pytest.approx(scores["mnist5k"]["test/nll_nats"])
     assert run.data.tags["version"] == "1"
     assert run.data.tags["evaluated_data_hash"] == data.data_hash
+    assert tags_of_last_run("evaluate-champions") == {"mnist5k"}, "of what was scored"
 
 
 def test_a_champion_that_cannot_be_scored_is_named(
@@ -43,6 +46,20 @@ def test_a_champion_that_cannot_be_scored_is_named(
     monkeypatch.setattr(registry, "download", damaged)
     with pytest.raises(RuntimeError, match=r"not what was registered: mnist5k version 1 \(it holds other weights\)"):
         evaluate_champions(["mnist5k"])
+
+
+def test_a_night_has_an_end(weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_end(*_: object) -> None:
+        for _ in range(600):  # in small steps: pytest's own alarm lets Prefect interrupt between them alone
+            time.sleep(0.1)
+
+    release("pixelcnn-mnist5k")
+    assert evaluate_champions.timeout_seconds == evaluation_flow.MAX_S
+    monkeypatch.setattr(evaluation_flow, "_evaluate", without_end)
+    begun = time.monotonic()
+    state = evaluate_champions.with_options(timeout_seconds=2)(["mnist5k"], return_state=True)
+    assert (state.name, state.is_failed()) == ("TimedOut", True), "whoever is on call is called"
+    assert time.monotonic() - begun < 50
 
 
 class Service(LocalServer):

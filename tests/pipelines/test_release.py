@@ -17,7 +17,8 @@ DATA = Path("data/mnist5k.safetensors")
 
 
 def test_released_weights_become_the_first_champion_once(weights: Path) -> None:
-    (text,) = release_all()
+    (text,) = release_all("a first one")
+    assert decisions.history("mnist5k")[-1].endswith(": a first one")
     assert text == (
         "pixelcnn-mnist5k: released weights are version 1 of pixelcnn-mnist5k (checksum checked, scored afresh on 200 "
         "test images); champion, as the first of its dataset."

@@ -17,6 +17,7 @@ from pipelines.flows.train_all import run_apart, train_all
 from pipelines.registry import versions as registry
 from tests.local import stop
 from tests.pipelines.projects import PAIR, tiny_params, write_params
+from tests.pipelines.sites import tags_of_last_run
 
 GATED = "gated_pixelcnn-mnist5k"
 
@@ -136,6 +137,13 @@ def test_a_cancelled_run_stops_its_trainings(project: Path, prefect_server: str)
             os.kill(int(training[0]), 0)
     finally:
         stop(run)
+
+
+def test_a_run_has_the_tags_of_its_pairs(project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_all_flow, "run_apart", lambda commands, *_: dict.fromkeys(commands, "not here"))
+    with pytest.raises(ChildProcessError, match="not here"):
+        train_all([PAIR, GATED, "pixelcnn-nope"])
+    assert tags_of_last_run("train-all") == {PAIR, GATED, "mnist5k"}
 
 
 def test_how_many_is_checked_before_anything_starts(
