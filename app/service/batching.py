@@ -1,14 +1,15 @@
 """Adaptive batching: requests that arrive while the sampler is busy share its next call.
 
-There is no timer. A request that finds its lane idle is computed at once, alone; what arrives meanwhile waits, and the
-next call takes the request whose turn it is with all others of the same key, up to a number of images. Turns go round
-the clients: who sends many requests at once waits behind who sends one. Each lane is a thread, so that a long
-computation in one does not hold up another.
+A request that finds its lane idle is computed at once, alone; what arrives meanwhile waits, and the next call takes the
+request whose turn it is with all others of the same key, up to a number of images. Turns go round the clients: who
+sends many requests at once waits behind who sends one. Each lane is a thread, so that a long computation in one does
+not hold up another. A request that needs more than one call may also rest in between.
 """
 
 import itertools
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
@@ -37,6 +38,7 @@ class Job:
         self.on_call: Callable[[], None] = lambda: None  # told when its call begins
         self.client = ""  # whose turn it takes
         self.num_calls = 0  # that it took part in
+        self.not_before = 0.0  # time.monotonic() of its next call, at the earliest
         self.done: Future[Any] = Future()
 
     @staticmethod
@@ -126,7 +128,8 @@ class Batcher:
     def _take(self, lane: str) -> list[Job]:
         """Wait for jobs; return those of the next call, none when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or any(job.lane == lane for job in self._waiting))
+            while not self._closed and (seconds := self._due_in(lane)) != 0:
+                self._changed.wait(seconds)
             taken: list[Job] = []
             num_images = 0
             for job in self._in_turn(lane):
@@ -141,10 +144,16 @@ class Batcher:
             self._set_waiting([job for job in self._waiting if job not in taken])
             return taken
 
+    def _due_in(self, lane: str) -> float | None:
+        """Return in how many seconds a job of a lane may be computed, 0 if one may now; None if none waits."""
+        due = [job.not_before for job in self._waiting if job.lane == lane]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
     def _in_turn(self, lane: str) -> list[Job]:
-        """Return what waits in a lane: of each client the first job, the client first whose turn was longest ago; then
-        of each the second, and so on. Who has had a call counts as one further back."""
-        waiting = [job for job in self._waiting if job.lane == lane]
+        """Return what may be computed in a lane: of each client the first job, the client first whose turn was longest
+        ago; then of each the second, and so on. Who has had a call counts as one further back."""
+        now = time.monotonic()
+        waiting = [job for job in self._waiting if job.lane == lane and job.not_before <= now]
         rounds: Counter[str] = Counter()
         places = {}
         for job in waiting:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.sampling.fast import engine_name
 from pixelcnn.sampling.naive import OnRow
 
+REST_S = 0.1  # of a hand that draws live, before it is said how probable endings are: the next stroke needs the cores
 SHORT_CALL = 1e10  # sub-pixels times parameters: less than a tenth of a second on two cores
 
 
@@ -80,6 +82,9 @@ class SamplingJob(Job):
             # With a label network the sampler goes through endings again to say how probable they are: of each request
             # in another call, behind all who have no images yet, and only as long as its client does not draw on.
             if jobs[0].champion.model.label_network is not None and bool(jobs[0].observed.any()):
+                for job in jobs:
+                    if job.on_row is not None:
+                        job.not_before = time.monotonic() + REST_S
                 return
         for job in jobs:
             if not job.done.done():

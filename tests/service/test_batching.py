@@ -142,6 +142,18 @@ def test_who_is_left_unfinished_has_another_call_behind_who_had_none(batches):
     assert Held.calls.count(["gone"]) == 1
 
 
+def test_a_job_that_rests_lets_others_go_first(batches):
+    submit(batches, Held("first"))
+    wait_until(lambda: Held.calls == [["first"]], 10)
+    resting = Held("resting")
+    resting.not_before = time.monotonic() + 0.3
+    submit(batches, resting, Held("other"))
+    Held.go.set()
+    assert resting.done.result(10) == "resting"
+    assert time.monotonic() >= resting.not_before
+    assert Held.calls == [["first"], ["other"], ["resting"]]
+
+
 def test_clients_are_forgotten_one_day(batches, monkeypatch):
     monkeypatch.setattr(batching, "MAX_CLIENTS", 3)
     Held.go.set()
@@ -462,6 +474,19 @@ def test_endings_that_nobody_waits_for_are_not_scored(monkeypatch):
     gone.done.cancel()
     jobs.SamplingJob.run_together([gone, leaves])
     assert rows == [0, 1, 2]
+
+
+def test_endings_drawn_live_are_scored_once_the_hand_rests():
+    model = build_model(dataclasses.replace(GREY, context_features=2, completer_features=4, label_features=2))
+    champion = SimpleNamespace(model=model, config=model.config, num_parameters=1)
+    request = wire.CompleteRequest(dataset="grey", image=[[1] * 4] * 5, observed=[[1] * 4, *[[0] * 4] * 4])
+    streamed = jobs.SamplingJob(champion, request, on_row=lambda *_: None)
+    awaited = jobs.SamplingJob(champion, request)
+    start = time.monotonic()
+    jobs.SamplingJob.run_together([streamed, awaited])
+    assert streamed.not_before >= start + jobs.REST_S
+    assert awaited.not_before == 0
+    assert not any(job.done.done() for job in (streamed, awaited))
 
 
 def test_a_call_is_for_one_network():
