@@ -72,6 +72,9 @@ def drifts_from(reference: dict[str, list[float]]) -> dict[str, Drift]:
     return {name: Drift(values, sizes.get(name, WINDOW)) for name, values in reference.items()}
 
 
+LOOKED_AT = 500  # the number of drawings from which on a challenger's alert may fire
+
+
 @dataclass
 class Paired:
     """Differences of two models on the same drawings: their mean and its interval, whatever came when."""
@@ -87,8 +90,15 @@ class Paired:
         self.squares += deviation * (difference - self.mean)
 
     def interval(self) -> tuple[float, float]:
-        """Return the mean's 95 % interval (normal approximation); everything, as long as there are fewer than two."""
+        """Return an interval that holds the mean at all numbers of differences at once, with 95 % confidence: one may
+        look at it whenever one likes. Everything, as long as there are fewer than two.
+
+        Source: the asymptotic confidence sequence of Waudby-Smith et al. 2021, arXiv:2103.06476, narrowest (1.5 times
+        an interval for one look) at about `LOOKED_AT` differences.
+        """
         if self.num < 2:
             return -math.inf, math.inf
-        half = 1.96 * math.sqrt(self.squares / (self.num - 1) / self.num)
+        tuned = (2 * math.log(1 / 0.05) + math.log(1 + 2 * math.log(1 / 0.05))) / LOOKED_AT  # rho squared
+        scaled = self.num * tuned + 1
+        half = math.sqrt(self.squares / (self.num - 1) * scaled * math.log(scaled / 0.05**2) / tuned) / self.num
         return self.mean - half, self.mean + half
