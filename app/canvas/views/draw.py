@@ -124,17 +124,25 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)
     _, known = sent_of(drawing, settings)
+    order = st.session_state.get("order") or ORDERS[0]
+
+    def show_endings() -> Ending | None:
+        # Endings of another shape could not be continued from: they wait until such images are drawn again.
+        last = next(iter(earlier_endings(visit, settings)), None) if drawing.mark.any() else None
+        is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
+        show_ending(place, note, last, visit.unfinished if is_newer and drawing.mark.any() else None, settings, order)
+        return last
+
+    last = show_endings()
     at_once = is_of_fragment() and is_wanted(visit, settings, drawing, live) and not known.all()
     if at_once:
         with status:  # what else stands on the page can wait: the browser needs a tenth of a second for it
-            answer(client, visit, settings, drawing, place)
+            answer(client, visit, settings, drawing, place, order)
+        last = show_endings()
         served = visit.models
         visit.refresh_models(client)
         if visit.models != served:
             st.rerun()
-    # Endings of another shape could not be continued from: they wait until such images are drawn again.
-    earlier = earlier_endings(visit, settings)
-    last = earlier[0] if earlier and drawing.mark.any() else None
     if not drawing.mark.any():
         visit.seed = visit.seed if visit.pending else None  # the next drawing gets a new one
     is_answer = last is not None and last.settings == settings.query and last.drawing == drawing_text(drawing)
@@ -144,24 +152,21 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
         if widgets.main_button(label, on_click=visit.want_endings) and not at_once:
             visit.pending = True  # a visit that goes on after a restart of this program has no callback yet
         live = st.toggle(say("live"), value=True, key="live", persist_state="session")
-    order = "drawn"
     with actions:
         if last:
             names = {key: say(f"order_{key}") for key in ORDERS}
-            order = widgets.choose(
-                say("order"), names, order, label_visibility="collapsed", key="order", persist_state="session"
+            widgets.choose(
+                say("order"), names, ORDERS[0], label_visibility="collapsed", key="order", persist_state="session"
             )
             shown = levels_of(drawing, levels)
             chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
             widgets.download(last, settings.coloured, order, 3, chosen)
         companion(last, comparable=last is not None)
         beside = st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
-    fits = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape and drawing.mark.any()
-    show_ending(place, note, last, visit.unfinished if fits else None, settings, order)
     if beginnings:
         examples_place.html(examples_html(beginnings, levels))
     with gallery_place.container():
-        if earlier:
+        if earlier := earlier_endings(visit, settings):
             st.caption(say("gallery"))
             st.html(gallery_html(earlier))
 
@@ -178,7 +183,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             status.warning(say("nothing_left"))
             return
         with status:
-            answered = answer(client, visit, settings, drawing, place)
+            answered = answer(client, visit, settings, drawing, place, order)
         if answered:
             redraw()
     if beside:
@@ -206,7 +211,7 @@ def is_wanted(visit: Visit, settings: Settings, drawing: Drawing, live: bool) ->
     return visit.pending or (live and bool(drawing.mark.any()) and not is_taken)
 
 
-def answer(client: ServiceClient, visit: Visit, settings: Settings, drawing: Drawing, place: Any) -> bool:
+def answer(client: ServiceClient, visit: Visit, settings: Settings, drawing: Drawing, place: Any, order: str) -> bool:
     """Have endings drawn that are wanted; show them in their place while they come, and keep them.
 
     Returns:
@@ -225,7 +230,6 @@ def answer(client: ServiceClient, visit: Visit, settings: Settings, drawing: Dra
     if request == visit.answered and not visit.pending:
         return False
     visit.asked = request
-    order = st.session_state.get("order") or ORDERS[0]
     made_of = functools.partial(
         replace, settings=settings.query, drawing=drawing_text(drawing), linked=encode_drawing(drawing)
     )
