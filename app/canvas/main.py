@@ -17,7 +17,7 @@ from app.canvas.views.draw import draw_page
 from app.canvas.views.generate import generate_page
 from app.canvas.views.models import models_page
 from app.canvas.views.surprise import surprise_page
-from app.canvas.waiting import look_up
+from app.canvas.waiting import waiting_fragments
 from app.canvas.widgets import show_trouble
 from app.client import ServiceClient, ServiceError, service_url
 
@@ -68,7 +68,8 @@ def main() -> None:
     training_line()
     invitation()
     # A stroke made meanwhile: Streamlit would not send the grid of this run, and the browser would make a new one.
-    look_up()
+    if waiting_fragments():
+        st.rerun()
 
 
 main()

@@ -103,13 +103,17 @@ def look_up() -> None:
     Each read of the session's state does so; showing something would, too, but costs the browser a frame.
     """
     st.session_state.get("visit")
-    # A run of a fragment waits until the one under way has ended, and there is no public way to ask for it.
-    run, fragment = get_script_run_ctx(), ThreadState.get().fragment_id
+    if ThreadState.get().fragment_id in waiting_fragments():
+        redraw()
+
+
+def waiting_fragments() -> list[str]:
+    """Return which fragments are to run once this run has ended: it is not ended for them, and no public way tells."""
+    run = get_script_run_ctx()
     requests = run.script_requests if run else None
     if requests is None or requests._state != ScriptRequestType.RERUN:
-        return
-    if fragment is None or fragment in requests._rerun_data.fragment_id_queue:
-        redraw()
+        return []
+    return requests._rerun_data.fragment_id_queue
 
 
 def wait_for(call: Callable[[], Event], text: str, on_stop: Callable[[], None]) -> Event:

@@ -650,6 +650,17 @@ def test_grids_of_other_shapes(
     assert picture["height"] == pytest.approx(picture["width"] * height / width, rel=0.03)
 
 
+def choose_half(page: Page, name: str) -> None:
+    """Choose which half of a picture stays, and wait until it is seen: a button pressed sooner takes the one before."""
+    shown = page.get_by_alt_text("The picture, as the grid will show it")
+    shown.wait_for()
+    wait_until_still(page)
+    before = shown.get_attribute("src")
+    page.get_by_role("radio", name=name).click()
+    until(lambda: shown.get_attribute("src") != before, "the half was not chosen")
+    wait_until_still(page)
+
+
 def test_start_from_half_a_generated_picture(
     open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path
 ) -> None:
@@ -657,9 +668,7 @@ def test_start_from_half_a_generated_picture(
     page.get_by_text("Start from a picture").click()
     page.get_by_role("radio", name="The model makes one").click()
     page.get_by_role("button", name="Make a picture").click()
-    page.get_by_role("radio", name="Upper").click()
-    page.get_by_alt_text("The picture, as the grid will show it").wait_for()
-    wait_until_still(page)
+    choose_half(page, "Upper")
     page.get_by_role("button", name="Put it on the grid").click()
     made = np.array(service.generated(service.requests[-1][1])["images"][0])
     until(lambda: (grid_pixels(page)[16:, :, :3] == made[16:]).all(), "the picture did not come")
@@ -675,9 +684,7 @@ def test_start_from_half_a_generated_picture(
     page.locator("input[type=file]").set_input_files(
         {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
     )
-    page.get_by_role("radio", name="Lower").click()
-    page.get_by_alt_text("The picture, as the grid will show it").wait_for()
-    wait_until_still(page)
+    choose_half(page, "Lower")
     page.get_by_role("button", name="Put it on the grid").click()
     until(lambda: (grid_pixels(page)[:16, :16] == (10, 120, 200, 255)).all(), "the photograph did not come")
     assert (grid_pixels(page)[:16, 16:] == (0, 0, 0, 255)).all()
@@ -825,7 +832,7 @@ def test_service_down_keeps_the_drawing(open_page: OpenPage, services: dict[str,
         page.screenshot(path=tmp_path / "service-down.png")
     finally:
         services["now"] = StubService(port=down.port)
-    wait_for_endings(page)  # by itself
+    wait_for_endings(page, timeout_s=15)  # by itself, after 5 s and what a tick and a try take
     expect(page.get_by_text("does not answer")).to_have_count(0)
     assert services["now"].requests[-1][1]["image"] == drawn.tolist()
 

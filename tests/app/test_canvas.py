@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
+from app.canvas import waiting
 from app.canvas.drawing import HOLE, TOUCHED, Drawing, decode_drawing, drawing_text
 from tests.app.stub_service import StubService
 
@@ -579,3 +581,14 @@ def test_surprise_beside_the_grid_and_named_endings(service: StubService, open_p
     page.toggle(key="named").set_value(True).run()
     assert "9 endings have come: 4, 4, 4, 4, 4, 4, 4, 4, 4" in html_text(page)
     assert html_text(page).count("<b>4</b>") == 9
+
+
+def test_what_waits_for_the_service_ends_for_its_own_fragment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the line that tells of a training every other second: a slow answer would never come."""
+    redrawn: list[str] = []
+    monkeypatch.setattr(waiting, "waiting_fragments", lambda: ["board"])
+    for fragment in (None, "line", "board"):
+        monkeypatch.setattr(waiting.ThreadState, "get", lambda: SimpleNamespace(fragment_id=fragment))  # noqa: B023
+        monkeypatch.setattr(waiting, "redraw", lambda: redrawn.append(fragment))  # noqa: B023
+        waiting.look_up()
+    assert redrawn == ["board"]
