@@ -125,16 +125,16 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None) -> lis
                 _, number, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
             version = next(v for v in registry.versions(dataset) if v.version == number)
             export(version, store.file_of(served, REFERENCE_FILE))
-            reason = f"the registry had no champion, the store served {served}"
-            done.append(f"{dataset}: {reason}; it is version {number} and champion now ({checked}).")
-            _make_first(version, reason, done[-1], why)
+            cause = f"the registry had no champion, the store served {served}"
+            done.append(f"{dataset}: {cause}; it is version {number} and champion now ({checked}).")
+            _make_first(version, cause, done[-1], why)
     return done
 
 
-def _make_first(version: Version, reason: str, text: str, why: str | None) -> None:
+def _make_first(version: Version, cause: str, text: str, why: str | None) -> None:
     """Make a version the champion of a dataset that has none; the champion's lock is held."""
     dataset, number = version.tags["dataset"], version.version
-    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": reason, "text": text, "new": number}
+    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": cause, "text": text, "new": number}
     report |= {"old": None, "candidate": version.lineage(), "data_hash": version.tags["data_hash"]}
     with decisions.decision_run(dataset, "release", why) as run_id:
         record_and_carry_out(dataset, run_id, report, version)

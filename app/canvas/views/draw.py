@@ -123,7 +123,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     live = st.session_state.get("live", True)
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)
-    _, known = sent_of(drawing, settings)
+    image, known = sent_of(drawing, settings)
     order = st.session_state.get("order") or ORDERS[0]
 
     def show_endings() -> Ending | None:
@@ -134,10 +134,10 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
         return last
 
     last = show_endings()
-    at_once = is_of_fragment() and is_wanted(visit, settings, drawing, live) and not known.all()
+    at_once = is_of_fragment() and is_wanted(visit, settings, image, drawing, live) and not known.all()
     if at_once:
         with status:  # what else stands on the page can wait: the browser needs a tenth of a second for it
-            answer(client, visit, settings, drawing, place, order)
+            answer(client, visit, settings, drawing, image, known, place, order)
         last = show_endings()
         served = visit.models
         visit.refresh_models(client)
@@ -177,13 +177,13 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
         with away_place:
             widgets.show_trouble(visit)
         return
-    if is_wanted(visit, settings, drawing, live):
+    if is_wanted(visit, settings, image, drawing, live):
         if known.all():
             visit.pending = False
             status.warning(say("nothing_left"))
             return
         with status:
-            answered = answer(client, visit, settings, drawing, place, order)
+            answered = answer(client, visit, settings, drawing, image, known, place, order)
         if answered:
             redraw()
     if beside:
@@ -202,22 +202,32 @@ def earlier_endings(visit: Visit, settings: Settings) -> list[Ending]:
     return [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
 
 
-def is_wanted(visit: Visit, settings: Settings, drawing: Drawing, live: bool) -> bool:
+def is_wanted(visit: Visit, settings: Settings, image: np.ndarray, drawing: Drawing, live: bool) -> bool:
     """Return whether endings of a drawing are wanted: by the button, or live of what is no ending itself."""
     if settings.trouble or settings.model is None:
         return False
-    image, _ = sent_of(drawing, settings)
     is_taken = any(np.array_equal(image, ending) for past in earlier_endings(visit, settings) for ending in past.images)
     return visit.pending or (live and bool(drawing.mark.any()) and not is_taken)
 
 
-def answer(client: ServiceClient, visit: Visit, settings: Settings, drawing: Drawing, place: Any, order: str) -> bool:
+def answer(
+    client: ServiceClient,
+    visit: Visit,
+    settings: Settings,
+    drawing: Drawing,
+    image: np.ndarray,
+    known: np.ndarray,
+    place: Any,
+    order: str,
+) -> bool:
     """Have endings drawn that are wanted; show them in their place while they come, and keep them.
+
+    Args:
+        image, known: what is sent of the drawing.
 
     Returns:
         Whether they were asked for: live, the same request is not sent twice.
     """
-    image, known = sent_of(drawing, settings)
     request = Request(
         dataset=settings.dataset,
         image=image.tolist(),

@@ -22,6 +22,8 @@ SCORE_EVERY = 4  # drawings of a dataset: WINDOW // SCORE_EVERY values of `bits_
 HORIZON = 10_000  # drawings of the reference in which an alarm has the probability ...
 FALSE_ALARMS = 0.01
 STATISTICS = ("bits_per_dim", "ink_share", "known_share")
+LOOKED_AT = 500  # the number of drawings from which on a challenger's alert may fire
+DOUBT = 0.05  # that the interval of two models' difference holds it not, at some number of drawings
 
 
 def limit(num_reference: int, size: int = WINDOW) -> float:
@@ -72,9 +74,6 @@ def drifts_from(reference: dict[str, list[float]]) -> dict[str, Drift]:
     return {name: Drift(values, sizes.get(name, WINDOW)) for name, values in reference.items()}
 
 
-LOOKED_AT = 500  # the number of drawings from which on a challenger's alert may fire
-
-
 @dataclass
 class Paired:
     """Differences of two models on the same drawings: their mean and its interval, whatever came when."""
@@ -98,7 +97,8 @@ class Paired:
         """
         if self.num < 2:
             return -math.inf, math.inf
-        tuned = (2 * math.log(1 / 0.05) + math.log(1 + 2 * math.log(1 / 0.05))) / LOOKED_AT  # rho squared
+        doubts = 2 * math.log(1 / DOUBT)
+        tuned = (doubts + math.log(1 + doubts)) / LOOKED_AT  # rho squared
         scaled = self.num * tuned + 1
-        half = math.sqrt(self.squares / (self.num - 1) * scaled * math.log(scaled / 0.05**2) / tuned) / self.num
+        half = math.sqrt(self.squares / (self.num - 1) * scaled * math.log(scaled / DOUBT**2) / tuned) / self.num
         return self.mean - half, self.mean + half
