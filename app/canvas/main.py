@@ -2,6 +2,7 @@
 
 Run with `streamlit run app/canvas/main.py`. It knows the service's wire alone (`app.client`): no model, no
 likelihood here. The grid itself is the component in `app/canvas/grid/`, which keeps the drawing in the browser.
+Streamlit's server imports this file, and finds its `app`; for each visit it runs it as a script.
 """
 
 import gc
@@ -9,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
+from starlette.routing import Route
+from streamlit.starlette import App
 
+from app.canvas.live import LIVE_PATH, answer_live
 from app.canvas.session import Visit, this_visit
 from app.canvas.texts import say
 from app.canvas.views.demo import admit, invitation, training_line
@@ -58,7 +62,7 @@ def main() -> None:
     admit()
     visit = this_visit()
     try:
-        client = client_of(service_url()).named(visit.name)
+        client = visit.client = client_of(service_url()).named(visit.name)
     except ServiceError as error:
         st.error(str(error))
         st.stop()
@@ -72,4 +76,7 @@ def main() -> None:
         st.rerun()
 
 
-main()
+if __name__ == "__main__":
+    main()
+else:
+    app = App(__file__, routes=[Route(LIVE_PATH, answer_live, methods=["POST"])])

@@ -4,9 +4,10 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import streamlit as st
@@ -14,12 +15,14 @@ import streamlit as st
 from app.canvas.drawing import strength_of
 from app.canvas.endings import Ending, Request, parse_seed
 from app.canvas.photo import Layout, layout_of
-from app.canvas.texts import say
+from app.canvas.settings import Settings
+from app.canvas.texts import language, say
 from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
 
 MODELS_TTL_S = 5.0  # how long the list of served models is taken as current
 RETRY_S = 5.0  # a service that does not answer is asked again after so long
 NUM_MEASURED = 9  # images
+GALLERY = 12  # past requests of a visit that are kept
 NEW_SEEDS = 10**6  # short enough to be read out; a person may type longer ones
 
 
@@ -40,6 +43,13 @@ class Visit:
     seed: int | None = None  # of this drawing's endings, until other ones are wanted
     gallery: list[Ending] = field(default_factory=list)  # the endings of this visit, the last ones first
     unfinished: Ending | None = None  # of a request that the next stroke has ended: shown until there is more
+    client: ServiceClient | None = None  # of this visit
+    settings: Settings | None = None  # last chosen to draw with
+    order: str = "drawn"  # of the endings that are shown, see `order_of`
+    language: str = field(default_factory=language)
+    live: Ending | None = None  # endings that the browser got without the page: it has not shown them yet
+    live_for: str = ""  # the drawing whose endings the browser is getting so
+    stop_live: Callable[[], None] = lambda: None  # ends that
     drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
     linked: str = ""  # the drawing of the address that the visit began with
     example_wanted: bool = False
@@ -100,12 +110,40 @@ class Visit:
         """Want no endings after all; nor again for the same drawing as long as it is only live."""
         self.pending = False
         self.answered, self.unfinished = self.asked, None
+        self.stop_live()
+
+    def keep(self, ending: Ending) -> None:
+        """Take up endings that have come: they are the last ones, and answer the last request."""
+        self.gallery = [ending, *self.gallery][:GALLERY]
+        self.answered, self.unfinished, self.live = ending.request, None, None
+        self.answer_came()
+
+    def take_live(self, drawing: str, settings: Settings) -> None:
+        """Take up the endings that the browser got without the page, if they are those of this drawing."""
+        ending = self.live
+        if ending is None or self.pending or settings.seed not in (None, ending.seed):
+            return
+        if (ending.drawing, ending.settings) == (drawing, settings.query):
+            self.keep(ending)
+
+    def earlier_endings(self, shape: tuple[int, ...]) -> list[Ending]:
+        """Return the endings of images of this shape, the last ones first."""
+        return [ending for ending in self.gallery if ending.images.shape[1:] == shape]
+
+    def is_ending(self, image: np.ndarray) -> bool:
+        """Return whether an image, (H, W) or (H, W, 3) levels, is one of the endings that are shown."""
+        newest = (ending for ending in (self.live, self.unfinished) if ending)
+        return any(np.array_equal(image, one) for ending in (*newest, *self.gallery) for one in ending.images)
 
     def own_seed(self) -> int:
         """Return the seed of this drawing, a new one if it has none: all that is drawn live then bends, not jumps."""
         if self.seed is None:
             self.seed = secrets.randbelow(NEW_SEEDS)
         return self.seed
+
+
+# By name, as long as their browsers have the page open. Only its browser is told a name: who knows it is that visit.
+VISITS: WeakValueDictionary[str, Visit] = WeakValueDictionary()
 
 
 def in_order(served: Mapping[str, ServedModel]) -> dict[str, ServedModel]:
@@ -115,17 +153,12 @@ def in_order(served: Mapping[str, ServedModel]) -> dict[str, ServedModel]:
     )
 
 
-def shape_of(model: ServedModel) -> tuple[int, ...]:
-    """Return the shape of an image on the wire: (H, W), or (H, W, 3) for colour."""
-    channels, height, width = model.shape
-    return (height, width) if channels == 1 else (height, width, channels)
-
-
 def this_visit() -> Visit:
     """Return the state of this visit. A new one takes up the address: with a seed, it is the link to a picture."""
     state = st.session_state
     if "visit" not in state:
         visit = state.visit = Visit()
+        VISITS[visit.name] = visit
         query = st.query_params
         visit.linked = query.get("d", "")
         for name, kind in (("dataset", str), ("known", str), ("label", int), ("temperature", float), ("n", int)):

@@ -5,7 +5,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -75,15 +75,21 @@ def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> 
 
 @contextlib.contextmanager
 def busy(text: str, on_stop: Callable[[], None]) -> Iterator[None]:
-    """Show that the model works, and a button that stops it, both unseen in the first moment."""
+    """Show that the model works meanwhile, and a button that stops it."""
     place = st.empty()
-    with place.container(key="busy", horizontal=True, vertical_alignment="center"):
-        st.markdown(text)
-        st.button(say("stop"), on_click=on_stop, key="stop", width="content")
+    with place:
+        busy_line(text, on_stop)
     try:
         yield
     finally:
         place.empty()
+
+
+def busy_line(text: str, on_stop: Callable[[], None]) -> None:
+    """Show that the model works, and a button that stops it, both unseen in the first moment."""
+    with st.container(key="busy", horizontal=True, vertical_alignment="center"):
+        st.markdown(text)
+        st.button(say("stop"), on_click=on_stop, key="stop", width="content")
 
 
 def is_of_fragment() -> bool:
@@ -126,6 +132,34 @@ def wait_for(call: Callable[[], Event], text: str, on_stop: Callable[[], None]) 
     raise AssertionError("a call returns or raises")
 
 
+def drawn(
+    events: Iterable[Rows | Completions | None], request: Request, levels: int
+) -> Generator[Ending | None, None, None]:
+    """Yield a request's endings as their rows come, the finished ones last; None where there is nothing new to show.
+
+    Args:
+        events: of `complete_stream`, or None.
+        levels: K of the model.
+    """
+    known, image = np.array(request.observed), np.array(request.image)
+    blank = np.where(per_cell(known, image) == 1, image, -1)
+    images = np.repeat(blank[None], request.num_samples, axis=0)  # (N, H, W) or (N, H, W, 3)
+    shown_at = -math.inf
+    for event in events:
+        unfinished = None
+        if isinstance(event, Completions):
+            yield Ending(request, levels, np.array(event.completions), event.log_probs, event.seed, event.model)
+            return
+        if isinstance(event, Rows):
+            rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
+            images[:, event.start : event.start + rows.shape[1]] = rows
+            now = time.monotonic()
+            if now - shown_at >= SHOW_S or event.start + rows.shape[1] == images.shape[1]:
+                unfinished, shown_at = Ending(request, levels, images), now
+        yield unfinished
+    raise AssertionError("the stream ends with the completions or an error")
+
+
 def complete(
     client: ServiceClient, request: Request, levels: int, on_stop: Callable[[], None], show: Callable[[Ending], Any]
 ) -> Ending:
@@ -135,22 +169,13 @@ def complete(
         levels: K of the model.
         show: is given the unfinished endings when they have new rows.
     """
-    known, image = np.array(request.observed), np.array(request.image)
-    blank = np.where(per_cell(known, image) == 1, image, -1)
-    images = np.repeat(blank[None], request.num_samples, axis=0)  # (N, H, W) or (N, H, W, 3)
-    shown_at = -math.inf
     answers = in_background(lambda on_open: client.complete_stream(**vars(request), on_open=on_open))
     # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
     with busy(say("drawing"), on_stop), contextlib.closing(answers):
-        for event in answers:
-            now = time.monotonic()
-            if isinstance(event, Completions):
-                return Ending(request, levels, np.array(event.completions), event.log_probs, event.seed, event.model)
-            if isinstance(event, Rows):
-                rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
-                images[:, event.start : event.start + rows.shape[1]] = rows
-                if now - shown_at >= SHOW_S or event.start + rows.shape[1] == images.shape[1]:
-                    show(Ending(request, levels, images))
-                    shown_at = now
+        for ending in drawn(answers, request, levels):
+            if ending and ending.log_probs is not None:
+                return ending
+            if ending:
+                show(ending)
             look_up()
-    raise AssertionError("the stream ends with the completions or an error")
+    raise AssertionError("what is drawn ends with the finished endings")

@@ -12,7 +12,8 @@ from app.canvas.drawing import fit_picture, per_cell
 from app.canvas.endings import Ending, order_of, parse_seed, record
 from app.canvas.photo import find_ink
 from app.canvas.rendering import large_image, saved_animation, saved_picture
-from app.canvas.session import Visit, linked_default, shape_of
+from app.canvas.session import Visit, linked_default
+from app.canvas.settings import shape_of
 from app.canvas.texts import TEXTS, say, say_label
 from app.client import ServedModel, ServiceClient, ServiceError
 

@@ -92,8 +92,9 @@ def press_complete(page: Page) -> None:
 
 
 def wait_for_endings(page: Page, number: int = 9, timeout_s: float = 5) -> None:
-    captions = page.locator(".endings figcaption").filter(has_text="nats")
+    captions = page.locator(".endings:visible figcaption").filter(has_text="nats")
     expect(captions).to_have_count(number, timeout=1000 * timeout_s)
+    expect(page.locator(".live .endings")).to_have_count(0)  # the page has them, too
 
 
 def wait_until_still(page: Page) -> None:
@@ -104,6 +105,6 @@ def wait_until_still(page: Page) -> None:
 def shown_endings(page: Page) -> list[np.ndarray]:
     """The endings as the browser has them, each (H, W, 3), once the page is not being redrawn."""
     wait_until_still(page)
-    sources = page.locator(".endings button img").evaluate_all("images => images.map(image => image.src)")
+    sources = page.locator(".endings:visible button img").evaluate_all("images => images.map(image => image.src)")
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
     return [np.array(picture)[..., :3] for picture in pictures]

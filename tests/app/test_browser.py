@@ -209,7 +209,7 @@ def test_draw_press_see(open_page: OpenPage, service: StubService, tmp_path: Pat
         assert (picture[drawn == 1] == (28, 31, 43)).all()
         assert (picture[drawn == 0] == 255).all()
         assert (picture[drawn == -1] == (217, 72, 15)).all(axis=-1).any()
-    captions = page.locator(".endings figcaption").all_inner_texts()
+    captions = page.locator(".endings:visible figcaption").all_inner_texts()
     assert all(re.fullmatch(r"\N{MINUS SIGN}\d+\.\d nats", caption) for caption in captions)
     assert (cells(page) == drawn).all()  # and the drawing is still there
     page.screenshot(path=tmp_path / "canvas.png")
@@ -222,8 +222,8 @@ def test_rows_appear_while_the_model_draws(open_page: OpenPage, service: StubSer
     draw(page, HALF_DIGIT)
     press_complete(page)
     expect(page.get_by_text("The model is drawing")).to_be_visible()
-    expect(page.locator(".endings img")).to_have_count(9)
-    assert page.locator(".endings figcaption").first.inner_text().strip() == "\N{HORIZONTAL ELLIPSIS}"
+    expect(page.locator(".endings:visible img")).to_have_count(9)
+    assert page.locator(".endings:visible figcaption").first.inner_text().strip() == "\N{HORIZONTAL ELLIPSIS}"
     wait_for_endings(page)
     expect(page.get_by_text("The model is drawing")).not_to_be_visible()
     service.row_s = 0.4
@@ -350,7 +350,7 @@ def test_unfinished_endings_stay_until_there_is_more(open_page: OpenPage, servic
     page.evaluate("""() => {
       window.seen = [];
       new MutationObserver(() => {
-        const known = document.querySelector(".endings")?.dataset.known;
+        const known = document.querySelector(".live .endings, .endings")?.dataset.known;
         if (known && known !== window.seen.at(-1)) window.seen.push(known);
       }).observe(document.body, { subtree: true, childList: true, attributes: true });
     }""")
@@ -362,10 +362,45 @@ def test_unfinished_endings_stay_until_there_is_more(open_page: OpenPage, servic
         expect(page.locator(f'.endings[data-known="{known}"]')).to_be_visible()
     service.row_s = 0.0
     wait_for_endings(page)
-    expect(page.locator(".endings")).to_have_attribute("data-drawn", "1")
+    expect(page.locator(".endings:visible")).to_have_attribute("data-drawn", "1")
     seen = page.evaluate("window.seen")
     assert seen == sorted({*seen}, key=int)
     assert len(seen) >= 2
+
+
+def test_a_stroke_is_answered_without_the_page(open_page: OpenPage, service: StubService) -> None:
+    page = open_page(live=True)
+    wait_until_still(page)
+    service.row_s = 0.2
+    draw(page, HALF_DIGIT)
+    expect(page.locator('.live .endings[data-drawn="0"]')).to_be_visible()
+    assert page.locator('.stApp[data-test-script-state="notRunning"]').count() == 1
+    go_to(page, "Surprise")  # whoever presses something else has the page told of the drawing first
+    until(lambda: service.requests[-1][0] == "/likelihood", "nothing was asked")
+    *_, stroke = (body for path, body in service.requests if path == "/complete_stream")
+    assert service.requests[-1][1]["image"] == stroke["image"]
+
+
+def test_slow_endings_can_be_stopped(open_page: OpenPage, service: StubService) -> None:
+    page = open_page(live=True)
+    wait_until_still(page)
+    service.row_s = 0.5
+    draw(page, HALF_DIGIT)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Stop")).to_have_count(0)
+    expect(page.locator(".live .endings")).to_have_count(0)
+    asked = len(service.requests)
+    page.wait_for_timeout(1000)
+    assert len(service.requests) == asked  # nor are they asked for again
+
+
+def test_where_that_way_is_closed_the_page_asks(open_page: OpenPage, service: StubService) -> None:
+    page = open_page(live=True)
+    page.route("**/live", lambda route: route.abort())
+    draw(page, HALF_DIGIT)
+    wait_for_endings(page)
+    assert page.locator(".live .endings").count() == 0
+    assert service.requests[-1][1]["image"] == ink(page).tolist()
 
 
 def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
@@ -374,7 +409,7 @@ def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_
     drawn = ink(page)
     page.keyboard.press("f")
     wait_for_endings(page)
-    endings = page.locator(".endings button")
+    endings = page.locator(".endings:visible button")
     endings.nth(2).click()
     expect(endings.nth(2)).to_have_attribute("aria-pressed", "true")
     expect(page.locator('.endings button[aria-pressed="true"]')).to_have_count(1)
@@ -403,7 +438,7 @@ def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_
     compare = page.get_by_role("button", name="Hold to compare")
     compare.hover()
     page.mouse.down()
-    expect(page.locator(".endings")).to_have_class(re.compile("compare"))
+    expect(page.locator(".endings:visible")).to_have_class(re.compile("compare"))
     shown = "getComputedStyle(document.querySelector('.endings img')).content"
     assert "data:image/png" in page.evaluate(shown)
     page.mouse.up()
@@ -558,7 +593,7 @@ def test_painting_in_colour(open_page: OpenPage, service: StubService, page_url:
     for picture, completion in zip(shown_endings(page), answer["completions"], strict=True):
         assert picture.tolist() == completion
     page.screenshot(path=tmp_path / "colour.png", full_page=True)
-    page.locator(".endings button").nth(3).click()
+    page.locator(".endings:visible button").nth(3).click()
     assert grid_pixels(page)[..., :3].tolist() == answer["completions"][3]
     tool(page, "Undo").click()
     assert (grid_pixels(page) == last).all()
@@ -645,14 +680,14 @@ def test_grids_of_other_shapes(
     assert sent.any()
     endings = shown_endings(page)
     assert {ending.shape for ending in endings} == {(height, width, 3)}
-    picture = page.locator(".endings img").first.bounding_box()
+    picture = page.locator(".endings:visible img").first.bounding_box()
     assert picture is not None
     assert picture["height"] == pytest.approx(picture["width"] * height / width, rel=0.03)
 
 
 def choose_half(page: Page, name: str) -> None:
     """Choose which half of a picture stays, and wait until it is seen: a button pressed sooner takes the one before."""
-    shown = page.get_by_alt_text("The picture, as the grid will show it")
+    shown = page.get_by_alt_text("The picture, as the grid will show it").last  # two, while the page is redrawn
     shown.wait_for()
     wait_until_still(page)
     before = shown.get_attribute("src")
@@ -764,7 +799,7 @@ def test_axe_finds_nothing(open_page: OpenPage, service: StubService, scheme: st
         if name in ("draw", "surprise"):  # whose uploader comes with a role of Streamlit's, until the page mends it
             page.get_by_test_id("stFileUploaderDropzone").wait_for(state="attached")
         expect(page.locator("section[role=presentation]")).to_have_count(0)
-        expect(page.locator(".endings:is(.earlier, .stale)")).to_have_count(0)  # dimmed, until their answer comes
+        expect(page.locator(".endings:visible:is(.earlier, .stale)")).to_have_count(0)
         found |= {
             f"{name}: {violation['id']}: {node['html'][:120]} {[check['message'] for check in node['any']]}"
             for violation in Axe().run(page).response["violations"]
@@ -914,7 +949,7 @@ def test_first_ten_seconds(open_page: OpenPage, service: StubService) -> None:
     grid(page).wait_for()
     until(lambda: ink(page).any(), "the drawing was lost")
     go_to(page, "Generate")
-    expect(page.locator(".endings figcaption").filter(has_text="nats")).to_have_count(16)
+    expect(page.locator(".endings:visible figcaption").filter(has_text="nats")).to_have_count(16)
 
 
 def test_the_address_is_that_of_the_answer_and_makes_no_history(open_page: OpenPage, service: StubService) -> None:
@@ -940,7 +975,7 @@ def test_endings_of_something_else_do_not_look_like_the_answer(open_page: OpenPa
     press_complete(page)
     wait_for_endings(page)
     wait_until_still(page)
-    endings = page.locator(".endings")
+    endings = page.locator(".endings:visible")
     expect(endings).to_have_class("endings")  # once the page has shown the answer, it is redrawn
     wait_until_still(page)
     draw(page, [(20, 3), (22, 5)])
@@ -954,7 +989,7 @@ def test_endings_of_something_else_do_not_look_like_the_answer(open_page: OpenPa
     expect(page.locator('.endings [aria-pressed="true"]')).to_have_count(0)
     wait_until_still(page)
     tool(page, "Clear").click()
-    expect(page.locator(".endings img").and_(page.locator(":visible"))).to_have_count(0)
+    expect(page.locator(".endings img:visible")).to_have_count(0)
     expect(page.get_by_text("Endings appear here")).to_be_visible()
 
 

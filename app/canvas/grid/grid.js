@@ -9,7 +9,8 @@
 // replaces the drawing, once, as one step that can be undone; texts: those that are spoken}.
 // Known cells are opaque, unknown ones transparent (hatched). Anything on the page with `data-ink` (cells, with or without
 // their marks) takes the place of the drawing when it is clicked. `document` gets an event `drawing`, whose detail is
-// {text, blank}, whenever what is shown changes, and `document.drawing` is the last such detail.
+// {text, blank}, whenever what is shown changes, and `document.drawing` is the last such detail. Before the page is told of a
+// change there is an event `drawn`; whoever cancels it tells the page later, by `detail.tell()`.
 //
 // The drawing is kept in sessionStorage: a reload, or another page and back, does not lose it. A link's drawing, `d` in
 // the address, comes first if the address is another one than when the kept drawing was made.
@@ -183,7 +184,8 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
       // No storage in this browser: a reload then starts from the address.
     }
     sentAt = performance.now();
-    send(text);
+    const detail = { ...document.drawing, tell: () => send(text) };
+    if (document.dispatchEvent(new CustomEvent("drawn", { detail, cancelable: true }))) send(text);
   }
 
   function restore() {

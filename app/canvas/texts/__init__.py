@@ -1,5 +1,7 @@
 """All texts of the canvas, each in English and in French; the browser's language chooses."""
 
+from contextvars import ContextVar
+
 import streamlit as st
 
 LANGUAGES = ("en", "fr")
@@ -426,8 +428,13 @@ KEYS = (
 TEXTS["keys_table"] = KEYS
 
 
+SPOKEN: ContextVar[str] = ContextVar("spoken")  # where no page runs, which knows its browser
+
+
 def language() -> str:
     """Return the language to show: the browser's if the canvas speaks it, else English."""
+    if spoken := SPOKEN.get(""):
+        return spoken
     found = (st.context.locale or "")[:2].lower()
     return found if found in LANGUAGES else LANGUAGES[0]
 

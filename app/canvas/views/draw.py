@@ -1,8 +1,7 @@
 """The page to draw on: the beginning of a picture, and the endings that a model finds for it."""
 
-import functools
 import html
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,68 +13,27 @@ from app.canvas.drawing import (
     Drawing,
     decode_drawing,
     drawing_text,
-    encode_drawing,
-    known_cells,
     levels_of,
     parse_drawing,
-    per_cell,
 )
 from app.canvas.endings import Ending, Request, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
+from app.canvas.live import live_endings
 from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, gallery_html
-from app.canvas.session import Visit, linked_default, shape_of
+from app.canvas.session import Visit, linked_default
+from app.canvas.settings import Settings, made_of, request_of, sent_of
 from app.canvas.texts import say, say_label
 from app.canvas.views.known import choose_known, known_help
 from app.canvas.views.picture import start_from_picture
 from app.canvas.views.surprise import log_probs_by_label, surprise_beside
-from app.canvas.waiting import complete, is_of_fragment, redraw, wait_for
+from app.canvas.waiting import busy_line, complete, is_of_fragment, redraw, wait_for
 from app.client import ServedModel, ServiceClient, ServiceError
 
 NUM_ENDINGS = 9
 MAX_ENDINGS = 16
-GALLERY = 12  # past requests of a visit that are kept
 COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
 ORDERS = ("drawn", "likely", "rare")  # as drawn: in fixed places, while they bend with the pen
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is chosen below the endings, and what follows from it for the page."""
-
-    dataset: str
-    model: ServedModel | None  # None as long as nothing serves the dataset
-    mode: str  # of `known_cells`
-    num_samples: int
-    label: int | None
-    temperature: float
-    seed: int | None  # None where none is typed
-    trouble: str  # what is wrong with the seed that was typed
-    painting: bool  # images are in colour
-    sees_all: bool  # the model takes into account what is known below a cell, too
-    named: bool  # endings are to be named
-    coloured: bool  # endings show by colour what the model added
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the grid."""
-        return shape_of(self.model) if self.model else (28, 28)
-
-    @property
-    def levels(self) -> int:
-        """K of the images."""
-        return self.model.levels if self.model else 2
-
-    @property
-    def query(self) -> dict[str, str]:
-        """What of them an address tells, beside the drawing and the seed of its endings."""
-        return {
-            "dataset": self.dataset,
-            "known": self.mode,
-            "label": str(-1 if self.label is None else self.label),
-            "temperature": str(self.temperature),
-            "n": str(self.num_samples),
-        }
 
 
 def draw_page(client: ServiceClient, visit: Visit) -> None:
@@ -106,7 +64,7 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
 
 @st.fragment
 def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place: Any) -> None:
-    """Show the grid, and what comes of a drawing: after a stroke this alone runs, the endings first."""
+    """Show the grid, and what comes of a drawing: after a stroke this alone runs."""
     with st.container(key="board"):
         left, right = st.columns(2, gap="medium")
     with left:
@@ -116,7 +74,9 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     with right:
         beside_place = st.container()
         away_place = st.container()  # what is redrawn by itself must not stand in an `st.empty`, which may be gone then
-        status, place, note = st.empty(), st.empty(), st.empty()
+        live_place = st.container()
+        with st.container(key="answers"):
+            status, place, note = st.empty(), st.empty(), st.empty()
         actions = st.container(key="actions", horizontal=True, vertical_alignment="center")
     model, levels = settings.model, settings.levels
     beginnings = beginnings_of(settings.dataset)
@@ -124,34 +84,25 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)
     image, known = sent_of(drawing, settings)
-    order = st.session_state.get("order") or ORDERS[0]
-
-    def show_endings() -> Ending | None:
-        # Endings of another shape could not be continued from: they wait until such images are drawn again.
-        last = next(iter(earlier_endings(visit, settings)), None) if drawing.mark.any() else None
-        is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
-        show_ending(place, note, last, visit.unfinished if is_newer and drawing.mark.any() else None, settings, order)
-        return last
-
-    last = show_endings()
-    at_once = is_of_fragment() and is_wanted(visit, settings, image, drawing, live) and not known.all()
-    if at_once:
-        with status:  # what else stands on the page can wait: the browser needs a tenth of a second for it
-            answer(client, visit, settings, drawing, image, known, place, order)
-        last = show_endings()
-        served = visit.models
-        visit.refresh_models(client)
-        if visit.models != served:
-            st.rerun()
-    if not drawing.mark.any():
+    is_blank = not drawing.mark.any()
+    visit.take_live(drawing_text(drawing), settings)
+    visit.settings, visit.order = settings, st.session_state.get("order") or ORDERS[0]
+    # Endings of another shape could not be continued from: they wait until such images are drawn again.
+    earlier = visit.earlier_endings(settings.shape)
+    last = earlier[0] if earlier and not is_blank else None
+    is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
+    show_ending(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
+    if is_blank:
         visit.seed = visit.seed if visit.pending else None  # the next drawing gets a new one
     is_answer = last is not None and last.settings == settings.query and last.drawing == drawing_text(drawing)
     with button_place:
         name = say("nine") if settings.num_samples == NUM_ENDINGS else str(settings.num_samples)
         label = say("another", number=name) if is_answer else say("complete")
-        if widgets.main_button(label, on_click=visit.want_endings) and not at_once:
+        if widgets.main_button(label, on_click=visit.want_endings):
             visit.pending = True  # a visit that goes on after a restart of this program has no callback yet
         live = st.toggle(say("live"), value=True, key="live", persist_state="session")
+    with live_place:
+        live_endings(visit, last, is_on=live and not settings.trouble and model is not None)
     with actions:
         if last:
             names = {key: say(f"order_{key}") for key in ORDERS}
@@ -160,13 +111,13 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             )
             shown = levels_of(drawing, levels)
             chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
-            widgets.download(last, settings.coloured, order, 3, chosen)
+            widgets.download(last, settings.coloured, visit.order, 3, chosen)
         companion(last, comparable=last is not None)
         beside = st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
     if beginnings:
         examples_place.html(examples_html(beginnings, levels))
     with gallery_place.container():
-        if earlier := earlier_endings(visit, settings):
+        if earlier:
             st.caption(say("gallery"))
             st.html(gallery_html(earlier))
 
@@ -177,37 +128,34 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
         with away_place:
             widgets.show_trouble(visit)
         return
-    if is_wanted(visit, settings, image, drawing, live):
+    if visit.pending or (live and not is_blank and not visit.is_ending(image)):
         if known.all():
             visit.pending = False
             status.warning(say("nothing_left"))
             return
-        with status:
-            answered = answer(client, visit, settings, drawing, image, known, place, order)
-        if answered:
+        request = request_of(image, known, settings, visit.own_seed())
+        is_coming = visit.live_for == drawing_text(drawing)  # to the browser, without this page
+        if visit.pending or not (is_coming or request == visit.answered):
+            with status:
+                answer(client, visit, settings, drawing, request, place)
             redraw()
+        if is_coming:
+            with live_place:
+                busy_line(say("drawing"), visit.want_no_endings)
     if beside:
         with beside_place:
             surprise_beside(client, visit, settings.dataset, model, levels_of(drawing, levels))
     if settings.named and last and not last.names and model.labels:
         name_endings(client, visit, last, model)
         redraw()
+    if is_of_fragment():
+        served = visit.models
+        visit.refresh_models(client)
+        if visit.models != served:
+            st.rerun()
     if visit.trouble:
         with away_place:
             widgets.show_trouble(visit)
-
-
-def earlier_endings(visit: Visit, settings: Settings) -> list[Ending]:
-    """Return the visit's endings of images like these, the last ones first."""
-    return [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
-
-
-def is_wanted(visit: Visit, settings: Settings, image: np.ndarray, drawing: Drawing, live: bool) -> bool:
-    """Return whether endings of a drawing are wanted: by the button, or live of what is no ending itself."""
-    if settings.trouble or settings.model is None:
-        return False
-    is_taken = any(np.array_equal(image, ending) for past in earlier_endings(visit, settings) for ending in past.images)
-    return visit.pending or (live and bool(drawing.mark.any()) and not is_taken)
 
 
 def answer(
@@ -215,51 +163,26 @@ def answer(
     visit: Visit,
     settings: Settings,
     drawing: Drawing,
-    image: np.ndarray,
-    known: np.ndarray,
+    request: Request,
     place: Any,
-    order: str,
-) -> bool:
-    """Have endings drawn that are wanted; show them in their place while they come, and keep them.
-
-    Args:
-        image, known: what is sent of the drawing.
-
-    Returns:
-        Whether they were asked for: live, the same request is not sent twice.
-    """
-    request = Request(
-        dataset=settings.dataset,
-        image=image.tolist(),
-        observed=known.tolist(),
-        num_samples=settings.num_samples,
-        label=settings.label,
-        temperature=settings.temperature,
-        seed=visit.own_seed() if settings.seed is None else settings.seed,
-    )
-    if request == visit.answered and not visit.pending:
-        return False
+) -> None:
+    """Have endings of a drawing made; show them in their place while they come, and keep them."""
     visit.asked = request
-    made_of = functools.partial(
-        replace, settings=settings.query, drawing=drawing_text(drawing), linked=encode_drawing(drawing)
-    )
 
     def show(unfinished: Ending) -> None:
-        visit.unfinished = made_of(unfinished)
-        place.html(endings_html(visit.unfinished, settings.coloured, order))
+        visit.unfinished = made_of(unfinished, drawing, settings)
+        place.html(endings_html(visit.unfinished, settings.coloured, visit.order))
 
     try:
-        ending = complete(client, request, settings.levels, visit.want_no_endings, show)
+        ending = made_of(complete(client, request, settings.levels, visit.want_no_endings, show), drawing, settings)
     except ServiceError as error:
         visit.fail(error)
         visit.unanswered = error.away
+        visit.answered, visit.unfinished = request, None
     else:
-        visit.answer_came()
-        ending = made_of(ending)
-        visit.gallery = [ending, *visit.gallery][:GALLERY]
-        place.html(endings_html(ending, settings.coloured, order))
-    visit.pending, visit.answered, visit.unfinished = False, request, None
-    return True
+        visit.keep(ending)
+        place.html(endings_html(ending, settings.coloured, visit.order))
+    visit.pending = False
 
 
 def name_endings(client: ServiceClient, visit: Visit, ending: Ending, model: ServedModel) -> None:
@@ -294,13 +217,6 @@ def show_grid(visit: Visit, settings: Settings, live: bool, beginnings: list[Dra
     )
     visit.drawn[shape] = drawing_text(drawing)
     return drawing
-
-
-def sent_of(drawing: Drawing, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Return what of a drawing is sent: levels, 0 where unknown, and (H, W) known cells."""
-    known = known_cells(drawing, settings.mode, settings.levels)
-    image = levels_of(drawing, settings.levels)
-    return image * per_cell(known, image), known
 
 
 def choose_settings(visit: Visit) -> Settings:

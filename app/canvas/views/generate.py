@@ -10,7 +10,8 @@ from app.canvas import widgets
 from app.canvas.companion import companion
 from app.canvas.endings import Ending, Request, version_of
 from app.canvas.rendering import endings_html
-from app.canvas.session import Visit, shape_of
+from app.canvas.session import Visit
+from app.canvas.settings import shape_of
 from app.canvas.texts import say
 from app.canvas.waiting import complete
 from app.client import ServiceClient, ServiceError

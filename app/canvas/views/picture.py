@@ -8,7 +8,8 @@ import streamlit as st
 
 from app.canvas.drawing import HOLE, TOUCHED, Drawing, drawing_text, levels_of, per_cell, strength_of, without
 from app.canvas.rendering import img, whole_pixels
-from app.canvas.session import Visit, shape_of
+from app.canvas.session import Visit
+from app.canvas.settings import shape_of
 from app.canvas.texts import say
 from app.canvas.views.known import known_key
 from app.canvas.waiting import wait_for

@@ -11,7 +11,8 @@ from app.canvas.drawing import TOUCHED, Drawing, levels_of, parse_drawing
 from app.canvas.endings import bits_per_dim, nats, version_of
 from app.canvas.examples import real_images
 from app.canvas.rendering import heat_pixels, img, png_size, whole_pixels
-from app.canvas.session import Visit, shape_of
+from app.canvas.session import Visit
+from app.canvas.settings import shape_of
 from app.canvas.texts import say, say_label
 from app.canvas.waiting import wait_for
 from app.canvas.widgets import choose_dataset, choose_label, in_words, show_trouble, upload_picture

@@ -1,0 +1,136 @@
+"""Endings on the shortest way: the browser asks for those of a stroke itself, no page runs until they have come.
+
+`live.js` sends the drawing to LIVE_PATH of the canvas's own server. `answer_live` knows the visit's settings, has the
+service finish the drawing, and sends what to show, row by row. The page runs then, and finds the endings in its visit.
+Where this way fails the page goes the long one, and says what is wrong.
+"""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import streamlit as st
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+
+from app.canvas.drawing import Drawing, drawing_text, parse_drawing
+from app.canvas.endings import Ending, Request
+from app.canvas.rendering import endings_html
+from app.canvas.session import VISITS, Visit
+from app.canvas.settings import Settings, made_of, request_of, sent_of
+from app.canvas.texts import SPOKEN
+from app.canvas.waiting import drawn
+from app.client import ServiceClient, ServiceError
+
+HERE = Path(__file__).parent
+LIVE_PATH = "/live"
+MAX_BYTES = 2**20  # of what is sent; the largest drawing has a tenth of them
+
+
+class Stroke(BaseModel):
+    """What the browser sends."""
+
+    visit: str
+    drawing: str  # the text of the grid
+
+
+def live_endings(visit: Visit, last: Ending | None, is_on: bool) -> None:
+    """Show the endings that come without the page, in place of the page's, as long as they are newer.
+
+    Args:
+        last: those that the page shows.
+        is_on: whether a stroke is to be answered so.
+    """
+    component = st.components.v2.component("live_endings", js=(HERE / "live.js").read_text(), isolate_styles=False)
+    base = str(st.get_option("server.baseUrlPath") or "").strip("/")
+    settings = visit.settings
+    component(
+        key="live_endings",
+        data={
+            "url": f"{'/' + base if base else ''}{LIVE_PATH}",
+            "visit": visit.name,
+            "settings": repr((settings.query, settings.seed, settings.coloured, visit.order) if settings else None),
+            "drawing": last.drawing if last else "",
+            "pending": visit.pending,
+            "on": is_on,
+        },
+        on_came_change=lambda: None,
+    )
+
+
+async def answer_live(request: HttpRequest) -> Response:
+    """Answer a stroke with events of what to show: {"html": of the endings, "finished": whether they are all of it}.
+
+    204 says that there is nothing to show anew; 4xx that this way is closed.
+    """
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal() or int(length) > MAX_BYTES:
+        return Response("Send a drawing, of at most 1 MiB.", status_code=413)
+    try:
+        stroke = Stroke.model_validate_json(await request.body())
+    except ValidationError:
+        return Response("Send JSON: {visit, drawing}.", status_code=400)
+    visit = VISITS.get(stroke.visit)
+    if visit is None or visit.client is None or visit.settings is None:
+        return Response("Nobody has a page open under this name. Reload it.", status_code=404)
+    drawing = parse_drawing(stroke.drawing, visit.settings.shape)
+    visit.drawn[visit.settings.shape] = drawing_text(drawing)
+    image, known = sent_of(drawing, visit.settings)
+    asked = request_of(image, known, visit.settings, visit.own_seed())
+    if not drawing.mark.any() or known.all() or visit.is_ending(image) or asked == visit.answered:
+        return Response(status_code=204)
+    visit.stop_live()
+    visit.asked = asked
+    SPOKEN.set(visit.language)
+    return StreamingResponse(
+        _events(visit, visit.client, visit.settings, drawing, asked),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+async def _events(
+    visit: Visit, client: ServiceClient, settings: Settings, drawing: Drawing, asked: Request
+) -> AsyncGenerator[str, None]:
+    loop = asyncio.get_running_loop()
+    endings: asyncio.Queue[Ending | None] = asyncio.Queue()
+    ends: list[Callable[[], None]] = []
+    is_left = threading.Event()
+
+    def on_open(end: Callable[[], None]) -> None:
+        ends.append(end)
+        if is_left.is_set():
+            end()
+
+    def leave() -> None:
+        is_left.set()
+        for end in ends:
+            end()
+
+    def ask() -> None:
+        try:
+            with contextlib.closing(client.complete_stream(**vars(asked), on_open=on_open)) as events:
+                for ending in drawn(events, asked, settings.levels):
+                    if ending:
+                        loop.call_soon_threadsafe(endings.put_nowait, made_of(ending, drawing, settings))
+        except ServiceError:
+            pass  # the answer ends early: the page asks again, and says why
+        finally:
+            loop.call_soon_threadsafe(endings.put_nowait, None)
+
+    visit.live_for, visit.stop_live = drawing_text(drawing), leave
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        while ending := await endings.get():
+            is_finished = ending.log_probs is not None
+            visit.live, visit.unfinished = (ending, None) if is_finished else (None, ending)
+            shown = {"html": endings_html(ending, settings.coloured, visit.order), "finished": is_finished}
+            yield f"data: {json.dumps(shown)}\n\n"
+    finally:  # also when the browser has left, for the next stroke
+        leave()
+        if visit.live_for == drawing_text(drawing):
+            visit.live_for = ""

@@ -1,0 +1,122 @@
+// Endings that come without the page. When the grid tells of a drawing (event `drawn`), its endings are fetched and shown
+// here row by row, in place of the page's (`html[data-live]`, page.css). Once they have come, or cannot, the page is told of
+// the drawing: it runs, and shows the same endings with all that belongs to them. Whoever presses something else meanwhile,
+// or waits long, has the page told at once.
+//
+// data: {url, visit: where and as whom to ask; settings: text that changes with what would change the endings; drawing: whose
+// endings the page shows; pending: the page itself is asking; on: whether to ask at all}.
+
+const PATIENCE_MS = 1000;
+
+function createLive(root) {
+  let data = {};
+  let came = () => {};
+  let asking = null; // {stop: AbortController, tell: of the drawing, or null once the page knows}
+  let shown = null; // {text: of the drawing whose endings are shown here, settings}
+  let number = 0;
+
+  function clear() {
+    shown = null;
+    root.replaceChildren();
+    delete document.documentElement.dataset.live;
+  }
+
+  function stop() {
+    asking?.stop.abort();
+    asking = null;
+  }
+
+  function tell() {
+    asking?.tell?.();
+    if (asking) asking.tell = null;
+  }
+
+  function show(html, text, settings) {
+    root.innerHTML = html;
+    shown = { text, settings };
+    document.documentElement.dataset.live = "";
+  }
+
+  async function ask(text, tellDrawing) {
+    stop();
+    const mine = (asking = { stop: new AbortController(), tell: tellDrawing });
+    const { settings } = data;
+    const isCurrent = () => asking === mine && root.isConnected && data.settings === settings;
+    setTimeout(() => asking === mine && tell(), PATIENCE_MS);
+    let isFinished = false;
+    try {
+      const response = await fetch(data.url, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify({ visit: data.visit, drawing: text }),
+        signal: mine.stop.signal,
+      });
+      const reader = response.status === 200 ? response.body.pipeThrough(new TextDecoderStream()).getReader() : null;
+      for (let rest = ""; reader; ) {
+        const { done, value } = await reader.read();
+        if (done || !isCurrent()) break;
+        const events = (rest + value).split("\n\n");
+        rest = events.pop();
+        if (!events.length) continue;
+        const event = JSON.parse(events.pop().slice("data: ".length)); // the last one is all that is to be seen
+        show(event.html, text, settings);
+        isFinished = event.finished;
+      }
+    } catch {
+      // A stroke came in between, or this way is closed: the page knows what to say.
+    }
+    if (asking !== mine) return;
+    if (!isFinished) clear();
+    if (mine.tell) tell();
+    else came(++number);
+    asking = null;
+  }
+
+  const gone = new AbortController();
+  const onPage = (target, type, listener) =>
+    target.addEventListener(type, (event) => (root.isConnected ? listener(event) : leave()), {
+      capture: true,
+      signal: gone.signal,
+    });
+  const leave = () => {
+    gone.abort();
+    stop();
+    clear();
+  };
+  onPage(document, "drawn", (event) => {
+    if (!data.on || event.detail.blank) {
+      stop();
+      clear();
+      return;
+    }
+    event.preventDefault();
+    ask(event.detail.text, event.detail.tell);
+  });
+  // The page must know what is drawn before it hears of anything else.
+  for (const type of ["pointerdown", "keydown", "pagehide"]) {
+    onPage(window, type, (event) => {
+      if (!event.composedPath().some((element) => element.classList?.contains("drawing"))) tell();
+    });
+  }
+
+  clear();
+  return {
+    update(newData, setTriggerValue) {
+      data = newData;
+      came = (value) => setTriggerValue("came", value);
+      if (data.pending || !data.on) {
+        tell();
+        stop();
+      }
+      if (!shown || (shown.settings === data.settings && shown.text !== data.drawing && data.on && !data.pending)) return;
+      clear();
+    },
+  };
+}
+
+export default function ({ parentElement, data, setTriggerValue }) {
+  const root = parentElement.querySelector(".live") ?? parentElement.appendChild(document.createElement("div"));
+  root.className = "live";
+  root.live ??= createLive(root);
+  root.live.update(data, setTriggerValue);
+}

@@ -1,0 +1,175 @@
+"""Endings on the shortest way, without the page: what its server answers to a stroke."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from app.canvas.drawing import TOUCHED, Drawing, drawing_text
+from app.canvas.live import LIVE_PATH, MAX_BYTES, answer_live
+from app.canvas.session import VISITS, Visit
+from app.canvas.settings import Settings
+from app.client import ServedModel, ServiceClient
+from tests.app.stub_service import MODELS, StubService
+from tests.local import free_port
+
+INK = np.zeros((28, 28), dtype=np.int64)
+INK[4:10, 12:15] = 255
+STROKE = Drawing(INK, np.where(INK > 0, TOUCHED, 0))
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The address of the way, on a server of its own."""
+    app, port = Starlette(routes=[Route(LIVE_PATH, answer_live, methods=["POST"])]), free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}{LIVE_PATH}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def visit(service: StubService) -> Visit:
+    """A visit whose page was shown once."""
+    visit = VISITS["a-visit"] = Visit(name="a-visit", language="en", client=ServiceClient(service.url))
+    model = ServedModel.model_validate(MODELS["mnist5k"])
+    visit.settings = Settings("mnist5k", model, "above", 9, 3, 0.8, None, "", False, True, False, True)
+    return visit
+
+
+def body(drawing: Drawing, name: str = "a-visit") -> dict[str, str]:
+    return {"visit": name, "drawing": drawing_text(drawing)}
+
+
+def events_of(response: httpx.Response) -> Iterator[dict[str, object]]:
+    for line in response.iter_lines():
+        if line:
+            yield json.loads(line.removeprefix("data: "))
+
+
+def test_a_stroke_is_answered_row_by_row_and_kept_for_the_page(url: str, visit: Visit, service: StubService) -> None:
+    service.row_s = 0.02
+    with httpx.stream("POST", url, json=body(STROKE)) as response:
+        assert response.status_code == 200
+        events = events_of(response)
+        first = next(events)
+        assert 'data-drawn="0"' in str(first["html"])
+        assert visit.live is None
+        assert visit.live_for == drawing_text(STROKE)  # so that the page does not ask for the same
+        *_, last = events
+    assert last["finished"]
+    assert str(last["html"]).count("nats</span>") == 9
+    assert visit.live_for == ""
+    [(path, sent)] = service.requests
+    assert path == "/complete_stream"
+    assert (sent["label"], sent["temperature"], sent["seed"]) == (3, 0.8, visit.seed)
+    assert sent["image"] == (INK > 0).astype(int).tolist()
+    assert np.array(sent["observed"])[:10].all()
+    assert not np.array(sent["observed"])[10:].any()
+    settings, image = visit.settings, service.answers[0]["completions"][4]
+    assert settings is not None
+    taken = Drawing(255 * np.array(image), TOUCHED * np.array(image))
+    assert httpx.post(url, json=body(taken)).status_code == 204  # nor an ending that was clicked
+    visit.take_live(drawing_text(STROKE), settings)
+    [ending] = visit.gallery
+    assert (ending.seed, ending.drawing, ending.settings) == (visit.seed, drawing_text(STROKE), settings.query)
+    assert ending.images.tolist() == service.answers[0]["completions"]
+    assert visit.answered == ending.request
+    assert httpx.post(url, json=body(STROKE)).status_code == 204  # what is answered is not asked for again
+
+
+def test_endings_of_another_drawing_are_not_taken(visit: Visit, service: StubService, url: str) -> None:
+    assert httpx.post(url, json=body(STROKE)).status_code == 200
+    assert visit.live is not None
+    assert visit.settings is not None
+    visit.take_live(drawing_text(Drawing(INK.T, np.where(INK.T > 0, TOUCHED, 0))), visit.settings)
+    assert visit.gallery == []
+    visit.take_live(drawing_text(STROKE), replace(visit.settings, temperature=1.0))
+    visit.take_live(drawing_text(STROKE), replace(visit.settings, seed=5))
+    assert visit.gallery == []
+    visit.take_live(drawing_text(STROKE), visit.settings)
+    assert len(visit.gallery) == 1
+
+
+def test_there_may_be_nothing_to_show(url: str, visit: Visit, service: StubService) -> None:
+    nothing = np.zeros((28, 28), dtype=np.int64)
+    assert httpx.post(url, json=body(Drawing(nothing, nothing))).status_code == 204
+    everything = nothing + 255
+    assert httpx.post(url, json=body(Drawing(everything, nothing + TOUCHED))).status_code == 204
+    assert service.requests == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (json.dumps(body(STROKE, name="another")).encode(), 404),
+        (b"{}", 400),
+        (b"\xff", 400),
+        (b"0" * (MAX_BYTES + 1), 413),
+    ],
+)
+def test_what_is_wrong_is_refused_by_one_sentence(
+    url: str, visit: Visit, service: StubService, sent: bytes, status: int
+) -> None:
+    response = httpx.post(url, content=sent)
+    assert response.status_code == status
+    assert response.text.endswith(".")
+    assert service.requests == []
+
+
+def test_a_service_that_fails_ends_the_answer(url: str, visit: Visit, service: StubService) -> None:
+    service.break_stream = True
+    with httpx.stream("POST", url, json=body(STROKE)) as response:
+        assert not any(event["finished"] for event in events_of(response))
+    service.close()
+    with httpx.stream("POST", url, json=body(STROKE)) as response:
+        assert list(events_of(response)) == []
+    assert visit.live is None
+    assert visit.live_for == ""
+
+
+def test_the_next_stroke_ends_the_last(url: str, visit: Visit, service: StubService) -> None:
+    service.row_s = 0.1
+    with httpx.stream("POST", url, json=body(STROKE)) as response:
+        assert response.status_code == 200
+        other = Drawing(INK.T, np.where(INK.T > 0, TOUCHED, 0))
+        with httpx.stream("POST", url, json=body(other)) as newer:
+            assert list(events_of(newer))[-1]["finished"]
+        assert not any(event["finished"] for event in events_of(response))
+    assert visit.live is not None
+    assert visit.live.drawing == drawing_text(other)
+    assert visit.live_for == ""
+
+
+def test_who_leaves_ends_the_request(
+    url: str, visit: Visit, service: StubService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, although the service says nothing just then."""
+    ended = threading.Event()
+    stream = ServiceClient.complete_stream
+
+    def watched(self: ServiceClient, **request: object) -> Iterator[object]:
+        try:
+            yield from stream(self, **request)  # type: ignore[arg-type]
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(ServiceClient, "complete_stream", watched)
+    service.row_s = 2.0
+    with httpx.stream("POST", url, json=body(STROKE)) as response:
+        assert response.status_code == 200
+        time.sleep(0.2)
+    assert ended.wait(1.0)
+    assert visit.live is None
