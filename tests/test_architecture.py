@@ -42,7 +42,7 @@ PLACES = {
     "prometheus_client": ("app.service",),
     "ruamel": ("pipelines.datasets.own",),
     "segno": ("app.canvas",),
-    "starlette": ("app.service",),
+    "starlette": ("app.canvas", "app.service"),
     "streamlit": ("app.canvas",),
     "torchvision": ("pipelines.datasets",),
     "typer": ("pixelcnn.__main__", "pipelines"),

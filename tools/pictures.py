@@ -99,7 +99,10 @@ def make_animation(browser: Browser, url: str) -> None:
         until = time.monotonic() + 2.5
         while time.monotonic() < until:
             frame()
-    palette = frames[-1].quantize(48)
+    seen = PIL.Image.new("RGB", (768, 540 * (len(frames) // 4)))  # dimmed endings, too, have colours
+    for i, picture in enumerate(frames[3::4]):
+        seen.paste(picture, (0, 540 * i))
+    palette = seen.quantize(96)
     small = [picture.quantize(palette=palette, dither=PIL.Image.Dither.NONE) for picture in frames]
     durations = [int(1000 * FRAME_S)] * (len(small) - 1) + [2500]
     out = DOCS / "drawing.png"

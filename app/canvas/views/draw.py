@@ -74,9 +74,11 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     with right:
         beside_place = st.container()
         away_place = st.container()  # what is redrawn by itself must not stand in an `st.empty`, which may be gone then
-        live_place = st.container()
-        with st.container(key="answers"):
-            status, place, note = st.empty(), st.empty(), st.empty()
+        live_place = st.container(key="live-endings")
+        status = st.empty()
+        with st.container(key="page-endings"):
+            place = st.empty()
+        note = st.container()
         actions = st.container(key="actions", horizontal=True, vertical_alignment="center")
     model, levels = settings.model, settings.levels
     beginnings = beginnings_of(settings.dataset)
