@@ -8,17 +8,19 @@
 
 const PATIENCE_MS = 1000;
 
-function createLive(root) {
+// One for the document: Streamlit may make the element anew while endings are on their way.
+function createLive() {
+  let root = null;
   let data = {};
   let came = () => {};
   let asking = null; // {stop: AbortController, tell: of the drawing, or null once the page knows}
-  let shown = null; // {text: of the drawing whose endings are shown here, settings}
+  let shown = null; // {html, text: of the drawing whose endings are shown here, settings}
   let number = 0;
 
-  function clear() {
-    shown = null;
-    root.replaceChildren();
-    delete document.documentElement.dataset.live;
+  function show(next) {
+    shown = next;
+    root.innerHTML = shown?.html ?? "";
+    document.documentElement.toggleAttribute("data-live", shown !== null);
   }
 
   function stop() {
@@ -31,17 +33,10 @@ function createLive(root) {
     if (asking) asking.tell = null;
   }
 
-  function show(html, text, settings) {
-    root.innerHTML = html;
-    shown = { text, settings };
-    document.documentElement.dataset.live = "";
-  }
-
   async function ask(text, tellDrawing) {
     stop();
     const mine = (asking = { stop: new AbortController(), tell: tellDrawing });
     const { settings } = data;
-    const isCurrent = () => asking === mine && root.isConnected && data.settings === settings;
     setTimeout(() => asking === mine && tell(), PATIENCE_MS);
     let isFinished = false;
     try {
@@ -54,39 +49,29 @@ function createLive(root) {
       const reader = response.status === 200 ? response.body.pipeThrough(new TextDecoderStream()).getReader() : null;
       for (let rest = ""; reader; ) {
         const { done, value } = await reader.read();
-        if (done || !isCurrent()) break;
+        if (done || asking !== mine || data.settings !== settings) break;
         const events = (rest + value).split("\n\n");
         rest = events.pop();
         if (!events.length) continue;
         const event = JSON.parse(events.pop().slice("data: ".length)); // the last one is all that is to be seen
-        show(event.html, text, settings);
+        show({ html: event.html, text, settings });
         isFinished = event.finished;
       }
     } catch {
       // A stroke came in between, or this way is closed: the page knows what to say.
     }
     if (asking !== mine) return;
-    if (!isFinished) clear();
+    if (!isFinished) show(null);
     if (mine.tell) tell();
-    else came(++number);
+    else if (root.isConnected) came(++number);
     asking = null;
   }
 
-  const gone = new AbortController();
-  const onPage = (target, type, listener) =>
-    target.addEventListener(type, (event) => (root.isConnected ? listener(event) : leave()), {
-      capture: true,
-      signal: gone.signal,
-    });
-  const leave = () => {
-    gone.abort();
-    stop();
-    clear();
-  };
-  onPage(document, "drawn", (event) => {
+  document.addEventListener("drawn", (event) => {
+    if (!root.isConnected) return;
     if (!data.on || event.detail.blank) {
       stop();
-      clear();
+      show(null);
       return;
     }
     event.preventDefault();
@@ -94,22 +79,22 @@ function createLive(root) {
   });
   // The page must know what is drawn before it hears of anything else.
   for (const type of ["pointerdown", "keydown", "pagehide"]) {
-    onPage(window, type, (event) => {
+    const listener = (event) => {
       if (!event.composedPath().some((element) => element.classList?.contains("drawing"))) tell();
-    });
+    };
+    window.addEventListener(type, listener, { capture: true });
   }
 
-  clear();
   return {
-    update(newData, setTriggerValue) {
-      data = newData;
-      came = (value) => setTriggerValue("came", value);
+    update(newRoot, newData, setTriggerValue) {
+      const isNew = root !== newRoot;
+      [root, data, came] = [newRoot, newData, (value) => setTriggerValue("came", value)];
       if (data.pending || !data.on) {
         tell();
         stop();
       }
-      if (!shown || (shown.settings === data.settings && shown.text !== data.drawing && data.on && !data.pending)) return;
-      clear();
+      const isOver = !data.on || data.pending || shown?.settings !== data.settings || shown?.text === data.drawing;
+      if (isOver || isNew) show(isOver ? null : shown);
     },
   };
 }
@@ -117,6 +102,6 @@ function createLive(root) {
 export default function ({ parentElement, data, setTriggerValue }) {
   const root = parentElement.querySelector(".live") ?? parentElement.appendChild(document.createElement("div"));
   root.className = "live";
-  root.live ??= createLive(root);
-  root.live.update(data, setTriggerValue);
+  document.live ??= createLive();
+  document.live.update(root, data, setTriggerValue);
 }
