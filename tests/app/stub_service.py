@@ -50,6 +50,7 @@ class StubService:
         self.models: dict[str, Any] = dict(MODELS)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.answers: list[dict[str, Any]] = []
+        self.num_listed = 0  # times that somebody asked what is served
         self.refusal: tuple[int, str] | None = None  # (status, body) of the next POSTs
         self.break_stream = False  # end streams after some rows, without a result
         self.row_s = row_s
@@ -57,6 +58,7 @@ class StubService:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                stub.num_listed += self.path == "/models"
                 self._json(200 if self.path == "/models" else 404, stub.models)
 
             def do_POST(self) -> None:

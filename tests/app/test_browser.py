@@ -142,6 +142,8 @@ def open_page(browser: Browser, page_url: str, service: StubService) -> Iterator
         if not live:
             page.get_by_text("As I draw").click()
             expect(page.get_by_role("switch", name="As I draw")).not_to_be_checked()
+            page.wait_for_timeout(200)  # until the page is told
+            wait_until_still(page)
         return page
 
     yield open_it
@@ -295,6 +297,8 @@ def test_what_is_known(open_page: OpenPage, service: StubService) -> None:
     shown = {}
     for number, mode in enumerate(("Only my ink", "All I touched", "Free mask", "All above"), start=1):
         choose_mode(page, mode)
+        page.wait_for_timeout(200)  # which a hand needs, too
+        wait_until_still(page)
         press_complete(page)
         until(lambda number=number: len(service.answers) == number, "the endings were not asked for")
         wait_for_endings(page)
@@ -375,7 +379,7 @@ def test_a_stroke_is_answered_without_the_page(open_page: OpenPage, service: Stu
     draw(page, HALF_DIGIT)
     expect(page.locator('.live .endings[data-drawn="0"]')).to_be_visible()
     assert page.locator('.stApp[data-test-script-state="notRunning"]').count() == 1
-    go_to(page, "Surprise")  # whoever presses something else has the page told of the drawing first
+    go_to(page, "Surprise")  # which knows the drawing, although the page was not told of it
     until(lambda: service.requests[-1][0] == "/likelihood", "nothing was asked")
     *_, stroke = (body for path, body in service.requests if path == "/complete_stream")
     assert service.requests[-1][1]["image"] == stroke["image"]
@@ -400,7 +404,7 @@ def test_where_that_way_is_closed_the_page_asks(open_page: OpenPage, service: St
     draw(page, HALF_DIGIT)
     wait_for_endings(page)
     assert page.locator(".live .endings").count() == 0
-    assert service.requests[-1][1]["image"] == ink(page).tolist()
+    until(lambda: service.requests[-1][1]["image"] == ink(page).tolist(), "the stroke was never sent")
 
 
 def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
@@ -878,10 +882,10 @@ def test_page_restarted_keeps_the_drawing(open_page: OpenPage, service: StubServ
         page = open_page(url=url)
         draw(page, HALF_DIGIT)
     draw(page, [(20, 3), (22, 5)])  # while nobody listens
-    drawn = ink(page)
+    drawn, listed = ink(page), service.num_listed
     with running_page(port, service.url, tmp_path / "second.txt"):
-        app = page.locator('.stApp[data-test-connection-state="CONNECTED"][data-test-script-state="notRunning"]')
-        app.wait_for()
+        until(lambda: service.num_listed > listed, "the page did not run anew")
+        wait_until_still(page)
         press_complete(page)  # the first press already counts
         wait_for_endings(page)
         assert service.requests[-1][1]["image"] == drawn.tolist()
@@ -894,7 +898,7 @@ NEEDED = """
   const found = [
     document.querySelector(".st-key-main button"),
     document.querySelector(".st-key-live label"),
-    ...[...document.querySelectorAll(".endings figure")].slice(0, 3),
+    ...[...document.querySelectorAll(".endings figure")].filter((figure) => figure.checkVisibility()).slice(0, 3),
   ].map((element) => element.getBoundingClientRect());
   const host = [...document.querySelectorAll("*")].find((element) => element.shadowRoot?.querySelector(".drawing"));
   found.push((host?.shadowRoot ?? document).querySelector("canvas").getBoundingClientRect());
@@ -902,8 +906,8 @@ NEEDED = """
 }
 """
 CAPTIONS = """
-() => [...document.querySelectorAll(".endings figcaption")].map((caption) => caption.getBoundingClientRect())
-  .map((box) => [box.left, box.right, box.top])
+() => [...document.querySelectorAll(".endings figcaption")].filter((caption) => caption.checkVisibility())
+  .map((caption) => caption.getBoundingClientRect()).map((box) => [box.left, box.right, box.top])
 """
 
 

@@ -29,7 +29,7 @@ function createLive() {
   }
 
   function tell() {
-    asking?.tell?.();
+    if (root.isConnected) asking?.tell?.();
     if (asking) asking.tell = null;
   }
 
@@ -63,7 +63,7 @@ function createLive() {
     if (asking !== mine) return;
     if (!isFinished) show(null);
     if (mine.tell) tell();
-    else if (root.isConnected) came(++number);
+    else if (root.isConnected) came(++number); // else the page finds them when it is shown again
     asking = null;
   }
 
@@ -77,10 +77,10 @@ function createLive() {
     event.preventDefault();
     ask(event.detail.text, event.detail.tell);
   });
-  // The page must know what is drawn before it hears of anything else.
+  // The page must know what is drawn before it hears of anything else; another page learns it from the server.
   for (const type of ["pointerdown", "keydown", "pagehide"]) {
     const listener = (event) => {
-      if (!event.composedPath().some((element) => element.classList?.contains("drawing"))) tell();
+      if (!event.composedPath().some((element) => element.matches?.(".drawing, a"))) tell();
     };
     window.addEventListener(type, listener, { capture: true });
   }
