@@ -125,12 +125,12 @@ async def _events(
     visit.live_for, visit.stop_live = drawing_text(drawing), leave
     threading.Thread(target=ask, daemon=True).start()
     try:
-        while ending := await endings.get():
+        while (ending := await endings.get()) and not is_left.is_set():
             is_finished = ending.log_probs is not None
             visit.live, visit.unfinished = (ending, None) if is_finished else (None, ending)
             shown = {"html": endings_html(ending, settings.coloured, visit.order), "finished": is_finished}
             yield f"data: {json.dumps(shown)}\n\n"
     finally:  # also when the browser has left, for the next stroke
         leave()
-        if visit.live_for == drawing_text(drawing):
+        if visit.stop_live is leave:  # no newer one is on its way
             visit.live_for = ""
