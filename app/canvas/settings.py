@@ -1,5 +1,7 @@
 """What is chosen on the page to draw on, and what follows from it for a drawing. Arrays alone."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,6 +80,8 @@ def request_of(image: np.ndarray, known: np.ndarray, settings: Settings, seed: i
     )
 
 
-def made_of(ending: Ending, drawing: Drawing, settings: Settings) -> Ending:
-    """Return endings that know what their request was made of."""
-    return replace(ending, settings=settings.query, drawing=drawing_text(drawing), linked=encode_drawing(drawing))
+def made_of(drawing: Drawing, settings: Settings) -> Callable[[Ending], Ending]:
+    """Return what makes endings know what their request was made of."""
+    return functools.partial(
+        replace, settings=settings.query, drawing=drawing_text(drawing), linked=encode_drawing(drawing)
+    )

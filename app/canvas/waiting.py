@@ -25,6 +25,31 @@ SHOW_S = 0.06  # at most this often are unfinished images shown anew
 END = object()
 
 
+class Leaving:
+    """How one leaves a request that another thread waits for: at once, or as soon as there is something to end."""
+
+    def __init__(self) -> None:
+        self._left = threading.Event()
+        self._ends: list[Callable[[], None]] = []
+
+    def on_open(self, end: Callable[[], None]) -> None:
+        """Take what ends the request: an `OnOpen` of the client."""
+        self._ends.append(end)
+        if self._left.is_set():
+            end()
+
+    def leave(self) -> None:
+        """End the request."""
+        self._left.set()
+        for end in self._ends:
+            end()
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it was left."""
+        return self._left.is_set()
+
+
 def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> Generator[Event | None, None, None]:
     """Yield the events of another thread, and None whenever nothing has come for a moment.
 
@@ -35,21 +60,14 @@ def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> 
         ask_for: returns the events; it may tell what ends them while the other thread waits for one.
     """
     answers: queue.Queue[Any] = queue.Queue()
-    left = threading.Event()
-
-    ends: list[Callable[[], None]] = []
-
-    def on_open(end: Callable[[], None]) -> None:
-        ends.append(end)
-        if left.is_set():
-            end()
+    leaving = Leaving()
 
     def ask() -> None:
         try:
-            with contextlib.closing(ask_for(on_open)) as events:  # ends the request
+            with contextlib.closing(ask_for(leaving.on_open)) as events:  # ends the request
                 for event in events:
                     answers.put(event)
-                    if left.is_set():
+                    if leaving.has_left:
                         return
             answers.put(END)
         except Exception as error:  # it is raised where it is awaited
@@ -68,9 +86,7 @@ def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> 
             if event is not END:
                 yield event
     finally:
-        left.set()
-        for end in ends:
-            end()
+        leaving.leave()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import streamlit as st
@@ -23,7 +23,7 @@ from app.canvas.rendering import endings_html
 from app.canvas.session import VISITS, Visit
 from app.canvas.settings import Settings, made_of, request_of, sent_of
 from app.canvas.texts import SPOKEN
-from app.canvas.waiting import drawn
+from app.canvas.waiting import Leaving, drawn
 from app.client import ServiceClient, ServiceError
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ class Stroke(BaseModel):
     drawing: str  # the text of the grid
 
 
-def live_endings(visit: Visit, last: Ending | None, is_on: bool) -> None:
+def live_endings(visit: Visit, settings: Settings, last: Ending | None, is_on: bool) -> None:
     """Show the endings that come without the page, in place of the page's, as long as they are newer.
 
     Args:
@@ -47,13 +47,12 @@ def live_endings(visit: Visit, last: Ending | None, is_on: bool) -> None:
     """
     component = st.components.v2.component("live_endings", js=(HERE / "live.js").read_text(), isolate_styles=False)
     base = str(st.get_option("server.baseUrlPath") or "").strip("/")
-    settings = visit.settings
     component(
         key="live_endings",
         data={
             "url": f"{'/' + base if base else ''}{LIVE_PATH}",
             "visit": visit.name,
-            "settings": repr((settings.query, settings.seed, settings.coloured, visit.order) if settings else None),
+            "settings": repr((settings.query, settings.seed, settings.coloured, visit.order)),
             "drawing": last.drawing if last else "",
             "pending": visit.pending,
             "on": is_on,
@@ -98,39 +97,28 @@ async def _events(
 ) -> AsyncGenerator[str, None]:
     loop = asyncio.get_running_loop()
     endings: asyncio.Queue[Ending | None] = asyncio.Queue()
-    ends: list[Callable[[], None]] = []
-    is_left = threading.Event()
-
-    def on_open(end: Callable[[], None]) -> None:
-        ends.append(end)
-        if is_left.is_set():
-            end()
-
-    def leave() -> None:
-        is_left.set()
-        for end in ends:
-            end()
+    leaving, told = Leaving(), made_of(drawing, settings)
 
     def ask() -> None:
         try:
-            with contextlib.closing(client.complete_stream(**vars(asked), on_open=on_open)) as events:
+            with contextlib.closing(client.complete_stream(**vars(asked), on_open=leaving.on_open)) as events:
                 for ending in drawn(events, asked, settings.levels):
                     if ending:
-                        loop.call_soon_threadsafe(endings.put_nowait, made_of(ending, drawing, settings))
+                        loop.call_soon_threadsafe(endings.put_nowait, told(ending))
         except ServiceError:
             pass  # the answer ends early: the page asks again, and says why
         finally:
             loop.call_soon_threadsafe(endings.put_nowait, None)
 
-    visit.live_for, visit.stop_live = drawing_text(drawing), leave
+    visit.live_for, visit.stop_live = drawing_text(drawing), leaving.leave
     threading.Thread(target=ask, daemon=True).start()
     try:
-        while (ending := await endings.get()) and not is_left.is_set():
+        while (ending := await endings.get()) and not leaving.has_left:
             is_finished = ending.log_probs is not None
             visit.live, visit.unfinished = (ending, None) if is_finished else (None, ending)
             shown = {"html": endings_html(ending, settings.coloured, visit.order), "finished": is_finished}
             yield f"data: {json.dumps(shown)}\n\n"
     finally:  # also when the browser has left, for the next stroke
-        leave()
-        if visit.stop_live is leave:  # no newer one is on its way
+        leaving.leave()
+        if visit.stop_live == leaving.leave:  # no newer one is on its way
             visit.live_for = ""

@@ -15,7 +15,6 @@ function createLive() {
   let came = () => {};
   let asking = null; // {stop: AbortController, tell: of the drawing, or null once the page knows}
   let shown = null; // {html, text: of the drawing whose endings are shown here, settings}
-  let number = 0;
 
   function show(next) {
     shown = next;
@@ -63,7 +62,7 @@ function createLive() {
     if (asking !== mine) return;
     if (!isFinished) show(null);
     if (mine.tell) tell();
-    else if (root.isConnected) came(++number); // else the page finds them when it is shown again
+    else if (root.isConnected) came(); // else the page finds them when it is shown again
     asking = null;
   }
 
@@ -88,7 +87,7 @@ function createLive() {
   return {
     update(newRoot, newData, setTriggerValue) {
       const isNew = root !== newRoot;
-      [root, data, came] = [newRoot, newData, (value) => setTriggerValue("came", value)];
+      [root, data, came] = [newRoot, newData, () => setTriggerValue("came", true)];
       if (data.pending || !data.on) {
         tell();
         stop();

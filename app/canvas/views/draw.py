@@ -9,13 +9,7 @@ import streamlit as st
 
 from app.canvas import widgets
 from app.canvas.companion import companion
-from app.canvas.drawing import (
-    Drawing,
-    decode_drawing,
-    drawing_text,
-    levels_of,
-    parse_drawing,
-)
+from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
 from app.canvas.endings import Ending, Request, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
@@ -104,7 +98,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             visit.pending = True  # a visit that goes on after a restart of this program has no callback yet
         live = st.toggle(say("live"), value=True, key="live", persist_state="session")
     with live_place:
-        live_endings(visit, last, is_on=live and not settings.trouble and model is not None)
+        live_endings(visit, settings, last, is_on=live and not settings.trouble and model is not None)
     with actions:
         if last:
             names = {key: say(f"order_{key}") for key in ORDERS}
@@ -170,13 +164,14 @@ def answer(
 ) -> None:
     """Have endings of a drawing made; show them in their place while they come, and keep them."""
     visit.asked = request
+    told = made_of(drawing, settings)
 
     def show(unfinished: Ending) -> None:
-        visit.unfinished = made_of(unfinished, drawing, settings)
+        visit.unfinished = told(unfinished)
         place.html(endings_html(visit.unfinished, settings.coloured, visit.order))
 
     try:
-        ending = made_of(complete(client, request, settings.levels, visit.want_no_endings, show), drawing, settings)
+        ending = told(complete(client, request, settings.levels, visit.want_no_endings, show))
     except ServiceError as error:
         visit.fail(error)
         visit.unanswered = error.away
