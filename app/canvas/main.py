@@ -13,7 +13,7 @@ import streamlit as st
 from starlette.routing import Route
 from streamlit.starlette import App
 
-from app.canvas.live import LIVE_PATH, answer_live
+from app.canvas.live import answer_live, live_path
 from app.canvas.session import Visit, this_visit
 from app.canvas.texts import say
 from app.canvas.views.demo import admit, invitation, training_line
@@ -79,4 +79,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 else:
-    app = App(__file__, routes=[Route(LIVE_PATH, answer_live, methods=["POST"])])
+    app = App(__file__, routes=[Route(live_path(), answer_live, methods=["POST"])])

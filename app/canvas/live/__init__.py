@@ -38,6 +38,12 @@ class Stroke(BaseModel):
     drawing: str  # the text of the grid
 
 
+def live_path() -> str:
+    """Return LIVE_PATH below the path that the whole canvas is served under."""
+    base = str(st.get_option("server.baseUrlPath") or "").strip("/")
+    return f"/{base}{LIVE_PATH}" if base else LIVE_PATH
+
+
 def live_endings(visit: Visit, settings: Settings, last: Ending | None, is_on: bool) -> None:
     """Show the endings that come without the page, in place of the page's, as long as they are newer.
 
@@ -46,11 +52,10 @@ def live_endings(visit: Visit, settings: Settings, last: Ending | None, is_on: b
         is_on: whether a stroke is to be answered so.
     """
     component = st.components.v2.component("live_endings", js=(HERE / "live.js").read_text(), isolate_styles=False)
-    base = str(st.get_option("server.baseUrlPath") or "").strip("/")
     component(
         key="live_endings",
         data={
-            "url": f"{'/' + base if base else ''}{LIVE_PATH}",
+            "url": live_path(),
             "visit": visit.name,
             "settings": repr((settings.query, settings.seed, settings.coloured, visit.order)),
             "drawing": last.drawing if last else "",
