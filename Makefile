@@ -18,7 +18,7 @@ help:
 	@echo "make demo      everything from a fresh clone: install, serve, show the canvas; train the quick start beside"
 	@echo "               SHARE=1: others in this network draw along, by a link with a token"
 	@echo "make own       pictures of yours instead: IMAGES=DIR NAME=glyphs; without IMAGES, letters"
-	@echo "make test      install, then every test, on two cores (WORKERS=4: on four)"
+	@echo "make test      install, then the tests, on two cores (WORKERS=4: on four); ALL=1: the slow ones, too, as in CI"
 	@echo "make test-slow what is repeated, as often as docs/reliability.md states: hours of kills, requests and load"
 	@echo "make check     format, lint, types, architecture"
 	@echo "make audit     known faults of the dependencies, and a bill of materials: reports/audit/sbom.json"
@@ -39,7 +39,7 @@ own:
 
 # A module's tests stay in one process, with the servers that they share.
 test: install
-	python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(COVERAGE)
+	python -m pytest $(if $(ALL),,-m 'not slow') --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(COVERAGE)
 
 # The sizes that the documents state; `make test` asks for less of each.
 test-slow: export FAULT_TIMES ?= 10

@@ -877,6 +877,7 @@ def test_service_down_keeps_the_drawing(open_page: OpenPage, services: dict[str,
     assert services["now"].requests[-1][1]["image"] == drawn.tolist()
 
 
+@pytest.mark.slow
 def test_page_restarted_keeps_the_drawing(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     port = free_port()
     with running_page(port, service.url, tmp_path / "first.txt") as url:

@@ -47,9 +47,10 @@ def test_the_weights_score_what_they_say(pair):
     assert len(levels) == NUM_IMAGES
     found = mean_nats(model, levels)
     assert found == pytest.approx(scores[f"test/nll_nats_first_{NUM_IMAGES}"], rel=1e-4)
-    true, wrong = label[:100], (label[:100] + 1) % len(scores["label_names"])
-    assert mean_nats(model, levels[:100], true) < mean_nats(model, levels[:100], wrong), "it knows the labels"
-    assert mean_nats(model, levels[:50].flip(-2)) > mean_nats(model, levels[:50]), "upside down is less probable"
+    few, true = levels[:50], label[:50]
+    wrong = (true + 1) % len(scores["label_names"])
+    assert mean_nats(model, few, true) < mean_nats(model, few, wrong), "it knows the labels"
+    assert mean_nats(model, few.flip(-2)) > mean_nats(model, few), "upside down is less probable"
 
 
 @pytest.mark.parametrize("pair", PAIRS)

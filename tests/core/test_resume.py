@@ -39,6 +39,7 @@ def command(data_file: Path, out: Path, max_epochs: float, **settings: float) ->
     return ["train", "pixelcnn", "--data", str(data_file), "--out", str(out), *options]
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data_file: Path, tmp_path: Path) -> None:
     """kill -9, again and again: weights, loss and scores at the end are those of one whole run, bit for bit.
@@ -97,6 +98,7 @@ def test_a_full_disk_leaves_the_saved_state_and_says_so(
     assert "step 12, epoch 4.00" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each takes half of every batch: the same losses, weights and scores, but for rounding. One of them speaks."""
     one, two = tmp_path / "one", tmp_path / "two"

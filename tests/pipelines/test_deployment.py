@@ -19,14 +19,31 @@ from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset, tin
 from tests.pipelines.sites import Site
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    copy_project(tmp_path)
-    save_dataset(tmp_path / "data/mnist5k.safetensors", tiny_dataset())
-    site = Site(tmp_path)
+@pytest.fixture(scope="module")
+def said_on_call() -> Iterator[tuple[str, "queue.SimpleQueue[dict[str, str]]"]]:
+    """A webhook: its URL, and what it was told."""
+    said: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+
+    class OnCall(Handler):
+        def do_POST(self) -> None:
+            said.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.reply(200)
+
+    with LocalServer(OnCall) as on_call:
+        yield on_call.url, said
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, said_on_call: tuple[str, object]) -> Iterator[Site]:
+    """A server that was there before, and what `make operate` adds to it."""
+    folder = tmp_path_factory.mktemp("site")
+    copy_project(folder)
+    save_dataset(folder / "data/mnist5k.safetensors", tiny_dataset())
+    site = Site(folder)
     try:
         site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port))
         site.wait_until_healthy()
+        site.operate(PIXELCNN_NOTIFY_URL=said_on_call[0])
         yield site
     finally:
         for process in reversed(site.processes):
@@ -36,7 +53,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_deployment_runs_to_completed(site: Site) -> None:
-    site.operate()
     run = ("deployment", "run", "train-pair/train-pair", "--watch", "--watch-timeout", "150")
     done = site.prefect(*run, "-p", "pair=gated_pixelcnn-mnist5k")
     log = (site.folder / "operate.log").read_text()
@@ -88,22 +104,14 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_failed_watch_notifies(site: Site) -> None:
+def test_a_failed_watch_notifies(site: Site, said_on_call: tuple[str, "queue.SimpleQueue[dict[str, str]]"]) -> None:
     """As the runbooks say: by Prefect's own automation and webhook, whatever Prefect is told beside it."""
-    said: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-
-    class OnCall(Handler):
-        def do_POST(self) -> None:
-            said.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.reply(200)
-
-    with LocalServer(OnCall) as on_call:
-        site.operate(PIXELCNN_NOTIFY_URL=on_call.url)
-        run = ("deployment", "run", "evaluate-champions/evaluate-champions", "--watch", "--watch-timeout", "150")
-        assert site.prefect(*run).returncode == 0, "nothing to complain of: nobody is called"
-        done = site.prefect(*run, "-p", 'datasets=["svhn"]')
-        assert done.returncode == 1, done.stdout
-        text = said.get(timeout=60)["text"]
+    run = ("deployment", "run", "evaluate-champions/evaluate-champions", "--watch", "--watch-timeout", "150")
+    assert site.prefect(*run).returncode == 0, "nothing to complain of: nobody is called"
+    done = site.prefect(*run, "-p", 'datasets=["svhn"]')
+    assert done.returncode == 1, done.stdout
+    said = said_on_call[1]
+    text = said.get(timeout=60)["text"]
     assert text.startswith("evaluate-champions is Failed\n")
     assert "unknown dataset 'svhn'" in text
     assert said.empty()

@@ -167,6 +167,7 @@ def stale(folder: Path) -> set[str]:
     return {line.removesuffix(":") for line in done.stdout.splitlines() if line.endswith(":") and line[0].isalpha()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_what_is_stale_after_a_change(stubbed: Path) -> None:
     assert set(ran(dvc(stubbed, "repro"))) == QUICK_START_STAGES, "dvc repro alone is the quick start"
@@ -200,6 +201,7 @@ def test_what_is_stale_after_a_change(stubbed: Path) -> None:
     assert "prepare@mnist5k" in stale(stubbed), "raw data are a dependency"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_dvcs_commands_without_errors(stubbed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     ran(dvc(stubbed, "repro"))

@@ -9,6 +9,7 @@ from tests.local import run
 from tests.pipelines.projects import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 @pytest.mark.timeout(1800)
 def test_nothing_is_lost_or_doubled() -> None:

@@ -450,6 +450,7 @@ def test_a_failure_of_dvc_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         own._record(NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     project = tmp_path / "copy"

@@ -581,7 +581,6 @@ def state_of(toy: Toy) -> tuple:
     return toy.aliases, tags, toy.stored(), store.latest(toy.model_name), len(decision_runs(toy)), reports
 
 
-@pytest.mark.slow
 def test_flow(mnist5k, prefect_server, capsys):
     first = mnist5k.register(0.3)
     promotion_flow.promote("mnist5k")

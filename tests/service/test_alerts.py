@@ -110,6 +110,7 @@ def champion(folder: Path, version: str, seed: int, reference: list[float] | Non
     return store.export(checkpoint, {**metadata, "version": version})
 
 
+@pytest.mark.slow
 @needs_prometheus
 @pytest.mark.timeout(600)
 def test_each_alert_fires_and_resolves(tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ def test_the_document_names_what_is_served(client):
     assert "InvalidArgument" not in str(document)
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 @pytest.mark.timeout(300 + 10 * NUM_CASES)
 def test_generated_requests_are_answered_as_the_document_says(tmp_path, monkeypatch):

@@ -86,6 +86,7 @@ def test_it_is_ready_once_a_champion_of_each_wanted_dataset_is_served(served, ho
     wait_until(lambda: metric(served, "pixelcnn_ready") == 1)
 
 
+@pytest.mark.slow
 def test_a_second_service_of_the_store_does_not_spoil_the_first_ones_counts(served, home):
     count = 'pixelcnn_request_seconds_count{dataset="grey",endpoint="generate"}'
     post(served)
@@ -186,8 +187,8 @@ def test_a_refused_champion_is_counted_until_a_good_one_comes(tmp_path, monkeypa
     assert read("pixelcnn_champion_refused", dataset="refused") == 0
     assert read("pixelcnn_store_readable") == 1
     champions.folder.rename(tmp_path / "gone")
-    champions.refresh()
-    assert read("pixelcnn_store_readable") == 0
+    # The service of the other tests, which may run in this process, too, sets it anew ten times a second.
+    wait_until(lambda: champions.refresh() or read("pixelcnn_store_readable") == 0)
 
 
 def test_without_named_datasets_one_of_any_is_enough(tmp_path, monkeypatch):

@@ -118,6 +118,7 @@ def test_readers_that_take_nothing_do_not_hold_up_others(served):
             connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 @pytest.mark.timeout(180 + 60 * NUM_KILLS)
 def test_a_killed_worker_comes_back_and_loses_only_what_it_computed(served):

@@ -37,6 +37,7 @@ def memory_and_files(process: int) -> tuple[int, int]:
     return pages * os.sysconf("SC_PAGESIZE"), len(os.listdir(f"/proc/{process}/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 @pytest.mark.timeout(240 + SECONDS)
 def test_under_a_steady_load_nothing_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
