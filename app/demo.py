@@ -231,6 +231,8 @@ def main(words: list[str]) -> None:
     Args:
         words: `own` to learn pictures of one's own first (`make own`), and serve them without the quick start.
     """
+    if words not in ([], ["own"]):
+        raise SystemExit(f"error: {' '.join(words)!r} is unknown: run `make demo` or `make own`; `make` lists more.")
     name, before = own_steps(dict(os.environ)) if words == ["own"] else ("", [])
     service_port, canvas_port = port_of("SERVICE_PORT", 3000), port_of("CANVAS_PORT", 8501)
     check_free(service_port, "SERVICE_PORT", "service")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from app.canvas.views.demo import status_text
-from app.demo import own_steps
+from app.demo import main, own_steps
 from pixelcnn.training import StepReport, format_progress
 from tests.local import free_port
 
@@ -276,3 +276,8 @@ with open(sys.argv[0] + ".json", "w") as file:
     assert link.partition("?")[2] in ready
     demo.await_line(f"Others in this network draw at {link}")
     demo.await_line(f"code of {link}")
+
+
+def test_a_word_that_it_does_not_know_starts_nothing() -> None:
+    with pytest.raises(SystemExit, match="'--help' is unknown: run `make demo` or `make own`"):
+        main(["--help"])

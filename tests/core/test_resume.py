@@ -46,14 +46,14 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data_file: Path,
 
     PIXELCNN_KILLS=20 kills 20 times.
     """
-    max_epochs = 60 * (NUM_KILLS + 1)
+    max_epochs = 30 * (NUM_KILLS + 1)
 
     def words(out: Path) -> list[str]:
         return [sys.executable, "-m", "pixelcnn", *command(data_file, out, max_epochs)]
 
     whole = subprocess.run(words(tmp_path / "whole"), env=ONE_THREAD, capture_output=True, text=True, check=True)
     images_per_s = float(re.findall(r"([0-9]+) images/s", whole.stdout)[-1])
-    longest_s = 20 * 24 / images_per_s  # a third of its share: a machine that grows faster does not end it too soon
+    longest_s = 10 * 24 / images_per_s  # a third of its share: a machine that grows faster does not end it too soon
     moments, out, starts = random.Random(0), tmp_path / "killed", []
     for _ in range(NUM_KILLS):
         with subprocess.Popen(words(out), env=ONE_THREAD, stdout=subprocess.PIPE, text=True) as training:
