@@ -16,6 +16,8 @@ OPTIMIZERS = ("adam", "muon")
 # The quintic iteration's coefficients: singular values end between about 0.7 and 1.2, after five rounds.
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
 RMS = 0.2  # of a step at learning rate 1, per weight
+# A gradient far smaller than any that teaches moves little: where a network has died, momentum fades without an end.
+LEAST_NORM = 1e-9
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.T).T
     a, b, c = QUINTIC
-    x: Tensor = matrix / (matrix.norm() + 1e-30)
+    x: Tensor = matrix / (matrix.norm() + LEAST_NORM)
     for _ in range(ROUNDS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

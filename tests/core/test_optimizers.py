@@ -20,6 +20,13 @@ def test_no_gradient_is_no_direction():
     assert (orthogonalise(torch.zeros(3, 4)) == 0).all()
 
 
+@pytest.mark.parametrize("norm", [1e-19, 1e-21, 1e-30, 1e-40])  # their squares are no float32 any more
+def test_a_gradient_of_nearly_nothing_moves_next_to_nothing(norm):
+    """Where a part of a network has died: weights went to infinity."""
+    found = orthogonalise(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * norm)
+    assert (found.abs() < 1e-3).all()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_weight_is_followed_by_one_part(architecture):
     model = tiny_model(architecture, (1, 3, 3), 2, num_labels=2)
