@@ -4,6 +4,8 @@ WORKERS ?= 2
 COVERAGE ?= --cov
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The installation compiles nothing: what Python is not let keep, each start would compile anew, in twice the time.
+export PYTHONDONTWRITEBYTECODE :=
 # The tools' telemetry stays off (see also prefect.toml, .dvc/config, .streamlit/config.toml).
 export DO_NOT_TRACK := 1
 export BENTOML_DO_NOT_TRACK := True
