@@ -618,6 +618,7 @@ def test_half_precision_is_stored_where_it_scores_alike(trained, monkeypatch: py
     assert load_checkpoint("models/whole")[1]["weights_dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_the_code_of_a_training_is_that_of_its_start(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = iter(["a", "b", "c"])
     monkeypatch.setattr(train_stage, "git_state", lambda: {"git_commit": next(commits), "git_dirty": "false"})
