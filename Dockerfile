@@ -1,8 +1,9 @@
 # Three images: service (a Bento with its models), canvas, pipeline (MLflow, Prefect, a worker). compose.yaml builds and
 # runs them; docs/packages.md says what has to be there before.
 FROM python:3.11-slim AS base
-# PyTorch without CUDA: a tenth of the size. With it: docker compose build --build-arg PIP_EXTRA_INDEX_URL=
-ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Left empty it is PyTorch with CUDA, ten times the size. Without: docker compose build --build-arg PIP_EXTRA_INDEX_URL=URL,
+# the index of PyTorch's CPU builds that its page "Get started" names.
+ARG PIP_EXTRA_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp NUMBA_CACHE_DIR=/tmp/numba \
     DO_NOT_TRACK=1 BENTOML_DO_NOT_TRACK=True DVC_NO_ANALYTICS=1 MLFLOW_DISABLE_TELEMETRY=true \
     PREFECT_SERVER_ANALYTICS_ENABLED=false STREAMLIT_BROWSER_GATHER_USAGE_STATS=false
