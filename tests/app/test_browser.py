@@ -43,6 +43,8 @@ from tests.app.browsing import (
 from tests.app.stub_service import MODELS, StubService, served
 from tests.local import free_port
 
+pytestmark = pytest.mark.no_cover  # the page runs in a process of its own
+
 ROOT = Path(__file__).parents[2]
 SIZE = 28
 EXAMPLE = levels_of(beginnings_of("mnist")[0], 2)  # draws itself on a page that is opened
