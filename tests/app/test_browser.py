@@ -220,6 +220,7 @@ def test_draw_press_see(open_page: OpenPage, service: StubService, tmp_path: Pat
     assert (tmp_path / "canvas.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_rows_appear_while_the_model_draws(open_page: OpenPage, service: StubService) -> None:
     service.row_s = 0.1  # what is unfinished stays visible for seconds
     page = open_page()
@@ -287,6 +288,7 @@ def test_brush_widths_and_fast_strokes(open_page: OpenPage) -> None:
     assert (ink(page) == expected).all()
 
 
+@pytest.mark.slow
 def test_what_is_known(open_page: OpenPage, service: StubService) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
@@ -387,6 +389,7 @@ def test_a_stroke_is_answered_without_the_page(open_page: OpenPage, service: Stu
     assert service.requests[-1][1]["image"] == stroke["image"]
 
 
+@pytest.mark.slow
 def test_slow_endings_can_be_stopped(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     wait_until_still(page)
@@ -409,6 +412,7 @@ def test_where_that_way_is_closed_the_page_asks(open_page: OpenPage, service: St
     until(lambda: service.requests[-1][1]["image"] == ink(page).tolist(), "the stroke was never sent")
 
 
+@pytest.mark.slow
 def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
@@ -456,6 +460,7 @@ def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_
     assert (ink(page) != drawn).any()
 
 
+@pytest.mark.slow
 def test_link_and_reload(open_page: OpenPage, service: StubService, page_url: str) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
@@ -566,6 +571,7 @@ def test_drawing_by_keyboard(open_page: OpenPage, tmp_path: Path) -> None:
     assert (ink(page) == expected).all()
 
 
+@pytest.mark.slow
 def test_painting_in_colour(open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path) -> None:
     page = open_page(url=f"{page_url}/?dataset=cifar10")
     expect(tool(page, "Blank")).to_have_count(0)
@@ -625,6 +631,7 @@ def test_soft_paint_mixes_with_paint_alone(open_page: OpenPage, page_url: str) -
     assert (pixels[14, [8, 12], 3] == 0).all()
 
 
+@pytest.mark.slow
 def test_each_shape_keeps_its_own_drawing(open_page: OpenPage, page_url: str) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
@@ -702,6 +709,7 @@ def choose_half(page: Page, name: str) -> None:
     wait_until_still(page)
 
 
+@pytest.mark.slow
 def test_start_from_half_a_generated_picture(
     open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path
 ) -> None:
@@ -732,6 +740,7 @@ def test_start_from_half_a_generated_picture(
     assert (grid_pixels(page)[16:, :, 3] == 0).all()
 
 
+@pytest.mark.slow
 def test_generated_rows_appear_and_can_be_stopped(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     page = open_page()
     go_to(page, "Generate")
@@ -750,6 +759,7 @@ def test_generated_rows_appear_and_can_be_stopped(open_page: OpenPage, service: 
     assert page.locator(".sheet img").evaluate_all("images => images.map(image => image.src)") == sources
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 @pytest.mark.timeout(600)  # a loaded machine is no failure
 def test_no_stroke_is_lost(open_page: OpenPage, service: StubService) -> None:
@@ -789,6 +799,7 @@ def test_no_stroke_is_lost(open_page: OpenPage, service: StubService) -> None:
     assert (ink(page) == expected).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["en", "fr"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(open_page: OpenPage, service: StubService, scheme: str, language: str) -> None:
@@ -854,6 +865,7 @@ def test_painting_on_a_phone_in_the_dark(
     assert min(sizes) >= 24  # for a finger
 
 
+@pytest.mark.slow
 def test_service_down_keeps_the_drawing(open_page: OpenPage, services: dict[str, StubService], tmp_path: Path) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
@@ -961,6 +973,7 @@ def test_first_ten_seconds(open_page: OpenPage, service: StubService) -> None:
     expect(page.locator(".endings:visible figcaption").filter(has_text="nats")).to_have_count(16)
 
 
+@pytest.mark.slow
 def test_the_address_is_that_of_the_answer_and_makes_no_history(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     entries = page.evaluate("history.length")

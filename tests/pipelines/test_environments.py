@@ -43,6 +43,7 @@ def state_of(home: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_twenty_experiments_and_clones_leave_production_as_it_is(clone, monkeypatch):
     production = clone("production")
     production.register(0.3)
@@ -161,6 +162,7 @@ def two_environments(clone, tmp_path, monkeypatch):
     return toy
 
 
+@pytest.mark.slow
 def test_production_gets_what_staging_served_by_hash(two_environments, monkeypatch, capsys):
     toy = two_environments
     assert steps.main(["promote", "mnist5k", "--to", "production"]) == 1

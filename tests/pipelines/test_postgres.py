@@ -67,6 +67,7 @@ def postgres() -> Iterator[str]:
         yield f"postgres@127.0.0.1:{port}"
 
 
+@pytest.mark.slow
 def test_versions_promotions_and_lineage(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql+psycopg://{postgres}/mlflow")
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))

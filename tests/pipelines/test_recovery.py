@@ -114,6 +114,7 @@ def remove(*names: str | Path) -> None:
 REGISTRY = ("mlflow.db", "mlruns")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "command", "num_versions"),
     [
@@ -142,6 +143,7 @@ def test_one_command_after_each_loss(toy, lost, command, num_versions):
     assert sorted(aside) == sorted(set(REGISTRY) - {*lost} if command[0] == "restore" else [])
 
 
+@pytest.mark.slow
 def test_a_backup_is_restored_in_another_place(toy, tmp_path, monkeypatch):
     served = toy.served()
     assert steps.main(["backup", str(tmp_path / "backup")]) == 0
