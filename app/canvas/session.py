@@ -48,7 +48,7 @@ class Visit:
     order: str = "drawn"  # of the endings that are shown, see `order_of`
     language: str = field(default_factory=language)
     live: Ending | None = None  # endings that the browser got without the page: it has not shown them yet
-    live_for: str = ""  # the drawing whose endings the browser is getting so
+    is_live: bool = False  # the browser is getting endings so
     stop_live: Callable[[], None] = lambda: None  # ends that
     drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
     linked: str = ""  # the drawing of the address that the visit began with

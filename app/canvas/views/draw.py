@@ -130,7 +130,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             status.warning(say("nothing_left"))
             return
         request = request_of(image, known, settings, visit.own_seed())
-        is_coming = bool(visit.live_for)  # to the browser, of this drawing or of a newer one
+        is_coming = visit.is_live  # to the browser, of this drawing or of a newer one
         if visit.pending or not (is_coming or request == visit.answered):
             with status:
                 answer(client, visit, settings, drawing, request, place)
