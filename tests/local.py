@@ -1,7 +1,9 @@
 """Ports, small HTTP servers and processes on this machine."""
 
 import contextlib
+import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -90,3 +92,17 @@ class LocalServer:
     def __exit__(self, *args: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+class Webhook(LocalServer):
+    """Takes messages in JSON; `told` holds them in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.told = told = queue.SimpleQueue[dict[str, Any]]()
+
+        class Taking(Handler):
+            def do_POST(self) -> None:
+                told.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.reply(200, b"ok")
+
+        super().__init__(Taking)

@@ -1,7 +1,5 @@
 """Container and workflow files: what can be held to without Docker and GitHub. docs/packages.md says what was run."""
 
-import json
-import queue
 import re
 import shutil
 import subprocess
@@ -16,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
-from tests.local import Handler, LocalServer, free_port, stop
+from tests.local import Webhook, free_port, stop
 from tests.pipelines.projects import copy_project
 
 ROOT = Path(__file__).parents[1]
@@ -107,13 +105,6 @@ def test_each_alert_fires_at_its_limit_and_after_its_time() -> None:
 @pytest.mark.skipif(shutil.which("prometheus-alertmanager") is None, reason="needs Debian's prometheus-alertmanager")
 def test_an_alert_reaches_the_webhook_and_its_end_too(tmp_path: Path) -> None:
     """As ops/alertmanager says, but for the times; Slack's form, with what the runbooks need."""
-    told: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-
-    class Slack(Handler):
-        def do_POST(self) -> None:
-            told.put(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["attachments"][0])
-            self.reply(200, b"ok")
-
     settings = yaml.safe_load((ROOT / "ops/alertmanager/alertmanager.yaml").read_text())
     settings["route"] |= {"group_wait": "0s", "group_interval": "1s"}
     (channel,) = settings["receivers"][0]["slack_configs"]
@@ -126,7 +117,7 @@ def test_an_alert_reaches_the_webhook_and_its_end_too(tmp_path: Path) -> None:
         "--storage.path=.",
         "--cluster.listen-address=",
     ]
-    with (tmp_path / "log").open("w") as log, LocalServer(Slack) as slack:
+    with (tmp_path / "log").open("w") as log, Webhook() as slack:
         (tmp_path / "notify_url").write_text(f"{slack.url}\n")
         listen = f"--web.listen-address={url.removeprefix('http://')}"
         process = subprocess.Popen([*command, listen], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
@@ -138,7 +129,7 @@ def test_an_alert_reaches_the_webhook_and_its_end_too(tmp_path: Path) -> None:
             }
             for end, status in (({}, "firing"), ({"endsAt": "2020-01-01T00:00:00Z"}, "resolved")):
                 client.post(f"{url}/api/v2/alerts", json=[alert | end]).raise_for_status()
-                said = told.get(timeout=20)
+                said = slack.told.get(timeout=20)["attachments"][0]
                 assert said["title"] == f"PixelCNNDown is {status}"
                 assert said["text"].strip() == "it is down (docs/runbooks.md#pixelcnndown)"
         finally:

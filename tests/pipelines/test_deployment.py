@@ -1,7 +1,5 @@
 """A deployment, as a person runs it: a server, a work pool, a worker, `prefect deployment run`, COMPLETED."""
 
-import json
-import queue
 import re
 import sqlite3
 import time
@@ -14,27 +12,19 @@ import yaml
 
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import save_dataset
-from tests.local import Handler, LocalServer, stop
+from tests.local import Webhook, stop
 from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset, tiny_params, write_params
 from tests.pipelines.sites import Site
 
 
 @pytest.fixture(scope="module")
-def said_on_call() -> Iterator[tuple[str, "queue.SimpleQueue[dict[str, str]]"]]:
-    """A webhook: its URL, and what it was told."""
-    said: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-
-    class OnCall(Handler):
-        def do_POST(self) -> None:
-            said.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.reply(200)
-
-    with LocalServer(OnCall) as on_call:
-        yield on_call.url, said
+def on_call() -> Iterator[Webhook]:
+    with Webhook() as webhook:
+        yield webhook
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, said_on_call: tuple[str, object]) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory, on_call: Webhook) -> Iterator[Site]:
     """A server that was there before, and what `make operate` adds to it."""
     folder = tmp_path_factory.mktemp("site")
     copy_project(folder)
@@ -43,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, said_on_call: tuple[str, obje
     try:
         site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port))
         site.wait_until_healthy()
-        site.operate(PIXELCNN_NOTIFY_URL=said_on_call[0])
+        site.operate(PIXELCNN_NOTIFY_URL=on_call.url)
         yield site
     finally:
         for process in reversed(site.processes):
@@ -104,17 +94,16 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_failed_watch_notifies(site: Site, said_on_call: tuple[str, "queue.SimpleQueue[dict[str, str]]"]) -> None:
+def test_a_failed_watch_notifies(site: Site, on_call: Webhook) -> None:
     """As the runbooks say: by Prefect's own automation and webhook, whatever Prefect is told beside it."""
     run = ("deployment", "run", "evaluate-champions/evaluate-champions", "--watch", "--watch-timeout", "150")
     assert site.prefect(*run).returncode == 0, "nothing to complain of: nobody is called"
     done = site.prefect(*run, "-p", 'datasets=["svhn"]')
     assert done.returncode == 1, done.stdout
-    said = said_on_call[1]
-    text = said.get(timeout=60)["text"]
+    text = on_call.told.get(timeout=60)["text"]
     assert text.startswith("evaluate-champions is Failed\n")
     assert "unknown dataset 'svhn'" in text
-    assert said.empty()
+    assert on_call.told.empty()
 
 
 def test_deployments_name_flows_that_exist() -> None:
