@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import atomic_write
-from pixelcnn.bench import CACHED, CACHED_TORCH, CROPPED, NAIVE, NAIVE_COMPILED
+from pixelcnn.bench import CACHED, CACHED_TORCH, CROPPED, NAIVE, NAIVE_COMPILED, SAMPLERS
 
 PICTURE, TABLES = "bench.png", "bench.md"
 _COLOURS = {
@@ -90,23 +90,22 @@ def _draw_sides(axes: Any, result: dict[str, Any]) -> None:
 
 
 def tabulate(results: dict[str, dict[str, Any]], folder: Path) -> Path:
-    """Write the same figures as Markdown, with the ratios between them; return the file."""
+    """Write the same figures as Markdown, with the ratios of the compiled sampler; return the file."""
     first = next(iter(results.values()))
-    lines = [f"{first['processor']}, {first['num_threads']} threads, torch {first['torch']}.", ""]
-    lines += _table(
-        "pair", "batch", "sampler", "ms per image", "against naive", "against rows so far", "times the bound"
-    )
+    lines = [f"{first['processor']}, {first['num_threads']} threads, torch {first['torch']}; ms per image.", ""]
+    ratios = [f"{CACHED} against {base}" for base in (NAIVE, CROPPED)]
+    lines += _table("pair", "batch", *SAMPLERS, *ratios, "times the bound")
     for name, result in results.items():
-        seconds = {(row["batch_size"], row["sampler"]): row["seconds_per_image"] for row in result["timings"]}
+        batches: dict[int, dict[str, dict[str, Any]]] = {}
         for row in result["timings"]:
-            batch_size, own = row["batch_size"], row["seconds_per_image"]
-            if own is None:
-                lines.append(_row(f"`{name}`", batch_size, row["sampler"], row["note"], "", "", ""))
-                continue
-            against = [seconds.get((batch_size, base)) for base in (NAIVE, CROPPED)]
-            ratios = [f"{_short(base / own)}x" if base else "" for base in against]
-            bound = f"{_short(own / row['bound_seconds_per_image'])}x"
-            lines.append(_row(f"`{name}`", batch_size, row["sampler"], _short(1e3 * own), *ratios, bound))
+            batches.setdefault(row["batch_size"], {})[row["sampler"]] = row
+        for batch_size, rows in batches.items():
+            seconds = {sampler: row["seconds_per_image"] for sampler, row in rows.items()}
+            cells = [_short(1e3 * s) if (s := seconds.get(sampler)) else "" for sampler in SAMPLERS]
+            if own := seconds.get(CACHED):
+                cells += [f"{_short(base / own)}x" if (base := seconds.get(b)) else "" for b in (NAIVE, CROPPED)]
+                cells.append(f"{_short(own / rows[CACHED]['bound_seconds_per_image'])}x")
+            lines.append(_row(f"`{name}`", batch_size, *cells))
     lines += ["", *_table("pair", "side", "cached, us per pixel", "naive, us per pixel")]
     for name, result in results.items():
         for row in result.get("sides", []):

@@ -60,10 +60,14 @@ class Visit:
     generated: Ending | None = None  # the last sheet
     surprise: tuple[Any, Likelihood, list[float] | None] | None = None  # (question, answer, log_probs by label)
 
-    def refresh_models(self, client: ServiceClient) -> None:
-        """Ask what is served if the list is old; the last list stays in use while the service is away."""
+    def refresh_models(self, client: ServiceClient) -> bool:
+        """Ask what is served if the list is old; return whether that has changed.
+
+        The last list stays in use while the service is away.
+        """
         if time.monotonic() - self.models_at < MODELS_TTL_S:
-            return
+            return False
+        before = self.models
         try:
             self.models = in_order(client.models())
             if self.models_missing:
@@ -75,6 +79,7 @@ class Visit:
             self.fail(error)
             self.models_missing = True
         self.models_at = time.monotonic()
+        return self.models != before
 
     def layout(self, client: ServiceClient, dataset: str) -> Layout:
         """Return how ink lies in a dataset's images, measured on some that its model makes. Raises ServiceError."""

@@ -20,11 +20,18 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 0
     path, table = tmp_path / "bench.png", (tmp_path / "bench.md").read_text().splitlines()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.md", "bench.png", "tiny.json"]
-    (cached,) = [line for line in table if line.startswith("| `tiny` | 2 | cached, compiled |")]
+    heads, (of_two,) = table[2].split(" | "), [line for line in table if line.startswith("| `tiny` | 2 |")]
+    found = {
+        head: cell.removesuffix("x").replace(",", "") for head, cell in zip(heads, of_two.split(" | "), strict=True)
+    }
     seconds = {row["sampler"]: row["seconds_per_image"] for row in result["timings"] if row["batch_size"] == 2}
-    ratio = float(cached.split(" | ")[4].removesuffix("x").replace(",", ""))
-    assert ratio == pytest.approx(seconds["naive"] / seconds["cached, compiled"], rel=0.01)
-    assert "e+" not in cached
+    for name in samplers:
+        assert float(found[name]) == pytest.approx(1e3 * seconds[name], rel=0.01)
+        if "cached" not in name:
+            ratio = float(found[f"cached, compiled against {name}"])
+            assert ratio == pytest.approx(seconds[name] / seconds["cached, compiled"], rel=0.01)
+    assert found["naive, torch.compile"] == ""
+    assert "e+" not in of_two
     assert sum(line.startswith(("| `tiny` | 4 |", "| `tiny` | 8 |")) for line in table) == 2  # the sides
     with Image.open(path) as picture:
         assert picture.format == "PNG"

@@ -100,16 +100,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     with live_place:
         live_endings(visit, settings, last, is_on=live and not settings.trouble and model is not None)
     with actions:
-        if last:
-            names = {key: say(f"order_{key}") for key in ORDERS}
-            widgets.choose(
-                say("order"), names, ORDERS[0], label_visibility="collapsed", key="order", persist_state="session"
-            )
-            shown = levels_of(drawing, levels)
-            chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
-            widgets.download(last, settings.coloured, visit.order, 3, chosen)
-        companion(last, comparable=last is not None)
-        beside = st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
+        beside = show_actions(last, drawing, settings, visit.order)
     if beginnings:
         examples_place.html(examples_html(beginnings, levels))
     with gallery_place.container():
@@ -144,14 +135,25 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     if settings.named and last and not last.names and model.labels:
         name_endings(client, visit, last, model)
         redraw()
-    if is_of_fragment():
-        served = visit.models
-        visit.refresh_models(client)
-        if visit.models != served:
-            st.rerun()
+    if is_of_fragment() and visit.refresh_models(client):
+        st.rerun()
     if visit.trouble:
         with away_place:
             widgets.show_trouble(visit)
+
+
+def show_actions(last: Ending | None, drawing: Drawing, settings: Settings, order: str) -> bool:
+    """Show what can be done with the last endings; return whether a map of surprise is wanted beside them."""
+    if last:
+        names = {key: say(f"order_{key}") for key in ORDERS}
+        widgets.choose(
+            say("order"), names, ORDERS[0], label_visibility="collapsed", key="order", persist_state="session"
+        )
+        shown = levels_of(drawing, settings.levels)
+        chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
+        widgets.download(last, settings.coloured, order, 3, chosen)
+    companion(last, comparable=last is not None)
+    return st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
 
 
 def answer(
