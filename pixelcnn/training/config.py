@@ -21,6 +21,8 @@ class TrainConfig:
     Args:
         batch_size: images per optimizer step.
         learning_rate: its peak.
+        joint_share: share of it at which a completer learns the weights that the joint model has, too: with less than 1
+            it forgets less of what it began with.
         optimizer: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimizers.py).
         max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.
         max_minutes: minutes of training, for quick trials; 0 for no limit. The schedule is fitted to whichever ends
@@ -48,6 +50,7 @@ class TrainConfig:
     batch_size: int
     learning_rate: float
     max_epochs: float
+    joint_share: float = 1.0
     optimizer: str = "adam"
     max_minutes: float = 0
     warmup_steps: int = 100
@@ -74,7 +77,7 @@ class TrainConfig:
             _check(name, getattr(self, name), float, 0, {"learning_rate": 1.0}.get(name, 1e9), above=True)
         for name in ("max_minutes", "save_minutes"):
             _check(name, getattr(self, name), float, 0, 1e9)
-        for name in ("decay_fraction", "ema_decay", "label_dropout", "context_share", "redrawn_share"):
+        for name in ("decay_fraction", "ema_decay", "label_dropout", "context_share", "redrawn_share", "joint_share"):
             _check(name, getattr(self, name), float, 0, 1)
         for name, choices in (("precision", (*PRECISIONS, "auto")), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in choices:

@@ -6,11 +6,12 @@ of its step is that of Liu et al. 2025, arXiv:2502.16982: as large per weight as
 not used because it takes plain matrices alone, and computes in bfloat16, slow on a CPU that has no instructions for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 OPTIMIZERS = ("adam", "muon")
 # The quintic iteration's coefficients: singular values end between about 0.7 and 1.2, after five rounds.
@@ -36,12 +37,12 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum, for weights whose first dimension is that of the outputs.
 
     Args:
-        weights: (out, ...) tensors.
+        weights: (out, ...) tensors, or groups of them.
         lr: learning rate, as Adam's.
         momentum: share of the momentum that stays from step to step; Nesterov's.
     """
 
-    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, weights: ParamsT, lr: float, momentum: float = 0.95) -> None:
         super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -66,22 +67,24 @@ class Optimizer:
         model: whose parameters it follows.
         name: `adam`, or `muon` for the 4-dimensional weights and Adam for the others.
         lr: learning rate before the first step sets another.
+        shares: of the learning rate, for those of the model's parameters that learn at less than all of it.
     """
 
-    def __init__(self, model: nn.Module, name: str, lr: float) -> None:
-        weights = list(model.parameters())
-        kernels = [w for w in weights if name == "muon" and w.dim() == 4]
-        chosen = set(map(id, kernels))
-        rest = [w for w in weights if id(w) not in chosen]
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.99))]
-        if kernels:
-            self.parts.append(Muon(kernels, lr=lr))
+    def __init__(self, model: nn.Module, name: str, lr: float, shares: Mapping[Tensor, float] | None = None) -> None:
+        groups: dict[bool, dict[float, list[nn.Parameter]]] = {False: {}, True: {}}  # by whether they are kernels
+        for weight in model.parameters():
+            share = (shares or {}).get(weight, 1.0)
+            groups[name == "muon" and weight.dim() == 4].setdefault(share, []).append(weight)
+        adam, muon = ([{"params": w, "share": s} for s, w in groups[kernels].items()] for kernels in (False, True))
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(adam, lr=lr, betas=(0.9, 0.99))]
+        if muon:
+            self.parts.append(Muon(muon, lr=lr))
 
     def step(self, lr: float) -> None:
-        """Update the weights from their gradients, at this learning rate."""
+        """Update the weights from their gradients, at this learning rate or their shares of it."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["share"]
             part.step()
 
     def state(self, weight: Tensor) -> dict[str, Any]:

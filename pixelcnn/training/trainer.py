@@ -107,7 +107,12 @@ class Trainer:
         self.ema = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
-        self.optimizer = Optimizer(model, config.optimizer, config.learning_rate)
+        shares: dict[Tensor, float] = {}
+        if config.joint_share < 1:
+            if isinstance(model, LabelNetwork) or model.context_network is None:
+                raise ValueError("joint_share must be 1 for a network that sees no drawings.")
+            shares = {self.parameters[i]: config.joint_share for i in self.joint_indices()}
+        self.optimizer = Optimizer(model, config.optimizer, config.learning_rate, shares)
         self.step = 0
         self.elapsed_s = 0.0
         self.num_validations = 0
@@ -127,6 +132,7 @@ class Trainer:
             raise ValueError(f"redrawn_share must be 0 for {data.name}: only binary images can be drawn anew.")
         self.steps_per_epoch = num_train // config.batch_size
         self.max_steps = max(1, round(config.max_epochs * self.steps_per_epoch))
+        self.completes_given_labels = bool(model.config.num_labels) and config.label_dropout < 0.5
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def progress(self) -> float:
@@ -259,7 +265,8 @@ class Trainer:
     def objective(self) -> str:
         """Say what the validation score measures: scores of different objectives do not compare."""
         share = self.config.context_share if self.model.config.context_features else 0.0
-        return f"validation nats per image, of {share:g} of the images those of the missing part"
+        given = " given the label" if share and self.completes_given_labels else ""
+        return f"validation nats per image, of {share:g} of the images those of the missing part{given}"
 
     def validate(self, on_validation: Callable[[int], None] | None) -> tuple[float, float, float | None]:
         """Score the averaged weights on validation and some training images; keep them if they are the best so far.
@@ -300,15 +307,18 @@ class Trainer:
 
     @torch.inference_mode()
     def completion_nll(self, num_images: int | None) -> float | None:
-        """Return the mean nats of what is missing of validation images, one fixed mask each; None without a context."""
+        """Return the mean nats of what is missing of validation images, one fixed mask each; None without a context.
+
+        Labels are given if the training withholds few of them: then a label network will say which.
+        """
         if not self.model.config.context_features:
             return None
         total, num = 0.0, 0
-        for i, (levels, _) in enumerate(self.data.batches("validation", 250, num_images)):
+        for i, (levels, labels) in enumerate(self.data.batches("validation", 250, num_images)):
             observed = self.masks(levels, 3, i, share=1.0)
             assert observed is not None
             levels, observed = levels.to(self.device), observed.to(self.device)
-            nlls = self.nlls(levels, None, observed)
+            nlls = self.nlls(levels, labels.to(self.device) if self.completes_given_labels else None, observed)
             total, num = total + nlls.sum().item(), num + len(levels)
         return total / num
 

@@ -24,6 +24,7 @@ from pixelcnn.data import Dataset
 from pixelcnn.evaluation import evaluate_completion, per_image_completion_nll, per_image_nll
 from pixelcnn.observed import SCORED
 from pixelcnn.training import training_history
+from pixelcnn.training.optimizers import OPTIMIZERS
 from tests.core.test_training import batches_seen, config, run, same, weights
 from tests.core.tiny import ARCHITECTURES, tiny_config, tiny_model, toy_dataset
 
@@ -271,3 +272,46 @@ def test_the_command_line_trains_on_from_joint_weights_and_scores_completion(tmp
         assert printed[key] == pytest.approx(value, rel=1e-6)
     assert main([*arguments[:-1], f"{tmp_path}/nowhere"]) == 1
     assert "nowhere is no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_completer_learns_what_it_has_of_the_joint_model_at_a_share_of_the_rate(optimizer, share):
+    data = mirrored_dataset()
+    joint = {name for name, _ in build_model(context_model(data).config.without_context()).named_parameters()}
+
+    def moved(joint_share):
+        model = context_model(data)
+        before = {name: w.detach().clone() for name, w in model.named_parameters()}
+        settings = config(batch_size=64, optimizer=optimizer, ema_decay=0, clip_norm=1e9, joint_share=joint_share)
+        training.Trainer(model, data, settings).train_step()
+        return {name: w.detach() - before[name] for name, w in model.named_parameters()}
+
+    whole, slowed = moved(1.0), moved(share)
+    assert any(whole[name].any() for name in joint)
+    assert any(whole[name].any() for name in whole.keys() - joint)
+    for name in whole:
+        assert torch.allclose(slowed[name], whole[name] * (share if name in joint else 1.0), atol=1e-6), name
+
+
+def test_a_network_that_sees_no_drawings_has_no_joint_share():
+    data = mirrored_dataset()
+    with pytest.raises(ValueError, match=r"joint_share must be 1 for a network that sees no drawings"):
+        fit(context_model(data, context_features=0, context_width=0), data, config(joint_share=0.5))
+
+
+def test_completions_are_validated_given_the_labels_that_training_gives():
+    data = toy_dataset((1, 4, 4), 2, num_labels=3)
+    model = context_model(data, num_labels=3)
+
+    def validated(label_dropout):
+        trainer = training.Trainer(model, data, config(label_dropout=label_dropout))
+        return trainer, trainer.completion_nll(None)
+
+    trainer, given = validated(0.0)
+    levels, labels = data.levels("validation", slice(None)), data.labels["validation"]
+    nlls = trainer.nlls(levels, labels, trainer.masks(levels, 3, 0, share=1.0))
+    assert given == pytest.approx(nlls.sum().item() / len(levels), rel=1e-5)
+    unlabelled, without = validated(0.8)
+    assert without != given
+    assert unlabelled.objective() != trainer.objective(), "the two scores do not compare"
