@@ -9,6 +9,7 @@ from pydantic import Field, InstanceOf, ValidationError, ValidationInfo, field_v
 from pipelines.datasets.checks import CheckParams
 from pipelines.datasets.entry import NAME, NAMES, OFFICIAL, DatasetParams, Frozen
 from pixelcnn.config import ModelConfig, checked_config
+from pixelcnn.data import DYNAMIC_PROTOCOL
 from pixelcnn.models.registry import architectures
 from pixelcnn.training import TrainConfig
 
@@ -66,13 +67,17 @@ class PairParams(Frozen):
         fixed = {"image_shape": spec.image_shape, "num_levels": spec.num_levels, "num_labels": len(spec.label_names)}
         network = _config(architectures()[values["model"]], values["network"], "network", fixed)
         built = {**values, "network": network, "train": _config(TrainConfig, values["train"], "train")}
-        if built["train"].horizontal_flips and not spec.flips:
-            raise ValueError("train: horizontal_flips mirrors images whose dataset has no `flips: true`.")
         for part, features in (("completer", "completer_features"), ("labels", "label_features")):
             if getattr(network, features):
                 built[part] = _config(TrainConfig, values.get(part, {}), part)
             elif part in values:
                 raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
+        for part in ("train", "completer", "labels"):
+            config = built.get(part)
+            if config and config.horizontal_flips and not spec.flips:
+                raise ValueError(f"{part}: horizontal_flips mirrors images whose dataset has no `flips: true`.")
+            if config and config.redrawn_share and spec.protocol != DYNAMIC_PROTOCOL:
+                raise ValueError(f"{part}: redrawn_share must be 0: only binary images can be drawn anew.")
         return built
 
 

@@ -107,6 +107,11 @@ def test_every_model_and_dataset_is_a_pair() -> None:
             True,
             r"pixelcnn-mnist\.train: horizontal_flips mirrors images",
         ),
+        (
+            "pairs.gated_pixelcnn-fashion_mnist.train.redrawn_share",
+            0.3,
+            r"gated_pixelcnn-fashion_mnist\.train: redrawn_share must be 0: only binary images can be drawn anew",
+        ),
         ("promote.confidence", 95, r"promote\.confidence must be less than or equal to 0\.9999, got 95"),
         ("promote.max_sample_s", "fast", r"promote\.max_sample_s must be number, got 'fast'"),
         ("evaluate.batch_size", 0, r"evaluate\.batch_size must be .* got 0"),
