@@ -14,6 +14,7 @@ from typer.main import get_command
 _USER_ERRORS = (ValueError, FloatingPointError, OSError)
 # What is wrong with a store or server; their own exceptions are no part of ours.
 _OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy")
+_SHOWN = ("pipelines.stages", "pixelcnn.evaluation")  # loggers
 _MAX_CHARACTERS = 400  # of a reason: MLflow's hold whole statements of SQL
 
 # Where a run without a Prefect server starts a temporary one, its chatter is of no use to anybody, and on a busy
@@ -61,15 +62,17 @@ class OneLine(logging.Filter):
 
 @contextmanager
 def _progress_on_stderr() -> Iterator[None]:
-    """Show what the stages log; inside a flow they log by way of Prefect."""
-    stages, handler = logging.getLogger("pipelines.stages"), logging.StreamHandler()
+    """Show what the stages log, and how far a scoring is; inside a flow stages log by way of Prefect."""
+    loggers, handler = [logging.getLogger(name) for name in _SHOWN], logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    stages.addHandler(handler)
-    stages.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        stages.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def run(command: str, work: Callable[[], int | None]) -> int:

@@ -1,6 +1,8 @@
 """Evaluation: the exact likelihood of a dataset's images and of their missing parts, image by image and on average."""
 
+import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,9 @@ from pixelcnn.models.layers import LabelNetwork
 from pixelcnn.observed import SCORED, scored_masks
 
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
+PROGRESS_S = 30.0  # between lines of the log
+
+logger = logging.getLogger(__name__)
 
 
 def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int) -> str:
@@ -39,6 +44,20 @@ def check_fit(model: AutoregressiveModel | LabelNetwork, data: Dataset) -> None:
         raise ValueError(f"the model has {config.num_labels} labels, {data.name} has {len(data.label_names)}.")
 
 
+def _batches(
+    data: Dataset, split: str, batch_size: int, num_images: int | None, what: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a split's first images; log now and then how far they are, and when they will be done."""
+    total, done = min(num_images or math.inf, len(data.images[split])), 0
+    start = last = time.monotonic()
+    for levels, label in data.batches(split, batch_size, num_images):
+        yield levels, label
+        done, now = done + len(levels), time.monotonic()
+        if now - last > PROGRESS_S and done < total:
+            last, minutes_left = now, (now - start) / done * (total - done) / 60
+            logger.info("%s, %s: %d of %d images, about %.1f min left", split, what, done, total, minutes_left)
+
+
 @torch.inference_mode()
 def per_image_nll(
     model: AutoregressiveModel,
@@ -62,7 +81,7 @@ def per_image_nll(
     device = next(model.parameters()).device
     nlls = [
         -log_prob(model, levels.to(device), label.to(device) if with_label else None)
-        for levels, label in data.batches(split, batch_size, num_images)
+        for levels, label in _batches(data, split, batch_size, num_images, "given the label" if with_label else "whole")
     ]
     return torch.cat(nlls).double().cpu()
 
@@ -79,7 +98,7 @@ def per_image_marginal_nll(
     device = next(model.parameters()).device
     num_labels = model.config.num_labels
     nlls = []
-    for levels, label in data.batches(split, batch_size, num_images):
+    for levels, label in _batches(data, split, batch_size, num_images, "label summed out"):
         given = [log_prob(model, levels.to(device), torch.full_like(label, y).to(device)) for y in range(num_labels)]
         nlls.append(math.log(num_labels) - torch.stack(given).double().logsumexp(dim=0))
     return torch.cat(nlls).cpu()
@@ -161,7 +180,7 @@ def per_image_completion_nll(
     device = next(model.parameters()).device
     found: dict[str, list[Tensor]] = {}
     first = 0
-    for levels, _ in data.batches(split, batch_size, num_images):
+    for levels, _ in _batches(data, split, batch_size, num_images, "completion"):
         levels = levels.to(device)
         joint = pixel_log_prob(model, levels)
         for name in SCORED:

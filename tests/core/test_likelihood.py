@@ -1,10 +1,12 @@
 import math
+import re
 
 import pytest
 import torch
 
-from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, fit, log_prob, pixel_log_prob
-from tests.core.tiny import ARCHITECTURES, all_images, random_levels, tiny_model
+from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, evaluation, fit, log_prob, pixel_log_prob
+from pixelcnn.evaluation import evaluate_completion
+from tests.core.tiny import ARCHITECTURES, all_images, random_levels, tiny_model, toy_dataset
 
 SPACES = [
     ((1, 2, 2), 2),
@@ -101,3 +103,19 @@ def test_short_training_comes_close_to_the_entropy_and_never_below(architecture)
     assert min(scores) == best == pytest.approx(evaluate(model, data, ("train",))["train/nll_nats"], abs=1e-12)
     assert min(scores) >= entropy - 1e-12
     assert best < entropy + 0.02 < before
+
+
+def test_a_long_evaluation_says_how_far_it_is(monkeypatch, caplog):
+    data = toy_dataset()
+    model = tiny_model("gated_pixelcnn", (1, 3, 3), 3, num_labels=2, context_features=4, context_width=4)
+    with caplog.at_level("INFO", "pixelcnn.evaluation"):
+        quiet = evaluate(model, data, batch_size=2)
+        assert not caplog.messages, "a short one says nothing"
+        monkeypatch.setattr(evaluation, "PROGRESS_S", -1.0)
+        assert evaluate(model, data, batch_size=2) == quiet
+        evaluate_completion(model, data, batch_size=5, num_images=6)
+    assert re.fullmatch(r"validation, whole: 2 of 6 images, about \d\.\d min left", caplog.messages[0])
+    assert [line.split(", about")[0] for line in caplog.messages[-4:]] == [
+        *(f"test, given the label: {done} of 7 images" for done in (2, 4, 6)),
+        "test, completion: 5 of 6 images",
+    ]
