@@ -252,7 +252,7 @@ def introduction(settings: Settings) -> str:
     elif settings.dataset.startswith("mnist") or not settings.dataset:
         beginning = "begin_digit" if settings.sees_all else "begin_top"
     else:
-        beginning = "begin_other"
+        beginning = "begin_other" if settings.sees_all else "begin_other_top"
     return say("intro", beginning=say(beginning), number=settings.num_samples)
 
 
