@@ -9,7 +9,6 @@ from pydantic import Field, InstanceOf, ValidationError, ValidationInfo, field_v
 from pipelines.datasets.checks import CheckParams
 from pipelines.datasets.entry import NAME, NAMES, OFFICIAL, DatasetParams, Frozen
 from pixelcnn.config import ModelConfig, checked_config
-from pixelcnn.data import DYNAMIC_PROTOCOL
 from pixelcnn.models.registry import architectures
 from pixelcnn.training import TrainConfig
 
@@ -72,12 +71,16 @@ class PairParams(Frozen):
                 built[part] = _config(TrainConfig, values.get(part, {}), part)
             elif part in values:
                 raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
-        for part in ("train", "completer", "labels"):
+        joint_sees = bool(network.context_features) and not network.completer_features
+        for part, sees_drawings in (("train", joint_sees), ("completer", True), ("labels", False)):
             config = built.get(part)
             if config and config.horizontal_flips and not spec.flips:
                 raise ValueError(f"{part}: horizontal_flips mirrors images whose dataset has no `flips: true`.")
-            if config and config.redrawn_share and spec.protocol != DYNAMIC_PROTOCOL:
-                raise ValueError(f"{part}: redrawn_share must be 0: only binary images can be drawn anew.")
+            if config:
+                try:
+                    config.check_for(spec.protocol, sees_drawings)
+                except ValueError as error:
+                    raise ValueError(f"{part}: {error}") from None
         return built
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from pixelcnn.data import DYNAMIC_PROTOCOL
 from pixelcnn.training.optimizers import OPTIMIZERS
 
 PRECISIONS = ("float32", "bfloat16")
@@ -86,6 +87,21 @@ class TrainConfig:
             raise ValueError(f"horizontal_flips must be true or false, got {self.horizontal_flips!r}.")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
+
+    def check_for(self, protocol: str, sees_drawings: bool) -> None:
+        """Check that a network can learn so.
+
+        Args:
+            protocol: of its images (data.py).
+            sees_drawings: whether it has a context network.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.redrawn_share and protocol != DYNAMIC_PROTOCOL:
+            raise ValueError("redrawn_share must be 0: only binary images can be drawn anew.")
+        if self.joint_share < 1 and not sees_drawings:
+            raise ValueError("joint_share must be 1: the network sees no drawings, so all of it is the joint model's.")
 
 
 def _check(name: str, value: Any, kind: type, least: float, most: float, above: bool = False) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, generator_for
+from pixelcnn.data import Dataset, generator_for
 from pixelcnn.evaluation import check_fit, format_nll, per_image_nll
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
@@ -95,7 +95,8 @@ class Trainer:
     hold the same weights at each step. Rank 0 alone has the clock, validates and saves. The model is trained in place.
 
     Raises:
-        ValueError: the batch is larger than the training split, or too small for `accumulate` and the processes.
+        ValueError: the network cannot learn so (`TrainConfig.check_for`); the batch is larger than the training split,
+            or too small for `accumulate` and the processes.
     """
 
     def __init__(self, model: AutoregressiveModel | LabelNetwork, data: Dataset, config: TrainConfig) -> None:
@@ -107,11 +108,10 @@ class Trainer:
         self.ema = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
-        shares: dict[Tensor, float] = {}
-        if config.joint_share < 1:
-            if isinstance(model, LabelNetwork) or model.context_network is None:
-                raise ValueError("joint_share must be 1 for a network that sees no drawings.")
-            shares = {self.parameters[i]: config.joint_share for i in self.joint_indices()}
+        sees_drawings = not isinstance(model, LabelNetwork) and model.context_network is not None
+        config.check_for(data.protocol, sees_drawings)
+        joint = self.joint_indices() if config.joint_share < 1 else []
+        shares = {self.parameters[i]: config.joint_share for i in joint}
         self.optimizer = Optimizer(model, config.optimizer, config.learning_rate, shares)
         self.step = 0
         self.elapsed_s = 0.0
@@ -128,8 +128,6 @@ class Trainer:
             raise ValueError(
                 f"batch_size must be at most the {num_train} training images of {data.name}, got {config.batch_size}."
             )
-        if config.redrawn_share and data.protocol != DYNAMIC_PROTOCOL:
-            raise ValueError(f"redrawn_share must be 0 for {data.name}: only binary images can be drawn anew.")
         self.steps_per_epoch = num_train // config.batch_size
         self.max_steps = max(1, round(config.max_epochs * self.steps_per_epoch))
         self.completes_given_labels = bool(model.config.num_labels) and config.label_dropout < 0.5

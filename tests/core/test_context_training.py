@@ -296,7 +296,7 @@ def test_a_completer_learns_what_it_has_of_the_joint_model_at_a_share_of_the_rat
 
 def test_a_network_that_sees_no_drawings_has_no_joint_share():
     data = mirrored_dataset()
-    with pytest.raises(ValueError, match=r"joint_share must be 1 for a network that sees no drawings"):
+    with pytest.raises(ValueError, match=r"joint_share must be 1: the network sees no drawings"):
         fit(context_model(data, context_features=0, context_width=0), data, config(joint_share=0.5))
 
 

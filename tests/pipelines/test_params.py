@@ -112,6 +112,11 @@ def test_every_model_and_dataset_is_a_pair() -> None:
             0.3,
             r"gated_pixelcnn-fashion_mnist\.train: redrawn_share must be 0: only binary images can be drawn anew",
         ),
+        (
+            "pairs.gated_pixelcnn-mnist.train.joint_share",
+            0.1,
+            r"gated_pixelcnn-mnist\.train: joint_share must be 1: the network sees no drawings",
+        ),
         ("promote.confidence", 95, r"promote\.confidence must be less than or equal to 0\.9999, got 95"),
         ("promote.max_sample_s", "fast", r"promote\.max_sample_s must be number, got 'fast'"),
         ("evaluate.batch_size", 0, r"evaluate\.batch_size must be .* got 0"),
@@ -125,6 +130,13 @@ def test_mistakes_are_named(tmp_path: Path, values: dict, path: str, value: obje
         section = section[parent]
     section[key] = value
     with pytest.raises(ValueError, match=message):
+        load(tmp_path, values)
+
+
+def test_a_part_that_cannot_learn_so_is_named_before_any_is_trained(tmp_path: Path) -> None:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["pairs"]["gated_pixelcnn-mnist"]["labels"]["joint_share"] = 0.1
+    with pytest.raises(ValueError, match=r"gated_pixelcnn-mnist\.labels: joint_share must be 1: the network sees no"):
         load(tmp_path, values)
 
 
