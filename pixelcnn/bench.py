@@ -104,10 +104,11 @@ def cache_bandwidth() -> float:
 
 
 def _resized(model: AutoregressiveModel, height: int, width: int) -> AutoregressiveModel:
-    """Return the same weights for another image size: no weight depends on it."""
+    """Return the same joint network for another image size: none of its weights depends on it."""
     shape = (model.config.image_shape[0], height, width)
-    resized = build_model(dataclasses.replace(model.config, image_shape=shape))
-    resized.load_state_dict(model.state_dict())
+    resized = build_model(dataclasses.replace(model.config.without_context(), image_shape=shape))
+    weights = model.state_dict()
+    resized.load_state_dict({name: weights[name] for name in resized.state_dict()})
     return resized.eval()
 
 

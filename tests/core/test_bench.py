@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from pixelcnn.config import ModelConfig
 from tests.core.test_fast_sampling import model_of
 
 CONFIG = PixelCNNConfig(image_shape=(1, 5, 6), num_levels=3, num_features=4, num_blocks=2)
+# Its context networks have a layer less for images of side 4.
+COMPLETING = replace(CONFIG, num_labels=2, context_features=2, context_width=3, completer_features=3, label_features=3)
 GATED = GatedPixelCNNConfig(image_shape=(1, 5, 6), num_levels=3, num_features=4, num_layers=2, kernel_size=3)
 
 
@@ -85,10 +88,11 @@ def test_a_compiler_that_is_missing_is_a_skipped_row(monkeypatch: pytest.MonkeyP
     assert timing.note == "skipped: RuntimeError: no C++ compiler"
 
 
-def test_tables_and_figures_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [CONFIG, COMPLETING], ids=["draws", "completes"])
+def test_tables_and_figures_agree(config: ModelConfig, tmp_path: Path) -> None:
     lines: list[str] = []
     samplers = [name for name in SAMPLERS if name != NAIVE_COMPILED]
-    result = bench(model_of(CONFIG, torch.float32), [1, 3], samplers, 0.02, 4, [4, 8], lines.append)
+    result = bench(model_of(config, torch.float32), [1, 3], samplers, 0.02, 4, [4, 8], lines.append)
     write_json(tmp_path / "new" / "bench.json", result)
     result = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert [(row["batch_size"], row["sampler"]) for row in result["timings"]] == [
