@@ -74,13 +74,14 @@ class PairParams(Frozen):
         joint_sees = bool(network.context_features) and not network.completer_features
         for part, sees_drawings in (("train", joint_sees), ("completer", True), ("labels", False)):
             config = built.get(part)
-            if config and config.horizontal_flips and not spec.flips:
+            if config is None:
+                continue
+            if config.horizontal_flips and not spec.flips:
                 raise ValueError(f"{part}: horizontal_flips mirrors images whose dataset has no `flips: true`.")
-            if config:
-                try:
-                    config.check_for(spec.protocol, sees_drawings)
-                except ValueError as error:
-                    raise ValueError(f"{part}: {error}") from None
+            try:
+                config.check_for(spec.protocol, sees_drawings)
+            except ValueError as error:
+                raise ValueError(f"{part}: {error}") from None
         return built
 
 
