@@ -71,7 +71,7 @@ class PairParams(Frozen):
                 built[part] = _config(TrainConfig, values.get(part, {}), part)
             elif part in values:
                 raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
-        joint_sees = bool(network.context_features) and not network.completer_features
+        joint_sees = network.of_joint().context_features > 0
         for part, sees_drawings in (("train", joint_sees), ("completer", True), ("labels", False)):
             config = built.get(part)
             if config is None:

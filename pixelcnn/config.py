@@ -91,6 +91,10 @@ class ModelConfig:
         """Return the same network without context network, completer and label network."""
         return replace(self, context_features=0, context_width=0, completer_features=0, label_features=0)
 
+    def of_joint(self) -> Self:
+        """Return the config of the joint model, a network by itself: with a completer it sees no drawings."""
+        return self.without_context() if self.completer_features else replace(self, label_features=0)
+
     def of_completer(self) -> Self:
         """Return the config of the completer, a network by itself."""
         return replace(

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,7 @@ def _fit_all(
     pair = params.pair(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(pair.train.seed)
-    network = replace(pair.network, label_features=0, completer_features=0)
-    network = network.without_context() if pair.network.completer_features else network
+    network = pair.network.of_joint()
     model = build_model(network).to(device)
     whole = model if network == pair.network else build_model(pair.network).to(device)
     warm_up(model)

@@ -97,7 +97,7 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, config: ModelConfig, in_maps: int) -> None:
         super().__init__()
         self.config = config
-        self.layer_config = config.without_context() if config.completer_features else config
+        self.layer_config = config.of_joint()
         num_colours, num_groups = config.image_shape[0], config.num_groups
         self.output: Output = OUTPUTS[config.output](config)
         head = colour_groups(config.head_features, num_groups)

@@ -454,7 +454,7 @@ def fit(
 
     Args:
         model: as `build_model` makes it, for images of this dataset; on the device to train on. A completer is trained
-            by itself: as `model.completer`, the joint model as that of `config.without_context()`. So is a label
+            by itself: as `model.completer`, the joint model as that of `config.of_joint()`. So is a label
             network: as `model.label_network`, its nats are those of the label.
         data: a prepared dataset.
         config: how to train.

@@ -157,7 +157,7 @@ def test_the_committed_states_can_be_gone_on_with(pair: str, part: str) -> None:
     path = ROOT / "training" / pair / f"{part}.safetensors"
     with safetensors.safe_open(path, framework="pt") as file:
         data_hash = json.loads(file.metadata()["state"])["description"]["data hash"]
-    network = settings.network.without_context() if settings.network.completer_features else settings.network
+    network = settings.network.of_joint()
     train = settings.train
     if part == "completer":
         assert settings.completer is not None
