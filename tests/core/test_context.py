@@ -385,6 +385,17 @@ def test_a_network_without_context_has_the_parameters_it_always_had():
         assert not [key for key in tiny_model(architecture, SHAPE, 2).state_dict() if "context" in key]
 
 
+def test_the_networks_of_a_config_with_all_parts():
+    sizes = {"image_shape": SHAPE, "num_levels": 2, "num_features": 4, "num_labels": 2}
+    drawn = {"context_features": 3, "context_width": 5, "label_features": 6}
+    without = ModelConfig(**sizes, **drawn)
+    assert without.of_joint() == ModelConfig(**sizes, **{**drawn, "label_features": 0})  # it completes, too
+    both = ModelConfig(**sizes, **drawn, completer_features=8)
+    assert both.of_joint() == ModelConfig(**sizes)
+    completer = ModelConfig(**{**sizes, "num_features": 8}, **{**drawn, "label_features": 0})
+    assert both.of_completer() == completer
+
+
 def test_context_is_cheap_at_the_released_size():
     sizes = {"image_shape": (1, 28, 28), "num_levels": 2, "num_features": 32, "num_blocks": 10, "num_labels": 10}
     plain, with_context = (
