@@ -1,5 +1,6 @@
 """`python -m app.demo` with stand-ins for the programs that it starts: what Ctrl-C leaves behind at any moment."""
 
+import contextlib
 import json
 import os
 import re
@@ -121,7 +122,8 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
         demo.stand_in(program, SERVER if program in ("bentoml", "streamlit") else "")
     yield demo
     for pid in marked_processes(demo.mark):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(pid, signal.SIGKILL)
     if demo.process:
         demo.process.communicate(timeout=30)
 
