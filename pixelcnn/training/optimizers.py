@@ -21,15 +21,15 @@ RMS = 0.2  # of a step at learning rate 1, per weight
 LEAST_NORM = 1e-9
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return about U V^T of a matrix (m, n) with singular value decomposition U S V^T."""
-    if len(matrix) > matrix.shape[1]:
-        return orthogonalise(matrix.T).T
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Return about U V^T of each of (n, rows, columns) matrices with singular value decomposition U S V^T."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalise(matrices.mT).mT
     a, b, c = QUINTIC
-    x: Tensor = matrix / (matrix.norm() + LEAST_NORM)
+    x: Tensor = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + LEAST_NORM)
     for _ in range(ROUNDS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -48,6 +48,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            same: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # weights and updates by the matrix's shape
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -56,8 +57,11 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                scale = RMS * max(update.shape) ** 0.5
-                weight.sub_(orthogonalise(update).view_as(weight), alpha=group["lr"] * scale)
+                same.setdefault(update.shape, []).append((weight, update))
+            for shape, pairs in same.items():  # at once: small products alone leave a second thread idle
+                steps = orthogonalise(torch.stack([update for _, update in pairs]))
+                for (weight, _), step in zip(pairs, steps, strict=True):
+                    weight.sub_(step.view_as(weight), alpha=group["lr"] * RMS * max(shape) ** 0.5)
 
 
 class Optimizer:

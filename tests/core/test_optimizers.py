@@ -11,19 +11,25 @@ from tests.core.tiny import ARCHITECTURES, tiny_model
 def test_orthogonalise_levels_the_singular_values_and_keeps_the_directions(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-6
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ orthogonalise(matrix) @ vh.T
+    found = u.T @ orthogonalise(matrix[None])[0] @ vh.T
     assert ((found.diagonal() > 0.4) & (found.diagonal() < 1.25)).all()
     assert (found - torch.diag(found.diagonal())).abs().max() < 1e-6
 
 
+def test_each_matrix_is_orthogonalised_by_itself():
+    matrices = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alone = torch.cat([orthogonalise(matrix[None]) for matrix in matrices])
+    assert (orthogonalise(matrices * torch.tensor([1.0, 1e-6, 1e3])[:, None, None]) - alone).abs().max() < 1e-3
+
+
 def test_no_gradient_is_no_direction():
-    assert (orthogonalise(torch.zeros(3, 4)) == 0).all()
+    assert (orthogonalise(torch.zeros(1, 3, 4)) == 0).all()
 
 
 @pytest.mark.parametrize("norm", [1e-19, 1e-21, 1e-30, 1e-40])  # their squares are no float32 any more
 def test_a_gradient_of_nearly_nothing_moves_next_to_nothing(norm):
     """Where a part of a network has died: weights went to infinity."""
-    found = orthogonalise(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * norm)
+    found = orthogonalise(torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0)) * norm)
     assert (found.abs() < 1e-3).all()
 
 
