@@ -7,5 +7,5 @@
 - `benchmarks.interrupts`: how long `make demo` takes to end after Ctrl-C.
 - `benchmarks.overhead`: what MLflow, Prefect and DVC add to a training.
 - `benchmarks.train_all`: several trainings at once.
-- `benchmarks.sizes`: settings of the quick start, compared at equal time: docs/sizes.md.
+- `benchmarks.sizes`: sizes and settings of pairs, compared at equal time: docs/sizes.md.
 """

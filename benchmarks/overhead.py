@@ -1,6 +1,6 @@
 """What the tools around a training cost: the same training without and with MLflow, Prefect and DVC, each measured.
 
-    python -m benchmarks.overhead                 # the quick start's pixelcnn-mnist5k, a minute of training
+    python -m benchmarks.overhead                 # the quick start's pixelcnn-mnist5k, half a minute of training
     python -m benchmarks.overhead --epochs 1      # less of it: what the tools cost hardly depends on that
 
 Each line is a process of its own, in an empty folder. Processor seconds (of it and all that it started) tell more than

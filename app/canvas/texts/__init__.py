@@ -146,8 +146,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "none_yet": ("none yet", "aucune"),
     "about_mnist": ("handwritten digits", "chiffres manuscrits"),
     "about_mnist5k": (
-        "digits again, learnt in a minute from 4,000",
-        "encore des chiffres, appris en une minute de 4 000",
+        "digits again, learnt in a minute or two from 4,000",
+        "encore des chiffres, appris en une ou deux minutes de 4 000",
     ),
     "about_fashion_mnist": ("clothes in grey", "vêtements en gris"),
     "about_cifar10": ("small photographs", "petites photographies"),
