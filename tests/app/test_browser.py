@@ -800,7 +800,8 @@ def test_no_stroke_is_lost(open_page: OpenPage, service: StubService) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "language"), [("light", "en"), ("dark", "fr")])
+@pytest.mark.parametrize("language", ["en", "fr"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(open_page: OpenPage, service: StubService, scheme: str, language: str) -> None:
     page = open_page(live=True, example=True, color_scheme=scheme, locale=language)
     until(lambda: (ink(page) == EXAMPLE).all(), "the example did not draw itself")
