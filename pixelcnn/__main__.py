@@ -179,7 +179,7 @@ def check_command(
     for name, network in (("", model), ("completer: ", model.completer)):
         if network is None:
             continue
-        leaks, reaching = count_leaks(network, levels)
+        leaks, reaching = count_leaks(network, levels, on_progress=_progress_printer("changed", "sub-pixels"))
         print(f"{name}{leaks} leaks in {num:,} sub-pixels; {reaching:,} reach a later logit")
         if leaks:
             raise ValueError(
@@ -281,17 +281,17 @@ def bench_command(
         print(f"wrote {out}")
 
 
-def _progress_printer(verb: str) -> Callable[[int, int], None]:
-    """Return what prints how many images are done, and about how long the others take, every two seconds."""
+def _progress_printer(verb: str, noun: str = "images") -> Callable[[int, int], None]:
+    """Return what prints how many are done, and about how long the others take, every two seconds."""
     start = last = time.monotonic()
 
-    def on_progress(done: int, num_images: int) -> None:
+    def on_progress(done: int, num: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last > 2 and done < num_images:
+        if now - last > 2 and done < num:
             last = now
-            left_s = (now - start) / done * (num_images - done)
-            print(f"{verb} {done:,} of {num_images:,} images, about {left_s:.0f} s left", file=sys.stderr, flush=True)
+            left_s = (now - start) / done * (num - done)
+            print(f"{verb} {done:,} of {num:,} {noun}, about {left_s:.0f} s left", file=sys.stderr, flush=True)
 
     return on_progress
 

@@ -6,7 +6,7 @@ then channels. In float64; what moves by more than rounding does is a change.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,11 @@ def level_probs(
         (B, K, C, H, W), the K of a sub-pixel summing to one.
     """
     parameters = model(levels, label, drawing, observed)
-    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+    return _level_probs(model, parameters.to(torch.promote_types(parameters.dtype, torch.float32)), levels)
+
+
+def _level_probs(model: AutoregressiveModel, parameters: Tensor, levels: Tensor) -> Tensor:
+    """Return the probability of every level of the pixels meant, (B, K, C, ...), `levels` being (B, C, ...)."""
     colours = range(levels.shape[1])
     return torch.stack([model.output.level_logits(parameters, c, levels).softmax(dim=1) for c in colours], dim=2)
 
@@ -158,20 +162,32 @@ def logits_that_follow(model: AutoregressiveModel, levels: Tensor, changed: Tens
     num_levels = model.config.num_levels
     where = changed.reshape(-1, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
     others = torch.where(where, (levels + num_levels // 2) % num_levels, levels)
-    probs = level_probs(model, torch.cat([levels[None], others]))  # (1 + B, K, C, H, W)
-    if not bool(probs.isfinite().all()):
-        raise ValueError("its logits are not finite numbers.")
-    same = (probs[1:] - probs[:1]).abs() <= ROUNDING
-    return (~same).any(dim=1).permute(0, 2, 3, 1).flatten(1)
+    before, *after = model(torch.cat([levels[None], others]))
+    follow = torch.zeros_like(where)
+    for trial, parameters in enumerate(after):
+        # Where neither these nor a level moved, no logit can have.
+        moved = (parameters != before).flatten(0, -3).any(dim=0) | where[trial].any(dim=0)  # (H, W)
+        both = torch.stack([before, parameters])[..., moved]
+        probs = _level_probs(model, both, torch.stack([levels, others[trial]])[..., moved])  # (2, K, C, moved)
+        if not bool(probs.isfinite().all()):
+            raise ValueError("its logits are not finite numbers.")
+        follow[trial, :, moved] = ((probs[1] - probs[0]).abs() > ROUNDING).any(dim=0)
+    return follow.permute(0, 2, 3, 1).flatten(1)
 
 
-def count_leaks(model: AutoregressiveModel, levels: Tensor, batch_size: int = 32) -> tuple[int, int]:
+def count_leaks(
+    model: AutoregressiveModel,
+    levels: Tensor,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] = lambda done, num: None,
+) -> tuple[int, int]:
     """Change every sub-pixel of an image, one at a time, and see which logits follow.
 
     Args:
         model: any; a float64 copy of it is asked.
         levels: (C, H, W) int64 in [0, K).
         batch_size: changes per forward pass.
+        on_progress: called with how many sub-pixels have been changed, and of how many.
 
     Returns:
         How many sub-pixels reach their own or an earlier logit: 0 for a correct model. And how many reach a later one:
@@ -184,4 +200,5 @@ def count_leaks(model: AutoregressiveModel, levels: Tensor, batch_size: int = 32
         follow = logits_that_follow(model, levels, every == indices)
         leaks += int((follow & (every <= indices)).any(dim=1).sum())
         reaching += int((follow & (every > indices)).any(dim=1).sum())
+        on_progress(int(indices[-1]) + 1, len(every))
     return leaks, reaching

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from pixelcnn.models.attention import BLOCK, Attention
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling import kernels
-from pixelcnn.sampling.kernels import CHUNK, PANELS, STEP, UNROLLED, VECTOR_BYTES, Array, Program, Work
+from pixelcnn.sampling.kernels import CHUNK, PANELS, SPLITS, STEP, UNROLLED, VECTOR_BYTES, Array, Program, Work
 from pixelcnn.sampling.naive import Canvas
 from pixelcnn.sampling.plan import Buffer, Plan, Step, make_plan
 
@@ -67,7 +67,8 @@ class Engine:
 
     def rows(self, state: Array, work: Work, index: Array, temperature: float, y0: int, y1: int) -> None:
         """Sample rows y0..y1-1 of the images `index` of `work` in place; `state` is theirs."""
-        scratch = np.empty((len(index), 6, max(self.program.num_levels, self.program.num_mixtures)))
+        num_numbers = max(self.program.num_levels, SPLITS) * max(self.program.num_mixtures, 1)
+        scratch = np.empty((len(index), 6, num_numbers))
         holes = work.missing[index].any(axis=0)
         kernels._rows(self.weights, self.program, state, scratch, work, index, holes, temperature, y0, y1)
 
@@ -114,6 +115,11 @@ class Engine:
         return nats
 
 
+def _rounded(number: int, step: int) -> int:
+    """Return the next multiple of `step`."""
+    return -(-number // step) * step
+
+
 class _Layout:
     """Lays out a plan: gives each buffer its place, each matrix its offset, each step its row in a table."""
 
@@ -135,7 +141,7 @@ class _Layout:
     def take(self, size: int) -> int:
         """Return where in a state so many numbers can be kept."""
         place = self.size
-        self.size += -(-size // self.lanes) * self.lanes  # as aligned as vectors are
+        self.size += _rounded(size, self.lanes)  # as aligned as vectors are
         return place
 
     def place(self, buffer: Buffer) -> tuple[int, int, int, int]:
@@ -160,16 +166,20 @@ class _Layout:
         """Return where an attention block keeps its keys and values, as a step names it."""
         if attention not in self.attentions:
             capacity, heads, features = 1 + attention.num_blocks, attention.heads, attention.key_features
-            keys, values = (self.take(capacity * heads * features) for _ in range(2))
+            wide, num_keys = PANELS[0] * self.lanes, _rounded(capacity, UNROLLED)
+            keys_size = _rounded(capacity, wide) * _rounded(features, UNROLLED)
+            values_size = num_keys * _rounded(features, self.lanes)
+            keys, values = self.take(heads * keys_size), self.take(heads * values_size)
             self.attentions[attention] = {
-                **{"keys": keys, "values": values, "scores": self.take(capacity), "capacity": capacity},
+                **{"keys": keys, "keys_size": keys_size, "values": values, "values_size": values_size},
+                **{"scores": self.take(_rounded(capacity, wide)), "capacity": capacity},
                 **{"heads": heads, "features": features, "columns": attention.block_columns},
             }
             for channel in range(heads * features):  # the constant that every pixel sees comes first
                 head, d = divmod(channel, features)
-                start = head * capacity * features
-                self.fresh.append((keys + start + d * capacity, attention.null_key[channel]))
-                self.fresh.append((values + start + d, attention.null_value[channel]))
+                place = values + head * values_size + d // self.lanes * self.lanes * num_keys + d % self.lanes
+                self.fresh.append((keys + head * keys_size + d * wide, attention.null_key[channel]))
+                self.fresh.append((place, attention.null_value[channel]))
         return self.attentions[attention]
 
     def new_step(self, kind: int, out: Any = None, base: Any = None, x: Any = None, **values: Any) -> Any:
@@ -200,7 +210,7 @@ class _Layout:
         values |= self.attend(attention)
         if step.kind == "attend":
             for name in ("keys", "values"):
-                values[name] += here.start * values["capacity"]
+                values[name] += here.start // attention.key_features * values[f"{name}_size"]
             values["heads"] = (here.stop - here.start) // attention.key_features
             return [self.new_step(kernels.ATTEND, (out, here.start), None, (step.source, here.start), **values)]
         steps, values = [], values | {"every": BLOCK}

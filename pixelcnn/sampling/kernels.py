@@ -49,6 +49,7 @@ PANELS = (4, 3, 2, 1)  # vectors beside each other
 COLUMNS = 4 if HAS_AVX512 else 1  # cells that are multiplied at a time: their sums fit into the registers
 UNROLLED = 4  # inputs are taken so many at a time: matrices are filled up with zeros
 CHUNK = 64  # inputs whose signs are looked at together
+SPLITS = 4  # levels that a draw from a mixture looks at together
 NO_FLOOR = -np.inf
 MIN_LOG_SCALE = -7.0  # as in outputs.LogisticMixture
 _u: Any = np.uintp  # an index that cannot be negative: loops over it become vector instructions
@@ -266,6 +267,12 @@ _fma: Any = intrinsic(_fused)
 _call: Any = intrinsic(_call_at)
 
 
+@_inlined
+def _rounded(number, step):
+    """The next multiple of `step`."""
+    return (number + step - 1) // step * step
+
+
 # The Taylor series of exp, from the last term to the first: to the 7th power (error 5e-9), to the 13th.
 _TERMS32 = tuple(np.float32(1 / math.factorial(k)) for k in range(7, -1, -1))
 _TERMS64 = tuple(1 / math.factorial(k) for k in range(13, -1, -1))
@@ -392,15 +399,10 @@ def _sigmoid(x):
     return (1.0 if x >= 0 else small) / (1.0 + small)
 
 
-@_inlined
-def _prob_of_component(mean, inverse, level, num_levels):
-    """The probability of a level, by products alone: s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) of sigmoids s."""
-    half, centre = inverse / (num_levels - 1), (level * (2.0 / (num_levels - 1)) - 1.0 - mean) * inverse
-    above = 1.0 if level == num_levels - 1 else _sigmoid(centre + half)
-    below = 1.0 if level == 0 else _sigmoid(half - centre)
-    width = 2.0 * half
-    inside = width * (1.0 - 0.5 * width) if width < 1e-5 else 1.0 - _exp64(max(-width, -1400.0))
-    return above * below * (1.0 if level == 0 or level == num_levels - 1 else inside)
+@_compiled
+def _to_sigmoids(values, num):
+    for k in range(num):
+        values[k] = _sigmoid(values[k])
 
 
 @_inlined
@@ -409,7 +411,7 @@ def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
 
     Args:
         p: the pixel's parameters, as outputs.LogisticMixture has them.
-        scratch: its first rows hold what is found, which the next colour goes on with.
+        scratch: its first rows hold what is found, which the next colour goes on with, after `_prob_of_mixture`.
     """
     means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
     num_colours = levels.size
@@ -417,7 +419,7 @@ def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
         total, _ = _exponentials(p, weights, num_mixtures, 1.0)
     else:
         for i in range(num_mixtures):
-            weights[i] *= max(_prob_of_component(means[i], inverses[i], levels[c - 1], num_levels), 1e-280)
+            weights[i] = terms[i]
         total = _sum(weights, num_mixtures)
     for i in range(num_mixtures):
         weights[i] /= total
@@ -432,96 +434,113 @@ def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
 
 @_inlined
 def _prob_of_mixture(scratch, level, num_mixtures, num_levels):
+    """The probability of a level, by products alone: s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) of sigmoids s."""
     means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
     for i in range(num_mixtures):
-        terms[i] = weights[i] * _prob_of_component(means[i], inverses[i], level, num_levels)
+        half, centre = inverses[i] / (num_levels - 1), (level * (2.0 / (num_levels - 1)) - 1.0 - means[i]) * inverses[i]
+        terms[i], terms[num_mixtures + i] = centre + half, half - centre
+    _to_sigmoids(terms, 2 * num_mixtures)
+    is_first, is_last = level == 0, level == num_levels - 1
+    for i in range(num_mixtures):
+        width = 2.0 * inverses[i] / (num_levels - 1)
+        inside = width * (1.0 - 0.5 * width) if width < 1e-5 else 1.0 - _exp64(max(-width, -1400.0))
+        prob = 1.0 if is_last else terms[i]
+        prob *= 1.0 if is_first else terms[num_mixtures + i]
+        terms[i] = weights[i] * max(prob * (1.0 if is_first or is_last else inside), 1e-280)
     return max(_sum(terms, num_mixtures), 1e-300)
 
 
 @_inlined
-def _reached_by_mixture(scratch, level, num_mixtures, num_levels):
-    """The cumulative probability of a level, at its upper edge."""
-    means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
+def _reached_by_mixture(scratch, start, step, num, num_mixtures, num_levels):
+    """Return the cumulative probabilities of levels start, start + step, ..., at their upper edges: `num` of them."""
+    means, inverses, weights, edges, sums = scratch[0], scratch[1], scratch[2], scratch[4], scratch[5]
+    width = 2.0 / (num_levels - 1)
     for i in range(num_mixtures):
-        edge = ((2.0 * level + 1.0) / (num_levels - 1) - 1.0 - means[i]) * inverses[i]
-        terms[i] = weights[i] * _sigmoid(edge)
-    return _sum(terms, num_mixtures)
+        inverse, first = inverses[i], 1.0 / (num_levels - 1) - 1.0 - means[i]
+        for k in range(num):
+            edges[i * num + k] = ((start + k * step) * width + first) * inverse
+    _to_sigmoids(edges, num_mixtures * num)
+    sums[:num] = 0.0
+    for i in range(num_mixtures):
+        for k in range(num):
+            sums[k] += weights[i] * edges[i * num + k]
+    return sums
 
 
 @_compiled
 def _draw_from_mixture(scratch, num_mixtures, num_levels, u, temperature):
     """Return the level that is drawn from what `_weigh_components` found, and its nats at temperature 1.
 
-    At temperature 1 by bisection of the cumulative distribution; at another one from the probabilities of all levels.
+    At temperature 1 the cumulative distribution is looked at for SPLITS levels at a time, which are then a step apart;
+    at another one the probabilities of all levels are.
     """
-    low, high = 0, num_levels - 1  # the smallest level whose cumulative probability exceeds u lies in low..high
+    level, step = 0, num_levels  # the smallest whose cumulative probability exceeds u lies in level..level + step - 1
     if u >= 1:  # to be scored, as in `_draw`
-        low = high = int(u) - 1
-    while temperature == 1 and low < high:
-        middle = (low + high) // 2
-        if _reached_by_mixture(scratch, middle, num_mixtures, num_levels) > u:
-            high = middle
-        else:
-            low = middle + 1
-    if temperature != 1:
+        level, step = int(u) - 1, 1
+    elif temperature != 1:
         for k in range(num_levels):
             scratch[4, k] = math.log(_prob_of_mixture(scratch, k, num_mixtures, num_levels))
-        low, _ = _draw(scratch[4], scratch[5], num_levels, u, temperature)
-    return low, -math.log(_prob_of_mixture(scratch, low, num_mixtures, num_levels))
+        level, _ = _draw(scratch[4], scratch[5], num_levels, u, temperature)
+        step = 1
+    while step > 1:
+        step = (step + SPLITS - 1) // SPLITS
+        reached = _reached_by_mixture(scratch, level + step - 1, step, SPLITS, num_mixtures, num_levels)
+        k = 0
+        while k < SPLITS - 1 and reached[k] <= u:
+            k += 1
+        level += k * step
+    level = min(level, num_levels - 1)
+    return level, -math.log(_prob_of_mixture(scratch, level, num_mixtures, num_levels))
 
 
 @_compiled
 def _level_probs(own, scratch, num_mixtures, num_levels, probs):
     """probs[k] = the probability of level k, from logits or what `_weigh_components` found; at least 1e-37."""
-    means, inverses, weights, sums = scratch[0], scratch[1], scratch[2], scratch[5]
-    total, width = 1.0, 2.0 / (num_levels - 1)
-    if num_mixtures == 0:
-        total, _ = _exponentials(own, sums, num_levels, 1.0)
-    else:
-        sums[:num_levels] = 0.0
-    for i in range(num_mixtures):  # the cumulative distribution, at the levels' upper edges
-        weight, inverse, first = weights[i], inverses[i], 1.0 / (num_levels - 1) - 1.0 - means[i]
-        for k in range(num_levels):
-            sums[k] += weight * _sigmoid((k * width + first) * inverse)
+    total, sums = 1.0, scratch[5]
     if num_mixtures:
+        sums = _reached_by_mixture(scratch, 0, 1, num_levels, num_mixtures, num_levels)
         sums[num_levels - 1] = 1.0
         for k in range(num_levels - 1, 0, -1):
             sums[k] -= sums[k - 1]
+    else:
+        total, _ = _exponentials(own, sums, num_levels, 1.0)
     for k in range(num_levels):
         probs[k] = max(sums[k] / total, 1e-37)
 
 
-@_inlined
-def _attend(s, out, query, keys, values, scores, capacity, num_keys, num_features):
-    """s[out:] = the mean of the first values, weighted by the softmax of query times key over sqrt(num_features).
+@_compiled
+def _times_state(s, out, x, num_in, at, vectors, count):
+    """s[out:] = s[x:][:num_in] @ panel, which lies in the state, too, at s[at:]: see `_tile`."""
+    _tile_of_one(s, s, out, 0, 0, 0, 0, 0, x, 0, num_in, at, NO_FLOOR, vectors, count)
 
-    Keys lie as (num_features, capacity), values as (capacity, num_features); `scores` is a place for as many numbers.
+
+@_inlined
+def _attend(step, s, start, head, out, query, num_keys):
+    """s[out:] = the mean of a head's first values, weighted by the softmax of query times key over sqrt(features).
+
+    Keys lie as (panels, inputs, keys of a panel), values as (panels, keys, lanes): both are panels of `_tile`.
     """
-    out, query, keys, values, scores = _u(out), _u(query), _u(keys), _u(values), _u(scores)
-    n, zero = _u(num_keys), s.dtype.type(0)
-    scale = s.dtype.type(1 / math.sqrt(num_features))
-    for k in range(n):
-        s[scores + k] = zero
-    for d in range(_u(num_features)):
-        q, of = s[query + d] * scale, keys + d * _u(capacity)
-        for k in range(n):
-            s[scores + k] = _fma(q, s[of + k], s[scores + k])
-    most = _largest(s[scores : scores + n], n)
+    lanes, scores = VECTOR_BYTES // s.itemsize, start + step.scores
+    keys, values = start + step.keys + head * step.keys_size, start + step.values + head * step.values_size
+    num_in = _rounded(step.features, UNROLLED)
+    for k in range(0, num_keys, PANELS[0] * lanes):
+        _times_state(s, scores + k, query, num_in, keys + k * num_in, PANELS[0], 0)
+    shares, n = s[scores : scores + _rounded(num_keys, UNROLLED)], _u(num_keys)
+    most, scale = _largest(shares, n), s.dtype.type(1 / math.sqrt(step.features))
     if s.itemsize == 4:
         for k in range(n):
-            s[scores + k] = _exp32(max(s[scores + k] - most, np.float32(-87)))
+            shares[k] = _exp32(max((shares[k] - most) * scale, np.float32(-87)))
     else:
         for k in range(n):
-            s[scores + k] = _exp64(max(s[scores + k] - most, -1400.0))
-    total = _sum(s[scores : scores + n], n)
-    for d in range(_u(num_features)):
-        s[out + d] = zero
-    for k in range(n):
-        share, of = s[scores + k], values + k * _u(num_features)
-        for d in range(_u(num_features)):
-            s[out + d] = _fma(share, s[of + d], s[out + d])
-    for d in range(_u(num_features)):
-        s[out + d] /= s.dtype.type(total)
+            shares[k] = _exp64(max((shares[k] - most) * scale, -1400.0))
+    total = s.dtype.type(_sum(shares, n))
+    for k in range(n, shares.size):
+        shares[k] = 0
+    for first in range(0, step.features, lanes):
+        panel = values + first * _rounded(step.capacity, UNROLLED)
+        _times_state(s, out + first, scores, shares.size, panel, 1, step.features - first)
+    for d in range(out, out + step.features):
+        s[d] /= total
 
 
 class Work(NamedTuple):
@@ -573,7 +592,8 @@ _NUMBERS = (
         "is_raw",
     ),
     *("rows_up", "every", "columns", "is_of_context", "is_late", "reach", "is_always_needed", "is_for_draws_alone"),
-    *("colour", "num_drawn", "keys", "values", "scores", "capacity", "heads", "features"),
+    *("colour", "num_drawn", "keys", "keys_size", "values", "values_size", "scores", "capacity"),
+    *("heads", "features"),
 )
 STEP = np.dtype([*((name, PLACE) for name in ("out", "base", "x")), *((name, np.int64) for name in _NUMBERS)])
 
@@ -586,13 +606,17 @@ def _at(place, y):
 @_inlined
 def _add_keys(step, s, start, y):
     """Put the keys and values of the blocks of rows y - 1 and y where attention reads them."""
+    lanes, num_in = VECTOR_BYTES // s.itemsize, _rounded(step.features, UNROLLED)
+    wide, num_keys = PANELS[0] * lanes, _rounded(step.capacity, UNROLLED)
     for head in range(step.heads):
-        place = start + head * step.capacity * step.features
+        keys, values = start + step.keys + head * step.keys_size, start + step.values + head * step.values_size
         for column in range(step.columns):
             block, of = 1 + y // 2 * step.columns + column, start + step.x.at + column * step.x.column
             for d in range(step.features):
-                s[place + step.keys + d * step.capacity + block] = s[of + head * step.features + d]
-                s[place + step.values + block * step.features + d] = s[of + (step.heads + head) * step.features + d]
+                key = keys + block // wide * wide * num_in + d * wide + block % wide
+                s[key] = s[of + head * step.features + d]
+                value = values + d // lanes * lanes * num_keys + block * lanes + d % lanes
+                s[value] = s[of + (step.heads + head) * step.features + d]
 
 
 @_compiled
@@ -670,11 +694,7 @@ def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
                     for g in range(num_images):
                         for head in range(step.heads):
                             at = g * size + head * step.features
-                            place = g * size + head * step.features * step.capacity
-                            _attend(
-                                s, out + at, of + at, place + step.keys, place + step.values, g * size + step.scores,
-                                step.capacity, 1 + y // 2 * step.columns, step.features,
-                            )  # fmt: skip
+                            _attend(step, s, g * size, head, out + at, of + at, 1 + y // 2 * step.columns)
                 else:  # DRAW: and the network sees the level
                     for c in range(step.colour, step.colour + step.num_drawn):
                         for g in range(num_images):
@@ -702,5 +722,9 @@ def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
                             if work.coder:
                                 levels[i, c, y, x] = work.coded[i]
                                 work.nats[i] -= math.log(work.probs[i, work.coded[i]])
+                                if program.num_mixtures:  # what the next colour goes on with
+                                    _prob_of_mixture(
+                                        scratch[g], work.coded[i], program.num_mixtures, program.num_levels
+                                    )
                             seen = w.dtype.type(levels[i, c, y, x]) * scale - one
                             s[out + g * size + c - step.colour] = seen

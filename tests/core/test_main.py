@@ -74,7 +74,7 @@ def test_check_counts_no_leak(checkpoint: Path, data_file: Path, capsys: pytest.
 def test_check_fails_where_there_are_leaks(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pixelcnn.__main__.count_leaks", lambda model, levels: (3, 29))
+    monkeypatch.setattr("pixelcnn.__main__.count_leaks", lambda model, levels, on_progress: (3, 29))
     assert main(["check", "--checkpoint", str(checkpoint)]) == 1
     out, error = capsys.readouterr()
     assert out.startswith("3 leaks in 30 sub-pixels")

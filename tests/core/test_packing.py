@@ -31,7 +31,7 @@ PROCESSORS = os.environ.get("PIXELCNN_TEST_PROCESSORS", "").split()
 PROBES = {
     "pixelcnn": "f6037c32311a771e",
     "gated_pixelcnn": "9082c9ab8d3e6c0f",
-    "attentive_pixelcnn": "a488cc2f7dd22961",
+    "attentive_pixelcnn": "385da2fda6eb3a48",
 }
 DAMAGES = int(os.environ.get("PIXELCNN_TEST_DAMAGES", "40"))
 
