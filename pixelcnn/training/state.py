@@ -62,8 +62,6 @@ def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:
         state = RunState(**{**values, "best_nll": math.inf if best_nll is None else best_nll})
     except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
-    # Tensors of the states in training/, which were written under other names.
-    tensors = {k.replace("average/", "ema/").replace("optimiser/", "optimizer/"): v for k, v in tensors.items()}
     return state, tensors
 
 

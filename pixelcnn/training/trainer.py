@@ -388,8 +388,7 @@ class Trainer:
         with torch.no_grad():
             for saved, i in enumerate(indices):
                 ema = tensors[f"ema/{saved}"]
-                # A state that is kept for another day may hold the averages alone, in half precision.
-                self.parameters[i].copy_(tensors.get(f"weights/{saved}", ema))
+                self.parameters[i].copy_(tensors[f"weights/{saved}"])
                 self.ema[i].copy_(ema)
                 self.best[i].copy_(tensors.get(f"best/{saved}", ema))
                 prefix = f"optimizer/{saved}/"

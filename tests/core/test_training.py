@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import save_file
 
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
-from pixelcnn.training import StepReport, Trainer, format_progress, training_history
+from pixelcnn.training import StepReport, format_progress, training_history
 from pixelcnn.training import state as state_module
 from pixelcnn.training import trainer as training
 from pixelcnn.training.optimizers import OPTIMIZERS
@@ -668,23 +667,6 @@ def test_a_batch_larger_than_the_split_is_refused():
 def test_impossible_settings_are_named(bad, message):
     with pytest.raises(ValueError, match=beginning(message)):
         config(**bad)
-
-
-def test_a_state_of_averages_in_half_precision_is_gone_on_with(tmp_path):
-    """What is kept for another day, where each byte counts."""
-    data, state = toy_dataset(), tmp_path / "state"
-    fit(toy_model(data), data, config(max_epochs=2), state_file=state)
-    with safetensors.safe_open(state, framework="pt") as file:
-        metadata = file.metadata()
-        averages = {key: file.get_tensor(key).half() for key in file.keys() if key.startswith("ema/")}  # noqa: SIM118
-    save_file(averages, state, metadata)
-    model = toy_model(data, seed=3)
-    trainer = Trainer(model, data, config(max_epochs=3))
-    trainer.resume(state)
-    kept = [averages[f"ema/{i}"] for i in range(len(averages))]
-    assert all(torch.equal(p.detach(), half.to(p.dtype)) for p, half in zip(model.parameters(), kept, strict=True))
-    _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
-    assert reports[0].epoch > 2
 
 
 def test_a_resume_is_logged(tmp_path, caplog):

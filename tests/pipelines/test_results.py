@@ -6,17 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors
-import torch
 
 from pipelines import steps
-from pipelines.params import load_params
 from pipelines.reports.card import model_card
 from pipelines.reports.results import results_text, write_results
-from pixelcnn.data import Dataset
-from pixelcnn.models.registry import build_model
 from pixelcnn.observed import SCORED
-from pixelcnn.training import Trainer
 from tests.pipelines.projects import PAIR, ROOT, write_weights
 
 CARD_SCORES = {
@@ -144,36 +138,3 @@ def test_damaged_scores_are_named(weights: Path) -> None:
     (weights / "scores.json").write_text("{")
     with pytest.raises(ValueError, match=r"weights/pixelcnn-mnist5k has no readable scores .* Fetch the weights again"):
         results_text(Path("weights"))
-
-
-@pytest.mark.parametrize(
-    ("pair", "part"),
-    [(path.parent.name, path.stem) for path in sorted(ROOT.glob("training/*/*.safetensors"))],
-)
-def test_the_committed_states_can_be_gone_on_with(pair: str, part: str) -> None:
-    """Those of the released weights' trainings, with the settings of params.yaml."""
-    params = load_params(ROOT / "params.yaml")
-    settings = params.pair(pair)
-    path = ROOT / "training" / pair / f"{part}.safetensors"
-    with safetensors.safe_open(path, framework="pt") as file:
-        data_hash = json.loads(file.metadata()["state"])["description"]["data hash"]
-    network = settings.network.of_joint()
-    train = settings.train
-    if part == "completer":
-        assert settings.completer is not None
-        network, train = settings.network.of_completer(), settings.completer
-    images = torch.zeros(train.batch_size, *network.image_shape, dtype=torch.uint8)
-    labels = torch.zeros(train.batch_size, dtype=torch.int64)
-    splits = ("train", "validation", "test")
-    data = Dataset(
-        name=settings.dataset,
-        num_levels=network.num_levels,
-        protocol=params.dataset(settings.dataset).protocol,
-        label_names=list(params.dataset(settings.dataset).label_names),
-        images=dict.fromkeys(splits, images),
-        labels=dict.fromkeys(splits, labels),
-        data_hash=data_hash,
-    )
-    trainer = Trainer(build_model(network), data, train)
-    trainer.resume(path)
-    assert trainer.step > 1000
