@@ -163,15 +163,16 @@ def logits_that_follow(model: AutoregressiveModel, levels: Tensor, changed: Tens
     where = changed.reshape(-1, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
     others = torch.where(where, (levels + num_levels // 2) % num_levels, levels)
     before, *after = model(torch.cat([levels[None], others]))
+    probs_before = _level_probs(model, before[None], levels[None])[0]  # (K, C, H, W)
     follow = torch.zeros_like(where)
     for trial, parameters in enumerate(after):
         # Where neither these nor a level moved, no logit can have.
         moved = (parameters != before).flatten(0, -3).any(dim=0) | where[trial].any(dim=0)  # (H, W)
-        both = torch.stack([before, parameters])[..., moved]
-        probs = _level_probs(model, both, torch.stack([levels, others[trial]])[..., moved])  # (2, K, C, moved)
-        if not bool(probs.isfinite().all()):
+        probs = _level_probs(model, parameters[None, ..., moved], others[None, trial][..., moved])[0]  # (K, C, moved)
+        change = probs - probs_before[..., moved]
+        if not bool(change.isfinite().all()):
             raise ValueError("its logits are not finite numbers.")
-        follow[trial, :, moved] = ((probs[1] - probs[0]).abs() > ROUNDING).any(dim=0)
+        follow[trial, :, moved] = (change.abs() > ROUNDING).any(dim=0)
     return follow.permute(0, 2, 3, 1).flatten(1)
 
 

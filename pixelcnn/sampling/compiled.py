@@ -17,7 +17,18 @@ from torch.nn.functional import pad
 from pixelcnn.models.attention import BLOCK, Attention
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling import kernels
-from pixelcnn.sampling.kernels import CHUNK, PANELS, SPLITS, STEP, UNROLLED, VECTOR_BYTES, Array, Program, Work
+from pixelcnn.sampling.kernels import (
+    CHUNK,
+    PANELS,
+    SPLITS,
+    STEP,
+    UNROLLED,
+    VECTOR_BYTES,
+    Array,
+    Program,
+    Work,
+    rounded_up,
+)
 from pixelcnn.sampling.naive import Canvas
 from pixelcnn.sampling.plan import Buffer, Plan, Step, make_plan
 
@@ -115,11 +126,6 @@ class Engine:
         return nats
 
 
-def _rounded(number: int, step: int) -> int:
-    """Return the next multiple of `step`."""
-    return -(-number // step) * step
-
-
 class _Layout:
     """Lays out a plan: gives each buffer its place, each matrix its offset, each step its row in a table."""
 
@@ -141,7 +147,7 @@ class _Layout:
     def take(self, size: int) -> int:
         """Return where in a state so many numbers can be kept."""
         place = self.size
-        self.size += _rounded(size, self.lanes)  # as aligned as vectors are
+        self.size += rounded_up(size, self.lanes)  # as aligned as vectors are
         return place
 
     def place(self, buffer: Buffer) -> tuple[int, int, int, int]:
@@ -165,20 +171,18 @@ class _Layout:
     def attend(self, attention: Attention) -> dict[str, int]:
         """Return where an attention block keeps its keys and values, as a step names it."""
         if attention not in self.attentions:
-            capacity, heads, features = 1 + attention.num_blocks, attention.heads, attention.key_features
-            wide, num_keys = PANELS[0] * self.lanes, _rounded(capacity, UNROLLED)
-            keys_size = _rounded(capacity, wide) * _rounded(features, UNROLLED)
-            values_size = num_keys * _rounded(features, self.lanes)
-            keys, values = self.take(heads * keys_size), self.take(heads * values_size)
+            wide, heads, features = PANELS[0] * self.lanes, attention.heads, attention.key_features
+            capacity = rounded_up(1 + attention.num_blocks, wide)
+            size = capacity * rounded_up(features, self.lanes)  # of a head's keys, and of its values
+            keys, values = self.take(heads * size), self.take(heads * size)
             self.attentions[attention] = {
-                **{"keys": keys, "keys_size": keys_size, "values": values, "values_size": values_size},
-                **{"scores": self.take(_rounded(capacity, wide)), "capacity": capacity},
+                **{"keys": keys, "values": values, "scores": self.take(capacity), "capacity": capacity},
                 **{"heads": heads, "features": features, "columns": attention.block_columns},
             }
             for channel in range(heads * features):  # the constant that every pixel sees comes first
                 head, d = divmod(channel, features)
-                place = values + head * values_size + d // self.lanes * self.lanes * num_keys + d % self.lanes
-                self.fresh.append((keys + head * keys_size + d * wide, attention.null_key[channel]))
+                self.fresh.append((keys + head * size + d * wide, attention.null_key[channel]))
+                place = values + head * size + d // self.lanes * self.lanes * capacity + d % self.lanes
                 self.fresh.append((place, attention.null_value[channel]))
         return self.attentions[attention]
 
@@ -209,9 +213,10 @@ class _Layout:
             return [self.new_step(kernels.GATE, (out, here.start), None, x, num_out=here.stop - here.start, **values)]
         values |= self.attend(attention)
         if step.kind == "attend":
+            features = attention.key_features
             for name in ("keys", "values"):
-                values[name] += here.start // attention.key_features * values[f"{name}_size"]
-            values["heads"] = (here.stop - here.start) // attention.key_features
+                values[name] += here.start // features * values["capacity"] * rounded_up(features, self.lanes)
+            values["heads"] = (here.stop - here.start) // features
             return [self.new_step(kernels.ATTEND, (out, here.start), None, (step.source, here.start), **values)]
         steps, values = [], values | {"every": BLOCK}
         for row, matrix in enumerate(attention.matrices):

@@ -28,7 +28,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 # The compiler may change no result: `fma` says where a product is fused with a sum, on all machines.
 # error_model: a check for division by zero would keep a loop from becoming vector instructions.
@@ -267,9 +267,9 @@ _fma: Any = intrinsic(_fused)
 _call: Any = intrinsic(_call_at)
 
 
-@_inlined
-def _rounded(number, step):
-    """The next multiple of `step`."""
+@register_jitable(**_options)
+def rounded_up(number, step):
+    """Return the next multiple of `step`: in compiled code, and to the plain Python that lays a plan out for it."""
     return (number + step - 1) // step * step
 
 
@@ -521,11 +521,11 @@ def _attend(step, s, start, head, out, query, num_keys):
     Keys lie as (panels, inputs, keys of a panel), values as (panels, keys, lanes): both are panels of `_tile`.
     """
     lanes, scores = VECTOR_BYTES // s.itemsize, start + step.scores
-    keys, values = start + step.keys + head * step.keys_size, start + step.values + head * step.values_size
-    num_in = _rounded(step.features, UNROLLED)
+    first_of_head = start + head * step.capacity * rounded_up(step.features, lanes)
+    keys, values, num_in = first_of_head + step.keys, first_of_head + step.values, rounded_up(step.features, UNROLLED)
     for k in range(0, num_keys, PANELS[0] * lanes):
         _times_state(s, scores + k, query, num_in, keys + k * num_in, PANELS[0], 0)
-    shares, n = s[scores : scores + _rounded(num_keys, UNROLLED)], _u(num_keys)
+    shares, n = s[scores : scores + rounded_up(num_keys, UNROLLED)], _u(num_keys)
     most, scale = _largest(shares, n), s.dtype.type(1 / math.sqrt(step.features))
     if s.itemsize == 4:
         for k in range(n):
@@ -537,7 +537,7 @@ def _attend(step, s, start, head, out, query, num_keys):
     for k in range(n, shares.size):
         shares[k] = 0
     for first in range(0, step.features, lanes):
-        panel = values + first * _rounded(step.capacity, UNROLLED)
+        panel = values + first * step.capacity
         _times_state(s, out + first, scores, shares.size, panel, 1, step.features - first)
     for d in range(out, out + step.features):
         s[d] /= total
@@ -592,8 +592,7 @@ _NUMBERS = (
         "is_raw",
     ),
     *("rows_up", "every", "columns", "is_of_context", "is_late", "reach", "is_always_needed", "is_for_draws_alone"),
-    *("colour", "num_drawn", "keys", "keys_size", "values", "values_size", "scores", "capacity"),
-    *("heads", "features"),
+    *("colour", "num_drawn", "keys", "values", "scores", "capacity", "heads", "features"),
 )
 STEP = np.dtype([*((name, PLACE) for name in ("out", "base", "x")), *((name, np.int64) for name in _NUMBERS)])
 
@@ -606,16 +605,17 @@ def _at(place, y):
 @_inlined
 def _add_keys(step, s, start, y):
     """Put the keys and values of the blocks of rows y - 1 and y where attention reads them."""
-    lanes, num_in = VECTOR_BYTES // s.itemsize, _rounded(step.features, UNROLLED)
-    wide, num_keys = PANELS[0] * lanes, _rounded(step.capacity, UNROLLED)
+    lanes, num_in = VECTOR_BYTES // s.itemsize, rounded_up(step.features, UNROLLED)
+    wide = PANELS[0] * lanes
     for head in range(step.heads):
-        keys, values = start + step.keys + head * step.keys_size, start + step.values + head * step.values_size
+        first_of_head = start + head * step.capacity * rounded_up(step.features, lanes)
+        keys, values = first_of_head + step.keys, first_of_head + step.values
         for column in range(step.columns):
             block, of = 1 + y // 2 * step.columns + column, start + step.x.at + column * step.x.column
             for d in range(step.features):
                 key = keys + block // wide * wide * num_in + d * wide + block % wide
                 s[key] = s[of + head * step.features + d]
-                value = values + d // lanes * lanes * num_keys + block * lanes + d % lanes
+                value = values + d // lanes * lanes * step.capacity + block * lanes + d % lanes
                 s[value] = s[of + (step.heads + head) * step.features + d]
 
 
