@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,11 @@ from pixelcnn.training import TrainConfig, Trainer
 from pixelcnn.training.config import PRECISIONS
 
 PLAIN = "plain loop: float32, contiguous, whole kernels"
-TRAINERS = {"this trainer, float32": "float32", "this trainer, bfloat16 autocast": "bfloat16"}
+TRAINERS: dict[str, dict[str, Any]] = {  # each by its settings
+    "this trainer, float32": {"precision": "float32"},
+    "this trainer, float32, compiled": {"precision": "float32", "compiled": True},
+    "this trainer, bfloat16 autocast": {"precision": "bfloat16"},
+}
 
 
 class _WholeKernel(MaskedConv2d):
@@ -99,9 +104,9 @@ def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int)
         PLAIN: partial(plain_step, plain, torch.optim.Adam(plain.parameters(), lr=1e-4), images.long())
     }
     settings = TrainConfig(batch_size=batch_size, learning_rate=1e-4, max_epochs=1e6)
-    for name, precision in TRAINERS.items():
+    for name, changed in TRAINERS.items():
         trained = copy.deepcopy(model).train()
-        steps[name] = Trainer(trained, data, dataclasses.replace(settings, precision=precision)).train_step
+        steps[name] = Trainer(trained, data, dataclasses.replace(settings, **changed)).train_step
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(num_rounds + 1):
         for name, step in steps.items():
@@ -116,7 +121,7 @@ def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int)
     print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {batch_size}")
     print(f"{'':48} {'images/s':>9} {'ratio':>6} {'of matrix peak':>15}")
     for name, value in speed.items():
-        share = work * value / peaks[TRAINERS.get(name, "float32")]
+        share = work * value / peaks[TRAINERS.get(name, {}).get("precision", "float32")]
         print(f"{name:48} {value:9.1f} {value / speed[PLAIN]:5.2f}x {share:15.0%}")
     return speed
 

@@ -80,7 +80,7 @@ class Optimizer:
             share = (shares or {}).get(weight, 1.0)
             groups[name == "muon" and weight.dim() == 4].setdefault(share, []).append(weight)
         adam, muon = ([{"params": w, "share": s} for s, w in groups[kernels].items()] for kernels in (False, True))
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(adam, lr=lr, betas=(0.9, 0.99))]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(adam, lr=lr, betas=(0.9, 0.99), fused=True)]
         if muon:
             self.parts.append(Muon(muon, lr=lr))
 

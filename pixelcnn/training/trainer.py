@@ -43,7 +43,16 @@ CONTEXT_NETWORK = ("context_features", "context_width")  # each is 0 if it is no
 # Settings that may change when a run goes on, those of CONTEXT_SETTINGS for models with a context network alone.
 CONTEXT_SETTINGS = (*CONTEXT_NETWORK, "context_share")
 PHASE_SETTINGS = (
-    *("batch_size", "label_dropout", "redrawn_share", "precision", "optimizer", "learning_rate", "ema_decay"),
+    *(
+        "batch_size",
+        "label_dropout",
+        "redrawn_share",
+        "precision",
+        "compiled",
+        "optimizer",
+        "learning_rate",
+        "ema_decay",
+    ),
     *CONTEXT_SETTINGS,
 )
 BUDGET_SETTINGS = (
@@ -131,6 +140,7 @@ class Trainer:
         self.steps_per_epoch = num_train // config.batch_size
         self.max_steps = max(1, round(config.max_epochs * self.steps_per_epoch))
         self.completes_given_labels = bool(model.config.num_labels) and config.label_dropout < 0.5
+        self.nlls_to_lower = torch.compile(self.nlls) if config.compiled else self.nlls
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def progress(self) -> float:
@@ -205,7 +215,7 @@ class Trainer:
         share = torch.arange(len(levels)).tensor_split(self.num_processes)[self.rank]
         for part in share.tensor_split(config.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                nlls = self.nlls(levels[part], *(None if x is None else x[part] for x in (label, observed)))
+                nlls = self.nlls_to_lower(levels[part], *(None if x is None else x[part] for x in (label, observed)))
             # Divided by all sub-pixels, the observed ones too: an image counts by the nats that are to be explained.
             loss = nlls.sum() / (len(levels) * num_dims)
             torch.autograd.backward(loss)
@@ -488,6 +498,7 @@ def fit(
         trainer.resume(state_path)
         logger.info("resumed from %s at step %d", state_path, trainer.step)
     start, start_step, elapsed_before = time.monotonic(), trainer.step, trainer.elapsed_s
+    start_progress = trainer.progress()
     last_save = start
     while trainer.progress() < 1:
         model.train()
@@ -515,7 +526,7 @@ def fit(
                     train_nll_nats=nats,
                     learning_rate=rate,
                     images_per_s=steps * config.batch_size / (now - start),
-                    remaining_s=(1 - progress) / progress * trainer.elapsed_s,
+                    remaining_s=(1 - progress) / (progress - start_progress) * (now - start),
                     validation_nll_nats=validation,
                     train_subset_nll_nats=train_subset,
                     validation_completion_nats=completion,

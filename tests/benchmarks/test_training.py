@@ -19,6 +19,7 @@ def test_the_plain_network_is_the_same_function(architecture, shape):
     assert type(plain.head) is not type(model.head), "its kernels are others"
 
 
+@pytest.mark.slow
 def test_the_table(capsys):
     speed = bench_training(
         tiny_model("pixelcnn", (1, 4, 4), 2, 2, context_features=3).float(), batch_size=4, num_rounds=2
@@ -26,7 +27,7 @@ def test_the_table(capsys):
     assert list(speed) == [PLAIN, *TRAINERS]
     assert min(speed.values()) > 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 2 + len(speed)
     assert "1.00x" in lines[2]
     for line, value in zip(lines[2:], speed.values(), strict=True):
         assert f"{value:.1f}" in line

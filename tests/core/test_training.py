@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
 from pixelcnn.training import StepReport, format_progress, training_history
+from pixelcnn.training import config as training_config
 from pixelcnn.training import state as state_module
 from pixelcnn.training import trainer as training
 from pixelcnn.training.optimizers import OPTIMIZERS
@@ -236,8 +237,9 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     data, state = toy_dataset(), tmp_path / "state"
     first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimizer": "adam"}
     then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimizer": "muon"}
-    first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8, "redrawn_share": 0.0}
-    then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4, "redrawn_share": 0.0}
+    both = {"redrawn_share": 0.0, "compiled": False}
+    first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8, **both}
+    then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4, **both}
     losses = []
     for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
@@ -478,6 +480,14 @@ def test_more_validations_than_steps():
     assert [r.validation_nll_nats is not None for r in reports] == [True] * 3
 
 
+def test_the_time_left_follows_the_speed_since_the_resume(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=Clock(50.0).monotonic))
+    run(toy_model(toy_dataset()), toy_dataset(), config(max_epochs=2), state_file=tmp_path / "state")
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=Clock(2.0).monotonic))
+    _, reports = run(toy_model(toy_dataset()), toy_dataset(), CONFIG, state_file=tmp_path / "state")
+    assert [r.remaining_s for r in reports][-3:] == pytest.approx([4.0, 2.0, 0.0])
+
+
 def test_num_validation_images():
     data = toy_dataset()
     model = toy_model(data)
@@ -564,6 +574,27 @@ def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(tmp_path, 
         losses.append([report.train_nll_nats for report in reports])
     assert losses[0] == losses[1]
     assert training_history(tmp_path / "auto")[1][0]["precision"] == precision
+
+
+@pytest.mark.slow
+def test_compiled_training_follows_the_same_losses(tmp_path, monkeypatch):
+    data, compiled = toy_dataset(), []
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or compile_it(function))
+    losses = {}
+    for setting in (False, True):
+        model = toy_model(data, "attentive_pixelcnn").float()
+        _, reports = run(model, data, config(compiled=setting), state_file=tmp_path / str(setting))
+        losses[setting] = [report.train_nll_nats for report in reports]
+        assert len(compiled) == setting
+        assert training_history(tmp_path / str(setting))[1][0]["compiled"] is setting
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_without_a_compiler_it_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(training_config, "CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="^compiled must be false: it takes the C.. compiler no-such-compiler and /"):
+        fit(toy_model(toy_dataset()), toy_dataset(), config(compiled=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -655,6 +686,7 @@ def test_a_batch_larger_than_the_split_is_refused():
         ({"clip_norm": 0}, "clip_norm must be above 0, got 0."),
         ({"label_dropout": None}, "label_dropout must be a number from 0 to 1, got None."),
         ({"horizontal_flips": 1}, "horizontal_flips must be true or false, got 1."),
+        ({"compiled": 1}, "compiled must be true or false, got 1."),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, auto, got 'float16'."),
         ({"accumulate": 0}, "accumulate must be a whole number from 1 to 1000000, got 0."),
         ({"accumulate": 9}, "accumulate must be at most batch_size (8), got 9."),
