@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixelcnn.models.base import AutoregressiveModel, check_label, check_observed
 
-ROUNDING = 1e-12  # of float64 probabilities: where an image lies in a batch may move their last bits
+ROUNDING = 1e-12  # in float64: where an image lies in a batch may move the last bits
 
 
 def pixel_log_prob(
@@ -53,11 +53,7 @@ def level_probs(
         (B, K, C, H, W), the K of a sub-pixel summing to one.
     """
     parameters = model(levels, label, drawing, observed)
-    return _level_probs(model, parameters.to(torch.promote_types(parameters.dtype, torch.float32)), levels)
-
-
-def _level_probs(model: AutoregressiveModel, parameters: Tensor, levels: Tensor) -> Tensor:
-    """Return the probability of every level of the pixels meant, (B, K, C, ...), `levels` being (B, C, ...)."""
+    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
     colours = range(levels.shape[1])
     return torch.stack([model.output.level_logits(parameters, c, levels).softmax(dim=1) for c in colours], dim=2)
 
@@ -163,13 +159,17 @@ def logits_that_follow(model: AutoregressiveModel, levels: Tensor, changed: Tens
     where = changed.reshape(-1, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
     others = torch.where(where, (levels + num_levels // 2) % num_levels, levels)
     before, *after = model(torch.cat([levels[None], others]))
-    probs_before = _level_probs(model, before[None], levels[None])[0]  # (K, C, H, W)
+
+    def distributions(parameters: Tensor, levels: Tensor) -> Tensor:  # (P, ...), (C, ...) -> (any, C, ...)
+        found = [model.output.distribution(parameters[None], c, levels[None])[0] for c in range(channels)]
+        return torch.stack(found, dim=1)
+
+    distributions_before = distributions(before, levels)
     follow = torch.zeros_like(where)
     for trial, parameters in enumerate(after):
         # Where neither these nor a level moved, no logit can have.
         moved = (parameters != before).flatten(0, -3).any(dim=0) | where[trial].any(dim=0)  # (H, W)
-        probs = _level_probs(model, parameters[None, ..., moved], others[None, trial][..., moved])[0]  # (K, C, moved)
-        change = probs - probs_before[..., moved]
+        change = distributions(parameters[..., moved], others[trial][..., moved]) - distributions_before[..., moved]
         if not bool(change.isfinite().all()):
             raise ValueError("its logits are not finite numbers.")
         follow[trial, :, moved] = (change.abs() > ROUNDING).any(dim=0)

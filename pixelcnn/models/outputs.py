@@ -41,6 +41,9 @@ class Output(Protocol):
             earlier: (B, colour or more, ...) int64, the pixels' levels of the colours before this one.
         """
 
+    def distribution(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+        """Return what the levels' probabilities follow from, (B, any, ...): if it stays the same, so do they."""
+
 
 class Categorical:
     """A softmax over the K levels of each colour; the parameters are logits, (B, K, C, ...)."""
@@ -63,6 +66,9 @@ class Categorical:
 
     def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
         return parameters[:, :, colour]
+
+    def distribution(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+        return self.level_logits(parameters, colour, earlier).softmax(dim=1)
 
 
 class LogisticMixture:
@@ -129,14 +135,23 @@ class LogisticMixture:
             before = after
         return torch.stack(found, dim=1)
 
-    def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+    def weights(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+        """Return the logits of a colour's components, given the colours before it: (B, M, ...)."""
         weights = parameters[:, : self.num_mixtures]
         for before in range(colour):
             weights = weights + self.component_log_probs(parameters, before, earlier[:, before, None], earlier)
+        return weights
+
+    def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+        weights = self.weights(parameters, colour, earlier)
         levels = torch.arange(self.num_levels, device=parameters.device).view(1, -1, 1, *[1] * (parameters.dim() - 2))
         # The levels' axis before that of the components.
         means, inverse = (x[:, None] for x in self.components(parameters, colour, earlier))
         return (weights[:, None] + self._log_probs(means, inverse, levels)).logsumexp(dim=2)
+
+    def distribution(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+        means, inverse = self.components(parameters, colour, earlier)
+        return torch.cat([self.weights(parameters, colour, earlier).softmax(dim=1), means, inverse.log()], dim=1)
 
 
 def draw_level(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
