@@ -593,7 +593,7 @@ def test_compiled_training_follows_the_same_losses(tmp_path, monkeypatch):
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(training_config, "CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="^compiled must be false: it takes the C.. compiler no-such-compiler and /"):
+    with pytest.raises(ValueError, match=r"^compiled must be false: it takes the C\+\+ compiler no-such-compiler and "):
         fit(toy_model(toy_dataset()), toy_dataset(), config(compiled=True))
 
 
