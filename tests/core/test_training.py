@@ -583,7 +583,7 @@ def test_compiled_training_follows_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or compile_it(function))
     losses = {}
     for setting in (False, True):
-        model = toy_model(data, "attentive_pixelcnn").float()
+        model = toy_model(data).float()
         _, reports = run(model, data, config(compiled=setting), state_file=tmp_path / str(setting))
         losses[setting] = [report.train_nll_nats for report in reports]
         assert len(compiled) == setting
