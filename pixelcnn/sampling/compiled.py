@@ -17,18 +17,7 @@ from torch.nn.functional import pad
 from pixelcnn.models.attention import BLOCK, Attention
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling import kernels
-from pixelcnn.sampling.kernels import (
-    CHUNK,
-    PANELS,
-    SPLITS,
-    STEP,
-    UNROLLED,
-    VECTOR_BYTES,
-    Array,
-    Program,
-    Work,
-    rounded_up,
-)
+from pixelcnn.sampling.kernels import CHUNK, PANELS, SPLITS, STEP, UNROLLED, VECTOR_BYTES, Array, Program, Work
 from pixelcnn.sampling.naive import Canvas
 from pixelcnn.sampling.plan import Buffer, Plan, Step, make_plan
 
@@ -147,7 +136,7 @@ class _Layout:
     def take(self, size: int) -> int:
         """Return where in a state so many numbers can be kept."""
         place = self.size
-        self.size += rounded_up(size, self.lanes)  # as aligned as vectors are
+        self.size += kernels.rounded_up(size, self.lanes)  # as aligned as vectors are
         return place
 
     def place(self, buffer: Buffer) -> tuple[int, int, int, int]:
@@ -172,8 +161,8 @@ class _Layout:
         """Return where an attention block keeps its keys and values, as a step names it."""
         if attention not in self.attentions:
             wide, heads, features = PANELS[0] * self.lanes, attention.heads, attention.key_features
-            capacity = rounded_up(1 + attention.num_blocks, wide)
-            size = capacity * rounded_up(features, self.lanes)  # of a head's keys, and of its values
+            capacity = kernels.rounded_up(1 + attention.num_blocks, wide)
+            size = capacity * kernels.rounded_up(features, self.lanes)  # of a head's keys, and of its values
             keys, values = self.take(heads * size), self.take(heads * size)
             self.attentions[attention] = {
                 **{"keys": keys, "values": values, "scores": self.take(capacity), "capacity": capacity},
@@ -215,7 +204,7 @@ class _Layout:
         if step.kind == "attend":
             features = attention.key_features
             for name in ("keys", "values"):
-                values[name] += here.start // features * values["capacity"] * rounded_up(features, self.lanes)
+                values[name] += here.start // features * values["capacity"] * kernels.rounded_up(features, self.lanes)
             values["heads"] = (here.stop - here.start) // features
             return [self.new_step(kernels.ATTEND, (out, here.start), None, (step.source, here.start), **values)]
         steps, values = [], values | {"every": BLOCK}

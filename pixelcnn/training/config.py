@@ -114,11 +114,6 @@ class TrainConfig:
             raise ValueError("redrawn_share must be 0: only binary images can be drawn anew.")
         if self.joint_share < 1 and not sees_drawings:
             raise ValueError("joint_share must be 1: the network sees no drawings, so all of it is the joint model's.")
-        if self.compiled and not (shutil.which(CXX) and PYTHON_HEADER.exists()):
-            raise ValueError(
-                f"compiled must be false: it takes the C++ compiler {CXX} and {PYTHON_HEADER}; install both "
-                "(Debian: g++, python3-dev)."
-            )
 
 
 def _check(name: str, value: Any, kind: type, least: float, most: float, above: bool = False) -> None:
@@ -128,6 +123,15 @@ def _check(name: str, value: Any, kind: type, least: float, most: float, above: 
         raise ValueError(f"{name} must be a {word} from {least} to {most}, got {value!r}.")
     if above and value == least:
         raise ValueError(f"{name} must be above {least}, got {value!r}.")
+
+
+def check_compiler() -> None:
+    """Raise ValueError where torch.compile lacks what it calls; settings may ask for it on machines that only serve."""
+    if not (shutil.which(CXX) and PYTHON_HEADER.exists()):
+        raise ValueError(
+            f"compiled must be false: it takes the C++ compiler {CXX} and {PYTHON_HEADER}; install both "
+            "(Debian: g++, python3-dev)."
+        )
 
 
 def resolved_precision(precision: str, device: torch.device) -> str:

@@ -32,7 +32,7 @@ from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.layers import LabelNetwork
 from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.observed import training_masks
-from pixelcnn.training.config import TrainConfig, resolved_precision
+from pixelcnn.training.config import TrainConfig, check_compiler, resolved_precision
 from pixelcnn.training.optimizers import Optimizer
 from pixelcnn.training.redrawn import redrawn
 from pixelcnn.training.state import RunState, read_state, write_state
@@ -43,16 +43,8 @@ CONTEXT_NETWORK = ("context_features", "context_width")  # each is 0 if it is no
 # Settings that may change when a run goes on, those of CONTEXT_SETTINGS for models with a context network alone.
 CONTEXT_SETTINGS = (*CONTEXT_NETWORK, "context_share")
 PHASE_SETTINGS = (
-    *(
-        "batch_size",
-        "label_dropout",
-        "redrawn_share",
-        "precision",
-        "compiled",
-        "optimizer",
-        "learning_rate",
-        "ema_decay",
-    ),
+    *("batch_size", "label_dropout", "redrawn_share", "precision", "compiled"),
+    *("optimizer", "learning_rate", "ema_decay"),
     *CONTEXT_SETTINGS,
 )
 BUDGET_SETTINGS = (
@@ -119,6 +111,8 @@ class Trainer:
         self.best_nll = math.inf
         sees_drawings = not isinstance(model, LabelNetwork) and model.context_network is not None
         config.check_for(data.protocol, sees_drawings)
+        if config.compiled:
+            check_compiler()
         joint = self.joint_indices() if config.joint_share < 1 else []
         shares = {self.parameters[i]: config.joint_share for i in joint}
         self.optimizer = Optimizer(model, config.optimizer, config.learning_rate, shares)

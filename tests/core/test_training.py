@@ -595,6 +595,7 @@ def test_without_a_compiler_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(training_config, "CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"^compiled must be false: it takes the C\+\+ compiler no-such-compiler and "):
         fit(toy_model(toy_dataset()), toy_dataset(), config(compiled=True))
+    config(compiled=True).check_for("8-bit", False)  # as params.yaml is read, on machines that only serve, too
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
