@@ -20,8 +20,11 @@ from app.service.operation.requests import JsonFormatter
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 usage_stats.do_not_track.cache_clear()
 
-_counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-")  # until this process ends
-BentoMLContainer.prometheus_multiproc_dir.set(os.environ.get("PROMETHEUS_MULTIPROC_DIR") or _counts.name)
+_folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # given by a person, or to a worker by its server
+if not _folder:
+    _counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-")  # until this process ends
+    _folder = _counts.name
+BentoMLContainer.prometheus_multiproc_dir.set(_folder)
 
 for _handler in logging.getLogger("bentoml").handlers:
     if any(isinstance(one, TraceRecordFilter) for one in _handler.filters):  # a server's, not the command line's

@@ -54,7 +54,9 @@ def collector():
 def served(home, collector):
     endpoint, traces = collector
     values = {"PIXELCNN_DATASETS": "grey", "PIXELCNN_DRAIN_S": "4", "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
-    with serving(home, home.parent / "log", **values, OTEL_BSP_SCHEDULE_DELAY="500") as served:
+    temporary = home.parent / "temporary"
+    temporary.mkdir()
+    with serving(home, home.parent / "log", **values, OTEL_BSP_SCHEDULE_DELAY="500", TMPDIR=str(temporary)) as served:
         served.traces = traces
         yield served
 
@@ -156,7 +158,7 @@ def test_without_an_endpoint_nothing_that_sends_traces_is_loaded():
     assert done.stdout.strip() == "[]"
 
 
-def test_sigterm_ends_readiness_first_and_answers_afterwards(served):
+def test_sigterm_ends_readiness_first_and_answers_afterwards(served, home):
     """The last test of this service."""
     served.process.send_signal(signal.SIGTERM)
     wait_until(lambda: get(served, "/readyz").status_code == 503, 3)
@@ -167,6 +169,7 @@ def test_sigterm_ends_readiness_first_and_answers_afterwards(served):
     served.process.wait(30)
     with pytest.raises(httpx.ConnectError):
         post(served)
+    assert list((home.parent / "temporary").iterdir()) == []
 
 
 # In this process.
