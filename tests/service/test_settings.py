@@ -9,6 +9,7 @@ import pytest
 from bentoml.exceptions import BentoMLConfigException
 
 from app.service.champions import store_folder
+from app.service.operation import tracing
 from app.service.settings import Settings, load_settings
 from tests.local import run
 
@@ -37,6 +38,14 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_variable(monkeypatch, field
     assert re.fullmatch(
         rf"{variable(field)} must be [a-z0-9 ]+, got {re.escape(ascii(text))}\. Set it anew\.", sentence
     )
+
+
+@pytest.mark.parametrize("text", ["many", "-0.1", "1.5", "nan"])
+def test_a_share_of_traced_requests_is_one(monkeypatch, text):
+    monkeypatch.setenv(tracing.ENDPOINTS[0], "http://127.0.0.1:4318")
+    monkeypatch.setenv(tracing.SHARE, text)
+    with pytest.raises(BentoMLConfigException, match=rf"{tracing.SHARE} must be a number from 0 to 1, got '{text}'"):
+        tracing.tracing()
 
 
 def test_settings_are_read_from_the_environment(monkeypatch):
