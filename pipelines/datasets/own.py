@@ -35,6 +35,7 @@ LOCK_FILE = Path("own/dvc.lock")
 CHANGES_LOCK = Path("own/.changes.lock")  # of who adds or removes a dataset: each reads and writes the same files
 MODEL = "gated_pixelcnn"  # of the pair that comes with a dataset
 MIN_PICTURES, MIN_OF_LABEL = 20, 3
+MAX_LABEL = 60  # characters
 LARGE_SIDE = {"binary": 28, "grey": 32, "rgb": 32}  # of pictures that are too large to be learned as they are
 MAX_FEW = 32  # as many different values are levels of their own
 MANY = 16  # levels of colours and greys that are more than a few
@@ -114,6 +115,8 @@ def look_at(source: Source, wishes: Wishes) -> Look:
         # Folders: one file system keeps both, another mixes them. Arrays name theirs on purpose: letters A and a.
         if source.kind == "folder" and folded.setdefault(label.casefold(), label) != label:
             raise ValueError(f"labels {folded[label.casefold()]!r} and {label!r} differ by case alone: rename one.")
+        if not (label.isprintable() and 0 < len(label) <= MAX_LABEL):
+            raise ValueError(f"label {label[:MAX_LABEL]!a} must be 1 to {MAX_LABEL} printable characters: rename it.")
         if look.labels[label] < MIN_OF_LABEL:
             raise ValueError(
                 f"label {label!r} has {look.labels[label]} picture{'s' if look.labels[label] > 1 else ''}: a label "

@@ -253,11 +253,9 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
         raise ValueError(f"{path} holds no plain arrays of numpy ({error}). Save it by numpy.savez.") from None
     if "images" not in arrays:
         raise ValueError(f"{path} has no array 'images', only {', '.join(arrays) or 'nothing'}.")
-    images, labels = arrays["images"], arrays.get("labels")
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or not images.size:
-        raise ValueError(
-            f"{path}: images must be N x H x W or N x H x W x 3, got {' x '.join(map(str, images.shape))}."
-        )
+    images, labels, names = arrays["images"], arrays.get("labels"), arrays.get("label_names", np.empty(0, str))
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or not len(images):
+        raise ValueError(f"{path}: images must be N x H x W or N x H x W x 3, got an array of shape {images.shape}.")
     if images.dtype == bool:
         images = images.astype(np.uint8) * 255
     elif images.dtype.kind == "f" and np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1:
@@ -268,13 +266,18 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
         )
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path}: labels must be {len(images)} whole numbers, got {labels.dtype} of {labels.shape}.")
-    yield from _of_arrays_in_memory(images, labels, [str(name) for name in arrays.get("label_names", [])])
+    if names.ndim != 1 or names.dtype.kind != "U" or len(set(names)) < len(names):
+        raise ValueError(f"{path}: label_names must be a list of different names.")
+    yield from _of_arrays_in_memory(images, labels, names.tolist())
 
 
 def _of_arrays_in_memory(
     images: np.ndarray, labels: np.ndarray | None, names: list[str], is_test: bool = False
 ) -> Iterator[Picture]:
-    """Yield each of N x H x W (x 1 or 3) uint8 images."""
+    """Yield each of N x H x W (x 1 or 3) uint8 images. Raises ValueError if they are too small or too large."""
+    height, width = images.shape[1:3]
+    if not MIN_PICTURE <= min(height, width) <= max(height, width) <= MAX_PICTURE:
+        raise ValueError(f"images are {width} x {height} pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read.")
     for i, image in enumerate(images):
         label = None if labels is None else int(labels[i])
         named = None if label is None else names[label] if 0 <= label < len(names) else str(label)

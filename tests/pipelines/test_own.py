@@ -375,6 +375,25 @@ def test_other_formats(folder: Path, tmp_path: Path) -> None:
         own.add("p", tmp_path / "p.npy", own.Wishes())
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((30, 20, 1), np.uint8)}, "images are 1 x 20 pixels: sides of 4 to 4096 can be read"),
+        ({"images": np.uint8(5)}, r"images must be N x H x W or N x H x W x 3, got an array of shape \(\)"),
+        ({"label_names": np.array(3)}, "label_names must be a list of different names"),
+        ({"label_names": np.array([["a"], ["b"], ["c"]])}, "label_names must be a list of different names"),
+        ({"label_names": np.array(["a", "b", "a"])}, "label_names must be a list of different names"),
+        ({"label_names": np.array(["a", "b", "c\n"])}, r"label 'c\\n' must be 1 to 60 printable characters"),
+        ({"label_names": np.array(["a", "b", "c" * 61])}, "must be 1 to 60 printable characters"),
+    ],
+)
+def test_odd_arrays(folder: Path, tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
+    np.savez(tmp_path / "x.npz", **{"images": images, "labels": np.arange(30) % 3, **arrays})
+    with pytest.raises(ValueError, match=message):
+        own.add("x", tmp_path / "x.npz", own.Wishes())
+
+
 def test_the_flow_adds_a_dataset(folder: Path) -> None:
     from pipelines.flows.add_dataset import add_dataset
 
