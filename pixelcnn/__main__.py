@@ -43,7 +43,8 @@ SEVERAL_VALUES = ("--batch-sizes", "--samplers", "--sides")
 Checkpoint = Annotated[Path, Option(help="folder of a checkpoint, or the name of released weights")]
 Data = Annotated[Path, Option(help="prepared dataset, e.g. data/mnist.safetensors")]
 Device = Annotated[Literal["cpu", "cuda"], Option()]
-PngOut = Annotated[Path, Option(help="PNG to write")]
+PngOut = Annotated[Path, Option(help="PNG to write", dir_okay=False)]
+Seed = Annotated[int, Option(min=0, max=2**63 - 1)]
 Label = Annotated[int | None, Option(help="class to draw; left out for none")]
 
 
@@ -148,7 +149,7 @@ def evaluate_command(
     checkpoint: Checkpoint,
     data: Data,
     device: Device = "cpu",
-    num_images: Annotated[int | None, Option(help="the first so many of each split; all if left out")] = None,
+    num_images: Annotated[int | None, Option(help="the first so many of each split; all if left out", min=1)] = None,
     completion: Annotated[bool, Option("--completion", help="score completion of the test split, too")] = False,
 ) -> None:
     """Measure the likelihood of a checkpoint on a prepared dataset."""
@@ -164,7 +165,7 @@ def evaluate_command(
 def check_command(
     checkpoint: Checkpoint,
     data: Annotated[Path | None, Option(help="take its first test image; a random image if left out")] = None,
-    seed: Annotated[int, Option(help="of the random image")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Change every sub-pixel of an image, and count those that reach an earlier logit: 0, or the likelihood is none."""
     model, _ = load_checkpoint(checkpoint)
@@ -194,7 +195,7 @@ def sample_command(
     num_samples: int = 8,
     label: Label = None,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Draw whole images from a checkpoint into a PNG."""
     model, u, labels = _load_with_noise(checkpoint, device, num_samples, label, seed)
@@ -217,7 +218,7 @@ def complete_command(
     num_samples: int = 8,
     label: Label = None,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Complete the missing half of a PNG, several ways, into a PNG."""
     model, u, labels = _load_with_noise(checkpoint, device, num_samples, label, seed)

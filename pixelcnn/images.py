@@ -56,8 +56,10 @@ def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int, exa
         if file.size != (width, height):
             raise ValueError(f"image must be {width} x {height} pixels, got {file.width} x {file.height}.")
         picture = file.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image is no readable PNG: {error}.") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Of what is no PNG at all, Pillow's sentence names an object in memory.
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise ValueError(f"image is no readable PNG{why}: save it anew.") from None
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
     levels = (pixels.permute(2, 0, 1).double() * (num_levels - 1) / 255).round().long()
     if exact:

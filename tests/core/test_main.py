@@ -216,7 +216,15 @@ def test_an_absent_gpu_is_named(
     assert "no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["trian"], ["train", "resnet"], ["evaluate"], ["evaluate", "--checkpoints", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["trian"], ["train", "resnet"], ["evaluate"], ["evaluate", "--checkpoints", "x"]),
+        ["evaluate", "--checkpoint", "x", "--data", "x", "--num-images", "0"],
+        *(["sample", "--checkpoint", "x", "--out", "x.png", "--seed", seed] for seed in ("-1", str(2**63))),
+        ["sample", "--checkpoint", "x", "--out", "."],
+    ],
+)
 def test_words_that_are_no_command_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "Error: " in capsys.readouterr().err
