@@ -90,7 +90,8 @@ def run(command: str, work: Callable[[], int | None]) -> int:
     except Exception as error:
         if not is_for_user(error):
             raise
-        print(f"{command}: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
+        print(f"{command}: {text}", file=sys.stderr)
         return 1
 
 

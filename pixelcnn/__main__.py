@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from typer import Argument, Option, Typer
+from typer import Argument, BadParameter, Option, Typer
 from typer.main import get_command
 
 from pixelcnn.bench import SAMPLERS, bench, write_json
@@ -43,9 +43,17 @@ SEVERAL_VALUES = ("--batch-sizes", "--samplers", "--sides")
 Checkpoint = Annotated[Path, Option(help="folder of a checkpoint, or the name of released weights")]
 Data = Annotated[Path, Option(help="prepared dataset, e.g. data/mnist.safetensors")]
 Device = Annotated[Literal["cpu", "cuda"], Option()]
-PngOut = Annotated[Path, Option(help="PNG to write", dir_okay=False)]
 Seed = Annotated[int, Option(min=0, max=2**63 - 1)]
 Label = Annotated[int | None, Option(help="class to draw; left out for none")]
+
+
+def _png(path: Path) -> Path:
+    if path.suffix != ".png":
+        raise BadParameter(f"{path} must end in .png.")
+    return path
+
+
+PngOut = Annotated[Path, Option(help="PNG to write", dir_okay=False, callback=_png)]
 
 
 def _device(name: str) -> torch.device:
@@ -70,7 +78,6 @@ def _load_with_noise(
 def _write_sheet(levels: Tensor, num_levels: int, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     to_sheet(levels, num_levels, num_columns=min(8, len(levels)), zoom=4).save(out, format="PNG")
-    print(f"wrote {out}")
 
 
 def _join_processes(device: torch.device) -> tuple[torch.device, int]:
@@ -206,6 +213,7 @@ def sample_command(
     for value in nats.tolist():
         print(format_nll(value, config.image_shape, config.num_levels))
     _write_sheet(levels, config.num_levels, out)
+    print(f"wrote {out}")
 
 
 def complete_command(
@@ -252,6 +260,7 @@ def complete_command(
         print(f"log p(missing | observed) = {value:.2f} nats")
     shown = torch.where(observed[:1], images[:1], 0)
     _write_sheet(torch.cat([shown, levels]), config.num_levels, out)
+    print(f"wrote {out}")
 
 
 def compile_command() -> None:
@@ -337,18 +346,17 @@ def unpack_command(
 def rank_command(
     checkpoint: Checkpoint,
     images: Annotated[Path, Option(help="folder of PNG files, one PNG, .npy array (N, C, H, W), or prepared dataset")],
-    out: Annotated[Path, Option(help="PNG to write: the strangest pictures above, the most usual ones below")] = Path(
-        "ranking.png"
-    ),
+    out: PngOut = Path("ranking.png"),
     split: Annotated[str, Option(help="images of a dataset: train, validation or test")] = "test",
 ) -> None:
-    """Rank pictures by how strange a model finds them: a table (CSV) to standard output, and a sheet."""
+    """Rank pictures by how strange a model finds them: a table (CSV) to standard output, and a sheet.
+
+    The sheet has the strangest pictures above, the most usual ones below.
+    """
     from pixelcnn.packing import rank
 
-    if out.suffix != ".png" or out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out must be a .png in a folder that exists, got {out}.")
     ranked = rank(checkpoint, images, split=split, on_progress=_progress_printer("scored"))
-    to_sheet(ranked.ends, ranked.config.num_levels, num_columns=min(8, len(ranked.ends)), zoom=4).save(out, "PNG")
+    _write_sheet(ranked.ends, ranked.config.num_levels, out)
     place = ranked.nats.argsort(descending=True, stable=True).argsort() + 1
     bits = [bits_per_dim(nats, ranked.config.image_shape) for nats in ranked.nats.tolist()]
     table = csv.writer(sys.stdout, lineterminator="\n")

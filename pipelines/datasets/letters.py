@@ -54,7 +54,12 @@ def write_letters(path: Path, variants: int) -> int:
 
     Returns:
         How many pictures there are.
+
+    Raises:
+        ValueError: `path` does not end in `.npz`.
     """
+    if path.suffix != ".npz":
+        raise ValueError(f"{path} must end in .npz.")
     random, names = np.random.RandomState(SEED), list(string.ascii_letters[26:] + string.ascii_letters[:26])
     images, labels = [], []
     for file in fonts():

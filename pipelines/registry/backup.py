@@ -18,6 +18,7 @@ from socket import gethostname
 from pipelines.errors import reason
 from pipelines.registry import decisions, store
 from pipelines.registry.runs import location, sqlite_file, tracking_uri
+from pixelcnn.packing.pictures import check_absent
 
 _MANIFEST, _DATABASE, _ARTIFACTS, _STORE = "backup.json", "mlflow.db", "mlruns", "store"
 # Where MLflow writes down the artifacts' full path.
@@ -44,7 +45,7 @@ def backup(file: Path) -> str:
     """Write registry and model store into a file, whole or not at all; return what was done, in one sentence.
 
     Raises:
-        ValueError: the registry is no SQLite file.
+        ValueError: the registry is no SQLite file; or the file is there already, or cannot be written there.
         LookupError: there is no registry.
     """
     database = _database()
@@ -52,6 +53,7 @@ def backup(file: Path) -> str:
         raise LookupError(
             f"there is no registry {database} to back up. Set MLFLOW_TRACKING_URI to the one that is meant."
         )
+    check_absent(file)
     artifacts = database.with_name(_ARTIFACTS)
     with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as temporary:
         manifest, snapshot, new = (Path(temporary) / name for name in (_MANIFEST, _DATABASE, "new"))

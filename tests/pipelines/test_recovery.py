@@ -225,6 +225,11 @@ def test_what_is_no_backup_changes_nothing(toy, capsys):
     assert "holds " in capsys.readouterr().out
     tmp_path = toy.folder.parent
     whole = (tmp_path / "backup").read_bytes()
+    for there in ("../backup", "mlflow.db"):
+        assert steps.main(["backup", there]) == 1
+        assert f"{there} is there already. Name another one" in capsys.readouterr().err
+    assert steps.main(["backup", "no/folder"]) == 1
+    assert "no is no folder that you may write to" in capsys.readouterr().err
     assert steps.main(["restore", "../backup"]) == 1
     assert "mlflow.db is not empty: nothing is restored. Set MLFLOW_TRACKING_URI" in capsys.readouterr().err
     outside, link = tarfile.TarInfo("../outside"), tarfile.TarInfo("mlruns/link")
