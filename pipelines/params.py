@@ -49,6 +49,7 @@ class PairParams(Frozen):
     num_threads: int = Field(ge=0, le=1024)
     network: InstanceOf[ModelConfig]  # with what the dataset fixes filled in
     train: InstanceOf[TrainConfig]  # without its completer
+    context: InstanceOf[TrainConfig] | None = None  # of the completer's context network, if it learns by itself first
     completer: InstanceOf[TrainConfig] | None = None  # if `network` has one
     labels: InstanceOf[TrainConfig] | None = None  # of the label network, if `network` has one
 
@@ -71,8 +72,12 @@ class PairParams(Frozen):
                 built[part] = _config(TrainConfig, values.get(part, {}), part)
             elif part in values:
                 raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
+        if "context" in values:
+            if not network.completer_features:
+                raise ValueError("context: it trains nothing: set completer_features in its network.")
+            built["context"] = _config(TrainConfig, values["context"], "context")
         joint_sees = network.of_joint().context_features > 0
-        for part, sees_drawings in (("train", joint_sees), ("completer", True), ("labels", False)):
+        for part, sees_drawings in (("train", joint_sees), ("context", False), ("completer", True), ("labels", False)):
             config = built.get(part)
             if config is None:
                 continue

@@ -181,7 +181,7 @@ def check_command(
         levels = torch.randint(config.num_levels, config.image_shape, generator=torch.Generator().manual_seed(seed))
     else:
         dataset = load_dataset(data)
-        check_fit(model, dataset)
+        check_fit(config, dataset)
         levels = dataset.levels("test", slice(0, 1))[0]
     num = levels.numel()
     for name, network in (("", model), ("completer: ", model.completer)):

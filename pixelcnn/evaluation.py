@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pixelcnn.config import ModelConfig
 from pixelcnn.data import Dataset
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, log_prob, pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.layers import LabelNetwork
 from pixelcnn.observed import SCORED, scored_masks
 
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
@@ -28,13 +28,12 @@ def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int
     return f"{bits_per_dim(nats, dataset_shape):.4f} bits/dim"
 
 
-def check_fit(model: AutoregressiveModel | LabelNetwork, data: Dataset) -> None:
-    """Check that a model is for images and labels such as a dataset's.
+def check_fit(config: ModelConfig, data: Dataset) -> None:
+    """Check that a network is for images and labels such as a dataset's.
 
     Raises:
         ValueError: it is not.
     """
-    config = model.config
     if (config.image_shape, config.num_levels) != (data.image_shape, data.num_levels):
         raise ValueError(
             f"the model is for images {config.image_shape} of {config.num_levels} levels, "
@@ -107,7 +106,7 @@ def per_image_marginal_nll(
 @contextmanager
 def _scoring(model: AutoregressiveModel, data: Dataset) -> Iterator[None]:
     """Put a model that fits the data into eval mode for the time of a `with` block."""
-    check_fit(model, data)
+    check_fit(model.config, data)
     was_training = model.training
     model.eval()
     yield

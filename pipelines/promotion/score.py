@@ -47,7 +47,7 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
         except (FileNotFoundError, SafetensorError):
             model, _ = load_checkpoint(checkpoint)
             try:
-                check_fit(model, data)
+                check_fit(model.config, data)
             except ValueError as error:
                 raise MisfitError(str(error)) from None
             by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size)

@@ -23,8 +23,8 @@ CURVE_COLUMNS = (
     *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
     *("validation_nll_nats", "learning_rate"),
 )
-# The networks that a model may have beside the joint one. Their columns have other names: all are curves of one run.
-PARTS = ("completer", "labels")
+# What a model may have beside the joint network. Their columns have other names: all are curves of one run.
+PARTS = ("context", "completer", "labels")
 NUM_EXTREMES = 8  # best and worst test images on their sheet
 CURVE_FILES = ("curve.csv", *(f"{part}.csv" for part in PARTS))
 
@@ -127,7 +127,7 @@ def draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, para
 
 
 def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores: Mapping[str, Any], title: str) -> None:
-    """Draw the curve of the joint model and, in pictures beside it, those of its completer and of its label network.
+    """Draw the curve of the joint model and, in pictures beside it, those of its `PARTS`.
 
     Args:
         curves: by file of `CURVE_FILES` that there is, its rows; the joint model's first.
@@ -147,7 +147,11 @@ def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores:
     plot(all_axes[0], joint, "validation_nll_nats", label="validation, averaged weights", marker=".")
     all_axes[0].axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
     all_axes[0].set(xlabel="step", ylabel="NLL, nats per image", title=title)
-    of_parts = {"completer": "-log p(missing | known), nats per image", "labels": "-log p(label | known), nats"}
+    of_parts = {
+        "context": "of missing pixels, each by itself, nats per image",
+        "completer": "-log p(missing | known), nats per image",
+        "labels": "-log p(label | known), nats",
+    }
     for axes, (file, rows) in zip(all_axes[1:], parts, strict=True):
         part = Path(file).stem
         plot(axes, rows, f"{part}_train_nats", label="train, batches", color="0.8")

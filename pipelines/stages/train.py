@@ -23,17 +23,16 @@ from pipelines.params import PairParams, Params, load_params, repro_command
 from pipelines.registry.provenance import core_sha256, git_state, recorded_hash
 from pipelines.registry.runs import Training
 from pipelines.reports import curve as training_report
-from pipelines.reports.curve import CURVE_COLUMNS, CURVE_FILES, Curve, columns_of
+from pipelines.reports.curve import CURVE_COLUMNS, CURVE_FILES, PARTS, Curve, columns_of
 from pipelines.stages.live_run import RUN_ID_FILE, RUN_KEY_FILE, LiveRun
 from pixelcnn.checkpoint import check_replaceable, save_checkpoint
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.layers import LabelNetwork
 from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.sampling.fast import warm_up
-from pixelcnn.training import StepReport, TrainConfig, fit, format_progress, training_history
+from pixelcnn.training import ContextPredictor, Network, StepReport, TrainConfig, fit, format_progress, training_history
 
 TRAINED_FOLDER = Path("trained")
 # The part of the package pixelcnn that decides the weights; dvc.yaml lists the same.
@@ -123,6 +122,8 @@ def _fit_all(
 ) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Train the joint model, the completer, which begins with the same weights, and the label network, each by itself.
 
+    The completer's context network may have learned before it.
+
     Args:
         work: folder of the states; a state that is there is taken up, and its run gone on with.
 
@@ -135,6 +136,9 @@ def _fit_all(
     network = pair.network.of_joint()
     model = build_model(network).to(device)
     whole = model if network == pair.network else build_model(pair.network).to(device)
+    predictor = None
+    if pair.context is not None and whole.completer is not None:
+        predictor = ContextPredictor(whole.completer).to(device)
     warm_up(model)
     settings = {key: str(value) for key, value in _settings(name, params).items()}
     code = git_state()  # now: what is committed while it trains is not what trains
@@ -146,9 +150,7 @@ def _fit_all(
     def draw(step: int) -> None:
         training_report.draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
 
-    def fit_part(
-        part: AutoregressiveModel | LabelNetwork, config: TrainConfig, curve: Curve, state_file: Path
-    ) -> dict[str, Any]:
+    def fit_part(part: Network, config: TrainConfig, curve: Curve, state_file: Path) -> dict[str, Any]:
         """Train one of the networks; return the record of that."""
         num_parameters = sum(p.numel() for p in part.parameters())
         log(f"training {num_parameters} parameters on {device}")
@@ -177,8 +179,9 @@ def _fit_all(
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
             whole.begin_completer()
-        parts = {"completer": (whole.completer, pair.completer), "labels": (whole.label_network, pair.labels)}
-        for name_of_part, (part, config) in parts.items():
+        parts = {"context": predictor, "completer": whole.completer, "labels": whole.label_network}
+        for name_of_part, part in parts.items():
+            config = getattr(pair, name_of_part)
             if part is not None and config is not None:
                 curve = Curve(work / f"{name_of_part}.csv", columns_of(name_of_part))
                 found = fit_part(part, config, curve, work / f"{name_of_part}.safetensors")
@@ -204,13 +207,15 @@ def _fit_all(
 def _settings(name: str, params: Params) -> dict[str, Any]:
     """Return all settings that a pair's weights follow from, by their paths."""
     pair = params.pair(name)
-    return {
-        **{f"network.{key}": value for key, value in config_to_dict(pair.network).items()},
-        **{f"train.{key}": value for key, value in asdict(pair.train).items()},
-        **{f"completer.{key}": value for key, value in (asdict(pair.completer) if pair.completer else {}).items()},
-        **{f"labels.{key}": value for key, value in (asdict(pair.labels) if pair.labels else {}).items()},
-        **{f"data.{key}": value for key, value in params.data.model_dump().items()},
-    }
+    sections = {"network": config_to_dict(pair.network)}
+    sections |= {part: asdict(config) for part, config in _trainings(pair).items() if config}
+    sections["data"] = params.data.model_dump()
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def _trainings(pair: PairParams) -> dict[str, TrainConfig | None]:
+    """Return the settings of each network's training, by part; None for a part that the pair has not."""
+    return {part: getattr(pair, part) for part in ("train", *PARTS)}
 
 
 def _changed_settings(phases: list[dict[str, Any]]) -> dict[str, str]:
@@ -271,8 +276,7 @@ def remove_finished_states(out: Path) -> None:
 
 def weights_key(name: str, pair: PairParams, data: Dataset) -> str:
     """Return the SHA-256 of all that a pair's weights follow from: settings, data, and the code that decides them."""
-    learning = [config_to_dict(pair.network)]
-    learning += [asdict(config) if config else {} for config in (pair.train, pair.completer, pair.labels)]
+    learning = [config_to_dict(pair.network), *(asdict(one) if one else {} for one in _trainings(pair).values())]
     every = [name, pair.num_threads, *learning, data.data_hash, core_sha256(*DECIDES)]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
 

@@ -11,4 +11,8 @@ from pixelcnn.models import gated_pixelcnn as gated_pixelcnn
 from pixelcnn.models import pixelcnn as pixelcnn
 
 for _name in filter(None, os.environ.get("PIXELCNN_ARCHITECTURES", "").split(",")):
-    importlib.import_module(_name)
+    try:
+        importlib.import_module(_name.strip())
+    except ImportError as error:
+        text = f"PIXELCNN_ARCHITECTURES names {_name.strip()!r}, which cannot be imported ({error}): unset it, or set "
+        raise ImportError(f"{text}PYTHONPATH to the folder of that file.") from None

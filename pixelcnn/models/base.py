@@ -98,7 +98,7 @@ class AutoregressiveModel(nn.Module):
         super().__init__()
         self.config = config
         self.layer_config = config.of_joint()
-        num_colours, num_groups = config.image_shape[0], config.num_groups
+        num_groups = config.num_groups
         self.output: Output = OUTPUTS[config.output](config)
         head = colour_groups(config.head_features, num_groups)
         logits = colour_groups(self.output.num_parameters, num_groups)
@@ -106,8 +106,7 @@ class AutoregressiveModel(nn.Module):
         self.logits = masked_1x1("B", head, logits)
         self.context_network: ContextNetwork | None = None
         if features := self.layer_config.context_features:
-            side = max(config.image_shape[1:])
-            self.context_network = ContextNetwork(num_colours, config.context_width, features, side)
+            self.context_network = ContextNetwork(config, config.context_width, features)
         self.completer: AutoregressiveModel | None = None  # `build_model` adds it, and what follows
         self.label_network: LabelNetwork | None = None
 
@@ -193,7 +192,7 @@ class AutoregressiveModel(nn.Module):
         """
         if self.context_network is None or drawing is None or observed is None:
             return None
-        return self.context_network(self.scale(torch.where(observed, drawing, 0)), observed)
+        return self.context_network(drawing, observed)
 
     def forward(
         self,

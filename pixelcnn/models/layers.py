@@ -121,31 +121,32 @@ class ContextNetwork(nn.Module):
     Their dilation doubles from layer to layer until they reach across the image.
 
     Args:
-        num_colours: C of the drawing.
+        config: of the images.
         width: maps of the hidden layers.
         num_features: maps of the result.
-        side: the longer side of the image, in pixels.
     """
 
-    def __init__(self, num_colours: int, width: int, num_features: int, side: int) -> None:
+    def __init__(self, config: ModelConfig, width: int, num_features: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(num_colours + 1, width, 3, padding=1)
+        self.num_levels = config.num_levels
+        self.first = nn.Conv2d(config.image_shape[0] + 1, width, 3, padding=1)
         self.layers = nn.ModuleList()
         reach, dilation = 1, 1
-        while reach < side - 1 or not self.layers:
+        while reach < max(config.image_shape[1:]) - 1 or not self.layers:
             self.layers.append(nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation))
             reach, dilation = reach + dilation, 2 * dilation
         self.last = Pointwise(width, num_features)
 
-    def forward(self, scaled: Tensor, observed: Tensor) -> Tensor:
+    def forward(self, drawing: Tensor, observed: Tensor) -> Tensor:
         """Return (B, num_features, H, W), zero for an image of which nothing is observed.
 
         Args:
-            scaled: (B, C, H, W), the drawing in [-1, 1]; any finite values where it is not observed.
+            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
             observed: (B, 1, H, W) bool.
         """
-        known = observed.to(scaled.dtype)
-        x = self.first(torch.cat([scaled * known, known], dim=1).contiguous(memory_format=torch.channels_last))
+        x = scaled(drawing, self.num_levels, self.first.weight.dtype)
+        known = observed.to(x.dtype)
+        x = self.first(torch.cat([x * known, known], dim=1).contiguous(memory_format=torch.channels_last))
         for layer in self.layers:
             x = x + layer(F.relu(x))
         return self.last(F.relu(x)) * known.amax(dim=(2, 3), keepdim=True)
@@ -161,7 +162,7 @@ class LabelNetwork(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, width = config, config.label_features
-        self.context = ContextNetwork(config.image_shape[0], width, width, max(config.image_shape[1:]))
+        self.context = ContextNetwork(config, width, width)
         self.last = nn.Linear(2 * width, config.num_labels)
 
     def forward(self, drawing: Tensor, observed: Tensor) -> Tensor:
@@ -171,8 +172,7 @@ class LabelNetwork(nn.Module):
             drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
             observed: (B, 1, H, W) bool.
         """
-        x = scaled(torch.where(observed, drawing, 0), self.config.num_levels, self.last.weight.dtype)
-        x = F.relu(self.context(x, observed))
+        x = F.relu(self.context(drawing, observed))
         logits: Tensor = self.last(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1))
         return logits
 

@@ -34,6 +34,7 @@ from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.observed import training_masks
 from pixelcnn.training.config import TrainConfig, check_compiler, resolved_precision
 from pixelcnn.training.optimizers import Optimizer
+from pixelcnn.training.predictor import ContextPredictor
 from pixelcnn.training.redrawn import redrawn
 from pixelcnn.training.state import RunState, read_state, write_state
 
@@ -56,6 +57,7 @@ BUDGET_SETTINGS = (
     "label_features",
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+Network = AutoregressiveModel | ContextPredictor | LabelNetwork  # what a run trains
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -100,7 +102,7 @@ class Trainer:
             or too small for `accumulate` and the processes.
     """
 
-    def __init__(self, model: AutoregressiveModel | LabelNetwork, data: Dataset, config: TrainConfig) -> None:
+    def __init__(self, model: Network, data: Dataset, config: TrainConfig) -> None:
         self.model: Any = model  # of a kind that `nlls` and `mean_nll` know
         self.data, self.config = data, config
         self.parameters: list[Tensor] = list(model.parameters())
@@ -109,7 +111,7 @@ class Trainer:
         self.ema = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
-        sees_drawings = not isinstance(model, LabelNetwork) and model.context_network is not None
+        sees_drawings = isinstance(model, AutoregressiveModel) and model.context_network is not None
         config.check_for(data.protocol, sees_drawings)
         if config.compiled:
             check_compiler()
@@ -413,7 +415,36 @@ class Trainer:
         return [names.index(name) for name, _ in joint.named_parameters()]
 
 
-class LabelTrainer(Trainer):
+class DrawingTrainer(Trainer):
+    """A run that trains a network that sees drawings alone, one fixed mask of each image at validation."""
+
+    @torch.inference_mode()
+    def mean_nll(self, split: str, num_images: int | None) -> float:
+        """Return the mean nats of a split's first images, of which one fixed mask is known."""
+        total, num = 0.0, 0
+        for i, (levels, label) in enumerate(self.data.batches(split, 250, num_images)):
+            observed = self.masks(levels, 3, i, share=1.0)
+            total += self.nlls(levels.to(self.device), label.to(self.device), observed).sum().item()
+            num += len(levels)
+        return total / num
+
+    def completion_nll(self, num_images: int | None) -> None:
+        return None
+
+
+class ContextTrainer(DrawingTrainer):
+    """A run that trains a context network: to tell each missing sub-pixel by itself, whatever the others are."""
+
+    def nlls(self, levels: Tensor, label: Tensor | None, observed: Tensor | None) -> Tensor:
+        """Return (B, C, H, W) nats of the sub-pixels, 0 where they are known."""
+        assert observed is not None
+        return F.cross_entropy(self.model(levels, observed).float(), levels, reduction="none") * ~observed
+
+    def objective(self) -> str:
+        return "validation nats per image of the missing part, each sub-pixel by itself"
+
+
+class LabelTrainer(DrawingTrainer):
     """A run that trains a label network: to tell the label of what is known of an image."""
 
     def nlls(self, levels: Tensor, label: Tensor | None, observed: Tensor | None) -> Tensor:
@@ -424,17 +455,8 @@ class LabelTrainer(Trainer):
     def objective(self) -> str:
         return "validation nats of the label of an image that is known in part"
 
-    @torch.inference_mode()
-    def mean_nll(self, split: str, num_images: int | None) -> float:
-        """Return the mean nats of the labels of a split's first images, of which one fixed mask is known."""
-        nlls = []
-        for i, (levels, label) in enumerate(self.data.batches(split, 250, num_images)):
-            observed = self.masks(levels, 3, i, share=1.0)
-            nlls.append(self.nlls(levels.to(self.device), label.to(self.device), observed))
-        return torch.cat(nlls).mean().item()
 
-    def completion_nll(self, num_images: int | None) -> None:
-        return None
+TRAINERS: dict[type, type[Trainer]] = {ContextPredictor: ContextTrainer, LabelNetwork: LabelTrainer}
 
 
 def keep_memory() -> None:
@@ -446,7 +468,7 @@ def keep_memory() -> None:
 
 
 def fit(
-    model: AutoregressiveModel | LabelNetwork,
+    model: Network,
     data: Dataset,
     config: TrainConfig,
     on_step: Callable[[StepReport], None] | None = None,
@@ -458,7 +480,8 @@ def fit(
     Args:
         model: as `build_model` makes it, for images of this dataset; on the device to train on. A completer is trained
             by itself: as `model.completer`, the joint model as that of `config.of_joint()`. So is a label
-            network: as `model.label_network`, its nats are those of the label.
+            network: as `model.label_network`, its nats are those of the label. A context network may learn before its
+            completer does, as part of a `ContextPredictor`.
         data: a prepared dataset.
         config: how to train.
         on_step: called after every step.
@@ -479,14 +502,13 @@ def fit(
         FloatingPointError: the loss is no longer finite; the last saved state is left as it was.
         OSError: the state could not be saved; the one that was saved before is left as it was.
     """
-    check_fit(model, data)
-    is_label_network = isinstance(model, LabelNetwork)
-    if not is_label_network and (model.completer is not None or model.label_network is not None):
+    check_fit(model.config, data)
+    if isinstance(model, AutoregressiveModel) and (model.completer is not None or model.label_network is not None):
         raise ValueError(
             "a model with a completer or a label network is trained in parts: without them, and each of them by itself."
         )
     keep_memory()
-    trainer = (LabelTrainer if is_label_network else Trainer)(model, data, config)
+    trainer = TRAINERS.get(type(model), Trainer)(model, data, config)
     state_path = None if state_file is None else Path(state_file)
     if state_path is not None and state_path.exists():
         trainer.resume(state_path)

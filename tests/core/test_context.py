@@ -193,7 +193,8 @@ def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_p
 @pytest.mark.parametrize("side", [1, 2, 5, 28, 32])
 def test_the_context_network_reaches_from_corner_to_corner(side):
     torch.manual_seed(0)
-    network = ContextNetwork(1, 2, 2, side).double()
+    config = GatedPixelCNNConfig(image_shape=(1, side, side), num_levels=2, num_features=2, num_layers=1, kernel_size=3)
+    network = ContextNetwork(config, 2, 2).double()
     drawing = torch.randn(1, 1, side, side, dtype=torch.float64, requires_grad=True)
     # Straight through: where all hidden maps are positive no path is cut.
     with torch.no_grad():

@@ -23,7 +23,7 @@ from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import evaluate_completion, per_image_completion_nll, per_image_nll
 from pixelcnn.observed import SCORED
-from pixelcnn.training import training_history
+from pixelcnn.training import ContextPredictor, training_history
 from pixelcnn.training.optimizers import OPTIMIZERS
 from tests.core.test_training import batches_seen, config, run, same, weights
 from tests.core.tiny import ARCHITECTURES, tiny_config, tiny_model, toy_dataset
@@ -215,6 +215,34 @@ def test_a_completer_is_trained_by_itself():
     before = copy.deepcopy(narrow.completer.state_dict())
     narrow.begin_completer()
     assert all(torch.equal(w, before[name]) for name, w in narrow.completer.state_dict().items())
+
+
+def test_a_context_network_learns_by_itself_to_tell_what_is_missing():
+    data = mirrored_dataset()
+    model = context_model(data)
+    before = copy.deepcopy(model.state_dict())
+    predictor = ContextPredictor(model)
+    levels, observed = data.levels("validation", slice(None)), torch.zeros(64, 1, 4, 4, dtype=torch.bool)
+    observed[:, :, 2:] = True
+    settings = config(batch_size=64, max_epochs=25, learning_rate=0.01)
+    best = fit(predictor, data, settings)
+    assert best == pytest.approx(
+        training.trainer.ContextTrainer(predictor, data, settings).mean_nll("validation", None)
+    )
+    logits = predictor(levels, observed)
+    assert logits.shape == (64, 2, 1, 4, 4)
+    assert (logits.argmax(1) == levels)[:, :, :2].double().mean() > 0.99, "the lower half gives the upper one away"
+    assert torch.equal(predictor(torch.where(observed, levels, 1 - levels), observed), logits), "it sees what is known"
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if name.startswith("context_network.")}
+    with pytest.raises(ValueError, match="a context network is needed: set context_features"):
+        ContextPredictor(context_model(data, context_features=0, context_width=0))
+
+
+def test_a_prediction_has_a_place_for_each_sub_pixel():
+    model = tiny_model("gated_pixelcnn", (3, 4, 5), 6, context_features=4)
+    levels, observed = torch.zeros(2, 3, 4, 5, dtype=torch.int64), torch.ones(2, 1, 4, 5, dtype=torch.bool)
+    assert ContextPredictor(model).double()(levels, observed).shape == (2, 6, 3, 4, 5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

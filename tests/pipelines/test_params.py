@@ -90,6 +90,11 @@ def test_every_model_and_dataset_is_a_pair() -> None:
             r"pairs\.pixelcnn-mnist\.completer: it trains nothing: set completer_feat",
         ),
         (
+            "pairs.pixelcnn-mnist.context",
+            {},
+            r"pairs\.pixelcnn-mnist\.context: it trains nothing: set completer_feat",
+        ),
+        (
             "pairs.pixelcnn-mnist.network.completer_features",
             3,
             r"pairs\.pixelcnn-mnist\.network: completer_features must be 0 where context_features is 0",

@@ -626,12 +626,13 @@ def test_the_code_of_a_training_is_that_of_its_start(trained, monkeypatch: pytes
     assert load_checkpoint("models/committed")[1]["git_commit"] == "a"
 
 
-def test_completer_and_label_network_are_trained_after_the_joint_model(project: Path) -> None:
+def test_context_completer_and_label_network_are_trained_after_the_joint_model(project: Path) -> None:
     train_stage.train(PAIR, Path("models/joint"))
     values = tiny_params()
     pair = values["pairs"][PAIR]
     pair["network"] |= {"context_features": 2, "completer_features": 2}
     pair["completer"] = {**pair["train"], "context_share": 1.0, "learning_rate": 0.02}
+    pair["context"] = {**pair["train"], "learning_rate": 0.03, "max_epochs": 0.06}
     pair["network"]["label_features"] = 2
     pair["labels"] = {**pair["train"], "label_dropout": 0.0}
     values["evaluate"]["completion_images"] = {"mnist5k": 5}
@@ -653,10 +654,15 @@ def test_completer_and_label_network_are_trained_after_the_joint_model(project: 
     assert "of the first 5 test images" in card
     assert "| `learning_rate` | 0.01 |" in card
     assert "| `learning_rate` | 0.02 |" in card
+    num_context = sum(p.numel() for p in model.completer.context_network.parameters())
+    assert scores["num_context_parameters"] == num_context + 3 * 2, "and a classifier of two levels by two maps"
+    assert f"its context network, {scores['num_context_parameters']:,} parameters, learned for" in card
+    assert "| `learning_rate` | 0.03 |" in card
     client = tracking.client()
     history = client.get_metric_history(run_id, "curve/completer_validation_nats")
     assert [m.step for m in history] == [3, 6]
     assert [m.step for m in client.get_metric_history(run_id, "curve/labels_validation_nats")] == [3, 6]
+    assert [m.step for m in client.get_metric_history(run_id, "curve/context_validation_nats")] == [4, 8]
     assert client.get_run(run_id).data.params["completer.learning_rate"] == "0.02"
     # With larger budgets both go on.
     pair["train"]["max_epochs"], pair["completer"]["max_epochs"] = 0.06, 0.07
