@@ -67,6 +67,14 @@ def test_the_benchmark_and_the_command_line_know_it(folder: Path) -> None:
     assert "--num-layers" in run(folder, "-m", "pixelcnn", "train", "stacked", "--help")
 
 
+def test_an_architecture_that_is_not_there_is_named() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PIXELCNN_ARCHITECTURES": " stakced"}
+    words = [sys.executable, "-c", "import pixelcnn"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ImportError: PIXELCNN_ARCHITECTURES names 'stakced', which cannot be imported" in done.stderr
+
+
 def test_every_block_of_the_page_exists() -> None:
     for name in re.findall(r"^\| `(\w+)\(", PAGE.read_text(), flags=re.M):
         assert hasattr(layers, name) or hasattr(attention, name) or name == "F", name

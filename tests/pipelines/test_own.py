@@ -415,6 +415,8 @@ def test_letters_have_labels_and_are_the_same_each_time(folder: Path) -> None:
     assert ink[labels == names.index("M")].mean() > 1.5 * ink[labels == names.index("i")].mean()
     write_letters(Path("again.npz"), variants=1)
     assert Path("again.npz").read_bytes() == Path("letters.npz").read_bytes()
+    with pytest.raises(ValueError, match=r"params\.yaml must end in \.npz"):
+        write_letters(Path("params.yaml"), variants=1)
     assert add(Path("letters.npz")) == 0, "that A and a are two labels is no mistake"
     assert load_params().datasets[NAME].label_names == tuple(names)
 
