@@ -67,15 +67,13 @@ class PairParams(Frozen):
         fixed = {"image_shape": spec.image_shape, "num_levels": spec.num_levels, "num_labels": len(spec.label_names)}
         network = _config(architectures()[values["model"]], values["network"], "network", fixed)
         built = {**values, "network": network, "train": _config(TrainConfig, values["train"], "train")}
-        for part, features in (("completer", "completer_features"), ("labels", "label_features")):
-            if getattr(network, features):
+        features_of = {"context": "completer_features", "completer": "completer_features", "labels": "label_features"}
+        for part, features in features_of.items():
+            if not getattr(network, features):
+                if part in values:
+                    raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
+            elif part in values or part != "context":  # which alone may be left out
                 built[part] = _config(TrainConfig, values.get(part, {}), part)
-            elif part in values:
-                raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
-        if "context" in values:
-            if not network.completer_features:
-                raise ValueError("context: it trains nothing: set completer_features in its network.")
-            built["context"] = _config(TrainConfig, values["context"], "context")
         joint_sees = network.of_joint().context_features > 0
         for part, sees_drawings in (("train", joint_sees), ("context", False), ("completer", True), ("labels", False)):
             config = built.get(part)

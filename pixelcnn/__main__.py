@@ -355,6 +355,8 @@ def rank_command(
     """
     from pixelcnn.packing import rank
 
+    if not out.parent.is_dir():  # said before any work
+        raise ValueError(f"--out must be a .png in a folder that exists, got {out}.")
     ranked = rank(checkpoint, images, split=split, on_progress=_progress_printer("scored"))
     _write_sheet(ranked.ends, ranked.config.num_levels, out)
     place = ranked.nats.argsort(descending=True, stable=True).argsort() + 1

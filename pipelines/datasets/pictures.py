@@ -208,6 +208,13 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in names if not name.startswith("."))
 
 
+def _odd_size(width: int, height: int) -> str:
+    """Return how large a picture is and might be, the end of a sentence; nothing where it can be read."""
+    if min(width, height) >= MIN_PICTURE and max(width, height) <= MAX_PICTURE:
+        return ""
+    return f"{width} x {height} pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read"
+
+
 def _decoded(path: Path, ground: str) -> Image.Image:
     """Read a picture file. Raises ValueError, the end of a sentence that begins with its name."""
     if path.stat().st_size == 0:
@@ -217,11 +224,8 @@ def _decoded(path: Path, ground: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded before we look
             file = Image.open(path, formats=sorted(set(FORMATS.values())))
         with file:
-            width, height = file.size
-            if not (MIN_PICTURE <= width <= MAX_PICTURE and MIN_PICTURE <= height <= MAX_PICTURE):
-                raise ValueError(
-                    f"is {width} x {height} pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read"  # not decoded
-                )
+            if odd := _odd_size(*file.size):
+                raise ValueError(f"is {odd}")  # not decoded
             if getattr(file, "n_frames", 1) > 1:
                 raise ValueError("is animated: save one of its frames as a picture")
             file.load()
@@ -276,8 +280,8 @@ def _of_arrays_in_memory(
 ) -> Iterator[Picture]:
     """Yield each of N x H x W (x 1 or 3) uint8 images. Raises ValueError if they are too small or too large."""
     height, width = images.shape[1:3]
-    if not MIN_PICTURE <= min(height, width) <= max(height, width) <= MAX_PICTURE:
-        raise ValueError(f"images are {width} x {height} pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read.")
+    if odd := _odd_size(width, height):
+        raise ValueError(f"images are {odd}.")
     for i, image in enumerate(images):
         label = None if labels is None else int(labels[i])
         named = None if label is None else names[label] if 0 <= label < len(names) else str(label)

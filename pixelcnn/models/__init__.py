@@ -10,9 +10,11 @@ from pixelcnn.models import attentive_pixelcnn as attentive_pixelcnn
 from pixelcnn.models import gated_pixelcnn as gated_pixelcnn
 from pixelcnn.models import pixelcnn as pixelcnn
 
-for _name in filter(None, os.environ.get("PIXELCNN_ARCHITECTURES", "").split(",")):
+for _name in filter(None, map(str.strip, os.environ.get("PIXELCNN_ARCHITECTURES", "").split(","))):
     try:
-        importlib.import_module(_name.strip())
+        importlib.import_module(_name)
     except ImportError as error:
-        text = f"PIXELCNN_ARCHITECTURES names {_name.strip()!r}, which cannot be imported ({error}): unset it, or set "
-        raise ImportError(f"{text}PYTHONPATH to the folder of that file.") from None
+        raise ImportError(
+            f"PIXELCNN_ARCHITECTURES names {_name!r}, which cannot be imported ({error}): unset it, or set "
+            "PYTHONPATH to the folder of that file."
+        ) from None

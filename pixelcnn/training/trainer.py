@@ -309,7 +309,6 @@ class Trainer:
         """Return the mean nats of the first images of a split, whole and without label."""
         return per_image_nll(self.model, self.data, split, num_images=num_images).mean().item()
 
-    @torch.inference_mode()
     def completion_nll(self, num_images: int | None) -> float | None:
         """Return the mean nats of what is missing of validation images, one fixed mask each; None without a context.
 
@@ -317,12 +316,16 @@ class Trainer:
         """
         if not self.model.config.context_features:
             return None
+        return self.masked_nll("validation", num_images, self.completes_given_labels)
+
+    @torch.inference_mode()
+    def masked_nll(self, split: str, num_images: int | None, with_labels: bool) -> float:
+        """Return the mean of `nlls` over a split's first images, of each of which one fixed mask is known."""
         total, num = 0.0, 0
-        for i, (levels, labels) in enumerate(self.data.batches("validation", 250, num_images)):
+        for i, (levels, labels) in enumerate(self.data.batches(split, 250, num_images)):
+            levels = levels.to(self.device)
             observed = self.masks(levels, 3, i, share=1.0)
-            assert observed is not None
-            levels, observed = levels.to(self.device), observed.to(self.device)
-            nlls = self.nlls(levels, labels.to(self.device) if self.completes_given_labels else None, observed)
+            nlls = self.nlls(levels, labels.to(self.device) if with_labels else None, observed)
             total, num = total + nlls.sum().item(), num + len(levels)
         return total / num
 
@@ -418,15 +421,8 @@ class Trainer:
 class DrawingTrainer(Trainer):
     """A run that trains a network that sees drawings alone, one fixed mask of each image at validation."""
 
-    @torch.inference_mode()
     def mean_nll(self, split: str, num_images: int | None) -> float:
-        """Return the mean nats of a split's first images, of which one fixed mask is known."""
-        total, num = 0.0, 0
-        for i, (levels, label) in enumerate(self.data.batches(split, 250, num_images)):
-            observed = self.masks(levels, 3, i, share=1.0)
-            total += self.nlls(levels.to(self.device), label.to(self.device), observed).sum().item()
-            num += len(levels)
-        return total / num
+        return self.masked_nll(split, num_images, with_labels=True)
 
     def completion_nll(self, num_images: int | None) -> None:
         return None

@@ -137,5 +137,7 @@ def test_pictures_that_cannot_be_ranked_are_named(checkpoint, tmp_path, capsys, 
     assert error.count("\n") == 1
     assert printed == ""
     assert not out.exists()
+    assert main([*command, str(tmp_path / "no" / "out.png")]) == 1
+    assert "--out must be a .png in a folder that exists" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "out.jpg")]) == 2
     assert "out.jpg must end in .png." in capsys.readouterr().err
