@@ -74,21 +74,40 @@ def metric(served, start: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
 
 
-def test_it_is_ready_once_a_champion_of_each_wanted_dataset_is_served(served, home, monkeypatch):
+@pytest.fixture
+def promote(served, home, monkeypatch):
+    """Makes a dataset's champion, unless an earlier test of this module has, and waits until it is served."""
     monkeypatch.setenv("BENTOML_HOME", str(home))
+
+    def promote(dataset, config) -> None:
+        if dataset not in get(served, "/models").json():
+            store.serve(put(home.parent, dataset, config, "1", seed=0))
+            wait_until(lambda: dataset in get(served, "/models").json())
+
+    return promote
+
+
+@pytest.fixture
+def champions(promote):
+    promote("colour", COLOUR)
+    promote("grey", GREY)
+
+
+def test_it_is_ready_once_a_champion_of_each_wanted_dataset_is_served(served, promote):
+    """The first test of this service."""
     answer = get(served, "/readyz")
     assert answer.status_code == 503
     assert answer.json()["error"].startswith("no champion of grey is served: promote a model")
     assert get(served, "/livez").status_code == 200
-    store.serve(put(home.parent, "colour", COLOUR, "1", seed=0))
-    wait_until(lambda: "colour" in get(served, "/models").json())
+    promote("colour", COLOUR)
     assert get(served, "/readyz").status_code == 503
-    store.serve(put(home.parent, "grey", GREY, "1", seed=0))
+    promote("grey", GREY)
     wait_until(lambda: get(served, "/readyz").status_code == 200)
     wait_until(lambda: metric(served, "pixelcnn_ready") == 1)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("champions")
 def test_a_second_service_of_the_store_does_not_spoil_the_first_ones_counts(served, home):
     count = 'pixelcnn_request_seconds_count{dataset="grey",endpoint="generate"}'
     post(served)
@@ -118,6 +137,7 @@ def lines_of(served) -> list[dict]:
     return [json.loads(line) for line in served.log.read_text().splitlines() if '"message": "request"' in line]
 
 
+@pytest.mark.usefixtures("champions")
 def test_each_request_is_a_line_with_its_id_and_nothing_of_the_drawing(served):
     image = [[1, 0, 1, 0]] * 5
     body = {"dataset": "grey", "image": image, "observed": [[1] * 4] * 2 + [[0] * 4] * 3}
@@ -145,6 +165,7 @@ def test_each_request_is_a_line_with_its_id_and_nothing_of_the_drawing(served):
     assert not [line for line in served.log.read_text().splitlines() if "readyz" in line]
 
 
+@pytest.mark.usefixtures("champions")
 def test_traces_are_sent_where_an_endpoint_is_set(served):
     """It is set for all tests of this service; the collector is the one of the fixture `collector`."""
     answer = post(served)
@@ -158,6 +179,7 @@ def test_without_an_endpoint_nothing_that_sends_traces_is_loaded():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.usefixtures("champions")
 def test_sigterm_ends_readiness_first_and_answers_afterwards(served, home):
     """The last test of this service."""
     served.process.send_signal(signal.SIGTERM)
