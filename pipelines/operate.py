@@ -70,8 +70,16 @@ def has_worker() -> bool:
             return False
 
 
+def schedules_there() -> dict[str, list[bool]]:
+    """Return which schedules of the server's deployments are on, by the deployment's name."""
+    with get_client(sync_client=True) as client:
+        return {one.name: [schedule.active for schedule in one.schedules] for one in client.read_deployments()}
+
+
 def deploy(environment: Mapping[str, str]) -> None:
     """Make the work pool and the deployments of prefect.yaml, under this environment's own names.
+
+    A schedule that somebody has switched on or off stays so.
 
     Args:
         environment: of Prefect's command.
@@ -82,9 +90,13 @@ def deploy(environment: Mapping[str, str]) -> None:
     settings, pool = yaml.safe_load(Path("prefect.yaml").read_text()), in_prefect(POOL)
     # Whichever worker takes a run: it acts on the registry and the store of this environment.
     variables = {"env": {"PIXELCNN_ENVIRONMENT": Settings().environment}}
+    switched = schedules_there()
     for deployment in settings["deployments"]:
         deployment["name"] = in_prefect(deployment["name"])
         deployment["work_pool"] |= {"name": pool, "job_variables": variables}
+        there = switched.get(deployment["name"], ())
+        for schedule, active in zip(deployment.get("schedules", ()), there, strict=False):
+            schedule["active"] = active
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings, file)
         file.flush()
@@ -145,8 +157,8 @@ def operate(url: str) -> None:
             host, port = address.hostname or "127.0.0.1", str(address.port or 4200)
             kept["server"] = ("server", "start", "--host", host, "--port", port)
             start("server")
-        deploy(environment)
         with temporary_settings({PREFECT_API_URL: url}):
+            deploy(environment)
             automate()
             has_one = has_worker()
         if has_one:
@@ -191,9 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = Typer(add_completion=False, rich_markup_mode=None)
 
     @app.command()
-    def command(url: Annotated[str, Option(help="of Prefect's API")] = Settings().prefect_url or DEFAULT_URL) -> None:
+    def command(
+        url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_API_URL if left out")] = None,
+    ) -> None:
         """Keep the pipeline running here."""
-        operate(url)
+        operate(url or Settings().prefect_url or DEFAULT_URL)
 
     return run_typer(app, "operate", "python -m pipelines.operate", argv)
 

@@ -160,7 +160,7 @@ class Params(Frozen):
                 raise ValueError(
                     f"pair {name!r} must be named MODEL-DATASET, '{pair.model}-{pair.dataset}' for its values."
                 )
-        for dataset in self.evaluate.completion_images:
+        for dataset in (*self.evaluate.completion_images, *self.evaluate.judges, *self.evaluate.judges.values()):
             self.dataset(dataset)
         return self
 
@@ -197,11 +197,16 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     """
     values, own_path = _read(Path(path)), Path(path).parent / OWN_FILE
     own = _read(own_path) if own_path.exists() else {}
-    if not isinstance(own, dict) or set(own) - {"datasets", "pairs"}:
-        raise ValueError(f"{OWN_FILE} must hold `datasets` and `pairs`, and nothing else.")
+    # A section may be empty, as it is once its last entry was taken out.
+    if (
+        not isinstance(own, dict)
+        or set(own) - {"datasets", "pairs"}
+        or not all(isinstance(added, dict | None) for added in own.values())
+    ):
+        raise ValueError(f"{OWN_FILE} must hold entries by name under `datasets` and `pairs`, and nothing else.")
     for section, added in own.items():
         known = values.get(section) if isinstance(values, dict) else None
-        if isinstance(known, dict) and isinstance(added, dict):
+        if isinstance(known, dict) and added:
             if both := set(known) & set(added):
                 raise ValueError(f"{min(both)!r} stands in {PARAMS_FILE} and in {OWN_FILE}: take it out of one.")
             values[section] = {**known, **added}

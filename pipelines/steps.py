@@ -212,7 +212,7 @@ def register(
 @app.command()
 def promote(
     dataset: _Dataset,
-    dry_run: Annotated[bool, Option("--dry-run", help="decide and say so, but move and write nothing")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="decide and say so, but move and record nothing")] = False,
     version: Annotated[int | None, Option(help="the only one that competes, even if it was rolled back")] = None,
     to: Annotated[str | None, Option(help="an environment, which is to serve what this one serves")] = None,
     why: _Why = None,

@@ -45,7 +45,6 @@ class DatasetParams(Frozen):
     ground: Literal["black", "white"] = "black"  # below what is transparent, and around what is padded
     invert: bool = False  # black becomes white: for dark ink on a light ground
     flips: bool = False  # a mirrored image is one of the same kind
-    use_labels: bool = True  # the sub-folders of a folder, or labels beside arrays
     skip_broken: bool = False  # leave out pictures that cannot be read, in place of an error
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pipelines.datasets.entry import DatasetParams, Source
+from pipelines.datasets.entry import QUANTIZED_PROTOCOL, THRESHOLD_PROTOCOL, DatasetParams, Source
 from pixelcnn.packing.pictures import check_absent
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -80,7 +80,8 @@ def read_pictures(source: Source, ground: str, use_labels: bool, left: Left) -> 
 def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]], Left, int]:
     """Return all pictures of an entry in its size: the parts `train`, and `test` where the source has one.
 
-    A picture that is there twice is taken once: on both sides of a split it would flatter every score.
+    A picture that is there twice, as it is learned, is taken once: on both sides of a split it would flatter every
+    score.
 
     Returns:
         By part, (N, C, H, W) uint8 strengths and (N,) int64 labels, -1 without; what was left out; and how many were
@@ -98,7 +99,7 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
             named = f"label {picture.label!r}" if picture.label is not None else "no label"
             raise ValueError(f"{picture.name!r} has {named}, which is not one of the dataset's. Add the dataset anew.")
         array = fitted(picture.image, spec)
-        if (key := array.tobytes()) in seen:
+        if (key := fixed_levels(torch.tensor(array), spec).numpy().tobytes()) in seen:
             twice += 1
             continue
         seen.add(key)
@@ -111,6 +112,15 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
         part: (torch.from_numpy(np.stack(images[part])), torch.tensor(labels[part])) for part in images if images[part]
     }
     return parts, left, twice
+
+
+def fixed_levels(images: Tensor, spec: DatasetParams) -> Tensor:
+    """Return a protocol's levels of uint8 strengths, of any shape; the strengths themselves where levels are drawn."""
+    if spec.protocol == THRESHOLD_PROTOCOL:
+        return (images >= 128).to(torch.uint8)
+    if spec.protocol == QUANTIZED_PROTOCOL:  # the inverse of pixelcnn.images.to_picture
+        return (images.double() * (spec.num_levels - 1) / 255).round().to(torch.uint8)
+    return images
 
 
 def fitted(image: Image.Image, spec: DatasetParams) -> np.ndarray:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pipelines.datasets.checks import CheckParams, check, keep
-from pipelines.datasets.entry import QUANTIZED_PROTOCOL, THRESHOLD_PROTOCOL, DatasetParams
-from pipelines.datasets.pictures import load_pictures
+from pipelines.datasets.entry import DatasetParams
+from pipelines.datasets.pictures import fixed_levels, load_pictures
 from pipelines.datasets.sources import Images, read
 from pipelines.params import DataParams
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, save_dataset
@@ -95,12 +95,8 @@ def split(
         for stream, s in enumerate(("validation", "test")):
             u = np.random.RandomState([params.binarization_seed, stream]).random_sample(tuple(images[s].shape))
             images[s] = torch.from_numpy((u * 255 < images[s].numpy()).astype(np.uint8))
-    elif spec.protocol == THRESHOLD_PROTOCOL:
-        images = {s: (part >= 128).to(torch.uint8) for s, part in images.items()}
-    elif spec.protocol == QUANTIZED_PROTOCOL:  # the inverse of pixelcnn.images.to_picture
-        images = {
-            s: (part.double() * (spec.num_levels - 1) / 255).round().to(torch.uint8) for s, part in images.items()
-        }
+    else:
+        images = {s: fixed_levels(part, spec) for s, part in images.items()}
     dataset = Dataset(
         name=name,
         num_levels=spec.num_levels,

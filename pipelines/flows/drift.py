@@ -32,7 +32,7 @@ def watch_drift(
         LookupError: no service is named.
         ConnectionError: it does not answer.
     """
-    url, token = service_url or Settings().service_url, Settings().token
+    url, token = (service_url or Settings().service_url or "").rstrip("/"), Settings().token
     if not url:
         raise LookupError("no service is named: set service_url, or PIXELCNN_SERVICE_URL where the worker runs")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -65,7 +65,12 @@ def _report(dataset: str, told: dict[str, Any]) -> None:
 
 
 def _retrain(dataset: str, told: dict[str, Any]) -> None:
-    champion = next(version for version in registry.versions(dataset) if version.version == told["version"])
+    champion = next((version for version in registry.versions(dataset) if version.version == told["version"]), None)
+    if champion is None:
+        raise LookupError(
+            f"the service has version {told['version']} of {dataset}, which this registry has not: set "
+            "MLFLOW_TRACKING_URI to the one that feeds it. No training was asked for."
+        )
     # The key is Prefect's: a run that was asked for by it is not made again.
     run_deployment(
         f"train-pair/{in_prefect('train-pair')}",

@@ -7,15 +7,17 @@ address is set. Whatever differs from the registered score is a failed run.
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 from prefect import flow, get_run_logger
+from pydantic import Field
 
 from pipelines.flows.shown import show_scores, tag_run
 from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
+from pipelines.registry.provenance import prepared_file
 from pipelines.registry.stated import TOLERANCE_NATS, check_scores, stated_score
 from pipelines.settings import Settings
 from pixelcnn.checkpoint import load_checkpoint
@@ -23,7 +25,6 @@ from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import evaluate, format_nll
 
 EXPERIMENT = "evaluations"
-DATA_FOLDER = Path("data")
 SERVICE_VARIABLE = "PIXELCNN_SERVICE_URL"
 TOKEN_VARIABLE = "PIXELCNN_TOKEN"
 SERVICE_TIMEOUT_S = 60.0
@@ -34,7 +35,9 @@ MAX_BUSY_S = 120.0  # that one request waits for a busy service, in all
 
 @flow(name="evaluate-champions", persist_result=False, timeout_seconds=MAX_S)
 def evaluate_champions(
-    datasets: list[str] | None = None, service_url: str | None = None, num_images: int = 500
+    datasets: list[str] | None = None,
+    service_url: str | None = None,
+    num_images: Annotated[int, Field(ge=1)] = 500,
 ) -> dict[str, dict[str, float]]:
     """Score the champion of each dataset on its validation and test images; each is a run in experiment `evaluations`.
 
@@ -62,7 +65,7 @@ def evaluate_champions(
     if url is None:
         logger.info("the service is not asked: set service_url or %s for that", SERVICE_VARIABLE)
     champions: dict[str, str] = {}
-    paths = {name: DATA_FOLDER / f"{name}.safetensors" for name in names}
+    paths = {name: prepared_file(name) for name in names}
     for name, path in paths.items():
         number = registry.aliases(name).get(tracking.CHAMPION)
         if number is not None and path.exists():

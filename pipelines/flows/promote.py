@@ -51,7 +51,7 @@ def promote(
     reports/promotions/DATASET.json in any case but a dry run.
 
     Args:
-        dry_run: decide and say so, but move, register and write nothing.
+        dry_run: decide and say so, but move, register and record nothing.
         version: the one that competes, even if it was rolled back; None for all.
         why: it is asked for; recorded, beside who did.
         to: an environment, which is to serve what this one serves; nothing else is done then.

@@ -129,6 +129,7 @@ def train_pair(
     out_folder = Path(out) if out else DEPLOYMENTS_FOLDER / str(flow_run.get_id()) / pair
     report_folder = Path(report) if report else out_folder.with_name(f"{out_folder.name}-report")
     check_replaceable(out_folder)
+    train.check_apart(out_folder, Path(state) if state else None)
     # A state that is carried over has a history of its own.
     inputs = None if state else train.inputs_of(pair, params, train.load(dataset), half)
     lock = out_folder.with_name(f".{out_folder.name}.lock")

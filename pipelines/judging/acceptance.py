@@ -23,6 +23,7 @@ KNOWN = {
     "top": "endings of the upper half",
 }
 NUM_SHOWN, NUM_SEVERAL = 9, 60  # endings of a drawing beside each other; drawings of which as many are counted
+SEED = 0  # of what is known, and of the endings
 
 
 def known_part(known: str, levels: Tensor, num_levels: int, seed: int) -> Tensor:
@@ -40,47 +41,38 @@ def known_part(known: str, levels: Tensor, num_levels: int, seed: int) -> Tensor
     return observed
 
 
-def judged_images(
-    model: AutoregressiveModel,
-    data: Dataset,
-    num_images: int | None,
-    split: str = "test",
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> dict[str, Tensor]:
+def judged_images(model: AutoregressiveModel, data: Dataset, num_images: int | None) -> dict[str, Tensor]:
     """Return what judges look at: real images, a model's whole images, and its endings of real images' parts.
 
     Args:
         model: on the CPU, in eval mode.
-        num_images: the first so many of the split, None for all; one ending each, without label.
-        split: `validation` or `test`: images that neither the model nor a judge has learned from.
-        temperature, seed: of the endings.
+        num_images: the first so many of the test split, from which neither the model nor a judge of the same dataset
+            has learned; None for all. One ending each, without label, at temperature 1.
 
     Returns:
         (N, C, H, W) int64 levels by name: `real`; for each of `KNOWN` the endings; and as `several`, nine endings each
         of some drawings' first 45 % of ink, one drawing after the other.
     """
-    levels = data.levels(split, slice(num_images))
+    levels = data.levels("test", slice(num_images))
 
     def ended(drawings: Tensor, observed: Tensor) -> Tensor:
-        u = torch.rand(drawings.shape, generator=generator_for(seed), dtype=torch.float64)
-        return complete(model, drawings * observed, observed, u, temperature=temperature)
+        u = torch.rand(drawings.shape, generator=generator_for(SEED), dtype=torch.float64)
+        return complete(model, drawings * observed, observed, u)
 
     several = levels[:NUM_SEVERAL]
-    part = known_part("ink45", several, data.num_levels, seed)
+    part = known_part("ink45", several, data.num_levels, SEED)
     return {
         "real": levels,
-        **{known: ended(levels, known_part(known, levels, data.num_levels, seed)) for known in KNOWN},
+        **{known: ended(levels, known_part(known, levels, data.num_levels, SEED)) for known in KNOWN},
         "several": ended(*(x.repeat_interleave(NUM_SHOWN, dim=0) for x in (several, part))),
     }
 
 
-def acceptance(images: Mapping[str, Tensor], num_levels: int, judge: Judge, split: str = "test") -> dict[str, float]:
+def acceptance(images: Mapping[str, Tensor], num_levels: int, judge: Judge) -> dict[str, float]:
     """Let a judge look at what `judged_images` returned.
 
     Args:
         num_levels: K.
-        split: which one they are of.
 
     Returns:
         The accepted shares `test/accepted_real`, `test/accepted_nothing` (of whole images: nothing was known),
@@ -91,6 +83,6 @@ def acceptance(images: Mapping[str, Tensor], num_levels: int, judge: Judge, spli
     accepted, label = (found.view(-1, NUM_SHOWN) for found in judge.look(images["several"], num_levels))
     seen = [set(labels[good].tolist()) for good, labels in zip(accepted, label, strict=True)]
     return {
-        **{f"{split}/accepted_{name}": share for name, share in shares.items()},
-        f"{split}/labels_among_nine": sum(map(len, seen)) / len(seen),
+        **{f"test/accepted_{name}": share for name, share in shares.items()},
+        "test/labels_among_nine": sum(map(len, seen)) / len(seen),
     }

@@ -43,7 +43,7 @@ class JudgeConfig:
     epochs: float = 8.0
 
 
-# By the end of their files' names. What the pipeline may look at while it chooses; and another, asked at the end alone.
+# By the end of their files' names. By the first one's answers settings may be chosen; by the other's nothing is.
 JUDGES = {"judge": JudgeConfig(24, 3, 0, seed=0), "held_back": JudgeConfig(16, 5, 1, seed=1)}
 
 

@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from pipelines.promotion.move import champion_lock, complete_moves, export, record_and_carry_out
+from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, record_and_carry_out
 from pipelines.promotion.reference import REFERENCE_FILE
 from pipelines.promotion.register import register_checkpoint
 from pipelines.registry import decisions, store
@@ -46,7 +46,6 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
             report: Report = {"dataset": dataset, "data_hash": new.tags["data_hash"], "source": source}
             report |= {"decision": KEPT if new is champion else PROMOTED, "reason": f"copied: {what}", "new": None}
             with decisions.decision_run(dataset, "promotion", why) as run_id:
-                report["text"] = f"{dataset}: {to} has {what}, as its champion, version {number}, already."
                 if new is not champion:
                     report |= {"new": number, "old": champion and champion.version}
                     for role, version in (("candidate", new), ("champion", champion)):
@@ -54,6 +53,9 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
                     report["text"] = f"{dataset}: {what}, are version {number} and champion of {to} now ({checked})."
                     record_and_carry_out(dataset, run_id, report, new)
                 else:
+                    report["served"], done = ensure_served(new)
+                    report["text"] = f"{dataset}: {to} has {what}, as its champion, version {number}, already."
+                    report["text"] += f" Besides, {done}." if done else ""
                     decisions.record_decision(run_id, report)
                     decisions.end_decision(run_id)
     return report

@@ -353,13 +353,13 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         champion = by_number.get(aliases.get(CHAMPION, ""))
         earlier = [number for number in dict.fromkeys(past) if number in by_number and number != aliases.get(CHAMPION)]
         before = [number for number in decisions.champions(made) if number in earlier]
-        number = str(to) if to else next(reversed(before), "")
+        number = str(to) if to is not None else next(reversed(before), "")
         target = by_number[number] if number in earlier else None
         if champion is None or target is None:
-            wanted = f"no earlier champion of version {to}" if to else "no previous champion"
+            wanted = "no previous champion" if to is None else f"no earlier champion of version {to}"
             raise LookupError(
                 f"{registered_name(dataset)} has {wanted} to roll back to: nothing moved. Earlier champions: "
-                f"{', '.join(earlier) or 'none'}." + (" Name one: --to N." if earlier and not to else "")
+                f"{', '.join(earlier) or 'none'}." + (" Name one: --to N." if earlier and to is None else "")
             )
         since = past[len(past) - past[::-1].index(target.version) :]
         with decisions.decision_run(dataset, "rollback", why) as run_id:
@@ -403,4 +403,6 @@ def run_shadow(dataset: str, number: int | None = None) -> str:
     with champion_lock(dataset):
         tag = export(version)
         store.serve(tag, "challenger")
+    if registry.aliases(dataset).get(CHAMPION) == version.version:
+        return f"{tag} is the champion of {dataset}: no other version scores its drawings from now on."
     return f"{tag} scores the drawings of {dataset}, beside the champion: GET /drawings of the service tells of both."

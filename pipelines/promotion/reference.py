@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.registry.lineage import DATA_FOLDER
+from pipelines.registry.provenance import prepared_file
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.completion import complete, drawing_bits_per_dim, shares_of_drawing
 from pixelcnn.data import Dataset, load_dataset
@@ -48,7 +48,7 @@ def write_reference(checkpoint: Path, dataset: str, data_hash: str, known: Path 
         data_hash: of the data that it was trained on.
         known: its file, if somebody has made it; else it is made of the data, if they are here.
     """
-    data_file = DATA_FOLDER / f"{dataset}.safetensors"
+    data_file = prepared_file(dataset)
     if known is not None and known.exists():
         shutil.copyfile(known, checkpoint / REFERENCE_FILE)
     elif data_file.exists() and (data := load_dataset(data_file)).data_hash == data_hash:

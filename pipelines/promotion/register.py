@@ -16,14 +16,14 @@ from pipelines.registry import decisions, stated, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import RELEASED, Report
+from pipelines.registry.provenance import prepared_file
 from pipelines.registry.versions import Version
 from pipelines.stages import register as stage
 from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER
-from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
+from pixelcnn.checkpoint import CONFIG_FILE
 from pixelcnn.data import load_dataset
 
 WEIGHTS_FOLDER = Path("weights")
-DATA_FOLDER = Path("data")
 
 
 def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str, str]:
@@ -43,7 +43,7 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str,
     dataset, data_hash = scores["dataset"], scores["data_hash"]
     if not NAME.fullmatch(dataset):  # with an entry in params.yaml or not: a checkpoint says all that is needed
         raise ValueError(f"{folder} is of {dataset!r}, which is no name of a dataset: {NAMES}.")
-    path, checked = DATA_FOLDER / f"{dataset}.safetensors", "checksum checked, not scored: "
+    path, checked = prepared_file(dataset), "checksum checked, not scored: "
     if not path.exists():
         checked += "the prepared data are not here"
     elif (data := load_dataset(path)).data_hash != data_hash:
@@ -155,7 +155,7 @@ def release_all(why: str | None = None) -> list[str]:
         ValueError: a checkpoint is damaged, or does not score what it says.
     """
     folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("*") if (folder / CONFIG_FILE).exists())
-    nats = {folder: load_checkpoint(folder)[1][registry.VALIDATION_METRIC] for folder in folders}
+    nats = {folder: stage.load_evaluated(folder)[1][registry.VALIDATION_METRIC] for folder in folders}
     return [release(folder.name, why) for folder in sorted(folders, key=nats.__getitem__)]
 
 

@@ -21,13 +21,12 @@ from pipelines.params import repro_command
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
-from pipelines.registry.provenance import recorded_hash
+from pipelines.registry.provenance import LOCK_FILES, prepared_file, recorded_hash
 from pipelines.registry.stated import check_scores
 from pipelines.registry.versions import Version
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
 
-DATA_FOLDER = Path("data")
 MIN_HASH = 6  # the shortest beginning of a data hash that is looked up
 
 
@@ -151,14 +150,14 @@ def _concerning(report: dict[str, Any], number: str) -> str | None:
 
 
 def _data_file(version: Version) -> Path:
-    return DATA_FOLDER / f"{_dataset(version)}.safetensors"
+    return prepared_file(_dataset(version))
 
 
 def _recorded_by_dvc(dataset: str, data_hash: str) -> str:
-    """Say where dvc.lock records the data: in this folder, and since which git revision."""
+    """Say where a dvc.lock records the data: in this folder, and since which git revision."""
     stage, now = f"prepare@{dataset}", recorded_hash(dataset)
     text = f"{stage} of dvc.lock in this folder records {'it' if now == data_hash else now or 'nothing'}"
-    command = ["git", "log", "--reverse", "--format=%h of %cs", f"-S{data_hash}", "--", "dvc.lock"]
+    command = ["git", "log", "--reverse", "--format=%h of %cs", f"-S{data_hash}", "--", *LOCK_FILES]
     try:
         revisions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository

@@ -34,6 +34,11 @@ def git_state() -> dict[str, str]:
     return {"git_commit": commit, "git_dirty": str(bool(changed or added)).lower()}
 
 
+def prepared_file(dataset: str) -> Path:
+    """Return where a dataset's prepared file lies, from the project's folder."""
+    return Path("data") / f"{dataset}.safetensors"
+
+
 def recorded_hash(dataset: str) -> str | None:
     """Return the MD5 of a prepared file as a `dvc.lock` records it; None if none does."""
     for path in LOCK_FILES:

@@ -1,20 +1,15 @@
 """MLflow's side of promotion: the versions of a dataset's registered model, and their aliases."""
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-# An HTTP registry that is down must be noticed within seconds: MLflow alone would retry for minutes. Read at each call.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-
-from pipelines.registry import runs as tracking  # noqa: I001  # Sets what MLflow reads when it is imported.
 import mlflow
 
 from pipelines.params import load_params
+from pipelines.registry import runs as tracking
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_of
 
 ROLLED_BACK_TAG = "rolled_back"
@@ -29,8 +24,12 @@ class Version:
     name: str  # of the registered model
     version: str  # its number, as text
     run_id: str  # the training that made it
-    tags: dict[str, str]  # pair, dataset, data_hash, git_commit, weights_sha256, protocol
-    recorded_nll: float  # validation NLL in nats per image as the training measured it; NaN if it recorded none
+    tags: dict[str, str]  # pair, dataset, data_hash, git_commit, weights_sha256, protocol, scores
+
+    @property
+    def recorded_nll(self) -> float:
+        """Its validation NLL in nats per image as the training measured it; NaN if it recorded none."""
+        return float(self.tags.get(VALIDATION_METRIC, math.nan))
 
     @property
     def rolled_back(self) -> bool:
@@ -55,14 +54,12 @@ def versions(dataset: str) -> list[Version]:
     """Return every version of a dataset's registered model, the oldest first; none if nothing was registered."""
     name = tracking.registered_name(dataset)
     found = sorted(tracking.client().search_model_versions(f"name='{name}'"), key=lambda v: int(v.version))
-    runs = {v.version: tracking.find_run(v.run_id) if v.run_id else None for v in found}
     return [
         Version(
             name=name,
             version=str(v.version),
             run_id=v.run_id or "unknown",
             tags=dict(v.tags),
-            recorded_nll=run.data.metrics.get(VALIDATION_METRIC, math.nan) if (run := runs[v.version]) else math.nan,
         )
         for v in found
     ]

@@ -35,7 +35,10 @@ def columns_of(part: str) -> tuple[str, ...]:
 
 
 class Curve:
-    """The training curve: a row per validation, kept in a file beside the state so that a resumed run has it whole."""
+    """The training curve: a row per validation, kept in a file beside the state so that a resumed run has it whole.
+
+    A row's loss in training is the mean since the row before it, or since the run was resumed, if that was later.
+    """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         """Begin a curve, or take up the one in the file.
@@ -142,7 +145,7 @@ def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores:
         axes.plot([row["step"] for row in rows], [row[column] for row in rows], **style)
 
     (_, joint), *parts = curves.items()
-    plot(all_axes[0], joint, "train_nll_nats", label="train, batches since the last point", color="0.8")
+    plot(all_axes[0], joint, "train_nll_nats", label="train, batches since the last point or stop", color="0.8")
     plot(all_axes[0], joint, "train_subset_nll_nats", label="train, averaged weights", marker=".")
     plot(all_axes[0], joint, "validation_nll_nats", label="validation, averaged weights", marker=".")
     all_axes[0].axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")

@@ -122,7 +122,7 @@ def evaluate(
     log(f"for comparison, test: uniform {uniform}, independent pixels {independent}")
     model.cpu()  # where sampling is fast
     if data.name in params.evaluate.judges:
-        scores |= _judged(model, data, params.evaluate)
+        scores |= {**_judged(model, data, params.evaluate), "judges_of": params.evaluate.judges[data.name]}
         log(
             "accepted by the judge: "
             + ", ".join(f"{scores[f'test/accepted_{k}_by_judge']:.2f} of {KNOWN[k]}" for k in KNOWN)
@@ -133,6 +133,7 @@ def evaluate(
     atomic_write(report / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     curves = {}
     for file in training_report.CURVE_FILES:
+        (report / file).unlink(missing_ok=True)  # of an earlier training, which may have had more parts
         if (trained / file).exists():
             shutil.copyfile(trained / file, report / file)
             curves[file] = training_report.read_curve(report / file)
@@ -140,6 +141,7 @@ def evaluate(
     save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
     training_report.draw_extremes(report / "extremes.png", data, per_image["test"])
     training_report.draw_samples(report / "samples.png", model, params.sample)
+    (report / "class_samples.png").unlink(missing_ok=True)
     if model.config.num_labels:
         training_report.draw_samples(report / "class_samples.png", model, params.sample, per_class=True)
     training_report.draw_completions(report / "completions.png", model, data, params.sample)

@@ -12,9 +12,11 @@ def judge(dataset: str) -> None:
     """Train the judges of a dataset.
 
     Raises:
-        ValueError: its prepared file is missing or damaged.
+        ValueError: its prepared file is missing or damaged, or it has no labels.
     """
     data = load(dataset)
+    if not data.label_names:
+        raise ValueError(f"{dataset} has no labels, and a judge learns what is an image of it by telling them apart.")
     for which, config in JUDGES.items():
         save_judge(judge_file(dataset, which), train_judge(data, config, logger.info))
         logger.info("wrote %s", judge_file(dataset, which))

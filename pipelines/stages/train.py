@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from pipelines.files import file_lock
+from pipelines.judging.judge import JUDGES, judge_file
 from pipelines.params import PairParams, Params, load_params, repro_command
-from pipelines.registry.provenance import core_sha256, git_state, recorded_hash
+from pipelines.registry.provenance import core_sha256, git_state, prepared_file, recorded_hash
 from pipelines.registry.runs import Training
 from pipelines.reports import curve as training_report
 from pipelines.reports.curve import CURVE_COLUMNS, CURVE_FILES, PARTS, Curve, columns_of
 from pipelines.stages.live_run import RUN_ID_FILE, RUN_KEY_FILE, LiveRun
-from pixelcnn.checkpoint import check_replaceable, save_checkpoint
+from pixelcnn.checkpoint import check_replaceable, save_checkpoint, sha256_of
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import bits_per_dim
@@ -53,7 +54,7 @@ def load(dataset: str) -> Dataset:
     Raises:
         ValueError: it is missing, damaged, or was changed since it was prepared.
     """
-    path = Path("data") / f"{dataset}.safetensors"
+    path = prepared_file(dataset)
     if not path.exists():
         raise ValueError(f"{path} does not exist. Make it: {repro_command('prepare', dataset)}")
     data = load_dataset(path)
@@ -64,6 +65,12 @@ def load(dataset: str) -> Dataset:
             f"Make it again: {repro_command('prepare', dataset)}"
         )
     return data
+
+
+def check_apart(out: Path, state: Path | None) -> None:
+    """Raise ValueError if a training's state is to lie where its result does: the one is kept, the other replaced."""
+    if state is not None and state.resolve() == out.resolve():
+        raise ValueError(f"state and out are the same folder, {out}: name another for the state.")
 
 
 def use_threads(pair: PairParams) -> None:
@@ -93,6 +100,7 @@ def train(
     pair = params.pair(name)
     out = out or TRAINED_FOLDER / name
     check_replaceable(out)
+    check_apart(out, state)
     data = load(pair.dataset)
     num = {split: len(images) for split, images in data.images.items()}
     log(f"{data.name}: {num} images, data hash {data.data_hash}")
@@ -107,8 +115,8 @@ def train(
         if state is None:  # one that is carried over has a history of its own
             record["inputs_sha256"] = inputs_of(name, params, data, half)
         save_checkpoint(out, model, {**record, "weights_dtype": str(dtype).removeprefix("torch.")}, dtype)
-        for file in CURVE_FILES:
-            if (work / file).exists():
+        for file, config in zip(CURVE_FILES, _trainings(pair).values(), strict=True):
+            if config is not None and (work / file).exists():  # a state that is carried over may have had more parts
                 shutil.copyfile(work / file, out / file)
         if state is None:
             (work / _DONE_FILE).touch()
@@ -282,7 +290,14 @@ def weights_key(name: str, pair: PairParams, data: Dataset) -> str:
 
 
 def inputs_of(name: str, params: Params, data: Dataset, half: bool) -> str:
-    """Return the SHA-256 of all that a registered version follows from: its weights, and how they are scored."""
+    """Return the SHA-256 of all that a registered version follows from: its weights, and how they are scored.
+
+    Of the code that is what stands in `pixelcnn/`; and the judges' weights count as settings do.
+    """
+    settings, of_data = params.evaluate.model_dump(), data.name
+    settings |= {key: settings[key].get(of_data) for key in ("completion_images", "judges")}
+    files = [judge_file(settings["judges"], which) for which in JUDGES] if settings["judges"] else []
+    judges = [sha256_of(file) for file in files if file.exists()]
     key = weights_key(name, params.pair(name), data)
-    every = [key, half, params.evaluate.model_dump(), params.sample.model_dump()]
+    every = [key, half, settings, judges, params.sample.model_dump(), core_sha256()]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()

@@ -34,7 +34,7 @@ def test_a_champion_has_a_reference_and_may_have_a_challenger(weights: Path) -> 
     assert all(0 < len(values) <= num for values in found.values())
     assert all(0 < value <= 1 for value in found["known_share"])
     assert all(ink <= known for ink, known in zip(found["ink_share"], found["known_share"], strict=True))
-    assert "scores the drawings of mnist5k" in run_shadow("mnist5k", 1)
+    assert "is the champion of mnist5k: no other version scores its drawings from now on" in run_shadow("mnist5k", 1)
     assert (folder.parent / "challenger").read_text() == folder.name
     with pytest.raises(LookupError, match=r"has no version 7: name one, --version N\. Known: 1\."):
         run_shadow("mnist5k", 7)
@@ -107,6 +107,17 @@ def test_drift_triggers_what_was_chosen(
         drift.watch_drift("report", "http://127.0.0.1:9")
     with pytest.raises(LookupError, match="no service is named: set service_url"):
         drift.watch_drift()
+    with Other("2030-01-01T00:00:00+00:00") as other:
+        assert drift.watch_drift("nothing", f"{other.url}/") == {"mnist5k": ["ink_share"]}
+        store.set_feeder({"registry": "known"})
+        monkeypatch.setattr(drift.registry, "versions", lambda _: [])
+        with pytest.raises(LookupError, match=r"version 1 of mnist5k, which this registry has not: .* was asked for\."):
+            drift.watch_drift("retrain", other.url)
+
+
+def test_which_schedules_are_on_is_asked_of_the_server(prefect_server: str) -> None:
+    drift.watch_drift.to_deployment(name="switched-on", cron="*/15 * * * *").apply()
+    assert operate.schedules_there()["switched-on"] == [True]
 
 
 def test_a_failure_is_told_where_somebody_is_on_call(

@@ -185,6 +185,11 @@ def test_production_gets_what_staging_served_by_hash(two_environments, monkeypat
         assert said in out
         assert f"weights {staged['weights_sha256'][:12]}, served in staging as version 2" in out
     assert promote.fn("mnist5k", to="production")["text"].endswith(" already."), "and as Prefect's deployment"
+    with environment("production"):
+        (store.home() / "models" / NAME / "latest").unlink()
+    assert promote.fn("mnist5k", to="production")["text"].endswith(
+        f" already. Besides, the model store serves {NAME}:v2-{staged['weights_sha256'][:8]} again."
+    )
     with pytest.raises(ValueError, match="it takes neither `version` nor `dry_run`"):
         promote.fn("mnist5k", dry_run=True, to="production")
     assert toy.served() == staged
@@ -197,7 +202,7 @@ def test_production_gets_what_staging_served_by_hash(two_environments, monkeypat
         known = store.file_of(str(store.latest(NAME)), "reference.json")
         assert known.read_text() == watched
         lines = decisions.history("mnist5k")
-        assert ["release 1" in line for line in lines] == [True, False, False, False]
+        assert ["release 1" in line for line in lines] == [True, False, False, False, False]
         assert "version 2 (gated_pixelcnn-mnist5k) replaced version 1" in lines[1]
         assert lineage.main(["--version", f"{NAME}/2", "--verify"]) == 0
         assert run_rollback("mnist5k")["new"] == "1"

@@ -1,5 +1,7 @@
 """Judges: they know digits from what is none, and acceptance counts what they take."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from pipelines.judging.acceptance import KNOWN, acceptance, judged_images, known_part
 from pipelines.judging.judge import JUDGES, JudgeConfig, load_judge, save_judge, train_judge
 from pipelines.judging.spoiled import Spoiler
+from pipelines.stages import judge as stage
 from pixelcnn import PixelCNNConfig, build_model
 from pixelcnn.data import Dataset
 from pixelcnn.observed import ink_of
@@ -61,6 +64,12 @@ def test_a_judge_is_trained_the_same_twice_and_read_back(
     assert all(torch.equal(a, b) for a, b in zip(one.look(levels, 2), again.look(levels, 2), strict=True))
     with pytest.raises(ValueError, match=r"Make it: python -m pipelines\.steps judge mnist"):
         load_judge("mnist", "judge", data)
+
+
+def test_a_dataset_without_labels_has_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "load", lambda _: replace(digits(), label_names=[]))
+    with pytest.raises(ValueError, match="mnist5k has no labels"):
+        stage.judge("mnist5k")
 
 
 def test_what_is_known_of_a_drawing() -> None:

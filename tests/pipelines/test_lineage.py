@@ -99,6 +99,17 @@ def test_data_that_dvc_does_not_know(found: registry.Version, capsys: pytest.Cap
     assert "dvc.lock in this folder records 0ther; first recorded in revision" in out
 
 
+def test_data_that_another_dvc_lock_records(found: registry.Version, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the pairs on full data lies in `full/`."""
+    Path("full").mkdir(exist_ok=True)
+    for words in (("mv", "dvc.lock", "full/dvc.lock"), ("commit", "-qm", "moved")):
+        subprocess.run(["git", *words], check=True)
+    out = ask(capsys, "--version", f"{NAME}/1")[1]
+    for words in (("mv", "full/dvc.lock", "dvc.lock"), ("commit", "-qm", "moved back")):
+        subprocess.run(["git", *words], check=True)
+    assert "records it; first recorded in revision" in out
+
+
 def test_back_from_an_answer_of_the_service(
     found: registry.Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(operate, "POLL_S", 0.1)
     monkeypatch.setattr(operate, "automate", lambda: None)
     monkeypatch.setattr(operate, "has_worker", lambda: False)
+    monkeypatch.setattr(operate, "schedules_there", dict)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield f"http://127.0.0.1:{free_port()}/api"
     for number, handler in handlers.items():
@@ -129,3 +130,25 @@ def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: py
         assert asked[-1].removeprefix("train-pair/") in names[-len(deployments) :], "by the environment's own name"
     assert {"pixelcnn", "promote", "pixelcnn-staging", "promote-staging", "promote-production"} <= set(names)
     assert len(set(names)) == len(names)
+
+
+def test_a_schedule_stays_as_somebody_switched_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    for there in ({}, {"watch-drift": [True], "evaluate-champions": [False]}):
+        monkeypatch.setattr(operate, "schedules_there", lambda there=there: there)
+        operate.deploy(os.environ)
+        deployments = yaml.safe_load(Path("deployed.yaml").read_text())["deployments"]
+        made = {one["name"]: [each.get("active", True) for each in one.get("schedules", ())] for one in deployments}
+        assert made["watch-drift"] == there.get("watch-drift", [False])
+        assert made["evaluate-champions"] == there.get("evaluate-champions", [True])
+
+
+def test_an_unknown_environment_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXELCNN_ENVIRONMENT", "typo")
+    assert operate.main([]) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("operate: ")
+    assert "environments.yaml" in sentence

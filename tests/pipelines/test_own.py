@@ -235,15 +235,18 @@ def test_a_folder_becomes_a_pair_and_goes_again(folder: Path, capsys: pytest.Cap
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)
     shutil.copy(folder / "left/0.png", folder / "left/copy.png")
+    with Image.open(folder / "left/0.png") as image:  # other bytes, and the same once it has two levels
+        shaded = np.asarray(image) // 255 * np.arange(240, 256, dtype=np.uint8)
+        Image.fromarray(shaded).save(folder / "left/shaded.png")
     (folder / "left/note.txt").write_text("no picture")
     Path("own").mkdir()
     Path("own/params.yaml").write_text("# mine\ndatasets: {}\npairs: {}\n")
     before, code = state(Path.cwd()), state(Path(own.__file__).parents[1])
     assert add(folder) == 0
     said = capsys.readouterr().out
-    assert "found: 61 pictures, 1 other files" in said
-    assert "labels: 2: left (33), right (28)" in said
-    assert "exact duplicates: 1, each taken once" in said
+    assert "found: 62 pictures, 1 other files" in said
+    assert "labels: 2: left (34), right (28)" in said
+    assert "exact duplicates: 2, each taken once" in said
     assert "learned as: 16 x 12, binary, 2 levels (threshold)" in said
     assert "inverted: ink is dark; 48 train, 6 validation, 6 test" in said
     assert state(Path(own.__file__).parents[1]).keys() == code.keys(), "no code was touched"

@@ -101,6 +101,9 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         ),
         ("evaluate.completion_images", {"mnist": -1}, r"evaluate\.completion_images\.mnist must be .* got -1"),
         ("evaluate.completion_images", {"svhn": 1}, r"unknown dataset 'svhn'\. Known: mnist5k, "),
+        ("evaluate.judges", {"minst": "mnist"}, r"unknown dataset 'minst'\. Known: mnist5k, "),
+        ("evaluate.judges", {"mnist": "minst"}, r"unknown dataset 'minst'\. Known: mnist5k, "),
+        ("datasets.mnist.use_labels", True, r"unknown key 'datasets\.mnist\.use_labels'"),
         ("pairs", {}, r"pairs must .* got \{\}"),
         ("data.split_seed", True, r"data\.split_seed must be .*integer, got True"),
         ("datasets.mnist.num_levels", 1, r"datasets\.mnist\.num_levels must be .* got 1"),
@@ -165,6 +168,19 @@ def test_no_file_and_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("")
     with pytest.raises(ValueError, match=r"the file must be a mapping .* got None"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("text", ["datasets: [a]", "pairs: 5", "[]", "5", "sample: {}"])
+def test_own_entries_stand_by_name(tmp_path: Path, values: dict, text: str) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"own/params\.yaml must hold entries by name under `datasets` and `pairs`"):
+        load(tmp_path, values)
+    (tmp_path / "own/params.yaml").write_text("datasets:\npairs:\n")
+    assert load(tmp_path, values).pairs.keys() == values["pairs"].keys()
+    values["pairs"]["pixelcnn-mnist"]["num_threads"] = -1
+    with pytest.raises(ValueError, match=r"^params\.yaml: pairs\.pixelcnn-mnist\.num_threads"):
+        load(tmp_path, values)
 
 
 def test_no_key_stands_twice() -> None:

@@ -551,8 +551,9 @@ def test_rollback_without_a_previous_champion(toy):
     version = toy.register(INK)
     toy.promote()
     served = store.latest(toy.model_name)
-    with pytest.raises(LookupError, match="nothing moved"):
-        run_rollback(toy.name)
+    for to, said in ((None, "no previous champion"), (0, "no earlier champion of version 0")):
+        with pytest.raises(LookupError, match=f"{said} to roll back to: nothing moved"):
+            run_rollback(toy.name, to)
     assert toy.aliases == {"champion": version}
     assert store.latest(toy.model_name) == served
 

@@ -534,13 +534,49 @@ def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch:
             PAIR, params.model_copy(update={"sample": params.sample.model_copy(update={"seed": 5})}), data, False
         )
     )
+    judged = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"judges": {"mnist5k": "mnist"}})})
+    Path("judges").mkdir()
+    for weights in (b"one", b"another"):
+        (Path("judges") / "mnist-judge.safetensors").write_bytes(weights)
+        others.add(train_stage.inputs_of(PAIR, judged, data, False))
+    shutil.rmtree("judges")
+    elsewhere = params.evaluate.model_copy(update={"completion_images": {"cifar10": 1}, "judges": {"mnist": "mnist"}})
+    assert train_stage.inputs_of(PAIR, params.model_copy(update={"evaluate": elsewhere}), data, False) == same
     shutil.copytree(Path(provenance.pixelcnn.__file__).parent, tmp_path / "pixelcnn")
-    with open(tmp_path / "pixelcnn/models/layers.py", "a") as source:
-        source.write("\n")
     monkeypatch.setattr(provenance.pixelcnn, "__file__", str(tmp_path / "pixelcnn/__init__.py"))
-    others.add(train_stage.inputs_of(PAIR, params, data, False))
-    assert len(others) == 5
+    for file in ("models/layers.py", "completion.py"):  # it decides the weights; it decides scores alone
+        with open(tmp_path / "pixelcnn" / file, "a") as source:
+            source.write("\n")
+        others.add(train_stage.inputs_of(PAIR, params, data, False))
+    assert len(others) == 8
     assert same not in others
+
+
+def test_state_and_result_lie_apart(trained) -> None:
+    before = sorted(Path("models").iterdir())
+    with pytest.raises(ValueError, match=r"state and out are the same folder, models/x: name another for the state\."):
+        train_pair(PAIR, "models/x", state="models/../models/x")
+    with pytest.raises(ValueError, match="state and out are the same folder"):
+        train_stage.train(PAIR, Path("models/x"), Path("models/x"))
+    assert sorted(Path("models").iterdir()) == before
+
+
+def test_a_curve_of_an_earlier_training_is_not_taken_for_this_ones(trained, tmp_path: Path) -> None:
+    """It may have had more parts; so may a state that is carried over."""
+    report, trained_folder, stale = tmp_path / "report", tmp_path / "as-trained", ("labels.csv", "completer.csv")
+    shutil.copytree(REPORT, report)
+    shutil.copytree(OUT, trained_folder)
+    shutil.copy(REPORT / "curve.csv", trained_folder)
+    for name in stale:
+        (report / name).write_text("step,labels_validation_nats\n1,2.0\n")
+    evaluate_stage.evaluate(PAIR, trained_folder, tmp_path / "model", report)
+    assert sorted(path.name for path in report.iterdir()) == sorted(path.name for path in REPORT.iterdir())
+    state = tmp_path / "state"
+    state.mkdir()
+    for name in stale:
+        (state / name).write_text("")
+    train_stage.train(PAIR, tmp_path / "trained", state)
+    assert not {path.name for path in (tmp_path / "trained").iterdir()} & set(stale)
 
 
 def test_two_trainings_of_one_folder_do_not_meet(trained, monkeypatch: pytest.MonkeyPatch) -> None:

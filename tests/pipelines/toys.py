@@ -88,7 +88,6 @@ class Toy:
         folder, scores = self.checkpoint(ink, data, broken)
         client = tracking.client()
         run = client.create_run(tracking.experiment_id(self.name))
-        client.log_metric(run.info.run_id, "validation/nll_nats", scores["validation/nll_nats"] if nll is None else nll)
         client.log_artifacts(run.info.run_id, str(folder), f"model/artifacts/{tracking.CHECKPOINT_NAME}")
         if not client.search_registered_models(f"name='{self.model_name}'"):
             client.create_registered_model(self.model_name)
@@ -99,6 +98,7 @@ class Toy:
             "protocol": data.protocol,
             "weights_sha256": registry.sha256_of(folder / "model.safetensors"),
             "git_commit": "c0ffee",
+            "validation/nll_nats": str(scores["validation/nll_nats"] if nll is None else nll),
         }
         source = f"{run.info.artifact_uri}/model"
         return str(client.create_model_version(self.model_name, source, run.info.run_id, tags).version)
