@@ -55,14 +55,7 @@ def measure(
     unknown = set(changes) - {"network", "train"}
     if unknown:
         raise ValueError(f"{VARIANTS_FILE}: {pair}: unknown key {sorted(unknown)[0]!r}. Known: network, train.")
-    network = {
-        **vars(settings.network),
-        "head_features": 0,
-        "context_features": 0,
-        "context_width": 0,
-        "completer_features": 0,
-        **changes.get("network", {}),
-    }
+    network = {**vars(settings.network.without_context()), "head_features": 0, **changes.get("network", {})}
     fixed = {"max_minutes": minutes, "num_validations": 1, "num_validation_images": num_images}
     train = checked_config(TrainConfig, {**vars(settings.train), **changes.get("train", {}), **fixed}, where=pair)
     torch.set_num_threads(settings.num_threads or torch.get_num_threads())

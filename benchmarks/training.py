@@ -57,7 +57,10 @@ def plain_network(model: AutoregressiveModel) -> AutoregressiveModel:
 def plain_step(model: AutoregressiveModel, optimizer: torch.optim.Optimizer, levels: Tensor) -> None:
     """Take a step of the plain loop."""
     optimizer.zero_grad()
-    torch.autograd.backward(F.cross_entropy(model(levels), levels))
+    parameters = model(levels)
+    is_softmax = model.config.output == "categorical"
+    loss = F.cross_entropy(parameters, levels) if is_softmax else -model.output.log_prob(parameters, levels).mean()
+    torch.autograd.backward(loss)
     optimizer.step()
 
 

@@ -36,8 +36,8 @@ from pixelcnn.sampling.ahead import compile_sampler
 from pixelcnn.sampling.fast import sample
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
 
-# What the dataset fixes; and the completer, which the pipeline trains as a second part.
-NOT_BY_HAND = ("image_shape", "num_levels", "num_labels", "completer_features")
+# What the dataset fixes; and the completer and the label network, which the pipeline trains as parts of their own.
+NOT_BY_HAND = ("image_shape", "num_levels", "num_labels", "completer_features", "label_features")
 SEVERAL_VALUES = ("--batch-sizes", "--samplers", "--sides")
 
 Checkpoint = Annotated[Path, Option(help="folder of a checkpoint, or the name of released weights")]

@@ -90,7 +90,10 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in model.state_dict().items()}
+        weights = {
+            name: w.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+            for name, w in model.state_dict().items()
+        }
         if dtype is not None and not all(bool(weight.isfinite().all()) for weight in weights.values()):
             raise ValueError(f"a weight is too large for {dtype}. Store the model as it is.")
         try:
@@ -162,6 +165,12 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
         model.begin_completer()
 
 
+def located(folder: str | Path) -> Path:
+    """Return a checkpoint's folder: as it is; or, where there is none, that of the released weights of this name."""
+    folder = Path(folder)
+    return folder if _current(folder)[0].exists() else released().get(str(folder), folder)
+
+
 def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Read what `save_checkpoint` wrote, also while or after it was interrupted.
 
@@ -174,14 +183,11 @@ def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, 
     Raises:
         ValueError: a file is missing, damaged, of another architecture, or not the one that was saved.
     """
-    folder = Path(folder)
-    if not _current(folder)[0].exists():
-        folder = released().get(str(folder), folder)
-    folder, (config, scores_text, weights) = _read_files(folder)
+    folder, (config, scores_text, weights) = _read_files(located(folder))
     try:
         values, scores = json.loads(config), json.loads(scores_text)
         expected = values.pop("weights_sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder} is no checkpoint: {CONFIG_FILE} or {SCORES_FILE} is damaged ({error}).") from None
     found = hashlib.sha256(weights).hexdigest()
     if found != expected:
@@ -189,10 +195,15 @@ def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, 
             f"{folder / WEIGHTS_FILE} is not the file that was saved: its SHA-256 is {found[:12]}..., "
             f"{CONFIG_FILE} says {str(expected)[:12]}.... Fetch the checkpoint again."
         )
-    model = build_model(config_from_dict(values))
+    model_config = config_from_dict(values)
     try:
-        model.load_state_dict(load(weights))
-    except (RuntimeError, safetensors.SafetensorError) as error:
+        tensors = load(weights)
+        num_weights = sum(tensor.numel() for tensor in tensors.values())
+        if any(isinstance(value, int) and value > num_weights for value in values.values()):
+            raise OverflowError(f"a network of these sizes has more than its {num_weights:,} weights")
+        model = build_model(model_config)
+        model.load_state_dict(tensors)
+    except (RuntimeError, OverflowError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
     return model.eval(), scores
 

@@ -97,9 +97,9 @@ class ModelConfig:
 
     def of_completer(self) -> Self:
         """Return the config of the completer, a network by itself."""
-        return replace(
-            self, num_features=self.completer_features, head_features=0, completer_features=0, label_features=0
-        )
+        width = self.completer_features
+        head = self.head_features if width == self.num_features else 0  # it then begins with the joint model's weights
+        return replace(self, num_features=width, head_features=head, completer_features=0, label_features=0)
 
 
 def check_odd(name: str, value: Any) -> None:

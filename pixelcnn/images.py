@@ -46,20 +46,26 @@ def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int, exa
         (C, H, W) int64 in [0, K): grey values, or RGB, rounded to the nearest of the K levels.
 
     Raises:
-        ValueError: it is no PNG, it is larger than 1 MB, of another size, or would be changed and must not.
+        ValueError: it is no PNG, it is larger than 1 MB, of another size, of 16 bits, animated, or would be changed and
+            must not.
     """
     channels, height, width = image_shape
     if len(png) > MAX_PNG_BYTES:
         raise ValueError(f"image must be a PNG of at most {MAX_PNG_BYTES} bytes, got {len(png)}.")
+    # Byte 24, in the header that begins every PNG, is the bit depth. Pillow would cut 16 bits to 8.
+    if png[12:16] == b"IHDR" and png[24:25] == b"\x10":
+        raise ValueError("image is a PNG of 16 bits per channel: save it with 8.")
+    if b"acTL" in png[: png.find(b"IDAT")]:
+        raise ValueError("image is an animated PNG: take one picture of it.")
     try:
         file = Image.open(io.BytesIO(png), formats=["PNG"])
-        if file.size != (width, height):
-            raise ValueError(f"image must be {width} x {height} pixels, got {file.width} x {file.height}.")
-        picture = file.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        picture = file.convert("L" if channels == 1 else "RGB") if file.size == (width, height) else None
+    except Exception as error:  # a decoder that is fed with anything may raise anything
         # Of what is no PNG at all, Pillow's sentence names an object in memory.
-        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        why = f" ({error})" if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) else ""
         raise ValueError(f"image is no readable PNG{why}: save it anew.") from None
+    if picture is None:
+        raise ValueError(f"image must be {width} x {height} pixels, got {file.width} x {file.height}.")
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
     levels = (pixels.permute(2, 0, 1).double() * (num_levels - 1) / 255).round().long()
     if exact:

@@ -4,9 +4,9 @@ p(x) is the product over rows, columns, then channels (raster order) of p(x_i | 
 categorical over K levels, whose logits one forward pass gives for all sub-pixels at once.
 
 Sources: PixelCNN, van den Oord et al. 2016, arXiv:1601.06759; Gated PixelCNN, van den Oord et al. 2016,
-arXiv:1606.05328. Departures: labels in both architectures, Adam or Muon and EMA in training (training.py), a softmax of
-two levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the multi-scale
-PixelCNN, the autoencoder of the second paper.
+arXiv:1606.05328. Departures: labels in both architectures, Adam or Muon and EMA in training (pixelcnn/training), a
+softmax of two levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the
+multi-scale PixelCNN, the autoencoder of the second paper.
 
 With a context network the model also is p(missing | observed) for any observed part of an image, the product over the
 missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of the drawing enters every layer (section
@@ -29,7 +29,9 @@ from pixelcnn.models.maps import NEVER_WAITS, Label, Map
 from pixelcnn.models.masks import colour_groups
 from pixelcnn.models.outputs import OUTPUTS, Output
 
-LEAST_LABEL = 0.05  # the smallest probability that a label of a drawing may have: smaller ones count as zero
+# The smallest probability that a label of a drawing may have, smaller ones count as zero; of more than ten labels half
+# of what all would have if they were equally likely.
+LEAST_LABEL = 0.05
 
 
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
@@ -131,7 +133,7 @@ class AutoregressiveModel(nn.Module):
         """Return with which labels endings are drawn, (B, 1 + num_labels) float64 log-probabilities of none, 0, 1, ...
 
         It is the label that is given; where none is, but a label network and something known, p(label | drawing),
-        without the labels of less than `LEAST_LABEL`. Each drawing is looked at by itself: its figures do not depend
+        without the unlikely ones (`LEAST_LABEL`). Each drawing is looked at by itself: its figures do not depend
         on those beside it.
 
         Args:
@@ -150,7 +152,8 @@ class AutoregressiveModel(nn.Module):
         different, which = seen.unique(dim=0, return_inverse=True)
         logits = [self.label_network(one[None, :-1], one[None, -1:].bool()) for one in different]
         log_probs = torch.cat(logits).double().log_softmax(dim=1)
-        log_probs = log_probs.masked_fill(log_probs < math.log(LEAST_LABEL), -math.inf).log_softmax(dim=1)
+        least = math.log(min(LEAST_LABEL, 0.5 / self.config.num_labels))
+        log_probs = log_probs.masked_fill(log_probs < least, -math.inf).log_softmax(dim=1)
         found[asked] = F.pad(log_probs, (1, 0), value=-math.inf)[which]
         return found
 

@@ -73,7 +73,7 @@ class MaskedConv2d(Block):
         return self.mask != 0
 
     def described(self, x: Map) -> Map:
-        return convolved(x, self, self.taps(), self.right)
+        return convolved(x, self)
 
 
 class Pointwise(Block, nn.Conv2d):
@@ -89,7 +89,7 @@ class Pointwise(Block, nn.Conv2d):
         return torch.ones_like(self.weight, dtype=torch.bool)
 
     def described(self, x: Map) -> Map:
-        return convolved(x, self, self.taps(), 0)
+        return convolved(x, self)
 
 
 def masked_1x1(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> MaskedConv2d:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 NEVER_WAITS = -math.inf  # the lead of what is known from the start
@@ -51,26 +51,35 @@ class Map:
             raise ValueError(f"a map of {self.num_channels} channels can only be added to another one, got {other!r}.")
         return combined("add", (self, other), None)
 
+    def _refuse(self, *_: object) -> Any:
+        raise refusal("other arithmetic than +, in place or with numbers,")
+
+    # In place another name of the same map would change with it.
+    __iadd__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __getitem__ = _refuse
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise ValueError(
-            f"no sampler follows from '.{name}' of a feature map: build networks from the blocks of "
-            "pixelcnn.models.layers, + and relu (docs/architectures.md)."
-        )
+        raise refusal(f"'.{name}'")
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), named: Any = None
     ) -> "Map":
-        if function in (F.relu, torch.relu):
+        changed = [name for name, value in (named or {}).items() if value is not False]  # inplace=True, alpha=2
+        if function in (F.relu, torch.relu) and not changed:
             return combined("relu", (arguments[0],), None)
-        if function in (torch.add, Tensor.add, Tensor.__add__):
+        if function in (torch.add, Tensor.add, Tensor.__add__) and not changed:
             return arguments[0] + arguments[1]
-        raise ValueError(
-            f"no sampler follows from {getattr(function, '__name__', function)}: build networks from the blocks of "
-            "pixelcnn.models.layers, + and relu (docs/architectures.md)."
-        )
+        raise refusal(" with ".join([getattr(function, "__name__", str(function)), *changed]))
+
+
+def refusal(what: str) -> ValueError:
+    """Return the error of a network that does with its maps what no sampler can follow."""
+    return ValueError(
+        f"no sampler follows from {what} of a feature map: build networks from the blocks of pixelcnn.models.layers, "
+        "+ and relu (docs/architectures.md)."
+    )
 
 
 def combined(op: str, inputs: tuple[Map, ...], block: Any) -> Map:
@@ -84,14 +93,14 @@ def combined(op: str, inputs: tuple[Map, ...], block: Any) -> Map:
     return Map(op, inputs, block, inputs[0].num_channels, lead, together)
 
 
-def convolved(x: Map, block: nn.Module, taps: Tensor, right: int) -> Map:
+def convolved(x: Map, block: Any) -> Map:
     """Return the map that a convolution makes.
 
     Args:
-        block: has `weight`, (out, in, kh, kw), and perhaps `bias` and `mask`.
-        taps: (out, in, kh, kw) bool, where its weight can be anything but zero; the centre is in the last row,
-            `right` columns from the right end.
+        block: has `weight`, (out, in, kh, kw), and perhaps `bias` and `mask`. Its `taps()` say where the weight can be
+            anything but zero; the centre is in the last row, `right` columns from the right end.
     """
+    taps, right = block.taps(), block.right
     num_rows = taps.shape[2]
     used = taps.any(dim=1).any(dim=0)  # (kh, kw)
     offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]

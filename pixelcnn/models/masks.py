@@ -52,7 +52,4 @@ def row_mask(mask_type: str, kernel_size: int, in_groups: Tensor, out_groups: Te
     Returns:
         (out, in, 1, k // 2 + 1) float, 1 where allowed; the centre is the last tap.
     """
-    half = kernel_size // 2
-    mask = torch.ones(len(out_groups), len(in_groups), 1, half + 1)
-    mask[:, :, 0, half] = centre_mask(mask_type, in_groups, out_groups)
-    return mask
+    return raster_mask(mask_type, kernel_size, in_groups, out_groups)[:, :, -1:, : kernel_size // 2 + 1].contiguous()

@@ -23,7 +23,6 @@ MIN_LOG_SCALE = -7.0  # of a logistic distribution of levels in [-1, 1]
 class Output(Protocol):
     """An output distribution. What a network returns are its `parameters`, of all sub-pixels or of one pixel."""
 
-    num_groups: int  # colour groups in the layers: one for each colour that is drawn by an evaluation of its own
     num_parameters: int  # maps of the last layer
     num_per_draw: int  # of them, those that a colour is drawn from
 
@@ -49,11 +48,11 @@ class Categorical:
     """A softmax over the K levels of each colour; the parameters are logits, (B, K, C, ...)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.num_groups, self.num_levels = config.image_shape[0], config.num_levels
-        self.num_parameters, self.num_per_draw = self.num_groups * self.num_levels, self.num_levels
+        self.num_levels = self.num_per_draw = config.num_levels
+        self.num_parameters = config.image_shape[0] * config.num_levels
 
     def shaped(self, maps: Tensor) -> Tensor:
-        return maps.unflatten(1, (self.num_groups, self.num_levels)).transpose(1, 2)
+        return maps.unflatten(1, (-1, self.num_levels)).transpose(1, 2)
 
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
         # Levels last, the order in which the network leaves them: for 256 levels of colour images this makes a whole
@@ -77,8 +76,6 @@ class LogisticMixture:
     They are, in this order: M logits of the weights; for each colour M means and M log-scales of levels in [-1, 1]; for
     each pair of an earlier and a later colour M coefficients, before a tanh.
     """
-
-    num_groups = 1
 
     def __init__(self, config: ModelConfig) -> None:
         self.num_colours, self.num_levels = config.image_shape[0], config.num_levels

@@ -82,7 +82,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """
     values = dict(values)
     name = values.pop("model", None)
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise ValueError(f"unknown model {name!r}. Known: {', '.join(sorted(_ARCHITECTURES))}.")
     config: ModelConfig = checked_config(_ARCHITECTURES[name][0], values, where=name)
     return config

@@ -22,7 +22,9 @@ from pixelcnn.config import check_int, checked_config
 MAGIC, VERSION = b"\x89PXL\r\n\x1a\n", 1
 _START, _FRAME = struct.Struct("<8sHII"), struct.Struct("<III")
 MAX_HEADER_BYTES = 2**26
+MAX_RATIO, MIN_HEADER_BYTES = 64, 2**16  # names that differ are compressed by less: more is made to take memory
 MAX_BLOCK_IMAGES = 4096
+MAX_BATCH_IMAGES = 64  # whose states are in memory at once
 
 
 Block = tuple[int, bytes, int]  # its number, the code, and the CRC of the images
@@ -66,8 +68,9 @@ class Header:
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
         for name in ("num_levels", "num_images", "block_images", "batch_images"):
             check_int(name, getattr(self, name), 1)
-        if self.block_images > MAX_BLOCK_IMAGES or self.batch_images > MAX_BLOCK_IMAGES:
-            raise ValueError(f"block_images and batch_images must be at most {MAX_BLOCK_IMAGES}.")
+        for name, most in {"block_images": MAX_BLOCK_IMAGES, "batch_images": MAX_BATCH_IMAGES}.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}.")
         for name in ("weights_sha256", "engine", "arithmetic", "probe"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a text.")
@@ -93,10 +96,15 @@ class Header:
             ValueError: the names are too long to be read again.
         """
         text = json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > MAX_HEADER_BYTES:
-            raise ValueError(f"the pictures' names take more than {MAX_HEADER_BYTES >> 20} MiB. Pack them in parts.")
         packed = zlib.compress(text, 9)
+        if len(text) > most_text(len(packed)):
+            raise ValueError(f"the pictures' names take too much room, {len(text):,} bytes. Pack them in parts.")
         return _START.pack(MAGIC, VERSION, len(packed), zlib.crc32(packed)) + packed
+
+
+def most_text(num_packed: int) -> int:
+    """Return how many bytes a header may take that is so long in a file."""
+    return min(MAX_HEADER_BYTES, MIN_HEADER_BYTES + MAX_RATIO * num_packed)
 
 
 def is_plain(name: Any) -> bool:
@@ -156,8 +164,9 @@ class Reader:
 
     def _parse(self, packed: bytes) -> Header:
         try:
-            text = zlib.decompressobj().decompress(packed, MAX_HEADER_BYTES + 1)
-            if len(text) > MAX_HEADER_BYTES:
+            most = most_text(len(packed))
+            text = zlib.decompressobj().decompress(packed, most + 1)
+            if len(text) > most:
                 raise ValueError("it is too long")
             values = json.loads(text)
             if not isinstance(values, dict):

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint
+from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint, located
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.packing.coder import ENGINE, Coder
 from pixelcnn.packing.container import MAX_BLOCK_IMAGES, Block, DamagedError, Header, Reader, block_bytes
@@ -51,8 +51,9 @@ class Packed:
 
 def _load(checkpoint: Path) -> tuple[AutoregressiveModel, str]:
     """Return the model and its weights' SHA-256."""
-    model, _ = load_checkpoint(checkpoint)
-    return model, json.loads((checkpoint / CONFIG_FILE).read_text())["weights_sha256"]
+    folder = located(checkpoint)
+    model, _ = load_checkpoint(folder)
+    return model, json.loads((folder / CONFIG_FILE).read_text())["weights_sha256"]
 
 
 class _Progress:

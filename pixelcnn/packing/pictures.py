@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.data import SPLITS, generator_for, load_dataset
+from pixelcnn.data import SPLITS, Dataset, generator_for, load_dataset
 from pixelcnn.images import from_png, to_png
 from pixelcnn.packing.container import is_plain
 
@@ -75,9 +75,7 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
         return Images(_check_shape(path, array, config), lambda start, stop: _levels(path, array[start:stop], config))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must be a folder of PNG files, a .png, a .npy or a prepared dataset (.safetensors).")
-    if split not in SPLITS:
-        raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}.")
-    data = load_dataset(path)
+    data = _split_of(path, split)
     images = data.images[split].numpy()
     num = _check_shape(path, images, config)
     if exact:
@@ -94,7 +92,7 @@ def load_labels(path: Path, split: str, num_images: int, config: ModelConfig) ->
     if config.num_labels == 0:
         raise ValueError("the model knows no labels. Leave --labels out.")
     if path.suffix == ".safetensors":
-        labels = load_dataset(path).labels[split].numpy()
+        labels = _split_of(path, split).labels[split].numpy()
     elif path.exists():
         labels = _load_npy(path)
     else:
@@ -104,6 +102,13 @@ def load_labels(path: Path, split: str, num_images: int, config: ModelConfig) ->
     if labels.min() < -1 or labels.max() >= config.num_labels:
         raise ValueError(f"{path} must hold labels from -1 (none) to {config.num_labels - 1}.")
     return torch.from_numpy(labels.astype(np.int64))
+
+
+def _split_of(path: Path, split: str) -> Dataset:
+    """Return a prepared dataset that has this split."""
+    if split not in SPLITS:
+        raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    return load_dataset(path)
 
 
 def _read_pngs(files: list[Path], config: ModelConfig, exact: bool) -> Tensor:
@@ -118,9 +123,12 @@ def _read_pngs(files: list[Path], config: ModelConfig, exact: bool) -> Tensor:
 
 def _load_npy(path: Path) -> Any:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
         raise ValueError(f"{path} is no .npy array ({error}).") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is no .npy array: it holds several.")
+    return array
 
 
 def _check_shape(path: Path, array: Any, config: ModelConfig) -> int:

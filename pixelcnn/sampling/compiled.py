@@ -52,11 +52,12 @@ class Engine:
         Args:
             contexts: of each image the map of its drawing, flat; None where nothing is to be added.
         """
-        states = np.tile(self.fresh, (len(contexts), 1))
-        for state, context in zip(states, contexts, strict=True):
+        states = self.joined([self.fresh] * len(contexts))
+        for i, context in enumerate(contexts):
             if context is not None and self.context is not None:
-                state[self.context : self.context + len(context)] = context
-        return self.joined([states.flatten()])
+                start = i * self.program.state_size + self.context
+                states[start : start + len(context)] = context
+        return states
 
     def joined(self, states: list[Array]) -> Array:
         """Return states, all before the same row, as the state of a batch."""

@@ -61,6 +61,8 @@ def engine_name(model: AutoregressiveModel) -> str:
         importlib.import_module("pixelcnn.sampling.compiled")
     except ImportError:
         return "cached, in torch: numba is not installed"
+    except RuntimeError as error:  # of numba, which finds no folder for compiled code
+        return f"cached, in torch: {error}"
     if _compiling is not None and _compiling.is_alive() and threading.current_thread() is not _compiling:
         return "cached, in torch: the compiled sampler is not ready yet"
     return "cached, compiled"
@@ -259,7 +261,7 @@ def _row_by_row(
     try:
         for y in range(height):
             with changed:
-                changed.wait_for(lambda: is_stopped or min(next_rows) > y)  # noqa: B023
+                changed.wait_for(lambda: is_stopped or min(next_rows, default=height) > y)  # noqa: B023
             if is_stopped:
                 break
             on_row(y)

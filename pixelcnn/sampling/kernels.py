@@ -375,7 +375,7 @@ def _reached(exps, num_levels, total, u):
 
 @_compiled
 def _draw(logits, exps, num_levels, u, temperature):
-    """Return the level that `sampling.draw_level` would return, and its nats at temperature 1, in float64.
+    """Return the level that `outputs.draw_level` would return, and its nats at temperature 1, in float64.
 
     A level that is to be scored, and not drawn, comes as u = level + 1; at temperature 1.
     """
@@ -578,19 +578,8 @@ PLACE = np.dtype([(name, np.int64) for name in ("at", "row", "rows", "column")])
 # further for each label, `of_place` for each cell of the image. Row work takes a step on `columns` cells (blocks of
 # them, for keys) of every row, or of every other one.
 _NUMBERS = (
-    *(
-        "kind",
-        "num_out",
-        "vectors",
-        "num_in",
-        "weights",
-        "bias",
-        "of_label",
-        "of_place",
-        "is_rectified",
-        "is_sparse",
-        "is_raw",
-    ),
+    *("kind", "num_out", "vectors", "num_in", "weights", "bias", "of_label", "of_place"),
+    *("is_rectified", "is_sparse", "is_raw"),
     *("rows_up", "every", "columns", "is_of_context", "is_late", "reach", "is_always_needed", "is_for_draws_alone"),
     *("colour", "num_drawn", "keys", "values", "scores", "capacity", "heads", "features"),
 )

@@ -103,7 +103,7 @@ def _drawn_labels(log_probs: Tensor, u: Tensor, temperature: float) -> tuple[Ten
     noise = u[:, 0, 0, 0].double()
     column = draw_level(log_probs, noise, temperature)
     if temperature:
-        probs = (log_probs / temperature).softmax(dim=1)
+        probs = ((log_probs - log_probs.amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)
         below, width = ((x.gather(1, column[:, None])[:, 0]) for x in (probs.cumsum(dim=1) - probs, probs))
         u = u.clone()
         u[:, 0, 0, 0] = ((noise - below) / width).clamp(0, 1 - torch.finfo(u.dtype).eps)

@@ -90,6 +90,8 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * group["share"]
             part.step()
+            for group in part.param_groups:  # as Adam's fused step does not: samplers tell by it
+                torch.autograd.graph.increment_version(group["params"])
 
     def state(self, weight: Tensor) -> dict[str, Any]:
         """Return a weight's momenta and step count by name; empty before the first step."""
@@ -99,7 +101,9 @@ class Optimizer:
         """Set what `state` once returned; nothing where that is of another optimizer."""
         part = next(self._of(weight))
         if ("momentum" in state) == isinstance(part, Muon):
-            part.state[weight] = {k: v if k == "step" else torch.empty_like(weight).copy_(v) for k, v in state.items()}
+            part.state[weight] = {
+                k: v.to(weight.device) if k == "step" else torch.empty_like(weight).copy_(v) for k, v in state.items()
+            }
 
     def _of(self, weight: Tensor) -> Iterator[torch.optim.Optimizer]:
         return (part for part in self.parts if any(w is weight for g in part.param_groups for w in g["params"]))

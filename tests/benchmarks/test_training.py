@@ -19,11 +19,11 @@ def test_the_plain_network_is_the_same_function(architecture, shape):
     assert type(plain.head) is not type(model.head), "its kernels are others"
 
 
-def test_the_table(capsys, monkeypatch):
+@pytest.mark.parametrize("output", [{}, {"output": "logistic_mixture", "num_mixtures": 2}])
+def test_the_table(capsys, monkeypatch, output):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # it takes half a minute
-    speed = bench_training(
-        tiny_model("pixelcnn", (1, 4, 4), 2, 2, context_features=3).float(), batch_size=4, num_rounds=2
-    )
+    model = tiny_model("pixelcnn", (1, 4, 4), 2, 2, context_features=3, **output)
+    speed = bench_training(model.float(), batch_size=4, num_rounds=2)
     assert list(speed) == [PLAIN, *TRAINERS]
     assert min(speed.values()) > 0
     lines = capsys.readouterr().out.splitlines()

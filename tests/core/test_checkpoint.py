@@ -200,7 +200,7 @@ def test_a_missing_folder_is_named(tmp_path):
         load_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"model": "pixelcnn"}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", "[" * 200_000, '{"model": "pixelcnn"}', "\udcff"])
 def test_a_damaged_config_is_named(tmp_path, text):
     folder = saved(tmp_path / "model")
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -208,7 +208,13 @@ def test_a_damaged_config_is_named(tmp_path, text):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("change", [{"num_features": 8}, {"num_blocks": 3}, {"num_blocks": 1}, {"num_levels": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num_features": 8}, {"num_blocks": 3}, {"num_blocks": 1}, {"num_levels": 3}),
+        *({"num_features": 10**7}, {"num_levels": 10**12}, {"kernel_size": 10**9 + 1}),
+    ],
+)
 def test_a_config_of_another_size_is_refused(tmp_path, change):
     folder = saved(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | change
@@ -229,10 +235,20 @@ def test_weights_of_the_other_architecture_are_refused(tmp_path):
 
 def test_an_unknown_architecture_is_refused(tmp_path):
     folder = saved(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text()) | {"model": "pixelcnn++"}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="unknown model 'pixelcnn"):
-        load_checkpoint(folder)
+    for name in ("pixelcnn++", [], 3, None):
+        config = json.loads((folder / "config.json").read_text()) | {"model": name}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=exactly(f"unknown model {name!r}. Known: ")[:-1]):
+            load_checkpoint(folder)
+
+
+def test_layers_may_share_their_weights(tmp_path):
+    model = tiny_model("pixelcnn", (1, 3, 3), 2)
+    model.blocks[1] = model.blocks[0]
+    save_checkpoint(tmp_path / "model", model, {})
+    again, levels = load_checkpoint(tmp_path / "model")[0].double(), random_levels((1, 3, 3), 2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(again(levels), model(levels))
 
 
 class Trap:

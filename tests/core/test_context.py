@@ -381,6 +381,18 @@ def test_a_wrong_drawing_is_named(architecture, context_features, drawing, obser
         model(LEVELS, None, drawing, observed)
 
 
+def test_a_completer_of_the_joint_width_has_a_head_of_its_width():
+    """Or it could not begin with its weights."""
+    config = tiny_config("gated_pixelcnn", (1, 3, 3), 2, context_features=3, head_features=10)
+    config = dataclasses.replace(config, completer_features=config.num_features)
+    model = build_model(config)
+    assert model.completer.head.weight.shape == model.head.weight.shape
+    model.begin_completer()
+    assert torch.equal(model.completer.head.weight, model.head.weight)
+    assert config.of_completer().head_features == 10
+    assert dataclasses.replace(config, completer_features=2).of_completer().head_features == 4
+
+
 def test_a_network_without_context_has_the_parameters_it_always_had():
     for architecture in ARCHITECTURES:
         assert not [key for key in tiny_model(architecture, SHAPE, 2).state_dict() if "context" in key]

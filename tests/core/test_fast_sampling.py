@@ -316,6 +316,25 @@ def test_without_numba_the_torch_sampler_answers_with_one_notice(
     assert notices_of(model, caplog, monkeypatch) == ["sampling cached, in torch: numba is not installed"]
 
 
+def test_where_compiled_code_cannot_be_kept_the_torch_sampler_answers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("cannot cache function '_rows': no locator available")
+
+    monkeypatch.setattr(fast_sampling.importlib, "import_module", fail)
+    model, _ = tiny()
+    said = "sampling cached, in torch: cannot cache function '_rows': no locator available"
+    assert notices_of(model, caplog, monkeypatch) == [said]
+
+
+def test_no_images_are_no_trouble() -> None:
+    model, _ = tiny()
+    u, rows = torch.rand(0, *model.config.image_shape, dtype=torch.float64), []
+    assert sample(model, u, on_row=lambda row, _: rows.append(row)).shape == u.shape
+    assert rows == list(range(u.shape[2]))
+
+
 def test_while_the_sampler_is_compiled_aside_it_samples_in_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import pytest
 import torch
@@ -84,6 +86,30 @@ def test_a_damaged_png_is_refused_or_read_never_anything_else():
                 refusals.append(str(error))
     assert len(refusals) > 50
     assert all(message.startswith("image ") for message in refusals)
+
+
+def test_what_would_be_read_as_something_else_is_refused():
+    with pytest.raises(ValueError, match=exactly("image is a PNG of 16 bits per channel: save it with 8.")):
+        from_png(png_bytes(Image.new("I;16", (4, 5))), (1, 5, 4), 2)
+    pictures = [Image.new("L", (4, 5), grey) for grey in (0, 255)]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "PNG", save_all=True, append_images=pictures[1:])
+    with pytest.raises(ValueError, match=exactly("image is an animated PNG: take one picture of it.")):
+        from_png(buffer.getvalue(), (1, 5, 4), 2)
+
+
+def test_chunks_that_a_decoder_trips_over_are_no_error_of_ours():
+    """Their checksums are right: whoever made them meant it."""
+    good = to_png(torch.zeros(1, 5, 4, dtype=torch.int64), 2)
+    for kind in ("IHDR", "PLTE", "tRNS", "gAMA", "cHRM", "pHYs", "iCCP", "sRGB", "tEXt", "zTXt", "iTXt", "eXIf"):
+        for body in (b"", b"\0", b"\xff" * 3, b"a\0b\0c", bytes(30)):
+            named = kind.encode() + body
+            chunk = struct.pack(">I", len(body)) + named + struct.pack(">I", zlib.crc32(named))
+            for place in (8, 33):
+                try:
+                    assert from_png(good[:place] + chunk + good[place:], (1, 5, 4), 2).shape == (1, 5, 4)
+                except ValueError as error:
+                    assert str(error).startswith("image ")  # noqa: PT017
 
 
 def test_a_large_file_is_refused_unread():

@@ -137,14 +137,31 @@ def test_a_drawing_is_looked_at_by_itself():
 
 
 def test_improbable_labels_are_left_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(base, "LEAST_LABEL", 0.25)
+    monkeypatch.setattr(base, "LEAST_LABEL", 0.1)
     model, label = label_model(num_labels=5), torch.full((16,), -1)
+    with torch.no_grad():
+        model.label_network.last.weight.mul_(40)
     drawing, observed = random_levels(SHAPE, 2, 16), masks(16) | torch.tensor([True, False, False])
     found = model.label_log_probs(drawing, observed, label)
     kept = found.isfinite().sum(dim=1)
     assert (kept < 5).all()
     assert (kept >= 1).all()
     assert torch.allclose(found.exp().sum(dim=1), torch.ones(16, dtype=torch.float64))
+
+
+def test_of_many_labels_those_that_are_left_are_drawn():
+    """Of fifty that are about as likely none reaches a twentieth."""
+    model, label = label_model(num_labels=50), torch.full((4,), -1)
+    drawing, observed = random_levels(SHAPE, 2, 4), masks(4) | torch.tensor([True, False, False])
+    found = model.label_log_probs(drawing, observed, label)
+    assert torch.allclose(found.exp().sum(dim=1), torch.ones(4, dtype=torch.float64))
+    u = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    levels, score = complete_and_score(model, drawing, observed, u)
+    assert torch.equal(levels, naive_sample(model, u, drawing=drawing, observed=observed))
+    assert torch.allclose(score(), completion_log_prob(model, levels, observed).double())
+    for temperature in (1e-310, 1e-3, 0.0):
+        expected = naive_sample(model, u, None, temperature, drawing, observed)
+        assert torch.equal(sample(model, u, None, temperature, drawing, observed), expected)
 
 
 def test_a_label_network_learns_from_what_is_known_alone(tmp_path):

@@ -238,7 +238,8 @@ def test_the_options_of_train_are_the_settings_with_their_meaning(
     printed = " ".join(capsys.readouterr().out.split())
     for config_class in (architectures()[architecture], TrainConfig):
         for field in dataclasses.fields(config_class):
-            by_hand = field.name not in ("image_shape", "num_levels", "num_labels", "completer_features")
+            parts = ("completer_features", "label_features")
+            by_hand = field.name not in ("image_shape", "num_levels", "num_labels", *parts)
             assert (f"--{field.name.replace('_', '-')}" in printed) == by_hand
     assert "width of the network; a multiple of C" in printed
     assert "largest norm of the gradient of the loss in nats per sub-pixel. [default: 1.0]" in printed

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from pixelcnn import naive_sample, sample
 from pixelcnn.training.optimizers import OPTIMIZERS, Optimizer, orthogonalise
 from tests.core.tiny import ARCHITECTURES, tiny_model
 
@@ -50,6 +51,18 @@ def test_each_weight_is_followed_by_one_part(architecture):
         else:
             assert "exp_avg_sq" in optimizer.state(w)
             assert moved == pytest.approx(0.01, rel=1e-3), "Adam's first step is as large as its rate"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_after_each_step_the_sampler_is_that_of_the_new_weights(name):
+    """It keeps what it has laid out as long as torch counts no change of a weight."""
+    model = tiny_model("gated_pixelcnn", (1, 3, 3), 4)
+    optimizer, u = Optimizer(model, name, lr=1.0), torch.rand(8, 1, 3, 3, dtype=torch.float64)
+    for number in range(4):
+        for w in model.parameters():
+            w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(number), dtype=w.dtype)
+        optimizer.step(0.2)
+        assert torch.equal(sample(model, u), naive_sample(model, u))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -229,6 +229,7 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
         "does not fit the model: image must hold the 3 levels of grey of the model and nothing else (black is the "
         "first one, white the last one): others would be changed."
     )
+    save_dataset(tmp_path / "data.safetensors", toy_dataset(SHAPE, 3))
     before = sorted(tmp_path.iterdir())
     for name, message in {
         "empty": "{} holds no PNG file (*.png).",
@@ -238,7 +239,7 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
         "grey": "{}/00001.png " + levels,
         "red": "{}/00001.png " + levels,
         "clear": "{}/00001.png " + levels,
-        "deep": "{}/00001.png " + levels,
+        "deep": "{}/00001.png does not fit the model: image is a PNG of 16 bits per channel: save it with 8.",
         "floats.npy": "{} " + holds + " float32 (4, 1, 4, 5).",
         "shape.npy": "{} " + holds + " uint8 (4, 1, 3, 5).",
         "none.npy": "{} " + holds + " uint8 (0, 1, 4, 5).",
@@ -248,9 +249,12 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
     }.items():
         with pytest.raises(ValueError, match=exactly(message.format(tmp_path / name))):
             pack(checkpoint, tmp_path / name, tmp_path / "x.pxl")
-    for name in ("broken.npy", "pickle.npy"):
+    np.savez(tmp_path / "several.npz", array)
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    for name in ("broken.npy", "pickle.npy", "several.npy"):
         with pytest.raises(ValueError, match=f"{name} is no .npy array"):
             pack(checkpoint, tmp_path / name, tmp_path / "x.pxl")
+    (tmp_path / "several.npy").unlink()
     np.save(tmp_path / "labels.npy", np.array([0, 1, 2, 0]))
     np.save(tmp_path / "few.npy", np.array([0, 1]))
     for name, message in {
@@ -261,6 +265,8 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
         with pytest.raises(ValueError, match=exactly(message.format(tmp_path / name))):
             pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / name)
         (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=exactly("--split must be one of train, validation, test, got 'tset'.")):
+        pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / "data.safetensors", split="tset")
     with pytest.raises(ValueError, match=exactly("--block-images must be from 1 to 4096, got 0.")):
         pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", block_images=0)
     assert sorted(tmp_path.iterdir()) == before
@@ -472,3 +478,30 @@ def test_names_cannot_lead_out_of_the_folder(name: str) -> None:
     texts = dict.fromkeys(["weights_sha256", "engine", "arithmetic", "probe"], "x")
     with pytest.raises(ValueError, match="names must be as many plain relative names as there are images"):
         Header(**common, **texts, has_labels=False, names=[name])
+
+
+def test_a_small_file_takes_little_memory(checkpoint, tmp_path) -> None:
+    """What it says of itself is bounded by its own size, and so is what is in memory at once."""
+    array_of(tmp_path / "in.npy", 2)
+    pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl")
+    with open(tmp_path / "x.pxl", "rb") as file:
+        header = Reader(file, "x.pxl").header
+    with pytest.raises(ValueError, match=exactly("batch_images must be at most 64, got 65.")):
+        replace(header, batch_images=65)
+    text = json.dumps({**vars(header), "names": "NAMES"}).replace('"NAMES"', "[" + "{}," * 10**6 + "{}]")
+    packed = zlib.compress(text.encode(), 9)
+    start = struct.pack("<8sHII", b"\x89PXL\r\n\x1a\n", 1, len(packed), zlib.crc32(packed)) + packed
+    (tmp_path / "bomb.pxl").write_bytes(start)
+    assert len(start) < 10_000
+    with pytest.raises(ValueError, match=r"has a header that makes no sense \(it is too long\)"):
+        unpack(checkpoint, tmp_path / "bomb.pxl", tmp_path / "out")
+
+
+def test_the_name_of_released_weights_is_enough(tmp_path, monkeypatch) -> None:
+    released = Path(__file__).parents[2] / "weights" / "gated_pixelcnn-letters"
+    images = random_levels((1, 28, 28), 2, 2)
+    np.save(tmp_path / "in.npy", images.byte().numpy())
+    monkeypatch.chdir(tmp_path)
+    pack(Path(released.name), tmp_path / "in.npy", tmp_path / "x.pxl")
+    unpack(Path(released.name), tmp_path / "x.pxl", tmp_path / "out.npy")
+    assert np.array_equal(np.load(tmp_path / "out.npy"), images.numpy())

@@ -1,5 +1,6 @@
 """A sampler follows from any network made of the blocks; what none can follow from is refused by name."""
 
+import operator
 import os
 from dataclasses import dataclass
 
@@ -182,8 +183,17 @@ CONFIG = ModelConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
         (lambda x: x.flip(1), "no sampler follows from '.flip' of a feature map"),
         (MaskedConv2d(torch.ones(4, 4, 1, 3), right=1), "is not causal"),
         (lambda x: x + 1, "can only be added to another one"),
+        (nn.ReLU(inplace=True), "no sampler follows from relu with inplace of a feature map"),
+        (lambda x: torch.add(x, x, alpha=2), "no sampler follows from add with alpha of a feature map"),
+        (lambda x: operator.iadd(x, x), "no sampler follows from other arithmetic than"),
+        (lambda x: sum([x, x]), "no sampler follows from other arithmetic than"),
+        (lambda x: 2 * x - x, "no sampler follows from other arithmetic than"),
+        (lambda x: x[:, :2], "no sampler follows from other arithmetic than"),
     ],
-    ids=["batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"],
+    ids=[
+        *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
+        *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part"),
+    ],
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:
     with pytest.raises(ValueError, match=message):

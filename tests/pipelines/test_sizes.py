@@ -9,9 +9,9 @@ from tests.pipelines.projects import PAIR, tiny_params, write_params
 
 
 def test_a_row_for_each_variant(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    params = tiny_params()  # a pair with a completer: what is compared leaves it out
-    params["pairs"][PAIR]["network"] |= {"context_features": 2, "completer_features": 2}
-    params["pairs"][PAIR]["completer"] = params["pairs"][PAIR]["train"]
+    params = tiny_params()  # a pair with a completer and a label network: what is compared leaves them out
+    params["pairs"][PAIR]["network"] |= {"context_features": 2, "completer_features": 2, "label_features": 2}
+    params["pairs"][PAIR]["completer"] = params["pairs"][PAIR]["labels"] = params["pairs"][PAIR]["train"]
     write_params(Path(), params)
     text = f"minutes: 0.01\nnum_images: 8\npairs:\n  {PAIR}: [{{}}, {{network: {{num_features: 5}}}}]\n"
     Path("variants.yaml").write_text(text)

@@ -80,7 +80,7 @@ GREY_PICTURE = Image.new("L", (4, 5))
         (saved(Image.fromarray(np.zeros((5, 4), np.uint16))), "image is a PNG of 16 bits per channel"),
         (
             saved(GREY_PICTURE, save_all=True, append_images=[Image.new("L", (4, 5), 255)]),
-            "image is an animated PNG: send one picture.",
+            "image is an animated PNG: take one picture of it.",
         ),
         (saved(GREY_PICTURE)[:-20], "image is no readable PNG"),
         (saved(GREY_PICTURE)[:40], "image is no readable PNG"),
