@@ -252,7 +252,7 @@ class ServiceClient:
         except httpx.ReadTimeout as error:
             text = f"The service at {self.url} takes too long to answer. Try again; your drawing is kept."
             text = _with_id(text, error.request)
-        except httpx.HTTPError:
+        except (httpx.HTTPError, UnicodeError):  # the latter of a name that no network knows
             text = f"The service at {self.url} does not answer. Start it with `make serve`; your drawing is kept."
         raise ServiceError(
             text

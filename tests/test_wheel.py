@@ -40,7 +40,7 @@ def test_it_holds_code_assets_and_weights(wheel: Path) -> None:
         str(path.relative_to(ROOT))
         for package in ("app", "pipelines", "pixelcnn")
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and path.suffix in (".py", ".css", ".html", ".js", ".yaml", ".j2")
+        if path.is_file() and path.suffix in (".py", ".css", ".html", ".js", ".yaml", ".toml", ".j2")
     }
     weights = {
         f"pixelcnn/weights/{folder.name}/{name}"

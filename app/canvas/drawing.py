@@ -1,6 +1,7 @@
 """A drawing: ink or paint on a grid, its texts, and what of it the model is given. Arrays alone."""
 
 import base64
+import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def without(drawing: Drawing, part: str) -> Drawing:
     return Drawing(strength, np.where(hole, HOLE, drawing.mark))
 
 
+@functools.lru_cache(maxsize=4)  # a page asks again at each redrawing
 def fit_picture(data: bytes, shape: tuple[int, ...], dark_ink: bool) -> np.ndarray:
     """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from app.canvas.texts import say
 
-MAX_PIXELS = 50_000_000  # of a picture that cannot be read at a smaller size; JPEG can
+MAX_PIXELS = 25_000_000  # of a picture that cannot be read at a smaller size; JPEG can
 WORK_SIDE = 512  # a larger photo is reduced to it: many pixels for each cell are left
 LIGHT_STEPS, LIGHT_PIXELS = 10, 5000
 LEAST_CONTRAST = 0.15  # between ink and paper, of the paper's brightness; less is the paper's grain
@@ -46,14 +46,14 @@ def open_picture(data: bytes) -> Image.Image:
         ValueError: it is no picture that can be read, or too large a one.
     """
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as file:
             file.draft("RGB", (WORK_SIDE, WORK_SIDE))
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             return ImageOps.exif_transpose(file).convert("RGBA")
     except Image.DecompressionBombError:
         raise ValueError(say("picture_too_large", most=MAX_PIXELS // 10**6)) from None
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # a decoder that is fed with anything may raise anything
         raise ValueError(say("picture_unreadable")) from None
 
 

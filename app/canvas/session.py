@@ -45,10 +45,12 @@ class Visit:
     unfinished: Ending | None = None  # of a request that the next stroke has ended: shown until there is more
     client: ServiceClient | None = None  # of this visit
     settings: Settings | None = None  # last chosen to draw with
+    chosen: dict[str, Any] = field(default_factory=dict)  # what their widgets held then
     order: str = "drawn"  # of the endings that are shown, see `order_of`
     language: str = field(default_factory=language)
     live: Ending | None = None  # endings that the browser got without the page: it has not shown them yet
     is_live: bool = False  # the browser is getting endings so
+    live_for: tuple[Any, int | None] | None = None  # of which settings: (query, seed)
     stop_live: Callable[[], None] = lambda: None  # ends that
     drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
     linked: str = ""  # the drawing of the address that the visit began with
@@ -94,6 +96,11 @@ class Visit:
         """Note what keeps an answer away, and when to ask again if that may help."""
         self.trouble = error
         self.retry_at = time.monotonic() + RETRY_S if error.away else math.inf
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the service is left alone for a moment, and then asked again."""
+        return math.isfinite(self.retry_at)
 
     def answer_came(self) -> None:
         """Note that the service answers."""

@@ -90,22 +90,27 @@ def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> 
 
 
 @contextlib.contextmanager
-def busy(text: str, on_stop: Callable[[], None]) -> Iterator[None]:
-    """Show that the model works meanwhile, and a button that stops it."""
+def busy(what: str, text: str, on_stop: Callable[[], None]) -> Iterator[None]:
+    """Show that the model works meanwhile, and a button that stops it; see `busy_line`."""
     place = st.empty()
     with place:
-        busy_line(text, on_stop)
+        busy_line(what, text, on_stop)
     try:
         yield
     finally:
         place.empty()
 
 
-def busy_line(text: str, on_stop: Callable[[], None]) -> None:
-    """Show that the model works, and a button that stops it, both unseen in the first moment."""
-    with st.container(key="busy", horizontal=True, vertical_alignment="center"):
+def busy_line(what: str, text: str, on_stop: Callable[[], None]) -> None:
+    """Show that the model works, and a button that stops it, both unseen in the first moment.
+
+    Args:
+        what: it does; one run of a page may wait for several things.
+        text: that says so.
+    """
+    with st.container(key=f"busy-{what}", horizontal=True, vertical_alignment="center"):
         st.markdown(text)
-        st.button(say("stop"), on_click=on_stop, key="stop", width="content")
+        st.button(say("stop"), on_click=on_stop, key=f"stop-{what}", width="content")
 
 
 def is_of_fragment() -> bool:
@@ -138,14 +143,22 @@ def waiting_fragments() -> list[str]:
     return requests._rerun_data.fragment_id_queue
 
 
-def wait_for(call: Callable[[], Event], text: str, on_stop: Callable[[], None]) -> Event:
-    """Return what a call of the service returns, showing that it takes a while. Raises ServiceError."""
-    with busy(text, on_stop):
-        for answer in in_background(lambda _: (call() for _ in range(1))):
+def wait_for(
+    ask: Callable[[], Generator[Event | None, None, None]], what: str, text: str, on_stop: Callable[[], None]
+) -> Event:
+    """Return what the service is asked for, showing that it takes a while. Raises ServiceError.
+
+    Args:
+        ask: yields None after each request but the last, so that no further one is sent once the page has left, and
+            then what was asked for.
+        what, text, on_stop: see `busy_line`.
+    """
+    with busy(what, text, on_stop), contextlib.closing(in_background(lambda _: ask())) as answers:
+        for answer in answers:
             if answer is not None:
                 return answer
             look_up()
-    raise AssertionError("a call returns or raises")
+    raise AssertionError("what is asked for comes, or an error")
 
 
 def drawn(
@@ -187,7 +200,7 @@ def complete(
     """
     answers = in_background(lambda on_open: client.complete_stream(**vars(request), on_open=on_open))
     # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
-    with busy(say("drawing"), on_stop), contextlib.closing(answers):
+    with busy("drawing", say("drawing"), on_stop), contextlib.closing(answers):
         for ending in drawn(answers, request, levels):
             if ending and ending.log_probs is not None:
                 return ending

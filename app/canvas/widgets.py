@@ -146,6 +146,11 @@ def _count_down(visit: Visit) -> None:
             st.rerun()
 
 
+def switch_off(key: str) -> None:
+    """Switch off a toggle, from a button's callback: what it asks for was stopped, and is not asked for again."""
+    st.session_state[key] = False
+
+
 def show_seed(seed: int | None) -> None:
     """Show a seed with a button to copy it."""
     with st.container(key="seed", horizontal=True, vertical_alignment="center"):

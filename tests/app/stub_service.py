@@ -43,7 +43,7 @@ class StubService:
 
     Args:
         port: 0 for any free one.
-        row_s: seconds between two rows of a stream.
+        row_s: seconds between two rows of a stream, and before a likelihood.
     """
 
     def __init__(self, port: int = 0, row_s: float = 0.0) -> None:
@@ -71,6 +71,7 @@ class StubService:
                 elif self.path == "/generate":
                     self._json(200, stub.generated(body))
                 elif self.path == "/likelihood":
+                    time.sleep(stub.row_s)
                     self._json(200, stub.likelihood(body))
                 elif self.path == "/complete_stream":
                     self._stream(stub.answer(body))

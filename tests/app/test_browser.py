@@ -959,7 +959,6 @@ def test_first_ten_seconds(open_page: OpenPage, service: StubService) -> None:
     assert (own != shown).any()
     assert not (own[:4]).any()
     tool(page, "Undo").click()
-    tool(page, "Undo").click()
     assert (ink(page) == shown).all()
     beginnings = page.get_by_role("button", name="Go on from test image")
     expect(beginnings).to_have_count(5)
@@ -1033,17 +1032,64 @@ def test_one_seed_for_a_drawing(open_page: OpenPage, service: StubService) -> No
     until(lambda: service.requests[-1][1]["seed"] not in (seed, second), "a new drawing kept the seed")
 
 
-def test_two_fingers_never_draw(open_page: OpenPage) -> None:
-    page = open_page(390, 844, has_touch=True, is_mobile=True)
+def touch(page: Page, *steps: tuple[str, list[tuple[float, float]]]) -> None:
+    """Put fingers on the grid, move them, take them away: kinds of events, and where the fingers are then, in cells."""
     client = page.context.new_cdp_session(page)
-    steps = [("touchStart", [(10, 10)]), ("touchStart", [(10, 10), (18, 18)])]
-    steps += [("touchMove", [(10 - step, 10 - step), (18 + step, 18 + step)]) for step in range(1, 6)]
     for kind, places in [(kind, points_on_screen(page, places)) for kind, places in steps]:
         points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
         client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    client.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+def test_two_fingers_never_draw(open_page: OpenPage) -> None:
+    page = open_page(390, 844, has_touch=True, is_mobile=True)
+    steps = [("touchStart", [(10, 10)]), ("touchStart", [(10, 10), (18, 18)])]
+    steps += [("touchMove", [(10 - step, 10 - step), (18 + step, 18 + step)]) for step in range(1, 6)]
+    touch(page, *[*steps, ("touchEnd", [])])
     assert not ink(page).any()
     assert page.evaluate("visualViewport.scale") > 1  # they zoom the page instead
+
+
+def test_the_example_stays_until_a_stroke_is_made(open_page: OpenPage) -> None:
+    """Two fingers, or an undo of nothing, do not begin a drawing; the page knows what is on the grid."""
+    page = open_page(example=True, has_touch=True)
+    until(lambda: ink(page).any(), "the example does not draw itself")
+    page.keyboard.press("Control+z")
+    until(lambda: (ink(page) == EXAMPLE).all(), "an undo has stopped the example")
+    wait_until_still(page)
+    touch(page, ("touchStart", [(8, 8)]), ("touchStart", [(8, 8), (20, 20)]), ("touchEnd", []))
+    assert (ink(page) == EXAMPLE).all()
+    press_complete(page)
+    wait_for_endings(page)
+    tool(page, "Eraser").click()
+    draw(page, HALF_DIGIT)
+    assert not ink(page).any()
+    wait_until_still(page)
+    expect(page.locator(".endings:visible figure")).to_have_count(0)
+    tool(page, "Undo").click()
+    assert (ink(page) == EXAMPLE).all()
+
+
+def test_a_setting_that_is_changed_while_endings_come_is_taken(open_page: OpenPage, service: StubService) -> None:
+    page = open_page(live=True)
+    page.get_by_text("Advanced").click()
+    wait_until_still(page)
+    for press in ("click", "Space"):  # with the mouse; and at once by keyboard
+        service.row_s = 0.1
+        draw(page, [(9, 8), (10, 6), (12, 4.5)])
+        page.wait_for_timeout(1500 if press == "click" else 200)
+        mode = page.get_by_role("radio", name="Only my ink" if press == "click" else "All above")
+        if press == "click":
+            mode.click()
+        else:
+            mode.focus()
+            page.keyboard.press(press)
+        until(lambda: "Stop" not in page.locator(".stApp").inner_text(), "the page waits for ever")
+        service.row_s = 0.0
+        known = ink(page) if press == "click" else (np.arange(SIZE)[:, None] <= ink(page).any(axis=1).nonzero()[0][-1])
+        expected = (known | np.zeros((SIZE, SIZE), dtype=bool)).astype(int).tolist()
+        until(lambda: service.requests[-1][1]["observed"] == expected, "the setting was not taken")  # noqa: B023
+        wait_for_endings(page)
+        expect(page.locator(".endings.stale:visible")).to_have_count(0)
 
 
 def test_the_grid_is_drawn_once_a_frame_however_many_moves_it_has(open_page: OpenPage) -> None:

@@ -4,7 +4,10 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
@@ -15,7 +18,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
-from app.canvas import waiting
+from app.canvas import waiting, widgets
 from app.canvas.drawing import HOLE, TOUCHED, Drawing, decode_drawing, drawing_text
 from tests.app.stub_service import StubService
 
@@ -581,6 +584,67 @@ def test_surprise_beside_the_grid_and_named_endings(service: StubService, open_p
     page.toggle(key="named").set_value(True).run()
     assert "9 endings have come: 4, 4, 4, 4, 4, 4, 4, 4, 4" in html_text(page)
     assert html_text(page).count("<b>4</b>") == 9
+    other = INK.copy()
+    other[15, 4:9] = 1
+    page.session_state["grid-28x28"] = {"ink": grid_text(other)}
+    complete(page)  # one run waits for endings, surprise and names, one after the other
+    assert "9 endings have come: 4, 4, 4, 4, 4, 4, 4, 4, 4" in html_text(page)
+
+
+def test_what_failed_is_asked_again_and_then_the_warning_goes(service: StubService, open_page: OpenPage) -> None:
+    def refused_once(page: AppTest, ask: Callable[[], object], path: str) -> None:
+        service.refusal = (429, '{"error": "Too many requests at once."}')
+        ask()
+        assert page.warning[0].value.startswith("Many are drawing just now")
+        asked, service.refusal = len(service.requests), None
+        page.run()
+        assert len(service.requests) == asked, "it is left alone for a moment"
+        press(page, "Try again now")
+        assert service.requests[asked][0] == path
+        assert not page.warning
+        asked = len(service.requests)
+        page.run()
+        assert len(service.requests) == asked
+
+    page = complete(open_page())
+    for toggle in ("surprise_beside", "named"):
+        refused_once(page, lambda toggle=toggle: page.toggle(key=toggle).set_value(True).run(), "/likelihood")
+        page.toggle(key="surprise_beside").set_value(False).run()
+    page = at(open_page, "Generate")
+    refused_once(page, lambda: press(page, "Generate"), "/complete_stream")
+
+
+def test_once_the_page_has_left_no_further_request_is_sent() -> None:
+    sent, may_go_on = [], threading.Event()
+
+    def ask() -> Iterator[None]:
+        for number in range(5):
+            sent.append(number)
+            may_go_on.wait(10)
+            yield
+
+    answers = waiting.in_background(lambda _: ask())
+    assert next(answers) is None
+    answers.close()
+    may_go_on.set()
+    for thread in threading.enumerate():
+        if thread.name.endswith("(ask)"):
+            thread.join(10)
+    assert sent == [0]
+
+
+def test_an_installed_page_has_the_settings_of_a_clones(tmp_path: Path) -> None:
+    """Wherever it is started: no tracebacks for visitors, uploads bounded, nothing sent home."""
+    options = ("client.showErrorDetails", "client.toolbarMode", "server.maxUploadSize", "server.address")
+    code = f"""
+from streamlit import config
+config._main_script_path = {str(PAGE)!r}
+config.get_config_options(force_reparse=True)
+print(*(config.get_option(name) for name in {(*options, "browser.gatherUsageStats")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["none", "minimal", "10", "127.0.0.1", "False"]
+    assert widgets.MAX_UPLOAD_MB == 10
 
 
 def test_what_waits_for_the_service_ends_for_its_own_fragment_alone(monkeypatch: pytest.MonkeyPatch) -> None:

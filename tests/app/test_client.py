@@ -125,6 +125,12 @@ def test_service_down_says_how_to_start_it(service: StubService) -> None:
         assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_name_that_no_network_knows_is_no_answer(host: str) -> None:
+    with pytest.raises(ServiceError, match="does not answer"):
+        ServiceClient(f"http://{host}:3000").models()
+
+
 def test_service_back_after_a_restart(service: StubService) -> None:
     client = ServiceClient(service.url)
     client.models()

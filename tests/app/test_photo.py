@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageOps
 import pytest
 import safetensors.numpy
 
-from app.canvas.photo import Layout, find_ink, layout_of
+from app.canvas.photo import Layout, find_ink, layout_of, open_picture
 
 SHAPE = (28, 28)
 # A 4: points of its strokes, in a square of side 1.
@@ -77,6 +78,18 @@ def test_a_photo_is_turned_as_its_camera_says() -> None:
     assert agreement(find_ink(saved(lying, "JPEG", exif=exif), SHAPE, Layout()), CLEAN) >= 0.85
 
 
+def test_what_no_decoder_of_ours_should_see_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trip(_: object) -> None:
+        raise TypeError("a tag of the camera's is of no type")
+
+    for kind in ("GIF", "EPS", "TIFF"):  # whatever the file is called
+        with pytest.raises(ValueError, match="no picture that can be read"):
+            open_picture(saved(photo(255, 0), kind))
+    monkeypatch.setattr(PIL.ImageOps, "exif_transpose", trip)
+    with pytest.raises(ValueError, match="no picture that can be read"):
+        open_picture(saved(photo(255, 0), "JPEG"))
+
+
 def test_a_thin_pen_becomes_a_stroke() -> None:
     thin = find_ink(saved(photo(235, 40, width=5)), SHAPE, Layout())
     assert (thin >= 128).sum() >= 60
@@ -119,7 +132,7 @@ def test_the_layout_is_measured() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (saved(PIL.Image.new("1", (8000, 8000))), "This picture is too large. Upload one of at most 50 million"),
+        (saved(PIL.Image.new("1", (8000, 8000))), "This picture is too large. Upload one of at most 25 million"),
         (b"", "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (saved(photo(200, 200)), "No ink was found in this picture. Take it nearer, on plain paper."),

@@ -59,7 +59,8 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
   let soft = true; // where there are levels for it
   let data = { levels: 2, known: "above", live: false, shortcuts: true };
   let send = () => {};
-  // {id: pointer, before: cells at its start, cover: of each cell, how much of it the soft pen covers, x, y: last place}
+  // {id: pointer, before: cells at its start, last: those of before it; demonstrated, as it was; cover: of each cell, how
+  // much of it the soft pen covers; x, y: last place}
   let stroke = null;
   let cursor = [Math.floor(width / 2), Math.floor(height / 2)]; // the keyboard's cell: column, row
   let sentAt = 0;
@@ -67,7 +68,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
   let view = { scale: 1, x: 0, y: 0 }; // what is seen of a large grid: in papers
   const fingers = new Map(); // those on the grid: pointer to place
   let loaded = null; // the last `load` that was taken
-  let demonstrated = false; // the grid shows its demonstration and nothing else
+  let demonstrated = null; // the demonstration's cells, while the grid shows it, or draws it, and nothing else
 
   for (const button of root.querySelectorAll("[data-colour]")) button.style.background = button.dataset.colour;
   root.classList.toggle("large", isLarge);
@@ -167,7 +168,11 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
   }
 
   function changed(before) {
-    if (before.every((value, i) => value === cells[i])) return;
+    if (before.every((value, i) => value === cells[i])) {
+      draw();
+      showTools();
+      return;
+    }
     done.push(before);
     if (done.length > MAX_UNDO) done.shift();
     undone = [];
@@ -177,7 +182,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
   function report() {
     draw();
     showTools();
-    const text = toText();
+    const { text } = document.drawing;
     try {
       sessionStorage.setItem(storageKey, JSON.stringify({ text, linked: linked(), loaded }));
     } catch {
@@ -204,7 +209,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
   // Draw by itself: ink cell by ink cell, the nearest first, as a hand would; live, if the page is. A person who moves
   // less, or comes in between, sees the whole of it at once.
   function demonstrate(whole) {
-    demonstrated = true;
+    demonstrated = whole;
     const left = [];
     for (let i = 0; i < size; i++) if (whole[marks + i]) left.push(i);
     const path = [];
@@ -234,13 +239,12 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
     requestAnimationFrame(step);
   }
 
-  // The first own stroke on a demonstration begins a new drawing; undo brings the demonstration back.
-  function begin() {
-    if (demonstrated) {
-      done.push(cells);
-      cells = blank();
-    }
-    demonstrated = false;
+  // The first own stroke on a demonstration begins a new drawing; undo, or a second finger, brings the whole of it back.
+  function begin(id, x, y) {
+    const last = demonstrated ?? cells;
+    cells = demonstrated ? blank() : cells.slice();
+    stroke = { id, last, demonstrated, before: cells.slice(), cover: new Float32Array(size), x, y };
+    demonstrated = null;
   }
 
   // What the pen leaves, a value for each channel.
@@ -319,22 +323,22 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
   function endStroke(event) {
     fingers.delete(event.pointerId);
     if (stroke?.id !== event.pointerId) return;
-    const { before } = stroke;
+    const { last } = stroke;
     stroke = null;
-    draw();
-    showTools();
-    changed(before);
+    changed(last);
   }
 
   // Two fingers look, they do not draw: what the first one has drawn meanwhile goes.
   function dropStroke() {
     if (!stroke) return;
-    const wasTold = stroke.told;
-    cells = stroke.before;
+    const isNews = stroke.told || stroke.demonstrated;
+    ({ last: cells, demonstrated } = stroke);
     stroke = null;
-    draw();
-    showTools();
-    if (wasTold) report();
+    if (isNews) report();
+    else {
+      draw();
+      showTools();
+    }
   }
 
   // Show a part of a large grid: `scale` times as large, the point at (x, y) of the paper, 0 to 1, where it is or moved.
@@ -368,8 +372,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
     if (stroke || fingers.size > 1 || event.button !== 0) return;
     canvas.setPointerCapture(event.pointerId);
     const [x, y] = place(event);
-    begin();
-    stroke = { id: event.pointerId, before: cells.slice(), cover: new Float32Array(size), x, y };
+    begin(event.pointerId, x, y);
     lineTo(x, y);
     draw();
     showTools();
@@ -413,13 +416,11 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
     const [column, row] = cursor;
     cursor = [Math.min(Math.max(column + right, 0), width - 1), Math.min(Math.max(row + down, 0), height - 1)];
     if (event.key === " " || event.shiftKey) {
-      begin();
-      const before = cells.slice();
-      stroke = { before, cover: new Float32Array(size), x: column + 0.5, y: row + 0.5 };
+      begin(null, column + 0.5, row + 0.5);
       lineTo(cursor[0] + 0.5, cursor[1] + 0.5);
+      const { last } = stroke;
       stroke = null;
-      draw();
-      changed(before);
+      changed(last);
     }
     showCursor();
   });
@@ -437,8 +438,8 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
 
   const actions = {
     undo() {
-      demonstrated = false;
       if (stroke || done.length === 0) return;
+      demonstrated = null;
       undone.push(cells);
       cells = done.pop();
       report();
@@ -456,7 +457,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
 
   function replace(next) {
     if (stroke) return;
-    demonstrated = false;
+    demonstrated = null;
     const before = cells;
     cells = next;
     changed(before);
@@ -537,7 +538,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
       showTools();
       if (given !== null && toText() !== given) report(); // what was kept is news to the page
       given = null;
-      if (data.load && data.load.revision !== loaded) {
+      if (data.load && !stroke && data.load.revision !== loaded) { // else the stroke's own end brings it again
         loaded = data.load.revision;
         replace(fromText(data.load.ink));
       }

@@ -115,7 +115,7 @@ async def _events(
         finally:
             loop.call_soon_threadsafe(endings.put_nowait, None)
 
-    visit.is_live, visit.stop_live = True, leaving.leave
+    visit.is_live, visit.stop_live, visit.live_for = True, leaving.leave, (settings.query, settings.seed)
     threading.Thread(target=ask, daemon=True).start()
     try:
         while (ending := await endings.get()) and not leaving.has_left:

@@ -1,5 +1,6 @@
 """The page to draw on: the beginning of a picture, and the endings that a model finds for it."""
 
+import functools
 import html
 from dataclasses import replace
 from typing import Any
@@ -18,15 +19,16 @@ from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, ga
 from app.canvas.session import Visit, linked_default
 from app.canvas.settings import Settings, made_of, request_of, sent_of
 from app.canvas.texts import say, say_label
-from app.canvas.views.known import choose_known, known_help
+from app.canvas.views.known import KNOWN_KEYS, choose_known, known_help
 from app.canvas.views.picture import start_from_picture
-from app.canvas.views.surprise import log_probs_by_label, surprise_beside
+from app.canvas.views.surprise import Asked, log_probs_by_label, surprise_beside
 from app.canvas.waiting import busy_line, complete, is_of_fragment, redraw, wait_for
 from app.client import ServedModel, ServiceClient, ServiceError
 
 NUM_ENDINGS = 9
 MAX_ENDINGS = 16
 COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
+SETTINGS_KEYS = ("dataset", "label", *KNOWN_KEYS, "temperature", "n", "typed_seed", "named", "coloured")
 ORDERS = ("drawn", "likely", "rare")  # as drawn: in fixed places, while they bend with the pen
 
 
@@ -59,6 +61,8 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
 @st.fragment
 def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place: Any) -> None:
     """Show the grid, and what comes of a drawing: after a stroke this alone runs."""
+    if is_of_fragment() and chosen_now() != visit.chosen:
+        st.rerun()  # a setting was changed at the same moment as the drawing
     with st.container(key="board"):
         left, right = st.columns(2, gap="medium")
     with left:
@@ -121,18 +125,21 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             status.warning(say("nothing_left"))
             return
         request = request_of(image, known, settings, visit.own_seed())
-        is_coming = visit.is_live  # to the browser, of this drawing or of a newer one
+        if visit.live_for != (settings.query, settings.seed):
+            visit.stop_live()
+        # To the browser, of this drawing or of a newer one, with these settings.
+        is_coming = visit.is_live and visit.live_for == (settings.query, settings.seed)
         if visit.pending or not (is_coming or request == visit.answered):
             with status:
                 answer(client, visit, settings, drawing, request, place)
             redraw()
         if is_coming:
             with live_place:
-                busy_line(say("drawing"), visit.want_no_endings)
+                busy_line("live", say("drawing"), visit.want_no_endings)
     if beside:
         with beside_place:
             surprise_beside(client, visit, settings.dataset, model, levels_of(drawing, levels))
-    if settings.named and last and not last.names and model.labels:
+    if settings.named and last and not last.names and model.labels and not visit.is_waiting:
         name_endings(client, visit, last, model)
         redraw()
     if is_of_fragment() and visit.refresh_models(client):
@@ -187,16 +194,22 @@ def answer(
 def name_endings(client: ServiceClient, visit: Visit, ending: Ending, model: ServedModel) -> None:
     """Have the last endings named: by the label that explains each best."""
 
-    def ask() -> list[str]:
-        dataset = ending.request.dataset
-        found = [log_probs_by_label(client, dataset, len(model.labels), image) for image in ending.images]
-        return [say_label(model.labels[int(np.argmax(log_probs))]) for log_probs in found]
+    def ask() -> Asked[list[str]]:
+        names = []
+        for image in ending.images:
+            log_probs = yield from log_probs_by_label(client, ending.request.dataset, len(model.labels), image)
+            names.append(say_label(model.labels[int(np.argmax(log_probs))]))
+        yield names
 
     try:
-        named = replace(ending, names=wait_for(ask, say("asking"), lambda: None))
+        names = wait_for(ask, "names", say("asking"), functools.partial(widgets.switch_off, "named"))
+        visit.answer_came()
     except ServiceError as error:
         visit.fail(error)
-        named = replace(ending, names=[""] * len(ending.images))
+        if error.away:  # asked again
+            return
+        names = [""] * len(ending.images)
+    named = replace(ending, names=names)
     visit.gallery = [named if past is ending else past for past in visit.gallery]
 
 
@@ -216,6 +229,11 @@ def show_grid(visit: Visit, settings: Settings, live: bool, beginnings: list[Dra
     )
     visit.drawn[shape] = drawing_text(drawing)
     return drawing
+
+
+def chosen_now() -> dict[str, Any]:
+    """Return what the widgets of the settings hold, by their keys."""
+    return {key: st.session_state.get(key) for key in SETTINGS_KEYS}
 
 
 def choose_settings(visit: Visit) -> Settings:
@@ -240,6 +258,7 @@ def choose_settings(visit: Visit) -> Settings:
         seed, trouble = widgets.choose_seed("typed_seed")
         named = st.toggle(say("named"), key="named", help=say("named_help"), persist_state="session")
         coloured = painting or st.toggle(say("coloured"), value=True, key="coloured", persist_state="session")
+    visit.chosen = chosen_now()
     return Settings(
         *(dataset, model, mode, num_samples, label, temperature, seed, trouble, painting, sees_all, named, coloured)
     )

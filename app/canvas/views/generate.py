@@ -1,6 +1,7 @@
 """The page of whole images, drawn from nothing."""
 
 import functools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,7 @@ def generate_page(client: ServiceClient, visit: Visit) -> None:
         seed, wrong_seed = widgets.choose_seed("generate_seed")
         if widgets.main_button(say("generate_button")):
             visit.generate_wanted = True
+            visit.retry_at = math.inf  # at once
     with right:
         away_place = st.container()
         trouble, place = st.empty(), st.empty()
@@ -38,7 +40,7 @@ def generate_page(client: ServiceClient, visit: Visit) -> None:
     if wrong_seed:
         trouble.warning(wrong_seed)
         return
-    if visit.generate_wanted:
+    if visit.generate_wanted and not visit.is_waiting:
         # An image of which nothing is known: its completion is what /generate draws, and comes row by row.
         nothing = np.zeros(shape_of(model), dtype=np.int64)
         observed = np.zeros(nothing.shape[:2], dtype=np.int64)
@@ -52,9 +54,10 @@ def generate_page(client: ServiceClient, visit: Visit) -> None:
             stop = functools.partial(setattr, visit, "generate_wanted", False)
             visit.generated = replace(complete(client, request, model.levels, stop, show), settings=settings)
             visit.answer_came()
+            visit.generate_wanted = False
         except ServiceError as error:
             visit.fail(error)
-        visit.generate_wanted = False
+            visit.generate_wanted = error.away  # then it is asked again
     if visit.trouble:
         with away_place:
             widgets.show_trouble(visit)

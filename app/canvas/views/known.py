@@ -5,12 +5,14 @@ from app.canvas.texts import say
 from app.canvas.widgets import choose
 
 MODES = ("above", "ink", "touched", "mask")
+KNOWN_KEYS = ("known", "known_all", "known_paint")  # where the mode is kept
 PAINT_MODES = ("ink", "above", "mask")  # in colour no cell is blank: painted black, or not painted
 
 
 def known_key(painting: bool, sees_all: bool) -> str:
     """Return where the mode is kept: apart for each default."""
-    return "known_paint" if painting else "known_all" if sees_all else "known"
+    by_drawing, by_whole_drawing, by_paint = KNOWN_KEYS
+    return by_paint if painting else by_whole_drawing if sees_all else by_drawing
 
 
 def choose_known(painting: bool, sees_all: bool) -> str:

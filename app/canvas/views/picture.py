@@ -2,6 +2,7 @@
 
 import functools
 import uuid
+from collections.abc import Generator
 
 import numpy as np
 import streamlit as st
@@ -14,7 +15,7 @@ from app.canvas.texts import say
 from app.canvas.views.known import known_key
 from app.canvas.waiting import wait_for
 from app.canvas.widgets import choose, in_words, upload_picture
-from app.client import ServedModel, ServiceClient, ServiceError
+from app.client import GeneratedImages, ServedModel, ServiceClient, ServiceError
 
 SOURCES = ("file", "model")
 PARTS = ("", "lower", "upper", "left", "right")
@@ -68,7 +69,11 @@ def made_picture(
     st.button(say("make_picture"), icon=":material/auto_awesome:", on_click=want, args=[True])
     if visit.example_wanted:  # still, if a stroke interrupted the page
         try:
-            answer = wait_for(lambda: client.generate(dataset, label=label), say("drawing"), lambda: want(False))
+
+            def ask() -> Generator[GeneratedImages, None, None]:
+                yield client.generate(dataset, label=label)
+
+            answer = wait_for(ask, "picture", say("drawing"), lambda: want(False))
             visit.example = (dataset, strength_of(np.array(answer.images[0]), model.levels))
         except ServiceError as error:
             st.warning(in_words(error))

@@ -1,7 +1,9 @@
 """The page of surprise: nats per pixel."""
 
+import functools
 import html
-from typing import Any
+from collections.abc import Generator
+from typing import Any, TypeVar
 
 import numpy as np
 import streamlit as st
@@ -15,8 +17,11 @@ from app.canvas.session import Visit
 from app.canvas.settings import shape_of
 from app.canvas.texts import say, say_label
 from app.canvas.waiting import wait_for
-from app.canvas.widgets import choose_dataset, choose_label, in_words, show_trouble, upload_picture
+from app.canvas.widgets import choose_dataset, choose_label, in_words, show_trouble, switch_off, upload_picture
 from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
+
+Answer = TypeVar("Answer")
+Asked = Generator[Answer | None, None, None]
 
 
 def surprise_page(client: ServiceClient, visit: Visit) -> None:
@@ -76,11 +81,11 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
         st.caption(say("packed", packed=answer.packed_bytes, png=size))
         if model.labels and st.button(say("which_label"), icon=":material/label:"):
 
-            def ask() -> list[float]:
-                return log_probs_by_label(client, dataset, len(model.labels), image)
+            def ask() -> Asked[list[float]]:
+                yield (yield from log_probs_by_label(client, dataset, len(model.labels), image))
 
             try:
-                by_label = wait_for(ask, say("asking"), lambda: None)
+                by_label = wait_for(ask, "labels", say("asking"), lambda: None)
                 visit.surprise = (question, answer, by_label)
             except ServiceError as error:
                 st.warning(in_words(error))
@@ -90,9 +95,18 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
         companion(None)
 
 
-def log_probs_by_label(client: ServiceClient, dataset: str, num_labels: int, image: np.ndarray) -> list[float]:
-    """Return the log-probability of an image, (H, W) or (H, W, 3) levels, as each label has it, nats."""
-    return [client.likelihood(dataset, image.tolist(), label=label).log_prob for label in range(num_labels)]
+def log_probs_by_label(
+    client: ServiceClient, dataset: str, num_labels: int, image: np.ndarray
+) -> Generator[None, None, list[float]]:
+    """Return the log-probability of an image, (H, W) or (H, W, 3) levels, as each label has it, nats.
+
+    Yields None after each request.
+    """
+    found = []
+    for label in range(num_labels):
+        found.append(client.likelihood(dataset, image.tolist(), label=label).log_prob)
+        yield
+    return found
 
 
 def surprise_beside(client: ServiceClient, visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
@@ -103,13 +117,17 @@ def surprise_beside(client: ServiceClient, visit: Visit, dataset: str, model: Se
     """
     question = (dataset, image.tolist(), None)
     if not visit.surprise or visit.surprise[0] != question or (model.labels and visit.surprise[2] is None):
+        if visit.is_waiting:
+            return
 
-        def ask() -> tuple[Any, Likelihood, list[float] | None]:
+        def ask() -> Asked[tuple[Any, Likelihood, list[float] | None]]:
             answer = client.likelihood(dataset, image.tolist())
-            return question, answer, log_probs_by_label(client, dataset, len(model.labels), image) or None
+            by_label = yield from log_probs_by_label(client, dataset, len(model.labels), image)
+            yield question, answer, by_label or None
 
         try:
-            visit.surprise = wait_for(ask, say("asking"), lambda: None)
+            visit.surprise = wait_for(ask, "surprise", say("asking"), functools.partial(switch_off, "surprise_beside"))
+            visit.answer_came()
         except ServiceError as error:
             visit.fail(error)
             return
