@@ -65,7 +65,5 @@ def parse_rows(text: str) -> dict[str, list[float]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     PATH.parent.mkdir(exist_ok=True)
-    temporary = PATH.with_name(f".{PATH.name}.new")
-    temporary.write_text(format_rows(golden_numbers()))
-    temporary.replace(PATH)
+    PATH.write_text(format_rows(golden_numbers()))
     print(f"wrote {PATH}")

@@ -25,10 +25,8 @@ def main(datasets: list[str]) -> None:
         levels = data.levels("test", slice(0, NUM_IMAGES)).to(torch.uint8)
         label = data.labels["test"][:NUM_IMAGES].to(torch.uint8)
         path = FOLDER / f"{name}.safetensors"
-        temporary = path.with_name(f".{path.name}.new")
-        save_file({"levels": levels.contiguous(), "label": label}, temporary, {"data_hash": data.data_hash})
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        save_file({"levels": levels.contiguous(), "label": label}, path, {"data_hash": data.data_hash})
+        path.chmod(0o644)
         print(f"wrote {path}: {len(levels)} images")
 
 

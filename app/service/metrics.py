@@ -1,8 +1,7 @@
 """What the service reports to Prometheus at /metrics, beside BentoML's own counts: numbers alone, never an image."""
 
 import functools
-import os
-from typing import Any, Literal
+from typing import Any
 
 from app.service.settings import settings
 
@@ -25,8 +24,7 @@ class Metrics:
 
         by = ["endpoint", "dataset"]
         # A gauge of several workers, or of one that died and its successor, shows the value that was set last.
-        mode: Literal["mostrecent", "all"] = "mostrecent" if "PROMETHEUS_MULTIPROC_DIR" in os.environ else "all"
-        gauge = functools.partial(Gauge, multiprocess_mode=mode)
+        gauge = functools.partial(Gauge, multiprocess_mode="mostrecent")
         self.requests = Counter("pixelcnn_requests", "Requests, by path and status.", ["path", "status"])
         self.seconds = Histogram(
             "pixelcnn_request_seconds", "From a checked request to its answer, waiting included.", by, buckets=SECONDS

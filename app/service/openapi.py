@@ -7,6 +7,8 @@ the form of our errors, nor the events of a stream.
 from http import HTTPStatus
 from typing import Any
 
+from app.service.gate import HEALTH_CHECKS
+
 ERROR = {
     "type": "object",
     "title": "Error",
@@ -28,7 +30,6 @@ EVENT = {
 }
 GET_ERRORS = (401, 500)
 POST_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 504)
-HEALTH_CHECKS = ("/healthz", "/livez", "/readyz")
 
 
 def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from app.canvas.texts import language, say
 HERE = Path(__file__).parent
 
 
-def companion(ending: Ending | None, comparable: bool = False) -> None:
+def companion(ending: Ending | None) -> None:
     """Show a button that copies the link to endings, or to the page; keep the address that of the last ones.
 
-    Args:
-        comparable: whether there is a drawing to compare them with.
+    Endings of a drawing can be compared with it.
     """
     buttons = (
         f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
@@ -31,7 +30,6 @@ def companion(ending: Ending | None, comparable: bool = False) -> None:
         data={
             "query": ending.link if ending else "",
             "drawing": ending.drawing if ending else "",
-            "comparable": comparable,
             "copy": say("copy_link"),
             "copied": say("copied"),
             "language": language(),

@@ -8,9 +8,8 @@
 //   offers a phone's camera, and is named to screen readers (Streamlit gives its section a role that hides the name).
 // - Copy link, and a button that shows the drawing in place of its endings as long as it is held.
 //
-// data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing; comparable: whether
-// there are endings of a drawing; copy, copied: what the button says; language:
-// of the page}.
+// data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing, or ""; copy,
+// copied: what the button says; language: of the page}.
 
 const REST_MS = 500;
 const COPIED_MS = 2000;
@@ -154,7 +153,7 @@ function createCompanion(root) {
   return {
     update(newData) {
       data = newData;
-      compare.hidden = !data.comparable;
+      compare.hidden = !data.drawing;
       document.documentElement.lang = data.language;
       sync();
       rest();

@@ -172,7 +172,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "La graine doit être un nombre entier de 0 à {most}, pas « {text} ». Vide : une nouvelle.",
     ),
     "coloured": ("Colour what the model added", "Colorer ce que le modèle a ajouté"),
-    "reproduces": ("Copy link keeps all of it: the same endings again.", "Copier le lien garde tout : les mêmes fins."),
     "keys": ("Keys", "Touches"),
     # What the model must keep.
     "known": ("What the model must keep", "Ce que le modèle doit garder"),

@@ -159,7 +159,7 @@ def show_actions(last: Ending | None, drawing: Drawing, settings: Settings, orde
         shown = levels_of(drawing, settings.levels)
         chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
         widgets.download(last, settings.coloured, order, 3, chosen)
-    companion(last, comparable=last is not None)
+    companion(last)
     return st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
 
 

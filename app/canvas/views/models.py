@@ -17,7 +17,7 @@ def models_page(_: ServiceClient, visit: Visit) -> None:
     st.markdown(say("models_intro"))
     for dataset, model in visit.models.items():
         with st.container(border=True):
-            st.header(version_of({"name": dataset, **model.model}), anchor=False)
+            st.header(version_of(model.model), anchor=False)
             channels, height, width = model.shape
             colour = " x 3" if channels == 3 else ""
             facts = {"levels": model.levels, "architecture": model.architecture, "protocol": model.protocol}
