@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from pipelines.errors import is_for_user
 from pipelines.files import atomic_write
 from pipelines.flows.shown import show_decision, tag_run
-from pipelines.params import check_dataset, load_params
+from pipelines.params import load_params
 from pipelines.promotion.copy import copy_served
 from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback
 from pipelines.promotion.register import register_trained, repair
@@ -70,15 +70,16 @@ def promote(
         show_decision(report)
         print(report["text"])
         return report
-    check_dataset(dataset)
-    params, data = load_params().promote, load(dataset)
+    params = load_params()
+    params.dataset(dataset)
+    data = load(dataset)
     registered: list[str] = []
     try:
         if not dry_run:
             # A registry that was lost and begun anew goes on with the champion that is served.
             served = [] if CHAMPION in registry.aliases(dataset) else repair(dataset)
             registered = [*served, *register_trained(dataset)]
-        report = run_promotion(dataset, data, params, _score, dry_run, version, why)
+        report = run_promotion(dataset, data, params.promote, _score, dry_run, version, why)
     except Exception as error:
         if not is_for_user(error):
             raise

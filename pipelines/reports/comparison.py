@@ -85,18 +85,12 @@ def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport
     return sorted(reports, key=lambda r: (order.index(r.dataset), r.metrics["test/nll_nats"], r.pair))
 
 
-def write_comparison(
-    reports: Sequence[PairReport],
-    failures: Mapping[str, str] | None = None,
-    promotions: Path = PROMOTIONS_FOLDER,
-    page: Path = PAGE,
-) -> Path:
+def write_comparison(reports: Sequence[PairReport], failures: Mapping[str, str] | None = None) -> Path:
     """Write the page: for each dataset a table, the curves in one picture, and each pair's own pictures.
 
     Args:
         reports: of `read_reports`.
         failures: why a pair has no report, by pair.
-        promotions: folder of the promotions' reports.
 
     Returns:
         The page's path.
@@ -112,11 +106,11 @@ def write_comparison(
         by_dataset=by_dataset,
         curves={dataset: _draw_curves(found) for dataset, found in by_dataset.items()},
         failures=failures or {},
-        promotions=[_read_promotion(path) for path in sorted(promotions.glob("*.json"))],
+        promotions=[_read_promotion(path) for path in sorted(PROMOTIONS_FOLDER.glob("*.json"))],
     )
-    page.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(page, text)
-    return page
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(PAGE, text)
+    return PAGE
 
 
 def _base64(png: bytes) -> str:

@@ -37,6 +37,6 @@ def results_text(weights: Path) -> str:
     return render("results.md.j2", released=released, datasets=datasets, published=published).rstrip() + "\n"
 
 
-def write_results(weights: Path = Path("weights"), path: Path = RESULTS_FILE) -> None:
+def write_results() -> None:
     """Write RESULTS.md."""
-    atomic_write(path, results_text(weights))
+    atomic_write(RESULTS_FILE, results_text(Path("weights")))

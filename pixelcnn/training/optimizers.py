@@ -6,7 +6,7 @@ of its step is that of Liu et al. 2025, arXiv:2502.16982: as large per weight as
 not used because it takes plain matrices alone, and computes in bfloat16, slow on a CPU that has no instructions for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(adam, lr=lr, betas=(0.9, 0.99), fused=True)]
         if muon:
             self.parts.append(Muon(muon, lr=lr))
+        self._part_of = {weight: part for part in self.parts for g in part.param_groups for weight in g["params"]}
 
     def step(self, lr: float) -> None:
         """Update the weights from their gradients, at this learning rate or their shares of it."""
@@ -95,15 +96,13 @@ class Optimizer:
 
     def state(self, weight: Tensor) -> dict[str, Any]:
         """Return a weight's momenta and step count by name; empty before the first step."""
-        return next(part.state[weight] for part in self._of(weight))
+        state: dict[str, Any] = self._part_of[weight].state[weight]
+        return state
 
     def restore(self, weight: Tensor, state: dict[str, Tensor]) -> None:
         """Set what `state` once returned; nothing where that is of another optimizer."""
-        part = next(self._of(weight))
+        part = self._part_of[weight]
         if ("momentum" in state) == isinstance(part, Muon):
             part.state[weight] = {
                 k: v.to(weight.device) if k == "step" else torch.empty_like(weight).copy_(v) for k, v in state.items()
             }
-
-    def _of(self, weight: Tensor) -> Iterator[torch.optim.Optimizer]:
-        return (part for part in self.parts if any(w is weight for g in part.param_groups for w in g["params"]))
