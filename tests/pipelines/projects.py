@@ -27,7 +27,7 @@ def tiny_params() -> dict:
         pair["train"] |= {"num_validation_images": 8}
         for part in ("context", "completer", "labels"):
             pair.pop(part, None)
-    values["evaluate"] = {"batch_size": 8, "num_images": 8, "judged_images": 8, "judges": {}}
+    values["evaluate"] = {"batch_size": 8, "num_images": 8, "completion_images": {}, "judged_images": 8, "judges": {}}
     values["sample"] |= {"num_images": 1, "num_completions": 1}
     return values
 
