@@ -12,6 +12,7 @@ from typer import Argument, Option, Typer
 
 from pipelines.errors import run_typer
 from pipelines.params import check_dataset, load_params, repro_command
+from pipelines.registry.provenance import prepared_file
 
 app = Typer(help="The pipeline's commands.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -45,7 +46,7 @@ def prepare(dataset: _Dataset) -> None:
 
     params = load_params()
     spec = params.dataset(dataset)
-    write(dataset, spec, _RAW / dataset, _DATA / f"{dataset}.safetensors", params.data, params.checks)
+    write(dataset, spec, _RAW / dataset, prepared_file(dataset), params.data, params.checks)
 
 
 @app.command()

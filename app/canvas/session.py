@@ -49,8 +49,7 @@ class Visit:
     order: str = "drawn"  # of the endings that are shown, see `order_of`
     language: str = field(default_factory=language)
     live: Ending | None = None  # endings that the browser got without the page: it has not shown them yet
-    is_live: bool = False  # the browser is getting endings so
-    live_for: tuple[Any, int | None] | None = None  # of which settings: (query, seed)
+    live_for: tuple[Any, int | None] | None = None  # the (query, seed) that the browser is getting endings of so
     stop_live: Callable[[], None] = lambda: None  # ends that
     drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
     linked: str = ""  # the drawing of the address that the visit began with

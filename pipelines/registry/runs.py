@@ -23,6 +23,7 @@ import numpy as np
 
 import pixelcnn
 from pipelines.files import file_lock
+from pipelines.registry.provenance import prepared_file
 from pipelines.settings import Settings
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE
 from pixelcnn.evaluation import format_nll
@@ -242,7 +243,7 @@ def log_training_run(
     c = client()
     now_ms = int(time.time() * 1000)
     last_step = int(curves[0][-1]["step"]) if curves and curves[0] else 0
-    source = json.dumps({"uri": f"data/{training.dataset}.safetensors"})
+    source = json.dumps({"uri": str(prepared_file(training.dataset))})
     data_input = DatasetInput(
         Dataset(name=training.dataset, digest=training.data_hash, source_type="local", source=source),
         tags=[InputTag("mlflow.data.context", "training")],

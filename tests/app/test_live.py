@@ -67,11 +67,11 @@ def test_a_stroke_is_answered_row_by_row_and_kept_for_the_page(url: str, visit: 
         first = next(events)
         assert 'data-drawn="0"' in str(first["html"])
         assert visit.live is None
-        assert visit.is_live  # so that the page does not ask for the same
+        assert visit.live_for  # so that the page does not ask for the same
         *_, last = events
     assert last["finished"]
     assert str(last["html"]).count("nats</span>") == 9
-    assert not visit.is_live
+    assert not visit.live_for
     [(path, sent)] = service.requests
     assert path == "/complete_stream"
     assert (sent["label"], sent["temperature"], sent["seed"]) == (3, 0.8, visit.seed)
@@ -137,7 +137,7 @@ def test_a_service_that_fails_ends_the_answer(url: str, visit: Visit, service: S
     with httpx.stream("POST", url, json=body(STROKE)) as response:
         assert list(events_of(response)) == []
     assert visit.live is None
-    assert not visit.is_live
+    assert not visit.live_for
 
 
 def test_the_next_stroke_ends_the_last(url: str, visit: Visit, service: StubService) -> None:
@@ -150,7 +150,7 @@ def test_the_next_stroke_ends_the_last(url: str, visit: Visit, service: StubServ
         assert not any(event["finished"] for event in events_of(response))
     assert visit.live is not None
     assert visit.live.drawing == drawing_text(other)
-    assert not visit.is_live
+    assert not visit.live_for
 
 
 def test_who_leaves_ends_the_request(

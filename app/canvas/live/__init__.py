@@ -115,7 +115,7 @@ async def _events(
         finally:
             loop.call_soon_threadsafe(endings.put_nowait, None)
 
-    visit.is_live, visit.stop_live, visit.live_for = True, leaving.leave, (settings.query, settings.seed)
+    visit.stop_live, visit.live_for = leaving.leave, (settings.query, settings.seed)
     threading.Thread(target=ask, daemon=True).start()
     try:
         while (ending := await endings.get()) and not leaving.has_left:
@@ -126,4 +126,4 @@ async def _events(
     finally:  # also when the browser has left, for the next stroke
         leaving.leave()
         if visit.stop_live == leaving.leave:  # no newer one is on its way
-            visit.is_live = False
+            visit.live_for = None

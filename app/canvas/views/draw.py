@@ -125,10 +125,10 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             status.warning(say("nothing_left"))
             return
         request = request_of(image, known, settings, visit.own_seed())
-        if visit.live_for != (settings.query, settings.seed):
-            visit.stop_live()
         # To the browser, of this drawing or of a newer one, with these settings.
-        is_coming = visit.is_live and visit.live_for == (settings.query, settings.seed)
+        is_coming = visit.live_for == (settings.query, settings.seed)
+        if not is_coming:
+            visit.stop_live()
         if visit.pending or not (is_coming or request == visit.answered):
             with status:
                 answer(client, visit, settings, drawing, request, place)
