@@ -1,4 +1,4 @@
-# Two commands do all: `make demo` and `make test`. Everything is installed into .venv.
+# `make demo` and `make test` do all, `make own` the first with pictures of yours. Everything is installed into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
 COVERAGE ?= --cov
@@ -21,7 +21,7 @@ help:
 	@echo "               SHARE=1: others in this network draw along, by a link with a token"
 	@echo "make own       pictures of yours instead: IMAGES=DIR NAME=glyphs; without IMAGES, letters"
 	@echo "make test      install, then the tests, on two cores (WORKERS=4: on four); ALL=1: the slow ones, too, as in CI"
-	@echo "make test-slow what is repeated, as often as docs/reliability.md states: hours of kills, requests and load"
+	@echo "make test-slow what is repeated, as often as docs/reliability.md wants: hours of kills, requests and load"
 	@echo "make check     format, lint, types, architecture"
 	@echo "make audit     known faults of the dependencies, and a bill of materials: reports/audit/sbom.json"
 	@echo "make pipeline  the quick-start pipeline alone (dvc repro, promote)"
@@ -29,6 +29,7 @@ help:
 	@echo "make serve     the service alone, on 127.0.0.1:3000"
 	@echo "make app       the canvas alone, on 127.0.0.1:8501"
 	@echo "make bench     the samplers, timed"
+	@echo "make install   into .venv, as all of these do first; make clean takes it away"
 	@echo "make pictures  the docs' pictures, from a demo that is running (chromium)"
 
 demo:

@@ -62,9 +62,7 @@ def address_in_network() -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect(("10.255.255.255", 1))  # nothing is sent
         return str(probe.getsockname()[0])
-    raise SystemExit(
-        "error: this machine is in no network now. Connect it, or name its address: make demo SHARE=ADDRESS"
-    )
+    raise SystemExit("error: this machine is in no network now. Connect it, or name its address by SHARE=ADDRESS.")
 
 
 def check_free(port: int, variable: str, what: str, host: str = HOST) -> None:
@@ -77,7 +75,7 @@ def check_free(port: int, variable: str, what: str, host: str = HOST) -> None:
         except OSError:
             raise SystemExit(
                 f"error: port {port}, for the {what}, is in use on {host}. "
-                f"Stop the program that holds it, or choose another port: make demo {variable}={port + 1000}"
+                f"Stop the program that holds it, or choose another port by {variable}={port + 1000}."
             ) from None
 
 

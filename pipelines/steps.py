@@ -293,7 +293,7 @@ def backup(file: Annotated[Path, Argument(help="is written, whole or not at all"
 @app.command()
 def restore(
     file: Annotated[Path, Argument(help="of a backup")],
-    replace: Annotated[bool, Option("--replace", help="even a registry that is not empty; it is kept aside")] = False,
+    replace: Annotated[bool, Option("--replace", help="what is there: the registry is kept aside")] = False,
 ) -> None:
     """Put a backup into the place of registry and model store, and serve its champions."""
     from pipelines.promotion.register import repair_all

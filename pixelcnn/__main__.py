@@ -1,6 +1,6 @@
 """The core by command line: python -m pixelcnn {train,evaluate,check,sample,complete,compile,bench,pack,unpack,rank}.
 
-It needs the core's packages alone, and reads prepared datasets (`dvc repro prepare@DATASET` writes them).
+It needs the core's packages alone, and reads prepared datasets (`dvc repro full/dvc.yaml:prepare@mnist` writes one).
 """
 
 import csv

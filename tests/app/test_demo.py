@@ -246,7 +246,7 @@ def test_a_port_in_use_is_said_before_anything_starts(demo: Demo) -> None:
     port = demo.ports["CANVAS_PORT"]
     assert said == (
         f"error: port {port}, for the canvas, is in use on 127.0.0.1. "
-        f"Stop the program that holds it, or choose another port: make demo CANVAS_PORT={port + 1000}\n"
+        f"Stop the program that holds it, or choose another port by CANVAS_PORT={port + 1000}.\n"
     )
 
 

@@ -230,8 +230,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "photo.",
     ),
     "made_by_model": (
-        "The model invents this picture: it is no real image. Real ones to go on from stand below the grid.",
-        "Le modèle invente cette image : elle n'est pas réelle. De vraies images se trouvent sous la grille.",
+        "The model invents this picture: it is no real image.",
+        "Le modèle invente cette image : elle n'est pas réelle.",
     ),
     "make_picture": ("Make a picture", "Faire une image"),
     "upload": ("PNG or JPEG", "PNG ou JPEG"),
