@@ -8,4 +8,8 @@
 - `benchmarks.overhead`: what MLflow, Prefect and DVC add to a training.
 - `benchmarks.train_all`: several trainings at once.
 - `benchmarks.sizes`: sizes and settings of pairs, compared at equal time: docs/sizes.md.
+- `benchmarks.endings`, `.drawings`, `.letters`: which endings judges accept: pages of these names, own_pictures.md.
+- `benchmarks.own`: what `make own` makes of several kinds of pictures.
+- `benchmarks.packing`, `.ranking`: against other codecs, and by AUROC: docs/packing.md, ranking.md.
+- `benchmarks.watching`: what log lines, metrics and the watch on drawings cost an answer.
 """

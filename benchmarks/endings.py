@@ -6,11 +6,11 @@ Of each drawing, the first 45 % of a validation image's ink, nine endings are sh
 likeliest, or nine unlike each other of the sixteen likeliest.
 """
 
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from typer import run
 
 from pipelines.judging.acceptance import known_part
 from pipelines.judging.judge import load_judge
@@ -71,4 +71,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typer import run
 
 from pipelines.judging.acceptance import KNOWN, known_part
 from pipelines.judging.judge import JUDGES, train_judge
@@ -56,4 +57,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main)

@@ -123,7 +123,7 @@ def by_programs(name: str, pictures: list[Image.Image], encode: str, decode: str
         return Row(name, len(pictures), num_bytes, pack_s, unpack_s or read_s)
 
 
-def by_archiver(name: str, levels: Levels, num_levels: int, suffix: str, encode: str, decode: str) -> Row:
+def by_archiver(name: str, levels: Levels, num_levels: int, encode: str, decode: str) -> Row:
     """Code the levels of all images as one file, by a program from standard input to standard output."""
     values = levels.byte().numpy()
     raw = np.packbits(values).tobytes() if num_levels == 2 else values.tobytes()
@@ -184,8 +184,8 @@ def by_codecs(levels: Levels, num_levels: int, num_alone: int) -> list[Row]:
         by_programs(
             "JPEG XL -e 9", pictures, "cjxl -d 0 -e 9 --num_threads=0 {png} {file}", "djxl --num_threads=0 {file} {png}"
         ),
-        by_archiver("all, zstd -19", levels, num_levels, ".zst", "zstd -19 --long -c", "zstd -d --long -c"),
-        by_archiver("all, xz -9e", levels, num_levels, ".xz", "xz -9e -T1 -c", "xz -d -c"),
+        by_archiver("all, zstd -19", levels, num_levels, "zstd -19 --long -c", "zstd -d --long -c"),
+        by_archiver("all, xz -9e", levels, num_levels, "xz -9e -T1 -c", "xz -d -c"),
         of_all(by_pillow("all, one sheet, WebP lossless", sheets, format="WEBP", lossless=True, quality=100, method=6)),
         of_all(
             by_programs(

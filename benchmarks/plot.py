@@ -105,6 +105,8 @@ def tabulate(results: dict[str, dict[str, Any]], folder: Path) -> Path:
             if own := seconds.get(CACHED):
                 cells += [f"{_short(base / own)}x" if (base := seconds.get(b)) else "" for b in (NAIVE, CROPPED)]
                 cells.append(f"{_short(own / rows[CACHED]['bound_seconds_per_image'])}x")
+            else:
+                cells += [""] * 3
             lines.append(_row(f"`{name}`", batch_size, *cells))
     lines += ["", *_table("pair", "side", "cached, us per pixel", "naive, us per pixel")]
     for name, result in results.items():

@@ -7,7 +7,6 @@ masks, Adam. All are timed in turn, step by step in one run, so that other work 
 import argparse
 import copy
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixelcnn.bench import processor_name, work_per_pixel
+from pixelcnn.bench import matrix_peak, processor_name, work_per_pixel
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset
 from pixelcnn.models.base import AutoregressiveModel
@@ -64,18 +63,6 @@ def plain_step(model: AutoregressiveModel, optimizer: torch.optim.Optimizer, lev
     optimizer.step()
 
 
-def matmul_peak(dtype: torch.dtype) -> float:
-    """Measure multiply-adds per second of the best square matrix product that torch does, with its current threads."""
-    best = math.inf
-    for size in (512, 1024):
-        a, b = torch.rand(2, size, size).to(dtype)
-        for _ in range(10):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best = min(best, (time.perf_counter() - start) / size**3)
-    return 1 / best
-
-
 def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int) -> dict[str, float]:
     """Print a table of images per second, with ratios to the plain loop and shares of the matrix peak.
 
@@ -118,7 +105,7 @@ def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int)
             if number:  # the first warms up
                 times[name].append(time.perf_counter() - start)
     speed = {name: batch_size / statistics.median(taken) for name, taken in times.items()}
-    peaks = {precision: matmul_peak(getattr(torch, precision)) for precision in PRECISIONS}
+    peaks = {precision: matrix_peak(getattr(torch, precision)) for precision in PRECISIONS}
     # Forward once, backward twice; only what the masks let through is work.
     work = 3 * work_per_pixel(model)[0] * config.image_shape[1] * config.image_shape[2]
     print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {batch_size}")

@@ -29,8 +29,8 @@ NUM_CANDIDATES = 4
 WARM_UP = 20  # pairs that do not count
 
 
-def put_champion(pair: str, home: Path, version: str) -> str:
-    """Put a released pair into the store of `home`, with a reference; return its tag."""
+def put_champion(pair: str, version: str) -> str:
+    """Put a released pair into the store, with a reference; return its tag."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / pair
         shutil.copytree(Path("weights") / pair, checkpoint)
@@ -60,8 +60,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["BENTOML_HOME"] = str(home)
-        store.serve(put_champion(arguments.champion, home, "1"))
-        store.serve(put_champion(arguments.challenger, home, "2"), "challenger")
+        store.serve(put_champion(arguments.champion, "1"))
+        store.serve(put_champion(arguments.challenger, "2"), "challenger")
         services: dict[bool, httpx.Client] = {}
         for watch in (True, False):
             served = stack.enter_context(serving(home, home / f"log-{watch}", PIXELCNN_WATCH=str(int(watch))))

@@ -86,13 +86,12 @@ def _best_s(work: Callable[[], object], times: int) -> float:
     return best
 
 
-def matrix_peak() -> float:
-    """Measure float32 multiply-adds per second of the best matrix product that torch does on one thread."""
+def matrix_peak(dtype: torch.dtype = torch.float32) -> float:
+    """Measure multiply-adds per second of the best matrix product that torch does, on its current threads."""
     best = math.inf
-    with _threads(1):
-        for size in (256, 512, 1024):
-            a, b = torch.rand(2, size, size)
-            best = min(best, _best_s(partial(torch.mm, a, b), 10) / size**3)
+    for size in (256, 512, 1024):
+        a, b = torch.rand(2, size, size).to(dtype)
+        best = min(best, _best_s(partial(torch.mm, a, b), 10) / size**3)
     return float(1 / best)
 
 
@@ -246,7 +245,8 @@ def bench(
     num_threads, num_pixels = torch.get_num_threads(), height * width
     warm_up_s = warm_up(model)
     macs, in_order = work_per_pixel(model)
-    peak = matrix_peak()
+    with _threads(1):
+        peak = matrix_peak()
     bandwidth = cache_bandwidth()
     weights, buffers = _memory(model)
     show(

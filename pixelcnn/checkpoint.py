@@ -171,18 +171,8 @@ def located(folder: str | Path) -> Path:
     return folder if _current(folder)[0].exists() else released().get(str(folder), folder)
 
 
-def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
-    """Read what `save_checkpoint` wrote, also while or after it was interrupted.
-
-    Args:
-        folder: of the checkpoint; or, where there is no such folder, the name of released weights.
-
-    Returns:
-        The model, in eval mode, on the CPU; and its scores.
-
-    Raises:
-        ValueError: a file is missing, damaged, of another architecture, or not the one that was saved.
-    """
+def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any], str]:
+    """Read what `load_checkpoint` reads, and return the SHA-256 of the weights beside the model and its scores."""
     folder, (config, scores_text, weights) = _read_files(located(folder))
     try:
         values, scores = json.loads(config), json.loads(scores_text)
@@ -205,7 +195,23 @@ def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, 
         model.load_state_dict(tensors)
     except (RuntimeError, OverflowError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
-    return model.eval(), scores
+    return model.eval(), scores, found
+
+
+def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
+    """Read what `save_checkpoint` wrote, also while or after it was interrupted.
+
+    Args:
+        folder: of the checkpoint; or, where there is no such folder, the name of released weights.
+
+    Returns:
+        The model, in eval mode, on the CPU; and its scores.
+
+    Raises:
+        ValueError: a file is missing, damaged, of another architecture, or not the one that was saved.
+    """
+    model, scores, _ = load_with_hash(folder)
+    return model, scores
 
 
 def _read_files(folder: Path) -> tuple[Path, list[bytes]]:

@@ -109,8 +109,10 @@ def _scoring(model: AutoregressiveModel, data: Dataset) -> Iterator[None]:
     check_fit(model.config, data)
     was_training = model.training
     model.eval()
-    yield
-    model.train(was_training)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _mean_and_stderr(name: str, nats: Tensor) -> dict[str, float]:
@@ -163,13 +165,11 @@ def per_image_completion_nll(
     split: str,
     num_images: int | None = None,
     batch_size: int = SCORED_BATCH,
-    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Score completion image by image: -log p(missing | observed), without label.
 
     Args:
         split, num_images, batch_size: as `per_image_nll` takes them.
-        seed: of the masks, which depend on it and on the images alone.
 
     Returns:
         For each mask of `observed.SCORED`, (N,) float64 nats as e.g. `top`; and as `top_raster` those of raster
@@ -183,7 +183,7 @@ def per_image_completion_nll(
         levels = levels.to(device)
         joint = pixel_log_prob(model, levels)
         for name in SCORED:
-            observed = scored_masks(name, levels, data.num_levels, seed, first)
+            observed = scored_masks(name, levels, data.num_levels, first)
             raster = (joint * ~observed).sum(dim=(1, 2, 3))
             given = completion_log_prob(model, levels, observed) if model.config.context_features else raster
             for key, log_probs in ((name, given), (f"{name}_raster", raster)):
@@ -198,12 +198,11 @@ def evaluate_completion(
     split: str = "test",
     num_images: int | None = None,
     batch_size: int = SCORED_BATCH,
-    seed: int = 0,
 ) -> dict[str, float]:
     """Measure -log p(missing | observed), without label, and beside each figure that of raster clamping.
 
     Args:
-        split, num_images, batch_size, seed: as `per_image_completion_nll` takes them.
+        split, num_images, batch_size: as `per_image_completion_nll` takes them.
 
     Returns:
         Scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),
@@ -215,7 +214,7 @@ def evaluate_completion(
     """
     scores: dict[str, float] = {}
     with _scoring(model, data):
-        for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size, seed).items():
+        for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size).items():
             scores |= _mean_and_stderr(f"{split}/completion_{name}_nats", nats)
             scores[f"{split}/completion_num_images"] = len(nats)
     return scores

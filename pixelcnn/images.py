@@ -21,14 +21,13 @@ def to_picture(levels: Tensor, num_levels: int) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def to_png(levels: Tensor, num_levels: int, zoom: int = 1, optimize: bool = False) -> bytes:
-    """Return one image, (C, H, W) int64 levels, as the bytes of a PNG, each pixel enlarged `zoom` times.
+def to_png(levels: Tensor, num_levels: int, optimize: bool = False) -> bytes:
+    """Return one image, (C, H, W) int64 levels, as the bytes of a PNG.
 
     Args:
         optimize: make it small: 1 bit per pixel where there are two levels, and Pillow's most thorough compression.
     """
     picture = to_picture(levels, num_levels)
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     if optimize and num_levels == 2 and len(levels) == 1:
         picture = picture.convert("1", dither=Image.Dither.NONE)
     buffer = io.BytesIO()

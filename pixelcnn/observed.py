@@ -183,17 +183,16 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     return torch.from_numpy(observed)[:, None].to(levels.device)
 
 
-def scored_masks(name: str, levels: Tensor, num_levels: int, seed: int = 0, first: int = 0) -> Tensor:
+def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> Tensor:
     """Return one of the masks that completion is scored on.
 
-    An image's mask depends on (seed, name, its index) and its ink alone, not on the other images of the batch.
+    An image's mask depends on (name, its index) and its ink alone, not on the other images of the batch.
 
     Args:
         name: what is missing (`top`, `left`, `bottom`: that half; `rectangles`: a random one; `pixels50`: each pixel
             with probability 1/2), or `beginnings`: all but 30 % of the ink.
         levels: (B, C, H, W) int64 in [0, K).
         num_levels: K.
-        seed: of the random masks.
         first: index of the first image in its split; the others follow it.
 
     Returns:
@@ -213,7 +212,7 @@ def scored_masks(name: str, levels: Tensor, num_levels: int, seed: int = 0, firs
     elif name == "left":
         missing[:, :, : width // 2] = True
     else:
-        rngs = [np.random.default_rng([seed, SCORED.index(name), first + i]) for i in range(num)]
+        rngs = [np.random.default_rng([0, SCORED.index(name), first + i]) for i in range(num)]
         if name == "rectangles":
             missing = np.concatenate([rectangles(rng, 1, height, width) for rng in rngs])
         elif name == "pixels50":

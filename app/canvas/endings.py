@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
+from app.canvas.drawing import encode_drawing, parse_drawing, per_cell
 from app.canvas.texts import say
 
 MAX_SEED = 2**63 - 1
@@ -26,12 +27,18 @@ class Request:
     temperature: float
     seed: int | None
 
+    @property
+    def given(self) -> np.ndarray:
+        """What is known of the image, (H, W) or (H, W, 3) levels; -1 elsewhere."""
+        known, image = np.array(self.observed), np.array(self.image)
+        return np.where(per_cell(known, image) == 1, image, -1)
+
 
 @dataclass(frozen=True)
 class Ending:
     """What is shown: (N, H, W) or (N, H, W, 3) levels, -1 where not drawn yet, and the request that they answer.
 
-    `settings` and `drawing`, the grid's text, are what the request was made of; `linked` is the drawing as short text.
+    `settings` and `drawing`, the grid's text, are what the request was made of.
     """
 
     request: Request
@@ -42,14 +49,13 @@ class Ending:
     model: dict[str, Any] | None = None
     settings: dict[str, str] = field(default_factory=dict)
     drawing: str = ""
-    linked: str = ""
     names: list[str] = field(default_factory=list)  # what each probably is; empty where nobody asked
 
     @property
     def link(self) -> str:
         """The query of the address that draws them again."""
-        drawing = {"d": self.linked} if self.linked else {}
-        return urlencode(self.settings | {"seed": str(self.seed)} | drawing)
+        drawing = encode_drawing(parse_drawing(self.drawing, self.images.shape[1:]))
+        return urlencode(self.settings | {"seed": str(self.seed)} | ({"d": drawing} if drawing else {}))
 
     @property
     def is_drawn(self) -> bool:

@@ -134,13 +134,6 @@ def _ink(ending: Ending, i: int) -> str:
     return strength_of(ending.images[i], ending.levels).astype(np.uint8).tobytes().hex()
 
 
-def _alone(ending: Ending, coloured: bool) -> str:
-    """Return the drawing without its ending as a picture's address, to compare with."""
-    image = ending.images[0]
-    shown = np.where(per_cell(ending.known == 1, image), image, -1)
-    return _address(ending_pixels(shown, ending.known, ending.levels, coloured))
-
-
 def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False, sheet: bool = False) -> str:
     """Return the endings as a grid of figures, in `order` once they are scored.
 
@@ -169,7 +162,8 @@ def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False
             picture = _continue_button(_ink(ending, i), attributes, picture)
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     css_class = "endings" + " sheet" * sheet + " stale" * stale
-    told = "" if sheet else f' data-for="{ending.drawing}" style="--alone: url({_alone(ending, coloured)})"'
+    alone = _address(ending_pixels(ending.request.given, known, ending.levels, coloured))  # to compare with
+    told = "" if sheet else f' data-for="{ending.drawing}" style="--alone: url({alone})"'
     state = f'data-known="{int(known.sum())}" data-drawn="{int(is_drawn)}"'
     return f'<div class="{css_class}" {state}{told}>{"".join(figures)}</div>'
 

@@ -137,10 +137,6 @@ class Visit:
         if (ending.drawing, ending.settings) == (drawing, settings.query):
             self.keep(ending)
 
-    def earlier_endings(self, shape: tuple[int, ...]) -> list[Ending]:
-        """Return the endings of images of this shape, the last ones first."""
-        return [ending for ending in self.gallery if ending.images.shape[1:] == shape]
-
     def is_ending(self, image: np.ndarray) -> bool:
         """Return whether an image, (H, W) or (H, W, 3) levels, is one of the endings that are shown."""
         newest = (ending for ending in (self.live, self.unfinished) if ending)

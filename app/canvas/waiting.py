@@ -14,7 +14,6 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.scriptrunner_utils.script_requests import ScriptRequestType
 from streamlit.runtime.scriptrunner_utils.script_run_context import ThreadState
 
-from app.canvas.drawing import per_cell
 from app.canvas.endings import Ending, Request
 from app.canvas.texts import say
 from app.client import Completions, OnOpen, Rows, ServiceClient
@@ -170,9 +169,7 @@ def drawn(
         events: of `complete_stream`, or None.
         levels: K of the model.
     """
-    known, image = np.array(request.observed), np.array(request.image)
-    blank = np.where(per_cell(known, image) == 1, image, -1)
-    images = np.repeat(blank[None], request.num_samples, axis=0)  # (N, H, W) or (N, H, W, 3)
+    images = np.repeat(request.given[None], request.num_samples, axis=0)  # (N, H, W) or (N, H, W, 3)
     shown_at = -math.inf
     for event in events:
         unfinished = None

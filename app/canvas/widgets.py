@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app.canvas.drawing import fit_picture, per_cell
+from app.canvas.drawing import fit_picture
 from app.canvas.endings import Ending, order_of, parse_seed, record
 from app.canvas.photo import find_ink
 from app.canvas.rendering import large_image, saved_animation, saved_picture
@@ -151,13 +151,6 @@ def switch_off(key: str) -> None:
     st.session_state[key] = False
 
 
-def show_seed(seed: int | None) -> None:
-    """Show a seed with a button to copy it."""
-    with st.container(key="seed", horizontal=True, vertical_alignment="center"):
-        st.caption(say("seed"), width="content")
-        st.code(str(seed), language=None, width="content")
-
-
 def download(ending: Ending, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:
     """Offer to keep endings: all as a large picture, and as JSON that reproduces them; one, and how it came about.
 
@@ -166,11 +159,10 @@ def download(ending: Ending, coloured: bool, order: str, columns: int, chosen: i
     """
     one = order_of(ending, "likely")[0] if chosen is None else chosen
     image, known, levels = ending.images[one], ending.known, ending.levels
-    alone = np.where(per_cell(known == 1, image), image, -1)
     offers: list[tuple[str, str, str, Callable[[], str | bytes]]] = [
         ("one", "png", "image/png", lambda: large_image(image, known, levels, coloured)),
         ("all", "png", "image/png", lambda: saved_picture(ending, coloured, order, columns)),
-        ("drawing", "png", "image/png", lambda: large_image(alone, known, levels, coloured)),
+        ("drawing", "png", "image/png", lambda: large_image(ending.request.given, known, levels, coloured)),
         ("animation", "gif", "image/gif", lambda: saved_animation(ending, one, coloured)),
         ("record", "json", "application/json", lambda: record(ending)),
     ]

@@ -26,7 +26,7 @@ from app.service import gate, wire
 from app.service.batching import Batcher, Job, QueueFull
 from app.service.champions import Champion, Champions, pinned_models, released_by_dataset, store_folder
 from app.service.images import to_lists
-from app.service.jobs import SamplingJob, likelihood_job
+from app.service.jobs import LikelihoodJob, SamplingJob
 from app.service.metrics import metrics
 from app.service.openapi import amended
 from app.service.operation.drawings import Drawings
@@ -215,7 +215,7 @@ class PixelCNNService:
     @bentoml.api
     async def likelihood(self, request: wire.LikelihoodRequest, /) -> wire.LikelihoodAnswer:
         """Score an image: its log-probability, and how surprising each pixel is."""
-        job = likelihood_job(self._champion(request.dataset), request)
+        job = LikelihoodJob(self._champion(request.dataset), request)
         answer: wire.LikelihoodAnswer = await self._answer("likelihood", request.dataset, job)
         self.metrics.drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
         return answer

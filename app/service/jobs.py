@@ -110,8 +110,7 @@ class SamplingJob(Job):
         u = torch.cat([noise(job.seed, job.num_images, champion.config.image_shape) for job in jobs])
         labels = [job.label for job in jobs if job.label is not None]  # all or none: they share the model
         label = torch.cat(labels) if labels else None
-        # Rows are reported only to a listener, or where stopping early pays: the sampler's threads wait for each other
-        # after every row, which a short call would feel.
+        # Rows are reported only to a listener, or where stopping early pays: it costs a short call some percent.
         listens = any(job.on_row is not None for job in jobs) or u.numel() * champion.num_parameters > SHORT_CALL
         try:
             levels, score = complete_and_score(
@@ -133,40 +132,32 @@ class SamplingJob(Job):
         return wire.GenerateAnswer(images=images, **common)
 
 
-class ScoringJob(Job):
-    """One image to be scored. Scores share no call: torch promises no equal bits in a larger batch.
+class LikelihoodJob(Job):
+    """A checked request for a likelihood. Scores share no call: torch promises no equal bits in a larger batch.
 
-    Args:
-        levels: (1, C, H, W).
-        label: (1,), None for a model without labels.
-        answer: makes the answer of what each sub-pixel costs, (C, H, W) nats.
+    Raises:
+        RequestError: the request does not fit the champion.
     """
 
-    def __init__(
-        self, lane: str, champion: Champion, levels: Tensor, label: Tensor | None, answer: Callable[[Tensor], Any]
-    ) -> None:
-        self.champion, self.levels, self.label, self.answer = champion, levels, label, answer
-        super().__init__(lane, object(), 1)
+    def __init__(self, champion: Champion, request: wire.LikelihoodRequest) -> None:
+        self.champion = champion
+        self.levels, self.label = read_image(request.image, champion.config), read_label(request.label, champion.config)
+        super().__init__("likelihood", object(), 1)
 
     @staticmethod
-    def run_together(jobs: list["ScoringJob"]) -> None:
+    def run_together(jobs: list["LikelihoodJob"]) -> None:
         for job in jobs:
-            with torch.inference_mode():
-                job.finish(job.answer(-pixel_log_prob(job.champion.model, job.levels, job.label)[0].double()))
+            job.finish(job.answer())
 
-
-def likelihood_job(champion: Champion, request: wire.LikelihoodRequest) -> ScoringJob:
-    """Return the job of a request for a likelihood. Raises RequestError if it does not fit the champion."""
-
-    def answer(nats: Tensor) -> wire.LikelihoodAnswer:
+    @torch.inference_mode()
+    def answer(self) -> wire.LikelihoodAnswer:
+        """Return the answer to this request."""
+        nats = -pixel_log_prob(self.champion.model, self.levels, self.label)[0].double()  # (C, H, W)
         total = nats.sum().item()
         return wire.LikelihoodAnswer(
             log_prob=-total,
-            bits_per_dim=bits_per_dim(total, champion.config.image_shape),
+            bits_per_dim=bits_per_dim(total, self.champion.config.image_shape),
             packed_bytes=packed_bytes(-total),
             surprise=nats.sum(dim=0).tolist(),
-            model=champion.identity,
+            model=self.champion.identity,
         )
-
-    levels, label = read_image(request.image, champion.config), read_label(request.label, champion.config)
-    return ScoringJob("likelihood", champion, levels, label, answer)

@@ -1,6 +1,5 @@
 """Datasets of one's own: look at pictures, choose how to learn them, write an entry into own/params.yaml; undo it."""
 
-import contextlib
 import io
 import logging
 import os
@@ -8,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -253,22 +252,30 @@ def _add(name: str, images: Path, wishes: Wishes, keep: bool) -> list[str]:
     look = look_at(source, wishes)
     spec = choose(source, look, wishes)
     found, _, twice = load_pictures(spec)
-    num = len(found["train"][0])
+    num = len(found["train"][0]) if "train" in found else 0
     if num < MIN_PICTURES:
-        raise ValueError(f"{images} holds {num} different pictures: at least {MIN_PICTURES} are needed.")
+        raise ValueError(f"{images} holds {num} different pictures to learn from: at least {MIN_PICTURES} are needed.")
     spec = spec.model_copy(update={"num_validation": min(max(num // 10, 2), 5000)})
     pair, out = f"{MODEL}-{name}", DATA_FOLDER / f"{name}.safetensors"
-    with _undone_if_it_fails(Path(OWN_FILE)):
-        _edit({"datasets": {name: entry(spec)}, "pairs": {pair: pair_for(name, spec, wishes.minutes)}})
-        try:
-            forget(name, DATA_FOLDER)  # of an earlier one of this name
-            data = write(name, load_params().dataset(name), found, out, params.data, params.checks)
-            sheet = draw_sheet(LOOKS_FOLDER / f"{name}.png", data)
-            _record(name)
-        except BaseException:
-            out.unlink(missing_ok=True)
-            forget(name, DATA_FOLDER)
-            raise
+    sheet, own = LOOKS_FOLDER / f"{name}.png", Path(OWN_FILE)
+    before = own.read_text() if own.exists() else None
+    try:
+        entry = spec.model_dump(mode="json", exclude_defaults=True)  # without what is as everywhere
+        _edit({"datasets": {name: entry}, "pairs": {pair: pair_for(name, spec, wishes.minutes)}})
+        forget(name, DATA_FOLDER)  # of an earlier one of this name
+        data = write(name, load_params().dataset(name), found, out, params.data, params.checks)
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        to_sheet(data.levels("train", slice(0, 64)), data.num_levels, 8).save(sheet)
+        _record(name)
+    except BaseException:
+        for file in (out, sheet):
+            file.unlink(missing_ok=True)
+        forget(name, DATA_FOLDER)
+        if before is None:
+            own.unlink(missing_ok=True)
+        else:
+            atomic_write(own, before)
+        raise
     return [*said(look, spec, data, twice), f"as it is learned: {sheet}", f"entry: {OWN_FILE}, also of {pair}"]
 
 
@@ -291,7 +298,7 @@ def _remove(name: str) -> list[str]:
     if name not in (own.get("datasets") or {}):
         params.dataset(name)
         raise ValueError(f"{name!r} stands in {PARAMS_FILE}, not in {OWN_FILE}: it belongs to the project.")
-    pairs = [pair for pair in params.pairs_of(name) if pair in own["pairs"]]
+    pairs = [pair for pair in params.pairs_of(name) if pair in (own.get("pairs") or {})]
     _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
     if LOCK_FILE.exists():  # or data of another dataset of this name would not be those that DVC recorded
         lock = yaml.safe_load(LOCK_FILE.read_text())
@@ -304,25 +311,6 @@ def _remove(name: str) -> list[str]:
     kept = [folder for pair in pairs for folder in (Path("trained", pair), Path("models", pair)) if folder.exists()]
     stays = f"what was trained stays: {', '.join(map(str, kept))}" if kept else "nothing was trained on it"
     return [f"removed {name} and {', '.join(pairs) or 'no pair'} from {OWN_FILE}; its pictures are untouched, {stays}"]
-
-
-def entry(spec: DatasetParams) -> dict[str, Any]:
-    """Return an entry as it is written: without what is as everywhere."""
-    told = spec.model_dump(mode="json", exclude_defaults=True)
-    return {**told, "image_shape": list(spec.image_shape), "label_names": list(spec.label_names)}
-
-
-@contextlib.contextmanager
-def _undone_if_it_fails(path: Path) -> Iterator[None]:
-    before = path.read_text() if path.exists() else None
-    try:
-        yield
-    except BaseException:
-        if before is None:
-            path.unlink(missing_ok=True)
-        else:
-            atomic_write(path, before)
-        raise
 
 
 def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -377,13 +365,6 @@ def _record(name: str) -> None:
             why = commit(DVC_SYSTEM_CONFIG_DIR=folder)
     if why:
         raise ValueError(f"DVC could not record {stage}: {why}")
-
-
-def draw_sheet(path: Path, data: Dataset) -> Path:
-    """Draw the first sixty-four training images as levels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_sheet(data.levels("train", slice(0, 64)), data.num_levels, 8).save(path)
-    return path
 
 
 def said(look: Look, spec: DatasetParams, data: Dataset, twice: int) -> list[str]:

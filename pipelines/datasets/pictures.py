@@ -5,6 +5,7 @@ lead out of the folder; no pickle is opened. What is wrong is one sentence that 
 """
 
 import gzip
+import math
 import os
 import tempfile
 import warnings
@@ -133,6 +134,9 @@ def fitted(image: Image.Image, spec: DatasetParams) -> np.ndarray:
         if spec.fit == "crop":
             image = ImageOps.fit(image, (width, height), method)
         elif spec.fit == "pad":
+            # Of a picture that is long and thin a pixel of the short side stays.
+            width_kept, height_kept = math.ceil(image.height / height), math.ceil(image.width / width)
+            image = image.resize((max(image.width, width_kept), max(image.height, height_kept)), method)
             image = ImageOps.pad(image, (width, height), method, color=spec.ground)
         else:
             image = image.resize((width, height), method)
@@ -286,9 +290,13 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
 
 
 def _of_arrays_in_memory(
-    images: np.ndarray, labels: np.ndarray | None, names: list[str], is_test: bool = False
+    images: np.ndarray, labels: np.ndarray | None, names: list[str], what: str = "image", is_test: bool = False
 ) -> Iterator[Picture]:
-    """Yield each of N x H x W (x 1 or 3) uint8 images. Raises ValueError if they are too small or too large."""
+    """Yield each of N x H x W (x 1 or 3) uint8 images, named `what` and its number.
+
+    Raises:
+        ValueError: they are too small or too large.
+    """
     height, width = images.shape[1:3]
     if odd := _odd_size(width, height):
         raise ValueError(f"images are {odd}.")
@@ -296,7 +304,7 @@ def _of_arrays_in_memory(
         label = None if labels is None else int(labels[i])
         named = None if label is None else names[label] if 0 <= label < len(names) else str(label)
         yield Picture(
-            f"image {i}", Image.fromarray(image.squeeze(-1) if image.shape[-1:] == (1,) else image), named, is_test
+            f"{what} {i}", Image.fromarray(image.squeeze(-1) if image.shape[-1:] == (1,) else image), named, is_test
         )
 
 
@@ -308,7 +316,7 @@ def _of_idx(folder: Path) -> Iterator[Picture]:
             labels = _idx(folder, f"{part}-labels-idx1-ubyte", 1)
             if labels is not None and len(labels) != len(images):
                 raise ValueError(f"{folder}: {part} has {len(images)} images and {len(labels)} labels.")
-            yield from _of_arrays_in_memory(images, labels, [], is_test)
+            yield from _of_arrays_in_memory(images, labels, [], part, is_test)
         elif not is_test:
             raise ValueError(f"{folder} has no train-images-idx3-ubyte, gzipped or not.")
 
@@ -342,5 +350,5 @@ def _of_cifar(folder: Path) -> Iterator[Picture]:
         images = rows[:, num_labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
         labels = rows[:, num_labels - 1]
         yield from _of_arrays_in_memory(
-            np.ascontiguousarray(images), labels, names[-1] if names else [], "test" in file.name
+            np.ascontiguousarray(images), labels, names[-1] if names else [], file.stem, "test" in file.name
         )

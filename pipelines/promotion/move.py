@@ -58,9 +58,9 @@ class UnfinishedMoveError(OSError):
 def explained(error: Exception) -> str:
     """Return the whole reason of an error, and which server or store it concerns if it is one's."""
     named = {
-        "mlflow": f"MLflow at {tracking_uri()}",
-        "sqlalchemy": f"MLflow's database {tracking_uri()}",
-        "requests": f"MLflow at {tracking_uri()}",
+        "mlflow": f"MLflow at {location()}",
+        "sqlalchemy": f"MLflow's database {location()}",
+        "requests": f"MLflow at {location()}",
         "bentoml": f"the model store in {store.home()}",
     }.get(tool_of(error) or "")
     return f"{named} failed ({reason(error)}). Run this again once it works." if named else reason(error)

@@ -51,9 +51,9 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str,
     else:
         checked = f"checksum checked, scored afresh on {stated.check_scores(str(folder), model, scores, data)}"
     identity = tracking.identity(folder)
-    known = next((v.run_id for v in registry.versions(dataset) if v.identity == identity), None)
+    known = next((v.version for v in registry.versions(dataset) if v.identity == identity), None)
     if known is not None:
-        return dataset, tracking.register(known, folder, scores.get("pair", folder.name), dataset), checked
+        return dataset, known, checked
     report = REPORTS_FOLDER / folder.name if folder.parent == MODELS_FOLDER else None
     return dataset, stage.register(folder, report, released, scores=scores)["version"], checked
 

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 from typer import Option, Typer
 
 from pipelines.errors import is_for_user, run_typer
-from pipelines.params import repro_command
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
@@ -66,7 +65,7 @@ def _registered(name: str, number: str) -> Version:
     by_name = {tracking.registered_name(dataset): dataset for dataset in registry.datasets()}
     if name not in by_name:
         known = ", ".join(by_name) or "none"
-        raise LookupError(f"no model {name!r} is registered in {tracking.tracking_uri()}. Known: {known}.")
+        raise LookupError(f"no model {name!r} is registered in {tracking.location()}. Known: {known}.")
     versions = {version.version: version for version in registry.versions(by_name[name])}
     if number not in versions:
         raise LookupError(f"{name} has no version {number}. Known: {', '.join(versions)}.")
@@ -128,7 +127,7 @@ def describe(version: Version) -> list[str]:
         f"DVC         {_recorded_by_dvc(dataset, lineage['data_hash'])}",
         f"code        git commit {lineage['git_commit']}{changed}",
         f"weights     SHA-256 {lineage['weights_sha256']}",
-        f"run         {version.run_id}, of {registry.utc(run.info.start_time)}, in {tracking.tracking_uri()}",
+        f"run         {version.run_id}, of {registry.utc(run.info.start_time)}, in {tracking.location()}",
         "parameters",
         *(f"  {name} = {value}" for name, value in sorted(run.data.params.items())),
         "metrics",
@@ -189,10 +188,6 @@ def _verify_data(version: Version) -> str:
 
 
 def _load_same(version: Version) -> Dataset:
-    if not _data_file(version).exists():
-        raise ValueError(
-            f"{_data_file(version)} does not exist. Make it: {repro_command('prepare', _dataset(version))}"
-        )
     data, expected = load_dataset(_data_file(version)), version.lineage()["data_hash"]
     if data.data_hash != expected:
         raise ValueError(f"the MD5 of {_data_file(version)} is {data.data_hash}, it was trained on {expected}")

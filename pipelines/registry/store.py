@@ -24,7 +24,7 @@ from bentoml._internal.models import ModelStore
 
 from pipelines.files import atomic_write, file_lock
 from pipelines.settings import Settings
-from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, load_checkpoint, sha256_of
+from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_of
 
 _TEMPORARY = ".promote-"
 _REGISTRY_FILE = "pixelcnn-registry.json"  # which registry feeds the store
@@ -56,8 +56,8 @@ def latest(name: str) -> str | None:
 
 
 def served() -> list[str]:
-    """Return the tags of all that is served."""
-    return [tag for path in sorted((home() / "models").glob("*/latest")) if (tag := latest(path.parent.name))]
+    """Return the tags of all of ours that is served: BentoML's store may hold other people's models, too."""
+    return [tag for path in sorted((home() / "models").glob("pixelcnn-*/latest")) if (tag := latest(path.parent.name))]
 
 
 def feeder() -> dict[str, str] | None:
@@ -114,18 +114,13 @@ def checkout(tag: str, folder: Path) -> Path:
 
 def is_intact(tag: str, lineage: Mapping[str, Any]) -> bool:
     """Say whether the store holds this model, whole and with exactly this lineage."""
-    folder = _folder(tag)
     try:
         metadata = metadata_of(tag)
-        load_checkpoint(folder)
+        told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
+        manifest = manifest_of(_folder(tag), told)
     except (ValueError, OSError):
         return False
-    told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
-    if metadata.get("manifest_sha256") != manifest_of(folder, told):
-        return False
-    if any(metadata.get(key) != value for key, value in lineage.items()):
-        return False
-    return sha256_of(folder / WEIGHTS_FILE) == str(lineage["weights_sha256"])
+    return metadata.get("manifest_sha256") == manifest and lineage.items() <= metadata.items()
 
 
 def manifest_of(folder: Path, metadata: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ class PairReport:
     def pictures(self) -> list[tuple[str, str]]:
         """Return the caption and the base64 bytes of each picture that is there."""
         found = [(self.folder / name, caption) for name, caption in PICTURES.items()]
-        return [(caption, _base64(path.read_bytes())) for path, caption in found if path.exists()]
+        return [(caption, base64.b64encode(path.read_bytes()).decode()) for path, caption in found if path.exists()]
 
 
 def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport]:
@@ -113,10 +113,6 @@ def write_comparison(reports: Sequence[PairReport], failures: Mapping[str, str] 
     return PAGE
 
 
-def _base64(png: bytes) -> str:
-    return base64.b64encode(png).decode()
-
-
 def _draw_curves(reports: Sequence[PairReport]) -> str:
     """Return the base64 PNG of all pairs' curves; nothing where none has one."""
     from matplotlib.figure import Figure
@@ -134,7 +130,7 @@ def _draw_curves(reports: Sequence[PairReport]) -> str:
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, format="png")
-    return _base64(buffer.getvalue())
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _read_promotion(path: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ class LiveRun:
             log: is told, in one sentence, when the store fails.
         """
         self._path, self._training, self._log = folder / RUN_ID_FILE, training, log
-        self.run_id = self._path.read_text() if self._path.exists() else None
+        self.run_id = self._path.read_text() if self._path.exists() else ""
         key = folder / RUN_KEY_FILE
         if not key.exists():
             atomic_write(key, uuid.uuid4().hex)
@@ -40,7 +40,7 @@ class LiveRun:
         self._try(self._start)
 
     def _start(self) -> str:
-        if not self._started or self.run_id is None:
+        if not self._started:
             self.run_id = tracking.start_training_run(self._training, self._key, self.run_id)
             atomic_write(self._path, self.run_id)
             self._started = True
@@ -62,12 +62,9 @@ class LiveRun:
         """Show that the training has ended; or failed, or was stopped from outside, by an error."""
         if self._monitor is not None:
             self._monitor.finish()
-        if self._started and self.run_id is not None:
-            run_id, status = (
-                self.run_id,
-                "FAILED" if isinstance(error, Exception) else "KILLED" if error else "FINISHED",
-            )
-            self._try(lambda: tracking.client().set_terminated(run_id, status))
+        if self._started:
+            status = "FAILED" if isinstance(error, Exception) else "KILLED" if error else "FINISHED"
+            self._try(lambda: tracking.client().set_terminated(self.run_id, status))
 
     def _try(self, work: Callable[[], object]) -> None:
         if time.monotonic() < self._silent_until:

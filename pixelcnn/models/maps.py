@@ -49,7 +49,7 @@ class Map:
     def __add__(self, other: "Map") -> "Map":
         if not isinstance(other, Map) or other.num_channels != self.num_channels:
             raise ValueError(f"a map of {self.num_channels} channels can only be added to another one, got {other!r}.")
-        return combined("add", (self, other), None)
+        return combined("add", (self, other))
 
     def _refuse(self, *_: object) -> Any:
         raise refusal("other arithmetic than +, in place or with numbers,")
@@ -68,7 +68,7 @@ class Map:
     ) -> "Map":
         changed = [name for name, value in (named or {}).items() if value is not False]  # inplace=True, alpha=2
         if function in (F.relu, torch.relu) and not changed:
-            return combined("relu", (arguments[0],), None)
+            return combined("relu", (arguments[0],))
         if function in (torch.add, Tensor.add, Tensor.__add__) and not changed:
             return arguments[0] + arguments[1]
         raise refusal(" with ".join([getattr(function, "__name__", str(function)), *changed]))
@@ -82,15 +82,15 @@ def refusal(what: str) -> ValueError:
     )
 
 
-def combined(op: str, inputs: tuple[Map, ...], block: Any) -> Map:
+def combined(op: str, inputs: tuple[Map, ...]) -> Map:
     """Return the map that an operation makes of its inputs channel by channel."""
     lead = max(x.lead for x in inputs)
     turns = [x.turns for x in inputs if x.turns is not None]
     if not turns or max((x.lead for x in inputs if x.turns is None), default=NEVER_WAITS) > -1:
-        turns, together = [], None  # some row is needed as a whole
+        together = None  # some row is needed as a whole
     else:
         together = torch.stack(turns).amax(dim=0)
-    return Map(op, inputs, block, inputs[0].num_channels, lead, together)
+    return Map(op, inputs, None, inputs[0].num_channels, lead, together)
 
 
 def convolved(x: Map, block: Any) -> Map:

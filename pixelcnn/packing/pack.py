@@ -1,6 +1,5 @@
 """Pack and unpack whole files: blocks in parallel, in memory for a few of them, with an estimate of what is left."""
 
-import json
 import math
 import threading
 import zlib
@@ -15,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pixelcnn.checkpoint import CONFIG_FILE, load_checkpoint, located
+from pixelcnn.checkpoint import load_with_hash
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.packing.coder import ENGINE, Coder
 from pixelcnn.packing.container import MAX_BLOCK_IMAGES, Block, DamagedError, Header, Reader, block_bytes
@@ -47,13 +46,6 @@ class Packed:
     num_header_bytes: int
     nats: float
     num_left_out: int
-
-
-def _load(checkpoint: Path) -> tuple[AutoregressiveModel, str]:
-    """Return the model and its weights' SHA-256."""
-    folder = located(checkpoint)
-    model, _ = load_checkpoint(folder)
-    return model, json.loads((folder / CONFIG_FILE).read_text())["weights_sha256"]
 
 
 class _Progress:
@@ -124,7 +116,7 @@ def pack(
     check_absent(out)
     if block_images is not None and not 1 <= block_images <= MAX_BLOCK_IMAGES:
         raise ValueError(f"--block-images must be from 1 to {MAX_BLOCK_IMAGES}, got {block_images}.")
-    model, weights_sha256 = _load(checkpoint)
+    model, _, weights_sha256 = load_with_hash(checkpoint)
     config = model.config
     source = open_images(images, split, config)
     numbers = None if labels is None else load_labels(labels, split, source.num, config)
@@ -203,7 +195,7 @@ def unpack(
     """
     if not file.is_file():
         raise ValueError(f"{file} is no file.")
-    model, weights_sha256 = _load(checkpoint)
+    model, _, weights_sha256 = load_with_hash(checkpoint)
     with open(file, "rb") as opened:
         reader = Reader(opened, str(file))
         header = reader.header

@@ -20,6 +20,7 @@ from pixelcnn.likelihood import log_prob
 from pixelcnn.packing.pictures import open_images
 
 FIT_STEPS = 50
+NUM_SHOWN = 16  # of each end of a ranking
 TUNING = 1.345  # Huber's: 95 % of least squares' efficiency where errors are normal
 MAD_TO_STDEV = 1.4826  # of a normal distribution
 
@@ -78,7 +79,6 @@ def rank(
     images: Path,
     *,
     split: str = "test",
-    num_shown: int = 16,
     on_progress: Callable[[int, int], None] = lambda done, num: None,
 ) -> Ranking:
     """Rank pictures by how strange a model finds them.
@@ -87,7 +87,6 @@ def rank(
         checkpoint: folder of the model.
         images: as `pixelcnn.packing.pack` takes them; here levels that the model does not have are rounded.
         split: which images of a dataset.
-        num_shown: of each end of the ranking, how many to keep.
         on_progress: called with the number of images done, and of all.
 
     Raises:
@@ -106,7 +105,7 @@ def rank(
         on_progress(stop, source.num)
     corrected = beyond_complexity(nats, png_bytes)
     order = corrected.argsort(descending=True, stable=True)
-    ends = order if len(order) <= 2 * num_shown else torch.cat([order[:num_shown], order[-num_shown:]])
+    ends = order if len(order) <= 2 * NUM_SHOWN else torch.cat([order[:NUM_SHOWN], order[-NUM_SHOWN:]])
     return Ranking(
         names=[source.names[i] if source.names else str(i) for i in order.tolist()],
         nats=nats[order],

@@ -195,7 +195,7 @@ class _Layout:
         """Return a step of the plan as steps of a table."""
         out, here, attention = step.out, step.out.channels_of(step.turn), step.attention
         values: dict[str, Any] = {"rows_up": step.rows_up, "is_late": out.is_late, "reach": min(out.reach, FAR)}
-        values |= {"is_always_needed": out.is_always_needed, "is_for_draws_alone": out.is_for_draws_alone}
+        values["is_for_draws_alone"] = out.is_for_draws_alone
         if step.kind == "sum":
             return self.products(step, values)
         if attention is None:
@@ -263,13 +263,7 @@ class _Layout:
 
 
 def build_engine(model: AutoregressiveModel) -> Engine:
-    """Lay a model's weights out for compiled sampling.
-
-    Raises:
-        ValueError: the dtype of the weights has no compiled sampler.
-    """
-    if model.head.weight.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"compiled sampling takes float32 or float64 weights, got {model.head.weight.dtype}.")
+    """Lay a model's weights, float32 or float64, out for compiled sampling."""
     plan, config, output = make_plan(model), model.config, model.output
     layout, num_colours = _Layout(plan, model), config.image_shape[0]
     row_steps = [row for step in plan.row_steps for row in layout.laid_out(step)]
@@ -278,11 +272,9 @@ def build_engine(model: AutoregressiveModel) -> Engine:
         of_turn = [step for step in plan.pixel_steps if step.turn == c]
         pixel_steps += [row for step in layout.merged(of_turn) for row in layout.laid_out(step)]
         if c < (1 if config.num_mixtures else num_colours):
-            num_drawn = num_colours if config.num_mixtures else 1
-            drawn = {"num_out": output.num_per_draw, "colour": c, "num_drawn": num_drawn}
+            drawn = {"num_out": output.num_per_draw, "colour": c, "reach": FAR}  # the network sees known levels, too
             parameters = (plan.logits, c * output.num_per_draw)
-            always = {"is_always_needed": 1, "reach": FAR}  # the network sees known levels, too
-            pixel_steps.append(layout.new_step(kernels.DRAW, (plan.image, c), None, parameters, **drawn, **always))
+            pixel_steps.append(layout.new_step(kernels.DRAW, (plan.image, c), None, parameters, **drawn))
     weights = torch.cat([*layout.weights, torch.zeros(layout.lanes, dtype=layout.dtype)]).numpy()
     fresh = np.zeros(layout.size, weights.dtype)
     for place, value in layout.fresh:

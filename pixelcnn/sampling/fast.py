@@ -3,10 +3,10 @@
 On the CPU that is the compiled cached sampler; elsewhere, or without numba, the cached one in torch.
 """
 
-import heapq
 import importlib
 import logging
 import math
+import queue
 import threading
 import time
 import weakref
@@ -230,43 +230,37 @@ def _row_by_row(
     A thread takes the batch that is furthest behind, and waits for no other: one that the machine holds up holds up its
     batch alone.
     """
-    changed, is_stopped = threading.Condition(), False
-    behind = [(0, b) for b in range(num_batches)]  # a heap of those that nobody works at, by their next row
-    next_rows = [0] * num_batches
-
-    def stop() -> None:
-        nonlocal is_stopped
-        with changed:
-            is_stopped = True
-            changed.notify()
+    behind: queue.PriorityQueue[tuple[int, int]] = queue.PriorityQueue()  # that nobody works at, by their next row
+    reached: queue.SimpleQueue[int] = queue.SimpleQueue()  # rows, each as often as a batch has reached it
+    counts, is_stopped = Counter[int](), threading.Event()
+    for b in range(num_batches):
+        behind.put((0, b))
 
     def work() -> None:
         try:
-            while True:
-                with changed:
-                    if is_stopped or not behind:
-                        return
-                    y, b = heapq.heappop(behind)
+            while not is_stopped.is_set():
+                y, b = behind.get_nowait()
                 advance(b, y, y + 1)
-                with changed:
-                    next_rows[b] = y + 1
-                    if y + 1 < height:
-                        heapq.heappush(behind, (y + 1, b))
-                    changed.notify()
+                if y + 1 < height:
+                    behind.put((y + 1, b))
+                reached.put(y)
+        except queue.Empty:
+            pass
         except BaseException:
-            stop()
+            is_stopped.set()
+            reached.put(height)  # wakes who waits
             raise
 
     workers = [pool.submit(work) for _ in range(num_threads)]
     try:
         for y in range(height):
-            with changed:
-                changed.wait_for(lambda: is_stopped or min(next_rows, default=height) > y)  # noqa: B023
-            if is_stopped:
+            while counts[y] < num_batches and not is_stopped.is_set():
+                counts[reached.get()] += 1
+            if is_stopped.is_set():
                 break
             on_row(y)
     finally:
-        stop()
+        is_stopped.set()
     for worker in workers:
         worker.result()
 

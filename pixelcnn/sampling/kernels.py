@@ -232,16 +232,6 @@ def _product(step, s, w, num, o, o_step, b, b_step, e, e_step, x, x_step, num_in
             r += 1
 
 
-def _bitcast(_, bits):
-    """The float of the same bits as an integer."""
-    floats: Any = types.float32 if bits == types.int32 else types.float64
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_data_type(signature.return_type))
-
-    return floats(bits), generate
-
-
 def _fused(_, a, b, c):
     """a * b + c, rounded once: an instruction of every x86-64 processor since 2013, a slow function before."""
 
@@ -262,7 +252,6 @@ def _call_at(_, address):
     return types.void(types.int64), generate
 
 
-_from_bits: Any = intrinsic(_bitcast)
 _fma: Any = intrinsic(_fused)
 _call: Any = intrinsic(_call_at)
 
@@ -291,7 +280,7 @@ def _exp32(x):
     """exp of a float32 in [-87, 87], within about 1e-7: 2^k times a series, without a branch."""
     k = np.floor(_fma(x, np.float32(1.44269504), np.float32(0.5)))
     r = _fma(k, np.float32(2.12194440e-4), _fma(k, np.float32(-0.693359375), x))  # |r| <= ln(2) / 2, ln 2 in two parts
-    return _series(_TERMS32, r) * _from_bits(np.int32((np.int32(k) + np.int32(127)) << np.int32(23)))
+    return _series(_TERMS32, r) * np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @_inlined
@@ -300,7 +289,8 @@ def _exp64(x):
     k = np.floor(_fma(x, 1.4426950408889634, 0.5))
     r = (x - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10
     half = np.int64(k) >> 1  # 2^k in two steps, for results that are nearly or just 0
-    return _series(_TERMS64, r) * _from_bits((half + 1023) << 52) * _from_bits((np.int64(k) - half + 1023) << 52)
+    whole = np.int64((half + 1023) << 52).view(np.float64)
+    return _series(_TERMS64, r) * whole * np.int64((np.int64(k) - half + 1023) << 52).view(np.float64)
 
 
 @_inlined
@@ -580,8 +570,8 @@ PLACE = np.dtype([(name, np.int64) for name in ("at", "row", "rows", "column")])
 _NUMBERS = (
     *("kind", "num_out", "vectors", "num_in", "weights", "bias", "of_label", "of_place"),
     *("is_rectified", "is_sparse", "is_raw"),
-    *("rows_up", "every", "columns", "is_of_context", "is_late", "reach", "is_always_needed", "is_for_draws_alone"),
-    *("colour", "num_drawn", "keys", "values", "scores", "capacity", "heads", "features"),
+    *("rows_up", "every", "columns", "is_of_context", "is_late", "reach", "is_for_draws_alone"),
+    *("colour", "keys", "values", "scores", "capacity", "heads", "features"),
 )
 STEP = np.dtype([*((name, PLACE) for name in ("out", "base", "x")), *((name, np.int64) for name in _NUMBERS)])
 
@@ -655,7 +645,7 @@ def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
         for k in range(program.row_steps.size):
             step = program.row_steps[k]
             row = y - step.is_late
-            if row < 0 or (row < first_missing - step.reach if step.is_always_needed else end == 0):
+            if row < 0 or (row < first_missing - step.reach if step.reach else end == 0):
                 continue
             for g in range(num_images):
                 i = index[g]
@@ -663,7 +653,7 @@ def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
         for k in range(program.pixel_steps.size):
             step = program.pixel_steps[k]
             places[k, 0], places[k, 1], places[k, 2] = _at(step.out, y), _at(step.base, y), _at(step.x, y)
-            is_needed = step.is_always_needed and y >= first_missing - step.reach
+            is_needed = step.reach > 0 and y >= first_missing - step.reach
             extent[k] = 2 if step.is_for_draws_alone else 0 if is_needed else 1
 
         for x in range(width):
@@ -685,7 +675,7 @@ def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
                             at = g * size + head * step.features
                             _attend(step, s, g * size, head, out + at, of + at, 1 + y // 2 * step.columns)
                 else:  # DRAW: and the network sees the level
-                    for c in range(step.colour, step.colour + step.num_drawn):
+                    for c in range(step.colour, levels.shape[1] if program.num_mixtures else step.colour + 1):
                         for g in range(num_images):
                             i, own = index[g], s[of + g * size : of + g * size + n]
                             if program.num_mixtures and missing[i, y, x]:

@@ -38,8 +38,8 @@ class Buffer:
         num_rows: rows that are kept; the others are overwritten.
         left, right: columns of zeros beside each row.
         is_local: read at the pixel that it is computed at alone, so that one cell is enough.
-        reach: its row y is needed where a pixel is missing in row y + reach or above it.
-        is_always_needed: where no pixel of its own row is missing, too.
+        reach: its row y is needed where a pixel is missing in row y + reach or above it. From 1 on it is needed where
+            none of its own row is missing, too.
         is_for_draws_alone: it leads to the logits of its own pixel and to nothing else.
         readers: what reads it, how many rows above its own, and whether in other columns; None stands for the draws.
     """
@@ -52,7 +52,6 @@ class Buffer:
     right: int = 0
     is_local: bool = True
     reach: float = 0
-    is_always_needed: bool = False
     is_for_draws_alone: bool = True
     readers: list[tuple["Buffer | None", float, bool]] = field(default_factory=list)
 
@@ -344,9 +343,7 @@ class _Planner:
                 if reader is None:
                     continue
                 buffer.reach = max(buffer.reach, reader.reach + rows_up)
-                buffer.is_always_needed |= rows_up > 0 or reader.is_always_needed
                 buffer.is_for_draws_alone &= not (rows_up or is_sideways) and reader.is_for_draws_alone
-            buffer.is_for_draws_alone &= not buffer.is_always_needed
 
 
 def make_plan(model: AutoregressiveModel) -> Plan:

@@ -6,19 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixelcnn import complete, completion_log_prob, log_prob, naive_sample, resample, sample
-from tests.core.tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_model
+from tests.core.tiny import ARCHITECTURES, all_images, exactly, fillings, interval_noise, random_levels, tiny_model
 
 SHAPE = (1, 2, 3)
 
 
 def noise(shape, num, seed=0):
     return torch.rand(num, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def fillings(image: torch.Tensor, observed: torch.Tensor, num_levels: int) -> torch.Tensor:
-    """Return every image that agrees with this one where it is observed: (1, C, H, W) -> (N, C, H, W)."""
-    images = all_images(tuple(image.shape[1:]), num_levels)
-    return images[((images == image) | ~observed).flatten(1).all(dim=1)]
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

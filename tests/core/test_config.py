@@ -1,7 +1,6 @@
 import pytest
 
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig
-from pixelcnn.config import ModelConfig
 from pixelcnn.models.registry import config_from_dict, config_to_dict, model_name
 from tests.core.tiny import ARCHITECTURES, beginning, tiny_config
 
@@ -97,11 +96,3 @@ def test_missing_key_is_named():
         config_from_dict(values)
     with pytest.raises(ValueError, match="unknown model None"):
         config_from_dict({})
-
-
-def test_a_bare_model_config_has_no_name():
-    with pytest.raises(
-        ValueError,
-        match=r"config must be one of AttentivePixelCNNConfig, GatedPixelCNNConfig, PixelCNNConfig, got ModelConfig.",
-    ):
-        model_name(ModelConfig(image_shape=(1, 1, 1), num_levels=2, num_features=1))

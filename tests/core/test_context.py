@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
@@ -27,7 +26,16 @@ from pixelcnn.config import ModelConfig
 from pixelcnn.models.layers import ContextNetwork
 from pixelcnn.sampling.cached import cached_sample
 from tests.core.test_fast_sampling import model_of, name
-from tests.core.tiny import ARCHITECTURES, all_images, exactly, interval_noise, random_levels, tiny_config, tiny_model
+from tests.core.tiny import (
+    ARCHITECTURES,
+    all_images,
+    exactly,
+    fillings,
+    interval_noise,
+    random_levels,
+    tiny_config,
+    tiny_model,
+)
 
 SHAPE = (1, 2, 3)
 
@@ -38,12 +46,6 @@ def context_model(architecture: str, shape=SHAPE, num_levels=2, num_labels=0, se
 
 def random_mask(num: int, shape, seed: int = 0) -> Tensor:
     return torch.rand(num, 1, *shape[1:], generator=torch.Generator().manual_seed(seed)) < 0.5
-
-
-def fillings(image: Tensor, observed: Tensor, num_levels: int) -> Tensor:
-    """Return every image that agrees with this one where it is observed: (1, C, H, W) -> (N, C, H, W)."""
-    images = all_images(tuple(image.shape[1:]), num_levels)
-    return images[((images == image) | ~observed).flatten(1).all(dim=1)]
 
 
 @pytest.mark.parametrize("completer", [0, 2])
@@ -298,8 +300,6 @@ def test_candidates_of_one_drawing_share_the_rows_that_are_known(config: ModelCo
     """Its known rows are computed once, whatever the other drawings and labels of the batch; no level changes."""
     model = model_of(config, torch.float64)
     _, height, width = config.image_shape
-    if height < 3:
-        pytest.skip("no row to share")
     u = torch.rand(6, *config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawing = torch.randint(0, config.num_levels, u.shape, generator=torch.Generator().manual_seed(1))
     drawing[1:4] = drawing[0]
@@ -407,12 +407,3 @@ def test_the_networks_of_a_config_with_all_parts():
     assert both.of_joint() == ModelConfig(**sizes)
     completer = ModelConfig(**{**sizes, "num_features": 8}, **{**drawn, "label_features": 0})
     assert both.of_completer() == completer
-
-
-def test_context_is_cheap_at_the_released_size():
-    sizes = {"image_shape": (1, 28, 28), "num_levels": 2, "num_features": 32, "num_blocks": 10, "num_labels": 10}
-    plain, with_context = (
-        sum(math.prod(p.shape) for key, p in build_model(PixelCNNConfig(**sizes, **more)).named_parameters())
-        for more in ({}, {"context_features": 24})
-    )
-    assert with_context < 1.3 * plain

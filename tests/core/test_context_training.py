@@ -261,9 +261,6 @@ def test_completion_is_scored_on_fixed_masks(architecture):
     assert scores["test/completion_top_nats"] == pytest.approx(nats.mean().item(), rel=1e-9)
     assert scores["test/completion_top_nats_stderr"] == pytest.approx((nats.std() / 5**0.5).item(), rel=1e-9)
     assert evaluate_completion(model, data, num_images=5) == scores
-    other = evaluate_completion(model, data, num_images=5, seed=1)
-    assert other["test/completion_top_nats"] == scores["test/completion_top_nats"]
-    assert other["test/completion_pixels50_nats"] != scores["test/completion_pixels50_nats"]
     # Without its context network the same model clamps in raster order.
     plain = tiny_model(architecture, (1, 4, 4), 2)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "context" not in k})

@@ -419,13 +419,3 @@ def test_the_log_probability_of_its_steps_is_that_of_the_finished_image(config: 
     levels, score = sample_and_score(model, u, label)
     with torch.no_grad():
         torch.testing.assert_close(score(), log_prob(model, levels, label), rtol=0, atol=1e-9)
-
-
-def test_wrong_arguments_are_refused_as_by_the_naive_sampler() -> None:
-    model, u = tiny()
-    for arguments in ({"u": u[0]}, {"u": u + 1}, {"u": u, "temperature": -1.0}, {"u": u, "drawing": u.long()}):
-        with pytest.raises(ValueError, match=r"u |temp|draw") as naive_error:
-            naive_sample(model, **arguments)
-        with pytest.raises(ValueError, match=r"u |temp|draw") as cached_error:
-            sample(model, **arguments)
-        assert str(cached_error.value) == str(naive_error.value)

@@ -42,12 +42,6 @@ def test_level_0_is_black_and_the_last_one_white():
     assert list(to_picture(red_then_blue, 2).tobytes()) == [255, 0, 0, 0, 0, 255]
 
 
-def test_a_zoomed_png_repeats_each_pixel():
-    picture = Image.open(io.BytesIO(to_png(torch.tensor([[[0, 1]]]), 2, zoom=2)))
-    assert picture.size == (4, 2)
-    assert list(picture.tobytes()) == [0, 0, 255, 255] * 2
-
-
 def test_grey_values_are_rounded_to_the_nearest_level():
     picture = Image.new("L", (4, 1))
     picture.putdata([0, 127, 128, 255])

@@ -9,6 +9,7 @@ from pixelcnn import bits_per_dim, build_model, complete, level_probs, log_prob,
 from pixelcnn.completion import complete_and_score, completion_log_prob
 from pixelcnn.likelihood import count_leaks
 from pixelcnn.sampling.cached import cached_sample
+from pixelcnn.sampling.fast import sample_and_score
 from tests.core.tiny import ARCHITECTURES, all_images, random_levels, tiny_config
 
 MIXTURE = {"output": "logistic_mixture", "num_mixtures": 3, "num_features": 4}
@@ -68,6 +69,19 @@ def test_every_sampler_gives_the_same_levels(architecture, shape):
     levels, score = complete_and_score(model, drawing, observed, u, label)
     torch.testing.assert_close(score(), completion_log_prob(model, levels, observed, label), rtol=0, atol=1e-9)
     assert torch.equal(levels, complete(model, drawing, observed, u, label))
+
+
+def test_components_narrower_and_wider_than_the_levels():
+    """Log-scales below their least, and so large that a component's sigmoids differ by rounding alone."""
+    model = mixture_model("gated_pixelcnn", (3, 3, 4), 17)
+    with torch.no_grad():
+        model.logits.bias[12:21] = torch.tensor([-12.0, 0.0, 16.0]).repeat(3)
+    u = torch.rand(3, 3, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for temperature in (1.0, 0.6, 0.0):
+        assert torch.equal(sample(model, u, temperature=temperature), naive_sample(model, u, temperature=temperature))
+    levels, score = sample_and_score(model, u)
+    torch.testing.assert_close(score(), log_prob(model, levels).detach(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(level_probs(model, levels).sum(dim=1), torch.ones(3, 3, 3, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -32,6 +32,7 @@ PROBES = {
     "pixelcnn": "f6037c32311a771e",
     "gated_pixelcnn": "9082c9ab8d3e6c0f",
     "attentive_pixelcnn": "385da2fda6eb3a48",
+    "gated_pixelcnn, a mixture in colour": "2b90dcb1ca87962c",
 }
 DAMAGES = int(os.environ.get("PIXELCNN_TEST_DAMAGES", "40"))
 
@@ -344,14 +345,16 @@ def test_the_probe_sees_the_last_bit_of_a_weight(checkpoint) -> None:
     assert Coder(model, 16).probe() not in probes
 
 
-@pytest.mark.parametrize("architecture", PROBES)
-def test_the_arithmetic_is_the_same_on_every_machine(architecture: str) -> None:
-    model = build_model(tiny_config(architecture, (1, 8, 8), 5, num_features=20))
+@pytest.mark.parametrize("name", PROBES)
+def test_the_arithmetic_is_the_same_on_every_machine(name: str) -> None:
+    architecture, _, is_mixture = name.partition(",")
+    colour = {"output": "logistic_mixture", "num_mixtures": 3} if is_mixture else {}
+    model = build_model(tiny_config(architecture, (3 if colour else 1, 8, 8), 5, num_features=20, **colour))
     with torch.no_grad():
         for number, weight in enumerate(model.parameters()):  # torch's own random numbers differ by machine
             values = torch.arange(weight.numel(), dtype=torch.float64) * (number + 1) * 0.618033988749895 % 1
             weight.copy_((values - 0.5).view_as(weight))
-    assert Coder(model.eval(), 16).probe()[:16] == PROBES[architecture]
+    assert Coder(model.eval(), 16).probe()[:16] == PROBES[name]
 
 
 @pytest.mark.repeated
@@ -369,6 +372,14 @@ def test_a_lesser_processor_gives_the_same_pictures(checkpoint, tmp_path, proces
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(tmp_path / "out.npy"), levels)
     print(f"{processor}: the same pictures")
+
+
+def test_a_checkpoint_whose_saving_was_cut_off_packs_too(tmp_path) -> None:
+    levels = array_of(tmp_path / "in.npy", 3)
+    checkpoint_of(tmp_path / "model").rename(tmp_path / ".model.old")  # between the two renames of a saving
+    pack(tmp_path / "model", tmp_path / "in.npy", tmp_path / "x.pxl")
+    unpack(tmp_path / "model", tmp_path / "x.pxl", tmp_path / "out.npy")
+    assert np.array_equal(np.load(tmp_path / "out.npy"), levels)
 
 
 def damaged(whole: bytes, rng: random.Random) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob
+from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, naive_sample, sample
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
 from pixelcnn.training import StepReport, format_progress, training_history
 from pixelcnn.training import config as training_config
@@ -52,6 +52,20 @@ def batches_seen(model, data, train_config) -> list[tuple[torch.Tensor, torch.Te
     fit(model, data, train_config)
     handle.remove()
     return seen
+
+
+def test_samples_of_a_training_are_those_of_the_weights_of_that_moment():
+    data = toy_dataset()
+    model, seen = toy_model(data).double(), []
+    u = torch.rand(2, *data.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def look(step: int) -> None:
+        seen.append(sample(model, u))
+        assert torch.equal(seen[-1], naive_sample(model, u))
+
+    fit(model, data, config(learning_rate=0.1), on_validation=look)
+    look(0)
+    assert len(seen) == 5
 
 
 def weights(model) -> list[torch.Tensor]:

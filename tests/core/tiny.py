@@ -51,6 +51,12 @@ def all_images(shape: Shape, num_levels: int) -> Tensor:
     return torch.tensor(list(itertools.product(range(num_levels), repeat=size))).reshape(-1, *shape)
 
 
+def fillings(image: Tensor, observed: Tensor, num_levels: int) -> Tensor:
+    """Return every image that agrees with this one where it is observed: (1, C, H, W) -> (N, C, H, W)."""
+    images = all_images(tuple(image.shape[1:]), num_levels)
+    return images[((images == image) | ~observed).flatten(1).all(dim=1)]
+
+
 def random_levels(shape: Shape, num_levels: int, num: int, seed: int = 0) -> Tensor:
     return torch.randint(num_levels, (num, *shape), generator=torch.Generator().manual_seed(seed))
 

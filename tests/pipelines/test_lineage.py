@@ -237,7 +237,7 @@ def test_every_damage_is_found_and_hides_nothing_else(
     [
         ("--version nonsense", "'nonsense' is neither a version, like pixelcnn-mnist/3, nor a JSON file of an answer."),
         (f"--version {NAME}/9", "pixelcnn-mnist5k has no version 9. Known: 1, 2."),
-        ("--version pixelcnn-svhn/1", "no model 'pixelcnn-svhn' is registered in sqlite:///"),
+        ("--version pixelcnn-svhn/1", "no model 'pixelcnn-svhn' is registered in /"),
         ("--version dvc.lock", "dvc.lock names no model and version. Save an answer of the service, or its `model`."),
         ("--version params.yaml", "params.yaml is no JSON. Save an answer of the service, or its `model`."),
         ("--data 0123456789", "no version was trained on data of hash 0123456789. Known: "),

@@ -123,6 +123,14 @@ def mixed_depth(folder: Path) -> None:
     fill(folder / "a", 3, first=100)
 
 
+def only_tests(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (30, 3073), dtype=np.uint8)
+    rows[:, 0] = 0  # their label
+    rows.tofile(folder / "test_batch.bin")
+
+
 def same(folder: Path) -> None:
     for file in folder.iterdir():
         picture(0).save(file)
@@ -133,7 +141,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "one": (only(1), "holds 1 picture: at least 20 are needed"),
     "five": (only(5), "holds 5 pictures: at least 20 are needed"),
     "no image": (no_picture, "holds no pictures (30 files of other kinds)"),
-    "all alike": (same, "holds 1 different pictures: at least 20"),
+    "all alike": (same, "holds 1 different pictures to learn from: at least 20"),
+    "tests alone": (only_tests, "holds 0 different pictures to learn from: at least 20"),
     "zero bytes": (write("x.png", b""), "'x.png' is empty. Mend or remove it, or leave such pictures out"),
     "text": (write("x.png", b"hello"), "'x.png' is no picture of PNG, JPEG, WebP or BMP"),
     "truncated": (truncated, "'x.png' is damaged ("),
@@ -188,12 +197,15 @@ def test_without_permission(folder: Path, capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == f"add: {folder} may not be read: change its permissions.\n"
 
 
-def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["pixelcnn.data.save_file", "pipelines.datasets.own._record"])
+def test_a_full_disk(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = state(Path.cwd())
-    monkeypatch.setattr("pixelcnn.data.save_file", full)
+    monkeypatch.setattr(at, full)
     assert add(folder) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert state(Path.cwd()) == before
@@ -325,7 +337,7 @@ def test_sizes_colours_and_levels(
     folder: Path, mode: str, words: list[str], shape: tuple, levels: int, protocol: str
 ) -> None:
     fill(folder, 30, mode=mode)
-    fill(folder, 1, first=90, width=20, height=9)  # another size, another mode
+    fill(folder, 1, first=90, width=300, height=4)  # another size, of which hardly a row would be left, another mode
     assert add(folder, *words) == 0
     data = load_dataset(f"data/{NAME}.safetensors")
     assert (data.image_shape, data.num_levels, data.protocol, data.label_names) == (shape, levels, protocol, [])
@@ -343,6 +355,16 @@ def test_large_pictures_of_many_levels_are_learned_in_small_batches(folder: Path
         assert load_params().pair(f"gated_pixelcnn-{name}").train.batch_size == batch_size
 
 
+def test_a_dataset_whose_pair_stands_elsewhere_is_removed(folder: Path) -> None:
+    assert add(folder) == 0
+    values = yaml.safe_load(Path("own/params.yaml").read_text())
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(params | {"pairs": params["pairs"] | values.pop("pairs")}))
+    Path("own/params.yaml").write_text(yaml.safe_dump(values))
+    assert steps.main(["remove", NAME]) == 0
+    assert NAME not in yaml.safe_load(Path("own/params.yaml").read_text())["datasets"]
+
+
 def test_broken_pictures_can_be_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "x.png").write_bytes(b"")
     assert add(folder, "--skip-broken") == 0
@@ -356,7 +378,8 @@ def test_other_formats(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=images, labels=numbers, label_names=np.array(["a", "b", "c"]))
     (tmp_path / "cifar").mkdir()
     rows = np.concatenate([numbers[:, None].astype(np.uint8), images.transpose(0, 3, 1, 2).reshape(30, -1)], axis=1)
-    rows.tofile(tmp_path / "cifar/data_batch_1.bin")
+    rows[:15].tofile(tmp_path / "cifar/data_batch_1.bin")
+    rows[15:].tofile(tmp_path / "cifar/data_batch_2.bin")
     (tmp_path / "cifar/batches.meta.txt").write_text("a\nb\nc\n")
     for path in (tmp_path / "x.npz", tmp_path / "cifar"):
         assert add(path, "--levels", "256", name=path.stem) == 0
@@ -364,6 +387,8 @@ def test_other_formats(folder: Path, tmp_path: Path) -> None:
         assert data.label_names == ["a", "b", "c"]
         found = {image.numpy().transpose(1, 2, 0).tobytes() for part in data.images.values() for image in part}
         assert found == {image.tobytes() for image in images}
+        read = own.read_pictures(own.source_of(path), "black", False, own.Left())
+        assert len({one.name for one in read}) == 30, "each has a name of its own"
     (tmp_path / "idx").mkdir()
     grey = np.ascontiguousarray(images[..., 0])
     raw = struct.pack(">4B3i", 0, 0, 8, 3, *grey.shape) + grey.tobytes()

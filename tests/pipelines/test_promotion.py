@@ -21,7 +21,7 @@ from prefect.client.orchestration import get_client
 from pipelines import steps
 from pipelines.flows import promote as promotion_flow
 from pipelines.promotion import register, score
-from pipelines.promotion.move import UnfinishedMoveError, run_promotion, run_rollback
+from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback
 from pipelines.promotion.rule import Candidate
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
@@ -340,6 +340,9 @@ def test_again_changes_nothing_and_repairs_the_store(toy):
     (folder / "model.safetensors").write_bytes(b"damaged")
     toy.promote()
     assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
+    (folder / "more").mkdir()
+    toy.promote()
+    assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
     shutil.rmtree(folder)
     assert store.latest(toy.model_name) is None
     toy.promote()
@@ -652,15 +655,19 @@ def test_a_dry_run_says_why_nothing_would_move(toy):
 def test_unreachable_registry(mnist5k, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    expected = (
-        r"mnist5k: nothing moved: MLflow at http://127\.0\.0\.1:9 failed \(.*refused.*Run this again once it works\."
-    )
+    expected = r"mnist5k: nothing moved: MLflow at 127\.0\.0\.1:9 failed \(.*refused.*Run this again once it works\."
     with pytest.raises(OSError, match=expected):
         promotion_flow.promote.fn("mnist5k")
     report = json.loads(Path("reports/promotions/mnist5k.json").read_text())
     assert report["decision"] == "failed"
     assert re.match(expected, report["text"])
     assert not (store.home() / "models").exists()
+
+
+def test_a_registry_is_named_without_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:s3cret@host/mlflow")
+    said = explained(MlflowException("it is down"))
+    assert said == "MLflow at host/mlflow failed (it is down). Run this again once it works."
 
 
 @pytest.mark.parametrize(

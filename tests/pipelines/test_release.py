@@ -78,6 +78,9 @@ def test_released_weights_need_no_entry_of_their_dataset(weights: Path, capsys: 
 
 
 def test_a_champion_that_is_there_stays(weights: Path) -> None:
+    others = store.home() / "models/iris/abc"  # somebody else's, in the same store
+    others.mkdir(parents=True)
+    others.with_name("latest").write_text("abc")
     release(PAIR)
     served = store.latest("pixelcnn-mnist5k")
     write_weights(seed=1)
@@ -85,6 +88,11 @@ def test_a_champion_that_is_there_stays(weights: Path) -> None:
     assert text.endswith("; version 1 stays champion until a promotion decides otherwise.")
     assert registry.aliases("mnist5k") == {"champion": "1", "challenger": "2"}
     assert store.latest("pixelcnn-mnist5k") == served
+    write_weights(seed=2)
+    assert "version 3" in release(PAIR)
+    write_weights(seed=1)
+    assert "version 2" in release(PAIR)
+    assert registry.aliases("mnist5k") == {"champion": "1", "challenger": "3"}, "the newest stays the challenger"
 
 
 @pytest.mark.parametrize("best", [PAIR, "gated_pixelcnn-mnist5k"])

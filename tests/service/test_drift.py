@@ -175,6 +175,15 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     assert answers[0]["model"]["version"] == "3"
     assert told["watched"]
     assert read("pixelcnn_drift_watched", dataset="watched") == 1
+
+    # A challenge ends once the challenger is the champion itself.
+    def has_ended():
+        client.post("/complete", json=body)
+        return client.get("/drawings").json()["watched"]["shadow"] is None
+
+    store.serve(tag, "challenger")
+    wait_until(has_ended)
+    assert read("pixelcnn_shadow_drawings", dataset="watched") == 0
     # A champion without a reference: nothing is tested, and that is told.
     client.post("/complete", json={**body, "dataset": "grey"})
     wait_until(lambda: "grey" in client.get("/drawings").json())

@@ -54,9 +54,10 @@ def drawing_grid(
     """
     given = drawing_text(value or blank_drawing(shape))
     names = {name: TEXTS[name][0 if language() == "en" else 1] for name in TEXTS}
+    names |= {f"brush_{width}": say("brush", width=width) for width in BRUSHES}
     component = st.components.v2.component(
         f"drawing_grid_{language()}",
-        html=string.Template((HERE / "grid.html").read_text()).safe_substitute(names, **brush_names()),
+        html=string.Template((HERE / "grid.html").read_text()).safe_substitute(names),
         css=(HERE / "grid.css").read_text(),
         js=(HERE / "grid.js").read_text(),
     )
@@ -80,8 +81,3 @@ def drawing_grid(
         on_ink_change=on_change or (lambda: None),
     )
     return parse_drawing(result.ink, shape)
-
-
-def brush_names() -> dict[str, str]:
-    """Return the names of the brushes, by their place in the HTML."""
-    return {f"brush_{width}": say("brush", width=width) for width in BRUSHES}

@@ -88,7 +88,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     visit.take_live(drawing_text(drawing), settings)
     visit.settings, visit.order = settings, st.session_state.get("order") or ORDERS[0]
     # Endings of another shape could not be continued from: they wait until such images are drawn again.
-    earlier = visit.earlier_endings(settings.shape)
+    earlier = [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
     last = earlier[0] if earlier and not is_blank else None
     is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
     show_ending(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)

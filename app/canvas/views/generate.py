@@ -67,7 +67,9 @@ def generate_page(client: ServiceClient, visit: Visit) -> None:
     stale = visit.generated.settings != settings
     place.html(endings_html(visit.generated, coloured=False, order="likely", stale=stale, sheet=True))
     with right, st.container(key="actions", horizontal=True, vertical_alignment="center"):
-        widgets.show_seed(visit.generated.seed)
+        with st.container(key="seed", horizontal=True, vertical_alignment="center"):
+            st.caption(say("seed"), width="content")
+            st.code(str(visit.generated.seed), language=None, width="content")
         st.caption(say("likeliest_first", model=version_of(visit.generated.model)), width="stretch")
         widgets.download(visit.generated, coloured=False, order="likely", columns=4)
         companion(visit.generated)

@@ -38,15 +38,12 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
     if trouble:
         right.warning(trouble)
         return
-    if strength is None:
-        drawing = parse_drawing(visit.drawn.get(shape), shape)
-    else:
+    drawing, examples = parse_drawing(visit.drawn.get(shape), shape), real_images(dataset)
+    is_example = strength is None and not drawing.mark.any() and bool(examples)
+    if is_example:
+        strength = examples[0]
+    if strength is not None:
         drawing = Drawing(strength, np.full(shape[:2], TOUCHED))
-    examples = real_images(dataset)
-    if not drawing.mark.any() and examples:
-        drawing, is_example = Drawing(examples[0], np.full(shape[:2], TOUCHED)), True
-    else:
-        is_example = False
     image = levels_of(drawing, model.levels)
     question = (dataset, image.tolist(), label)
     if not visit.surprise or visit.surprise[0] != question:

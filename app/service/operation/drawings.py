@@ -92,9 +92,9 @@ class Drawings:
                 self._add(dataset, watched, name, value.item())
             watched.num_drawings += 1
             if watched.num_drawings % SCORE_EVERY == 0:
-                challenger = self._challenger_of(dataset, job.champion)
-                models = [job.champion, *([challenger] if challenger else [])]
-                watched.unscored.append(_Score(endpoint, job, models))
+                found = self._challengers.find(dataset)
+                others = [found] if found and found.identity != job.champion.identity else []
+                watched.unscored.append(_Score(endpoint, job, [job.champion, *others]))
         self._score_next()
 
     def _score_next(self) -> None:
@@ -116,10 +116,6 @@ class Drawings:
         """Return what GET /drawings answers."""
         with self._lock:
             return {dataset: _description(watched) for dataset, watched in sorted(self._watched.items())}
-
-    def _challenger_of(self, dataset: str, champion: Champion) -> Champion | None:
-        found = self._challengers.find(dataset)
-        return None if found is None or found.identity == champion.identity else found
 
     def _of(self, dataset: str, champion: Champion) -> _Watched:
         """Return what is known of a champion's drawings; a new champion begins anew. The lock is held."""
@@ -161,6 +157,9 @@ class Drawings:
                 self._add(dataset, watched, "bits_per_dim", bits[0])
                 if len(bits) > 1:
                     self._compare(dataset, watched, score.models[1], bits[1] - bits[0])
+                elif watched.challenger is not None:  # it no longer is one
+                    watched.challenger, watched.paired = None, Paired()
+                    metrics().shadow_drawings.labels(dataset).set(0)
         self._score_next()
 
     def _compare(self, dataset: str, watched: _Watched, challenger: Champion, difference: float) -> None:
