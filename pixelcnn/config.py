@@ -20,6 +20,8 @@ class ModelConfig:
         num_labels: number of classes that the network can be told; 0 for a network without labels.
         context_features: maps that the context network makes of a drawing; 0 for a network without one.
         context_width: width of the context network's own layers; 0 means `context_features`.
+        context_scales: resolutions that the context network works at, each half of the one before and twice as wide
+            (`layers.UNet`); 0 for one resolution and dilated convolutions.
         head_features: width of the head's 1x1 layer; 0 means twice `num_features`.
         output: the distribution of a sub-pixel, `categorical` or `logistic_mixture` (models/outputs.py).
         num_mixtures: components of a logistic mixture; 0 for other outputs.
@@ -43,6 +45,7 @@ class ModelConfig:
     label_features: int = 0
     output: str = "categorical"
     num_mixtures: int = 0
+    context_scales: int = 0
 
     def __post_init__(self) -> None:
         shape = self.image_shape
@@ -53,10 +56,12 @@ class ModelConfig:
         object.__setattr__(self, "image_shape", tuple(shape))
         for name, least in {"num_levels": 2, "num_features": 1, "num_labels": 0}.items():
             check_int(name, getattr(self, name), least)
-        for name in ("head_features", "context_features", "context_width", "completer_features", "label_features"):
+        for name in ("head_features", "context_features", "completer_features", "label_features"):
             check_int(name, getattr(self, name), 0)
-        if self.context_width and not self.context_features:
-            raise ValueError(f"context_width must be 0 where context_features is 0, got {self.context_width}.")
+        for name in ("context_width", "context_scales"):
+            check_int(name, getattr(self, name), 0)
+            if getattr(self, name) and not self.context_features:
+                raise ValueError(f"{name} must be 0 where context_features is 0, got {getattr(self, name)}.")
         if self.completer_features and not self.context_features:
             raise ValueError(
                 f"completer_features must be 0 where context_features is 0, got {self.completer_features}: "
@@ -89,7 +94,8 @@ class ModelConfig:
 
     def without_context(self) -> Self:
         """Return the same network without context network, completer and label network."""
-        return replace(self, context_features=0, context_width=0, completer_features=0, label_features=0)
+        plain = replace(self, completer_features=0, label_features=0)
+        return replace(plain, context_features=0, context_width=0, context_scales=0)
 
     def of_joint(self) -> Self:
         """Return the config of the joint model, a network by itself: with a completer it sees no drawings."""

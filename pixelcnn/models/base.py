@@ -108,7 +108,7 @@ class AutoregressiveModel(nn.Module):
         self.logits = masked_1x1("B", head, logits)
         self.context_network: ContextNetwork | None = None
         if features := self.layer_config.context_features:
-            self.context_network = ContextNetwork(config, config.context_width, features)
+            self.context_network = ContextNetwork(config, config.context_width, features, config.context_scales)
         self.completer: AutoregressiveModel | None = None  # `build_model` adds it, and what follows
         self.label_network: LabelNetwork | None = None
 

@@ -115,24 +115,67 @@ class LabelBias(Block):
         return Map("label", (), self, self.table.shape[1], NEVER_WAITS)
 
 
-class ContextNetwork(nn.Module):
-    """Makes a map of a drawing, every part of which can see all of it: residual 3x3 convolutions without a mask.
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions without a mask, added to their input: at first nothing, so that depth does no harm."""
 
-    Their dilation doubles from layer to layer until they reach across the image.
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) -> the same."""
+        changed: Tensor = self.second(F.relu(self.first(F.relu(x))))
+        return x + changed
+
+
+class UNet(nn.Module):
+    """Residual blocks at several resolutions, each half of the one before: down, and up again with what was on the way.
+
+    Scale s has s blocks on each way, of 2^(s - 1) times the width of the first. Three scales reach 45 pixels far.
+    Source: U-Net, Ronneberger et al. 2015, arXiv:1505.04597.
+    """
+
+    def __init__(self, width: int, num_scales: int, scale: int = 1) -> None:
+        super().__init__()
+        self.before = nn.Sequential(*(ResidualBlock(width) for _ in range(scale)))
+        self.inner: UNet | None = None
+        if scale < num_scales:
+            self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+            self.inner = UNet(2 * width, num_scales, scale + 1)
+            self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+            self.after = nn.Sequential(*(ResidualBlock(width) for _ in range(scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) -> the same; sides that are odd are rounded up below."""
+        x = self.before(x)
+        if self.inner is None:
+            return x
+        coarse = self.up(F.relu(self.inner(self.down(F.relu(x)))))
+        finished: Tensor = self.after(x + coarse[..., : x.shape[-2], : x.shape[-1]])
+        return finished
+
+
+class ContextNetwork(nn.Module):
+    """Makes a map of a drawing, every part of which can see all of it, by convolutions without a mask.
 
     Args:
         config: of the images.
         width: maps of the hidden layers.
         num_features: maps of the result.
+        num_scales: of a U-Net; 0 for residual 3x3 convolutions whose dilation doubles from layer to layer until they
+            reach across the image.
     """
 
-    def __init__(self, config: ModelConfig, width: int, num_features: int) -> None:
+    def __init__(self, config: ModelConfig, width: int, num_features: int, num_scales: int = 0) -> None:
         super().__init__()
         self.num_levels = config.num_levels
         self.first = nn.Conv2d(config.image_shape[0] + 1, width, 3, padding=1)
+        self.unet = UNet(width, num_scales) if num_scales else nn.Identity()
         self.layers = nn.ModuleList()
         reach, dilation = 1, 1
-        while reach < max(config.image_shape[1:]) - 1 or not self.layers:
+        while not num_scales and (reach < max(config.image_shape[1:]) - 1 or not self.layers):
             self.layers.append(nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation))
             reach, dilation = reach + dilation, 2 * dilation
         self.last = Pointwise(width, num_features)
@@ -146,7 +189,7 @@ class ContextNetwork(nn.Module):
         """
         x = scaled(drawing, self.num_levels, self.first.weight.dtype)
         known = observed.to(x.dtype)
-        x = self.first(torch.cat([x * known, known], dim=1).contiguous(memory_format=torch.channels_last))
+        x = self.unet(self.first(torch.cat([x * known, known], dim=1).contiguous(memory_format=torch.channels_last)))
         for layer in self.layers:
             x = x + layer(F.relu(x))
         return self.last(F.relu(x)) * known.amax(dim=(2, 3), keepdim=True)

@@ -40,7 +40,7 @@ from pixelcnn.training.state import RunState, read_state, write_state
 
 logger = logging.getLogger(__name__)
 
-CONTEXT_NETWORK = ("context_features", "context_width")  # each is 0 if it is not named
+CONTEXT_NETWORK = ("context_features", "context_width", "context_scales")  # each is 0 if it is not named
 # Settings that may change when a run goes on, those of CONTEXT_SETTINGS for models with a context network alone.
 CONTEXT_SETTINGS = (*CONTEXT_NETWORK, "context_share")
 PHASE_SETTINGS = (

@@ -192,16 +192,17 @@ def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_p
         load_joint_weights(binary, tmp_path / "joint")
 
 
+@pytest.mark.parametrize("num_scales", [0, 3])
 @pytest.mark.parametrize("side", [1, 2, 5, 28, 32])
-def test_the_context_network_reaches_from_corner_to_corner(side):
+def test_the_context_network_reaches_from_corner_to_corner(side, num_scales):
     torch.manual_seed(0)
     config = GatedPixelCNNConfig(image_shape=(1, side, side), num_levels=2, num_features=2, num_layers=1, kernel_size=3)
-    network = ContextNetwork(config, 2, 2).double()
+    network = ContextNetwork(config, 2, 2, num_scales).double()
     drawing = torch.randn(1, 1, side, side, dtype=torch.float64, requires_grad=True)
     # Straight through: where all hidden maps are positive no path is cut.
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.abs_()
+            parameter.abs_().add_(0.01)  # some begin at zero
         network.first.bias.add_(100)
     observed = torch.ones(1, 1, side, side, dtype=torch.bool)
     for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
@@ -210,11 +211,12 @@ def test_the_context_network_reaches_from_corner_to_corner(side):
 
 
 CONTEXT = {"context_features": 3, "context_width": 5, "num_labels": 3}
+UNET = {**CONTEXT, "context_scales": 2}
 ENGINE_CONFIGS: list[ModelConfig] = [
     PixelCNNConfig(image_shape=(1, 5, 6), num_levels=2, num_features=4, num_blocks=3, **CONTEXT),
-    PixelCNNConfig(image_shape=(3, 4, 5), num_levels=5, num_features=27, num_blocks=2, kernel_size=5, **CONTEXT),
+    PixelCNNConfig(image_shape=(3, 4, 5), num_levels=5, num_features=27, num_blocks=2, kernel_size=5, **UNET),
     PixelCNNConfig(image_shape=(2, 1, 4), num_levels=3, num_features=4, num_blocks=1, **CONTEXT),
-    GatedPixelCNNConfig(image_shape=(1, 5, 6), num_levels=2, num_features=4, num_layers=3, kernel_size=3, **CONTEXT),
+    GatedPixelCNNConfig(image_shape=(1, 5, 6), num_levels=2, num_features=4, num_layers=3, kernel_size=3, **UNET),
     GatedPixelCNNConfig(image_shape=(3, 4, 5), num_levels=5, num_features=27, num_layers=2, kernel_size=5, **CONTEXT),
     GatedPixelCNNConfig(image_shape=(2, 4, 1), num_levels=3, num_features=4, num_layers=1, kernel_size=3, **CONTEXT),
 ]
