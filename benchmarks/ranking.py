@@ -2,11 +2,12 @@
 
     python -m benchmarks.ranking weights/gated_pixelcnn-mnist
 
-Twenty of each kind at a time, ten times, among the first 2,000 test digits; printed is the area under the curve of each
-score, the mean of the ten and the least of them: the share of pairs (a stranger, a digit) that it puts in order.
+Twenty of each kind at a time, ten times, among the first 2,000 test digits; printed is the area under each score's ROC
+curve, the mean of the ten and the least of them: the share of pairs (a stranger, a digit) that it puts in order.
 """
 
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,8 +25,8 @@ from pixelcnn.packing.ranking import beyond_complexity
 NUM_DIGITS, NUM_STRANGERS, NUM_DRAWS = 2000, 20, 10
 
 
-def area_under(score: Tensor, is_stranger: Tensor) -> float:
-    """Return the area under the curve of (N,) scores: the chance that a stranger's is higher; a tie counts half."""
+def auroc(score: Tensor, is_stranger: Tensor) -> float:
+    """Return the area under the ROC curve of (N,) scores: P(a stranger's is higher); a tie counts half."""
     strangers, others = score[is_stranger][:, None], score[~is_stranger]
     return ((strangers > others).double() + (strangers == others).double() / 2).mean().item()
 
@@ -48,12 +49,12 @@ def measures_of(model: AutoregressiveModel, levels: Tensor) -> Tensor:
     return torch.cat([nats[:, None], torch.tensor(sizes, dtype=torch.float64)], dim=1)
 
 
-BITS = 8 * torch.tensor(2.0).log().item()  # nats of a byte
+NATS_PER_BYTE = 8 * math.log(2)
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "nats": lambda m: m[:, 0],
     "nats, far from the median": lambda m: (m[:, 0] - m[:, 0].median()).abs(),
-    "nats less the PNG's bits": lambda m: m[:, 0] - BITS * m[:, 1],
-    "nats less the WebP's bits": lambda m: m[:, 0] - BITS * m[:, 2],
+    "nats less the PNG's bits": lambda m: m[:, 0] - NATS_PER_BYTE * m[:, 1],
+    "nats less the WebP's bits": lambda m: m[:, 0] - NATS_PER_BYTE * m[:, 2],
     "beyond the line by WebP": lambda m: beyond_complexity(m[:, 0], m[:, 2]),
     "beyond the line by PNG of the turned image": lambda m: beyond_complexity(m[:, 0], m[:, 3]),
     "**beyond the line by PNG** (`corrected`)": lambda m: beyond_complexity(m[:, 0], m[:, 1]),
@@ -76,7 +77,7 @@ def measure(folder: str) -> None:
     is_stranger = torch.arange(NUM_DIGITS + NUM_STRANGERS) >= NUM_DIGITS
     print(f"| score | {' | '.join(kinds)} |\n|{' --- |' * (len(kinds) + 1)}")
     for name, score in SCORES.items():
-        areas = {kind: [area_under(score(torch.cat([usual, s])), is_stranger) for s in strange[kind]] for kind in kinds}
+        areas = {kind: [auroc(score(torch.cat([usual, s])), is_stranger) for s in strange[kind]] for kind in kinds}
         cells = [f"{sum(found) / len(found):.3f} ({min(found):.3f})" for found in areas.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -49,5 +49,8 @@ def _holder(path: Path) -> str:
 def atomic_write(path: Path, text: str) -> None:
     """Replace a file's content in one step: a process that is killed meanwhile leaves the old text or the new."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.replace(path)
+    try:
+        new.write_text(text)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

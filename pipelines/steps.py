@@ -51,7 +51,7 @@ def prepare(dataset: _Dataset) -> None:
 
 @app.command()
 def confirm(dataset: _Dataset) -> None:
-    """Say that a dataset has changed as much as `prepare` found; it is then prepared."""
+    """Accept the change of a dataset that `prepare` refused; then run `prepare` again."""
     check_dataset(dataset)
     from pipelines.datasets.checks import confirm as accept
 
@@ -71,7 +71,9 @@ def add(
     flips: Annotated[bool, Option("--flips", help="a mirrored picture is one of the same kind")] = False,
     no_labels: Annotated[bool, Option("--no-labels", help="sub-folders are no labels")] = False,
     skip_broken: Annotated[bool, Option("--skip-broken", help="leave out pictures that cannot be read")] = False,
-    keep: Annotated[bool, Option("--keep", help="go on with one of this name that has the same pictures")] = False,
+    keep: Annotated[
+        bool, Option("--keep", help="keep the dataset of this name if it was added from the same path")
+    ] = False,
 ) -> None:
     """Make a dataset of pictures, and a pair that suits it; what is not said is chosen after a look at them."""
     from pipelines.datasets.own import Wishes, side_of
@@ -112,7 +114,10 @@ def pictures(
 
     spec = check_dataset(dataset)
     if spec.source.kind == "official":
-        raise ValueError(f"{dataset} has no files of its own: take data/{dataset}.safetensors, and --split.")
+        raise ValueError(
+            f"{dataset} has no picture files. Rank it by: pixelcnn rank --images data/{dataset}.safetensors --split "
+            "test"
+        )
     num, left = write_pictures(spec, out)
     left_out = f"; left out: {len(left.broken)} that cannot be read" if left.broken else ""
     print(f"wrote {num} pictures to {out}{left_out}")
@@ -131,7 +136,8 @@ def remove(
     served = store.latest(registered_name(name))
     if served and not force:
         raise ValueError(
-            f"{served} is served: `bentoml models delete {served}` ends that; or remove the dataset alone: --force."
+            f"{served} is served: `BENTOML_HOME={store.home()} bentoml models delete {served}` ends that; or remove "
+            "the dataset alone: --force."
         )
     for line in remove_dataset(name):
         print(line)

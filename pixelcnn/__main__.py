@@ -174,7 +174,10 @@ def check_command(
     data: Annotated[Path | None, Option(help="take its first test image; a random image if left out")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Change every sub-pixel of an image, and count those that reach an earlier logit: 0, or the likelihood is none."""
+    """Change every sub-pixel of an image, and count those that reach their own or an earlier logit: it must be 0.
+
+    Otherwise the model's likelihoods are not valid.
+    """
     model, _ = load_checkpoint(checkpoint)
     config = model.config
     if data is None:
@@ -255,7 +258,7 @@ def complete_command(
         proposed = torch.rand(len(u), proposals, *config.image_shape, generator=generator).to(u.device)
         choice = torch.rand(len(u), generator=generator).to(u.device)
         levels, effective = resample(model, images, observed, proposed, choice, labels)
-        print(f"{effective.mean().item():.1f} of {proposals} proposals are effective")
+        print(f"effective number of proposals: {effective.mean().item():.1f} of {proposals}")
     for value in completion_log_prob(model, levels, observed, labels).tolist():
         print(f"log p(missing | observed) = {value:.2f} nats")
     shown = torch.where(observed[:1], images[:1], 0)
@@ -320,7 +323,7 @@ def pack_command(
     on_progress = _progress_printer("packed")
     made = pack(checkpoint, images, out, labels=labels, split=split, block_images=block_images, on_progress=on_progress)
     if made.num_left_out:
-        print(f"left out: {made.num_left_out} files that are no PNG")
+        print(f"left out: {made.num_left_out} files whose names do not end in .png")
     print(f"wrote {out}: {made.num_images:,} images in {made.num_bytes:,} bytes")
 
 
@@ -366,7 +369,7 @@ def rank_command(
     scores = zip(ranked.corrected, place, ranked.nats, bits, ranked.png_bytes, ranked.names, strict=True)
     for i, (corrected, by_nats, nats, bpd, size, name) in enumerate(scores, start=1):
         table.writerow([i, f"{corrected:.3f}", int(by_nats), f"{nats:.3f}", f"{bpd:.5f}", int(size), name])
-    left_out = f"; left out: {ranked.num_left_out} files that are no PNG" if ranked.num_left_out else ""
+    left_out = f"; left out: {ranked.num_left_out} files not named .png" if ranked.num_left_out else ""
     print(f"wrote {out}{left_out}", file=sys.stderr)
 
 

@@ -141,7 +141,7 @@ def _current(folder: Path) -> tuple[Path, int, int]:
 
 
 def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
-    """Start a model with a context network from the weights of one without: it then is the same joint model.
+    """Start a model from a checkpoint that differs from it in context network and completer at most.
 
     What the checkpoint has not, the context network and its projections, stays as it is; `build_model` makes the
     projections zero. A completer of the same width starts from the same weights.

@@ -38,7 +38,8 @@ def complete(
         observed: (B, 1, H, W) bool, True where the pixel is known.
         u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
         label: (B,) int64, -1 for none; None for no labels.
-        temperature: divides the logits; 0 takes the most likely level.
+        temperature: divides the logits, and with a label network the label's log-probabilities; 0 takes the most likely
+            level.
         on_row: called after each finished row with its index and (B, C, W) levels.
 
     Returns:
@@ -59,13 +60,13 @@ def complete_and_score(
     temperature: float = 1.0,
     on_row: OnRow | None = None,
 ) -> tuple[Tensor, Score]:
-    """Complete as `complete` does, and return also what tells how probable the result was.
+    """Complete as `complete` does; return also a function that gives the log-probability of the result.
 
     The compiled sampler has that from the logits that it draws from, equal within rounding to `completion_log_prob`,
     for one more pass for each other label that a drawing may have; with the other samplers it costs forward passes.
 
     Returns:
-        (B, C, H, W) int64 levels; and what returns, once it is asked, how probable they were.
+        (B, C, H, W) int64 levels; and score(images, on_row) -> (B,) float64 nats, log p(missing | observed).
     """
     levels, score = sample_and_score(model, u, label, temperature, image, observed, on_row)
 

@@ -1,8 +1,8 @@
 """Prepared datasets: one safetensors file each, written by the prepare stage; and the only preprocessing.
 
-Binary datasets (K = 2) keep the training images as intensities 0..255 and draw a Bernoulli sample of them at each
-read; their validation and test images are one fixed Bernoulli sample, drawn when the file was written. Datasets of
-256 levels are the bytes themselves.
+With protocol `dynamic` (K = 2) the training images are intensities 0..255, of which a Bernoulli sample is drawn at
+each read; validation and test are one fixed Bernoulli sample, drawn when the file was written. With every other
+protocol all images are stored as levels.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ class Dataset:
     num_levels: int  # K
     protocol: str  # what one pixel of validation and test is, named beside every figure
     label_names: list[str]  # one per class
-    images: dict[str, Tensor]  # per split, (N, C, H, W) uint8: levels; training split of a binary one: intensities
-    labels: dict[str, Tensor]  # per split, (N,) int64
+    images: dict[str, Tensor]  # per split, (N, C, H, W) uint8 levels; intensities for train if protocol is dynamic
+    labels: dict[str, Tensor]  # per split, (N,) int64; -1 where the dataset has no labels
     data_hash: str = ""  # MD5 of the file, the one that `dvc.lock` records; empty for a dataset made in memory
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Dataset:
         Args:
             split: `train`, `validation` or `test`.
             index: which images, in any form that indexes a tensor.
-            generator: draws the Bernoulli sample of a binary training split.
+            generator: draws the Bernoulli sample of the training split, protocol dynamic alone.
 
         Returns:
             (B, C, H, W) int64 in [0, K).

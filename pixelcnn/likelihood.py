@@ -171,7 +171,9 @@ def logits_that_follow(model: AutoregressiveModel, levels: Tensor, changed: Tens
         moved = (parameters != before).flatten(0, -3).any(dim=0) | where[trial].any(dim=0)  # (H, W)
         change = distributions(parameters[..., moved], others[trial][..., moved]) - distributions_before[..., moved]
         if not bool(change.isfinite().all()):
-            raise ValueError("its logits are not finite numbers.")
+            raise ValueError(
+                "the model's logits are not finite numbers: its weights are damaged, or its training diverged."
+            )
         follow[trial, :, moved] = (change.abs() > ROUNDING).any(dim=0)
     return follow.permute(0, 2, 3, 1).flatten(1)
 
@@ -193,6 +195,9 @@ def count_leaks(
     Returns:
         How many sub-pixels reach their own or an earlier logit: 0 for a correct model. And how many reach a later one:
         all but the last, unless its weights are dead there.
+
+    Raises:
+        ValueError: a logit is not a finite number.
     """
     model = copy.deepcopy(model).cpu().double().eval()
     every = torch.arange(levels.numel())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Mask = np.ndarray[Any, Any]
 
-# What a scored mask leaves to be completed; in each the known pixels are those that it does not name.
+# What each scored mask hides: all but `beginnings` are named by what is missing, that one by what is known.
 SCORED = ("top", "left", "bottom", "rectangles", "pixels50", "beginnings")
 SCORED_INK = 0.3  # part of the ink that a scored beginning shows
 
@@ -190,7 +190,7 @@ def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> 
 
     Args:
         name: what is missing (`top`, `left`, `bottom`: that half; `rectangles`: a random one; `pixels50`: each pixel
-            with probability 1/2), or `beginnings`: all but 30 % of the ink.
+            with probability 1/2); or `beginnings`, where only the first 30 % of the ink is known.
         levels: (B, C, H, W) int64 in [0, K).
         num_levels: K.
         first: index of the first image in its split; the others follow it.

@@ -2,8 +2,8 @@
 
     python -m tools.write_released mnist fashion_mnist cifar10 letters
 
-from the project's root, after `dvc repro prepare@DATASET`, of letters after `python -m pipelines.steps add`. They are
-the first images of the test split.
+from the project's root, after `dvc repro full/dvc.yaml:prepare@DATASET`, of letters after `python -m pipelines.steps
+add`. They are the first images of the test split.
 """
 
 import sys

@@ -35,8 +35,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What is shown: (N, H, W) or (N, H, W, 3) levels, -1 where not drawn yet, and the request that they answer.
+class Endings:
+    """The endings of one request, as they are shown: (N, H, W) or (N, H, W, 3) levels, -1 where not drawn yet.
 
     `settings` and `drawing`, the grid's text, are what the request was made of.
     """
@@ -82,7 +82,7 @@ def parse_seed(text: str) -> int | None:
     return int(text)
 
 
-def record(ending: Ending) -> str:
+def record(ending: Endings) -> str:
     """Return the endings as JSON. Its `request`, sent to /complete, gives the same `result` from the same model."""
     sent = {name: value for name, value in asdict(ending.request).items() if value is not None}
     values = {
@@ -109,7 +109,7 @@ def bits_per_dim(log_prob: float, num: int) -> str:
     return f"{abs(log_prob) / (max(num, 1) * math.log(2)):.3f} bits/dim"
 
 
-def order_of(ending: Ending, order: str) -> list[int]:
+def order_of(ending: Endings, order: str) -> list[int]:
     """Return the endings' indices in the order to show: "likely" or "rare" first, or as "drawn"."""
     found = list(range(len(ending.images)))
     if ending.log_probs is None or order == "drawn":

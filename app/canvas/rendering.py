@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from app.canvas.drawing import NO_MARK, Drawing, drawing_text, levels_of, per_cell, strength_of
-from app.canvas.endings import Ending, bits_per_dim, nats, order_of
+from app.canvas.endings import Endings, bits_per_dim, nats, order_of
 from app.canvas.texts import say
 
 SAVED_CELL = 20  # pixels per cell of a picture to keep
@@ -74,7 +74,7 @@ def heat_pixels(surprise: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(np.stack(channels, axis=-1)), dtype=np.uint8)
 
 
-def saved_picture(ending: Ending, coloured: bool, order: str, columns: int) -> bytes:
+def saved_picture(ending: Endings, coloured: bool, order: str, columns: int) -> bytes:
     """Return all endings side by side as one large PNG to keep: each cell a crisp square."""
     images = [ending.images[i] for i in order_of(ending, order)]
     height, width = SAVED_CELL * images[0].shape[0] + SAVED_GAP, SAVED_CELL * images[0].shape[1] + SAVED_GAP
@@ -93,7 +93,7 @@ def large_image(image: np.ndarray, known: np.ndarray, levels: int, coloured: boo
     return as_png(ending_pixels(image, known, levels, coloured).repeat(SAVED_CELL, axis=0).repeat(SAVED_CELL, axis=1))
 
 
-def saved_animation(ending: Ending, i: int, coloured: bool) -> bytes:
+def saved_animation(ending: Endings, i: int, coloured: bool) -> bytes:
     """Return how an ending was finished, pixel by pixel in the order of rows, as a GIF that repeats."""
     image, missing = ending.images[i], np.argwhere(ending.known == 0)
     frames = []
@@ -130,11 +130,11 @@ def _continue_button(ink: str, attributes: str, picture: str) -> str:
     return f'<button type="button" data-ink="{ink}" {attributes}>{picture}</button>'
 
 
-def _ink(ending: Ending, i: int) -> str:
+def _ink(ending: Endings, i: int) -> str:
     return strength_of(ending.images[i], ending.levels).astype(np.uint8).tobytes().hex()
 
 
-def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False, sheet: bool = False) -> str:
+def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = False, sheet: bool = False) -> str:
     """Return the endings as a grid of figures, in `order` once they are scored.
 
     Args:
@@ -168,7 +168,7 @@ def endings_html(ending: Ending, coloured: bool, order: str, stale: bool = False
     return f'<div class="{css_class}" {state}{told}>{"".join(figures)}</div>'
 
 
-def gallery_html(endings: list[Ending]) -> str:
+def gallery_html(endings: list[Endings]) -> str:
     """Return the likeliest ending of each past request, as small buttons that continue from it."""
     buttons = []
     for ending in endings:

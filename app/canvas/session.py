@@ -13,7 +13,7 @@ import numpy as np
 import streamlit as st
 
 from app.canvas.drawing import strength_of
-from app.canvas.endings import Ending, Request, parse_seed
+from app.canvas.endings import Endings, Request, parse_seed
 from app.canvas.photo import Layout, layout_of
 from app.canvas.settings import Settings
 from app.canvas.texts import language, say
@@ -41,14 +41,14 @@ class Visit:
     asked: Request | None = None  # the last request that was sent
     unanswered: bool = False  # it found no service, so it is to be sent again
     seed: int | None = None  # of this drawing's endings, until other ones are wanted
-    gallery: list[Ending] = field(default_factory=list)  # the endings of this visit, the last ones first
-    unfinished: Ending | None = None  # of a request that the next stroke has ended: shown until there is more
+    gallery: list[Endings] = field(default_factory=list)  # the endings of this visit, the last ones first
+    unfinished: Endings | None = None  # of a request that the next stroke has ended: shown until there is more
     client: ServiceClient | None = None  # of this visit
     settings: Settings | None = None  # last chosen to draw with
     chosen: dict[str, Any] = field(default_factory=dict)  # what their widgets held then
     order: str = "drawn"  # of the endings that are shown, see `order_of`
     language: str = field(default_factory=language)
-    live: Ending | None = None  # endings that the browser got without the page: it has not shown them yet
+    live: Endings | None = None  # endings that the browser got without the page: it has not shown them yet
     live_for: tuple[Any, int | None] | None = None  # the (query, seed) that the browser is getting endings of so
     stop_live: Callable[[], None] = lambda: None  # ends that
     drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
@@ -58,7 +58,7 @@ class Visit:
     layouts: dict[str, Layout] = field(default_factory=dict)  # by the SHA-256 of the weights
     load: dict[str, str] | None = None  # what the grid is to take over: {revision, ink}
     generate_wanted: bool = True
-    generated: Ending | None = None  # the last sheet
+    generated: Endings | None = None  # the last sheet
     surprise: tuple[Any, Likelihood, list[float] | None] | None = None  # (question, answer, log_probs by label)
 
     def refresh_models(self, client: ServiceClient) -> bool:
@@ -123,7 +123,7 @@ class Visit:
         self.answered, self.unfinished = self.asked, None
         self.stop_live()
 
-    def keep(self, ending: Ending) -> None:
+    def keep(self, ending: Endings) -> None:
         """Take up endings that have come: they are the last ones, and answer the last request."""
         self.gallery = [ending, *self.gallery][:GALLERY]
         self.answered, self.unfinished, self.live = ending.request, None, None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from app.canvas.drawing import Drawing, drawing_text, known_cells, levels_of, per_cell
-from app.canvas.endings import Ending, Request
+from app.canvas.endings import Endings, Request
 from app.client import ServedModel
 
 
@@ -80,6 +80,6 @@ def request_of(image: np.ndarray, known: np.ndarray, settings: Settings, seed: i
     )
 
 
-def made_of(drawing: Drawing, settings: Settings) -> Callable[[Ending], Ending]:
+def made_of(drawing: Drawing, settings: Settings) -> Callable[[Endings], Endings]:
     """Return what makes endings know what their request was made of."""
     return functools.partial(replace, settings=settings.query, drawing=drawing_text(drawing))

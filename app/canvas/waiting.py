@@ -14,7 +14,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.scriptrunner_utils.script_requests import ScriptRequestType
 from streamlit.runtime.scriptrunner_utils.script_run_context import ThreadState
 
-from app.canvas.endings import Ending, Request
+from app.canvas.endings import Endings, Request
 from app.canvas.texts import say
 from app.client import Completions, OnOpen, Rows, ServiceClient
 
@@ -162,7 +162,7 @@ def wait_for(
 
 def drawn(
     events: Iterable[Rows | Completions | None], request: Request, levels: int
-) -> Generator[Ending | None, None, None]:
+) -> Generator[Endings | None, None, None]:
     """Yield a request's endings as their rows come, the finished ones last; None where there is nothing new to show.
 
     Args:
@@ -174,21 +174,21 @@ def drawn(
     for event in events:
         unfinished = None
         if isinstance(event, Completions):
-            yield Ending(request, levels, np.array(event.completions), event.log_probs, event.seed, event.model)
+            yield Endings(request, levels, np.array(event.completions), event.log_probs, event.seed, event.model)
             return
         if isinstance(event, Rows):
             rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
             images[:, event.start : event.start + rows.shape[1]] = rows
             now = time.monotonic()
             if now - shown_at >= SHOW_S or event.start + rows.shape[1] == images.shape[1]:
-                unfinished, shown_at = Ending(request, levels, images), now
+                unfinished, shown_at = Endings(request, levels, images), now
         yield unfinished
     raise AssertionError("the stream ends with the completions or an error")
 
 
 def complete(
-    client: ServiceClient, request: Request, levels: int, on_stop: Callable[[], None], show: Callable[[Ending], Any]
-) -> Ending:
+    client: ServiceClient, request: Request, levels: int, on_stop: Callable[[], None], show: Callable[[Endings], Any]
+) -> Endings:
     """Send a request; return its finished endings. Raises ServiceError.
 
     Args:

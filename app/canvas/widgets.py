@@ -9,7 +9,7 @@ import numpy as np
 import streamlit as st
 
 from app.canvas.drawing import fit_picture
-from app.canvas.endings import Ending, order_of, parse_seed, record
+from app.canvas.endings import Endings, order_of, parse_seed, record
 from app.canvas.photo import find_ink
 from app.canvas.rendering import large_image, saved_animation, saved_picture
 from app.canvas.session import Visit, linked_default
@@ -151,7 +151,7 @@ def switch_off(key: str) -> None:
     st.session_state[key] = False
 
 
-def download(ending: Ending, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:
+def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:
     """Offer to keep endings: all as a large picture, and as JSON that reproduces them; one, and how it came about.
 
     Args:

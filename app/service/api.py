@@ -35,7 +35,7 @@ from app.service.operation.readiness import Readiness
 from app.service.operation.requests import RequestLog, line_of_request, note
 from app.service.operation.tracing import tracing
 from app.service.settings import settings
-from pixelcnn.sampling.fast import use_threads
+from pixelcnn.sampling.fast import set_sampler_threads
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
@@ -65,7 +65,7 @@ class PixelCNNService:
     """Complete, generate and score images with the champion of each dataset."""
 
     def __init__(self) -> None:
-        use_threads(settings.threads)
+        set_sampler_threads(settings.threads)
         released = released_by_dataset(settings.datasets) if settings.released else {}
         self.champions = Champions(store_folder(), lambda: self.readiness.tell(), released=released)
         self.readiness = Readiness(self.champions)

@@ -28,7 +28,7 @@ from pixelcnn.checkpoint import SCORES_FILE, WEIGHTS_FILE, released, sha256_of
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.registry import model_name
-from pixelcnn.sampling.ahead import compile_aside, compile_sampler
+from pixelcnn.sampling.ahead import compile_in_background, compile_sampler
 from pixelcnn.sampling.fast import warm_up
 
 logger = logging.getLogger("bentoml.pixelcnn")
@@ -258,7 +258,7 @@ class Champions:
         """
         self.refresh()
         if not self._by_dataset and self._released:
-            compile_aside()
+            compile_in_background()
         elif not self._by_dataset:
             threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
         for dataset, folder in self._released.items():

@@ -22,7 +22,7 @@ from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.sampling.fast import engine_name
 from pixelcnn.sampling.naive import OnRow
 
-REST_S = 0.1  # of a hand that draws live, before it is said how probable endings are: the next stroke needs the cores
+REST_S = 0.1  # pause before streamed completions are scored: the next stroke's completion comes first
 SHORT_CALL = 1e10  # sub-pixels times parameters: less than a tenth of a second on two cores
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -162,6 +163,8 @@ def write_pictures(spec: DatasetParams, out: Path) -> tuple[int, Left]:
             num += 1
             file = folder / (picture.name if picture.name.endswith(".png") else f"{picture.name}.png")
             file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                raise ValueError(f"{picture.name!r} and another picture would both be {file.name}: rename one.")
             array = fitted(picture.image, spec).transpose(1, 2, 0)
             Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(file)
         folder.replace(out)
@@ -267,7 +270,9 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
     try:
         found: Any = np.load(path, allow_pickle=False)
         arrays = {"images": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
-    except (ValueError, EOFError) as error:
+        if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{odd[0]!r} is none")
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} holds no plain arrays of numpy ({error}). Save it by numpy.savez.") from None
     if "images" not in arrays:
         raise ValueError(f"{path} has no array 'images', only {', '.join(arrays) or 'nothing'}.")

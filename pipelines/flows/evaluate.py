@@ -81,7 +81,9 @@ def evaluate_champions(
         except (ValueError, OSError) as error:  # one damaged champion does not hide the others
             failures.append(f"{name} version {number} ({error})")
     if failures:
-        raise RuntimeError(f"these champions are not what was registered: {'; '.join(failures)}")
+        raise RuntimeError(
+            f"these champions do not score what was registered, or could not be scored: {'; '.join(failures)}"
+        )
     return scores
 
 

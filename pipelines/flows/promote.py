@@ -53,7 +53,7 @@ def promote(
     Args:
         dry_run: decide and say so, but move, register and record nothing.
         version: the one that competes, even if it was rolled back; None for all.
-        why: it is asked for; recorded, beside who did.
+        why: the reason to record, beside who asked.
         to: an environment, which is to serve what this one serves; nothing else is done then.
 
     Raises:
@@ -104,7 +104,7 @@ def rollback(dataset: str, to: int | None = None, why: str | None = None) -> Rep
 
     Args:
         to: a version that was champion; None for the one before the present champion.
-        why: it is asked for; recorded, beside who did.
+        why: the reason to record, beside who asked.
     """
     registry.check_known(dataset)
     tag_run(dataset)

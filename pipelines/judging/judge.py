@@ -129,7 +129,7 @@ def train_judge(data: Dataset, config: JudgeConfig, log: Callable[[str], object]
     for step in range(num_steps):
         index = torch.randint(len(images), (BATCH,), generator=generator)
         x, label = images[index].float() / most, labels[index]
-        # Or a judge would know what is spoiled by the blur of having been moved.
+        # Real images are warped, too: otherwise the judge would tell spoiled ones by the blur of resampling.
         anew = torch.rand(len(x), 1, 1, 1, generator=generator) < REDRAWN
         x = torch.where(anew, by_another_hand(x, generator), x)
         both = torch.cat([x, spoil(x, label)])

@@ -33,8 +33,9 @@ def check_candidate(model: AutoregressiveModel, levels: torch.Tensor, max_sample
 def count_leaking_cuts(model: AutoregressiveModel, levels: torch.Tensor) -> int:
     """Change a whole rest of the image, from some sub-pixel on, and see whether earlier logits or its own follow.
 
-    All networks here are convolutions: whatever reaches too far does so at every place that is not at a border. A few
-    cuts, among them all colours of each pixel cut at, therefore tell as much as changing every sub-pixel by itself.
+    A convolution that reaches too far does so everywhere but at a border, so that a few cuts, among them all colours of
+    each pixel cut at, find it. Attention can leak at some rows alone: for it the cuts are a sample, and
+    `pixelcnn.likelihood.count_leaks` is the full test.
 
     Args:
         levels: (C, H, W) int64 in [0, K).

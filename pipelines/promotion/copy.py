@@ -18,7 +18,7 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
 
     Args:
         to: the other environment's name.
-        why: it is asked for; recorded there, beside who did.
+        why: the reason to record there, beside who asked.
 
     Returns:
         The report, of a decision in the other registry.

@@ -265,7 +265,7 @@ def run_promotion(
         scorer: like `score`.
         dry_run: decide only; nothing is moved, exported or recorded.
         only: the one version that competes.
-        why: it is asked for; recorded.
+        why: the reason to record.
 
     Returns:
         The report; its `decision` is `promoted` or `kept`, its `text` says it in words.
@@ -301,7 +301,10 @@ def run_promotion(
                 if registry.aliases(dataset).get(CHAMPION) == (champion.version if champion else None):
                     break
             else:
-                raise OSError(f"the champion of {dataset} changed {MAX_DECISIONS} times while it was decided")
+                raise OSError(
+                    f"the champion of {dataset} changed {MAX_DECISIONS} times during the decision: other machines "
+                    "promote, too. Run this again."
+                )
             report = {**decision.report, "decision_run_id": run_id, "text": " ".join([*completed, decision.text()])}
             if decision.chosen is not None:
                 record_and_carry_out(dataset, run_id, report, decision.chosen)
@@ -334,7 +337,7 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
 
     Args:
         to: a version that was champion; None for the one before the present champion.
-        why: it is asked for; recorded.
+        why: the reason to record.
 
     Raises:
         LookupError: there is no such earlier champion, or another registry feeds the store; nothing has moved.

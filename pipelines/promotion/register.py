@@ -103,7 +103,7 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None) -> lis
 
     Args:
         take_over: let this registry feed the store from now on, whichever did.
-        why: it is asked for; recorded where a champion is made.
+        why: the reason to record where a champion is made.
 
     Returns:
         What was done, in sentences.

@@ -32,7 +32,7 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
 
     Returns:
         Joint NLL of each image, and of the first `NUM_COMPLETED` the mean completion NLL over the masks of
-        `observed.SCORED`; of a model without a context network that of clamping in raster order. Both (N,) float64.
+        `observed.SCORED`; of a model without a context network that of clamping in raster order. (N,) and (M,) float64.
 
     Raises:
         MisfitError: it does not fit the data.

@@ -1,4 +1,4 @@
-"""MLflow's side of training: one run per training, one registered model per dataset, one version per set of weights.
+"""MLflow's side of training: a run per training, a registered model per dataset, a version per weights and data.
 
 The tracking URI is MLFLOW_TRACKING_URI: an MLflow server, or a database such as PostgreSQL; or else a SQLite file in
 the current folder. Artifacts of a SQLite store lie beside it in `mlruns/`, those of another database in the current

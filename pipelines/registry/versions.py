@@ -14,7 +14,7 @@ from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_o
 
 ROLLED_BACK_TAG = "rolled_back"
 VALIDATION_METRIC = "validation/nll_nats"
-RESTORE = "Take it from a backup: python -m pipelines.steps restore FILE --replace."
+RESTORE = "Promote another version, or restore the whole registry: python -m pipelines.steps restore FILE --replace."
 
 
 @dataclass(frozen=True, kw_only=True)

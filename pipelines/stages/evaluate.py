@@ -16,7 +16,7 @@ from pipelines.judging.judge import JUDGES, load_judge
 from pipelines.params import EvaluateParams, load_params
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
-from pipelines.stages.train import TRAINED_FOLDER, Log, load, use_threads
+from pipelines.stages.train import TRAINED_FOLDER, Log, load, set_torch_threads
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
 from pixelcnn.evaluation import evaluate as evaluate_model
@@ -89,7 +89,7 @@ def evaluate(
     model, record = load_checkpoint(trained)
     if record["data_hash"] != data.data_hash:
         raise ValueError(f"{trained} was trained on other data than data/{data.name}.safetensors. Train it again.")
-    use_threads(pair)
+    set_torch_threads(pair)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
     per_image: dict[str, torch.Tensor] = {}

@@ -73,7 +73,7 @@ def check_apart(out: Path, state: Path | None) -> None:
         raise ValueError(f"state and out are the same folder, {out}: name another for the state.")
 
 
-def use_threads(pair: PairParams) -> None:
+def set_torch_threads(pair: PairParams) -> None:
     """Set torch's number of CPU threads to that of the pair."""
     torch.set_num_threads(pair.num_threads or _NUM_THREADS)
 
@@ -104,14 +104,14 @@ def train(
     data = load(pair.dataset)
     num = {split: len(images) for split, images in data.images.items()}
     log(f"{data.name}: {num} images, data hash {data.data_hash}")
-    use_threads(pair)
+    set_torch_threads(pair)
     with ExitStack() as held:
         for folder in (out, *([state] if state else [])):
             held.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), f"the training of {name}", log))
         work = state or _work_folder(out, name, pair, data, log)
         work.mkdir(parents=True, exist_ok=True)
         model, record = _fit_all(name, params, data, work, log)
-        dtype = torch.float16 if half and _half_is_enough(model, data, log) else torch.float32
+        dtype = torch.float16 if half and _round_to_half(model, data, log) else torch.float32
         if state is None:  # one that is carried over has a history of its own
             record["inputs_sha256"] = inputs_of(name, params, data, half)
         save_checkpoint(out, model, {**record, "weights_dtype": str(dtype).removeprefix("torch.")}, dtype)
@@ -237,7 +237,7 @@ def _changed_settings(phases: list[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _half_is_enough(model: AutoregressiveModel, data: Dataset, log: Log) -> bool:
+def _round_to_half(model: AutoregressiveModel, data: Dataset, log: Log) -> bool:
     """Round the weights to half precision; take that back if the validation score suffers."""
 
     def validate() -> float:

@@ -1,7 +1,7 @@
-"""What all architectures share: levels in, logits out.
+"""What all architectures share: levels in, the parameters of each sub-pixel's distribution out.
 
 p(x) is the product over rows, columns, then channels (raster order) of p(x_i | x_1, ..., x_{i-1}); each factor is a
-categorical over K levels, whose logits one forward pass gives for all sub-pixels at once.
+distribution over K levels, whose parameters (outputs.py) one forward pass gives for all sub-pixels at once.
 
 Sources: PixelCNN, van den Oord et al. 2016, arXiv:1601.06759; Gated PixelCNN, van den Oord et al. 2016,
 arXiv:1606.05328. Departures: labels in both architectures, Adam or Muon and EMA in training (pixelcnn/training), a
@@ -29,9 +29,8 @@ from pixelcnn.models.maps import NEVER_WAITS, Label, Map
 from pixelcnn.models.masks import colour_groups
 from pixelcnn.models.outputs import OUTPUTS, Output
 
-# The smallest probability that a label of a drawing may have, smaller ones count as zero; of more than ten labels half
-# of what all would have if they were equally likely.
-LEAST_LABEL = 0.05
+# Labels less probable than this are dropped before one is drawn; of more than ten the limit is 1 / (2 num_labels).
+MIN_LABEL_PROB = 0.05
 
 
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
@@ -93,7 +92,7 @@ def check_temperature(temperature: float) -> None:
 class AutoregressiveModel(nn.Module):
     """What all architectures share: input checks and scaling, the context network, the two 1x1 layers of the head.
 
-    `config` says which images it is for; `layer_config` is what its layers are built from, the completer's apart.
+    `config` describes the whole model; `layer_config` the joint network alone, without completer and label network.
     """
 
     def __init__(self, config: ModelConfig, in_maps: int) -> None:
@@ -133,7 +132,7 @@ class AutoregressiveModel(nn.Module):
         """Return with which labels endings are drawn, (B, 1 + num_labels) float64 log-probabilities of none, 0, 1, ...
 
         It is the label that is given; where none is, but a label network and something known, p(label | drawing),
-        without the unlikely ones (`LEAST_LABEL`). Each drawing is looked at by itself: its figures do not depend
+        without the unlikely ones (`MIN_LABEL_PROB`). Each drawing is looked at by itself: its figures do not depend
         on those beside it.
 
         Args:
@@ -152,7 +151,7 @@ class AutoregressiveModel(nn.Module):
         different, which = seen.unique(dim=0, return_inverse=True)
         logits = [self.label_network(one[None, :-1], one[None, -1:].bool()) for one in different]
         log_probs = torch.cat(logits).double().log_softmax(dim=1)
-        least = math.log(min(LEAST_LABEL, 0.5 / self.config.num_labels))
+        least = math.log(min(MIN_LABEL_PROB, 0.5 / self.config.num_labels))
         log_probs = log_probs.masked_fill(log_probs < least, -math.inf).log_softmax(dim=1)
         found[asked] = F.pad(log_probs, (1, 0), value=-math.inf)[which]
         return found

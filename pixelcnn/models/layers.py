@@ -1,4 +1,4 @@
-"""The networks' building blocks: masked convolutions, PixelCNN's residual block, Gated PixelCNN's layer.
+"""Building blocks of the networks: masked and 1x1 convolutions, label bias, context and label networks, gate, shift.
 
 Sources: arXiv:1601.06759 (masks, residual block) and arXiv:1606.05328 (two stacks, gate). Departures: kernels are
 stored cropped (see masks.py), and a label enters PixelCNN's residual blocks as a bias, as it enters the gates of

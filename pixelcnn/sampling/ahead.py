@@ -15,7 +15,7 @@ def compile_sampler() -> float:
     return warm_up(build_model(config))
 
 
-def compile_aside() -> threading.Thread:
+def compile_in_background() -> threading.Thread:
     """Compile the sampler in a thread, which is returned: until it ends, all is sampled in torch.
 
     For a process whose first user is not to wait for it. Later images are of the same model and noise, and equal but

@@ -30,28 +30,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_STEP = 4  # images that a thread samples together
+MAX_BATCH_IMAGES = 4  # that a thread samples as one batch
 
 
 class Score(Protocol):
-    """Returns, once it is asked, how probable images were that have been drawn."""
+    """A deferred score: call it for the log-probability of images that were drawn."""
 
     def __call__(self, images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
         """Return (B,) float64 nats of these images: log p(missing | observed) at temperature 1.
 
         Args:
-            on_row: called with each row that was gone through, where that is done at all; what it raises stops it.
+            images: which of the batch.
+            on_row: called after each row if the score needs another pass; what it raises stops it.
         """
 
 
 _engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
 _notices: set[str] = set()
 _num_threads: int | None = None  # of the sampler; None: as many as torch has
-_compiling: threading.Thread | None = None  # the sampler, aside
+_compiling: threading.Thread | None = None  # compiles the sampler in the background
 
 
 def engine_name(model: AutoregressiveModel) -> str:
-    """Return how `sample` samples this model, and why no faster: a sentence's end for logs."""
+    """Return `cached, compiled`, or `cached, in torch: ` and the reason: callers compare it, logs show it."""
     parameter = next(model.parameters())
     if parameter.device.type != "cpu":
         return f"cached, in torch: the model is on {parameter.device.type}"
@@ -83,7 +84,7 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
 
 
 def _choose(model: AutoregressiveModel) -> str:
-    """Return `engine_name`'s first word or two; say once in the log why it is not the compiled one."""
+    """Return `engine_name` up to the colon; say once in the log why it is not the compiled sampler."""
     name = engine_name(model)
     if name not in _notices:
         _notices.add(name)
@@ -92,7 +93,7 @@ def _choose(model: AutoregressiveModel) -> str:
     return name.split(":")[0]
 
 
-def use_threads(num: int) -> None:
+def set_sampler_threads(num: int) -> None:
     """Sample on so many threads from now on, and leave torch one.
 
     For a process that shares the machine. The small networks that look at a drawing are torch's, and its threads wait
@@ -146,7 +147,7 @@ def sample(
     Equal to it in float64; in float32 a level can differ where `u` lies within rounding of a boundary between two.
 
     Args:
-        on_row: called with each finished row, (B, C, W), in order; what it raises stops the sampling.
+        on_row: called with each finished row's index and (B, C, W) levels, in order; what it raises stops the sampling.
 
     Returns:
         (B, C, H, W) int64 levels in [0, K).
@@ -211,7 +212,7 @@ def _batches(begins: list[int], stops: list[int], num_threads: int) -> list[tupl
     batches = []
     for start, members in groupby(sorted(range(len(begins)), key=lambda i: (begins[i], stops[i])), begins.__getitem__):
         images = list(members)
-        num = num_threads * math.ceil(len(images) / num_threads / MAX_IN_STEP)
+        num = num_threads * math.ceil(len(images) / num_threads / MAX_BATCH_IMAGES)
         for part in np.array_split(images, min(num, len(images))):
             batches.append((part.tolist(), start, max(stops[i] for i in part)))
     return batches

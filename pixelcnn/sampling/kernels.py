@@ -538,7 +538,7 @@ class Work(NamedTuple):
 
     levels: Array  # (B, C, H, W) int64: completed in place
     missing: Array  # (B, H, W) bool
-    u: Array  # (B, C, H, W) float64 in [0, 1)
+    u: Array  # (B, C, H, W) float64: noise in [0, 1); or level + 1 for a level to be scored, not drawn
     labels: Array  # (B,) int64, -1 for none
     has_context: Array  # (B,) bool: something of its drawing is known
     nats: Array  # (B,) float64: what the drawn levels cost is added
@@ -566,7 +566,9 @@ PLACE = np.dtype([(name, np.int64) for name in ("at", "row", "rows", "column")])
 
 # A step, as a row of a table: offsets into the weights, sizes, and yes or no (1, 0). A bias lies `of_label` numbers
 # further for each label, `of_place` for each cell of the image. Row work takes a step on `columns` cells (blocks of
-# them, for keys) of every row, or of every other one.
+# them, for keys) of every row, or of every other one. `is_sparse`: inputs that are not positive are skipped; `is_raw`:
+# they are stored before the rectifier, so that only the sparse tile may read them. `every`: rows per step. `capacity`:
+# keys that a head has room for.
 _NUMBERS = (
     *("kind", "num_out", "vectors", "num_in", "weights", "bias", "of_label", "of_place"),
     *("is_rectified", "is_sparse", "is_raw"),

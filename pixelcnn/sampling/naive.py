@@ -28,7 +28,7 @@ class Canvas:
     """Images to be completed: what a sampler starts from, and works on.
 
     Args:
-        u: (B, C, H, W) uniform noise.
+        u: (B, C, H, W) uniform noise in [0, 1); for the compiled sampler also level + 1: score it, do not draw.
         label: (B,) int64, -1 for none.
         temperature: divides the logits.
         levels: (B, C, H, W) int64, contiguous, 0 where missing: completed in place.
@@ -90,9 +90,9 @@ def new_canvas(
 
 
 def _drawn_labels(log_probs: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw labels by the noise of the first pixel, whatever is known: so they change as little as the drawing does.
+    """Draw labels with the noise of pixel (0, 0), known or not: a small change of a drawing then seldom changes them.
 
-    Where the noise lies between the ends of its label's interval is again uniform: it is what is left for the pixel.
+    Within its label's interval the noise is uniform again: rescaled to [0, 1), it replaces that pixel's noise.
 
     Args:
         log_probs: (B, 1 + num_labels) nats, of no label, 0, 1, ...
@@ -155,7 +155,8 @@ def naive_sample(
     Args:
         u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
         label: (B,) int64, -1 for none; None for no labels.
-        temperature: divides the logits; 1 samples the model itself, 0 takes the most likely level of each sub-pixel.
+        temperature: divides the logits, and with a label network the label's log-probabilities; 1 samples the model
+            itself, 0 takes the most likely level of each sub-pixel.
         drawing: (B, C, H, W) int64 levels that are kept where observed; ignored elsewhere. A model with a context
             network sees all of it at every pixel; one without sees of it what lies before the pixel.
         observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.

@@ -29,8 +29,8 @@ class TrainConfig:
 
     Args:
         batch_size: images per optimizer step.
-        learning_rate: its peak.
-        joint_share: share of it at which a completer learns the weights that the joint model has, too: with less than 1
+        learning_rate: peak learning rate.
+        joint_share: factor on the learning rate of those weights of a completer that the joint model has, too; below 1
             it forgets less of what it began with.
         optimizer: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimizers.py).
         max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.
@@ -43,7 +43,7 @@ class TrainConfig:
         clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
         label_dropout: share of the images whose label is withheld, so that one network serves with and without.
         context_share: share of the images that are shown in part, for models with a context network.
-        redrawn_share: share of the images that are drawn anew, as people draw (redrawn.py); for binary datasets alone.
+        redrawn_share: share of the images that are drawn anew, as people draw (redrawn.py); protocol dynamic alone.
         horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
         precision: `float32`, or `bfloat16` for autocast of the matrix work; `auto` for the one that is faster here.
         compiled: run the network by way of torch.compile, which makes one pass over memory of many: 1.2 times as fast
@@ -111,7 +111,10 @@ class TrainConfig:
             ValueError: it cannot.
         """
         if self.redrawn_share and protocol != DYNAMIC_PROTOCOL:
-            raise ValueError("redrawn_share must be 0: only binary images can be drawn anew.")
+            raise ValueError(
+                f"redrawn_share must be 0 with protocol {protocol!r}: only images kept as intensities (protocol "
+                f"{DYNAMIC_PROTOCOL!r}) can be drawn anew."
+            )
         if self.joint_share < 1 and not sees_drawings:
             raise ValueError("joint_share must be 1: the network sees no drawings, so all of it is the joint model's.")
 

@@ -17,7 +17,7 @@ OPTIMIZERS = ("adam", "muon")
 # The quintic iteration's coefficients: singular values end between about 0.7 and 1.2, after five rounds.
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
 RMS = 0.2  # of a step at learning rate 1, per weight
-# A gradient far smaller than any that teaches moves little: where a network has died, momentum fades without an end.
+# Added to the norm: the vanishing momentum of a dead network is not scaled up to a full step.
 LEAST_NORM = 1e-9
 
 

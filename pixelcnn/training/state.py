@@ -66,7 +66,7 @@ def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:
 
 
 def training_history(state_file: str | Path) -> tuple[float, list[dict[str, Any]]]:
-    """Return what is behind a state file, all the runs that it was carried over together.
+    """Return the minutes and the phases of training behind a state file, over all runs that resumed it.
 
     Returns:
         The minutes of training; and its phases, each with the step that it began with as `from_step`, and the settings

@@ -191,7 +191,7 @@ class Trainer:
         return training_masks(rng, levels, self.data.num_levels, share)
 
     def nlls(self, levels: Tensor, label: Tensor | None, observed: Tensor | None) -> Tensor:
-        """Return what is to be lowered: nats of a batch, in any shape. `observed`: (B, 1, H, W), None for nothing."""
+        """Return a batch's losses in nats, of any shape; their sum is minimised. `observed`: (B, 1, H, W) or None."""
         if observed is None:
             return -pixel_log_prob(self.model, levels, label)
         return -pixel_log_prob(self.model, levels, label, levels, observed) * ~observed
@@ -386,8 +386,13 @@ class Trainer:
             if isinstance(expected, dict) and isinstance(found, dict):
                 # An older state may name what may change now, and lack a setting that is newer than it.
                 found = {name: found.get(name, defaults.get(name)) for name in expected}
+                if changed := [name for name, value in expected.items() if found[name] != value]:
+                    key = f"{key} ({', '.join(changed)})"
             if found != expected:
-                raise ValueError(f"{path} is the state of a run that differs in its {key}. Delete it to start afresh.")
+                raise ValueError(
+                    f"{path} is the state of a run that differs in its {key}. Set it back to go on, or delete the file "
+                    "to start afresh."
+                )
         indices = list(range(len(self.parameters)))
         if self.model.config.context_features and not last_phase.get("context_features"):
             indices = self.joint_indices()
@@ -493,15 +498,16 @@ def fit(
         whole images and images shown in part, in the proportion `context_share`.
 
     Raises:
-        ValueError: model and dataset do not fit, the model has a completer, the batch is larger than the split, or the
-            state is of another run.
+        ValueError: model and dataset do not fit, the model has a completer or a label network, the batch is larger than
+            the split, or the state is of another run.
         FloatingPointError: the loss is no longer finite; the last saved state is left as it was.
         OSError: the state could not be saved; the one that was saved before is left as it was.
     """
     check_fit(model.config, data)
     if isinstance(model, AutoregressiveModel) and (model.completer is not None or model.label_network is not None):
         raise ValueError(
-            "a model with a completer or a label network is trained in parts: without them, and each of them by itself."
+            "a model with a completer or a label network is trained in parts: call fit on a model of "
+            "config.of_joint(), then on model.completer and on model.label_network."
         )
     keep_memory()
     trainer = TRAINERS.get(type(model), Trainer)(model, data, config)

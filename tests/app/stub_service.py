@@ -96,6 +96,8 @@ class StubService:
                 self.send_response(status)
                 self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(body)))
+                if status == 429:
+                    self.send_header("Retry-After", "0")  # or a client that asks again would wait for seconds
                 self.end_headers()
                 self.wfile.write(body)
 

@@ -614,6 +614,14 @@ def test_what_failed_is_asked_again_and_then_the_warning_goes(service: StubServi
     refused_once(page, lambda: press(page, "Generate"), "/complete_stream")
 
 
+def test_a_label_that_the_next_dataset_lacks_is_forgotten(service: StubService, open_page: OpenPage) -> None:
+    page = open_page()
+    page.selectbox(key="label").set_value(7).run()
+    page.selectbox(key="dataset").set_value("fashion_mnist").run()
+    complete(page)
+    assert service.requests[-1][1]["label"] == -1
+
+
 def test_once_the_page_has_left_no_further_request_is_sent() -> None:
     sent, may_go_on = [], threading.Event()
 
@@ -623,13 +631,15 @@ def test_once_the_page_has_left_no_further_request_is_sent() -> None:
             may_go_on.wait(10)
             yield
 
+    before = set(threading.enumerate())
     answers = waiting.in_background(lambda _: ask())
     assert next(answers) is None
+    begun = set(threading.enumerate()) - before
     answers.close()
     may_go_on.set()
-    for thread in threading.enumerate():
-        if thread.name.endswith("(ask)"):
-            thread.join(10)
+    for thread in begun:
+        thread.join(10)
+    assert begun
     assert sent == [0]
 
 

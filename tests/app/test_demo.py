@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from app.canvas.views.demo import status_text
-from app.demo import main, own_steps
+from app.demo import main, own_steps, port_of
 from pixelcnn.training import StepReport, format_progress
 from tests.local import free_port
 
@@ -238,16 +238,24 @@ def test_the_released_weights_are_served_before_they_are_registered(demo: Demo) 
     )
 
 
-def test_a_port_in_use_is_said_before_anything_starts(demo: Demo) -> None:
+@pytest.mark.parametrize(("variable", "what"), [("SERVICE_PORT", "service"), ("CANVAS_PORT", "canvas")])
+def test_a_port_in_use_is_said_before_anything_starts(demo: Demo, variable: str, what: str) -> None:
+    port = demo.ports[variable]
     with socket.socket() as other:
-        other.bind(("127.0.0.1", demo.ports["CANVAS_PORT"]))
+        other.bind(("127.0.0.1", port))
         other.listen()
         said, _ = demo.start().communicate(timeout=20)
-    port = demo.ports["CANVAS_PORT"]
     assert said == (
-        f"error: port {port}, for the canvas, is in use on 127.0.0.1. "
-        f"Stop the program that holds it, or choose another port by CANVAS_PORT={port + 1000}.\n"
+        f"error: port {port}, for the {what}, is in use on 127.0.0.1. "
+        f"Stop the program that holds it, or choose another port by {variable}={port + 1000}.\n"
     )
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "x", "-1"])
+def test_what_is_no_port_is_said(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("CANVAS_PORT", text)
+    with pytest.raises(SystemExit, match="CANVAS_PORT must be a port number from 1 to 65535, got"):
+        port_of("CANVAS_PORT", 8501)
 
 
 @pytest.mark.parametrize("shared", ["", "127.0.0.1"])

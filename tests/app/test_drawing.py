@@ -19,7 +19,7 @@ from app.canvas.drawing import (
     parse_drawing,
     without,
 )
-from app.canvas.endings import Ending, Request, record
+from app.canvas.endings import Endings, Request, record
 from app.canvas.rendering import INK, PAPER, saved_picture
 from tests.app.stub_service import StubService
 
@@ -128,7 +128,7 @@ def test_what_is_no_picture_is_said(data: bytes) -> None:
 
 def test_saved_sheet_is_large_and_crisp() -> None:
     request = Request("mnist5k", [[0, 1], [1, 0]], [[1, 1], [1, 1]], 4, None, 1.0, None)
-    ending = Ending(request, 2, np.array([request.image] * 4))
+    ending = Endings(request, 2, np.array([request.image] * 4))
     saved = np.array(PIL.Image.open(io.BytesIO(saved_picture(ending, True, "drawn", 3))))
     assert saved.shape == (110, 160, 3)
     assert (saved[10:30, 10:30] == PAPER).all()
@@ -141,7 +141,7 @@ def test_record_is_a_request_that_gives_the_same_result(service: StubService) ->
     answer = service.answer(vars(request))
     saved = json.loads(
         record(
-            Ending(request, 2, np.array(answer["completions"]), answer["log_probs"], answer["seed"], answer["model"])
+            Endings(request, 2, np.array(answer["completions"]), answer["log_probs"], answer["seed"], answer["model"])
         )
     )
     again = service.answer(saved["request"])

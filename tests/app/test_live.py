@@ -1,6 +1,7 @@
 """Endings on the shortest way, without the page: what its server answers to a stroke."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from app.canvas.session import VISITS, Visit
 from app.canvas.settings import Settings
 from app.client import ServedModel, ServiceClient
 from tests.app.stub_service import MODELS, StubService
-from tests.local import free_port
 
 INK = np.zeros((28, 28), dtype=np.int64)
 INK[4:10, 12:15] = 255
@@ -29,15 +29,14 @@ STROKE = Drawing(INK, np.where(INK > 0, TOUCHED, 0))
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The address of the way, on a server of its own."""
-    app, port = Starlette(routes=[Route(LIVE_PATH, answer_live, methods=["POST"])]), free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}{LIVE_PATH}"
-    server.should_exit = True
-    thread.join(10)
+    app = Starlette(routes=[Route(LIVE_PATH, answer_live, methods=["POST"])])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}{LIVE_PATH}"
+        server.should_exit = True
+        thread.join(10)
 
 
 @pytest.fixture
@@ -141,9 +140,10 @@ def test_a_service_that_fails_ends_the_answer(url: str, visit: Visit, service: S
 
 
 def test_the_next_stroke_ends_the_last(url: str, visit: Visit, service: StubService) -> None:
-    service.row_s = 0.1
+    service.row_s = 1.0
     with httpx.stream("POST", url, json=body(STROKE)) as response:
         assert response.status_code == 200
+        service.row_s = 0.0
         other = Drawing(INK.T, np.where(INK.T > 0, TOUCHED, 0))
         with httpx.stream("POST", url, json=body(other)) as newer:
             assert list(events_of(newer))[-1]["finished"]
@@ -167,9 +167,9 @@ def test_who_leaves_ends_the_request(
             ended.set()
 
     monkeypatch.setattr(ServiceClient, "complete_stream", watched)
-    service.row_s = 2.0
+    service.row_s = 30.0
     with httpx.stream("POST", url, json=body(STROKE)) as response:
         assert response.status_code == 200
         time.sleep(0.2)
-    assert ended.wait(1.0)
+    assert ended.wait(10)
     assert visit.live is None

@@ -331,7 +331,7 @@ def test_candidates_of_one_drawing_share_the_rows_that_are_known(config: ModelCo
 @pytest.mark.parametrize("config", ENGINE_CONFIGS[1::3], ids=name)
 def test_an_image_does_not_depend_on_those_beside_it_in_float32(config: ModelConfig) -> None:
     model = model_of(config, torch.float32)
-    num = 3 * fast_sampling.MAX_IN_STEP
+    num = 3 * fast_sampling.MAX_BATCH_IMAGES
     u, observed = torch.rand(num, *config.image_shape), random_mask(num, config.image_shape)
     drawing = torch.randint(0, config.num_levels, u.shape)
     together = complete_and_score(model, drawing, observed, u)

@@ -16,8 +16,8 @@ import pixelcnn.sampling.fast as fast_sampling
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, level_probs, log_prob, naive_sample, sample
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
-from pixelcnn.sampling.ahead import compile_aside
-from pixelcnn.sampling.fast import engine_name, sample_and_score, use_threads, warm_up
+from pixelcnn.sampling.ahead import compile_in_background
+from pixelcnn.sampling.fast import engine_name, sample_and_score, set_sampler_threads, warm_up
 from tests.core.tiny import in_raster_order
 
 SHAPES = [(1, 5, 6), (1, 1, 7), (1, 7, 1), (3, 4, 5), (2, 3, 3)]
@@ -141,7 +141,7 @@ def test_threads_of_the_sampler_are_not_torchs(monkeypatch: pytest.MonkeyPatch) 
     try:
         torch.set_num_threads(2)
         sample(*tiny())
-        use_threads(3)
+        set_sampler_threads(3)
         assert torch.get_num_threads() == 1
         sample(*tiny())
     finally:
@@ -167,7 +167,7 @@ def test_rows_are_handed_out_in_order_and_final() -> None:
 def test_a_thread_that_is_held_up_holds_up_its_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other thread takes all other batches to their ends meanwhile."""
     monkeypatch.setattr(fast_sampling, "_num_threads", 2)
-    monkeypatch.setattr(fast_sampling, "MAX_IN_STEP", 1)
+    monkeypatch.setattr(fast_sampling, "MAX_BATCH_IMAGES", 1)
     model, u = tiny()
     done, ended = [], threading.Event()
     advance = compiled.Engine.rows
@@ -347,7 +347,7 @@ def test_while_the_sampler_is_compiled_aside_it_samples_in_torch(
     monkeypatch.setattr("pixelcnn.sampling.ahead.subprocess.run", run)
     model, u = tiny()
     expected = naive_sample(model, u)
-    thread = compile_aside()
+    thread = compile_in_background()
     try:
         said = ["sampling cached, in torch: the compiled sampler is not ready yet"]
         assert notices_of(model, caplog, monkeypatch) == said

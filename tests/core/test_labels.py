@@ -137,7 +137,7 @@ def test_a_drawing_is_looked_at_by_itself():
 
 
 def test_improbable_labels_are_left_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(base, "LEAST_LABEL", 0.1)
+    monkeypatch.setattr(base, "MIN_LABEL_PROB", 0.1)
     model, label = label_model(num_labels=5), torch.full((16,), -1)
     with torch.no_grad():
         model.label_network.last.weight.mul_(40)

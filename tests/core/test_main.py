@@ -102,7 +102,7 @@ def test_a_model_and_data_that_do_not_fit_are_named(
     assert capsys.readouterr().err == "error: batch_size must be at most the 8 training images of other, got 9.\n"
     assert main([*train, *NETWORK, *SCHEDULE]) == 0
     assert main([*train, "--num-features", "5", "--num-blocks", "1", *SCHEDULE]) == 1
-    assert "differs in its model. Delete it to start afresh.\n" in capsys.readouterr().err
+    assert "Set it back to go on, or delete the file to start afresh.\n" in capsys.readouterr().err
 
 
 def test_sample_writes_a_sheet(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +142,7 @@ def test_complete_by_proposals(checkpoint: Path, tmp_path: Path, capsys: pytest.
     image.write_bytes(to_png(torch.randint(4, (1, 6, 5), generator=torch.Generator().manual_seed(1)), 4))
     command = ["complete", "--checkpoint", str(checkpoint), "--image", str(image), "--out", str(tmp_path / "out.png")]
     assert main([*command, "--num-samples", "3", "--known", "bottom", "--proposals", "5"]) == 0
-    effective = re.search(r"^([0-9.]+) of 5 proposals are effective$", capsys.readouterr().out, re.MULTILINE)
+    effective = re.search(r"^effective number of proposals: ([0-9.]+) of 5$", capsys.readouterr().out, re.MULTILINE)
     assert effective is not None
     assert 1 <= float(effective[1]) <= 5
     assert main([*command, "--proposals", "5", "--temperature", "0.5"]) == 1

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from benchmarks.ranking import area_under
+from benchmarks.ranking import auroc
 from pixelcnn import load_checkpoint, log_prob, save_dataset
 from pixelcnn.__main__ import main
 from pixelcnn.images import to_png
@@ -56,9 +56,9 @@ def test_things_among_digits_come_first() -> None:
             nats = -torch.cat([log_prob(model, part) for part in levels.split(50)]).double()
         size = torch.tensor([len(to_png(image, 2, optimize=True)) for image in levels], dtype=torch.float64)
         is_stranger = torch.arange(len(levels)) >= 180
-        corrected = area_under(beyond_complexity(nats, size), is_stranger)
+        corrected = auroc(beyond_complexity(nats, size), is_stranger)
         assert corrected >= least
-        assert corrected > area_under(nats, is_stranger) + 0.02
+        assert corrected > auroc(nats, is_stranger) + 0.02
 
 
 def test_the_table_and_the_sheet(checkpoint, tmp_path, capsys) -> None:
@@ -70,7 +70,7 @@ def test_the_table_and_the_sheet(checkpoint, tmp_path, capsys) -> None:
     out = tmp_path / "sheet.png"
     assert main(["rank", "--checkpoint", str(checkpoint), "--images", str(tmp_path / "in"), "--out", str(out)]) == 0
     printed, said = capsys.readouterr()
-    assert said == f"wrote {out}; left out: 1 files that are no PNG\n"
+    assert said == f"wrote {out}; left out: 1 files not named .png\n"
     rows = list(csv.DictReader(printed.splitlines()))
     assert [int(row["rank"]) for row in rows] == list(range(1, 41))
     numbers = [int(row["path"][-6:-4]) for row in rows]

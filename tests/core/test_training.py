@@ -182,10 +182,10 @@ def test_saves_are_as_rare_as_asked(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "other_model", "other_data", "what"),
     [
-        ({"clip_norm": 2.0}, {}, {}, "train settings"),
-        ({"seed": 1}, {}, {}, "train settings"),
-        ({"warmup_steps": 3}, {}, {}, "train settings"),
-        ({}, {"num_blocks": 3}, {}, "model"),
+        ({"clip_norm": 2.0}, {}, {}, "train settings (clip_norm)"),
+        ({"seed": 1}, {}, {}, "train settings (seed)"),
+        ({"warmup_steps": 3}, {}, {}, "train settings (warmup_steps)"),
+        ({}, {"num_blocks": 3}, {}, "model (num_blocks)"),
         ({}, {}, {"data_hash": "other"}, "data hash"),
     ],
 )
@@ -194,7 +194,8 @@ def test_the_state_of_another_run_is_refused(tmp_path, changes, other_model, oth
     fit(toy_model(data), data, CONFIG, state_file=state)
     before = state.read_bytes()
     model = tiny_model("pixelcnn", (1, 3, 3), 3, 2, **other_model)
-    message = f"{state} is the state of a run that differs in its {what}. Delete it to start afresh."
+    message = f"{state} is the state of a run that differs in its {what}. "
+    message += "Set it back to go on, or delete the file to start afresh."
     with pytest.raises(ValueError, match=exactly(message)):
         fit(model, dataclasses.replace(data, **other_data), config(**changes), state_file=state)
     assert state.read_bytes() == before
@@ -422,7 +423,7 @@ def test_a_run_that_goes_on_may_draw_more_images_anew(tmp_path):
 
 def test_only_binary_images_can_be_drawn_anew():
     data = toy_dataset((1, 4, 4), num_levels=6)
-    with pytest.raises(ValueError, match=r"redrawn_share must be 0: only binary images can be drawn anew\."):
+    with pytest.raises(ValueError, match=r"redrawn_share must be 0 with protocol .*: only images kept as intensities"):
         fit(toy_model(data), data, config(redrawn_share=0.5))
 
 

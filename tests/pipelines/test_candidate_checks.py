@@ -64,7 +64,7 @@ def test_what_is_no_number_is_named() -> None:
     model, levels = model_and_image(CONFIGS[0])
     with torch.no_grad():
         model.logits.bias[0] = math.nan
-    with pytest.raises(ValueError, match="its logits are not finite numbers"):
+    with pytest.raises(ValueError, match="the model's logits are not finite numbers"):
         check_candidate(model, levels, 60)
 
 

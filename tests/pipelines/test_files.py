@@ -13,12 +13,13 @@ import pytest
 from pipelines.files import atomic_write, file_lock
 
 HOLD = """
-import sys, time
+import time
 from pathlib import Path
 from pipelines.files import file_lock
 with file_lock(Path("lock"), "the first", print):
     Path("held").touch()
-    time.sleep(float(sys.argv[1]))
+    while not Path("go").exists():
+        time.sleep(0.01)
 """
 
 
@@ -28,12 +29,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+def start() -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def holder(seconds: float) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(seconds)], env=environment())
+def holder() -> subprocess.Popen:
+    process = start()
     while not Path("held").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -41,9 +43,14 @@ def holder(seconds: float) -> subprocess.Popen:
 
 
 def test_the_second_says_whom_it_waits_for(folder: Path) -> None:
-    process = holder(1)
+    process = holder()
     said: list[str] = []
-    with file_lock(Path("lock"), "the second", said.append) as waited:
+
+    def let_go(text: str) -> None:
+        said.append(text)
+        Path("go").touch()
+
+    with file_lock(Path("lock"), "the second", let_go) as waited:
         assert process.wait(timeout=10) == 0, "the first has ended"
         assert waited
     assert said == [
@@ -57,7 +64,7 @@ def test_the_second_says_whom_it_waits_for(folder: Path) -> None:
 
 
 def test_a_killed_holder_keeps_nobody_out(folder: Path) -> None:
-    process = holder(100)
+    process = holder()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert Path("lock").exists(), "its file is still there"
@@ -81,9 +88,10 @@ def test_a_lock_on_a_removed_file_is_none(folder: Path, monkeypatch: pytest.Monk
     with file_lock(Path("lock"), "this", print):
         assert not first
         assert "process" in Path("lock").read_text(), "the lock is on a file that others see"
-        process = subprocess.Popen([sys.executable, "-c", HOLD, "0"], env=environment())
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(3)
+        Path("go").touch()
+        process = start()
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("the first waits for process")
     assert process.wait(10) == 0
 
 
@@ -92,3 +100,4 @@ def test_a_write_that_fails_leaves_the_old_text(folder: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         atomic_write(Path("file"), "new \udcff")
     assert Path("file").read_text() == "old"
+    assert [path.name for path in Path().iterdir()] == ["file"]

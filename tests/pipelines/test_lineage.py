@@ -282,6 +282,9 @@ def test_what_makes_a_tree_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert git_state()["git_dirty"] == "false"
     Path("pixelcnn/sampling/fast.py").write_text("changed")
     assert git_state()["git_dirty"] == "true"
+    git("checkout", "--", "pixelcnn")
+    Path("README.md").write_text("changed")
+    assert git_state()["git_dirty"] == "true", "tracked, though of no package"
 
 
 def test_a_run_that_was_deleted_is_named(found: registry.Version) -> None:

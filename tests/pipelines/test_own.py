@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipelines import steps
 from pipelines.datasets import own
+from pipelines.datasets.checks import CheckParams, changes
 from pipelines.datasets.letters import write_letters
 from pipelines.files import file_lock
 from pipelines.params import load_params
@@ -318,7 +319,7 @@ def test_a_dataset_that_is_served_stays(folder: Path, capsys: pytest.CaptureFixt
     (served / "v1-0123").mkdir(parents=True)
     (served / "latest").write_text("v1-0123")
     assert steps.main(["remove", NAME]) == 1
-    assert f"pixelcnn-{NAME}:v1-0123 is served: `bentoml models delete" in capsys.readouterr().err
+    assert f"pixelcnn-{NAME}:v1-0123 is served: `BENTOML_HOME=" in capsys.readouterr().err
     assert NAME in load_params().datasets
     assert steps.main(["remove", NAME, "--force"]) == 0
     assert NAME not in load_params().datasets
@@ -342,7 +343,9 @@ def test_sizes_colours_and_levels(
     data = load_dataset(f"data/{NAME}.safetensors")
     assert (data.image_shape, data.num_levels, data.protocol, data.label_names) == (shape, levels, protocol, [])
     assert levels // 2 <= int(data.images["train"].max()) < levels
-    build_model(load_params().pair(f"gated_pixelcnn-{NAME}").network)
+    network = load_params().pair(f"gated_pixelcnn-{NAME}").network
+    assert (network.output == "logistic_mixture") == (levels == 256)
+    build_model(network)
 
 
 def test_large_pictures_of_many_levels_are_learned_in_small_batches(folder: Path) -> None:
@@ -420,6 +423,63 @@ def test_odd_arrays(folder: Path, tmp_path: Path, arrays: dict[str, np.ndarray],
     np.savez(tmp_path / "x.npz", **{"images": images, "labels": np.arange(30) % 3, **arrays})
     with pytest.raises(ValueError, match=message):
         own.add("x", tmp_path / "x.npz", own.Wishes())
+
+
+def test_a_damaged_archive_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, images=np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8))
+    whole, half = path.read_bytes(), path.stat().st_size // 2
+    for damaged in (whole[:half], whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]):
+        path.write_bytes(damaged)
+        assert add(path) == 1
+        assert "holds no plain arrays of numpy" in capsys.readouterr().err
+
+
+def test_one_that_is_there_is_kept_if_it_is_of_the_same_place(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert add(folder, "--keep") == 0
+    before = state(Path.cwd())
+    assert add(folder, "--keep", "--side", "8") == 0
+    assert f"{NAME} is there already, with its entry in own/params.yaml" in capsys.readouterr().out
+    assert state(Path.cwd()) == before
+    fill(tmp_path / "others", 30, first=500)
+    assert add(tmp_path / "others", "--keep") == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [(".", "holds the project itself"), ("..", "holds the project itself"), ("params.yaml", "is no folder, and no")],
+)
+def test_what_is_no_place_of_pictures(folder: Path, images: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert add(Path(images)) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_few_greys_are_levels_of_their_own(folder: Path) -> None:
+    """Sprites of four greys, most of it black and white, are no ink."""
+    for i, file in enumerate(sorted(folder.iterdir())):
+        pixels = np.random.default_rng(i).choice([0, 85, 170, 255], (12, 12), p=[0.45, 0.05, 0.05, 0.45])
+        Image.fromarray(pixels.astype(np.uint8)).save(file)
+    assert add(folder) == 0
+    data = load_dataset(f"data/{NAME}.safetensors")
+    assert (data.num_levels, data.protocol) == (4, "quantized")
+
+
+def test_each_kind_of_change_has_its_limit() -> None:
+    limits = CheckParams(images=0.1, strengths=0.1, labels=0.1, mean_image=0.1)
+    old = {"images": {"train": 100}, "image_shape": [1, 1, 2], "strengths": [0.5, 0.5]}
+    old |= {"labels": {"a": 0.5, "b": 0.5}, "mean_image": [0.0, 1.0]}
+
+    def beyond(**new: object) -> list[str]:
+        return [what for what, _, is_beyond in changes(old, old | new, limits) if is_beyond]
+
+    assert beyond() == beyond(images={"train": 110}) == []
+    assert beyond(images={"train": 111}) == ["images"]
+    assert beyond(strengths=[0.39, 0.61]) == ["strengths"]
+    assert beyond(labels={"a": 0.5, "c": 0.5}) == ["labels"]
+    assert beyond(mean_image=[0.3, 1.0]) == ["mean_image"]
+    assert beyond(image_shape=[1, 2, 1], mean_image=[1.0]) == ["image_shape"]
 
 
 def test_the_flow_adds_a_dataset(folder: Path) -> None:

@@ -118,7 +118,7 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         (
             "pairs.gated_pixelcnn-fashion_mnist.train.redrawn_share",
             0.3,
-            r"gated_pixelcnn-fashion_mnist\.train: redrawn_share must be 0: only binary images can be drawn anew",
+            r"gated_pixelcnn-fashion_mnist\.train: redrawn_share must be 0 with protocol '8-bit': only images kept as",
         ),
         (
             "pairs.gated_pixelcnn-mnist.train.joint_share",
@@ -199,3 +199,11 @@ def test_an_interrupted_quick_start_goes_on_from_a_state_of_seconds_ago() -> Non
     params = load_params()
     for name in ("pixelcnn-mnist5k", "gated_pixelcnn-mnist5k"):
         assert params.pair(name).train.save_minutes <= 0.25, name  # it trains for about a minute in all
+
+
+def test_no_name_stands_in_both_files(tmp_path: Path, values: dict) -> None:
+    (tmp_path / "own").mkdir()
+    text = yaml.safe_dump({"datasets": {"mnist": values["datasets"]["mnist"]}})
+    (tmp_path / "own/params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^'mnist' stands in params\.yaml and in own/params\.yaml: take it out"):
+        load(tmp_path, values)

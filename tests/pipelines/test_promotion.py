@@ -20,9 +20,9 @@ from prefect.client.orchestration import get_client
 
 from pipelines import steps
 from pipelines.flows import promote as promotion_flow
-from pipelines.promotion import register, score
+from pipelines.promotion import decide, register, score
 from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback
-from pipelines.promotion.rule import Candidate
+from pipelines.promotion.rule import Candidate, Choice
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
@@ -798,3 +798,44 @@ def test_completion_is_scored_as_in_the_evaluation(toy):
     means = [scores[f"validation/completion_{name}_nats"] for name in SCORED]
     assert found.completion_nats.shape == (400,)
     assert found.completion_nats.mean().item() == pytest.approx(sum(means) / len(means))
+
+
+def test_what_one_part_may_cost_the_other_is_in_the_unit_of_the_field(toy, monkeypatch):
+    allowed = []
+
+    def nobody(champion, pool, *, allowance, **_):
+        allowed.append(allowance)
+        return Choice(None, "nobody")
+
+    monkeypatch.setattr(decide, "choose", nobody)
+    toy.register(INK)
+    scores = Candidate("1", torch.ones(400).double(), torch.ones(400).double())
+    for num_levels in (2, 4):
+        run_promotion(toy.name, replace(toy.data, num_levels=num_levels), PARAMS, lambda *_: scores, dry_run=True)
+    assert allowed == [0.3, pytest.approx(0.01 * math.prod(toy.data.image_shape) * math.log(2))]
+
+
+def test_a_champion_of_lost_files_leaves_the_store(toy, registry_folder):
+    toy.register(INK)
+    served = toy.promote()["served"]
+    (version,) = registry.versions(toy.name)
+    (damaged,) = (registry_folder / "mlruns").rglob(f"{version.run_id}/**/model.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    shutil.rmtree(store.home() / "models" / served.replace(":", "/"))
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert "The model store was left as it is: " in report["text"]
+
+
+def test_a_champion_that_never_rests_is_left_alone(toy):
+    one, other, _ = toy.register(0.4), toy.register(0.3), toy.register(INK)
+    registry.set_alias(toy.name, tracking.CHAMPION, one)
+
+    def scorer(version, data, batch_size):  # three times a decision: it ends with the other one
+        now = toy.aliases["champion"]
+        registry.set_alias(toy.name, tracking.CHAMPION, other if now == one else one)
+        return score.score(version, data, batch_size)
+
+    with pytest.raises(OSError, match="changed 3 times during the decision"):
+        run_promotion(toy.name, toy.data, PARAMS, scorer)
+    assert decision_runs(toy)[-1].info.status == "FAILED"

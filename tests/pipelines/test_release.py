@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import steps
-from pipelines.promotion.register import release, release_all
+from pipelines.promotion.register import register_trained, release, release_all
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
@@ -137,3 +137,12 @@ def test_the_images_are_those_that_the_scores_state(weights: Path) -> None:
     (weights / "scores.json").write_text(json.dumps(scores))
     with pytest.raises(ValueError, match=r"states no score of the first few images\. Train the pair again"):
         release(PAIR)
+
+
+def test_a_damaged_checkpoint_does_not_keep_out_the_others(weights: Path) -> None:
+    for pair in (PAIR, "gated_pixelcnn-mnist5k"):
+        shutil.copytree(write_weights(seed=0, pair=pair), Path("models") / pair)
+    (Path("models") / PAIR / "model.safetensors").write_bytes(b"damaged")
+    said = sorted(text.partition(" is ")[2][:14] for text in register_trained("mnist5k"))
+    assert said == ["not registered", "registered as "]
+    assert [version.tags["pair"] for version in registry.versions("mnist5k")] == ["gated_pixelcnn-mnist5k"]

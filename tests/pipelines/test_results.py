@@ -114,7 +114,7 @@ def test_completion_stands_beside_raster_clamping(scored: Path) -> None:
     for text in (results_text(Path("weights")), model_card(config, scores)):
         assert "| missing | nats given all that is known | raster clamping, the same masks |" in text
         assert "| top half | 30.00 ± 0.50 | 40.00 ± 0.60 |" in text
-        assert "| all but the first 30 % of the ink | 35.00 ± 0.50 | 45.00 ± 0.60 |" in text
+        assert "| everything but the first 30 % of the ink | 35.00 ± 0.50 | 45.00 ± 0.60 |" in text
 
 
 def test_the_card_tells_what_the_label_is_worth(scored: Path) -> None:

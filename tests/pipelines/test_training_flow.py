@@ -1,13 +1,13 @@
 """The training flow on a tiny dataset, with MLflow on SQLite: what it writes, records and registers, and what not."""
 
 import base64
+import contextlib
 import csv
 import json
 import logging
 import math
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -34,7 +35,6 @@ from pipelines.flows.train import train_pair
 from pipelines.params import load_params
 from pipelines.registry import provenance
 from pipelines.registry import runs as tracking
-from pipelines.registry.provenance import git_state
 from pipelines.reports import curve as training_report
 from pipelines.stages import evaluate as evaluate_stage
 from pipelines.stages import live_run
@@ -734,24 +734,28 @@ def test_the_state_of_other_settings_stays_beside(project: Path) -> None:
     assert work_folder() == first
 
 
-def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_weights_of_other_data_are_not_scored(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained[0])
+    other = replace(load_dataset("data/mnist5k.safetensors"), data_hash="0" * 32)
+    monkeypatch.setattr(evaluate_stage, "load", lambda _: other)
+    with pytest.raises(ValueError, match=r"was trained on other data than data/mnist5k\.safetensors\. Train it again"):
+        evaluate_stage.evaluate(PAIR, OUT, tmp_path / "model", tmp_path / "report")
+    assert not (tmp_path / "model").exists()
 
-    def git(*words: str) -> str:
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-        return subprocess.run(["git", *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
 
-    git("init")
-    for name in ("code.py", "dvc.lock"):
-        Path(name).write_text("1")
-    git("add", ".")
-    git("commit", "-m", "one")
-    commit = git("rev-parse", "HEAD")
-    assert git_state() == {"git_commit": commit, "git_dirty": "false"}
-    Path("dvc.lock").write_text("2")
-    assert git_state() == {"git_commit": commit, "git_dirty": "false"}
-    Path("code.py").write_text("2")
-    assert git_state() == {"git_commit": commit, "git_dirty": "true"}
+def test_how_settings_went_that_changed_on_the_way() -> None:
+    phases = [{"from_step": 0, "learning_rate": 0.01, "batch_size": 8}]
+    phases += [{"from_step": 6, "learning_rate": 0.02, "batch_size": 8, "ema_decay": 0.9}]
+    told = {"learning_rate": "0.01 from step 0, then 0.02 from step 6", "ema_decay": "0.9 from step 6"}
+    assert train_stage._changed_settings(phases) == told
+
+
+def test_a_run_that_crashes_each_time_is_not_retried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in (3, 4):
+        monkeypatch.setattr(training_flow, "flow_run", SimpleNamespace(get_run_count=lambda count=count: count))
+        crashed = pytest.raises(RuntimeError, match="this run has crashed 3 times")
+        with crashed if count == 4 else contextlib.nullcontext():
+            training_flow.check_attempts()
 
 
 def test_baselines_of_two_levels_by_hand() -> None:

@@ -145,10 +145,15 @@ def test_who_is_left_unfinished_has_another_call_behind_who_had_none(batches):
 def test_a_job_that_rests_lets_others_go_first(batches):
     submit(batches, Held("first"))
     wait_until(lambda: Held.calls == [["first"]], 10)
-    resting = Held("resting")
-    resting.not_before = time.monotonic() + 0.3
-    submit(batches, resting, Held("other"))
+    resting, other = Held("resting"), Held("other")
+    resting.not_before = time.monotonic() + 60
+    submit(batches, resting, other)
     Held.go.set()
+    assert other.done.result(10) == "other"
+    assert not resting.done.done()
+    with batches._changed:
+        resting.not_before = time.monotonic() + 0.1
+        batches._changed.notify_all()
     assert resting.done.result(10) == "resting"
     assert time.monotonic() >= resting.not_before
     assert Held.calls == [["first"], ["other"], ["resting"]]

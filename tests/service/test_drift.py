@@ -79,29 +79,51 @@ def test_no_false_alarm_in_10_000_of_the_reference_and_a_change_is_found_within_
     assert not drift.has_drifted, "it ends with its cause"
 
 
+def draw(watch: Drawings, champion: Champion, levels: Tensor, known: Tensor) -> None:
+    """Tell of each drawing, as one that was completed."""
+    for image, observed in zip(levels[:, None], known[:, None], strict=True):
+        request = SimpleNamespace(dataset="strokes")
+        job: Any = SimpleNamespace(champion=champion, request=request, image=image, levels=image)
+        job.observed, job.label = observed, None
+        watch.completed("complete", "strokes", job)
+
+
+def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, reference, tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion, submitted = Champion(model, Identity(**lineage), {}, reference), []
+    batcher: Any = SimpleNamespace(num_waiting=1, submit=submitted.append)
+    watch = Drawings(batcher, Champions(tmp_path))
+    draw(watch, champion, *drawings(2 * SCORE_EVERY, seed=3))
+    assert submitted == []
+    batcher.num_waiting = 0
+    draw(watch, champion, *drawings(1, seed=4))
+    assert len(submitted) == 1
+    submitted[0].done.set_result([1.0])
+    assert len(submitted) == 2
+
+
 def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fast(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, reference)
     batcher = Batcher(36, 48)
     watch = Drawings(batcher, Champions(tmp_path))
 
-    def draw(levels: Tensor, known: Tensor) -> None:
-        for image, observed in zip(levels[:, None], known[:, None], strict=True):
-            request = SimpleNamespace(dataset="strokes")
-            job: Any = SimpleNamespace(champion=champion, request=request, image=image, levels=image)
-            job.observed, job.label = observed, None
-            watch.completed("complete", "strokes", job)
+    def drift() -> dict[str, Any]:
+        return dict(watch.describe()["strokes"]["drift"])
 
     def drifted() -> dict[str, bool]:
-        return {name: told["drifted"] for name, told in watch.describe()["strokes"]["drift"].items()}
+        return {name: told["drifted"] for name, told in drift().items()}
 
-    draw(*drawings(150, seed=3))  # to the middle of a window
-    wait_until(lambda: watch.describe()["strokes"]["drift"]["bits_per_dim"]["in_window"] == 150 // SCORE_EVERY % 25)
+    def scored() -> tuple[int, int]:
+        return drift()["bits_per_dim"]["windows"], drift()["bits_per_dim"]["in_window"]
+
+    draw(watch, champion, *drawings(150, seed=3))  # to the middle of a window
+    wait_until(lambda: scored() == divmod(150 // SCORE_EVERY, WINDOW // SCORE_EVERY))
     assert not any(drifted().values())
     # The same shares of ink and of what is known, but scattered dots in place of strokes.
     levels, known = drawings(200, seed=4)
     places = torch.rand(levels.shape, generator=torch.Generator().manual_seed(0)).flatten(2).argsort(2)
-    draw(*(values.flatten(2).gather(2, places).view_as(levels) for values in (levels, known)))
+    draw(watch, champion, *(values.flatten(2).gather(2, places).view_as(levels) for values in (levels, known)))
     wait_until(lambda: drifted()["bits_per_dim"])
     assert drifted() == {"bits_per_dim": True, "ink_share": False, "known_share": False}
     batcher.close()
@@ -169,8 +191,8 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     levels, known = torch.tensor([answers[0]["completions"]])[0][:, None], torch.tensor([[OBSERVED]]).bool()
     bits = [drawing_bits_per_dim(model, levels, known).item() for model in models]
     assert told["shadow"]["version"] == "2"
-    assert told["shadow"]["bits_per_dim_less"]["mean"] == pytest.approx(bits[1] - bits[0], abs=1e-5)
-    assert told["shadow"]["bits_per_dim_less"]["low"] == pytest.approx(bits[1] - bits[0], abs=1e-5)
+    assert told["shadow"]["bits_per_dim_difference"]["mean"] == pytest.approx(bits[1] - bits[0], abs=1e-5)
+    assert told["shadow"]["bits_per_dim_difference"]["low"] == pytest.approx(bits[1] - bits[0], abs=1e-5)
     assert read("pixelcnn_shadow_drawings", dataset="watched") >= told["shadow"]["drawings"]
     assert answers[0]["model"]["version"] == "3"
     assert told["watched"]

@@ -1,12 +1,15 @@
 """What the service tells Prometheus, as prometheus_client keeps it; test_service_faults.py reads it from /metrics."""
 
+import logging
 import math
 
 import prometheus_client
 import pytest
 import torch
 
+from app.service.metrics import metrics
 from app.service.operation import drawings
+from app.service.settings import settings
 from pipelines.registry import store
 from pixelcnn import pixel_log_prob
 from tests.service.champions import GREY, put, wait_until
@@ -75,3 +78,15 @@ def test_what_is_known_of_a_completion_is_scored(client, grey, monkeypatch):
     nats = -pixel_log_prob(grey, torch.tensor([[IMAGE]]))[:, :, :2].sum().item()
     found = read("pixelcnn_drawn_bits_per_dim_sum", **labels) - before
     assert abs(found - nats / (8 * math.log(2))) < 1e-4
+
+
+def test_without_watching_nothing_is_counted_or_logged(client, monkeypatch, caplog):
+    monkeypatch.setattr(settings, "watch", False)
+    nothing = metrics.__wrapped__()
+    nothing.requests.labels("/complete", "200").inc()
+    nothing.waiting.set(3)
+    caplog.set_level(logging.INFO, "bentoml.pixelcnn.requests")
+    before = read("pixelcnn_requests_total")
+    assert client.post("/generate", json={"dataset": "grey"}).status_code == 200
+    assert read("pixelcnn_requests_total") == before
+    assert not [record for record in caplog.records if record.name == "bentoml.pixelcnn.requests"]

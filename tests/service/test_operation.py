@@ -3,9 +3,7 @@
 import json
 import signal
 import sys
-import threading
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
@@ -14,7 +12,7 @@ from app.service.champions import Champions
 from app.service.operation.readiness import Readiness, draining
 from app.service.settings import settings
 from pipelines.registry import store
-from tests.local import run
+from tests.local import Handler, LocalServer, run
 from tests.service.champions import COLOUR, GREY, put, wait_until
 from tests.service.served import serving
 from tests.service.test_metrics import read
@@ -34,20 +32,13 @@ def collector():
     """A collector of traces: its address, and the bodies that came."""
     traces = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Taking(Handler):
         def do_POST(self) -> None:
             traces.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.end_headers()
+            self.reply(200)
 
-        def log_message(self, *values: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", traces
-    server.shutdown()
-    server.server_close()
+    with LocalServer(Taking) as server:
+        yield server.url, traces
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +153,7 @@ def test_each_request_is_a_line_with_its_id_and_nothing_of_the_drawing(served):
     assert metric(served, 'pixelcnn_requests_total{path="/complete",status="400"}') == 1
     httpx.get(f"{served.url}/from-outside")
     assert metric(served, 'pixelcnn_requests_total{path="other",status="404"}') == 1
+    httpx.get(f"{served.url}/readyz")
     assert not [line for line in served.log.read_text().splitlines() if "readyz" in line]
 
 

@@ -463,9 +463,13 @@ def test_our_own_failure_tells_no_details(client, monkeypatch):
 
 def test_too_many_at_once(client, monkeypatch):
     monkeypatch.setattr(settings, "max_requests", 0)
+    counted = {"path": "/generate", "status": "429"}
+    before = read("pixelcnn_requests_total", **counted)
     response = client.post("/generate", json={"dataset": "grey"})
     assert "send this one again in a few seconds" in error_of(response, 429)
     assert 3 <= int(response.headers["retry-after"]) <= 8
+    assert response.headers["x-request-id"]
+    assert read("pixelcnn_requests_total", **counted) == before + 1
     assert client.get("/models").status_code == 200
 
 
@@ -515,8 +519,13 @@ def test_a_new_champion_takes_over_without_a_failed_request(client, tmp_path):
     assert sorted(version for version, _ in by_version) == ["1", "2", "3"]
 
 
+DAMAGES = {"metadata": "its metadata lacks the lineage", "nan": "its weights are not all finite numbers"}
+UNLIKE = "its files or metadata are not those that were promoted"
+DAMAGES |= dict.fromkeys(("weights", "config", "missing", "other weights"), UNLIKE)
+
+
 @pytest.mark.usefixtures("use_home")
-@pytest.mark.parametrize("damage", ["weights", "config", "metadata", "nan", "missing", "other weights"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_champion_is_not_taken_up(tmp_path, monkeypatch, caplog, damage):
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     (tmp_path / "bentoml").mkdir()
@@ -537,17 +546,22 @@ def test_a_damaged_champion_is_not_taken_up(tmp_path, monkeypatch, caplog, damag
         (folder / "model.yaml").write_text(text.replace("  run_id: run-2\n", ""))
     elif damage == "missing":
         (folder / "model.safetensors").unlink()
-    elif damage == "nan":
-        broken = make_checkpoint(tmp_path / "broken", GREY, seed=1)
+    elif damage == "nan":  # and promoted so: its manifest is right
+        checkpoint = tmp_path / "broken"
+        broken = make_checkpoint(checkpoint, GREY, seed=1)
         with torch.no_grad():
             next(broken.parameters()).fill_(math.nan)
-        put_files(folder, broken)
+        save_checkpoint(checkpoint, broken, SCORES)
+        metadata = {key: value for key, value in store.metadata_of(tag).items() if key != "manifest_sha256"}
+        tag = store.export(checkpoint, metadata | {"weights_sha256": sha256_of(checkpoint / "model.safetensors")})
     else:  # whole, but not what was promoted
-        put_files(folder, make_checkpoint(tmp_path / "other", GREY, seed=9), tell_metadata=False)
+        make_checkpoint(tmp_path / "other", GREY, seed=9)
+        for file in (tmp_path / "other").iterdir():
+            shutil.copy(file, folder)
     store.serve(tag)
     champions.refresh()
     assert champions.get("grey").identity.version == "1"
-    assert f"{tag} cannot be served" in caplog.text
+    assert f"{tag} cannot be served: {DAMAGES[damage]}" in caplog.text
     assert "version 1 is still served" in caplog.text
     # It is said once, not every second.
     caplog.clear()
@@ -558,19 +572,6 @@ def test_a_damaged_champion_is_not_taken_up(tmp_path, monkeypatch, caplog, damag
     store.serve(put(tmp_path, "grey", GREY, "3", seed=2))
     champions.refresh()
     assert champions.get("grey").identity.version == "3"
-
-
-def put_files(folder, model, tell_metadata: bool = True) -> None:
-    """Put another model's files into a folder of the store."""
-    text = (folder / "model.yaml").read_text()
-    before = sha256_of(folder / "model.safetensors")
-    temporary = folder.parent.parent / "temporary"
-    save_checkpoint(temporary, model, SCORES)
-    for file in temporary.iterdir():
-        file.replace(folder / file.name)
-    temporary.rmdir()
-    if tell_metadata:
-        (folder / "model.yaml").write_text(text.replace(before, sha256_of(folder / "model.safetensors")))
 
 
 def test_pointer_that_is_being_written_changes_nothing(tmp_path, monkeypatch, caplog):
@@ -602,7 +603,7 @@ def test_a_dataset_that_leaves_the_store_is_no_longer_served(tmp_path, monkeypat
 
 def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
-    monkeypatch.setattr("app.service.champions.compile_aside", lambda: None)
+    monkeypatch.setattr("app.service.champions.compile_in_background", lambda: None)
     lineage = {"label_names": ["a", "b", "c"], "protocol": "toy", "git_commit": "c0ffee", "data_hash": "d41d8c"}
     released = {}
     for dataset in ("grey", "other", "damaged"):

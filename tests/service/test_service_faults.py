@@ -159,10 +159,10 @@ def test_a_killed_worker_comes_back_and_loses_only_what_it_computed(served):
 
 def test_sigterm_finishes_what_was_taken_and_refuses_the_rest(served):
     """The last test of this service."""
+    counted = metric(served, "pixelcnn_batch_images_sum")
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(post, served, "/generate", {**LONG, "num_samples": 3})
-        wait_until(lambda: metric(served, "pixelcnn_batch_images_sum") > 0, 30)
-        time.sleep(0.3)
+        wait_until(lambda: metric(served, "pixelcnn_batch_images_sum") > counted, 30)
         served.process.send_signal(signal.SIGTERM)
         assert taken.result().status_code == 200
     served.process.wait(30)
@@ -208,7 +208,12 @@ def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
     print(f"\n{NUM_FLIPS} flipped bits: {num_refused} refused, {num_equal} in bytes that are not read, 0 loaded")
 
 
-@pytest.mark.parametrize("what", ["pickle", "symlink", "absolute", "outside", "pointer", "folder", "linked folder"])
+REFUSED = {"pickle": "does not belong into its folder", "symlink": "is no plain file", "folder": "is no plain file"}
+REFUSED |= {"linked folder": "its folder is a link"}
+REFUSED |= dict.fromkeys(("absolute", "outside", "pointer"), "is no name of a version")
+
+
+@pytest.mark.parametrize("what", REFUSED)
 def test_a_model_of_anything_but_plain_files_in_its_folder_is_refused(tmp_path, monkeypatch, caplog, what):
     champions, folder = champions_of(tmp_path, monkeypatch)
     champions.refresh()
@@ -231,10 +236,12 @@ def test_a_model_of_anything_but_plain_files_in_its_folder_is_refused(tmp_path, 
         (champions.folder / "pixelcnn-grey/latest").write_text(name[what])
         champions.refresh()
         assert champions.get("grey").identity.version == "1"
+        assert REFUSED[what] in caplog.text
         return
     store.serve(tag)
     champions.refresh()
     assert champions.get("grey").identity.version == "1"
+    assert REFUSED[what] in caplog.text
     assert "version 1 is still served" in caplog.text
 
 

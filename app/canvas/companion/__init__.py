@@ -4,13 +4,13 @@ from pathlib import Path
 
 import streamlit as st
 
-from app.canvas.endings import Ending
+from app.canvas.endings import Endings
 from app.canvas.texts import language, say
 
 HERE = Path(__file__).parent
 
 
-def companion(ending: Ending | None) -> None:
+def companion(ending: Endings | None) -> None:
     """Show a button that copies the link to endings, or to the page; keep the address that of the last ones.
 
     Endings of a drawing can be compared with it.

@@ -384,7 +384,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
     lineTo(...place(event));
     drawSoon();
   });
-  // Or a quick stroke counts as a fling, and the next tap, on a button, only ends that.
+  // Otherwise the browser takes a quick stroke for a fling, and the next tap, on a button, only ends that.
   canvas.addEventListener(
     "touchmove",
     (event) => {
@@ -523,7 +523,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
     else if (key === "delete") actions.clear();
     else return;
     event.preventDefault();
-    event.stopPropagation(); // Or the page's own shortcuts would see it too.
+    event.stopPropagation(); // Keep the page's own shortcuts from seeing it, too.
     showTools();
   });
 

@@ -18,7 +18,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from app.canvas.drawing import Drawing, drawing_text, parse_drawing
-from app.canvas.endings import Ending, Request
+from app.canvas.endings import Endings, Request
 from app.canvas.rendering import endings_html
 from app.canvas.session import VISITS, Visit
 from app.canvas.settings import Settings, made_of, request_of, sent_of
@@ -44,7 +44,7 @@ def live_path() -> str:
     return f"/{base}{LIVE_PATH}" if base else LIVE_PATH
 
 
-def live_endings(visit: Visit, settings: Settings, last: Ending | None, is_on: bool) -> None:
+def live_endings(visit: Visit, settings: Settings, last: Endings | None, is_on: bool) -> None:
     """Show the endings that come without the page, in place of the page's, as long as they are newer.
 
     Args:
@@ -101,7 +101,7 @@ async def _events(
     visit: Visit, client: ServiceClient, settings: Settings, drawing: Drawing, asked: Request
 ) -> AsyncGenerator[str, None]:
     loop = asyncio.get_running_loop()
-    endings: asyncio.Queue[Ending | None] = asyncio.Queue()
+    endings: asyncio.Queue[Endings | None] = asyncio.Queue()
     leaving, told = Leaving(), made_of(drawing, settings)
 
     def ask() -> None:

@@ -157,8 +157,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "advanced": ("Advanced", "Avancé"),
     "temperature": ("Temperature", "Température"),
     "temperature_help": (
-        "1 is the model itself; less is tamer: more endings hold together; 0: the likeliest cell.",
-        "1 est le modèle même ; moins est plus sage : plus de fins se tiennent ; 0 : la case la plus probable.",
+        "1 is the model itself; less is tamer: more endings hold together; 0: the likeliest level of each cell.",
+        "1 est le modèle même ; moins est plus sage : plus de fins se tiennent ; 0 : de chaque case le niveau le plus "
+        "probable.",
     ),
     "endings": ("Endings", "Fins"),
     "seed": ("Seed", "Graine"),

@@ -11,7 +11,7 @@ import streamlit as st
 from app.canvas import widgets
 from app.canvas.companion import companion
 from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
-from app.canvas.endings import Ending, Request, order_of, version_of
+from app.canvas.endings import Endings, Request, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
@@ -91,7 +91,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
     earlier = [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
     last = earlier[0] if earlier and not is_blank else None
     is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
-    show_ending(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
+    show_endings(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
     if is_blank:
         visit.seed = visit.seed if visit.pending else None  # the next drawing gets a new one
     is_answer = last is not None and last.settings == settings.query and last.drawing == drawing_text(drawing)
@@ -149,7 +149,7 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             widgets.show_trouble(visit)
 
 
-def show_actions(last: Ending | None, drawing: Drawing, settings: Settings, order: str) -> bool:
+def show_actions(last: Endings | None, drawing: Drawing, settings: Settings, order: str) -> bool:
     """Show what can be done with the last endings; return whether a map of surprise is wanted beside them."""
     if last:
         names = {key: say(f"order_{key}") for key in ORDERS}
@@ -175,7 +175,7 @@ def answer(
     visit.asked = request
     told = made_of(drawing, settings)
 
-    def show(unfinished: Ending) -> None:
+    def show(unfinished: Endings) -> None:
         visit.unfinished = told(unfinished)
         place.html(endings_html(visit.unfinished, settings.coloured, visit.order))
 
@@ -191,7 +191,7 @@ def answer(
     visit.pending = False
 
 
-def name_endings(client: ServiceClient, visit: Visit, ending: Ending, model: ServedModel) -> None:
+def name_endings(client: ServiceClient, visit: Visit, ending: Endings, model: ServedModel) -> None:
     """Have the last endings named: by the label that explains each best."""
 
     def ask() -> Asked[list[str]]:
@@ -289,8 +289,8 @@ def model_line(served: ServedModel) -> str:
     return " · ".join(parts)
 
 
-def show_ending(
-    place: Any, note: Any, ending: Ending | None, unfinished: Ending | None, settings: Settings, order: str
+def show_endings(
+    place: Any, note: Any, ending: Endings | None, unfinished: Endings | None, settings: Settings, order: str
 ) -> None:
     """Show the last endings, or what to do to get some.
 

@@ -9,7 +9,7 @@ import streamlit as st
 
 from app.canvas import widgets
 from app.canvas.companion import companion
-from app.canvas.endings import Ending, Request, version_of
+from app.canvas.endings import Endings, Request, version_of
 from app.canvas.rendering import endings_html
 from app.canvas.session import Visit
 from app.canvas.settings import shape_of
@@ -47,7 +47,7 @@ def generate_page(client: ServiceClient, visit: Visit) -> None:
         seed = visit.seed if seed is None and visit.generated is None and not visit.linked else seed  # of the address
         request = Request(dataset, nothing.tolist(), observed.tolist(), NUM_IMAGES, label, temperature, seed)
 
-        def show(unfinished: Ending) -> None:
+        def show(unfinished: Endings) -> None:
             place.html(endings_html(unfinished, coloured=False, order="likely", sheet=True))
 
         try:

@@ -186,6 +186,7 @@ def _description(watched: _Watched) -> dict[str, Any]:
         told["shadow"] = {
             "version": watched.challenger.identity.version,
             "drawings": watched.paired.num,
-            "bits_per_dim_less": {"low": low, "mean": watched.paired.mean, "high": high},
+            # Challenger minus champion.
+            "bits_per_dim_difference": {"low": low, "mean": watched.paired.mean, "high": high},
         }
     return told

@@ -19,15 +19,15 @@ import numpy as np
 
 WINDOW = 100  # drawings
 SCORE_EVERY = 4  # drawings of a dataset: WINDOW // SCORE_EVERY values of `bits_per_dim` make a window
-HORIZON = 10_000  # drawings of the reference in which an alarm has the probability ...
-FALSE_ALARMS = 0.01
+HORIZON = 10_000  # drawings, distributed as the reference is, over which ...
+FALSE_ALARMS = 0.01  # ... this is the probability of any alarm
 STATISTICS = ("bits_per_dim", "ink_share", "known_share")
 LOOKED_AT = 500  # the number of drawings from which on a challenger's alert may fire
-DOUBT = 0.05  # that the interval of two models' difference holds it not, at some number of drawings
+ALPHA = 0.05  # 1 - confidence of the confidence sequence of two models' difference
 
 
 def limit(num_reference: int, size: int = WINDOW) -> float:
-    """Return the distance that chance does not explain, of a window of `size` values."""
+    """Return the critical Kolmogorov-Smirnov distance of a window of `size` values: a larger one is drift."""
     num_tests = len(STATISTICS) * HORIZON / WINDOW
     return math.sqrt(math.log(2 * num_tests / FALSE_ALARMS) / 2 * (1 / size + 1 / num_reference))
 
@@ -97,8 +97,8 @@ class Paired:
         """
         if self.num < 2:
             return -math.inf, math.inf
-        doubts = 2 * math.log(1 / DOUBT)
-        tuned = (doubts + math.log(1 + doubts)) / LOOKED_AT  # rho squared
+        bound = 2 * math.log(1 / ALPHA)
+        tuned = (bound + math.log(1 + bound)) / LOOKED_AT  # rho squared
         scaled = self.num * tuned + 1
-        half = math.sqrt(self.squares / (self.num - 1) * scaled * math.log(scaled / DOUBT**2) / tuned) / self.num
+        half = math.sqrt(self.squares / (self.num - 1) * scaled * math.log(scaled / ALPHA**2) / tuned) / self.num
         return self.mean - half, self.mean + half

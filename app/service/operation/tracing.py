@@ -18,7 +18,7 @@ def tracing() -> dict[str, Any]:
     The variables are OpenTelemetry's: an endpoint switches it on, `SHARE` is the share of requests, all by default.
 
     Raises:
-        BentoMLConfigException: an endpoint is set, and the share is none, or what sends traces is not installed.
+        BentoMLConfigException: an endpoint is set, but the share is no number from 0 to 1, or the exporter is missing.
     """
     endpoint = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     if endpoint is None:
