@@ -34,6 +34,6 @@ def test_a_dataset_of_files_is_ranked_by_their_names(folder: Path, capsys: pytes
     assert steps.main(["pictures", NAME, "--out", "fitted"]) == 1
     assert "fitted is there already." in capsys.readouterr().err
     assert steps.main(["pictures", "mnist5k", "--out", "others"]) == 1
-    assert "take data/mnist5k.safetensors" in capsys.readouterr().err
+    assert "Rank it by: pixelcnn rank --images data/mnist5k.safetensors --split test" in capsys.readouterr().err
     assert not Path("others").exists()
     assert [path.name for path in Path().glob(".fitted*")] == []

@@ -692,7 +692,7 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(p
     assert "| `learning_rate` | 0.02 |" in card
     num_context = sum(p.numel() for p in model.completer.context_network.parameters())
     assert scores["num_context_parameters"] == num_context + 3 * 2, "and a classifier of two levels by two maps"
-    assert f"its context network, {scores['num_context_parameters']:,} parameters, learned for" in card
+    assert f"the context network of the completer, {scores['num_context_parameters']:,} parameters: " in card
     assert "| `learning_rate` | 0.03 |" in card
     client = tracking.client()
     history = client.get_metric_history(run_id, "curve/completer_validation_nats")
