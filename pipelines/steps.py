@@ -115,8 +115,7 @@ def pictures(
     spec = check_dataset(dataset)
     if spec.source.kind == "official":
         raise ValueError(
-            f"{dataset} has no picture files. Rank it by: pixelcnn rank --images data/{dataset}.safetensors --split "
-            "test"
+            f"{dataset} has no picture files. Rank it by: pixelcnn rank --images {prepared_file(dataset)} --split test"
         )
     num, left = write_pictures(spec, out)
     left_out = f"; left out: {len(left.broken)} that cannot be read" if left.broken else ""

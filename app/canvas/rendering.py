@@ -162,8 +162,10 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
             picture = _continue_button(_ink(ending, i), attributes, picture)
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     css_class = "endings" + " sheet" * sheet + " stale" * stale
-    alone = _address(ending_pixels(ending.request.given, known, ending.levels, coloured))  # to compare with
-    told = "" if sheet else f' data-for="{ending.drawing}" style="--alone: url({alone})"'
+    told = ""
+    if not sheet:  # the drawing without its endings is there to compare with
+        alone = _address(ending_pixels(ending.request.given, known, ending.levels, coloured))
+        told = f' data-for="{ending.drawing}" style="--alone: url({alone})"'
     state = f'data-known="{int(known.sum())}" data-drawn="{int(is_drawn)}"'
     return f'<div class="{css_class}" {state}{told}>{"".join(figures)}</div>'
 

@@ -23,8 +23,7 @@ from pydantic import ValidationError
 from app.environment import setting
 from app.service.metrics import metrics
 from app.service.wire import Identity, RequestError, quoted
-from pixelcnn import load_checkpoint
-from pixelcnn.checkpoint import SCORES_FILE, WEIGHTS_FILE, released, sha256_of
+from pixelcnn.checkpoint import SCORES_FILE, load_with_hash, released, sha256_of
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.registry import model_name
@@ -105,9 +104,16 @@ def load_champion(store: Path, tag: str) -> Champion:
     except (KeyError, ValidationError) as error:
         raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
     check_files(folder, metadata)
+    model, scores, found = load_with_hash(folder)
+    if found != identity.weights_sha256:
+        raise ValueError(
+            f"its weights are not those that were promoted: their SHA-256 is {found[:12]}..., "
+            f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
+        )
     reference = folder / REFERENCE_FILE
     return _champion(
-        *load_checkpoint(folder),
+        model,
+        scores,
         identity,
         {"labels": label_names, "protocol": protocol, "promoted_at": str(metadata.get("promoted_at", ""))},
         json.loads(reference.read_text()) if reference.exists() else {},
@@ -149,14 +155,14 @@ def load_released(folder: Path) -> Champion:
         ValueError: it is damaged, or does not say what it is.
         OSError: its files cannot be read.
     """
-    model, scores = load_checkpoint(folder)
+    model, scores, weights_sha256 = load_with_hash(folder)
     try:
         name = NAME_PREFIX + scores["dataset"]
         lineage = {key: scores.get(key, "") for key in ("run_id", "git_commit", "data_hash")}
         told = {"labels": scores["label_names"], "protocol": scores["protocol"], "promoted_at": ""}
     except KeyError as error:
         raise ValueError(f"{folder} does not say its {error}: take the weights as they were released.") from None
-    identity = Identity(name=name, version=RELEASED, weights_sha256=sha256_of(folder / WEIGHTS_FILE), **lineage)
+    identity = Identity(name=name, version=RELEASED, weights_sha256=weights_sha256, **lineage)
     return _champion(model, scores, identity, told, {})
 
 

@@ -102,7 +102,9 @@ def test_a_model_and_data_that_do_not_fit_are_named(
     assert capsys.readouterr().err == "error: batch_size must be at most the 8 training images of other, got 9.\n"
     assert main([*train, *NETWORK, *SCHEDULE]) == 0
     assert main([*train, "--num-features", "5", "--num-blocks", "1", *SCHEDULE]) == 1
-    assert "Set it back to go on, or delete the file to start afresh.\n" in capsys.readouterr().err
+    said = "differs in its model (num_features, head_features). "
+    said += "Set it back to go on, or delete the file to start afresh.\n"
+    assert said in capsys.readouterr().err
 
 
 def test_sample_writes_a_sheet(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

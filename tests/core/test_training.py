@@ -423,7 +423,8 @@ def test_a_run_that_goes_on_may_draw_more_images_anew(tmp_path):
 
 def test_only_binary_images_can_be_drawn_anew():
     data = toy_dataset((1, 4, 4), num_levels=6)
-    with pytest.raises(ValueError, match=r"redrawn_share must be 0 with protocol .*: only images kept as intensities"):
+    message = f"redrawn_share must be 0 with protocol {data.protocol!r}: only images kept as intensities (protocol "
+    with pytest.raises(ValueError, match=exactly(f"{message}'dynamic') can be drawn anew.")):
         fit(toy_model(data), data, config(redrawn_share=0.5))
 
 

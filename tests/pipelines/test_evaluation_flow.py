@@ -44,7 +44,8 @@ def test_a_champion_that_cannot_be_scored_is_named(
         raise ValueError("it holds other weights")
 
     monkeypatch.setattr(registry, "download", damaged)
-    with pytest.raises(RuntimeError, match=r"could not be scored: mnist5k version 1 \(it holds other weights\)"):
+    said = r"do not score what was registered, or could not be scored: mnist5k version 1 \(it holds other weights\)"
+    with pytest.raises(RuntimeError, match=said):
         evaluate_champions(["mnist5k"])
 
 

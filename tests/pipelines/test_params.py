@@ -118,7 +118,8 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         (
             "pairs.gated_pixelcnn-fashion_mnist.train.redrawn_share",
             0.3,
-            r"gated_pixelcnn-fashion_mnist\.train: redrawn_share must be 0 with protocol '8-bit': only images kept as",
+            r"gated_pixelcnn-fashion_mnist\.train: redrawn_share must be 0 with protocol '8-bit': only images kept as "
+            r"intensities \(protocol 'dynamic'\) can be drawn anew",
         ),
         (
             "pairs.gated_pixelcnn-mnist.train.joint_share",

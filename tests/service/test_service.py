@@ -521,6 +521,7 @@ def test_a_new_champion_takes_over_without_a_failed_request(client, tmp_path):
 
 DAMAGES = {"metadata": "its metadata lacks the lineage", "nan": "its weights are not all finite numbers"}
 UNLIKE = "its files or metadata are not those that were promoted"
+DAMAGES |= {"lineage": "its weights are not those that were promoted: their SHA-256 is "}
 DAMAGES |= dict.fromkeys(("weights", "config", "missing", "other weights"), UNLIKE)
 
 
@@ -546,6 +547,10 @@ def test_a_damaged_champion_is_not_taken_up(tmp_path, monkeypatch, caplog, damag
         (folder / "model.yaml").write_text(text.replace("  run_id: run-2\n", ""))
     elif damage == "missing":
         (folder / "model.safetensors").unlink()
+    elif damage == "lineage":  # of other weights, in a manifest that is right
+        metadata = {key: value for key, value in store.metadata_of(tag).items() if key != "manifest_sha256"}
+        make_checkpoint(tmp_path / "other", GREY, seed=9)
+        tag = store.export(tmp_path / "other", metadata | {"weights_sha256": "0" * 64})
     elif damage == "nan":  # and promoted so: its manifest is right
         checkpoint = tmp_path / "broken"
         broken = make_checkpoint(checkpoint, GREY, seed=1)

@@ -155,17 +155,16 @@ class Drawings:
             if watched.champion is score.models[0]:
                 metrics().drawn.labels(score.endpoint, dataset).observe(bits[0])
                 self._add(dataset, watched, "bits_per_dim", bits[0])
-                if len(bits) > 1:
-                    self._compare(dataset, watched, score.models[1], bits[1] - bits[0])
-                elif watched.challenger is not None:  # it no longer is one
-                    watched.challenger, watched.paired = None, Paired()
+                challenger = score.models[1] if len(bits) > 1 else None
+                if watched.challenger is not challenger:  # another one, or none any more
+                    watched.challenger, watched.paired = challenger, Paired()
                     metrics().shadow_drawings.labels(dataset).set(0)
+                if challenger is not None:
+                    self._compare(dataset, watched, bits[1] - bits[0])
         self._score_next()
 
-    def _compare(self, dataset: str, watched: _Watched, challenger: Champion, difference: float) -> None:
-        """Add what a challenger's bits are more than the champion's. The lock is held."""
-        if watched.challenger is not challenger:
-            watched.challenger, watched.paired = challenger, Paired()
+    def _compare(self, dataset: str, watched: _Watched, difference: float) -> None:
+        """Add what the challenger's bits are more than the champion's. The lock is held."""
         watched.paired.add(difference)
         low, high = watched.paired.interval()
         for bound, value in (("low", low), ("mean", watched.paired.mean), ("high", high)):
