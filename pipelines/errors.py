@@ -3,8 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from typer import Typer
 from typer.main import get_command
@@ -32,9 +31,7 @@ def is_for_user(error: BaseException | None) -> bool:
     """Say whether a person can mend what an error names; if not, it is a bug of ours."""
     if isinstance(error, RuntimeError) and "Failed to reach API" in str(error):  # Prefect, of the server it was told of
         return True
-    if isinstance(error, _USER_ERRORS) or type(error) is LookupError:
-        return True
-    return tool_of(error) is not None
+    return isinstance(error, _USER_ERRORS) or type(error) is LookupError or tool_of(error) is not None
 
 
 def tool_of(error: BaseException | None) -> str | None:
@@ -60,21 +57,6 @@ class OneLine(logging.Filter):
         return True
 
 
-@contextmanager
-def _progress_on_stderr() -> Iterator[None]:
-    """Show what the stages log, and how far a scoring is; inside a flow stages log by way of Prefect."""
-    loggers, handler = [logging.getLogger(name) for name in _SHOWN], logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-
-
 def run(command: str, work: Callable[[], int | None]) -> int:
     """Do the work of a command; return the exit code. What a person can mend becomes one sentence on stderr.
 
@@ -84,30 +66,36 @@ def run(command: str, work: Callable[[], int | None]) -> int:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    # What the stages log, and how far a scoring is; inside a flow stages log by way of Prefect.
+    loggers, handler = [logging.getLogger(name) for name in _SHOWN], logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
-        with _progress_on_stderr():
-            return work() or 0
+        return work() or 0
     except Exception as error:
         if not is_for_user(error):
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
         print(f"{command}: {text}", file=sys.stderr)
         return 1
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -> int:
-    """Run a command line as `run` does; return the exit code.
+    """Run a command line as `run` does, by `argv` or, if that is None, by this process's words.
 
     Args:
         name: begins the sentence of an error.
         program: how it is called, for its help.
-        argv: the words; None for this process's.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
 
     def work() -> int:
         try:
-            get_command(app)(words, prog_name=program)
+            get_command(app)(argv, prog_name=program)
         except SystemExit as end:  # typer's way to end a command
             return int(end.code or 0)
         return 0

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,11 +24,13 @@ def file_lock(path: Path, what: str, log: Callable[[str], object]) -> Iterator[b
         Whether it had to wait: then another process has just done something under this lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, waited = FileLock(path), False
+    lock, waited, holder = FileLock(path), False, ""
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        log(f"{what} waits for {_holder(path)}, which does the same; stop that one to go on at once.")
+        with suppress(FileNotFoundError):  # it has ended since
+            holder = path.read_text()
+        log(f"{what} waits for {holder or 'another process'}, which does the same; stop that one to go on at once.")
         lock.acquire()
         waited = True
     try:
@@ -37,13 +39,6 @@ def file_lock(path: Path, what: str, log: Callable[[str], object]) -> Iterator[b
     finally:
         path.unlink(missing_ok=True)  # while it is held: filelock never takes a lock on a file that was removed
         lock.release()
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text() or "another process"
-    except FileNotFoundError:  # it has ended since
-        return "another process"
 
 
 def atomic_write(path: Path, text: str) -> None:
