@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,6 @@ import yaml
 from prefect.automations import Automation
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer import Option, Typer
 
@@ -41,6 +41,8 @@ MAX_RESTARTS = 3  # within RESTARTS_S: what ends more often than that does not r
 RESTARTS_S = 3600
 HEARTBEAT_S = 30  # the least that Prefect allows; its default, 180, would show a crash after nine minutes
 AUTOMATIONS_FILE = Path(__file__).with_name("automations.yaml")
+
+app = Typer(add_completion=False, rich_markup_mode=None)
 
 
 def is_healthy(url: str) -> bool:
@@ -64,10 +66,7 @@ def await_server(server: subprocess.Popen[bytes], url: str) -> None:
 def has_worker() -> bool:
     """Say whether the environment's pool has a worker that is alive."""
     with get_client(sync_client=True) as client:
-        try:
-            return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(in_prefect(POOL)))
-        except ObjectNotFound:
-            return False
+        return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(in_prefect(POOL)))
 
 
 def schedules_there() -> dict[str, list[bool]]:
@@ -80,9 +79,6 @@ def deploy(environment: Mapping[str, str]) -> None:
     """Make the work pool and the deployments of prefect.yaml, under this environment's own names.
 
     A schedule that somebody has switched on or off stays so.
-
-    Args:
-        environment: of Prefect's command.
 
     Raises:
         OSError: it failed.
@@ -128,12 +124,10 @@ def automate() -> None:
             known.model_validate({**values, "id": there.id, "enabled": there.enabled}).update()
 
 
-def operate(url: str) -> None:
-    """Start what is missing, and keep it running until this process is stopped.
-
-    Raises:
-        OSError: the server does not start, the deployments cannot be made, or server or worker end again and again.
-    """
+@app.command()
+def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_API_URL if left out")] = None) -> None:
+    """Keep the pipeline running here."""
+    url = url or Settings().prefect_url or DEFAULT_URL
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
     pool = in_prefect(POOL)
@@ -146,11 +140,8 @@ def operate(url: str) -> None:
         if name == "server":
             await_server(processes[name], url)
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, signal.default_int_handler)
     try:
         if not is_healthy(url):
             address = urlsplit(url)
@@ -167,18 +158,16 @@ def operate(url: str) -> None:
             kept["worker"] = ("worker", "start", "--pool", pool)
             start("worker")
             print(f"Ready: server at {url}, worker of the pool {pool}. Ctrl-C ends what was started here.", flush=True)
-        restarts: list[float] = []
+        restarts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
         while kept:
             time.sleep(POLL_S)
             for name in kept:
                 code = processes[name].poll()
                 if code is None:
                     continue
-                now = time.monotonic()
-                restarts = [then for then in restarts if now - then < RESTARTS_S]
-                if len(restarts) == MAX_RESTARTS:
+                restarts.append(time.monotonic())
+                if len(restarts) > MAX_RESTARTS and restarts[-1] - restarts[0] < RESTARTS_S:
                     raise OSError(f"the {name} ended again and again, at last with exit code {code}; see above.")
-                restarts.append(now)
                 print(f"the {name} ended ({code}): another one is started", flush=True)
                 start(name)
     except KeyboardInterrupt:
@@ -200,15 +189,6 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    app = Typer(add_completion=False, rich_markup_mode=None)
-
-    @app.command()
-    def command(
-        url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_API_URL if left out")] = None,
-    ) -> None:
-        """Keep the pipeline running here."""
-        operate(url or Settings().prefect_url or DEFAULT_URL)
-
     return run_typer(app, "operate", "python -m pipelines.operate", argv)
 
 
