@@ -22,28 +22,23 @@ def fonts() -> list[Path]:
     return [font for font in found if not any(word in font.stem for word in WITHOUT)]
 
 
-def letter(text: str, font: ImageFont.FreeTypeFont, slant: float, moved: tuple[float, float]) -> np.ndarray:
-    """Return one letter as (28, 28) uint8 strengths of ink: its middle in the middle, then slanted and moved."""
-    large = SIDE * FINER
-    image = Image.new("L", (large, large))
-    left, top, right, bottom = font.getbbox(text)
-    ImageDraw.Draw(image).text(((large - left - right) / 2, (large - top - bottom) / 2), text, font=font, fill=255)
-    x, y = (FINER * pixels for pixels in moved)
-    # From each pixel of the result to where it is taken: a row is shifted by its distance from the middle one.
-    image = image.transform(
-        image.size, Image.Transform.AFFINE, (1, slant, -slant * large / 2 - x, 0, 1, -y), Image.Resampling.BILINEAR
-    )
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
-
-
 def random_font(file: Path, random: np.random.RandomState) -> ImageFont.FreeTypeFont:
     """Return a font in one of the sizes that letters come in."""
     return ImageFont.truetype(str(file), int(random.uniform(19, 24) * FINER))
 
 
 def random_letter(text: str, font: ImageFont.FreeTypeFont, random: np.random.RandomState) -> np.ndarray:
-    """Return one letter as `letter` does, slanted and moved at random."""
-    return letter(text, font, random.uniform(-0.25, 0.25), tuple(random.uniform(-1.5, 1.5, 2)))
+    """Return one letter as (28, 28) uint8 strengths of ink: its middle in the middle, then slanted and moved."""
+    large, slant = SIDE * FINER, random.uniform(-0.25, 0.25)
+    image = Image.new("L", (large, large))
+    left, top, right, bottom = font.getbbox(text)
+    ImageDraw.Draw(image).text(((large - left - right) / 2, (large - top - bottom) / 2), text, font=font, fill=255)
+    x, y = FINER * random.uniform(-1.5, 1.5, 2)
+    # From each pixel of the result to where it is taken: a row is shifted by its distance from the middle one.
+    image = image.transform(
+        image.size, Image.Transform.AFFINE, (1, slant, -slant * large / 2 - x, 0, 1, -y), Image.Resampling.BILINEAR
+    )
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def write_letters(path: Path, variants: int) -> int:
@@ -60,14 +55,12 @@ def write_letters(path: Path, variants: int) -> int:
     """
     if path.suffix != ".npz":
         raise ValueError(f"{path} must end in .npz.")
-    random, names = np.random.RandomState(SEED), list(string.ascii_letters[26:] + string.ascii_letters[:26])
-    images, labels = [], []
+    random, names, images = np.random.RandomState(SEED), list(string.ascii_uppercase + string.ascii_lowercase), []
     for file in fonts():
         for _ in range(variants):
             font = random_font(file, random)
-            for label, name in enumerate(names):
-                images.append(random_letter(name, font, random))
-                labels.append(label)
+            images += [random_letter(name, font, random) for name in names]
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, images=np.stack(images), labels=np.array(labels), label_names=np.array(names))
+    labels = np.arange(len(images)) % len(names)
+    np.savez(path, images=np.stack(images), labels=labels, label_names=np.array(names))
     return len(images)
