@@ -1,6 +1,8 @@
 """A new version of a dataset beside the last one: what has changed too much stops the pipeline until confirmed."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,12 @@ def changes(old: dict[str, Any], new: dict[str, Any], limits: CheckParams) -> li
     return found
 
 
-def check(data: Dataset, folder: Path, limits: CheckParams) -> dict[str, Any]:
-    """Compare a dataset with the version that was prepared last, if there was one.
+@contextmanager
+def compared(data: Dataset, folder: Path, limits: CheckParams) -> Iterator[None]:
+    """Compare a dataset with the version prepared last, if any; once the block has written it, keep it for the next.
 
     Args:
         folder: of the prepared files; `confirm` finds there what is to be confirmed.
-
-    Returns:
-        Its summary, to be kept by `keep` once it is prepared.
 
     Raises:
         ValueError: it has changed beyond a limit; reports/data/NAME.md says how.
@@ -84,12 +84,7 @@ def check(data: Dataset, folder: Path, limits: CheckParams) -> dict[str, Any]:
                 f"{data.name} has changed too much since it was prepared last: {'; '.join(beyond)} "
                 f"({REPORTS_FOLDER / data.name}.md). If that is right: python -m pipelines.steps confirm {data.name}"
             )
-    return summary
-
-
-def keep(summary: dict[str, Any], folder: Path, name: str) -> None:
-    """Let the next version be compared with this one."""
-    last, new = _paths(folder, name)
+    yield
     last.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(last, json.dumps(summary))
     new.unlink(missing_ok=True)
@@ -108,8 +103,9 @@ def confirm(name: str, folder: Path) -> None:
 
 
 def forget(name: str, folder: Path) -> None:
-    """Remove all that was kept of a dataset for comparison."""
-    for path in (*_paths(folder, name), REPORTS_FOLDER / f"{name}.md"):
+    """Remove what was prepared of a dataset, its sheet, and all that was kept for comparison."""
+    reports = (REPORTS_FOLDER / f"{name}{suffix}" for suffix in (".md", ".png"))
+    for path in (folder / f"{name}.safetensors", *_paths(folder, name), *reports):
         path.unlink(missing_ok=True)
 
 

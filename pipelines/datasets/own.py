@@ -20,7 +20,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from pipelines.datasets.checks import forget
+from pipelines.datasets.checks import REPORTS_FOLDER, forget
 from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetParams, Source
 from pipelines.datasets.pictures import MIN_PICTURE, Left, load_pictures, read_pictures
 from pipelines.datasets.prepare import write
@@ -29,7 +29,7 @@ from pipelines.params import OWN_FILE, PARAMS_FILE, load_params, repro_command
 from pixelcnn.data import BYTES_PROTOCOL, SPLITS, Dataset
 from pixelcnn.images import to_sheet
 
-DATA_FOLDER, LOOKS_FOLDER = Path("data"), Path("reports/data")
+DATA_FOLDER = Path("data")
 LOCK_FILE = Path("own/dvc.lock")
 CHANGES_LOCK = Path("own/.changes.lock")  # of who adds or removes a dataset: each reads and writes the same files
 MODEL = "gated_pixelcnn"  # of the pair that comes with a dataset
@@ -72,21 +72,6 @@ class Look:
     num_two_valued: int = 0  # nearly black and nearly white alone
     num_light: int = 0  # with a light border
 
-    def add(self, image: Image.Image, label: str | None) -> None:
-        """Look at one picture."""
-        self.sizes[image.height, image.width] += 1
-        if label is not None:
-            self.labels[label] += 1
-        image.thumbnail((2 * MAX_SIDE, 2 * MAX_SIDE), Image.Resampling.NEAREST)
-        grey = np.asarray(image.convert("L"))
-        if image.mode == "RGB":
-            pixels = np.asarray(image).astype(np.int16)
-            self.num_coloured += bool((np.ptp(pixels, axis=2) > 24).mean() > 0.01)
-        self.values.update(np.unique(grey).tolist())
-        self.num_two_valued += bool(((grey < 48) | (grey > 207)).mean() > 0.85)
-        border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-        self.num_light += bool(border.mean() > 127)
-
     @property
     def num(self) -> int:
         return self.sizes.total()
@@ -100,7 +85,19 @@ def look_at(source: Source, wishes: Wishes) -> Look:
     """
     look = Look()
     for picture in read_pictures(source, "black", wishes.labels, look.left):
-        look.add(picture.image, picture.label)
+        image = picture.image
+        look.sizes[image.height, image.width] += 1
+        if wishes.labels and picture.label is not None:
+            look.labels[picture.label] += 1
+        image.thumbnail((2 * MAX_SIDE, 2 * MAX_SIDE), Image.Resampling.NEAREST)
+        grey = np.asarray(image.convert("L"))
+        if image.mode == "RGB":
+            pixels = np.asarray(image).astype(np.int16)
+            look.num_coloured += bool((np.ptp(pixels, axis=2) > 24).mean() > 0.01)
+        look.values.update(np.unique(grey).tolist())
+        look.num_two_valued += bool(((grey < 48) | (grey > 207)).mean() > 0.85)
+        border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+        look.num_light += bool(border.mean() > 127)
     if not wishes.skip_broken:
         look.left.check()
     if look.num < MIN_PICTURES:
@@ -162,10 +159,8 @@ def choose(source: Source, look: Look, wishes: Wishes) -> DatasetParams:
 
 def _few_levels(values: set[int]) -> int:
     """Return the least number of evenly spaced levels that keeps all grey values apart, or `MANY`."""
-    for levels in range(3, MAX_FEW + 1):
-        if len({round(value * (levels - 1) / 255) for value in values}) == len(values):
-            return levels
-    return MANY
+    apart = (k for k in range(3, MAX_FEW + 1) if len({round(v * (k - 1) / 255) for v in values}) == len(values))
+    return next(apart, MANY)
 
 
 def side_of(text: str) -> tuple[int, int]:
@@ -236,47 +231,43 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         OSError: a file cannot be written.
     """
     with file_lock(CHANGES_LOCK, f"adding {name}", logger.warning):
-        return _add(name, images, wishes, keep)
-
-
-def _add(name: str, images: Path, wishes: Wishes, keep: bool) -> list[str]:
-    params = load_params()
-    if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a dataset: {NAMES}.")
-    source = source_of(images)
-    if keep and name in params.datasets and params.datasets[name].source == source:
-        return [f"{name} is there already, with its entry in {OWN_FILE}; remove it to choose anew"]
-    if name in params.datasets:
-        how = "choose another name" if name in OFFICIAL else "remove it first, or choose another name"
-        raise ValueError(f"there is a dataset {name!r} already: {how}.")
-    look = look_at(source, wishes)
-    spec = choose(source, look, wishes)
-    found, _, twice = load_pictures(spec)
-    num = len(found["train"][0]) if "train" in found else 0
-    if num < MIN_PICTURES:
-        raise ValueError(f"{images} holds {num} different pictures to learn from: at least {MIN_PICTURES} are needed.")
-    spec = spec.model_copy(update={"num_validation": min(max(num // 10, 2), 5000)})
-    pair, out = f"{MODEL}-{name}", DATA_FOLDER / f"{name}.safetensors"
-    sheet, own = LOOKS_FOLDER / f"{name}.png", Path(OWN_FILE)
-    before = own.read_text() if own.exists() else None
-    try:
-        entry = spec.model_dump(mode="json", exclude_defaults=True)  # without what is as everywhere
-        _edit({"datasets": {name: entry}, "pairs": {pair: pair_for(name, spec, wishes.minutes)}})
-        forget(name, DATA_FOLDER)  # of an earlier one of this name
-        data = write(name, load_params().dataset(name), found, out, params.data, params.checks)
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        to_sheet(data.levels("train", slice(0, 64)), data.num_levels, 8).save(sheet)
-        _record(name)
-    except BaseException:
-        for file in (out, sheet):
-            file.unlink(missing_ok=True)
-        forget(name, DATA_FOLDER)
-        if before is None:
-            own.unlink(missing_ok=True)
-        else:
-            atomic_write(own, before)
-        raise
-    return [*said(look, spec, data, twice), f"as it is learned: {sheet}", f"entry: {OWN_FILE}, also of {pair}"]
+        params = load_params()
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a dataset: {NAMES}.")
+        source = source_of(images)
+        if keep and name in params.datasets and params.datasets[name].source == source:
+            return [f"{name} is there already, with its entry in {OWN_FILE}; remove it to choose anew"]
+        if name in params.datasets:
+            how = "choose another name" if name in OFFICIAL else "remove it first, or choose another name"
+            raise ValueError(f"there is a dataset {name!r} already: {how}.")
+        look = look_at(source, wishes)
+        spec = choose(source, look, wishes)
+        found, twice = load_pictures(spec)
+        num = len(found["train"][0]) if "train" in found else 0
+        if num < MIN_PICTURES:
+            raise ValueError(
+                f"{images} holds {num} different pictures to learn from: at least {MIN_PICTURES} are needed."
+            )
+        spec = spec.model_copy(update={"num_validation": min(max(num // 10, 2), 5000)})
+        pair, sheet, own = f"{MODEL}-{name}", REPORTS_FOLDER / f"{name}.png", Path(OWN_FILE)
+        before = own.read_text() if own.exists() else None
+        try:
+            entry = spec.model_dump(mode="json", exclude_defaults=True)  # without what is as everywhere
+            _edit({"datasets": {name: entry}, "pairs": {pair: pair_for(name, spec, wishes.minutes)}})
+            forget(name, DATA_FOLDER)  # of an earlier one of this name
+            out = DATA_FOLDER / f"{name}.safetensors"
+            data = write(name, load_params().dataset(name), found, out, params.data, params.checks)
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            to_sheet(data.levels("train", slice(0, 64)), data.num_levels, 8).save(sheet)
+            _record(name)
+        except BaseException:
+            forget(name, DATA_FOLDER)
+            if before is None:
+                own.unlink(missing_ok=True)
+            else:
+                atomic_write(own, before)
+            raise
+        return [*said(look, spec, data, twice), f"as it is learned: {sheet}", f"entry: {OWN_FILE}, also of {pair}"]
 
 
 def remove(name: str) -> list[str]:
@@ -289,25 +280,19 @@ def remove(name: str) -> list[str]:
         ValueError: it is none of the datasets that somebody added.
     """
     with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
-        return _remove(name)
-
-
-def _remove(name: str) -> list[str]:
-    params = load_params()
-    own = YAML().load(Path(OWN_FILE).read_text()) if Path(OWN_FILE).exists() else {}
-    if name not in (own.get("datasets") or {}):
-        params.dataset(name)
-        raise ValueError(f"{name!r} stands in {PARAMS_FILE}, not in {OWN_FILE}: it belongs to the project.")
-    pairs = [pair for pair in params.pairs_of(name) if pair in (own.get("pairs") or {})]
-    _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
-    if LOCK_FILE.exists():  # or data of another dataset of this name would not be those that DVC recorded
-        lock = yaml.safe_load(LOCK_FILE.read_text())
-        gone = {f"prepare@{name}", *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs)}
-        lock["stages"] = {stage: told for stage, told in lock["stages"].items() if stage not in gone}
-        atomic_write(LOCK_FILE, yaml.safe_dump(lock, sort_keys=False))
-    for file in (DATA_FOLDER / f"{name}.safetensors", LOOKS_FOLDER / f"{name}.png"):
-        file.unlink(missing_ok=True)
-    forget(name, DATA_FOLDER)
+        params = load_params()
+        own = YAML().load(Path(OWN_FILE).read_text()) if Path(OWN_FILE).exists() else {}
+        if name not in (own.get("datasets") or {}):
+            params.dataset(name)
+            raise ValueError(f"{name!r} stands in {PARAMS_FILE}, not in {OWN_FILE}: it belongs to the project.")
+        pairs = [pair for pair in params.pairs_of(name) if pair in (own.get("pairs") or {})]
+        _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
+        if LOCK_FILE.exists():  # or data of another dataset of this name would not be those that DVC recorded
+            lock = yaml.safe_load(LOCK_FILE.read_text())
+            gone = {f"prepare@{name}", *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs)}
+            lock["stages"] = {stage: told for stage, told in lock["stages"].items() if stage not in gone}
+            atomic_write(LOCK_FILE, yaml.safe_dump(lock, sort_keys=False))
+        forget(name, DATA_FOLDER)
     kept = [folder for pair in pairs for folder in (Path("trained", pair), Path("models", pair)) if folder.exists()]
     stays = f"what was trained stays: {', '.join(map(str, kept))}" if kept else "nothing was trained on it"
     return [f"removed {name} and {', '.join(pairs) or 'no pair'} from {OWN_FILE}; its pictures are untouched, {stays}"]
@@ -350,21 +335,19 @@ def _record(name: str) -> None:
         return
     stage = repro_command("prepare", name).split()[-1]
     words = [sys.executable, "-m", "dvc", "commit", "--force", stage]  # --quiet would hide the reason of a failure
-
-    def commit(**variables: str) -> str:
-        environment = {**os.environ, **variables}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
-        return "" if done.returncode == 0 else (errors or said[-1:])[0]
-
-    why = commit()
-    if why.endswith("is not a git repository"):  # a container, say: DVC works without, where a setting says so
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config").write_text("[core]\n    no_scm = true\n")
-            why = commit(DVC_SYSTEM_CONFIG_DIR=folder)
-    if why:
-        raise ValueError(f"DVC could not record {stage}: {why}")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config").write_text("[core]\n    no_scm = true\n")
+        # Without git, in a container, say, DVC works where a setting says so.
+        for setting in ({}, {"DVC_SYSTEM_CONFIG_DIR": folder}):
+            done = subprocess.run(words, env={**os.environ, **setting}, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+            why = (errors or said[-1:])[0]
+            if not why.endswith("is not a git repository"):
+                break
+    raise ValueError(f"DVC could not record {stage}: {why}")
 
 
 def said(look: Look, spec: DatasetParams, data: Dataset, twice: int) -> list[str]:

