@@ -22,11 +22,7 @@ _NumImages = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 def repro_command(stage: str, name: str) -> str:
-    """Return the command that makes a stage's outputs, e.g. `dvc repro full/dvc.yaml:train@pixelcnn-mnist`.
-
-    Args:
-        name: of the dataset or pair.
-    """
+    """Return what makes the outputs of a dataset or pair, e.g. `dvc repro full/dvc.yaml:train@pixelcnn-mnist`."""
     dataset = name.rpartition("-")[2]
     file = "" if dataset == QUICK_START else "full/dvc.yaml:" if dataset in OFFICIAL else "own/dvc.yaml:"
     return f"dvc repro {file}{stage}@{name}"
@@ -89,11 +85,7 @@ class PairParams(Frozen):
 
 
 def _config(config_class: type, values: Any, where: str, fixed: dict[str, Any] | None = None) -> Any:
-    """Make a config of the core.
-
-    Args:
-        fixed: fields that the dataset decides, and that must not stand in the file.
-    """
+    """Make a config of the core; the dataset decides what is `fixed`, which must not stand in the file."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: it must be a mapping of names to values, got {values!r}.")
     for name in set(values) & set(fixed or {}):
@@ -165,21 +157,13 @@ class Params(Frozen):
         return self
 
     def dataset(self, name: str) -> DatasetParams:
-        """Return a dataset's entry.
-
-        Raises:
-            ValueError: no dataset has this name.
-        """
+        """Return a dataset's entry; ValueError if no dataset has this name."""
         if name not in self.datasets:
             raise ValueError(f"unknown dataset {name!r}. Known: {', '.join(self.datasets)}.")
         return self.datasets[name]
 
     def pair(self, name: str) -> PairParams:
-        """Return a pair by its name.
-
-        Raises:
-            ValueError: params.yaml has no such pair.
-        """
+        """Return a pair by its name; ValueError if there is none."""
         if name not in self.pairs:
             raise ValueError(f"unknown pair {name!r}. Known pairs in {PARAMS_FILE}: {', '.join(self.pairs)}.")
         return self.pairs[name]
@@ -216,11 +200,6 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
         section, name, *_ = *error.errors(include_url=False)[0]["loc"], "", ""
         of_own = name in (own.get(str(section)) or {})
         raise ValueError(f"{OWN_FILE if of_own else PARAMS_FILE}: {_sentence(error)}") from None
-
-
-def check_dataset(name: str) -> DatasetParams:
-    """Return a dataset's entry in the current folder's params.yaml; ValueError if it has none."""
-    return load_params().dataset(name)
 
 
 def _read(path: Path) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option, Typer
 
 from pipelines.errors import run_typer
-from pipelines.params import check_dataset, load_params, repro_command
+from pipelines.params import load_params, repro_command
 from pipelines.registry.provenance import prepared_file
 
 app = Typer(help="The pipeline's commands.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -33,7 +33,7 @@ def fetch(dataset: _Dataset) -> None:
     """Copy or download the official files of a dataset into `data/raw/DATASET`."""
     from pipelines.datasets.sources import fetch as get
 
-    source = check_dataset(dataset).source
+    source = load_params().dataset(dataset).source
     if source.kind != "official":
         raise ValueError(f"{dataset} is not fetched: its images are read where they lie, in {source.path}.")
     get(source.path, _RAW / dataset)
@@ -52,7 +52,7 @@ def prepare(dataset: _Dataset) -> None:
 @app.command()
 def confirm(dataset: _Dataset) -> None:
     """Accept the change of a dataset that `prepare` refused; then run `prepare` again."""
-    check_dataset(dataset)
+    load_params().dataset(dataset)
     from pipelines.datasets.checks import confirm as accept
 
     accept(dataset, _DATA)
@@ -89,8 +89,7 @@ def add(
         skip_broken=skip_broken,
         minutes=minutes,
     )
-    for line in add_dataset(name, images, wishes, keep):
-        print(line)
+    print(*add_dataset(name, images, wishes, keep), sep="\n")
 
 
 @app.command()
@@ -112,7 +111,7 @@ def pictures(
     """Write a dataset's pictures in the size that its models know, named as they are: `pixelcnn rank` takes them."""
     from pipelines.datasets.pictures import write_pictures
 
-    spec = check_dataset(dataset)
+    spec = load_params().dataset(dataset)
     if spec.source.kind == "official":
         raise ValueError(
             f"{dataset} has no picture files. Rank it by: pixelcnn rank --images {prepared_file(dataset)} --split test"
@@ -138,8 +137,7 @@ def remove(
             f"{served} is served: `BENTOML_HOME={store.home()} bentoml models delete {served}` ends that; or remove "
             "the dataset alone: --force."
         )
-    for line in remove_dataset(name):
-        print(line)
+    print(*remove_dataset(name), sep="\n")
 
 
 @app.command()
@@ -271,8 +269,7 @@ def repair(
     """After a loss: export champions that are not served; make champion what is served where the registry has none."""
     from pipelines.promotion.register import repair_all
 
-    for text in repair_all(take_over, why) or ["nothing to repair: registry and model store agree."]:
-        print(text)
+    print(*(repair_all(take_over, why) or ["nothing to repair: registry and model store agree."]), sep="\n")
 
 
 @app.command()
@@ -321,7 +318,7 @@ def release(why: _Why = None) -> None:
 @app.command()
 def judge(dataset: _Dataset) -> None:
     """Train the judges of a dataset, who say what passes for one of its images, into `judges/`."""
-    check_dataset(dataset)
+    load_params().dataset(dataset)
     from pipelines.stages.judge import judge as run_stage
 
     run_stage(dataset)
