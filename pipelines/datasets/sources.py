@@ -100,45 +100,47 @@ def read(name: str, folder: Path, advice: str = "") -> dict[str, Images]:
     Raises:
         ValueError: a file is missing, or not the official one.
     """
-    advice = advice or f"fetch it again: {repro_command('fetch', name).replace('repro', 'repro -f')}"
-    if name == "mnist5k":
-        return _read_mnist5k(folder / MNIST5K_FILE, advice)
-    return (_read_cifar10 if name == "cifar10" else _read_idx)(_official(name), folder, advice)
+    try:
+        if name == "mnist5k":
+            return _read_mnist5k(folder / MNIST5K_FILE)
+        return (_read_cifar10 if name == "cifar10" else _read_idx)(_official(name), folder)
+    except ValueError as error:
+        advice = advice or f"fetch it again: {repro_command('fetch', name).replace('repro', 'repro -f')}"
+        raise ValueError(f"{error}: {advice}.") from None
 
 
-def _read_mnist5k(path: Path, advice: str) -> dict[str, Images]:
+def _read_mnist5k(path: Path) -> dict[str, Images]:
     try:
         rows = np.genfromtxt(path, delimiter=",").astype(np.int64)  # (5000, 785): pixels, then the digit
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {advice}.") from None
+        raise ValueError(f"{path} is missing") from None
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {advice}.") from None
+        raise ValueError(f"{path} is damaged ({error})") from None
     images, labels = rows[:, :-1].astype(np.uint8), rows[:, -1].copy()
     found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     if found != MNIST5K_SHA256:
         raise ValueError(
             f"{path} does not hold the known digits: their SHA-256 is {found[:12]}..., "
-            f"expected {MNIST5K_SHA256[:12]}...: {advice}."
+            f"expected {MNIST5K_SHA256[:12]}..."
         )
     return {"train": (torch.from_numpy(images).reshape(-1, 1, 28, 28), torch.from_numpy(labels))}
 
 
-def _check_md5(path: Path, expected: str, advice: str, what: object = None) -> None:
+def _check_md5(path: Path, expected: str, what: object = None) -> None:
     what = what or path
     if not path.is_file():
-        raise ValueError(f"{what} is missing: {advice}.")
+        raise ValueError(f"{what} is missing")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != expected:
-        raise ValueError(
-            f"{what} is damaged: it has {path.stat().st_size} bytes and MD5 {found}, expected MD5 {expected}: {advice}."
-        )
+        size = path.stat().st_size
+        raise ValueError(f"{what} is damaged: it has {size} bytes and MD5 {found}, expected MD5 {expected}")
 
 
-def _read_idx(cls: Any, folder: Path, advice: str) -> dict[str, Images]:
+def _read_idx(cls: Any, folder: Path) -> dict[str, Images]:
     """Read the four gzipped IDX files of MNIST or Fashion-MNIST."""
     for file, md5 in cls.resources:
-        _check_md5(folder / file, md5, advice)
+        _check_md5(folder / file, md5)
     # Their headers, of 16 and 8 bytes, are known once the MD5 is.
     packed = [gzip.decompress((folder / file).read_bytes()) for file, _ in cls.resources]
     bytes_of = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in packed]
@@ -148,11 +150,11 @@ def _read_idx(cls: Any, folder: Path, advice: str) -> dict[str, Images]:
     }
 
 
-def _read_cifar10(cls: Any, folder: Path, advice: str) -> dict[str, Images]:
+def _read_cifar10(cls: Any, folder: Path) -> dict[str, Images]:
     """Read the archive of CIFAR-10's batches. They are pickles: opened only once their MD5 is the official one."""
     (archive,) = files_of("cifar10", folder)
     if not archive.is_file():
-        raise ValueError(f"{archive} is missing: {advice}.")
+        raise ValueError(f"{archive} is missing")
     md5s = {**dict(cls.train_list), **dict(cls.test_list), cls.meta["filename"]: cls.meta["md5"]}
     with tempfile.TemporaryDirectory() as root:
         try:
@@ -160,10 +162,10 @@ def _read_cifar10(cls: Any, folder: Path, advice: str) -> dict[str, Images]:
                 wanted = [m for m in tar if m.isfile() and m.name in {f"{cls.base_folder}/{name}" for name in md5s}]
                 tar.extractall(root, wanted, filter="data")
         except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-            raise ValueError(f"{archive} is damaged ({' '.join(str(error).split())}): {advice}.") from None
+            raise ValueError(f"{archive} is damaged ({' '.join(str(error).split())})") from None
         for name, md5 in md5s.items():
-            shown = f"{archive} is not the official archive: {cls.base_folder}/{name}"
-            _check_md5(Path(root) / cls.base_folder / name, md5, advice, shown)
+            inside = f"{cls.base_folder}/{name}"
+            _check_md5(Path(root, inside), md5, f"{archive} is not the official archive: {inside}")
         parts = {"train": cls(root, train=True), "test": cls(root, train=False)}
     return {
         part: (torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
