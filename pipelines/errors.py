@@ -48,13 +48,11 @@ def reason(error: BaseException) -> str:
     return f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
 
 
-class OneLine(logging.Filter):
+def one_line(record: logging.LogRecord) -> bool:
     """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and is_for_user(record.exc_info[1]):
-            record.exc_info = None
-        return True
+    if record.exc_info and is_for_user(record.exc_info[1]):
+        record.exc_info = None
+    return True
 
 
 def run(command: str, work: Callable[[], int | None]) -> int:

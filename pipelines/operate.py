@@ -76,12 +76,9 @@ def schedules_there() -> dict[str, list[bool]]:
 
 
 def deploy(environment: Mapping[str, str]) -> None:
-    """Make the work pool and the deployments of prefect.yaml, under this environment's own names.
+    """Make the work pool and the deployments of prefect.yaml, under this environment's own names, or raise OSError.
 
     A schedule that somebody has switched on or off stays so.
-
-    Raises:
-        OSError: it failed.
     """
     settings, pool = yaml.safe_load(Path("prefect.yaml").read_text()), in_prefect(POOL)
     # Whichever worker takes a run: it acts on the registry and the store of this environment.

@@ -33,8 +33,7 @@ def environments() -> dict[str, Environment]:
         LookupError: the file does not describe them, or two of them share something.
     """
     try:
-        text = ENVIRONMENTS_FILE.read_text()
-        found = TypeAdapter(dict[str, Environment]).validate_python(yaml.safe_load(text))
+        found = TypeAdapter(dict[str, Environment]).validate_python(yaml.safe_load(ENVIRONMENTS_FILE.read_text()))
     except FileNotFoundError:
         return {}
     except (yaml.YAMLError, ValidationError) as error:
@@ -101,11 +100,7 @@ def in_prefect(name: str) -> str:
 
 @contextmanager
 def environment(name: str) -> Iterator[Settings]:
-    """Let this process work in another environment for the time of a block.
-
-    Raises:
-        LookupError: it is unknown.
-    """
+    """Let this process work in another environment for the time of a block; LookupError if it is unknown."""
 
     def put(values: dict[str, str]) -> dict[str, str]:
         kept = {v: os.environ.pop(v) for v in (*_VARIABLES.values(), _NAME) if v in os.environ}

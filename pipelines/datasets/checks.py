@@ -91,11 +91,7 @@ def compared(data: Dataset, folder: Path, limits: CheckParams) -> Iterator[None]
 
 
 def confirm(name: str, folder: Path) -> None:
-    """Accept the version that was refused: it is what the next one is compared with.
-
-    Raises:
-        ValueError: none was refused.
-    """
+    """Accept the version that was refused: it is what the next one is compared with. ValueError if none was."""
     last, new = _paths(folder, name)
     if not new.exists():
         raise ValueError(f"no version of {name} waits to be confirmed.")

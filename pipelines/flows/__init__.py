@@ -2,7 +2,7 @@
 
 import logging
 
-from pipelines.errors import OneLine
+from pipelines.errors import one_line
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(OneLine())
+    logging.getLogger(_name).addFilter(one_line)
