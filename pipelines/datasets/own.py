@@ -313,7 +313,6 @@ def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
             else:
                 values[section][name] = _flowing(told)
     tool.dump(values, buffer)
-    path.parent.mkdir(exist_ok=True)
     atomic_write(path, buffer.getvalue())
 
 
