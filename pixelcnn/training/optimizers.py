@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
 
 OPTIMIZERS = ("adam", "muon")
 # The quintic iteration's coefficients: singular values end between about 0.7 and 1.2, after five rounds.
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
 RMS = 0.2  # of a step at learning rate 1, per weight
+MOMENTUM = 0.95  # share of Muon's that stays from step to step; Nesterov's
 # Added to the norm: the vanishing momentum of a dead network is not scaled up to a full step.
 LEAST_NORM = 1e-9
 
@@ -34,16 +34,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum, for weights whose first dimension is that of the outputs.
-
-    Args:
-        weights: (out, ...) tensors, or groups of them.
-        lr: learning rate, as Adam's.
-        momentum: share of the momentum that stays from step to step; Nesterov's.
-    """
-
-    def __init__(self, weights: ParamsT, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
+    """Orthogonalised momentum, for (out, ...) weights in groups that have a learning rate `lr`, as Adam's."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -55,8 +46,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[weight]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+                update = weight.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
                 same.setdefault(update.shape, []).append((weight, update))
             for shape, pairs in same.items():  # at once: small products alone leave a second thread idle
                 steps = orthogonalise(torch.stack([update for _, update in pairs]))
@@ -70,19 +61,18 @@ class Optimizer:
     Args:
         model: whose parameters it follows.
         name: `adam`, or `muon` for the 4-dimensional weights and Adam for the others.
-        lr: learning rate before the first step sets another.
         shares: of the learning rate, for those of the model's parameters that learn at less than all of it.
     """
 
-    def __init__(self, model: nn.Module, name: str, lr: float, shares: Mapping[Tensor, float] | None = None) -> None:
+    def __init__(self, model: nn.Module, name: str, shares: Mapping[Tensor, float] | None = None) -> None:
         groups: dict[bool, dict[float, list[nn.Parameter]]] = {False: {}, True: {}}  # by whether they are kernels
         for weight in model.parameters():
             share = (shares or {}).get(weight, 1.0)
             groups[name == "muon" and weight.dim() == 4].setdefault(share, []).append(weight)
         adam, muon = ([{"params": w, "share": s} for s, w in groups[kernels].items()] for kernels in (False, True))
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(adam, lr=lr, betas=(0.9, 0.99), fused=True)]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True)]
         if muon:
-            self.parts.append(Muon(muon, lr=lr))
+            self.parts.append(Muon(muon, {}))
         self._part_of = {weight: part for part in self.parts for g in part.param_groups for weight in g["params"]}
 
     def step(self, lr: float) -> None:

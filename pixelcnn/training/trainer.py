@@ -13,8 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,21 +39,15 @@ from pixelcnn.training.state import RunState, read_state, write_state
 
 logger = logging.getLogger(__name__)
 
-CONTEXT_NETWORK = ("context_features", "context_width", "context_scales")  # each is 0 if it is not named
-# Settings that may change when a run goes on, those of CONTEXT_SETTINGS for models with a context network alone.
-CONTEXT_SETTINGS = (*CONTEXT_NETWORK, "context_share")
+# Settings that may change when a run goes on, and are kept with the step from which they count.
 PHASE_SETTINGS = (
-    *("batch_size", "label_dropout", "redrawn_share", "precision", "compiled"),
+    *("batch_size", "label_dropout", "context_share", "redrawn_share", "precision", "compiled"),
     *("optimizer", "learning_rate", "ema_decay"),
-    *CONTEXT_SETTINGS,
 )
+# What may change without a trace.
 BUDGET_SETTINGS = (
-    "max_epochs",
-    "max_minutes",
-    "num_validations",
-    "save_minutes",
-    "completer_features",
-    "label_features",
+    *("max_epochs", "max_minutes", "num_validations", "save_minutes"),
+    *("completer_features", "label_features"),
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Network = AutoregressiveModel | ContextPredictor | LabelNetwork  # what a run trains
@@ -115,9 +108,11 @@ class Trainer:
         config.check_for(data.protocol, sees_drawings)
         if config.compiled:
             check_compiler()
-        joint = self.joint_indices() if config.joint_share < 1 else []
-        shares = {self.parameters[i]: config.joint_share for i in joint}
-        self.optimizer = Optimizer(model, config.optimizer, config.learning_rate, shares)
+        shares: dict[Tensor, float] = {}
+        if config.joint_share < 1:
+            joint = dict(build_model(model.config.without_context()).named_parameters())
+            shares = {w: config.joint_share for name, w in model.named_parameters() if name in joint}
+        self.optimizer = Optimizer(model, config.optimizer, shares)
         self.step = 0
         self.elapsed_s = 0.0
         self.num_validations = 0
@@ -256,16 +251,6 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, weights)
 
-    @contextmanager
-    def swap_weights(self, weights: list[Tensor]) -> Iterator[None]:
-        """Put weights into the model for the time of a `with` block."""
-        before = [p.detach().clone() for p in self.parameters]
-        self.set_weights(weights)
-        try:
-            yield
-        finally:
-            self.set_weights(before)
-
     def objective(self) -> str:
         """Say what the validation score measures: scores of different objectives do not compare."""
         share = self.config.context_share if self.model.config.context_features else 0.0
@@ -276,9 +261,7 @@ class Trainer:
         """Score the averaged weights on validation and some training images; keep them if they are the best so far.
 
         The best are those of the lowest loss, the images with and without a mask in the proportion of the training.
-
-        Args:
-            on_validation: called with the step while the model has the averaged weights.
+        `on_validation` is called with the step while the model has the averaged weights.
 
         Returns:
             The nats of whole validation images; of whole training images; and of the missing part of masked validation
@@ -287,14 +270,18 @@ class Trainer:
         Raises:
             FloatingPointError: the score is not finite.
         """
-        with self.swap_weights(self.ema):
-            num_images = self.config.num_validation_images or None
+        num_images = self.config.num_validation_images or None
+        trained = [p.detach().clone() for p in self.parameters]
+        self.set_weights(self.ema)
+        try:
             nll = self.mean_nll("validation", num_images)
             train_nll = self.mean_nll("train", min(TRAIN_SUBSET, num_images or TRAIN_SUBSET))
             completion = self.completion_nll(num_images)
             score = nll if completion is None else nll + self.config.context_share * (completion - nll)
             if on_validation is not None and math.isfinite(score):
                 on_validation(self.step)
+        finally:
+            self.set_weights(trained)
         if not math.isfinite(score):
             raise FloatingPointError(
                 f"the validation loss is not finite at step {self.step} ({score} nats): lower learning_rate. "
@@ -340,9 +327,8 @@ class Trainer:
 
     def phase(self) -> dict[str, Any]:
         """Return the settings that may change when a run goes on."""
-        values = {**asdict(self.model.config), **asdict(self.config), "precision": self.precision}
-        left_out = () if values["context_features"] else CONTEXT_SETTINGS
-        return {name: values[name] for name in PHASE_SETTINGS if name not in left_out}
+        values = {**asdict(self.config), "precision": self.precision}
+        return {name: values[name] for name in PHASE_SETTINGS}
 
     def save(self, path: Path) -> None:
         """Write the run's state, by way of a temporary file: weights, EMA, best, optimizer, step and clock.
@@ -372,20 +358,19 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from a saved state: the budget and the settings of a phase may differ from those of the saved run.
 
-        A state of the same network without a context network is taken up with one that adds nothing yet. If the two
-        runs validate by different objectives, the best score so far is dropped.
+        If the two runs validate by different objectives, the best score so far is dropped.
 
         Raises:
             ValueError: the file is no state, or of a run that differs in more.
         """
         state, tensors = read_state(path)
-        last_phase = state.phases[-1]
         defaults = {f.name: f.default for c in (type(self.model.config), TrainConfig) for f in fields(c)}
         for key, expected in self.description().items():
-            found = state.description.get(key)
-            if isinstance(expected, dict) and isinstance(found, dict):
-                # An older state may name what may change now, and lack a setting that is newer than it.
-                found = {name: found.get(name, defaults.get(name)) for name in expected}
+            found = state.description[key]
+            if isinstance(expected, dict):
+                # An older state may lack a setting that is newer than it, or have it among those of its phases.
+                settings = {**defaults, **found, **state.phases[-1]}
+                found = {name: settings[name] for name in expected}
                 if changed := [name for name, value in expected.items() if found[name] != value]:
                     key = f"{key} ({', '.join(changed)})"
             if found != expected:
@@ -393,34 +378,22 @@ class Trainer:
                     f"{path} is the state of a run that differs in its {key}. Set it back to go on, or delete the file "
                     "to start afresh."
                 )
-        indices = list(range(len(self.parameters)))
-        if self.model.config.context_features and not last_phase.get("context_features"):
-            indices = self.joint_indices()
-        elif any(self.phase().get(name, 0) != last_phase.get(name, 0) for name in CONTEXT_NETWORK):
-            raise ValueError(f"{path} is the state of a run with another context network. Delete it to start afresh.")
         self.best_nll = state.best_nll if state.objective == self.objective() else math.inf
         with torch.no_grad():
-            for saved, i in enumerate(indices):
-                ema = tensors[f"ema/{saved}"]
-                self.parameters[i].copy_(tensors[f"weights/{saved}"])
+            for i, parameter in enumerate(self.parameters):
+                ema = tensors[f"ema/{i}"]
+                parameter.copy_(tensors[f"weights/{i}"])
                 self.ema[i].copy_(ema)
-                self.best[i].copy_(tensors.get(f"best/{saved}", ema))
-                prefix = f"optimizer/{saved}/"
+                self.best[i].copy_(tensors.get(f"best/{i}", ema))
+                prefix = f"optimizer/{i}/"
                 optimizer_state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                if optimizer_state:
-                    self.optimizer.restore(self.parameters[i], optimizer_state)
+                self.optimizer.restore(parameter, optimizer_state)
         self.step, self.elapsed_s, self.phases = state.step, state.elapsed_s, state.phases
         # What came to the phases later stands in the description of an older state.
-        before = {**defaults, **state.description["train settings"], **last_phase}
-        if any(before.get(name) != value for name, value in self.phase().items()):
+        before = {**defaults, **state.description["train settings"], **self.phases[-1]}
+        if any(before[name] != value for name, value in self.phase().items()):
             self.phases.append({"from_step": self.step, **self.phase()})
         self.num_validations = math.floor(self.progress() * self.config.num_validations)
-
-    def joint_indices(self) -> list[int]:
-        """Return which of the parameters the same network without a context network has, in its order."""
-        joint = build_model(self.model.config.without_context())
-        names = [name for name, _ in self.model.named_parameters()]
-        return [names.index(name) for name, _ in joint.named_parameters()]
 
 
 class DrawingTrainer(Trainer):

@@ -23,7 +23,7 @@ from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import evaluate_completion, per_image_completion_nll, per_image_nll
 from pixelcnn.observed import SCORED
-from pixelcnn.training import ContextPredictor, training_history
+from pixelcnn.training import ContextPredictor
 from pixelcnn.training.optimizers import OPTIMIZERS
 from tests.core.test_training import batches_seen, config, run, same, weights
 from tests.core.tiny import ARCHITECTURES, tiny_config, tiny_model, toy_dataset
@@ -127,41 +127,6 @@ def test_without_a_share_it_trains_the_joint_model():
     levels, label, _, observed = seen[0]
     assert not observed.any()
     assert reports[0].train_nll_nats == pytest.approx(-log_prob(before, levels, label).mean().item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_context_network_joins_a_run_that_goes_on(tmp_path, architecture):
-    data, state = toy_dataset(shape=(1, 4, 4), num_levels=2), tmp_path / "state"
-    joint = context_model(data, architecture, num_labels=2)
-    plain = build_model(joint.config.without_context())
-    fit(plain, data, config(max_epochs=2), state_file=state)
-    trainer = training.Trainer(joint, data, config(max_epochs=4, context_share=0.5))
-    trainer.resume(state)
-    assert trainer.step == 6
-    levels, label = data.levels("validation", slice(0, 8)), data.labels["validation"][:8]
-    saved = training.Trainer(build_model(plain.config), data, config(max_epochs=2))
-    saved.resume(state)
-    with torch.no_grad():
-        assert torch.equal(joint(levels, label), saved.model(levels, label)), "it is the same joint model"
-    for mine, theirs in (("parameters", "parameters"), ("ema", "ema"), ("best", "best")):
-        kept = [getattr(trainer, mine)[i] for i in trainer.joint_indices()]
-        assert same(kept, getattr(saved, theirs))
-    pairs = zip((trainer.parameters[i] for i in trainer.joint_indices()), saved.parameters, strict=True)
-    states = [(trainer.optimizer.state(a), saved.optimizer.state(b)) for a, b in pairs]
-    assert sum(len(state) for state, _ in states) > 0
-    assert all(a.keys() == b.keys() and same(a.values(), b.values()) for a, b in states), "the momenta are kept"
-    before = copy.deepcopy(joint.context_network.state_dict())
-    assert math.isinf(trainer.best_nll), "the two runs measure different things"
-    fit(joint, data, config(max_epochs=4, context_share=0.5), state_file=state)
-    assert any(not torch.equal(w, before[name]) for name, w in joint.context_network.state_dict().items())
-    first, second = training_history(state)[1]
-    added = {"context_features": 8, "context_width": 16, "context_scales": 0, "context_share": 0.5}
-    assert second == {**first, "from_step": 6, **added}
-    other = build_model(dataclasses.replace(joint.config, context_features=4))
-    with pytest.raises(ValueError, match="is the state of a run with another context network"):
-        fit(other, data, config(max_epochs=5), state_file=state)
-    with pytest.raises(ValueError, match="is the state of a run with another context network"):
-        fit(plain, data, config(max_epochs=5), state_file=state)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

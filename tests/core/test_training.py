@@ -186,6 +186,7 @@ def test_saves_are_as_rare_as_asked(tmp_path):
         ({"seed": 1}, {}, {}, "train settings (seed)"),
         ({"warmup_steps": 3}, {}, {}, "train settings (warmup_steps)"),
         ({}, {"num_blocks": 3}, {}, "model (num_blocks)"),
+        ({}, {"context_features": 4}, {}, "model (context_features, context_width)"),
         ({}, {}, {"data_hash": "other"}, "data hash"),
     ],
 )
@@ -208,6 +209,7 @@ def test_a_state_older_than_a_setting_is_gone_on_with_at_its_default(tmp_path):
     for key, names in (("model", ("output", "num_mixtures")), ("train settings", ("clip_norm", "horizontal_flips"))):
         for name in names:
             del saved.description[key][name]
+    saved.phases[-1]["head_features"] = saved.description["model"].pop("head_features")  # it was one that may change
     state_module.write_state(state, saved, tensors)
     _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
     assert [report.step for report in reports] == [7, 8, 9]
@@ -252,7 +254,7 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     data, state = toy_dataset(), tmp_path / "state"
     first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimizer": "adam"}
     then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimizer": "muon"}
-    both = {"redrawn_share": 0.0, "compiled": False}
+    both = {"redrawn_share": 0.0, "compiled": False, "context_share": 0.75}
     first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8, **both}
     then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4, **both}
     losses = []
