@@ -36,33 +36,19 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says of itself.
+    """What a file says of itself."""
 
-    Args:
-        image_shape: (C, H, W).
-        num_levels: K.
-        num_images: in all blocks.
-        block_images: images of a block, but for the last.
-        batch_images: images of a block that are coded in turns.
-        has_labels: whether each image has a label.
-        weights_sha256: of the checkpoint that is needed.
-        engine: what computed the probabilities.
-        arithmetic: how, for people.
-        probe: what it computed for two images that every model has (`Coder.probe`).
-        names: the pictures' names, relative; None where they are numbers.
-    """
-
-    image_shape: tuple[int, int, int]
-    num_levels: int
-    num_images: int
-    block_images: int
-    batch_images: int
-    has_labels: bool
-    weights_sha256: str
-    engine: str
-    arithmetic: str
-    probe: str
-    names: list[str] | None = None
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    num_levels: int  # K
+    num_images: int  # in all blocks
+    block_images: int  # images of a block, but for the last
+    batch_images: int  # images of a block that are coded in turns
+    has_labels: bool  # whether each image has a label
+    weights_sha256: str  # of the checkpoint that is needed
+    engine: str  # what computed the probabilities
+    arithmetic: str  # how, for people
+    probe: str  # what it computed for two images that every model has (`Coder.probe`)
+    names: list[str] | None = None  # of the pictures, relative; None where they are numbers
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
@@ -116,14 +102,7 @@ def is_plain(name: Any) -> bool:
 
 
 def block_bytes(header: bytes, number: int, code: bytes, images_crc: int) -> bytes:
-    """Return a block as it is written.
-
-    Args:
-        header: the beginning of its file.
-        number: 0 for the first block.
-        code: the images.
-        images_crc: CRC of the images themselves.
-    """
+    """Return a block as it is written, from the beginning of its file, its number, and what `Coder.encode` made."""
     return _FRAME.pack(len(code), _crc(header, number, code, images_crc), images_crc) + code
 
 
@@ -132,18 +111,14 @@ def _crc(header: bytes, number: int, code: bytes, images_crc: int) -> int:
 
 
 class Reader:
-    """Reads a packed file.
-
-    Args:
-        file: at its beginning.
-        name: what to call it in errors.
+    """Reads a packed file, which errors call `name`.
 
     Raises:
         ValueError: it is no packed file, of another version, or its header is damaged.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
-        self.file, self.name = file, name
+        self.file = file
         self.size = file.seek(0, os.SEEK_END)
         file.seek(0)
         self._start = file.read(_START.size)
@@ -160,9 +135,6 @@ class Reader:
         if zlib.crc32(packed) != crc:
             raise ValueError(f"{name} is damaged: its header's checksum is wrong. Nothing can be recovered.")
         self._start += packed
-        self.header = self._parse(packed)
-
-    def _parse(self, packed: bytes) -> Header:
         try:
             most = most_text(len(packed))
             text = zlib.decompressobj().decompress(packed, most + 1)
@@ -171,10 +143,9 @@ class Reader:
             values = json.loads(text)
             if not isinstance(values, dict):
                 raise ValueError("it is no mapping")
-            header: Header = checked_config(Header, values, "header")
+            self.header: Header = checked_config(Header, values, "header")
         except (ValueError, TypeError, zlib.error, RecursionError) as error:
-            raise ValueError(f"{self.name} has a header that makes no sense ({error}).") from None
-        return header
+            raise ValueError(f"{name} has a header that makes no sense ({error}).") from None
 
     def blocks(self, wanted: range) -> Iterator[Block]:
         """Yield the blocks of some numbers, in order.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixelcnn.checkpoint import load_with_hash
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.packing.coder import ENGINE, Coder
+from pixelcnn.packing.coder import ENGINE, Coder, OnImages
 from pixelcnn.packing.container import MAX_BLOCK_IMAGES, Block, DamagedError, Header, Reader, block_bytes
 from pixelcnn.packing.pictures import Unpacked, check_absent, load_labels, number_name, open_images
 
@@ -31,55 +31,44 @@ OnProgress = Callable[[int, int], None]  # images done, and of how many
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What `pack` has made.
-
-    Args:
-        num_images: in the file.
-        num_bytes: of the file.
-        num_header_bytes: of them, those before the first block.
-        nats: what the images cost by the model's own likelihood, given their labels.
-        num_left_out: files of the folder that are no PNG.
-    """
+    """What `pack` has made."""
 
     num_images: int
-    num_bytes: int
-    num_header_bytes: int
-    nats: float
-    num_left_out: int
-
-
-class _Progress:
-    """Counts images for several threads, and ends their work when the others' has failed."""
-
-    def __init__(self, num_images: int, on_progress: OnProgress) -> None:
-        self.done, self.num_images, self.on_progress = 0, num_images, on_progress
-        self.is_over = False
-        self.lock = threading.Lock()
-
-    def add(self, num: int) -> None:
-        if self.is_over:
-            raise InterruptedError
-        with self.lock:
-            self.done += num
-            self.on_progress(self.done, self.num_images)
+    num_bytes: int  # of the file
+    num_header_bytes: int  # of them, those before the first block
+    nats: float  # what the images cost by the model's own likelihood, given their labels
+    num_left_out: int  # files of the folder that are no PNG
 
 
 def _in_order(
-    progress: _Progress, function: Callable[[Item], Result], items: Iterable[Item]
+    function: Callable[[Item, OnImages], Result], items: Iterable[Item], num_images: int, on_progress: OnProgress
 ) -> Generator[Result, None, None]:
-    """Yield function(item) of each item, by threads, with no more than some results in memory; close it at the end."""
+    """Yield function(item, count) of each item, by threads, with no more than some results in memory.
+
+    The function calls `count` with the images that it has done. Close the generator at the end.
+    """
     num_threads = torch.get_num_threads()
+    done, is_over, lock = 0, False, threading.Lock()
+
+    def count(num: int) -> None:
+        nonlocal done
+        if is_over:  # the work of another thread has failed
+            raise InterruptedError
+        with lock:
+            done += num
+            on_progress(done, num_images)
+
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                waiting.append(pool.submit(function, item, count))
                 if len(waiting) > num_threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            progress.is_over = True
+            is_over = True
             pool.shutdown(cancel_futures=True)
 
 
@@ -102,7 +91,6 @@ def pack(
     """Pack images without loss into one file, which only the same checkpoint can unpack.
 
     Args:
-        checkpoint: folder of the model.
         images: a folder of PNG files, one PNG, a `.npy` array (N, C, H, W), or a prepared dataset.
         out: the file; it must not be there yet. It comes into being when all is packed.
         labels: a `.npy` array of whole numbers, or a dataset: they are kept, and told to the model.
@@ -145,17 +133,17 @@ def pack(
         names=source.names,
     )
     start = header.to_bytes()
-    progress = _Progress(source.num, on_progress)
 
-    def encode(number: int) -> tuple[bytes, float]:
+    def encode(number: int, count: OnImages) -> tuple[bytes, float]:
         some = header.images_of(number)
         levels = source.read(some.start, some.stop)
-        code, nats = coder.encode(levels, labels_of(some), progress.add)
+        code, nats = coder.encode(levels, labels_of(some), count)
         return block_bytes(start, number, code, _crc(levels, labels_of(some))), nats
 
     new, total = out.with_name(f".{out.name}.new"), 0.0
     try:
-        with open(new, "wb") as file, closing(_in_order(progress, encode, range(header.num_blocks))) as blocks:
+        encoded = _in_order(encode, range(header.num_blocks), source.num, on_progress)
+        with open(new, "wb") as file, closing(encoded) as blocks:
             file.write(start)
             for block, nats in blocks:
                 file.write(block)
@@ -184,7 +172,6 @@ def unpack(
     """Unpack what `pack` has packed; return how many images there were.
 
     Args:
-        checkpoint: folder of the model that packed it.
         out: a `.npy` file, a folder for PNG files, or a `.png` for one image; it must not be there yet, or be empty.
         images: (start, stop) of the wanted ones; None for all. Only their blocks are read.
         on_progress: called now and then, in any thread.
@@ -215,7 +202,6 @@ def unpack(
             )
         wanted = range(first // header.block_images, (stop - 1) // header.block_images + 1)
         num_decoded = header.images_of(wanted[-1]).stop - header.images_of(wanted[0]).start
-        progress = _Progress(num_decoded, on_progress)
 
         def blocks() -> Iterator[Block | DamagedError]:
             try:
@@ -223,13 +209,13 @@ def unpack(
             except DamagedError as error:  # it waits for its turn, behind the whole blocks
                 yield error
 
-        def decode(block: Block | DamagedError) -> tuple[Tensor, Tensor | None]:
+        def decode(block: Block | DamagedError, count: OnImages) -> tuple[Tensor, Tensor | None]:
             if isinstance(block, DamagedError):
                 raise block
             number, code, images_crc = block
             some = header.images_of(number)
             try:
-                levels, labels = coder.decode(code, len(some), header.has_labels, progress.add)
+                levels, labels = coder.decode(code, len(some), header.has_labels, count)
             except ValueError as error:
                 raise DamagedError(f"block {number}: {error}") from None
             if _crc(levels, labels) != images_crc:
@@ -243,7 +229,7 @@ def unpack(
         unpacked = Unpacked(out, model.config, name)
         try:
             try:
-                with closing(_in_order(progress, decode, blocks())) as decoded:
+                with closing(_in_order(decode, blocks(), num_decoded, on_progress)) as decoded:
                     for levels, labels in decoded:
                         unpacked.write(levels, labels)
             except DamagedError as error:

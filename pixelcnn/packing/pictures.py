@@ -21,19 +21,12 @@ LABELS_FILE = "labels.npy"
 
 @dataclass(frozen=True)
 class Images:
-    """Images to pack or to rank.
-
-    Args:
-        num: how many.
-        read: (start, stop) returns those as (N, C, H, W) int64 levels; raises ValueError where one does not fit.
-        names: of the PNG files, relative to their folder; None where they have none.
-        num_left_out: files of the folder that are none of them.
-    """
+    """Images to pack or to rank."""
 
     num: int
-    read: Callable[[int, int], Tensor]
-    names: list[str] | None = None
-    num_left_out: int = 0
+    read: Callable[[int, int], Tensor]  # (start, stop) -> (N, C, H, W) int64 levels; ValueError where one does not fit
+    names: list[str] | None = None  # of the PNG files, relative to their folder; None where they have none
+    num_left_out: int = 0  # files of the folder that are none of them
 
 
 def number_name(i: int, num: int) -> str:

@@ -27,25 +27,15 @@ MAD_TO_STDEV = 1.4826  # of a normal distribution
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """N pictures with their scores, the strangest first.
+    """N pictures with their scores, the strangest first."""
 
-    Args:
-        names: of the files, relative to their folder; numbers, counted from 0, where they have none.
-        nats: (N,) float64, -log p of each, without a label.
-        png_bytes: (N,) float64, of each as the smallest PNG that Pillow makes.
-        corrected: (N,) float64 nats, as `beyond_complexity` says; they fall.
-        ends: (M, C, H, W) int64 levels: the first and the last `num_shown`; all where that is all.
-        config: of the model.
-        num_left_out: files of the folder that are no PNG.
-    """
-
-    names: list[str]
-    nats: Tensor
-    png_bytes: Tensor
-    corrected: Tensor
-    ends: Tensor
+    names: list[str]  # of the files, relative to their folder; numbers, counted from 0, where they have none
+    nats: Tensor  # (N,) float64, -log p of each, without a label
+    png_bytes: Tensor  # (N,) float64, of each as the smallest PNG that Pillow makes
+    corrected: Tensor  # (N,) float64 nats, as `beyond_complexity` says; they fall
+    ends: Tensor  # (M, C, H, W) int64 levels: the first and the last `NUM_SHOWN`; all where that is all
     config: ModelConfig
-    num_left_out: int
+    num_left_out: int  # files of the folder that are no PNG
 
 
 def beyond_complexity(nats: Tensor, png_bytes: Tensor) -> Tensor:
@@ -84,9 +74,7 @@ def rank(
     """Rank pictures by how strange a model finds them.
 
     Args:
-        checkpoint: folder of the model.
-        images: as `pixelcnn.packing.pack` takes them; here levels that the model does not have are rounded.
-        split: which images of a dataset.
+        images, split: as `pixelcnn.packing.pack` takes them; here levels that the model does not have are rounded.
         on_progress: called with the number of images done, and of all.
 
     Raises:
