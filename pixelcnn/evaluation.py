@@ -44,13 +44,14 @@ def check_fit(config: ModelConfig, data: Dataset) -> None:
 
 
 def _batches(
-    data: Dataset, split: str, batch_size: int, num_images: int | None, what: str
+    model: AutoregressiveModel, data: Dataset, split: str, batch_size: int, num_images: int | None, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of a split's first images; log now and then how far they are, and when they will be done."""
+    """Yield a split's first images, on the model's device; log now and then how far they are, and how long still."""
+    device = next(model.parameters()).device
     total, done = min(num_images or math.inf, len(data.images[split])), 0
     start = last = time.monotonic()
     for levels, label in data.batches(split, batch_size, num_images):
-        yield levels, label
+        yield levels.to(device), label.to(device)
         done, now = done + len(levels), time.monotonic()
         if now - last > PROGRESS_S and done < total:
             last, minutes_left = now, (now - start) / done * (total - done) / 60
@@ -77,11 +78,8 @@ def per_image_nll(
     Returns:
         (N,) float64, nats per image.
     """
-    device = next(model.parameters()).device
-    nlls = [
-        -log_prob(model, levels.to(device), label.to(device) if with_label else None)
-        for levels, label in _batches(data, split, batch_size, num_images, "given the label" if with_label else "whole")
-    ]
+    batches = _batches(model, data, split, batch_size, num_images, "given the label" if with_label else "whole")
+    nlls = [-log_prob(model, levels, label if with_label else None) for levels, label in batches]
     return torch.cat(nlls).double().cpu()
 
 
@@ -94,11 +92,10 @@ def per_image_marginal_nll(
     It is an exact likelihood, too, of as many passes as there are labels. No label can gain more than log(num_labels)
     over it, whatever the network makes of images without a label. Arguments and result are `per_image_nll`'s.
     """
-    device = next(model.parameters()).device
     num_labels = model.config.num_labels
     nlls = []
-    for levels, label in _batches(data, split, batch_size, num_images, "label summed out"):
-        given = [log_prob(model, levels.to(device), torch.full_like(label, y).to(device)) for y in range(num_labels)]
+    for levels, label in _batches(model, data, split, batch_size, num_images, "label summed out"):
+        given = [log_prob(model, levels, torch.full_like(label, y)) for y in range(num_labels)]
         nlls.append(math.log(num_labels) - torch.stack(given).double().logsumexp(dim=0))
     return torch.cat(nlls).cpu()
 
@@ -176,11 +173,9 @@ def per_image_completion_nll(
         clamping on the same masks: the joint model, in which a missing pixel sees of the known ones only those that
         come before it. A model without a context network has that alone: both are the same.
     """
-    device = next(model.parameters()).device
     found: dict[str, list[Tensor]] = {}
     first = 0
-    for levels, _ in _batches(data, split, batch_size, num_images, "completion"):
-        levels = levels.to(device)
+    for levels, _ in _batches(model, data, split, batch_size, num_images, "completion"):
         joint = pixel_log_prob(model, levels)
         for name in SCORED:
             observed = scored_masks(name, levels, data.num_levels, first)

@@ -148,8 +148,7 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     others.
 
     Args:
-        levels: (B, C, H, W) int64 in [0, K).
-        num_levels: K.
+        levels: (B, C, H, W) int64 in [0, num_levels).
         share: of the images that get a mask.
 
     Returns:
@@ -162,13 +161,10 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     def inside_or_outside(mask: Mask) -> Mask:
         return mask ^ (rng.random((len(mask), 1, 1)) < 0.5)
 
-    def pixels(n: int) -> Mask:
-        return rng.random((n, height, width)) < rng.random((n, 1, 1))
-
     makers: list[tuple[int, int, Callable[[int], Mask]]] = [
         (0, 6, lambda n: _training_parts(rng, n, height, width)),
         (6, 7, lambda n: inside_or_outside(rectangles(rng, n, height, width))),
-        (7, 8, pixels),
+        (7, 8, lambda n: rng.random((n, height, width)) < rng.random((n, 1, 1))),
         (8, 9, lambda n: inside_or_outside(strokes(rng, n, height, width))),
     ]
     for first, end, make in makers:
@@ -191,18 +187,12 @@ def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> 
     Args:
         name: what is missing (`top`, `left`, `bottom`: that half; `rectangles`: a random one; `pixels50`: each pixel
             with probability 1/2); or `beginnings`, where only the first 30 % of the ink is known.
-        levels: (B, C, H, W) int64 in [0, K).
-        num_levels: K.
+        levels: (B, C, H, W) int64 in [0, num_levels).
         first: index of the first image in its split; the others follow it.
 
     Returns:
         (B, 1, H, W) bool, True where observed.
-
-    Raises:
-        ValueError: no mask has this name.
     """
-    if name not in SCORED:
-        raise ValueError(f"mask must be one of {', '.join(SCORED)}, got {name!r}.")
     num, _, height, width = levels.shape
     missing = np.zeros((num, height, width), dtype=bool)
     if name == "top":
