@@ -1,9 +1,8 @@
 """Training: `fit`, what it takes, and what it reports."""
 
 from pixelcnn.training.config import TrainConfig
-from pixelcnn.training.predictor import ContextPredictor
 from pixelcnn.training.state import training_history
-from pixelcnn.training.trainer import Network, StepReport, Trainer, fit, format_progress
+from pixelcnn.training.trainer import ContextPredictor, Network, StepReport, Trainer, fit, format_progress
 
 __all__ = [
     "ContextPredictor",

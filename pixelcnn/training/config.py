@@ -101,14 +101,9 @@ class TrainConfig:
             raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
 
     def check_for(self, protocol: str, sees_drawings: bool) -> None:
-        """Check that a network can learn so.
+        """Raise ValueError unless a network can learn so from images of this protocol (data.py).
 
-        Args:
-            protocol: of its images (data.py).
-            sees_drawings: whether it has a context network.
-
-        Raises:
-            ValueError: it cannot.
+        It sees drawings if it has a context network.
         """
         if self.redrawn_share and protocol != DYNAMIC_PROTOCOL:
             raise ValueError(

@@ -59,7 +59,6 @@ class Optimizer:
     """One of `OPTIMIZERS` for a model: its steps, its learning rate, and its state weight by weight.
 
     Args:
-        model: whose parameters it follows.
         name: `adam`, or `muon` for the 4-dimensional weights and Adam for the others.
         shares: of the learning rate, for those of the model's parameters that learn at less than all of it.
     """

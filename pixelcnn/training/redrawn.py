@@ -21,7 +21,6 @@ def by_another_hand(ink: Tensor, generator: torch.Generator, strength: float = 1
 
     Args:
         ink: (B, C, H, W) float in [0, 1], ink bright.
-        generator: all that is random.
         strength: in [0, 1], how far from the image as it is.
 
     Returns:
@@ -53,7 +52,6 @@ def redrawn(intensities: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         intensities: (B, 1, H, W) uint8, ink bright.
-        generator: all that is random.
 
     Returns:
         (B, 1, H, W) int64 in {0, 1}, in crisp ink, as a canvas gives it.

@@ -26,9 +26,6 @@ class RunState:
 def write_state(path: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
     """Write a state file, by way of a temporary one beside it.
 
-    Args:
-        tensors: on any device.
-
     Raises:
         OSError: it could not be written; the file that was there before is untouched.
     """
@@ -66,11 +63,7 @@ def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:
 
 
 def training_history(state_file: str | Path) -> tuple[float, list[dict[str, Any]]]:
-    """Return the minutes and the phases of training behind a state file, over all runs that resumed it.
-
-    Returns:
-        The minutes of training; and its phases, each with the step that it began with as `from_step`, and the settings
-        that it changed.
+    """Return the minutes of training behind a state file, over all runs that resumed it, and the phases (`RunState`).
 
     Raises:
         ValueError: the file is damaged, or no state of a run.

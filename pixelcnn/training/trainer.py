@@ -21,19 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.data import Dataset, generator_for
 from pixelcnn.evaluation import check_fit, format_nll, per_image_nll
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.layers import LabelNetwork
+from pixelcnn.models.layers import LabelNetwork, Pointwise
 from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.observed import training_masks
 from pixelcnn.training.config import TrainConfig, check_compiler, resolved_precision
 from pixelcnn.training.optimizers import Optimizer
-from pixelcnn.training.predictor import ContextPredictor
 from pixelcnn.training.redrawn import redrawn
 from pixelcnn.training.state import RunState, read_state, write_state
 
@@ -50,7 +49,6 @@ BUDGET_SETTINGS = (
     *("completer_features", "label_features"),
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-Network = AutoregressiveModel | ContextPredictor | LabelNetwork  # what a run trains
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -82,6 +80,35 @@ def format_progress(report: StepReport, data: Dataset) -> str:
     if report.validation_completion_nats is not None:
         line += f" (completion {report.validation_completion_nats:.2f} nats)"
     return f"{line}, {report.images_per_s:.0f} images/s, {minutes}:{seconds:02d} left"
+
+
+class ContextPredictor(nn.Module):
+    """Predicts each missing sub-pixel by itself, whatever the others are, from the map of a context network.
+
+    A step costs a fifth of one of the completer, which then begins with a map that tells something of the drawing.
+    Source: masked prediction, as of words in BERT, arXiv:1810.04805.
+
+    Args:
+        completer: whose context network learns, in place.
+
+    Raises:
+        ValueError: it has none.
+    """
+
+    def __init__(self, completer: AutoregressiveModel) -> None:
+        super().__init__()
+        if completer.context_network is None:
+            raise ValueError("a context network is needed: set context_features.")
+        self.config, self.context = completer.config, completer.context_network
+        self.last = Pointwise(self.config.context_features, self.config.image_shape[0] * self.config.num_levels)
+
+    def forward(self, drawing: Tensor, observed: Tensor) -> Tensor:
+        """Return (B, K, C, H, W) logits from a drawing and its mask, as `ContextNetwork` takes them."""
+        logits: Tensor = self.last(self.context(drawing, observed)).unflatten(1, (self.config.num_levels, -1))
+        return logits
+
+
+Network = AutoregressiveModel | ContextPredictor | LabelNetwork  # what a run trains
 
 
 class Trainer:
