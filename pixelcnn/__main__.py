@@ -32,6 +32,7 @@ from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
+from pixelcnn.packing import pack, rank, unpack
 from pixelcnn.sampling.ahead import compile_sampler
 from pixelcnn.sampling.fast import sample
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
@@ -318,8 +319,6 @@ def pack_command(
     block_images: Annotated[int | None, Option(help="images per block; for about 24 KiB if left out")] = None,
 ) -> None:
     """Pack images without loss into a file that the same checkpoint unpacks (docs/packing.md)."""
-    from pixelcnn.packing import pack
-
     on_progress = _progress_printer("packed")
     made = pack(checkpoint, images, out, labels=labels, split=split, block_images=block_images, on_progress=on_progress)
     if made.num_left_out:
@@ -334,8 +333,6 @@ def unpack_command(
     images: Annotated[str | None, Option(help="some of them, counted from 0: 17, or 100:200; all if left out")] = None,
 ) -> None:
     """Unpack what `pack` has packed."""
-    from pixelcnn.packing import unpack
-
     some = None
     if images is not None:
         if not re.fullmatch(r"\d+(:\d+)?", images):
@@ -356,8 +353,6 @@ def rank_command(
 
     The sheet has the strangest pictures above, the most usual ones below.
     """
-    from pixelcnn.packing import rank
-
     if not out.parent.is_dir():  # said before any work
         raise ValueError(f"--out must be a .png in a folder that exists, got {out}.")
     ranked = rank(checkpoint, images, split=split, on_progress=_progress_printer("scored"))

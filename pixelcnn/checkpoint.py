@@ -146,12 +146,8 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
     What the checkpoint has not, the context network and its projections, stays as it is; `build_model` makes the
     projections zero. A completer of the same width starts from the same weights.
 
-    Args:
-        model: as `build_model` makes it; changed in place.
-        folder: a checkpoint of a network that differs in its context at most.
-
     Raises:
-        ValueError: the folder is no checkpoint, or its network differs in more than its context.
+        ValueError: the folder is no checkpoint, or its network differs in more.
     """
     source, _ = load_checkpoint(folder)
     found, weights = config_to_dict(source.config), source.state_dict()
@@ -165,15 +161,12 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
         model.begin_completer()
 
 
-def located(folder: str | Path) -> Path:
-    """Return a checkpoint's folder: as it is; or, where there is none, that of the released weights of this name."""
-    folder = Path(folder)
-    return folder if _current(folder)[0].exists() else released().get(str(folder), folder)
-
-
 def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any], str]:
     """Read what `load_checkpoint` reads, and return the SHA-256 of the weights beside the model and its scores."""
-    folder, (config, scores_text, weights) = _read_files(located(folder))
+    folder = Path(folder)
+    if not _current(folder)[0].exists():
+        folder = released().get(str(folder), folder)
+    folder, (config, scores_text, weights) = _read_files(folder)
     try:
         values, scores = json.loads(config), json.loads(scores_text)
         expected = values.pop("weights_sha256")

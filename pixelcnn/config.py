@@ -115,12 +115,7 @@ def check_odd(name: str, value: Any) -> None:
 
 
 def checked_config(config_class: type, values: dict[str, Any], where: str) -> Any:
-    """Make a config dataclass from a mapping, naming unknown and missing keys.
-
-    Args:
-        config_class: a dataclass whose `__post_init__` checks its values.
-        values: its fields by name.
-        where: what to call the mapping in an error message.
+    """Make a dataclass, whose `__post_init__` checks its values, from a mapping; `where` names that in errors.
 
     Raises:
         ValueError: a key is unknown or missing, or a value is impossible.

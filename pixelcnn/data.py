@@ -89,11 +89,7 @@ def binarize(intensities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | None = None) -> None:
-    """Write a dataset into one file, by way of a temporary one beside it.
-
-    Args:
-        extra: further tensors to keep, e.g. the permutation behind the splits.
-    """
+    """Write a dataset and `extra` tensors (e.g. the permutation behind its splits), by way of a file beside `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = dict(extra or {})
