@@ -147,11 +147,10 @@ class Reader:
         except (ValueError, TypeError, zlib.error, RecursionError) as error:
             raise ValueError(f"{name} has a header that makes no sense ({error}).") from None
 
-    def blocks(self, wanted: range) -> Iterator[Block]:
-        """Yield the blocks of some numbers, in order.
+    def blocks(self, wanted: range) -> Iterator[Block | DamagedError]:
+        """Yield the blocks of some numbers, in order; then what is wrong: one is cut or altered, or something follows.
 
-        Raises:
-            DamagedError: a block is cut or altered, or something follows the last one.
+        That is not raised here, since the blocks before it may still be worked on.
         """
         place = len(self._start)
         for number in range(wanted.stop):
@@ -160,12 +159,14 @@ class Reader:
             length, crc, images_crc = _FRAME.unpack(frame) if len(frame) == _FRAME.size else (0, 0, 0)
             place += _FRAME.size + length
             if len(frame) < _FRAME.size or place > self.size:
-                raise DamagedError(f"the file ends in block {number}, or its length there is wrong")
+                yield DamagedError(f"the file ends in block {number}, or its length there is wrong")
+                return
             if number < wanted.start:
                 continue
             code = self.file.read(length)
             if _crc(self._start, number, code, images_crc) != crc:
-                raise DamagedError(f"the checksum of block {number} is wrong")
+                yield DamagedError(f"the checksum of block {number} is wrong")
+                return
             yield number, code, images_crc
             if number == self.header.num_blocks - 1 and place < self.size:
-                raise DamagedError("something follows its last block")
+                yield DamagedError("something follows its last block")

@@ -4,7 +4,7 @@ import math
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -203,12 +203,6 @@ def unpack(
         wanted = range(first // header.block_images, (stop - 1) // header.block_images + 1)
         num_decoded = header.images_of(wanted[-1]).stop - header.images_of(wanted[0]).start
 
-        def blocks() -> Iterator[Block | DamagedError]:
-            try:
-                yield from reader.blocks(wanted)
-            except DamagedError as error:  # it waits for its turn, behind the whole blocks
-                yield error
-
         def decode(block: Block | DamagedError, count: OnImages) -> tuple[Tensor, Tensor | None]:
             if isinstance(block, DamagedError):
                 raise block
@@ -228,20 +222,19 @@ def unpack(
 
         unpacked = Unpacked(out, model.config, name)
         try:
-            try:
-                with closing(_in_order(decode, blocks(), num_decoded, on_progress)) as decoded:
-                    for levels, labels in decoded:
-                        unpacked.write(levels, labels)
-            except DamagedError as error:
-                if unpacked.num == 0:
-                    raise ValueError(f"{file} is damaged: {error}. No image could be recovered.") from None
-                unpacked.commit()
-                end = first + unpacked.num
-                lost = "the rest is lost" if end < stop else "none is lost"
-                raise ValueError(
-                    f"{file} is damaged: {error}. Images {first} to {end - 1} are whole and now in {out}; {lost}."
-                ) from None
+            with closing(_in_order(decode, reader.blocks(wanted), num_decoded, on_progress)) as decoded:
+                for levels, labels in decoded:
+                    unpacked.write(levels, labels)
             unpacked.commit()
+        except DamagedError as error:
+            if unpacked.num == 0:
+                raise ValueError(f"{file} is damaged: {error}. No image could be recovered.") from None
+            unpacked.commit()
+            end = first + unpacked.num
+            lost = "the rest is lost" if end < stop else "none is lost"
+            raise ValueError(
+                f"{file} is damaged: {error}. Images {first} to {end - 1} are whole and now in {out}; {lost}."
+            ) from None
         finally:
             unpacked.discard()
     return unpacked.num

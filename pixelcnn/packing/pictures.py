@@ -50,19 +50,16 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
         pictures = [file for file in files if file.name.endswith(".png")]
         if not pictures:
             raise ValueError(f"{path} holds no PNG file (*.png).")
-        names: list[str] | None = [file.relative_to(path).as_posix() for file in pictures]
-        for name in names or []:
-            if not is_plain(name):
-                raise ValueError(f"{path}: the name {name!r} cannot be kept. Rename that file.")
-        if names == [number_name(i, len(pictures)) for i in range(len(pictures))]:
-            names = None
-        left_out = len(files) - len(pictures)
-        return Images(len(pictures), lambda i, j: _read_pngs(pictures[i:j], config, exact), names, left_out)
+        num, names = len(pictures), [file.relative_to(path).as_posix() for file in pictures]
+        if strange := [name for name in names if not is_plain(name)]:
+            raise ValueError(f"{path}: the name {strange[0]!r} cannot be kept. Rename that file.")
+        kept = None if names == [number_name(i, num) for i in range(num)] else names
+        return Images(num, lambda i, j: _read_pngs(pictures[i:j], config, exact), kept, len(files) - num)
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     if path.suffix == ".png":
-        names = None if path.name == number_name(0, 1) or not is_plain(path.name) else [path.name]
-        return Images(1, lambda start, stop: _read_pngs([path], config, exact), names)
+        kept = None if path.name == number_name(0, 1) or not is_plain(path.name) else [path.name]
+        return Images(1, lambda start, stop: _read_pngs([path], config, exact), kept)
     if path.suffix == ".npy":
         array = _load_npy(path)
         return Images(_check_shape(path, array, config), lambda start, stop: _levels(path, array[start:stop], config))
