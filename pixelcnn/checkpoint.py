@@ -37,11 +37,7 @@ def released() -> dict[str, Path]:
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Check that nobody would miss a folder: it is absent, empty, or a checkpoint and nothing else.
-
-    Raises:
-        ValueError: it is something else; nothing was touched.
-    """
+    """Raise ValueError unless nobody would miss a folder: it is absent, empty, or a checkpoint and nothing else."""
     folder = Path(folder)
     if not folder.exists():
         return

@@ -51,15 +51,11 @@ class Dataset:
         return channels, height, width
 
     def levels(self, split: str, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
-        """Return images as levels.
+        """Return images of a split as levels, (B, C, H, W) int64 in [0, K).
 
         Args:
-            split: `train`, `validation` or `test`.
             index: which images, in any form that indexes a tensor.
             generator: draws the Bernoulli sample of the training split, protocol dynamic alone.
-
-        Returns:
-            (B, C, H, W) int64 in [0, K).
         """
         images = self.images[split][index]
         if self._has_intensities(split):

@@ -29,11 +29,7 @@ def format_nll(nats: float, dataset_shape: tuple[int, int, int], num_levels: int
 
 
 def check_fit(config: ModelConfig, data: Dataset) -> None:
-    """Check that a network is for images and labels such as a dataset's.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless a network is for images and labels such as a dataset's."""
     if (config.image_shape, config.num_levels) != (data.image_shape, data.num_levels):
         raise ValueError(
             f"the model is for images {config.image_shape} of {config.num_levels} levels, "

@@ -140,7 +140,7 @@ def _training_parts(rng: np.random.Generator, num: int, height: int, width: int)
 
 
 def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> Tensor:
-    """Draw what is observed of each image of a training batch.
+    """Draw what is observed of each image of a training batch, (B, 1, H, W) bool on the device of `levels`.
 
     Of the images that get a mask: six twelfths know a top, bottom, left or right part, every other time a half; one
     the inside or the outside of a rectangle; one random pixels; one the inside or the outside of brush strokes; three
@@ -150,9 +150,6 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     Args:
         levels: (B, C, H, W) int64 in [0, num_levels).
         share: of the images that get a mask.
-
-    Returns:
-        (B, 1, H, W) bool on the device of `levels`.
     """
     num, _, height, width = levels.shape
     kind = np.where(rng.random(num) < share, rng.integers(0, 12, num), -1)
@@ -180,7 +177,7 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
 
 
 def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> Tensor:
-    """Return one of the masks that completion is scored on.
+    """Return one of the masks that completion is scored on, (B, 1, H, W) bool, True where observed.
 
     An image's mask depends on (name, its index) and its ink alone, not on the other images of the batch.
 
@@ -189,9 +186,6 @@ def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> 
             with probability 1/2); or `beginnings`, where only the first 30 % of the ink is known.
         levels: (B, C, H, W) int64 in [0, num_levels).
         first: index of the first image in its split; the others follow it.
-
-    Returns:
-        (B, 1, H, W) bool, True where observed.
     """
     num, _, height, width = levels.shape
     missing = np.zeros((num, height, width), dtype=bool)

@@ -20,11 +20,8 @@ def by_another_hand(ink: Tensor, generator: torch.Generator, strength: float = 1
     """Return images moved, scaled, turned, slanted, a little bent, and drawn with another pen.
 
     Args:
-        ink: (B, C, H, W) float in [0, 1], ink bright.
+        ink: (B, C, H, W) float in [0, 1], ink bright; so is the result.
         strength: in [0, 1], how far from the image as it is.
-
-    Returns:
-        (B, C, H, W) float in [0, 1].
     """
     num = len(ink)
 
@@ -48,12 +45,5 @@ def by_another_hand(ink: Tensor, generator: torch.Generator, strength: float = 1
 
 
 def redrawn(intensities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw images anew.
-
-    Args:
-        intensities: (B, 1, H, W) uint8, ink bright.
-
-    Returns:
-        (B, 1, H, W) int64 in {0, 1}, in crisp ink, as a canvas gives it.
-    """
+    """Draw (B, 1, H, W) uint8 intensities, ink bright, anew: int64 in {0, 1}, in crisp ink, as a canvas gives it."""
     return (by_another_hand(intensities.float() / 255, generator, STRENGTH) > 0.5).long()

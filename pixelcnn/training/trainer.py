@@ -358,11 +358,7 @@ class Trainer:
         return {name: values[name] for name in PHASE_SETTINGS}
 
     def save(self, path: Path) -> None:
-        """Write the run's state, by way of a temporary file: weights, EMA, best, optimizer, step and clock.
-
-        Raises:
-            OSError: it could not be written; the state that was there before is untouched.
-        """
+        """Write the run's state (`write_state`): weights, EMA, best, optimizer, step and clock."""
         tensors = {}
         best_is_ema = all(torch.equal(a, b) for a, b in zip(self.best, self.ema, strict=True))
         for i, parameter in enumerate(self.parameters):
@@ -393,11 +389,11 @@ class Trainer:
         state, tensors = read_state(path)
         defaults = {f.name: f.default for c in (type(self.model.config), TrainConfig) for f in fields(c)}
         for key, expected in self.description().items():
-            found = state.description[key]
+            found = state.description.get(key, {})
             if isinstance(expected, dict):
                 # An older state may lack a setting that is newer than it, or have it among those of its phases.
                 settings = {**defaults, **found, **state.phases[-1]}
-                found = {name: settings[name] for name in expected}
+                found = {name: settings.get(name) for name in expected}
                 if changed := [name for name, value in expected.items() if found[name] != value]:
                     key = f"{key} ({', '.join(changed)})"
             if found != expected:
