@@ -46,9 +46,7 @@ class Coder:
         self.engine = build_engine(model)
         self._label_model = _models.Uniform(max(model.config.num_labels, 1) + 1)  # one more for none
 
-    def encode(
-        self, levels: Tensor, labels: Tensor | None, on_images: OnImages = lambda num: None
-    ) -> tuple[bytes, float]:
+    def encode(self, levels: Tensor, labels: Tensor | None, on_images: OnImages) -> tuple[bytes, float]:
         """Return a block of images as bytes, and their nats given the labels.
 
         Args:
@@ -63,7 +61,7 @@ class Coder:
         return encoder.get_compressed().astype("<u4").tobytes(), nats
 
     def decode(
-        self, block: bytes, num_images: int, has_labels: bool, on_images: OnImages = lambda num: None
+        self, block: bytes, num_images: int, has_labels: bool, on_images: OnImages
     ) -> tuple[Tensor, Tensor | None]:
         """Return the levels and labels of a block that `encode` made.
 

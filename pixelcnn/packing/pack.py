@@ -116,7 +116,7 @@ def pack(
     if block_images is None:
         # A first batch tells how many images a block can hold.
         first = range(min(BATCH_IMAGES, source.num))
-        code, _ = coder.encode(source.read(0, first.stop), labels_of(first))
+        code, _ = coder.encode(source.read(0, first.stop), labels_of(first), lambda num: None)
         batches = math.ceil(BLOCK_BYTES / len(code) * len(first) / BATCH_IMAGES)
         block_images = min(batches * BATCH_IMAGES, MAX_BLOCK_IMAGES)
     header = Header(

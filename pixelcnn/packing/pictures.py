@@ -163,9 +163,9 @@ class Unpacked:
         self.num = 0
         self.labels: list[Tensor] = []
         self.is_folder = out.suffix not in (".npy", ".png")
-        self.labels_out = out / LABELS_FILE if self.is_folder else out.with_suffix(".labels.npy")
         check_absent(out, empty_folder=self.is_folder)
         self.new = out.with_name(f".{out.name}.new")
+        self.labels_out = self.new / LABELS_FILE if self.is_folder else out.with_suffix(".labels.npy")
         if self.is_folder:
             shutil.rmtree(self.new, ignore_errors=True)
             self.new.mkdir()
@@ -204,8 +204,7 @@ class Unpacked:
         if not self.is_folder:
             self.file.close()
         if self.labels:
-            labels_file = self.new / LABELS_FILE if self.is_folder else self.labels_out
-            np.save(labels_file, torch.cat(self.labels).numpy())
+            np.save(self.labels_out, torch.cat(self.labels).numpy())
         self.new.rename(self.out)
 
     def discard(self) -> None:

@@ -63,10 +63,10 @@ class Optimizer:
         shares: of the learning rate, for those of the model's parameters that learn at less than all of it.
     """
 
-    def __init__(self, model: nn.Module, name: str, shares: Mapping[Tensor, float] | None = None) -> None:
+    def __init__(self, model: nn.Module, name: str, shares: Mapping[Tensor, float]) -> None:
         groups: dict[bool, dict[float, list[nn.Parameter]]] = {False: {}, True: {}}  # by whether they are kernels
         for weight in model.parameters():
-            share = (shares or {}).get(weight, 1.0)
+            share = shares.get(weight, 1.0)
             groups[name == "muon" and weight.dim() == 4].setdefault(share, []).append(weight)
         adam, muon = ([{"params": w, "share": s} for s, w in groups[kernels].items()] for kernels in (False, True))
         self.parts: list[torch.optim.Optimizer] = [torch.optim.Adam(adam, betas=(0.9, 0.99), fused=True)]

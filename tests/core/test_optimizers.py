@@ -40,7 +40,7 @@ def test_each_weight_is_followed_by_one_part(architecture):
     before = {name: w.detach().clone() for name, w in model.named_parameters()}
     for w in model.parameters():
         w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
-    optimizer = Optimizer(model, "muon")
+    optimizer = Optimizer(model, "muon", {})
     optimizer.step(0.01)
     for name, w in model.named_parameters():
         moved = (w.detach() - before[name]).square().mean().sqrt().item()
@@ -57,7 +57,7 @@ def test_each_weight_is_followed_by_one_part(architecture):
 def test_after_each_step_the_sampler_is_that_of_the_new_weights(name):
     """It keeps what it has laid out as long as torch counts no change of a weight."""
     model = tiny_model("gated_pixelcnn", (1, 3, 3), 4)
-    optimizer, u = Optimizer(model, name), torch.rand(8, 1, 3, 3, dtype=torch.float64)
+    optimizer, u = Optimizer(model, name, {}), torch.rand(8, 1, 3, 3, dtype=torch.float64)
     for number in range(4):
         for w in model.parameters():
             w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(number), dtype=w.dtype)
@@ -74,7 +74,7 @@ def test_what_is_restored_goes_on_alike(name):
             optimizer.step(0.01)
 
     models = [tiny_model("gated_pixelcnn", (1, 3, 3), 2, num_labels=2) for _ in range(2)]
-    optimizers = [Optimizer(model, name) for model in models]
+    optimizers = [Optimizer(model, name, {}) for model in models]
     steps(models[0], optimizers[0], range(3))
     models[1].load_state_dict(models[0].state_dict())
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -86,7 +86,7 @@ def test_what_is_restored_goes_on_alike(name):
 
 def test_the_memory_of_another_optimizer_is_left_out():
     model = tiny_model("pixelcnn", (1, 3, 3), 2)
-    adam, muon = (Optimizer(model, name) for name in OPTIMIZERS)
+    adam, muon = (Optimizer(model, name, {}) for name in OPTIMIZERS)
     for w in model.parameters():
         w.grad = torch.ones_like(w)
     adam.step(0.01)
