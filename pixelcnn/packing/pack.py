@@ -130,7 +130,7 @@ def pack(
         engine=ENGINE,
         arithmetic=coder.engine.arithmetic,
         probe=coder.probe(),
-        names=source.names,
+        names=None if source.names == [number_name(i, source.num) for i in range(source.num)] else source.names,
     )
     start = header.to_bytes()
 

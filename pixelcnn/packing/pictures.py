@@ -53,13 +53,12 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
         num, names = len(pictures), [file.relative_to(path).as_posix() for file in pictures]
         if strange := [name for name in names if not is_plain(name)]:
             raise ValueError(f"{path}: the name {strange[0]!r} cannot be kept. Rename that file.")
-        kept = None if names == [number_name(i, num) for i in range(num)] else names
-        return Images(num, lambda i, j: _read_pngs(pictures[i:j], config, exact), kept, len(files) - num)
+        return Images(num, lambda i, j: _read_pngs(pictures[i:j], config, exact), names, len(files) - num)
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     if path.suffix == ".png":
-        kept = None if path.name == number_name(0, 1) or not is_plain(path.name) else [path.name]
-        return Images(1, lambda start, stop: _read_pngs([path], config, exact), kept)
+        names = [path.name] if is_plain(path.name) else None
+        return Images(1, lambda start, stop: _read_pngs([path], config, exact), names)
     if path.suffix == ".npy":
         array = _load_npy(path)
         return Images(_check_shape(path, array, config), lambda start, stop: _levels(path, array[start:stop], config))

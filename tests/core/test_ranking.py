@@ -61,6 +61,14 @@ def test_things_among_digits_come_first() -> None:
         assert corrected > auroc(nats, is_stranger) + 0.02
 
 
+def test_files_named_by_numbers_are_named(checkpoint, tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    for i, image in enumerate(random_levels(SHAPE, 4, 3)):
+        (tmp_path / "in" / f"{i:05}.png").write_bytes(to_png(image, 4))
+    assert sorted(rank(checkpoint, tmp_path / "in").names) == ["00000.png", "00001.png", "00002.png"]
+    assert rank(checkpoint, tmp_path / "in" / "00000.png").names == ["00000.png"]
+
+
 def test_the_table_and_the_sheet(checkpoint, tmp_path, capsys) -> None:
     levels = random_levels(SHAPE, 4, 40)
     (tmp_path / "in" / "more").mkdir(parents=True)
