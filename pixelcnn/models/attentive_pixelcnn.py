@@ -43,8 +43,8 @@ class AttentiveLayer(GatedLayer):
     """A gated layer whose horizontal gate also hears what attention found; at first it does not."""
 
     def __init__(self, config: AttentivePixelCNNConfig, context_features: int) -> None:
+        super().__init__(config, context_features, is_first=False)
         p, num_groups = config.num_features, config.num_groups
-        super().__init__("B", p, p, config.kernel_size, num_groups, config.num_labels, context_features)
         self.attention = BlockAttention(p, num_groups, config.num_heads, config.key_features, *config.image_shape[1:])
         found = colour_groups(num_groups * config.num_heads * config.key_features, num_groups)
         self.enter = masked_1x1("B", found, colour_groups(p, num_groups).repeat(2))

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.layers import ContextNetwork, LabelNetwork, masked_1x1, scaled
-from pixelcnn.models.maps import NEVER_WAITS, Label, Map
+from pixelcnn.models.maps import NEVER_WAITS, Map
 from pixelcnn.models.masks import colour_groups
-from pixelcnn.models.outputs import OUTPUTS, Output
+from pixelcnn.models.outputs import Categorical, LogisticMixture
 
 # Labels less probable than this are dropped before one is drawn; of more than ten the limit is 1 / (2 num_labels).
 MIN_LABEL_PROB = 0.05
@@ -100,7 +100,7 @@ class AutoregressiveModel(nn.Module):
         self.config = config
         self.layer_config = config.of_joint()
         num_groups = config.num_groups
-        self.output: Output = OUTPUTS[config.output](config)
+        self.output = LogisticMixture(config) if config.num_mixtures else Categorical(config)
         head = colour_groups(config.head_features, num_groups)
         logits = colour_groups(self.output.num_parameters, num_groups)
         self.head = masked_1x1("B", colour_groups(in_maps, num_groups), head)
@@ -168,7 +168,7 @@ class AutoregressiveModel(nn.Module):
         """
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)
-        label: Any = Label() if self.config.num_labels else None
+        label: Any = Map("labels", (), None, 0, NEVER_WAITS) if self.config.num_labels else None
         context: Any = None
         if features := self.layer_config.context_features:
             context = Map("context", (), None, features, NEVER_WAITS)
@@ -177,10 +177,6 @@ class AutoregressiveModel(nn.Module):
         if logits.lead > -1 if logits.turns is None else bool((logits.turns > due).any()):
             raise ValueError(f"{type(self).__name__} is not causal: its logits see the pixel itself, or later ones.")
         return logits
-
-    def scale(self, levels: Tensor) -> Tensor:
-        """Return levels as the network sees them, in [-1, 1] and in the dtype of the weights."""
-        return scaled(levels, self.config.num_levels, self.head.weight.dtype)
 
     def context(self, drawing: Tensor | None, observed: Tensor | None) -> Tensor | None:
         """Return the map of a drawing that enters every layer; None without a drawing or without a context network.
@@ -231,8 +227,8 @@ class AutoregressiveModel(nn.Module):
             check_observed(drawing, observed, config, "drawing")
             if self.completer is not None:
                 return self._of_both(levels, label, drawing, observed)
-        features = self.features(self.scale(levels), label, self.context(drawing, observed))
-        hidden = F.relu(self.head(F.relu(features)))
+        x = scaled(levels, config.num_levels, self.head.weight.dtype)
+        hidden = F.relu(self.head(F.relu(self.features(x, label, self.context(drawing, observed)))))
         if config.output == "categorical":
             return self.output.shaped(self.logits(hidden))
         # Rounded to bfloat16, means and scales would cost tenths of a bit.
@@ -241,12 +237,11 @@ class AutoregressiveModel(nn.Module):
 
     def _of_both(self, levels: Tensor, label: Tensor | None, drawing: Tensor, observed: Tensor) -> Tensor:
         """Return the logits of each image from the network that it is for; there is a completer."""
-        found, indices = [], []
-        for network, index in self.networks(observed):
+        found, parts = [], self.networks(observed)
+        for network, index in parts:
             seen = (None, None) if network is self else (drawing[index], observed[index])
             found.append(network(levels[index], None if label is None else label[index], *seen))
-            indices.append(index)
-        return torch.cat(found)[torch.cat(indices).argsort()]
+        return torch.cat(found)[torch.cat([index for _, index in parts]).argsort()]
 
 
 def joint_parameters(model: AutoregressiveModel) -> list[nn.Parameter]:

@@ -41,35 +41,26 @@ class GatedLayer(nn.Module):
     spot without a leak.
     """
 
-    def __init__(
-        self,
-        mask_type: str,
-        in_maps: int,
-        num_features: int,
-        kernel_size: int,
-        num_groups: int,
-        num_labels: int,
-        context_features: int = 0,
-    ):
+    def __init__(self, config: GatedPixelCNNConfig, context_features: int, is_first: bool) -> None:
         super().__init__()
-        half = kernel_size // 2
-        inputs = colour_groups(in_maps, num_groups)
-        features = colour_groups(num_features, num_groups)
+        p, num_groups, num_labels = config.num_features, config.num_groups, config.num_labels
+        mask_type, in_maps = ("A", config.image_shape[0]) if is_first else ("B", p)
+        features = colour_groups(p, num_groups)
         gates = features.repeat(2)  # tanh and sigmoid halves, each in colour groups
         # The link's shift already hides the current row, so the vertical stack needs no colour mask.
-        self.v_conv = MaskedConv2d(torch.ones(2 * num_features, in_maps, half + 1, kernel_size), right=half)
-        self.h_conv = MaskedConv2d(row_mask(mask_type, kernel_size, inputs, gates), right=0)
-        self.link = Pointwise(2 * num_features, 2 * num_features)
+        half = config.kernel_size // 2
+        self.v_conv = MaskedConv2d(torch.ones(2 * p, in_maps, half + 1, config.kernel_size), right=half)
+        mask = row_mask(mask_type, config.kernel_size, colour_groups(in_maps, num_groups), gates)
+        self.h_conv = MaskedConv2d(mask, right=0)
+        self.link = Pointwise(2 * p, 2 * p)
         self.h_out = masked_1x1("B", features, features)
-        self.has_residual = mask_type == "B"  # the first layer's input is the image
-        self.v_label_bias = LabelBias(num_labels, 2 * num_features) if num_labels else None
-        self.h_label_bias = LabelBias(num_labels, 2 * num_features) if num_labels else None
-        self.v_context = context_projection(context_features, 2 * num_features)
-        self.h_context = context_projection(context_features, 2 * num_features)
+        self.has_residual = not is_first  # its input is the image
+        self.v_label_bias = LabelBias(num_labels, 2 * p) if num_labels else None
+        self.h_label_bias = LabelBias(num_labels, 2 * p) if num_labels else None
+        self.v_context = context_projection(context_features, 2 * p)
+        self.h_context = context_projection(context_features, 2 * p)
 
-    def forward(
-        self, v: Tensor, h: Tensor, label: Tensor | None, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, v: Tensor, h: Tensor, label: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return both stacks' features after the layer, each (B, p, H, W).
 
         Args:
@@ -92,7 +83,7 @@ class GatedLayer(nn.Module):
         """Return what enters the horizontal gate, (B, 2p, H, W), without biases: a subclass adds to it.
 
         Args:
-            v, h: (B, p, H, W), the layer's inputs; the image itself in the first layer.
+            v, h: the layer's inputs, as `forward` takes them.
             v_gates: (B, 2p, H, W), the vertical stack's, before biases and gate.
         """
         return self.h_conv(h) + self.link(shift_down(v_gates))
@@ -110,10 +101,7 @@ class GatedPixelCNN(AutoregressiveModel):
 
     def make_layer(self, number: int) -> GatedLayer:
         """Return a layer with fresh weights; the first sees the image, through mask A."""
-        config = self.config
-        mask_type, in_maps = ("B", config.num_features) if number else ("A", config.image_shape[0])
-        sizes = (in_maps, config.num_features, config.kernel_size, config.num_groups, config.num_labels)
-        return GatedLayer(mask_type, *sizes, self.layer_config.context_features)
+        return GatedLayer(self.config, self.layer_config.context_features, is_first=number == 0)
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         v = h = x

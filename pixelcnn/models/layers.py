@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.models.maps import NEVER_WAITS, Map, convolved, gated, is_symbolic
+from pixelcnn.models.maps import NEVER_WAITS, Map
 from pixelcnn.models.masks import centre_mask
 
 
@@ -24,22 +24,43 @@ def scaled(levels: Tensor, num_levels: int, dtype: torch.dtype) -> Tensor:
 
 
 class Block(nn.Module):
-    """A layer that samplers know how to compute bit by bit: called with symbolic maps it describes what it does.
-
-    A convolution's kernel has its centre in its last row, `right` columns from the right end.
-    """
-
-    right = 0
+    """A layer that samplers know how to compute bit by bit: called with symbolic maps it describes what it does."""
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.described(*inputs) if is_symbolic(*inputs) else super().__call__(*inputs)
+        is_symbolic = any(isinstance(x, Map) for x in inputs)
+        return self.described(*inputs) if is_symbolic else super().__call__(*inputs)
 
     def described(self, *inputs: Any) -> Map:
         """Return what the block makes of symbolic maps."""
         raise ValueError(f"no sampler follows from {type(self).__name__}: it does not say what it computes.")
 
 
-class MaskedConv2d(Block):
+class Convolution(Block):
+    """A convolution whose kernel has its centre in its last row, `right` columns from the right end."""
+
+    right = 0
+    weight: Tensor
+
+    def masked_weight(self) -> Tensor:  # (out, in, kh, kw)
+        return self.weight
+
+    def taps(self) -> Tensor:
+        """Return where the kernel can be anything but zero: (out, in, kh, kw) bool."""
+        return torch.ones_like(self.weight, dtype=torch.bool)
+
+    def described(self, x: Map) -> Map:
+        taps = self.taps()
+        num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right
+        used = taps.any(dim=1).any(dim=0)  # (kh, kw)
+        offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]
+        lead = max((x.lead + offset for offset in offsets), default=NEVER_WAITS)
+        turns = None
+        if x.turns is not None and offsets and offsets[-1] == 0 and not bool(used[-1, centre + 1 :].any()):
+            turns = torch.where(taps[:, :, -1, centre], x.turns, 0).amax(dim=1)
+        return Map("conv", (x,), self, taps.shape[0], lead, turns)
+
+
+class MaskedConv2d(Convolution):
     """A convolution whose kernel is multiplied by a mask and only ever reaches up and left.
 
     Args:
@@ -65,31 +86,18 @@ class MaskedConv2d(Block):
         """Return the masked convolution, of the same height and width: (B, in, H, W) -> (B, out, H, W)."""
         return F.conv2d(F.pad(x, self.padding), self.masked_weight(), self.bias)
 
-    def masked_weight(self) -> Tensor:  # (out, in, kh, kw)
+    def masked_weight(self) -> Tensor:
         return self.weight * self.mask
 
     def taps(self) -> Tensor:
-        """Return where the kernel can be anything but zero: (out, in, kh, kw) bool."""
         return self.mask != 0
 
-    def described(self, x: Map) -> Map:
-        return convolved(x, self)
 
-
-class Pointwise(Block, nn.Conv2d):
+class Pointwise(Convolution, nn.Conv2d):
     """A 1x1 convolution without a mask."""
 
     def __init__(self, in_maps: int, out_maps: int, bias: bool = True) -> None:
         super().__init__(in_maps, out_maps, 1, bias=bias)
-
-    def masked_weight(self) -> Tensor:  # (out, in, 1, 1)
-        return self.weight
-
-    def taps(self) -> Tensor:
-        return torch.ones_like(self.weight, dtype=torch.bool)
-
-    def described(self, x: Map) -> Map:
-        return convolved(x, self)
 
 
 def masked_1x1(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> MaskedConv2d:
@@ -231,8 +239,9 @@ def context_projection(context_features: int, num_maps: int) -> Pointwise | None
 
 def gate(x: Any) -> Any:
     """Return tanh of the first half of the maps times sigmoid of the second: (B, 2p, H, W) -> (B, p, H, W)."""
-    if isinstance(x, Map):
-        return gated(x)
+    if isinstance(x, Map):  # known when both of its halves are
+        turns = None if x.turns is None else x.turns.view(2, -1).amax(dim=0)
+        return Map("gate", (x,), None, x.num_channels // 2, x.lead, turns)
     # Copied first: torch has slow loops for halves of each pixel's maps, above all in bfloat16.
     a, b = (half.contiguous(memory_format=torch.channels_last) for half in x.chunk(2, dim=1))
     return torch.tanh(a) * torch.sigmoid(b)

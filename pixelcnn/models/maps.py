@@ -23,7 +23,7 @@ class Map:
     """A map of features (channels, H, W) that is not computed, only described.
 
     Args:
-        op: `image`, `context`, `constant`, `label`, `conv`, `add`, `shift`, `relu`, `gate` or `attend`.
+        op: `image`, `context`, `constant`, `labels`, `label`, `conv`, `add`, `shift`, `relu`, `gate` or `attend`.
         inputs: the maps that it is made of.
         block: the module that makes it, if one does.
         num_channels: its channels.
@@ -93,40 +93,6 @@ def combined(op: str, inputs: tuple[Map, ...]) -> Map:
     return Map(op, inputs, None, inputs[0].num_channels, lead, together)
 
 
-def convolved(x: Map, block: Any) -> Map:
-    """Return the map that a convolution makes.
-
-    Args:
-        block: has `weight`, (out, in, kh, kw), and perhaps `bias` and `mask`. Its `taps()` say where the weight can be
-            anything but zero; the centre is in the last row, `right` columns from the right end.
-    """
-    taps, right = block.taps(), block.right
-    num_rows = taps.shape[2]
-    used = taps.any(dim=1).any(dim=0)  # (kh, kw)
-    offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]
-    lead = max((x.lead + offset for offset in offsets), default=NEVER_WAITS)
-    turns = None
-    if x.turns is not None and offsets and offsets[-1] == 0 and not bool(used[-1, used.shape[1] - right :].any()):
-        centre = taps[:, :, -1, used.shape[1] - right - 1]  # (out, in)
-        turns = torch.where(centre, x.turns, 0).amax(dim=1)
-    return Map("conv", (x,), block, taps.shape[0], lead, turns)
-
-
-def gated(x: Map) -> Map:
-    """Return the map that a gate makes: half as many channels, each known when both of its halves are."""
-    turns = None if x.turns is None else x.turns.view(2, -1).amax(dim=0)
-    return Map("gate", (x,), None, x.num_channels // 2, x.lead, turns)
-
-
 def row_matrix(kernel: Tensor) -> Tensor:
     """Return what a window, column by column, contributes: (out, in, columns) -> (columns * in, out)."""
     return kernel.permute(2, 1, 0).flatten(0, 1)
-
-
-class Label:
-    """Stands for the labels of a batch where a network is only described."""
-
-
-def is_symbolic(*values: object) -> bool:
-    """Return whether one of the values stands for what is not computed."""
-    return any(isinstance(value, (Map, Label)) for value in values)

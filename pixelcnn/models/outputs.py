@@ -9,8 +9,6 @@ colour's conditional is a mixture, too, whose weights are those of the component
 0 and K - 1 take the tails, so that the K probabilities of a component sum to one. The parameters are float32 or better.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,41 +18,20 @@ from pixelcnn.config import ModelConfig
 MIN_LOG_SCALE = -7.0  # of a logistic distribution of levels in [-1, 1]
 
 
-class Output(Protocol):
-    """An output distribution. What a network returns are its `parameters`, of all sub-pixels or of one pixel."""
-
-    num_parameters: int  # maps of the last layer
-    num_per_draw: int  # of them, those that a colour is drawn from
-
-    def shaped(self, maps: Tensor) -> Tensor:
-        """Return the last layer's maps, (B, num_parameters, ...), as a network returns them."""
-
-    def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
-        """Return log p(x_i | x_1, ..., x_{i-1}) of (B, C, H, W) int64 levels: (B, C, H, W) nats, float32 or better."""
-
-    def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
-        """Return the log-probability of each level of a colour, up to a constant: (B, K, ...).
-
-        Args:
-            parameters: of the pixels meant, (B, ..., ...).
-            earlier: (B, colour or more, ...) int64, the pixels' levels of the colours before this one.
-        """
-
-    def distribution(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
-        """Return what the levels' probabilities follow from, (B, any, ...): if it stays the same, so do they."""
-
-
 class Categorical:
     """A softmax over the K levels of each colour; the parameters are logits, (B, K, C, ...)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.num_levels = self.num_per_draw = config.num_levels
-        self.num_parameters = config.image_shape[0] * config.num_levels
+        self.num_levels = config.num_levels
+        self.num_parameters = config.image_shape[0] * config.num_levels  # maps of the last layer
+        self.num_per_draw = config.num_levels  # of them, those that a colour is drawn from
 
     def shaped(self, maps: Tensor) -> Tensor:
+        """Return the last layer's maps, (B, num_parameters, ...), as a network returns them: the parameters."""
         return maps.unflatten(1, (-1, self.num_levels)).transpose(1, 2)
 
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
+        """Return log p(x_i | x_1, ..., x_{i-1}) of (B, C, H, W) int64 levels: (B, C, H, W) nats, float32 or better."""
         # Levels last, the order in which the network leaves them: for 256 levels of colour images this makes a whole
         # training step a sixth faster than the softmax over dim 1.
         logits = parameters.permute(0, 3, 4, 2, 1)  # (B, H, W, C, K)
@@ -64,9 +41,16 @@ class Categorical:
         return -nats.view(targets.shape).permute(0, 3, 1, 2)
 
     def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+        """Return the log-probability of each level of a colour, up to a constant: (B, K, ...).
+
+        Args:
+            parameters: of all pixels or of some, (B, ..., ...).
+            earlier: (B, colour or more, ...) int64, the pixels' levels of the colours before this one.
+        """
         return parameters[:, :, colour]
 
     def distribution(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
+        """Return what the levels' probabilities follow from, (B, any, ...): if it stays the same, so do they."""
         return self.level_logits(parameters, colour, earlier).softmax(dim=1)
 
 
@@ -74,15 +58,14 @@ class LogisticMixture:
     """`num_mixtures` (M) discretised logistic distributions over whole pixels; the parameters are (B, P, ...).
 
     They are, in this order: M logits of the weights; for each colour M means and M log-scales of levels in [-1, 1]; for
-    each pair of an earlier and a later colour M coefficients, before a tanh.
+    each pair of an earlier and a later colour M coefficients, before a tanh. What is asked of an output: `Categorical`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.num_colours, self.num_levels = config.image_shape[0], config.num_levels
         self.num_mixtures = config.num_mixtures
         pairs = self.num_colours * (self.num_colours - 1) // 2
-        self.num_parameters = self.num_mixtures * (1 + 2 * self.num_colours + pairs)
-        self.num_per_draw = self.num_parameters
+        self.num_parameters = self.num_per_draw = self.num_mixtures * (1 + 2 * self.num_colours + pairs)
 
     def shaped(self, maps: Tensor) -> Tensor:
         return maps
@@ -104,15 +87,8 @@ class LogisticMixture:
             means = means + torch.tanh(maps[:, first + before]) * self.scaled(earlier[:, before, None], means)
         return means, torch.exp(-maps[:, 1 + self.num_colours + colour].clamp(min=MIN_LOG_SCALE))
 
-    def component_log_probs(self, parameters: Tensor, colour: int, levels: Tensor, earlier: Tensor) -> Tensor:
-        """Return log P_i of each component i for a colour's level: (B, M, ...).
-
-        Args:
-            levels: int64, that broadcast with (B, M, ...).
-        """
-        return self._log_probs(*self.components(parameters, colour, earlier), levels)
-
-    def _log_probs(self, means: Tensor, inverse: Tensor, levels: Tensor) -> Tensor:
+    def component_log_probs(self, means: Tensor, inverse: Tensor, levels: Tensor) -> Tensor:
+        """Return log P_i of each component i for levels that broadcast with (B, M, ...)."""
         half = inverse / (self.num_levels - 1)  # half a level's width, in scales
         centre = (self.scaled(levels, means) - means) * inverse
         upper, lower = centre + half, centre - half
@@ -126,7 +102,8 @@ class LogisticMixture:
         total = parameters[:, : self.num_mixtures].log_softmax(dim=1)
         before, found = total.logsumexp(dim=1), []
         for colour in range(self.num_colours):
-            total = total + self.component_log_probs(parameters, colour, levels[:, colour, None], levels)
+            components = self.components(parameters, colour, levels)
+            total = total + self.component_log_probs(*components, levels[:, colour, None])
             after = total.logsumexp(dim=1)
             found.append(after - before)
             before = after
@@ -136,7 +113,8 @@ class LogisticMixture:
         """Return the logits of a colour's components, given the colours before it: (B, M, ...)."""
         weights = parameters[:, : self.num_mixtures]
         for before in range(colour):
-            weights = weights + self.component_log_probs(parameters, before, earlier[:, before, None], earlier)
+            components = self.components(parameters, before, earlier)
+            weights = weights + self.component_log_probs(*components, earlier[:, before, None])
         return weights
 
     def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
@@ -144,7 +122,7 @@ class LogisticMixture:
         levels = torch.arange(self.num_levels, device=parameters.device).view(1, -1, 1, *[1] * (parameters.dim() - 2))
         # The levels' axis before that of the components.
         means, inverse = (x[:, None] for x in self.components(parameters, colour, earlier))
-        return (weights[:, None] + self._log_probs(means, inverse, levels)).logsumexp(dim=2)
+        return (weights[:, None] + self.component_log_probs(means, inverse, levels)).logsumexp(dim=2)
 
     def distribution(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
         means, inverse = self.components(parameters, colour, earlier)
@@ -171,9 +149,3 @@ def draw_level(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
     cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
     # Rounding can leave the last entry just below 1: the last level is what remains.
     return (cumulative[..., :-1] <= u.double()[..., None]).sum(dim=-1)
-
-
-OUTPUTS: dict[str, type[Categorical] | type[LogisticMixture]] = {
-    "categorical": Categorical,
-    "logistic_mixture": LogisticMixture,
-}

@@ -1,7 +1,6 @@
 """PixelCNN, van den Oord et al. 2016, arXiv:1601.06759: a stack of masked convolutions in residual blocks.
 
-Departures: a label enters the residual blocks as a bias, as it enters the gates of Gated PixelCNN (the paper has no
-labels), and so does the map of a drawing. Not implemented: the multi-scale PixelCNN, the recurrent networks.
+Departures: see base.py and layers.py. Not implemented: the multi-scale PixelCNN, the recurrent networks.
 """
 
 from dataclasses import dataclass
@@ -43,27 +42,20 @@ class ResidualBlock(nn.Module):
     Also gives the skip connection's contribution to the head.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        head_features: int,
-        kernel_size: int,
-        num_groups: int,
-        num_labels: int,
-        context_features: int = 0,
-    ):
+    def __init__(self, config: PixelCNNConfig, context_features: int) -> None:
         super().__init__()
-        outer = colour_groups(2 * num_features, num_groups)
-        inner = colour_groups(num_features, num_groups)
-        head = colour_groups(head_features, num_groups)
+        h, num_groups = config.num_features, config.num_groups
+        outer, inner = colour_groups(2 * h, num_groups), colour_groups(h, num_groups)
+        head = colour_groups(config.head_features, num_groups)
         self.reduce = masked_1x1("B", outer, inner)
-        self.conv = MaskedConv2d(raster_mask("B", kernel_size, inner, inner), right=kernel_size // 2)
+        mask = raster_mask("B", config.kernel_size, inner, inner)
+        self.conv = MaskedConv2d(mask, right=config.kernel_size // 2)
         self.expand = masked_1x1("B", inner, outer)
         self.skip = masked_1x1("B", inner, head)
-        self.label_bias = LabelBias(num_labels, num_features) if num_labels else None
-        self.context = context_projection(context_features, num_features)
+        self.label_bias = LabelBias(config.num_labels, h) if config.num_labels else None
+        self.context = context_projection(context_features, h)
 
-    def forward(self, x: Tensor, label: Tensor | None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the residual stream after the block, (B, 2h, H, W), and what it adds to the head, (B, head, H, W).
 
         Args:
@@ -96,17 +88,8 @@ class PixelCNN(AutoregressiveModel):
         first_mask = raster_mask("A", config.first_kernel_size, colour_groups(config.image_shape[0], num_groups), outer)
         self.first = MaskedConv2d(first_mask, right=config.first_kernel_size // 2)
         self.first_skip = masked_1x1("B", outer, colour_groups(config.head_features, num_groups))
-        self.blocks = nn.ModuleList(
-            ResidualBlock(
-                config.num_features,
-                config.head_features,
-                config.kernel_size,
-                num_groups,
-                config.num_labels,
-                self.layer_config.context_features,
-            )
-            for _ in range(config.num_blocks)
-        )
+        context_features = self.layer_config.context_features
+        self.blocks = nn.ModuleList(ResidualBlock(config, context_features) for _ in range(config.num_blocks))
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         x = self.first(x)  # (B, 2h, H, W)

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pixelcnn.models.gated_pixelcnn import GatedLayer
+from pixelcnn.models.gated_pixelcnn import GatedLayer, GatedPixelCNNConfig
 from pixelcnn.models.layers import LabelBias, MaskedConv2d, gate, masked_1x1, shift_down
 from pixelcnn.models.masks import colour_groups, raster_mask, row_mask
-from pixelcnn.models.pixelcnn import ResidualBlock
+from pixelcnn.models.pixelcnn import PixelCNNConfig, ResidualBlock
 from tests.core.test_masks import full_mask
 
 SIZES = [(4, 4), (3, 5), (1, 5), (5, 1), (1, 1)]
@@ -83,31 +83,40 @@ def changed_maps(layer, x: torch.Tensor, in_map: int) -> list[int]:
     return (layer(x) != layer(other))[0, :, 1, 1].nonzero().flatten().tolist()
 
 
+def gated_layer(num_colours: int, num_features: int, is_first: bool = False) -> GatedLayer:
+    shape = (num_colours, 3, 3)
+    config = GatedPixelCNNConfig(
+        image_shape=shape, num_levels=2, num_features=num_features, num_layers=2, kernel_size=3
+    )
+    return GatedLayer(config, 0, is_first)
+
+
 @pytest.mark.parametrize(
-    ("mask_type", "expected"),
+    ("is_first", "expected"),
     [
-        # Of six maps, two per colour: what each of them (a red, a red, a green, ...) changes at its own pixel.
-        ("A", [[2, 3, 4, 5], [2, 3, 4, 5], [4, 5], [4, 5], [], []]),
-        ("B", [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [2, 3, 4, 5], [4, 5], [4, 5]]),
+        # What each input map changes at its own pixel: of three colours, by mask A; of two maps per colour, by mask B.
+        (True, [[2, 3, 4, 5], [4, 5], []]),
+        (False, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [2, 3, 4, 5], [4, 5], [4, 5]]),
     ],
 )
-def test_colour_groups_of_the_gated_layer(mask_type, expected):
+def test_colour_groups_of_the_gated_layer(is_first, expected):
     torch.manual_seed(0)
-    layer = GatedLayer(mask_type, 6, 6, 3, num_groups=3, num_labels=0).double()
-    x = torch.randn(1, 6, 3, 3, dtype=torch.float64)
-    assert [changed_maps(lambda h: layer(x, h, None)[1], x, i) for i in range(6)] == expected
+    layer = gated_layer(3, 6, is_first).double()
+    x = torch.randn(1, len(expected), 3, 3, dtype=torch.float64)
+    assert [changed_maps(lambda h: layer(x, h, None, None)[1], x, i) for i in range(len(expected))] == expected
 
 
 def test_colour_groups_of_the_residual_block_and_the_1x1s():
     torch.manual_seed(0)
-    block = ResidualBlock(3, 6, 3, num_groups=3, num_labels=0).double()
+    config = PixelCNNConfig(image_shape=(3, 3, 3), num_levels=2, num_features=3, num_blocks=1)
+    block = ResidualBlock(config, 0).double()
     x = torch.rand(1, 6, 3, 3, dtype=torch.float64) + 0.1
     with torch.no_grad():
         for conv in (block.reduce, block.conv, block.expand, block.skip):
             conv.weight.abs_()  # no ReLU is shut
     later = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [2, 3, 4, 5], [4, 5], [4, 5]]
-    assert [changed_maps(lambda y: block(y, None)[0], x, i) for i in range(6)] == later
-    assert [changed_maps(lambda y: block(y, None)[1], x, i) for i in range(6)] == later
+    assert [changed_maps(lambda y: block(y, None, None)[0], x, i) for i in range(6)] == later
+    assert [changed_maps(lambda y: block(y, None, None)[1], x, i) for i in range(6)] == later
     conv = masked_1x1("A", colour_groups(3, 3), colour_groups(3, 3)).double()
     assert [changed_maps(conv, x[:, :3], i) for i in range(3)] == [[1, 2], [2], []]
 
@@ -115,28 +124,28 @@ def test_colour_groups_of_the_residual_block_and_the_1x1s():
 def test_residual_is_on_the_horizontal_stack_and_not_in_the_first_layer():
     torch.manual_seed(0)
     v, h = torch.randn(2, 1, 4, 3, 3)
-    for mask_type in ("A", "B"):
-        layer = GatedLayer(mask_type, 4, 4, 3, num_groups=1, num_labels=0)
+    for is_first in (True, False):
+        layer = gated_layer(4, 4, is_first)
         with torch.no_grad():
             layer.h_out.weight.zero_()
-        assert torch.equal(layer(v, h, None)[1], h if mask_type == "B" else torch.zeros_like(h))
+        assert torch.equal(layer(v, h, None, None)[1], torch.zeros_like(h) if is_first else h)
         with torch.no_grad():
             layer.v_conv.weight.zero_()
-        assert not layer(v, h, None)[0].any()
+        assert not layer(v, h, None, None)[0].any()
 
 
 def test_link_shows_the_rows_above_only():
     torch.manual_seed(0)
-    layer = GatedLayer("B", 4, 4, 3, num_groups=1, num_labels=0).double()
+    layer = gated_layer(1, 4).double()
     v, h = torch.randn(2, 1, 4, 4, 3, dtype=torch.float64)
     other = v.clone()
     other[:, :, 1] += 1
-    changed = (layer(v, h, None)[1] != layer(other, h, None)[1])[0].any(dim=(0, 2))
+    changed = (layer(v, h, None, None)[1] != layer(other, h, None, None)[1])[0].any(dim=(0, 2))
     assert changed.tolist() == [False, False, True, True]  # the kernel reaches one row further up
 
 
 def test_vertical_stack_does_not_read_the_horizontal_one():
     torch.manual_seed(0)
-    layer = GatedLayer("B", 4, 4, 3, num_groups=1, num_labels=0)
+    layer = gated_layer(1, 4)
     v, h = torch.randn(2, 1, 4, 3, 3)
-    assert torch.equal(layer(v, h, None)[0], layer(v, torch.randn_like(h), None)[0])
+    assert torch.equal(layer(v, h, None, None)[0], layer(v, torch.randn_like(h), None, None)[0])
