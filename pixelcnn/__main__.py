@@ -33,8 +33,7 @@ from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, 
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
 from pixelcnn.packing import pack, rank, unpack
-from pixelcnn.sampling.ahead import compile_sampler
-from pixelcnn.sampling.fast import sample
+from pixelcnn.sampling.fast import compile_sampler, sample
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
 
 # What the dataset fixes; and the completer and the label network, which the pipeline trains as parts of their own.

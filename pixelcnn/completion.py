@@ -8,6 +8,7 @@ every missing pixel comes after every observed one (a lower half, say).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from pixelcnn.likelihood import completion_log_prob, log_prob, pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.observed import ink_of
-from pixelcnn.sampling.fast import Score, sample, sample_and_score
-from pixelcnn.sampling.naive import OnRow
+from pixelcnn.sampling.fast import draw, sample
+from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas
 
 
 def complete(
@@ -51,6 +52,7 @@ def complete(
     return sample(model, u, label, temperature, drawing=image, observed=observed, on_row=on_row)
 
 
+@torch.no_grad()
 def complete_and_score(
     model: AutoregressiveModel,
     image: Tensor,
@@ -59,22 +61,43 @@ def complete_and_score(
     label: Tensor | None = None,
     temperature: float = 1.0,
     on_row: OnRow | None = None,
-) -> tuple[Tensor, Score]:
+) -> tuple[Tensor, Callable[..., Tensor]]:
     """Complete as `complete` does; return also a function that gives the log-probability of the result.
 
     The compiled sampler has that from the logits that it draws from, equal within rounding to `completion_log_prob`,
     for one more pass for each other label that a drawing may have; with the other samplers it costs forward passes.
 
     Returns:
-        (B, C, H, W) int64 levels; and score(images, on_row) -> (B,) float64 nats, log p(missing | observed).
+        (B, C, H, W) int64 levels; and score(images, on_row) -> (B,) float64 nats, log p(missing | observed) at
+        temperature 1, of a slice of the images, all if left out. `on_row` is called after each row of another pass.
     """
-    levels, score = sample_and_score(model, u, label, temperature, image, observed, on_row)
+    canvas = new_canvas(model, u, label, temperature, image, observed, on_row)
+    levels, nats = draw(model, canvas)
 
-    def score_by_network(images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
-        given = None if label is None else label[images]
-        return completion_log_prob(model, levels[images], observed[images], given).double()
+    @torch.no_grad()
+    def score(images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
+        if nats is None:
+            given = None if label is None else label[images]
+            return completion_log_prob(model, levels[images], observed[images], given).double()
+        if canvas.label_log_probs is None:
+            return nats[images]
+        # Drawn with another label the same pixels have another probability.
+        terms = canvas.label_log_probs[images].clone()
+        drawn = (torch.arange(len(terms)), canvas.label[images] + 1)
+        terms[drawn] += nats[images]
+        others = terms.isfinite()
+        others[drawn] = False
+        index, column = others.nonzero(as_tuple=True)
+        if len(index):
+            missing, done = canvas.missing[images][index], levels[images][index]
+            known = torch.where(missing[:, None], 0, done)
+            scored = Canvas((done + 1).double(), column - 1, 1.0, known, missing, on_row)
+            scores = draw(model, scored)[1]
+            assert scores is not None
+            terms[index, column] += scores
+        return terms.logsumexp(dim=1)
 
-    return levels, score or score_by_network
+    return levels, score
 
 
 def resample(

@@ -27,8 +27,7 @@ from pixelcnn.checkpoint import SCORES_FILE, load_with_hash, released, sha256_of
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.registry import model_name
-from pixelcnn.sampling.ahead import compile_in_background, compile_sampler
-from pixelcnn.sampling.fast import warm_up
+from pixelcnn.sampling.fast import compile_in_background, compile_sampler, warm_up
 
 logger = logging.getLogger("bentoml.pixelcnn")
 

@@ -73,22 +73,6 @@ def check_observed(image: Tensor, observed: Tensor, config: ModelConfig, name: s
     check_levels(torch.where(observed, image, 0), config, f"{name} (where observed)")
 
 
-def check_noise(u: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless `u` is (B, C, H, W) float in [0, 1)."""
-    if u.dim() != 4 or tuple(u.shape[1:]) != image_shape:
-        raise ValueError(f"u must have shape (B, {', '.join(map(str, image_shape))}), got {tuple(u.shape)}.")
-    if not u.is_floating_point():
-        raise ValueError(f"u must be uniform noise of a float dtype, got {u.dtype}.")
-    if not bool(((u >= 0) & (u < 1)).all()):
-        raise ValueError("u must lie in [0, 1), as torch.rand gives it.")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless the temperature is a finite number of at least 0."""
-    if not math.isfinite(temperature) or temperature < 0:
-        raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
-
-
 class AutoregressiveModel(nn.Module):
     """What all architectures share: input checks and scaling, the context network, the two 1x1 layers of the head.
 

@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from pixelcnn.models.attention import BLOCK, Attention
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.outputs import draw_level
-from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas, sample_by_network
+from pixelcnn.sampling.naive import Canvas, new_canvas, sample_by_network
 from pixelcnn.sampling.plan import Buffer, Step, make_plan
 
 logger = logging.getLogger(__name__)
@@ -32,31 +33,9 @@ MAX_BATCH = 256  # images that are sampled together; a larger batch is split
 
 
 @torch.no_grad()
-def cached_sample(
-    model: AutoregressiveModel,
-    u: Tensor,
-    label: Tensor | None = None,
-    temperature: float = 1.0,
-    drawing: Tensor | None = None,
-    observed: Tensor | None = None,
-    on_row: OnRow | None = None,
-) -> Tensor:
-    """Sample images in raster order: the arguments and the result are those of `naive_sample`.
-
-    Equal to it in float64; in float32 a level can differ where `u` lies within rounding of a boundary between two.
-
-    Args:
-        on_row: called after each finished row; what it raises stops the sampling.
-
-    Returns:
-        (B, C, H, W) int64 levels in [0, K).
-
-    Raises:
-        ValueError: a shape, dtype or range differs from what `naive_sample` asks for.
-    """
-    return sample_by_network(
-        sample_missing, model, new_canvas(model, u, label, temperature, drawing, observed, on_row)
-    )[0]
+def cached_sample(model: AutoregressiveModel, u: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    """Sample images in raster order: the arguments and the result are those of `fast.sample`."""
+    return sample_by_network(sample_missing, model, new_canvas(model, u, *arguments, **named))[0]
 
 
 def sample_missing(model: AutoregressiveModel, canvas: Canvas) -> None:

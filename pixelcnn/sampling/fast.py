@@ -7,21 +7,25 @@ import importlib
 import logging
 import math
 import queue
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.gated_pixelcnn import GatedPixelCNNConfig
+from pixelcnn.models.registry import build_model
 from pixelcnn.sampling import cached
 from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas, sample_by_network
 
@@ -33,20 +37,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH_IMAGES = 4  # that a thread samples as one batch
 
 
-class Score(Protocol):
-    """A deferred score: call it for the log-probability of images that were drawn."""
-
-    def __call__(self, images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
-        """Return (B,) float64 nats of these images: log p(missing | observed) at temperature 1.
-
-        Args:
-            images: which of the batch.
-            on_row: called after each row if the score needs another pass; what it raises stops it.
-        """
-
-
 _engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
-_notices: set[str] = set()
 _num_threads: int | None = None  # of the sampler; None: as many as torch has
 _compiling: threading.Thread | None = None  # compiles the sampler in the background
 
@@ -83,14 +74,22 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
     return known[1]
 
 
-def _choose(model: AutoregressiveModel) -> str:
-    """Return `engine_name` up to the colon; say once in the log why it is not the compiled sampler."""
+@cache
+def _say_once(name: str) -> None:
+    logger.log(logging.DEBUG if name == "cached, compiled" else logging.WARNING, "sampling %s", name)
+
+
+def draw(model: AutoregressiveModel, canvas: Canvas) -> tuple[Tensor, Tensor | None]:
+    """Complete images by the fastest sampler at hand; say once in the log why it is not the compiled one.
+
+    Returns:
+        (B, C, H, W) int64 levels; and (B,) float64 nats from the compiled sampler: of each image, the log-probability
+        of what was drawn, given its label.
+    """
     name = engine_name(model)
-    if name not in _notices:
-        _notices.add(name)
-        level = logging.DEBUG if name == "cached, compiled" else logging.WARNING
-        logger.log(level, "sampling %s", name)
-    return name.split(":")[0]
+    _say_once(name)
+    sampler = _sample_missing if name == "cached, compiled" else cached.sample_missing
+    return sample_by_network(sampler, model, canvas)
 
 
 def set_sampler_threads(num: int) -> None:
@@ -114,8 +113,9 @@ def warm_up(model: AutoregressiveModel) -> float:
     Returns:
         The seconds it took: some the first time on a machine, less than one later.
     """
-    start = time.perf_counter()
-    if _choose(model) == "cached, compiled":
+    start, name = time.perf_counter(), engine_name(model)
+    _say_once(name)
+    if name == "cached, compiled":
         levels = torch.zeros(1, *model.config.image_shape, dtype=torch.int64)
         for network in (model, model.completer):
             if network is not None:  # a single pixel is missing
@@ -126,10 +126,30 @@ def warm_up(model: AutoregressiveModel) -> float:
     return took
 
 
-def sample_in_torch_during(compiling: threading.Thread) -> None:
-    """Sample in torch as long as another thread, which is to be started, compiles the sampler."""
+def compile_sampler() -> float:
+    """Compile the sampler before there is a model, its code being the same for all; return what `warm_up` does."""
+    config = GatedPixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=8, num_layers=2, kernel_size=3)
+    return warm_up(build_model(config))
+
+
+def compile_in_background() -> threading.Thread:
+    """Compile the sampler in a thread, which is returned: until it ends, all is sampled in torch.
+
+    For a process whose first user is not to wait for it. Later images are of the same model and noise, and equal but
+    for rounding.
+    """
     global _compiling
-    _compiling = compiling
+
+    def work() -> None:
+        # By another process, which leaves the code on disk: beside a compiler the threads of this one would rarely
+        # have their turn.
+        command = ["nice", sys.executable, "-m", "pixelcnn", "compile"]
+        subprocess.run(command, capture_output=True, check=False)
+        compile_sampler()
+
+    _compiling = threading.Thread(target=work, name="compile", daemon=True)
+    _compiling.start()
+    return _compiling
 
 
 @torch.no_grad()
@@ -155,53 +175,7 @@ def sample(
     Raises:
         ValueError: a shape, dtype or range differs from what `naive_sample` asks for.
     """
-    return sample_and_score(model, u, label, temperature, drawing, observed, on_row)[0]
-
-
-@torch.no_grad()
-def sample_and_score(
-    model: AutoregressiveModel,
-    u: Tensor,
-    label: Tensor | None = None,
-    temperature: float = 1.0,
-    drawing: Tensor | None = None,
-    observed: Tensor | None = None,
-    on_row: OnRow | None = None,
-) -> tuple[Tensor, Score | None]:
-    """Sample as `sample` does; return also what the compiled sampler knows then: how probable each image was.
-
-    Returns:
-        (B, C, H, W) int64 levels; and a `Score`: from the logits that they were drawn from, or with a label network of
-        the mixture over labels, for which the sampler goes through the images again. None in place of it from the
-        other samplers.
-    """
-    sampler = _sample_missing if _choose(model) == "cached, compiled" else cached.sample_missing
-    canvas = new_canvas(model, u, label, temperature, drawing, observed, on_row)
-    levels, nats = sample_by_network(sampler, model, canvas)
-    if nats is None:
-        return levels, None
-
-    @torch.no_grad()
-    def score(images: slice = slice(None), on_row: OnRow | None = None) -> Tensor:
-        if canvas.label_log_probs is None:
-            return nats[images]
-        # Drawn with another label the same pixels have another probability.
-        terms = canvas.label_log_probs[images].clone()
-        drawn = (torch.arange(len(terms)), canvas.label[images] + 1)
-        terms[drawn] += nats[images]
-        others = terms.isfinite()
-        others[drawn] = False
-        index, column = others.nonzero(as_tuple=True)
-        if len(index):
-            missing, done = canvas.missing[images][index], levels[images][index]
-            known = torch.where(missing[:, None], 0, done)
-            scored = Canvas((done + 1).double(), column - 1, 1.0, known, missing, on_row)
-            scores = sample_by_network(sampler, model, scored)[1]
-            assert scores is not None
-            terms[index, column] += scores
-        return terms.logsumexp(dim=1)
-
-    return levels, score
+    return draw(model, new_canvas(model, u, label, temperature, drawing, observed, on_row))[0]
 
 
 def _batches(begins: list[int], stops: list[int], num_threads: int) -> list[tuple[list[int], int, int]]:
@@ -232,7 +206,8 @@ def _row_by_row(
     batch alone.
     """
     behind: queue.PriorityQueue[tuple[int, int]] = queue.PriorityQueue()  # that nobody works at, by their next row
-    reached: queue.SimpleQueue[int] = queue.SimpleQueue()  # rows, each as often as a batch has reached it
+    # Rows, each as often as a batch has reached it; or what a thread has raised.
+    reached: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
     counts, is_stopped = Counter[int](), threading.Event()
     for b in range(num_batches):
         behind.put((0, b))
@@ -247,23 +222,21 @@ def _row_by_row(
                 reached.put(y)
         except queue.Empty:
             pass
-        except BaseException:
-            is_stopped.set()
-            reached.put(height)  # wakes who waits
-            raise
+        except BaseException as error:
+            reached.put(error)
 
-    workers = [pool.submit(work) for _ in range(num_threads)]
+    for _ in range(num_threads):
+        pool.submit(work)
     try:
         for y in range(height):
-            while counts[y] < num_batches and not is_stopped.is_set():
-                counts[reached.get()] += 1
-            if is_stopped.is_set():
-                break
+            while counts[y] < num_batches:
+                row = reached.get()
+                if isinstance(row, BaseException):
+                    raise row
+                counts[row] += 1
             on_row(y)
     finally:
         is_stopped.set()
-    for worker in workers:
-        worker.result()
 
 
 def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:

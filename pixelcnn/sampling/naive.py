@@ -4,19 +4,14 @@ A sampler is a function of (model, u): the noise is an argument, so the same `u`
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pixelcnn.models.base import (
-    AutoregressiveModel,
-    check_label,
-    check_noise,
-    check_observed,
-    check_temperature,
-)
+from pixelcnn.models.base import AutoregressiveModel, check_label, check_observed
 from pixelcnn.models.outputs import draw_level
 
 # Called with a row's index and its levels, (B, C, W) int64, once the row is finished in every image.
@@ -45,19 +40,19 @@ class Canvas:
     on_row: OnRow | None = None
     label_log_probs: Tensor | None = None
 
-    def part(self, index: Tensor | slice, on_row: OnRow | None = None) -> "Canvas":
+    def part(self, index: Tensor | slice, on_row: OnRow | None) -> "Canvas":
         """Return some of the images: the same memory for a slice, a copy for indices."""
-        tensors = (self.u[index], self.label[index], self.levels[index], self.missing[index])
-        return Canvas(tensors[0], tensors[1], self.temperature, *tensors[2:], on_row)
+        u, label, levels, missing = (x[index] for x in (self.u, self.label, self.levels, self.missing))
+        return Canvas(u, label, self.temperature, levels, missing, on_row)
 
 
 def new_canvas(
     model: AutoregressiveModel,
     u: Tensor,
-    label: Tensor | None,
-    temperature: float,
-    drawing: Tensor | None,
-    observed: Tensor | None,
+    label: Tensor | None = None,
+    temperature: float = 1.0,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
     on_row: OnRow | None = None,
 ) -> Canvas:
     """Check a sampler's arguments, as `naive_sample` describes them; return what it starts from.
@@ -68,13 +63,20 @@ def new_canvas(
         ValueError: a shape, dtype or range is wrong.
     """
     config = model.config
-    check_noise(u, config.image_shape)
-    check_temperature(temperature)
+    if u.dim() != 4 or tuple(u.shape[1:]) != config.image_shape:
+        raise ValueError(f"u must have shape (B, {', '.join(map(str, config.image_shape))}), got {tuple(u.shape)}.")
+    if not u.is_floating_point():
+        raise ValueError(f"u must be uniform noise of a float dtype, got {u.dtype}.")
+    if not bool(((u >= 0) & (u < 1)).all()):
+        raise ValueError("u must lie in [0, 1), as torch.rand gives it.")
+    if not math.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
     if label is None:
         label = torch.full((len(u),), -1, device=u.device)
     check_label(label, len(u), config)
     if (drawing is None) != (observed is None):
         raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
+    label_log_probs = None
     if drawing is None or observed is None:
         levels, missing = torch.zeros_like(u, dtype=torch.int64), torch.ones_like(u[:, 0], dtype=torch.bool)
     else:
@@ -82,23 +84,17 @@ def new_canvas(
             raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
         check_observed(drawing, observed, config)
         levels, missing = torch.where(observed, drawing, 0), ~observed[:, 0]
-    label_log_probs = None
-    if model.label_network is not None and drawing is not None and observed is not None:
-        label_log_probs = model.label_log_probs(levels, observed, label)
-        label, u = _drawn_labels(label_log_probs, u, temperature)
+        if model.label_network is not None:
+            label_log_probs = model.label_log_probs(levels, observed, label)
+            label, u = _drawn_labels(label_log_probs, u, temperature)
     return Canvas(u, label, temperature, levels.contiguous(), missing.contiguous(), on_row, label_log_probs)
 
 
 def _drawn_labels(log_probs: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw labels with the noise of pixel (0, 0), known or not: a small change of a drawing then seldom changes them.
+    """Draw (B,) labels with the noise of pixel (0, 0), known or not: a small change of a drawing seldom changes them.
 
-    Within its label's interval the noise is uniform again: rescaled to [0, 1), it replaces that pixel's noise.
-
-    Args:
-        log_probs: (B, 1 + num_labels) nats, of no label, 0, 1, ...
-
-    Returns:
-        (B,) int64, -1 for none; and the noise that is left, (B, C, H, W).
+    Within its label's interval the noise is uniform again: rescaled to [0, 1), it replaces that pixel's noise in the
+    noise that is returned.
     """
     noise = u[:, 0, 0, 0].double()
     column = draw_level(log_probs, noise, temperature)

@@ -276,7 +276,7 @@ def test_a_completer_draws_what_has_a_drawing_and_the_joint_model_the_rest(confi
 @pytest.mark.parametrize("config", [*ENGINE_CONFIGS[::4], *WITH_COMPLETER], ids=name)
 def test_a_completion_comes_with_its_log_probability(config: ModelConfig, compiled, monkeypatch) -> None:
     if not compiled:
-        monkeypatch.setattr(fast_sampling, "_choose", lambda model: "cached, in torch")
+        monkeypatch.setattr(fast_sampling, "engine_name", lambda model: "cached, in torch")
     u = torch.rand(5, *config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     label = torch.tensor([-1, 0, 2, 1, -1])
     drawing = torch.randint(0, config.num_levels, u.shape, generator=torch.Generator().manual_seed(1))

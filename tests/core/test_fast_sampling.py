@@ -16,9 +16,8 @@ import pixelcnn.sampling.fast as fast_sampling
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, level_probs, log_prob, naive_sample, sample
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
-from pixelcnn.sampling.ahead import compile_in_background
-from pixelcnn.sampling.fast import engine_name, sample_and_score, set_sampler_threads, warm_up
-from tests.core.tiny import in_raster_order
+from pixelcnn.sampling.fast import compile_in_background, engine_name, set_sampler_threads, warm_up
+from tests.core.tiny import in_raster_order, sample_and_score
 
 SHAPES = [(1, 5, 6), (1, 1, 7), (1, 7, 1), (3, 4, 5), (2, 3, 3)]
 
@@ -296,9 +295,9 @@ def test_what_a_known_row_leaves_out_nobody_misses(kind: type, kernel_size: int)
     assert torch.equal(together, expected.repeat_interleave(2, dim=0))
 
 
-def notices_of(model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def notices_of(model, caplog: pytest.LogCaptureFixture) -> list[str]:
     """Sample twice; return what the log says."""
-    monkeypatch.setattr(fast_sampling, "_notices", set())
+    fast_sampling._say_once.cache_clear()
     u = torch.rand(2, *model.config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows: list[int] = []
     with caplog.at_level(logging.WARNING):
@@ -313,7 +312,7 @@ def test_without_numba_the_torch_sampler_answers_with_one_notice(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pixelcnn.sampling.compiled", None)
     model, _ = tiny()
-    assert notices_of(model, caplog, monkeypatch) == ["sampling cached, in torch: numba is not installed"]
+    assert notices_of(model, caplog) == ["sampling cached, in torch: numba is not installed"]
 
 
 def test_where_compiled_code_cannot_be_kept_the_torch_sampler_answers(
@@ -325,7 +324,7 @@ def test_where_compiled_code_cannot_be_kept_the_torch_sampler_answers(
     monkeypatch.setattr(fast_sampling.importlib, "import_module", fail)
     model, _ = tiny()
     said = "sampling cached, in torch: cannot cache function '_rows': no locator available"
-    assert notices_of(model, caplog, monkeypatch) == [said]
+    assert notices_of(model, caplog) == [said]
 
 
 def test_no_images_are_no_trouble() -> None:
@@ -344,13 +343,13 @@ def test_while_the_sampler_is_compiled_aside_it_samples_in_torch(
         commands.append(command)
         is_compiled.wait()
 
-    monkeypatch.setattr("pixelcnn.sampling.ahead.subprocess.run", run)
+    monkeypatch.setattr("pixelcnn.sampling.fast.subprocess.run", run)
     model, u = tiny()
     expected = naive_sample(model, u)
     thread = compile_in_background()
     try:
         said = ["sampling cached, in torch: the compiled sampler is not ready yet"]
-        assert notices_of(model, caplog, monkeypatch) == said
+        assert notices_of(model, caplog) == said
         assert torch.equal(sample(model, u), expected)
     finally:
         is_compiled.set()

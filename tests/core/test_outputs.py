@@ -9,8 +9,7 @@ from pixelcnn import bits_per_dim, build_model, complete, level_probs, log_prob,
 from pixelcnn.completion import complete_and_score, completion_log_prob
 from pixelcnn.likelihood import count_leaks
 from pixelcnn.sampling.cached import cached_sample
-from pixelcnn.sampling.fast import sample_and_score
-from tests.core.tiny import ARCHITECTURES, all_images, random_levels, tiny_config
+from tests.core.tiny import ARCHITECTURES, all_images, random_levels, sample_and_score, tiny_config
 
 MIXTURE = {"output": "logistic_mixture", "num_mixtures": 3, "num_features": 4}
 

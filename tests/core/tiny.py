@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pixelcnn import Dataset, GatedPixelCNNConfig, PixelCNNConfig, build_model
+from pixelcnn.completion import complete_and_score
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
 from pixelcnn.models.base import AutoregressiveModel
@@ -59,6 +60,12 @@ def fillings(image: Tensor, observed: Tensor, num_levels: int) -> Tensor:
 
 def random_levels(shape: Shape, num_levels: int, num: int, seed: int = 0) -> Tensor:
     return torch.randint(num_levels, (num, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def sample_and_score(model: AutoregressiveModel, u: Tensor, label: Tensor | None = None):
+    """Return whole images, and what scores them: as completions of nothing."""
+    observed = torch.zeros(len(u), 1, *u.shape[2:], dtype=torch.bool)
+    return complete_and_score(model, torch.zeros_like(u, dtype=torch.int64), observed, u, label)
 
 
 def in_raster_order(values: Tensor) -> Tensor:
