@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +28,7 @@ from pixelcnn.models.outputs import draw_level
 from pixelcnn.models.registry import build_model
 from pixelcnn.sampling.cached import cached_sample
 from pixelcnn.sampling.fast import engine_name, sample, warm_up
-from pixelcnn.sampling.plan import make_plan
+from pixelcnn.sampling.plan import Plan
 
 NAIVE, CROPPED, NAIVE_COMPILED = "naive", "naive, rows so far", "naive, torch.compile"
 CACHED_TORCH, CACHED = "cached, torch", "cached, compiled"
@@ -37,7 +38,7 @@ SAMPLERS = (NAIVE, CROPPED, NAIVE_COMPILED, CACHED_TORCH, CACHED)
 def work_per_pixel(model: AutoregressiveModel) -> tuple[float, int]:
     """Return the multiply-adds that a pixel needs, and how many of them are pixel work: alone in a batch, a pixel reads
     as many weights for them."""
-    plan, attended = make_plan(model), 0.0
+    plan, attended = Plan(model), 0.0
     by_row, by_pixel = (
         sum(step.matrix.numel() for step in steps if step.matrix is not None)
         for steps in (plan.row_steps, plan.pixel_steps)
@@ -52,9 +53,7 @@ def median_s(work: Callable[[], object], seconds: float) -> float:
     """Return the median time of `work` over at least 3 runs, and as many more as fit into `seconds`."""
     times: list[float] = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 100):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
+        times.append(timeit.timeit(work, number=1))
     return statistics.median(times)
 
 
@@ -77,29 +76,20 @@ def _threads(num: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _best_s(work: Callable[[], object], times: int) -> float:
-    best = math.inf
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def matrix_peak(dtype: torch.dtype = torch.float32) -> float:
     """Measure multiply-adds per second of the best matrix product that torch does, on its current threads."""
-    best = math.inf
+    best = 0.0
     for size in (256, 512, 1024):
         a, b = torch.rand(2, size, size).to(dtype)
-        best = min(best, _best_s(partial(torch.mm, a, b), 10) / size**3)
-    return float(1 / best)
+        best = max(best, size**3 / min(timeit.repeat(partial(torch.mm, a, b), number=1, repeat=10)))
+    return best
 
 
 def cache_bandwidth() -> float:
     """Measure the bytes per second at which one thread's dot product reads half a megabyte, again and again."""
     with _threads(1):
         a, b = torch.rand(2, 1 << 16)
-        return (a.nbytes + b.nbytes) / _best_s(partial(torch.dot, a, b), 300)
+        return (a.nbytes + b.nbytes) / min(timeit.repeat(partial(torch.dot, a, b), number=1, repeat=300))
 
 
 def _resized(model: AutoregressiveModel, height: int, width: int) -> AutoregressiveModel:
@@ -147,7 +137,7 @@ def time_naive(
     for threads in {1, torch.get_num_threads()}:
         with _threads(threads):
             step(num // 2)  # compile and warm up
-            trials[threads] = max(_best_s(partial(step, num // 2), 2), 1e-6)
+            trials[threads] = max(min(timeit.repeat(partial(step, num // 2), number=1, repeat=2)), 1e-6)
     threads = min(trials, key=trials.__getitem__)
     count = min(num, max(8, int(seconds / trials[threads])), passes or num)
     with _threads(threads):
@@ -172,8 +162,9 @@ def time_sampler(name: str, model: AutoregressiveModel, batch_size: int, seconds
     if name == CACHED:
         return Timing(median_s(lambda: sample(model, u), seconds) / batch_size)
     with _threads(1):  # more threads make small products slower
-        once = _best_s(lambda: cached_sample(model, u), 1)
-        took = once if once > seconds else median_s(lambda: cached_sample(model, u), seconds)
+        work = partial(cached_sample, model, u)
+        once = timeit.timeit(work, number=1)
+        took = once if once > seconds else median_s(work, seconds)
     return Timing(took / batch_size, "1 thread" + ("; one run" if once > seconds else ""))
 
 
@@ -212,16 +203,6 @@ def count_differences(model: AutoregressiveModel, num_images: int, dtype: torch.
     }
 
 
-def _memory(model: AutoregressiveModel) -> tuple[int, int]:
-    """Return the bytes of the compiled sampler's weights and of its buffers for one image; (0, 0) without it."""
-    if engine_name(model) != "cached, compiled":
-        return 0, 0
-    from pixelcnn.sampling.compiled import build_engine
-
-    buffers = build_engine(model).fresh.nbytes
-    return sum(p.numel() * p.element_size() for p in joint_parameters(model)), buffers
-
-
 def bench(
     model: AutoregressiveModel,
     batch_sizes: list[int],
@@ -229,9 +210,8 @@ def bench(
     seconds: float,
     num_exact: int,
     sides: list[int],
-    show: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Time the samplers on a model in float32 on the CPU, show tables, and return the figures.
+    """Time the samplers on a model in float32 on the CPU, print tables, and return the figures.
 
     Args:
         batch_sizes: images sampled together.
@@ -239,7 +219,6 @@ def bench(
         seconds: how long to measure each figure, about.
         num_exact: images to compare with the model; 0 for none.
         sides: image sides at which to time a pixel; empty for none.
-        show: takes each line of the tables.
     """
     channels, height, width = model.config.image_shape
     num_threads, num_pixels = torch.get_num_threads(), height * width
@@ -248,27 +227,32 @@ def bench(
     with _threads(1):
         peak = matrix_peak()
     bandwidth = cache_bandwidth()
-    weights, buffers = _memory(model)
-    show(
+    weights = buffers = 0  # bytes of the compiled sampler: of its weights, and of its buffers for one image
+    if engine_name(model) == "cached, compiled":
+        from pixelcnn.sampling.compiled import build_engine
+
+        weights = sum(p.numel() * p.element_size() for p in joint_parameters(model))
+        buffers = build_engine(model).fresh.nbytes
+    print(
         f"{processor_name()}, {num_threads} threads, torch {torch.__version__}; {type(model).__name__}, "
         f"{sum(p.numel() for p in joint_parameters(model)):,} parameters, images {channels}x{height}x{width}, "
         f"{model.config.num_levels} levels"
     )
-    show(f"sampled {engine_name(model)} (ready after {warm_up_s:.1f} s)")
-    show(
+    print(f"sampled {engine_name(model)} (ready after {warm_up_s:.1f} s)")
+    print(
         f"a sub-pixel: {macs / channels:,.0f} multiply-adds, {in_order * 4 / channels / 1024:,.0f} KiB of weights read "
         f"in order; in all {weights / 2**20:.2f} MiB of weights, {buffers / 2**20:.2f} MiB of buffers per image"
     )
-    show(
+    print(
         f"measured here, on one thread: {peak * 2 / 1e9:.0f} GFLOP/s of matrix products, reading at "
         f"{bandwidth / 1e9:.0f} GB/s; for one image alone, the weights read in order take "
         f"{in_order * 4 * num_pixels / bandwidth * 1e3:.2f} ms"
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
-        show(f"other work is running here (load {load:.1f} on {os.cpu_count()} processors): times are too long")
+        print(f"other work is running here (load {load:.1f} on {os.cpu_count()} processors): times are too long")
     rows: list[dict[str, Any]] = []
-    show("batch  sampler                ms/image  to naive to cropped  bound ms  x bound")
+    print("batch  sampler                ms/image  to naive to cropped  bound ms  x bound")
     for batch_size in batch_sizes:
         # The work at the measured peak of as many threads as there are images for.
         bound = macs * num_pixels / (peak * min(num_threads, batch_size))
@@ -281,7 +265,7 @@ def bench(
             row = {"batch_size": batch_size, "sampler": name, "note": timing.note, "bound_seconds_per_image": bound}
             rows.append(row | {"seconds_per_image": None if math.isnan(timing.seconds) else timing.seconds})
             ratios = [f"{found[base] / timing.seconds:.1f}x" if base in found else "" for base in (NAIVE, CROPPED)]
-            show(
+            print(
                 f"{batch_size:>5}  {name:<20} {timing.seconds * 1e3:>10.2f} {ratios[0]:>9} {ratios[1]:>10} "
                 f"{bound * 1e3:>9.2f} {timing.seconds / bound:>7.1f}x" + (f"  ({timing.note})" if timing.note else "")
             )
@@ -312,25 +296,23 @@ def bench(
             )
             if counted["num_levels_that_differ"]:
                 line += f", each with u within {counted['max_distance_to_boundary']:.0e} of a boundary"
-            show(line.removeprefix("torch."))
+            print(line.removeprefix("torch."))
     if sides:
-        result["sides"] = _bench_sides(model, sides, seconds, show)
+        result["sides"] = _bench_sides(model, sides, seconds)
     return result
 
 
-def _bench_sides(
-    model: AutoregressiveModel, sides: list[int], seconds: float, show: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def _bench_sides(model: AutoregressiveModel, sides: list[int], seconds: float) -> list[dict[str, Any]]:
     found = []
-    show(f"{'side':>5} {'cached us/pixel':>16} {'naive us/pixel':>15} {'ratio':>9}")
+    print(f"{'side':>5} {'cached us/pixel':>16} {'naive us/pixel':>15} {'ratio':>9}")
     for side in sides:
         resized = _resized(model, side, side)
         cached = time_sampler(CACHED, resized, 1, seconds).seconds / side**2
-        naive = time_naive(resized, 1, seconds, passes=200)
-        found.append({"side": side, "cached_s_per_pixel": cached, "naive_s_per_pixel": naive.seconds / side**2})
-        note = f"  (naive {naive.note})" if naive.note else ""
-        per_pixel = naive.seconds / side**2
-        show(f"{side:>5} {cached * 1e6:>16.2f} {per_pixel * 1e6:>15.0f} {per_pixel / cached:>8.0f}x{note}")
+        timing = time_naive(resized, 1, seconds, passes=200)
+        naive = timing.seconds / side**2
+        found.append({"side": side, "cached_s_per_pixel": cached, "naive_s_per_pixel": naive})
+        ratio = f"{naive / cached:>8.0f}x  (naive {timing.note})"
+        print(f"{side:>5} {cached * 1e6:>16.2f} {naive * 1e6:>15.0f} {ratio}")
     return found
 
 

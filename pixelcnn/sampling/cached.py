@@ -25,7 +25,7 @@ from pixelcnn.models.attention import BLOCK, Attention
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.outputs import draw_level
 from pixelcnn.sampling.naive import Canvas, new_canvas, sample_by_network
-from pixelcnn.sampling.plan import Buffer, Step, make_plan
+from pixelcnn.sampling.plan import Buffer, Plan, Step
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class _RowSampler:
 
     def __init__(self, model: AutoregressiveModel, canvas: Canvas) -> None:
         config, like, batch = model.config, model.head.weight, len(canvas.u)
-        self.plan, self.output, self.num_levels, self.canvas = make_plan(model), model.output, config.num_levels, canvas
+        self.plan, self.output, self.num_levels, self.canvas = Plan(model), model.output, config.num_levels, canvas
         self.num_colours, self.height, self.width = config.image_shape
         self.y = torch.zeros(1, dtype=torch.int64, device=like.device)  # the row in turn
         context = model.context(canvas.levels, ~canvas.missing[:, None])

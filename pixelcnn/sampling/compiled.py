@@ -19,7 +19,7 @@ from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling import kernels
 from pixelcnn.sampling.kernels import CHUNK, PANELS, SPLITS, STEP, UNROLLED, VECTOR_BYTES, Array, Program, Work
 from pixelcnn.sampling.naive import Canvas
-from pixelcnn.sampling.plan import Buffer, Plan, Step, make_plan
+from pixelcnn.sampling.plan import Buffer, Plan, Step
 
 FAR = 2**40  # rows: farther than any image is high
 MOST_INPUTS = 96  # of a row's product: so much of a panel stays in the first-level cache for all columns
@@ -264,7 +264,7 @@ class _Layout:
 
 def build_engine(model: AutoregressiveModel) -> Engine:
     """Lay a model's weights, float32 or float64, out for compiled sampling."""
-    plan, config, output = make_plan(model), model.config, model.output
+    plan, config, output = Plan(model), model.config, model.output
     layout, num_colours = _Layout(plan, model), config.image_shape[0]
     row_steps = [row for step in plan.row_steps for row in layout.laid_out(step)]
     pixel_steps: list[Any] = []

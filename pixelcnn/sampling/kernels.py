@@ -35,6 +35,7 @@ from numba.extending import intrinsic, register_jitable
 _options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 _compiled: Any = njit(**_options)
 _inlined: Any = njit(**_options, forceinline=True)
+_intrinsic: Any = intrinsic
 _reordered: Any = njit(**_options, fastmath={"reassoc", "nnan", "nsz"}, forceinline=True)  # for max
 
 Array = np.ndarray[Any, Any]
@@ -232,7 +233,8 @@ def _product(step, s, w, num, o, o_step, b, b_step, e, e_step, x, x_step, num_in
             r += 1
 
 
-def _fused(_, a, b, c):
+@_intrinsic
+def _fma(_, a, b, c):
     """a * b + c, rounded once: an instruction of every x86-64 processor since 2013, a slow function before."""
 
     def generate(context, builder, signature, arguments):
@@ -241,7 +243,8 @@ def _fused(_, a, b, c):
     return a(a, a, a), generate
 
 
-def _call_at(_, address):
+@_intrinsic
+def _call(_, address):
     """Call a C function without arguments and result."""
 
     def generate(context, builder, signature, arguments):
@@ -250,10 +253,6 @@ def _call_at(_, address):
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
-
-
-_fma: Any = intrinsic(_fused)
-_call: Any = intrinsic(_call_at)
 
 
 @register_jitable(**_options)

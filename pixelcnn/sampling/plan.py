@@ -41,7 +41,7 @@ class Buffer:
         reach: its row y is needed where a pixel is missing in row y + reach or above it. From 1 on it is needed where
             none of its own row is missing, too.
         is_for_draws_alone: it leads to the logits of its own pixel and to nothing else.
-        readers: what reads it, how many rows above its own, and whether in other columns; None stands for the draws.
+        readers: what reads it, how many rows above its own, and whether in other columns.
     """
 
     order: Tensor
@@ -53,7 +53,7 @@ class Buffer:
     is_local: bool = True
     reach: float = 0
     is_for_draws_alone: bool = True
-    readers: list[tuple["Buffer | None", float, bool]] = field(default_factory=list)
+    readers: list[tuple["Buffer", float, bool]] = field(default_factory=list)
 
     @property
     def num_channels(self) -> int:
@@ -104,25 +104,6 @@ class Step:
     is_of_positive: bool = False
     is_rectified: bool = False
     attention: Attention | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All of it, in order: what to do when a row begins, and at each turn of a pixel.
-
-    Args:
-        image: where the levels lie, scaled as the network sees them.
-        context: where the map of a drawing lies; None for a network that reads none.
-        logits: those of the colour in turn are drawn from.
-        buffers: in the order in which they are computed.
-    """
-
-    image: Buffer
-    context: Buffer | None
-    logits: Buffer
-    buffers: list[Buffer]
-    row_steps: list[Step]
-    pixel_steps: list[Step]
 
 
 @dataclass(kw_only=True)
@@ -178,16 +159,34 @@ class _Product:
                 yield step
 
 
-class _Planner:
-    """Walks through a network's maps, from the image to its result."""
+class Plan:
+    """All of it, in order: what to do when a row begins, and at each turn of a pixel.
 
-    def __init__(self, result: Map) -> None:
-        self.buffers: dict[Map, Buffer] = {}  # in the order in which they are computed
+    Made by a walk through the maps of a model without its completer, from the image to the logits, with its present
+    weights: `image` is where the levels lie, scaled as the network sees them; `context` where the map of a drawing
+    lies, None for a network that reads none; from `logits` those of the colour in turn are drawn.
+
+    Raises:
+        ValueError: no sampler follows from the network.
+    """
+
+    def __init__(self, model: AutoregressiveModel) -> None:
+        self.places: dict[Map, Buffer] = {}  # of maps, in the order in which they are computed
         self.row_steps: list[Step] = []
         self.pixel_steps: list[Step] = []
         self.uses: Counter[Map] = Counter()
+        result = model.described()
         self.count_uses(result, set())
-        self.stored(result).readers.append((None, 0, False))
+        self.logits = self.stored(result)
+        self.pixel_steps.sort(key=lambda step: step.turn or 0)
+        inputs = {map_.op: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
+        self.image, self.context = inputs["image"], inputs.get("context")
+        self.buffers = list(self.places.values())
+        # From the draws back to the image: where and how far up each map is needed.
+        for buffer in reversed(self.buffers):
+            for reader, rows_up, is_sideways in buffer.readers:
+                buffer.reach = max(buffer.reach, reader.reach + rows_up)
+                buffer.is_for_draws_alone &= not (rows_up or is_sideways) and reader.is_for_draws_alone
 
     def count_uses(self, map_: Map, seen: set[Map]) -> None:
         if map_ not in seen:
@@ -202,7 +201,7 @@ class _Planner:
         else:
             turns, order = map_.turns.sort(stable=True)
             buffer = Buffer(order=order, turns=turns)
-        self.buffers[map_] = buffer
+        self.places[map_] = buffer
         return buffer
 
     def add_step(self, step: Step) -> None:
@@ -229,7 +228,7 @@ class _Planner:
 
     def stored(self, map_: Map) -> Buffer:
         """Return where a map is kept; first plan how it gets there."""
-        if map_ not in self.buffers:
+        if map_ not in self.places:
             if map_.op in ("image", "context"):
                 self.add_buffer(map_)
             elif map_.op == "gate":
@@ -239,7 +238,7 @@ class _Planner:
                 self.plan_attention(map_)
             else:
                 self.plan_sum(map_)
-        return self.buffers[map_]
+        return self.places[map_]
 
     def located(self, map_: Map) -> tuple[Buffer, int]:
         """Return where a map is kept, and how many rows above its own that buffer's row lies."""
@@ -305,7 +304,7 @@ class _Planner:
         # What is known by row is summed by itself, in the order of the whole; pixel work goes on with that.
         base, row_sum = None, Buffer(order=order)
         if bias_of or any(True for product in products for _ in product.steps(row_sum, None, is_part=True)):
-            base = self.buffers[Map("row sum", (), None, map_.num_channels, -1)] = row_sum
+            base = self.places[Map("row sum", (), None, map_.num_channels, -1)] = row_sum
             self.chain(row_sum, None, None, products, first, is_rectified=False, is_part=True)
             first = {}
         buffer = self.add_buffer(map_)
@@ -335,32 +334,3 @@ class _Planner:
         for step in steps:
             step.base, base = base, out
             self.add_step(step)
-
-    def follow_back(self) -> None:
-        """Find, from the draws back to the image, where and how far up each map is needed."""
-        for buffer in reversed(list(self.buffers.values())):
-            for reader, rows_up, is_sideways in buffer.readers:
-                if reader is None:
-                    continue
-                buffer.reach = max(buffer.reach, reader.reach + rows_up)
-                buffer.is_for_draws_alone &= not (rows_up or is_sideways) and reader.is_for_draws_alone
-
-
-def make_plan(model: AutoregressiveModel) -> Plan:
-    """Return the plan for a model without its completer, with its present weights.
-
-    Raises:
-        ValueError: no sampler follows from the network.
-    """
-    planner = _Planner(model.described())
-    planner.follow_back()
-    inputs = {map_.op: buffer for map_, buffer in planner.buffers.items() if map_.op in ("image", "context")}
-    buffers = list(planner.buffers.values())
-    return Plan(
-        image=inputs["image"],
-        context=inputs.get("context"),
-        logits=buffers[-1],
-        buffers=buffers,
-        row_steps=planner.row_steps,
-        pixel_steps=sorted(planner.pixel_steps, key=lambda step: step.turn or 0),
-    )

@@ -15,7 +15,7 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = PixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, num_blocks=1)
     samplers = [name for name in SAMPLERS if "torch.compile" not in name]
-    result = bench(build_model(config).eval(), [1, 2], samplers, 0.01, 0, [4, 8], lambda line: None)
+    result = bench(build_model(config).eval(), [1, 2], samplers, 0.01, 0, [4, 8])
     write_json(tmp_path / "tiny.json", result)
     assert main([str(tmp_path)]) == 0
     path, table = tmp_path / "bench.png", (tmp_path / "bench.md").read_text().splitlines()

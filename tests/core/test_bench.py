@@ -89,10 +89,10 @@ def test_a_compiler_that_is_missing_is_a_skipped_row(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("config", [CONFIG, COMPLETING], ids=["draws", "completes"])
-def test_tables_and_figures_agree(config: ModelConfig, tmp_path: Path) -> None:
-    lines: list[str] = []
+def test_tables_and_figures_agree(config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samplers = [name for name in SAMPLERS if name != NAIVE_COMPILED]
-    result = bench(model_of(config, torch.float32), [1, 3], samplers, 0.02, 4, [4, 8], lines.append)
+    result = bench(model_of(config, torch.float32), [1, 3], samplers, 0.02, 4, [4, 8])
+    lines = capsys.readouterr().out.splitlines()
     write_json(tmp_path / "new" / "bench.json", result)
     result = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert [(row["batch_size"], row["sampler"]) for row in result["timings"]] == [

@@ -26,7 +26,7 @@ from pixelcnn.models.layers import (
 )
 from pixelcnn.models.masks import colour_groups, raster_mask, row_mask
 from pixelcnn.sampling.cached import cached_sample
-from pixelcnn.sampling.plan import make_plan
+from pixelcnn.sampling.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def test_a_network_that_sees_its_own_pixel_is_refused_when_it_is_built() -> None
 def test_rows_and_columns_are_kept_only_as_far_as_they_are_read() -> None:
     model = build_model(registry.architectures()["gated_pixelcnn"](
         image_shape=(1, 9, 9), num_levels=2, num_features=4, num_layers=3, kernel_size=5))  # fmt: skip
-    plan = make_plan(model)
+    plan = Plan(model)
     assert max(buffer.num_rows for buffer in plan.buffers) == 3
     assert max(max(buffer.left, buffer.right) for buffer in plan.buffers) == 2
     # The vertical stack's rows are read by two layers that each look two rows up, and by a link one row down.
