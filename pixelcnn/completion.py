@@ -29,10 +29,7 @@ def complete(
     temperature: float = 1.0,
     on_row: OnRow | None = None,
 ) -> Tensor:
-    """Fill in the missing pixels of a batch of images.
-
-    Each missing sub-pixel is drawn from p(x_i | x_1, ..., x_{i-1}), the known ones in place, given the drawing too if
-    the model has a context network.
+    """Fill in the missing pixels of a batch of images, in raster order.
 
     Args:
         image: (B, C, H, W) int64 levels in [0, K); ignored where missing.

@@ -35,9 +35,9 @@ MIN_LABEL_PROB = 0.05
 
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
     """Raise ValueError unless `levels` is (B, C, H, W) int64 in [0, K) for this config."""
-    expected = ("B", *config.image_shape)
     if levels.dim() != 4 or tuple(levels.shape[1:]) != config.image_shape:
-        raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(levels.shape)}.")
+        expected = ", ".join(map(str, config.image_shape))
+        raise ValueError(f"{name} must have shape (B, {expected}), got {tuple(levels.shape)}.")
     if levels.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 levels 0..{config.num_levels - 1}, got dtype {levels.dtype}.")
     if levels.numel() and (levels.min() < 0 or levels.max() >= config.num_levels):
@@ -117,12 +117,7 @@ class AutoregressiveModel(nn.Module):
 
         It is the label that is given; where none is, but a label network and something known, p(label | drawing),
         without the unlikely ones (`MIN_LABEL_PROB`). Each drawing is looked at by itself: its figures do not depend
-        on those beside it.
-
-        Args:
-            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
-            observed: (B, 1, H, W) bool.
-            label: (B,) int64, -1 for none.
+        on those beside it. The arguments are those of `forward`.
         """
         found = torch.full(
             (len(label), 1 + self.config.num_labels), -math.inf, dtype=torch.float64, device=label.device
@@ -153,9 +148,8 @@ class AutoregressiveModel(nn.Module):
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)
         label: Any = Map("labels", (), None, 0, NEVER_WAITS) if self.config.num_labels else None
-        context: Any = None
-        if features := self.layer_config.context_features:
-            context = Map("context", (), None, features, NEVER_WAITS)
+        features = self.layer_config.context_features
+        context: Any = Map("context", (), None, features, NEVER_WAITS) if features else None
         logits: Any = self.logits(F.relu(self.head(F.relu(self.features(image, label, context)))))
         due = colour_groups(logits.num_channels, self.config.num_groups)
         if logits.lead > -1 if logits.turns is None else bool((logits.turns > due).any()):
@@ -163,15 +157,7 @@ class AutoregressiveModel(nn.Module):
         return logits
 
     def context(self, drawing: Tensor | None, observed: Tensor | None) -> Tensor | None:
-        """Return the map of a drawing that enters every layer; None without a drawing or without a context network.
-
-        Args:
-            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
-            observed: (B, 1, H, W) bool.
-
-        Returns:
-            (B, context_features, H, W), zero for an image of which nothing is observed.
-        """
+        """Return what the context network makes of a drawing, to enter every layer; None if either is missing."""
         if self.context_network is None or drawing is None or observed is None:
             return None
         return self.context_network(drawing, observed)

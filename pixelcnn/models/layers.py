@@ -217,12 +217,7 @@ class LabelNetwork(nn.Module):
         self.last = nn.Linear(2 * width, config.num_labels)
 
     def forward(self, drawing: Tensor, observed: Tensor) -> Tensor:
-        """Return (B, num_labels) logits.
-
-        Args:
-            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
-            observed: (B, 1, H, W) bool.
-        """
+        """Return (B, num_labels) logits; the arguments are those of `ContextNetwork.forward`."""
         x = F.relu(self.context(drawing, observed))
         logits: Tensor = self.last(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1))
         return logits

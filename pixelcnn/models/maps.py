@@ -10,6 +10,7 @@ masks alone.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 NEVER_WAITS = -math.inf  # the lead of what is known from the start
 
 
+@dataclass(eq=False, repr=False)
 class Map:
     """A map of features (channels, H, W) that is not computed, only described.
 
@@ -32,19 +34,16 @@ class Map:
             None if it is known a row at a time.
     """
 
-    def __init__(
-        self,
-        op: str,
-        inputs: tuple["Map", ...],
-        block: Any,
-        num_channels: int,
-        lead: float,
-        turns: Tensor | None = None,
-    ) -> None:
-        self.op, self.inputs, self.block, self.num_channels = op, inputs, block, num_channels
-        self.lead, self.turns = lead, turns
-        if turns is None and lead > 0:
-            raise ValueError(f"a {op} looks at rows below its own: no sampler can know it in time.")
+    op: str
+    inputs: tuple["Map", ...]
+    block: Any
+    num_channels: int
+    lead: float
+    turns: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.turns is None and self.lead > 0:
+            raise ValueError(f"a {self.op} looks at rows below its own: no sampler can know it in time.")
 
     def __add__(self, other: "Map") -> "Map":
         if not isinstance(other, Map) or other.num_channels != self.num_channels:

@@ -47,11 +47,7 @@ class Engine:
         return f"{self.weights.dtype} on {kernels.MACHINE}"
 
     def new_state(self, contexts: list[Array | None]) -> Array:
-        """Return the states of images that are sampled as a batch, one after the other.
-
-        Args:
-            contexts: of each image the map of its drawing, flat; None where nothing is to be added.
-        """
+        """Return the states of a batch's images, given the flat map of each one's drawing; None adds nothing."""
         states = self.joined([self.fresh] * len(contexts))
         for i, context in enumerate(contexts):
             if context is not None and self.context is not None:
@@ -79,7 +75,8 @@ class Engine:
         has_context = ~canvas.missing.flatten(1).all(dim=1)
         tensors = (canvas.levels, canvas.missing, canvas.u.double().contiguous(), canvas.label, has_context, nats)
         arrays: list[Any] = [tensor.numpy() for tensor in tensors]
-        return Work(*arrays, coder=0, probs=np.empty((0, 0), np.float32), coded=np.empty(0, np.int32)), nats
+        probs, coded = np.empty((len(nats), self.program.num_levels), np.float32), np.zeros(len(nats), np.int32)
+        return Work(*arrays, coder=0, probs=probs, coded=coded), nats
 
     def code(self, levels: Tensor, labels: list[int], exchange: Callable[[Array, Array], None]) -> Tensor:
         """Go through whole images as a sampler does, while a coder takes or says each level.
@@ -96,7 +93,6 @@ class Engine:
         """
         num, missing = len(levels), torch.ones_like(levels[:, 0], dtype=torch.bool)
         work, nats = self.work(Canvas(torch.zeros(levels.shape), torch.tensor(labels), 1.0, levels, missing))
-        work = work._replace(probs=np.empty((num, self.program.num_levels), np.float32), coded=np.zeros(num, np.int32))
         raised: list[BaseException] = []
 
         def call() -> None:
@@ -177,12 +173,7 @@ class _Layout:
         return self.attentions[attention]
 
     def new_step(self, kind: int, out: Any = None, base: Any = None, x: Any = None, **values: Any) -> Any:
-        """Return a step of a table.
-
-        Args:
-            out, base, x: a buffer and the first of its channels; None for the zeros that a state begins with.
-            values: its other fields.
-        """
+        """Return a step of a table. An operand is a buffer and a channel; None: the zeros that a state begins with."""
         step = np.zeros((), STEP)
         for name, operand in (("out", out), ("base", base), ("x", x)):
             step[name] = (0, 0, 1, 0) if operand is None else self.places[operand[0]]

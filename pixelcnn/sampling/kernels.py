@@ -398,9 +398,8 @@ def _to_sigmoids(values, num):
 def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
     """Find the components' means, inverse scales and weights for colour c, the pixel's earlier ones being known.
 
-    Args:
-        p: the pixel's parameters, as outputs.LogisticMixture has them.
-        scratch: its first rows hold what is found, which the next colour goes on with, after `_prob_of_mixture`.
+    p: as outputs.LogisticMixture has them. The first rows of scratch hold what is found, which the next colour goes on
+    with, after `_prob_of_mixture`.
     """
     means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
     num_colours = levels.size
@@ -625,8 +624,7 @@ def _take_row(step, s, start, w, label, has_context, y):
 def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
     """Sample rows y0..y1-1 of some images in place; their states lie one after the other in s.
 
-    Args:
-        holes: (H, W) bool, where one of the images misses a pixel.
+    holes: (H, W) bool, where one of the images misses a pixel.
     """
     levels, missing, num_images, size = work.levels, work.missing, index.size, program.state_size
     height, width = holes.shape

@@ -134,9 +134,7 @@ class _Product:
     def steps(self, out: Buffer, turn: int | None, is_part: bool) -> Iterator[Step]:
         """Yield the steps that add it to channels of `out`: one for each row of the kernel.
 
-        Args:
-            turn: None for row work.
-            is_part: only what is known by row, of a sum that pixel work goes on with.
+        With `is_part` only what is known by row, of a sum that pixel work goes on with.
         """
         weight = self.weight[out.order[out.channels_of(turn)]][:, self.source.order]
         num_rows, num_columns = self.taps.shape
