@@ -82,9 +82,7 @@ class GatedLayer(nn.Module):
     def gates(self, v: Tensor, h: Tensor, v_gates: Tensor) -> Tensor:
         """Return what enters the horizontal gate, (B, 2p, H, W), without biases: a subclass adds to it.
 
-        Args:
-            v, h: the layer's inputs, as `forward` takes them.
-            v_gates: (B, 2p, H, W), the vertical stack's, before biases and gate.
+        `v_gates` are the vertical stack's, (B, 2p, H, W), before biases and gate.
         """
         return self.h_conv(h) + self.link(shift_down(v_gates))
 

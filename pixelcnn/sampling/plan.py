@@ -174,7 +174,7 @@ class Plan:
         self.pixel_steps: list[Step] = []
         self.uses: Counter[Map] = Counter()
         result = model.described()
-        self.count_uses(result, set())
+        self.count_uses(result)
         self.logits = self.stored(result)
         self.pixel_steps.sort(key=lambda step: step.turn or 0)
         inputs = {map_.op: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
@@ -186,12 +186,11 @@ class Plan:
                 buffer.reach = max(buffer.reach, reader.reach + rows_up)
                 buffer.is_for_draws_alone &= not (rows_up or is_sideways) and reader.is_for_draws_alone
 
-    def count_uses(self, map_: Map, seen: set[Map]) -> None:
-        if map_ not in seen:
-            seen.add(map_)
-            for x in map_.inputs:
-                self.uses[x] += 1
-                self.count_uses(x, seen)
+    def count_uses(self, map_: Map) -> None:
+        for x in map_.inputs:
+            self.uses[x] += 1
+            if self.uses[x] == 1:
+                self.count_uses(x)
 
     def add_buffer(self, map_: Map) -> Buffer:
         if map_.turns is None:
