@@ -1,4 +1,4 @@
-"""A request for endings, and the endings that answer it. Arrays alone."""
+"""What is chosen for a drawing's endings, the request for them, and the endings that answer it. Arrays alone."""
 
 import json
 import math
@@ -9,10 +9,63 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from app.canvas.drawing import encode_drawing, parse_drawing, per_cell
+from app.canvas.drawing import (
+    Drawing,
+    drawing_text,
+    encode_drawing,
+    known_cells,
+    levels_of,
+    parse_drawing,
+    per_cell,
+)
 from app.canvas.texts import say
+from app.client import ServedModel
 
 MAX_SEED = 2**63 - 1
+
+
+def shape_of(model: ServedModel) -> tuple[int, ...]:
+    """Return the shape of an image on the wire: (H, W), or (H, W, 3) for colour."""
+    channels, height, width = model.shape
+    return (height, width) if channels == 1 else (height, width, channels)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is chosen below the endings, and what follows from it for the page."""
+
+    dataset: str
+    model: ServedModel | None  # None as long as nothing serves the dataset
+    mode: str  # of `known_cells`
+    num_samples: int
+    label: int | None
+    temperature: float
+    seed: int | None  # None where none is typed
+    trouble: str  # what is wrong with the seed that was typed
+    sees_all: bool  # the model takes into account what is known below a cell, too
+    named: bool  # endings are to be named
+    coloured: bool  # endings show by colour what the model added
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the grid."""
+        return shape_of(self.model) if self.model else (28, 28)
+
+    @property
+    def levels(self) -> int:
+        """K of the images."""
+        return self.model.levels if self.model else 2
+
+    @property
+    def query(self) -> dict[str, str]:
+        """What of them an address tells, beside the drawing and the seed of its endings."""
+        return {
+            "dataset": self.dataset,
+            "known": self.mode,
+            "label": str(-1 if self.label is None else self.label),
+            "temperature": str(self.temperature),
+            "n": str(self.num_samples),
+        }
 
 
 @dataclass(frozen=True)
@@ -66,6 +119,38 @@ class Endings:
     def known(self) -> np.ndarray:
         """(H, W), 1 where the person drew it."""
         return np.array(self.request.observed)
+
+
+def sent_of(drawing: Drawing, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Return what of a drawing is sent: levels, 0 where unknown, and (H, W) known cells."""
+    known = known_cells(drawing, settings.mode, settings.levels)
+    image = levels_of(drawing, settings.levels)
+    return image * per_cell(known, image), known
+
+
+def undrawn(request: Request, levels: int, settings: dict[str, str], drawing: str = "") -> Endings:
+    """Return the endings of a request before anything of them is drawn; see `Endings`."""
+    images = np.repeat(request.given[None], request.num_samples, axis=0)
+    return Endings(request, levels, images, settings=settings, drawing=drawing)
+
+
+def asked_of(drawing: Drawing, image: np.ndarray, known: np.ndarray, settings: Settings, seed: int) -> Endings:
+    """Return the endings to ask for of a drawing.
+
+    Args:
+        image, known: what is sent of it, see `sent_of`.
+        seed: for who has typed none.
+    """
+    request = Request(
+        dataset=settings.dataset,
+        image=image.tolist(),
+        observed=known.tolist(),
+        num_samples=settings.num_samples,
+        label=settings.label,
+        temperature=settings.temperature,
+        seed=seed if settings.seed is None else settings.seed,
+    )
+    return undrawn(request, settings.levels, settings.query, drawing_text(drawing))
 
 
 def parse_seed(text: str) -> int | None:

@@ -25,8 +25,6 @@ from app.canvas.waiting import waiting_fragments
 from app.canvas.widgets import show_trouble
 from app.client import ServiceClient, ServiceError, service_url
 
-Show = Callable[[ServiceClient, Visit], None]
-
 
 @st.cache_resource
 def client_of(url: str) -> ServiceClient:
@@ -41,12 +39,12 @@ def freeze_garbage() -> None:
     gc.freeze()
 
 
-def page(name: str, show: Show, client: ServiceClient, visit: Visit) -> st.Page:
+def page(name: str, show: Callable[[Visit], None], visit: Visit) -> st.Page:
     """Return a page under a path of its own; each but the first needs a model."""
 
     def shown() -> None:
         if name == "draw" or visit.models:
-            show(client, visit)
+            show(visit)
         else:
             st.title(say(f"{name}_title"), anchor=False)
             show_trouble(visit)
@@ -60,15 +58,14 @@ def main() -> None:
     st.html(Path(__file__).with_name("page.css"))
     freeze_garbage()
     admit()
-    visit = this_visit()
     try:
-        client = visit.client = client_of(service_url()).named(visit.name)
+        visit = this_visit(client_of(service_url()))
     except ServiceError as error:
         st.error(str(error))
         st.stop()
-    visit.refresh_models(client)
+    visit.refresh_models()
     shows = {"draw": draw_page, "generate": generate_page, "surprise": surprise_page, "models": models_page}
-    st.navigation([page(name, show, client, visit) for name, show in shows.items()], position="top").run()
+    st.navigation([page(name, show, visit) for name, show in shows.items()], position="top").run()
     training_line()
     invitation()
     # A stroke made meanwhile: Streamlit would not send the grid of this run, and the browser would make a new one.

@@ -13,9 +13,8 @@ import numpy as np
 import streamlit as st
 
 from app.canvas.drawing import strength_of
-from app.canvas.endings import Endings, Request, parse_seed
+from app.canvas.endings import Endings, Request, Settings, parse_seed
 from app.canvas.photo import Layout, layout_of
-from app.canvas.settings import Settings
 from app.canvas.texts import language, say
 from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
 
@@ -30,6 +29,7 @@ NEW_SEEDS = 10**6  # short enough to be read out; a person may type longer ones
 class Visit:
     """The state of a visit, beside the grid's ink, which is the component's, and what the widgets keep."""
 
+    client: ServiceClient  # of this visit
     name: str = field(default_factory=lambda: secrets.token_hex(8))  # for the service, which takes turns between visits
     models: dict[str, ServedModel] = field(default_factory=dict)  # what is served, in the order to offer it
     models_at: float = -math.inf  # when it was asked
@@ -43,7 +43,6 @@ class Visit:
     seed: int | None = None  # of this drawing's endings, until other ones are wanted
     gallery: list[Endings] = field(default_factory=list)  # the endings of this visit, the last ones first
     unfinished: Endings | None = None  # of a request that the next stroke has ended: shown until there is more
-    client: ServiceClient | None = None  # of this visit
     settings: Settings | None = None  # last chosen to draw with
     chosen: dict[str, Any] = field(default_factory=dict)  # what their widgets held then
     order: str = "drawn"  # of the endings that are shown, see `order_of`
@@ -61,7 +60,7 @@ class Visit:
     generated: Endings | None = None  # the last sheet
     surprise: tuple[Any, Likelihood, list[float] | None] | None = None  # (question, answer, log_probs by label)
 
-    def refresh_models(self, client: ServiceClient) -> bool:
+    def refresh_models(self) -> bool:
         """Ask what is served if the list is old; return whether that has changed.
 
         The last list stays in use while the service is away.
@@ -70,7 +69,7 @@ class Visit:
             return False
         before = self.models
         try:
-            self.models = in_order(client.models())
+            self.models = in_order(self.client.models())
             if self.models_missing:
                 self.answer_came()
             if not self.models:
@@ -82,12 +81,12 @@ class Visit:
         self.models_at = time.monotonic()
         return self.models != before
 
-    def layout(self, client: ServiceClient, dataset: str) -> Layout:
+    def layout(self, dataset: str) -> Layout:
         """Return how ink lies in a dataset's images, measured on some that its model makes. Raises ServiceError."""
         model = self.models[dataset]
         weights = str(model.model.get("weights_sha256"))
         if weights not in self.layouts:
-            images = client.generate(dataset, num_samples=NUM_MEASURED, seed=0).images
+            images = self.client.generate(dataset, num_samples=NUM_MEASURED, seed=0).images
             self.layouts[weights] = layout_of(strength_of(np.array(images), model.levels))
         return self.layouts[weights]
 
@@ -160,11 +159,11 @@ def in_order(served: Mapping[str, ServedModel]) -> dict[str, ServedModel]:
     )
 
 
-def this_visit() -> Visit:
+def this_visit(client: ServiceClient) -> Visit:
     """Return the state of this visit. A new one takes up the address: with a seed, it is the link to a picture."""
     state = st.session_state
     if "visit" not in state:
-        visit = state.visit = Visit()
+        visit = state.visit = Visit(client)
         VISITS[visit.name] = visit
         query = st.query_params
         visit.linked = query.get("d", "")
@@ -174,7 +173,9 @@ def this_visit() -> Visit:
         with contextlib.suppress(ValueError):
             visit.seed = parse_seed(query.get("seed", ""))
         visit.pending = visit.seed is not None and bool(visit.linked)  # the picture is drawn at once
-    return cast(Visit, state.visit)
+    visit = cast(Visit, state.visit)
+    visit.client = client.named(visit.name)
+    return visit
 
 
 def linked_default(name: str, key: str, offered: Any, default: Any) -> Any:

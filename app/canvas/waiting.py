@@ -5,7 +5,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -14,9 +15,9 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.scriptrunner_utils.script_requests import ScriptRequestType
 from streamlit.runtime.scriptrunner_utils.script_run_context import ThreadState
 
-from app.canvas.endings import Endings, Request
+from app.canvas.endings import Endings
 from app.canvas.texts import say
-from app.client import Completions, OnOpen, Rows, ServiceClient
+from app.client import OnOpen, Rows, ServiceClient
 
 Event = TypeVar("Event")
 WAIT_S = 0.01  # how often a page that waits looks whether it is to be redrawn
@@ -28,25 +29,20 @@ class Leaving:
     """How one leaves a request that another thread waits for: at once, or as soon as there is something to end."""
 
     def __init__(self) -> None:
-        self._left = threading.Event()
+        self.left = threading.Event()
         self._ends: list[Callable[[], None]] = []
 
     def on_open(self, end: Callable[[], None]) -> None:
         """Take what ends the request: an `OnOpen` of the client."""
         self._ends.append(end)
-        if self._left.is_set():
+        if self.left.is_set():
             end()
 
     def leave(self) -> None:
         """End the request."""
-        self._left.set()
+        self.left.set()
         for end in self._ends:
             end()
-
-    @property
-    def has_left(self) -> bool:
-        """Whether it was left."""
-        return self._left.is_set()
 
 
 def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> Generator[Event | None, None, None]:
@@ -66,38 +62,26 @@ def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> 
             with contextlib.closing(ask_for(leaving.on_open)) as events:  # ends the request
                 for event in events:
                     answers.put(event)
-                    if leaving.has_left:
+                    if leaving.left.is_set():
                         return
             answers.put(END)
         except Exception as error:  # it is raised where it is awaited
             answers.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
-    event = None
     try:
-        while event is not END:
+        while True:
             try:
                 event = answers.get(timeout=WAIT_S)
             except queue.Empty:
                 event = None
+            if event is END:
+                return
             if isinstance(event, Exception):
                 raise event
-            if event is not END:
-                yield event
+            yield event
     finally:
         leaving.leave()
-
-
-@contextlib.contextmanager
-def busy(what: str, text: str, on_stop: Callable[[], None]) -> Iterator[None]:
-    """Show that the model works meanwhile, and a button that stops it; see `busy_line`."""
-    place = st.empty()
-    with place:
-        busy_line(what, text, on_stop)
-    try:
-        yield
-    finally:
-        place.empty()
 
 
 def busy_line(what: str, text: str, on_stop: Callable[[], None]) -> None:
@@ -143,65 +127,52 @@ def waiting_fragments() -> list[str]:
 
 
 def wait_for(
-    ask: Callable[[], Generator[Event | None, None, None]], what: str, text: str, on_stop: Callable[[], None]
-) -> Event:
-    """Return what the service is asked for, showing that it takes a while. Raises ServiceError.
+    ask_for: Callable[[OnOpen], Generator[Event, None, None]],
+    what: str,
+    text: str,
+    on_stop: Callable[[], None],
+    show: Callable[[Event], object] = lambda event: None,
+) -> list[Event]:
+    """Return all that the service answers, showing that it takes a while. Raises ServiceError.
 
     Args:
-        ask: yields None after each request but the last, so that no further one is sent once the page has left, and
-            then what was asked for.
+        ask_for: see `in_background`; requests that it sends one by one end once the page has left.
         what, text, on_stop: see `busy_line`.
+        show: is given each answer as it comes.
     """
-    with busy(what, text, on_stop), contextlib.closing(in_background(lambda _: ask())) as answers:
-        for answer in answers:
-            if answer is not None:
-                return answer
-            look_up()
-    raise AssertionError("what is asked for comes, or an error")
+    found, place = [], st.empty()
+    with place:
+        busy_line(what, text, on_stop)
+    try:
+        # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
+        with contextlib.closing(in_background(ask_for)) as answers:
+            for answer in answers:
+                if answer is not None:
+                    found.append(answer)
+                    show(answer)
+                look_up()
+    finally:
+        place.empty()
+    return found
 
 
-def drawn(
-    events: Iterable[Rows | Completions | None], request: Request, levels: int
-) -> Generator[Endings | None, None, None]:
-    """Yield a request's endings as their rows come, the finished ones last; None where there is nothing new to show.
+def drawn(client: ServiceClient, asked: Endings, on_open: OnOpen) -> Generator[Endings, None, None]:
+    """Have endings drawn; yield them as their rows come, the finished ones last. Raises ServiceError.
 
     Args:
-        events: of `complete_stream`, or None.
-        levels: K of the model.
+        asked: as nothing of them is drawn yet.
+        on_open: see `complete_stream`.
     """
-    images = np.repeat(request.given[None], request.num_samples, axis=0)  # (N, H, W) or (N, H, W, 3)
-    shown_at = -math.inf
-    for event in events:
-        unfinished = None
-        if isinstance(event, Completions):
-            yield Endings(request, levels, np.array(event.completions), event.log_probs, event.seed, event.model)
-            return
-        if isinstance(event, Rows):
-            rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
-            images[:, event.start : event.start + rows.shape[1]] = rows
-            now = time.monotonic()
-            if now - shown_at >= SHOW_S or event.start + rows.shape[1] == images.shape[1]:
-                unfinished, shown_at = Endings(request, levels, images), now
-        yield unfinished
-    raise AssertionError("the stream ends with the completions or an error")
-
-
-def complete(
-    client: ServiceClient, request: Request, levels: int, on_stop: Callable[[], None], show: Callable[[Endings], Any]
-) -> Endings:
-    """Send a request; return its finished endings. Raises ServiceError.
-
-    Args:
-        levels: K of the model.
-        show: is given the unfinished endings when they have new rows.
-    """
-    answers = in_background(lambda on_open: client.complete_stream(**vars(request), on_open=on_open))
-    # Streamlit leaves this block by an exception when the page is to be redrawn: closing then ends the request.
-    with busy("drawing", say("drawing"), on_stop), contextlib.closing(answers):
-        for ending in drawn(answers, request, levels):
-            if ending and ending.log_probs is not None:
-                return ending
-            if ending:
-                show(ending)
-            look_up()
-    raise AssertionError("what is drawn ends with the finished endings")
+    images, shown_at = asked.images.copy(), -math.inf  # (N, H, W) or (N, H, W, 3)
+    with contextlib.closing(client.complete_stream(**vars(asked.request), on_open=on_open)) as events:
+        for event in events:
+            if isinstance(event, Rows):
+                rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
+                images[:, event.start : event.start + rows.shape[1]] = rows
+                now = time.monotonic()
+                if now - shown_at >= SHOW_S or event.start + rows.shape[1] == images.shape[1]:
+                    shown_at = now
+                    yield replace(asked, images=images.copy())
+            else:
+                scored = replace(asked, log_probs=event.log_probs, seed=event.seed, model=event.model)
+                yield replace(scored, images=np.array(event.completions))

@@ -9,13 +9,12 @@ import numpy as np
 import streamlit as st
 
 from app.canvas.drawing import fit_picture
-from app.canvas.endings import Endings, order_of, parse_seed, record
+from app.canvas.endings import Endings, order_of, parse_seed, record, shape_of
 from app.canvas.photo import find_ink
 from app.canvas.rendering import large_image, saved_animation, saved_picture
 from app.canvas.session import Visit, linked_default
-from app.canvas.settings import shape_of
 from app.canvas.texts import TEXTS, say, say_label
-from app.client import ServedModel, ServiceClient, ServiceError
+from app.client import ServedModel, ServiceError
 
 MAX_UPLOAD_MB = 10
 TEMPERATURE = 0.9  # more endings hold together than at 1, and as many differ: docs/endings.md
@@ -93,7 +92,7 @@ def choose_seed(key: str) -> tuple[int | None, str]:
         return None, str(error)
 
 
-def upload_picture(label: str, client: ServiceClient, visit: Visit, dataset: str) -> tuple[np.ndarray | None, str]:
+def upload_picture(label: str, visit: Visit, dataset: str) -> tuple[np.ndarray | None, str]:
     """Show an upload; return its picture as strengths, (H, W) or (H, W, 3), or None, and what is wrong with it."""
     shape = shape_of(visit.models[dataset])
     file = st.file_uploader(label, type=["png", "jpg", "jpeg"], max_upload_size=MAX_UPLOAD_MB)
@@ -102,7 +101,7 @@ def upload_picture(label: str, client: ServiceClient, visit: Visit, dataset: str
     try:
         if len(shape) == 3:
             return fit_picture(file.getvalue(), shape, dark_ink=False), ""
-        layout = visit.layout(client, dataset)
+        layout = visit.layout(dataset)
         if st.toggle(say("find_ink"), value=layout.has_paper, help=say("find_ink_help")):
             return find_ink(file.getvalue(), shape, layout), ""
         return fit_picture(file.getvalue(), shape, st.toggle(say("dark_ink"), value=True)), ""
@@ -144,11 +143,6 @@ def _count_down(visit: Visit) -> None:
         if st.button(say("try_now"), key="try_now"):
             visit.retry()
             st.rerun()
-
-
-def switch_off(key: str) -> None:
-    """Switch off a toggle, from a button's callback: what it asks for was stopped, and is not asked for again."""
-    st.session_state[key] = False
 
 
 def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:

@@ -15,9 +15,9 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from app.canvas.drawing import TOUCHED, Drawing, drawing_text
+from app.canvas.endings import Settings
 from app.canvas.live import LIVE_PATH, MAX_BYTES, answer_live
 from app.canvas.session import VISITS, Visit
-from app.canvas.settings import Settings
 from app.client import ServedModel, ServiceClient
 from tests.app.stub_service import MODELS, StubService
 
@@ -44,7 +44,7 @@ def visit(service: StubService) -> Visit:
     """A visit whose page was shown once."""
     visit = VISITS["a-visit"] = Visit(name="a-visit", language="en", client=ServiceClient(service.url))
     model = ServedModel.model_validate(MODELS["mnist5k"])
-    visit.settings = Settings("mnist5k", model, "above", 9, 3, 0.8, None, "", False, True, False, True)
+    visit.settings = Settings("mnist5k", model, "above", 9, 3, 0.8, None, "", True, False, True)
     return visit
 
 

@@ -11,7 +11,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.canvas.drawing import TOUCHED, Drawing, drawing_text
-from app.canvas.settings import shape_of
+from app.canvas.endings import shape_of
 from app.client import ServedModel
 from tests.app.stub_service import StubService, served
 from tests.app.test_canvas import go_to

@@ -6,7 +6,6 @@ Where this way fails the page goes the long one, and says what is wrong.
 """
 
 import asyncio
-import contextlib
 import json
 import threading
 from collections.abc import AsyncGenerator
@@ -17,14 +16,13 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from app.canvas.drawing import Drawing, drawing_text, parse_drawing
-from app.canvas.endings import Endings, Request
+from app.canvas.drawing import drawing_text, parse_drawing
+from app.canvas.endings import Endings, Settings, asked_of, sent_of
 from app.canvas.rendering import endings_html
 from app.canvas.session import VISITS, Visit
-from app.canvas.settings import Settings, made_of, request_of, sent_of
 from app.canvas.texts import SPOKEN
 from app.canvas.waiting import Leaving, drawn
-from app.client import ServiceClient, ServiceError
+from app.client import ServiceError
 
 HERE = Path(__file__).parent
 LIVE_PATH = "/live"
@@ -79,37 +77,33 @@ async def answer_live(request: HttpRequest) -> Response:
     except ValidationError:
         return Response("Send JSON: {visit, drawing}.", status_code=400)
     visit = VISITS.get(stroke.visit)
-    if visit is None or visit.client is None or visit.settings is None:
+    if visit is None or visit.settings is None:
         return Response("Nobody has a page open under this name. Reload it.", status_code=404)
     drawing = parse_drawing(stroke.drawing, visit.settings.shape)
     visit.drawn[visit.settings.shape] = drawing_text(drawing)
     image, known = sent_of(drawing, visit.settings)
-    asked = request_of(image, known, visit.settings, visit.own_seed())
-    if not drawing.mark.any() or known.all() or visit.is_ending(image) or asked == visit.answered:
+    asked = asked_of(drawing, image, known, visit.settings, visit.own_seed())
+    if not drawing.mark.any() or known.all() or visit.is_ending(image) or asked.request == visit.answered:
         return Response(status_code=204)
     visit.stop_live()
-    visit.asked = asked
+    visit.asked = asked.request
     SPOKEN.set(visit.language)
     return StreamingResponse(
-        _events(visit, visit.client, visit.settings, drawing, asked),
+        _events(visit, visit.settings, asked),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )
 
 
-async def _events(
-    visit: Visit, client: ServiceClient, settings: Settings, drawing: Drawing, asked: Request
-) -> AsyncGenerator[str, None]:
+async def _events(visit: Visit, settings: Settings, asked: Endings) -> AsyncGenerator[str, None]:
     loop = asyncio.get_running_loop()
     endings: asyncio.Queue[Endings | None] = asyncio.Queue()
-    leaving, told = Leaving(), made_of(drawing, settings)
+    leaving = Leaving()
 
     def ask() -> None:
         try:
-            with contextlib.closing(client.complete_stream(**vars(asked), on_open=leaving.on_open)) as events:
-                for ending in drawn(events, asked, settings.levels):
-                    if ending:
-                        loop.call_soon_threadsafe(endings.put_nowait, told(ending))
+            for ending in drawn(visit.client, asked, leaving.on_open):
+                loop.call_soon_threadsafe(endings.put_nowait, ending)
         except ServiceError:
             pass  # the answer ends early: the page asks again, and says why
         finally:
@@ -118,7 +112,7 @@ async def _events(
     visit.stop_live, visit.live_for = leaving.leave, (settings.query, settings.seed)
     threading.Thread(target=ask, daemon=True).start()
     try:
-        while (ending := await endings.get()) and not leaving.has_left:
+        while (ending := await endings.get()) and not leaving.left.is_set():
             is_finished = ending.log_probs is not None
             visit.live, visit.unfinished = (ending, None) if is_finished else (None, ending)
             shown = {"html": endings_html(ending, settings.coloured, visit.order), "finished": is_finished}

@@ -11,19 +11,18 @@ import streamlit as st
 from app.canvas import widgets
 from app.canvas.companion import companion
 from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
-from app.canvas.endings import Endings, Request, order_of, version_of
+from app.canvas.endings import Endings, Settings, asked_of, order_of, sent_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
 from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, gallery_html
 from app.canvas.session import Visit, linked_default
-from app.canvas.settings import Settings, made_of, request_of, sent_of
 from app.canvas.texts import say, say_label
 from app.canvas.views.known import KNOWN_KEYS, choose_known, known_help
 from app.canvas.views.picture import start_from_picture
-from app.canvas.views.surprise import Asked, log_probs_by_label, surprise_beside
-from app.canvas.waiting import busy_line, complete, is_of_fragment, redraw, wait_for
-from app.client import ServedModel, ServiceClient, ServiceError
+from app.canvas.views.surprise import likelihoods, surprise_beside
+from app.canvas.waiting import busy_line, drawn, is_of_fragment, redraw, wait_for
+from app.client import ServedModel, ServiceError
 
 NUM_ENDINGS = 9
 MAX_ENDINGS = 16
@@ -32,7 +31,7 @@ SETTINGS_KEYS = ("dataset", "label", *KNOWN_KEYS, "temperature", "n", "typed_see
 ORDERS = ("drawn", "likely", "rare")  # as drawn: in fixed places, while they bend with the pen
 
 
-def draw_page(client: ServiceClient, visit: Visit) -> None:
+def draw_page(visit: Visit) -> None:
     """Show the grid, the endings and the settings; ask for new endings when they are wanted."""
     st.title(say("draw_title"), anchor=False)
     # In the order of a phone: grid, button, endings, settings. What needs the settings is filled last. Above the grid
@@ -52,14 +51,14 @@ def draw_page(client: ServiceClient, visit: Visit) -> None:
     if settings.model:
         st.caption(say("serving", model=model_line(settings.model)))
     with board_place:
-        board(client, visit, settings, gallery_place)
+        board(visit, settings, gallery_place)
     if settings.model:
         with picture_place:
-            start_from_picture(client, visit, settings.dataset, settings.model, settings.label, settings.sees_all)
+            start_from_picture(visit, settings.dataset, settings.model, settings.label, settings.sees_all)
 
 
 @st.fragment
-def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place: Any) -> None:
+def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     """Show the grid, and what comes of a drawing: after a stroke this alone runs."""
     if is_of_fragment() and chosen_now() != visit.chosen:
         st.rerun()  # a setting was changed at the same moment as the drawing
@@ -124,25 +123,25 @@ def board(client: ServiceClient, visit: Visit, settings: Settings, gallery_place
             visit.pending = False
             status.warning(say("nothing_left"))
             return
-        request = request_of(image, known, settings, visit.own_seed())
+        asked = asked_of(drawing, image, known, settings, visit.own_seed())
         # To the browser, of this drawing or of a newer one, with these settings.
         is_coming = visit.live_for == (settings.query, settings.seed)
         if not is_coming:
             visit.stop_live()
-        if visit.pending or not (is_coming or request == visit.answered):
+        if visit.pending or not (is_coming or asked.request == visit.answered):
             with status:
-                answer(client, visit, settings, drawing, request, place)
+                answer(visit, asked, settings.coloured, place)
             redraw()
         if is_coming:
             with live_place:
                 busy_line("live", say("drawing"), visit.want_no_endings)
     if beside:
         with beside_place:
-            surprise_beside(client, visit, settings.dataset, model, levels_of(drawing, levels))
+            surprise_beside(visit, settings.dataset, model, levels_of(drawing, levels))
     if settings.named and last and not last.names and model.labels and not visit.is_waiting:
-        name_endings(client, visit, last, model)
+        name_endings(visit, last, model)
         redraw()
-    if is_of_fragment() and visit.refresh_models(client):
+    if is_of_fragment() and visit.refresh_models():
         st.rerun()
     if visit.trouble:
         with away_place:
@@ -163,46 +162,31 @@ def show_actions(last: Endings | None, drawing: Drawing, settings: Settings, ord
     return st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
 
 
-def answer(
-    client: ServiceClient,
-    visit: Visit,
-    settings: Settings,
-    drawing: Drawing,
-    request: Request,
-    place: Any,
-) -> None:
-    """Have endings of a drawing made; show them in their place while they come, and keep them."""
-    visit.asked = request
-    told = made_of(drawing, settings)
+def answer(visit: Visit, asked: Endings, coloured: bool, place: Any) -> None:
+    """Have endings made; show them in their place while they come, and keep them."""
+    visit.asked = asked.request
 
-    def show(unfinished: Endings) -> None:
-        visit.unfinished = told(unfinished)
-        place.html(endings_html(visit.unfinished, settings.coloured, visit.order))
+    def show(ending: Endings) -> None:
+        visit.unfinished = ending
+        place.html(endings_html(ending, coloured, visit.order))
 
+    ask_for = functools.partial(drawn, visit.client, asked)
     try:
-        ending = told(complete(client, request, settings.levels, visit.want_no_endings, show))
+        visit.keep(wait_for(ask_for, "drawing", say("drawing"), visit.want_no_endings, show)[-1])
     except ServiceError as error:
         visit.fail(error)
         visit.unanswered = error.away
-        visit.answered, visit.unfinished = request, None
-    else:
-        visit.keep(ending)
-        place.html(endings_html(ending, settings.coloured, visit.order))
+        visit.answered, visit.unfinished = asked.request, None
     visit.pending = False
 
 
-def name_endings(client: ServiceClient, visit: Visit, ending: Endings, model: ServedModel) -> None:
+def name_endings(visit: Visit, ending: Endings, model: ServedModel) -> None:
     """Have the last endings named: by the label that explains each best."""
-
-    def ask() -> Asked[list[str]]:
-        names = []
-        for image in ending.images:
-            log_probs = yield from log_probs_by_label(client, ending.request.dataset, len(model.labels), image)
-            names.append(say_label(model.labels[int(np.argmax(log_probs))]))
-        yield names
-
+    labels, switch_off = range(len(model.labels)), functools.partial(st.session_state.update, named=False)
     try:
-        names = wait_for(ask, "names", say("asking"), functools.partial(widgets.switch_off, "named"))
+        found = likelihoods(visit, ending.request.dataset, ending.images, labels, "names", switch_off)
+        best = np.reshape([one.log_prob for one in found], (len(ending.images), -1)).argmax(axis=1)
+        names = [say_label(model.labels[i]) for i in best]
         visit.answer_came()
     except ServiceError as error:
         visit.fail(error)
@@ -259,14 +243,12 @@ def choose_settings(visit: Visit) -> Settings:
         named = st.toggle(say("named"), key="named", help=say("named_help"), persist_state="session")
         coloured = painting or st.toggle(say("coloured"), value=True, key="coloured", persist_state="session")
     visit.chosen = chosen_now()
-    return Settings(
-        *(dataset, model, mode, num_samples, label, temperature, seed, trouble, painting, sees_all, named, coloured)
-    )
+    return Settings(dataset, model, mode, num_samples, label, temperature, seed, trouble, sees_all, named, coloured)
 
 
 def introduction(settings: Settings) -> str:
     """Say what to do here."""
-    if settings.painting:
+    if len(settings.shape) == 3:
         beginning = "begin_paint"
     elif settings.dataset.startswith("mnist") or not settings.dataset:
         beginning = "begin_digit" if settings.sees_all else "begin_top"

@@ -2,25 +2,23 @@
 
 import functools
 import math
-from dataclasses import replace
 
 import numpy as np
 import streamlit as st
 
 from app.canvas import widgets
 from app.canvas.companion import companion
-from app.canvas.endings import Endings, Request, version_of
+from app.canvas.endings import Endings, Request, shape_of, undrawn, version_of
 from app.canvas.rendering import endings_html
 from app.canvas.session import Visit
-from app.canvas.settings import shape_of
 from app.canvas.texts import say
-from app.canvas.waiting import complete
-from app.client import ServiceClient, ServiceError
+from app.canvas.waiting import drawn, wait_for
+from app.client import ServiceError
 
 NUM_IMAGES = 16
 
 
-def generate_page(client: ServiceClient, visit: Visit) -> None:
+def generate_page(visit: Visit) -> None:
     """Generate a sheet of images at first, and when asked to; show the last one."""
     st.title(say("generate_title"), anchor=False)
     st.markdown(say("generate_intro"))
@@ -46,13 +44,15 @@ def generate_page(client: ServiceClient, visit: Visit) -> None:
         observed = np.zeros(nothing.shape[:2], dtype=np.int64)
         seed = visit.seed if seed is None and visit.generated is None and not visit.linked else seed  # of the address
         request = Request(dataset, nothing.tolist(), observed.tolist(), NUM_IMAGES, label, temperature, seed)
+        asked = undrawn(request, model.levels, settings)
 
         def show(unfinished: Endings) -> None:
             place.html(endings_html(unfinished, coloured=False, order="likely", sheet=True))
 
         try:
             stop = functools.partial(setattr, visit, "generate_wanted", False)
-            visit.generated = replace(complete(client, request, model.levels, stop, show), settings=settings)
+            ask_for = functools.partial(drawn, visit.client, asked)
+            visit.generated = wait_for(ask_for, "drawing", say("drawing"), stop, show)[-1]
             visit.answer_came()
             visit.generate_wanted = False
         except ServiceError as error:

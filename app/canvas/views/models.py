@@ -8,10 +8,9 @@ import streamlit as st
 from app.canvas.endings import version_of
 from app.canvas.session import Visit
 from app.canvas.texts import TEXTS, say
-from app.client import ServiceClient
 
 
-def models_page(_: ServiceClient, visit: Visit) -> None:
+def models_page(visit: Visit) -> None:
     """Show what is served, dataset by dataset."""
     st.title(say("models_title"), anchor=False)
     st.markdown(say("models_intro"))

@@ -2,28 +2,25 @@
 
 import functools
 import uuid
-from collections.abc import Generator
 
 import numpy as np
 import streamlit as st
 
 from app.canvas.drawing import HOLE, TOUCHED, Drawing, drawing_text, levels_of, per_cell, strength_of, without
+from app.canvas.endings import shape_of
 from app.canvas.rendering import img, whole_pixels
 from app.canvas.session import Visit
-from app.canvas.settings import shape_of
 from app.canvas.texts import say
 from app.canvas.views.known import known_key
 from app.canvas.waiting import wait_for
 from app.canvas.widgets import choose, in_words, upload_picture
-from app.client import GeneratedImages, ServedModel, ServiceClient, ServiceError
+from app.client import ServedModel, ServiceError
 
 SOURCES = ("file", "model")
 PARTS = ("", "lower", "upper", "left", "right")
 
 
-def start_from_picture(
-    client: ServiceClient, visit: Visit, dataset: str, model: ServedModel, label: int | None, sees_all: bool
-) -> None:
+def start_from_picture(visit: Visit, dataset: str, model: ServedModel, label: int | None, sees_all: bool) -> None:
     """Let a picture take the place of the drawing, after showing what is left of it on the grid."""
     shape = shape_of(model)
     with st.expander(say("picture")):
@@ -31,12 +28,12 @@ def start_from_picture(
         source = choose(say("source"), names, "file", key="source")
         if source == "file":
             st.caption(say("picture_ways"))
-            strength, trouble = upload_picture(say("upload"), client, visit, dataset)
+            strength, trouble = upload_picture(say("upload"), visit, dataset)
             if trouble:
                 st.warning(trouble)
         else:
             st.caption(say("made_by_model"))
-            strength = made_picture(client, visit, dataset, model, label)
+            strength = made_picture(visit, dataset, model, label)
         if strength is None:
             return
         default = "" if source == "file" else "lower"
@@ -60,20 +57,14 @@ def start_from_picture(
             st.caption(say("brush_hole"))
 
 
-def made_picture(
-    client: ServiceClient, visit: Visit, dataset: str, model: ServedModel, label: int | None
-) -> np.ndarray | None:
+def made_picture(visit: Visit, dataset: str, model: ServedModel, label: int | None) -> np.ndarray | None:
     """Show a button that has the model make a picture; return the strengths of the last one, or None."""
-
     want = functools.partial(setattr, visit, "example_wanted")
     st.button(say("make_picture"), icon=":material/auto_awesome:", on_click=want, args=[True])
     if visit.example_wanted:  # still, if a stroke interrupted the page
+        asked = (visit.client.generate(dataset, label=one) for one in [label])
         try:
-
-            def ask() -> Generator[GeneratedImages, None, None]:
-                yield client.generate(dataset, label=label)
-
-            answer = wait_for(ask, "picture", say("drawing"), lambda: want(False))
+            [answer] = wait_for(lambda _: asked, "picture", say("drawing"), lambda: want(False))
             visit.example = (dataset, strength_of(np.array(answer.images[0]), model.levels))
         except ServiceError as error:
             st.warning(in_words(error))

@@ -2,29 +2,24 @@
 
 import functools
 import html
-from collections.abc import Generator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import streamlit as st
 
 from app.canvas.companion import companion
 from app.canvas.drawing import TOUCHED, Drawing, levels_of, parse_drawing
-from app.canvas.endings import bits_per_dim, nats, version_of
+from app.canvas.endings import bits_per_dim, nats, shape_of, version_of
 from app.canvas.examples import real_images
 from app.canvas.rendering import heat_pixels, img, png_size, whole_pixels
 from app.canvas.session import Visit
-from app.canvas.settings import shape_of
 from app.canvas.texts import say, say_label
 from app.canvas.waiting import wait_for
-from app.canvas.widgets import choose_dataset, choose_label, in_words, show_trouble, switch_off, upload_picture
-from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
-
-Answer = TypeVar("Answer")
-Asked = Generator[Answer | None, None, None]
+from app.canvas.widgets import choose_dataset, choose_label, in_words, show_trouble, upload_picture
+from app.client import Likelihood, ServedModel, ServiceError
 
 
-def surprise_page(client: ServiceClient, visit: Visit) -> None:
+def surprise_page(visit: Visit) -> None:
     """Show where an image surprises the model, and which label explains it best."""
     st.title(say("surprise_title"), anchor=False)
     st.markdown(say("surprise_intro"))
@@ -33,7 +28,7 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
         dataset = choose_dataset(visit.models)
         model = visit.models[dataset]
         shape = shape_of(model)
-        strength, trouble = upload_picture(say("own_picture"), client, visit, dataset)
+        strength, trouble = upload_picture(say("own_picture"), visit, dataset)
         label = choose_label(model.labels, say("told"))
     if trouble:
         right.warning(trouble)
@@ -48,7 +43,7 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
     question = (dataset, image.tolist(), label)
     if not visit.surprise or visit.surprise[0] != question:
         try:
-            visit.surprise = (question, client.likelihood(dataset, image.tolist(), label=label), None)
+            visit.surprise = (question, visit.client.likelihood(dataset, image.tolist(), label=label), None)
             visit.answer_came()
         except ServiceError as error:
             visit.fail(error)
@@ -77,12 +72,9 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
         size = png_size(image, model.levels)
         st.caption(say("packed", packed=answer.packed_bytes, png=size))
         if model.labels and st.button(say("which_label"), icon=":material/label:"):
-
-            def ask() -> Asked[list[float]]:
-                yield (yield from log_probs_by_label(client, dataset, len(model.labels), image))
-
             try:
-                by_label = wait_for(ask, "labels", say("asking"), lambda: None)
+                given = likelihoods(visit, dataset, [image], range(len(model.labels)), "labels", lambda: None)
+                by_label = [one.log_prob for one in given]
                 visit.surprise = (question, answer, by_label)
             except ServiceError as error:
                 st.warning(in_words(error))
@@ -92,21 +84,24 @@ def surprise_page(client: ServiceClient, visit: Visit) -> None:
         companion(None)
 
 
-def log_probs_by_label(
-    client: ServiceClient, dataset: str, num_labels: int, image: np.ndarray
-) -> Generator[None, None, list[float]]:
-    """Return the log-probability of an image, (H, W) or (H, W, 3) levels, as each label has it, nats.
+def likelihoods(
+    visit: Visit,
+    dataset: str,
+    images: Iterable[np.ndarray],
+    labels: Iterable[int | None],
+    what: str,
+    on_stop: Callable[[], None],
+) -> list[Likelihood]:
+    """Return how likely images are, (H, W) or (H, W, 3) levels, each given each label. Raises ServiceError.
 
-    Yields None after each request.
+    Args:
+        what, on_stop: see `busy_line`.
     """
-    found = []
-    for label in range(num_labels):
-        found.append(client.likelihood(dataset, image.tolist(), label=label).log_prob)
-        yield
-    return found
+    asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for image in images for label in labels)
+    return wait_for(lambda _: asked, what, say("asking"), on_stop)
 
 
-def surprise_beside(client: ServiceClient, visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
+def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
     """Show, beside the grid, which label explains what is on it and where it surprises; of each pixel how likely it is.
 
     Args:
@@ -116,21 +111,18 @@ def surprise_beside(client: ServiceClient, visit: Visit, dataset: str, model: Se
     if not visit.surprise or visit.surprise[0] != question or (model.labels and visit.surprise[2] is None):
         if visit.is_waiting:
             return
-
-        def ask() -> Asked[tuple[Any, Likelihood, list[float] | None]]:
-            answer = client.likelihood(dataset, image.tolist())
-            by_label = yield from log_probs_by_label(client, dataset, len(model.labels), image)
-            yield question, answer, by_label or None
-
+        labels = [None, *range(len(model.labels))]
+        switch_off = functools.partial(st.session_state.update, surprise_beside=False)
         try:
-            visit.surprise = wait_for(ask, "surprise", say("asking"), functools.partial(switch_off, "surprise_beside"))
+            answer, *given = likelihoods(visit, dataset, [image], labels, "surprise", switch_off)
+            visit.surprise = (question, answer, [one.log_prob for one in given] or None)
             visit.answer_came()
         except ServiceError as error:
             visit.fail(error)
             return
     _, answer, by_label = visit.surprise
-    labels = labels_html(model.labels, by_label, most=5) if by_label else ""
-    st.html(f'<div class="beside">{map_html(np.array(answer.surprise))}<div>{labels}</div></div>')
+    table = labels_html(model.labels, by_label, most=5) if by_label else ""
+    st.html(f'<div class="beside">{map_html(np.array(answer.surprise))}<div>{table}</div></div>')
     st.caption(say("tap_pixel"))
 
 
