@@ -43,16 +43,12 @@ def _packed(drawing: Drawing) -> bytes:
 
 
 def _unpacked(values: bytes, shape: tuple[int, ...]) -> Drawing:
-    """Undo `_packed`; blank if it is no drawing of this shape."""
+    """Undo `_packed`. Raises ValueError if it is no drawing of this shape."""
     found, size = np.frombuffer(values, dtype=np.uint8).astype(np.int64), math.prod(shape)
-    if len(found) != num_bytes(shape) or found[size:].max() > HOLE:
-        return blank_drawing(shape)
-    return Drawing(found[:size].reshape(shape), found[size:].reshape(shape[:2]))
-
-
-def num_bytes(shape: tuple[int, ...]) -> int:
-    """Return how many bytes a drawing takes: a strength for each channel of a cell, and its mark."""
-    return math.prod(shape) + math.prod(shape[:2])
+    drawing = Drawing(found[:size].reshape(shape), found[size:].reshape(shape[:2]))
+    if drawing.mark.max() > HOLE:
+        raise ValueError("no such mark")
+    return drawing
 
 
 def drawing_text(drawing: Drawing) -> str:
@@ -78,7 +74,8 @@ def decode_drawing(text: str, shape: tuple[int, ...]) -> Drawing:
     """Undo `encode_drawing`; blank if the text is no drawing of this shape."""
     try:
         packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        return _unpacked(zlib.decompressobj(wbits=-15).decompress(packed, num_bytes(shape) + 1), shape)
+        too_many = math.prod(shape) + math.prod(shape[:2]) + 1  # bytes
+        return _unpacked(zlib.decompressobj(wbits=-15).decompress(packed, too_many), shape)
     except (ValueError, zlib.error):
         return blank_drawing(shape)
 

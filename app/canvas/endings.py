@@ -9,15 +9,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from app.canvas.drawing import (
-    Drawing,
-    drawing_text,
-    encode_drawing,
-    known_cells,
-    levels_of,
-    parse_drawing,
-    per_cell,
-)
+from app.canvas.drawing import Drawing, drawing_text, encode_drawing, known_cells, levels_of, parse_drawing, per_cell
 from app.canvas.texts import say
 from app.client import ServedModel
 
@@ -111,21 +103,9 @@ class Endings:
         return urlencode(self.settings | {"seed": str(self.seed)} | ({"d": drawing} if drawing else {}))
 
     @property
-    def is_drawn(self) -> bool:
-        """Whether no pixel is missing any more."""
-        return bool((self.images >= 0).all())
-
-    @property
     def known(self) -> np.ndarray:
         """(H, W), 1 where the person drew it."""
         return np.array(self.request.observed)
-
-
-def sent_of(drawing: Drawing, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Return what of a drawing is sent: levels, 0 where unknown, and (H, W) known cells."""
-    known = known_cells(drawing, settings.mode, settings.levels)
-    image = levels_of(drawing, settings.levels)
-    return image * per_cell(known, image), known
 
 
 def undrawn(request: Request, levels: int, settings: dict[str, str], drawing: str = "") -> Endings:
@@ -134,16 +114,15 @@ def undrawn(request: Request, levels: int, settings: dict[str, str], drawing: st
     return Endings(request, levels, images, settings=settings, drawing=drawing)
 
 
-def asked_of(drawing: Drawing, image: np.ndarray, known: np.ndarray, settings: Settings, seed: int) -> Endings:
-    """Return the endings to ask for of a drawing.
+def asked_of(drawing: Drawing, settings: Settings, seed: int) -> Endings:
+    """Return the endings to ask for of a drawing, from this seed where none was typed.
 
-    Args:
-        image, known: what is sent of it, see `sent_of`.
-        seed: for who has typed none.
+    Of the levels only the known ones are sent, 0 in place of the others.
     """
+    known, image = known_cells(drawing, settings.mode, settings.levels), levels_of(drawing, settings.levels)
     request = Request(
         dataset=settings.dataset,
-        image=image.tolist(),
+        image=(image * per_cell(known, image)).tolist(),
         observed=known.tolist(),
         num_samples=settings.num_samples,
         label=settings.label,

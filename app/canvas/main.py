@@ -5,6 +5,7 @@ likelihood here. The grid itself is the component in `app/canvas/grid/`, which k
 Streamlit's server imports this file, and finds its `app`; for each visit it runs it as a script.
 """
 
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +24,7 @@ from app.canvas.views.models import models_page
 from app.canvas.views.surprise import surprise_page
 from app.canvas.waiting import waiting_fragments
 from app.canvas.widgets import show_trouble
-from app.client import ServiceClient, ServiceError, service_url
-
-
-@st.cache_resource
-def client_of(url: str) -> ServiceClient:
-    """Return one client per address, shared by all visits."""
-    return ServiceClient(url)
+from app.client import ServiceError
 
 
 @st.cache_resource
@@ -39,17 +34,13 @@ def freeze_garbage() -> None:
     gc.freeze()
 
 
-def page(name: str, show: Callable[[Visit], None], visit: Visit) -> st.Page:
-    """Return a page under a path of its own; each but the first needs a model."""
-
-    def shown() -> None:
-        if name == "draw" or visit.models:
-            show(visit)
-        else:
-            st.title(say(f"{name}_title"), anchor=False)
-            show_trouble(visit)
-
-    return st.Page(shown, title=say(name), url_path=name, default=name == "draw")
+def show_page(name: str, show: Callable[[Visit], None], visit: Visit) -> None:
+    """Show a page; each but the first needs a model."""
+    if name == "draw" or visit.models:
+        show(visit)
+    else:
+        st.title(say(f"{name}_title"), anchor=False)
+        show_trouble(visit)
 
 
 def main() -> None:
@@ -59,13 +50,17 @@ def main() -> None:
     freeze_garbage()
     admit()
     try:
-        visit = this_visit(client_of(service_url()))
+        visit = this_visit()
     except ServiceError as error:
         st.error(str(error))
         st.stop()
     visit.refresh_models()
     shows = {"draw": draw_page, "generate": generate_page, "surprise": surprise_page, "models": models_page}
-    st.navigation([page(name, show, visit) for name, show in shows.items()], position="top").run()
+    pages = [
+        st.Page(functools.partial(show_page, name, show, visit), title=say(name), url_path=name, default=name == "draw")
+        for name, show in shows.items()
+    ]
+    st.navigation(pages, position="top").run()
     training_line()
     invitation()
     # A stroke made meanwhile: Streamlit would not send the grid of this run, and the browser would make a new one.

@@ -142,7 +142,7 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
         sheet: whether they are whole images, on a page without a grid to continue them on.
     """
     known, kind = ending.known, "image" if sheet else "ending"
-    is_drawn = ending.is_drawn
+    is_drawn = bool((ending.images >= 0).all())
     num_added = int((known == 0).sum()) * (3 if ending.images.ndim == 4 else 1)
     figures = []
     for rank, i in enumerate(order_of(ending, order), start=1):

@@ -1,10 +1,11 @@
 """What a visit remembers between redrawings of the page, and what it last heard of the service."""
 
 import contextlib
+import functools
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -16,7 +17,7 @@ from app.canvas.drawing import strength_of
 from app.canvas.endings import Endings, Request, Settings, parse_seed
 from app.canvas.photo import Layout, layout_of
 from app.canvas.texts import language, say
-from app.client import Likelihood, ServedModel, ServiceClient, ServiceError
+from app.client import Likelihood, ServedModel, ServiceClient, ServiceError, service_url
 
 MODELS_TTL_S = 5.0  # how long the list of served models is taken as current
 RETRY_S = 5.0  # a service that does not answer is asked again after so long
@@ -69,7 +70,10 @@ class Visit:
             return False
         before = self.models
         try:
-            self.models = in_order(self.client.models())
+            served = self.client.models()
+            # `mnist`, other handwritten digits, images in colour last.
+            order = sorted(served, key=lambda one: (served[one].shape[0], one != "mnist", not one.startswith("mnist")))
+            self.models = {one: served[one] for one in order}
             if self.models_missing:
                 self.answer_came()
             if not self.models:
@@ -136,8 +140,9 @@ class Visit:
         if (ending.drawing, ending.settings) == (drawing, settings.query):
             self.keep(ending)
 
-    def is_ending(self, image: np.ndarray) -> bool:
-        """Return whether an image, (H, W) or (H, W, 3) levels, is one of the endings that are shown."""
+    def is_ending(self, asked: Endings) -> bool:
+        """Return whether what is to be ended is one of the endings that are shown."""
+        image = np.array(asked.request.image)
         newest = (ending for ending in (self.live, self.unfinished) if ending)
         return any(np.array_equal(image, one) for ending in (*newest, *self.gallery) for one in ending.images)
 
@@ -148,20 +153,18 @@ class Visit:
         return self.seed
 
 
+client_of = functools.cache(ServiceClient)  # one for each address, shared by all visits
 # By name, as long as their browsers have the page open. Only its browser is told a name: who knows it is that visit.
 VISITS: WeakValueDictionary[str, Visit] = WeakValueDictionary()
 
 
-def in_order(served: Mapping[str, ServedModel]) -> dict[str, ServedModel]:
-    """Return what is served in the order to offer it: `mnist`, other handwritten digits, images in colour last."""
-    return dict(
-        sorted(served.items(), key=lambda item: (item[1].shape[0], item[0] != "mnist", not item[0].startswith("mnist")))
-    )
+def this_visit() -> Visit:
+    """Return the state of this visit. A new one takes up the address: with a seed, it is the link to a picture.
 
-
-def this_visit(client: ServiceClient) -> Visit:
-    """Return the state of this visit. A new one takes up the address: with a seed, it is the link to a picture."""
-    state = st.session_state
+    Raises:
+        ServiceError: the service's address is none.
+    """
+    state, client = st.session_state, client_of(service_url())
     if "visit" not in state:
         visit = state.visit = Visit(client)
         VISITS[visit.name] = visit

@@ -17,15 +17,12 @@ from app.canvas.texts import TEXTS, say, say_label
 from app.client import ServedModel, ServiceError
 
 MAX_UPLOAD_MB = 10
+KNOWN_KEYS = ("known", "known_all", "known_paint")  # where the mode is kept
 TEMPERATURE = 0.9  # more endings hold together than at 1, and as many differ: docs/endings.md
 
 
 def choose(label: str, names: Mapping[str, str], default: str, **options: Any) -> str:
-    """Show a row of choices, by the names of their keys; return the chosen key.
-
-    Args:
-        options: further ones of `st.segmented_control`.
-    """
+    """Show a row of choices, by the names of their keys; return the chosen key."""
     chosen: str = st.segmented_control(
         label, list(names), format_func=lambda key: names[key], default=default, required=True, **options
     )
@@ -68,6 +65,30 @@ def choose_label(names: list[str], text: str) -> int | None:
         persist_state="session",
     )
     return None if label < 0 else label
+
+
+def known_key(painting: bool, sees_all: bool) -> str:
+    """Return where the mode is kept: apart for each default."""
+    return KNOWN_KEYS[2 if painting else 1 if sees_all else 0]
+
+
+def choose_known(painting: bool, sees_all: bool) -> str:
+    """Show what may count as known, and what that means; return the chosen mode of `known_cells`.
+
+    Args:
+        sees_all: the model takes into account what is known below a cell, too: then no rows need to be above others.
+    """
+    # In colour no cell is blank: painted black, or not painted.
+    modes = ("ink", "above", "mask") if painting else ("above", "ink", "touched", "mask")
+    names = {mode: say("known_paint" if painting and mode == "ink" else f"known_{mode}") for mode in modes}
+    key = known_key(painting, sees_all)
+    default = linked_default("known", key, modes, "ink" if painting or sees_all else "above")
+    mode = choose(say("known"), names, default, width="stretch", wrap=True, key=key, persist_state="session")
+    if painting:
+        st.caption(say("help_paint" if mode == "ink" else f"help_paint_{mode}"))
+    else:
+        st.caption(say("help_ink_seen" if mode == "ink" and sees_all else f"help_{mode}"))
+    return mode
 
 
 def choose_temperature() -> float:

@@ -23,12 +23,10 @@ def real_images(dataset: str) -> list[np.ndarray]:
 
 @cache
 def beginnings_of(dataset: str) -> list[Drawing]:
-    """Return the upper halves of a dataset's test images, see `real_images`, as somebody would have drawn them."""
-    return [_beginning_of(image) for image in real_images(dataset)]
-
-
-def _beginning_of(image: np.ndarray) -> Drawing:
-    """Return the upper half of an image: its ink, or all of its paint."""
-    is_upper = np.indices(image.shape[:2])[0] < image.shape[0] // 2
-    is_drawn = is_upper & (image > 0) if image.ndim == 2 else is_upper
-    return Drawing(np.where(per_cell(is_drawn, image), image, 0), np.where(is_drawn, TOUCHED, NO_MARK))
+    """Return the upper halves of a dataset's test images as somebody would have drawn them: their ink, or all paint."""
+    beginnings = []
+    for image in real_images(dataset):
+        is_upper = np.indices(image.shape[:2])[0] < image.shape[0] // 2
+        is_drawn = is_upper & (image > 0) if image.ndim == 2 else is_upper
+        beginnings.append(Drawing(image * per_cell(is_drawn, image), np.where(is_drawn, TOUCHED, NO_MARK)))
+    return beginnings

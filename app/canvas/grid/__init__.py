@@ -9,7 +9,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from app.canvas.drawing import Drawing, blank_drawing, drawing_text, num_bytes, parse_drawing
+from app.canvas.drawing import Drawing, blank_drawing, drawing_text, parse_drawing
 from app.canvas.texts import TEXTS, language, say
 
 HERE = Path(__file__).parent
@@ -74,7 +74,7 @@ def drawing_grid(
             "shortcuts": shortcuts,
             "ink": given,
             "demonstration": drawing_text(demonstration) if demonstration else "",
-            "load": load if load and len(load["ink"]) == 2 * num_bytes(shape) else None,
+            "load": load if load and len(load["ink"]) == len(given) else None,
             "texts": {name: names[name] for name in ("cell", "cell_ink", "cell_blank", "cell_unknown")},
         },
         default={"ink": given},

@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from app.canvas.drawing import drawing_text, parse_drawing
-from app.canvas.endings import Endings, Settings, asked_of, sent_of
+from app.canvas.endings import Endings, Settings, asked_of
 from app.canvas.rendering import endings_html
 from app.canvas.session import VISITS, Visit
 from app.canvas.texts import SPOKEN
@@ -81,9 +81,8 @@ async def answer_live(request: HttpRequest) -> Response:
         return Response("Nobody has a page open under this name. Reload it.", status_code=404)
     drawing = parse_drawing(stroke.drawing, visit.settings.shape)
     visit.drawn[visit.settings.shape] = drawing_text(drawing)
-    image, known = sent_of(drawing, visit.settings)
-    asked = asked_of(drawing, image, known, visit.settings, visit.own_seed())
-    if not drawing.mark.any() or known.all() or visit.is_ending(image) or asked.request == visit.answered:
+    asked = asked_of(drawing, visit.settings, visit.own_seed())
+    if not drawing.mark.any() or asked.known.all() or visit.is_ending(asked) or asked.request == visit.answered:
         return Response(status_code=204)
     visit.stop_live()
     visit.asked = asked.request

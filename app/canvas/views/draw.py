@@ -11,14 +11,13 @@ import streamlit as st
 from app.canvas import widgets
 from app.canvas.companion import companion
 from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
-from app.canvas.endings import Endings, Settings, asked_of, order_of, sent_of, version_of
+from app.canvas.endings import Endings, Settings, asked_of, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
 from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, gallery_html
 from app.canvas.session import Visit, linked_default
 from app.canvas.texts import say, say_label
-from app.canvas.views.known import KNOWN_KEYS, choose_known, known_help
 from app.canvas.views.picture import start_from_picture
 from app.canvas.views.surprise import likelihoods, surprise_beside
 from app.canvas.waiting import busy_line, drawn, is_of_fragment, redraw, wait_for
@@ -27,7 +26,7 @@ from app.client import ServedModel, ServiceError
 NUM_ENDINGS = 9
 MAX_ENDINGS = 16
 COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
-SETTINGS_KEYS = ("dataset", "label", *KNOWN_KEYS, "temperature", "n", "typed_seed", "named", "coloured")
+SETTINGS_KEYS = ("dataset", "label", *widgets.KNOWN_KEYS, "temperature", "n", "typed_seed", "named", "coloured")
 ORDERS = ("drawn", "likely", "rare")  # as drawn: in fixed places, while they bend with the pen
 
 
@@ -82,7 +81,7 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     live = st.session_state.get("live", True)
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)
-    image, known = sent_of(drawing, settings)
+    asked = asked_of(drawing, settings, visit.own_seed())
     is_blank = not drawing.mark.any()
     visit.take_live(drawing_text(drawing), settings)
     visit.settings, visit.order = settings, st.session_state.get("order") or ORDERS[0]
@@ -118,12 +117,11 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
         with away_place:
             widgets.show_trouble(visit)
         return
-    if visit.pending or (live and not is_blank and not visit.is_ending(image)):
-        if known.all():
+    if visit.pending or (live and not is_blank and not visit.is_ending(asked)):
+        if asked.known.all():
             visit.pending = False
             status.warning(say("nothing_left"))
             return
-        asked = asked_of(drawing, image, known, settings, visit.own_seed())
         # To the browser, of this drawing or of a newer one, with these settings.
         is_coming = visit.live_for == (settings.query, settings.seed)
         if not is_coming:
@@ -182,9 +180,8 @@ def answer(visit: Visit, asked: Endings, coloured: bool, place: Any) -> None:
 
 def name_endings(visit: Visit, ending: Endings, model: ServedModel) -> None:
     """Have the last endings named: by the label that explains each best."""
-    labels, switch_off = range(len(model.labels)), functools.partial(st.session_state.update, named=False)
     try:
-        found = likelihoods(visit, ending.request.dataset, ending.images, labels, "names", switch_off)
+        found = likelihoods(visit, ending.request.dataset, ending.images, range(len(model.labels)), "named")
         best = np.reshape([one.log_prob for one in found], (len(ending.images), -1)).argmax(axis=1)
         names = [say_label(model.labels[i]) for i in best]
         visit.answer_came()
@@ -231,8 +228,7 @@ def choose_settings(visit: Visit) -> Settings:
     with second:
         label = widgets.choose_label(model.labels if model else [], say("finish_as"))
     with st.expander(say("advanced")):
-        mode = choose_known(painting, sees_all)
-        st.caption(known_help(mode, painting, sees_all))
+        mode = widgets.choose_known(painting, sees_all)
         first, second = st.columns(2)
         with first:
             temperature = widgets.choose_temperature()

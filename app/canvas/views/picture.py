@@ -11,9 +11,8 @@ from app.canvas.endings import shape_of
 from app.canvas.rendering import img, whole_pixels
 from app.canvas.session import Visit
 from app.canvas.texts import say
-from app.canvas.views.known import known_key
 from app.canvas.waiting import wait_for
-from app.canvas.widgets import choose, in_words, upload_picture
+from app.canvas.widgets import choose, in_words, known_key, upload_picture
 from app.client import ServedModel, ServiceError
 
 SOURCES = ("file", "model")

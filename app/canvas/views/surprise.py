@@ -2,7 +2,7 @@
 
 import functools
 import html
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import streamlit as st
@@ -73,7 +73,7 @@ def surprise_page(visit: Visit) -> None:
         st.caption(say("packed", packed=answer.packed_bytes, png=size))
         if model.labels and st.button(say("which_label"), icon=":material/label:"):
             try:
-                given = likelihoods(visit, dataset, [image], range(len(model.labels)), "labels", lambda: None)
+                given = likelihoods(visit, dataset, [image], range(len(model.labels)), "labels")
                 by_label = [one.log_prob for one in given]
                 visit.surprise = (question, answer, by_label)
             except ServiceError as error:
@@ -85,20 +85,16 @@ def surprise_page(visit: Visit) -> None:
 
 
 def likelihoods(
-    visit: Visit,
-    dataset: str,
-    images: Iterable[np.ndarray],
-    labels: Iterable[int | None],
-    what: str,
-    on_stop: Callable[[], None],
+    visit: Visit, dataset: str, images: Iterable[np.ndarray], labels: Iterable[int | None], toggle: str
 ) -> list[Likelihood]:
     """Return how likely images are, (H, W) or (H, W, 3) levels, each given each label. Raises ServiceError.
 
     Args:
-        what, on_stop: see `busy_line`.
+        toggle: the key of what asks for it, which is off once that was stopped.
     """
     asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for image in images for label in labels)
-    return wait_for(lambda _: asked, what, say("asking"), on_stop)
+    switch_off = functools.partial(st.session_state.update, {toggle: False})
+    return wait_for(lambda _: asked, toggle, say("asking"), switch_off)
 
 
 def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
@@ -112,9 +108,8 @@ def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.nd
         if visit.is_waiting:
             return
         labels = [None, *range(len(model.labels))]
-        switch_off = functools.partial(st.session_state.update, surprise_beside=False)
         try:
-            answer, *given = likelihoods(visit, dataset, [image], labels, "surprise", switch_off)
+            answer, *given = likelihoods(visit, dataset, [image], labels, "surprise_beside")
             visit.surprise = (question, answer, [one.log_prob for one in given] or None)
             visit.answer_came()
         except ServiceError as error:
