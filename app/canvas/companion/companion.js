@@ -45,7 +45,7 @@ function createCompanion(root) {
   function sync() {
     improveUploader();
     const drawing = document.drawing;
-    if (!drawing || !document.querySelector(".endings[data-for]")) return;
+    if (!drawing) return;
     for (const endings of document.querySelectorAll(".endings[data-for]")) {
       let isCurrent = endings.dataset.for === drawing.text;
       for (const ending of endings.querySelectorAll("[data-key]")) {

@@ -53,8 +53,7 @@ def drawing_grid(
         on_change: called before the page runs after a stroke.
     """
     given = drawing_text(value or blank_drawing(shape))
-    names = {name: TEXTS[name][0 if language() == "en" else 1] for name in TEXTS}
-    names |= {f"brush_{width}": say("brush", width=width) for width in BRUSHES}
+    names = {name: say(name) for name in TEXTS} | {f"brush_{width}": say("brush", width=width) for width in BRUSHES}
     component = st.components.v2.component(
         f"drawing_grid_{language()}",
         html=string.Template((HERE / "grid.html").read_text()).safe_substitute(names),

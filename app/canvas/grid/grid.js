@@ -20,6 +20,7 @@ const LIVE_MS = 250; // at most four requests a second while a stroke lasts
 const [LARGE, MAX_ZOOM, WHEEL] = [48, 8, 400]; // cells of a grid that can be zoomed; how far; how slowly by wheel
 const DEMONSTRATION_MS = 1200; // for drawing it
 const [NONE, TOUCHED, HOLE] = [0, 1, 2];
+const [INK, PAPER] = [[28, 31, 43], 255]; // red, green, blue, as in app/canvas/rendering.py
 const BRUSHES = ["1", "2", "3", "5", "8"];
 const MAX_GREYS = 17; // to choose from
 const RAMP = 1.5; // a soft edge goes from full to none within so many cells, about as in MNIST
@@ -32,19 +33,14 @@ const HEX = Array.from({ length: 256 }, (_, value) => value.toString(16).padStar
 
 const linked = () => new URLSearchParams(location.search).get("d");
 
-function createGrid(root, { height, width, channels, brush: firstBrush, ink: given, demonstration }) {
+function createGrid(root, data) {
+  const { height, width, channels, demonstration } = data;
+  let { brush, ink: given } = data;
   const canvas = root.querySelector("canvas");
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const paper = root.querySelector(".paper");
   const grey = root.querySelector(".grey input");
   const colour = root.querySelector(".paint input");
-  const style = getComputedStyle(root);
-  const rgb = (name) => {
-    context.fillStyle = style.getPropertyValue(name).trim();
-    const hex = parseInt(context.fillStyle.slice(1), 16);
-    return [hex >> 16, (hex >> 8) & 255, hex & 255];
-  };
-  const colours = { ink: rgb("--ink"), paper: rgb("--paper") };
   const size = height * width;
   const marks = channels * size; // where they begin in the cells
   const isPaint = channels === 3;
@@ -55,9 +51,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
   let undone = [];
   let done = [];
   let tool = "pen";
-  let brush = firstBrush;
   let soft = true; // where there are levels for it
-  let data = { levels: 2, known: "above", live: false, shortcuts: true };
   let send = () => {};
   // {id: pointer, before: cells at its start, last: those of before it; demonstrated, as it was; cover: of each cell, how
   // much of it the soft pen covers; x, y: last place}
@@ -140,7 +134,7 @@ function createGrid(root, { height, width, channels, brush: firstBrush, ink: giv
       for (let c = 0; c < 3; c++) {
         picture.data[4 * i + c] = isPaint
           ? Math.round(shown(cells[3 * i + c]))
-          : Math.round(colours.paper[c] + ((colours.ink[c] - colours.paper[c]) * shown(cells[i])) / 255);
+          : Math.round(PAPER + ((INK[c] - PAPER) * shown(cells[i])) / 255);
       }
       picture.data[4 * i + 3] = 255;
     }

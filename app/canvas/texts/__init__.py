@@ -85,7 +85,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "begin_paint": ("Paint a part of a picture", "Peignez une partie d'une image"),
     "begin_digit": ("Draw a part of a digit", "Dessinez une partie d'un chiffre"),
-    "begin_top": ("Start a digit from the top", "Commencez un chiffre par le haut"),
+    "begin_digit_top": ("Start a digit from the top", "Commencez un chiffre par le haut"),
     "begin_other": ("Draw a part of a picture", "Dessinez une partie d'une image"),
     "begin_other_top": ("Draw the upper part of a picture", "Dessinez le haut d'une image"),
     "complete": ("Complete", "Compléter"),
@@ -441,8 +441,9 @@ def language() -> str:
 
 
 def say(key: str, **values: object) -> str:
-    """Return a text in the language to show, with values in its {places}."""
-    return TEXTS[key][LANGUAGES.index(language())].format(**values)
+    """Return a text in the language to show, with values, where there are any, in its {places}."""
+    text = TEXTS[key][LANGUAGES.index(language())]
+    return text.format(**values) if values else text
 
 
 def say_label(name: str) -> str:

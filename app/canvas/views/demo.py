@@ -21,6 +21,7 @@ export default function ({ data }) {
 }
 """
 POLL_S = 2
+ENDED = ("done", "failed")
 
 
 def read_status() -> dict[str, str]:
@@ -33,7 +34,7 @@ def read_status() -> dict[str, str]:
 
 def status_text(status: dict[str, str]) -> str:
     """Say in one line what is trained beside the page, how good it is and how long it still takes."""
-    if status.get("doing") in ("done", "failed"):
+    if status.get("doing") in ENDED:
         return say(f"quick_start_{status['doing']}")
     if "what" not in status:
         return ""
@@ -49,13 +50,12 @@ def training_line() -> None:
     """Show that line, and keep it up to date as long as something is trained."""
     if STATUS_VARIABLE not in os.environ:
         return
-    begun = read_status()
-    ends = begun.get("doing") in ("done", "failed")
+    ends = read_status().get("doing") in ENDED
 
     @st.fragment(run_every=None if ends else POLL_S)
     def line() -> None:
         status = read_status()
-        if not ends and status.get("doing") in ("done", "failed"):
+        if not ends and status.get("doing") in ENDED:
             st.rerun()  # the page then finds the new champion, and nothing is asked any more
         if text := status_text(status):
             st.caption(text)

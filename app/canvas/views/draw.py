@@ -83,7 +83,7 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
         drawing = show_grid(visit, settings, live, beginnings)
     asked = asked_of(drawing, settings, visit.own_seed())
     is_blank = not drawing.mark.any()
-    visit.take_live(drawing_text(drawing), settings)
+    visit.take_live(asked.drawing, settings)
     visit.settings, visit.order = settings, st.session_state.get("order") or ORDERS[0]
     # Endings of another shape could not be continued from: they wait until such images are drawn again.
     earlier = [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
@@ -92,7 +92,7 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     show_endings(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
     if is_blank:
         visit.seed = visit.seed if visit.pending else None  # the next drawing gets a new one
-    is_answer = last is not None and last.settings == settings.query and last.drawing == drawing_text(drawing)
+    is_answer = last is not None and (last.settings, last.drawing) == (asked.settings, asked.drawing)
     with button_place:
         name = say("nine") if settings.num_samples == NUM_ENDINGS else str(settings.num_samples)
         label = say("another", number=name) if is_answer else say("complete")
@@ -244,12 +244,8 @@ def choose_settings(visit: Visit) -> Settings:
 
 def introduction(settings: Settings) -> str:
     """Say what to do here."""
-    if len(settings.shape) == 3:
-        beginning = "begin_paint"
-    elif settings.dataset.startswith("mnist") or not settings.dataset:
-        beginning = "begin_digit" if settings.sees_all else "begin_top"
-    else:
-        beginning = "begin_other" if settings.sees_all else "begin_other_top"
+    what = "digit" if settings.dataset.startswith("mnist") or not settings.dataset else "other"
+    beginning = "begin_paint" if len(settings.shape) == 3 else f"begin_{what}{'' if settings.sees_all else '_top'}"
     return say("intro", beginning=say(beginning), number=settings.num_samples)
 
 
