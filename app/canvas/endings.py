@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
@@ -148,7 +148,7 @@ def parse_seed(text: str) -> int | None:
 
 def record(ending: Endings) -> str:
     """Return the endings as JSON. Its `request`, sent to /complete, gives the same `result` from the same model."""
-    sent = {name: value for name, value in asdict(ending.request).items() if value is not None}
+    sent = {name: value for name, value in vars(ending.request).items() if value is not None}
     values = {
         "request": sent | {"seed": ending.seed},
         "result": {"completions": ending.images.tolist(), "log_probs": ending.log_probs},

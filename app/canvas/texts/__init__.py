@@ -400,7 +400,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
 }
 
-KEYS = (
+TEXTS["keys_table"] = (
     """
 | key | does |
 | --- | --- |
@@ -426,8 +426,6 @@ KEYS = (
 | `Tab`, `Entrée` | atteindre une fin, continuer à partir d'elle |
 """,
 )
-TEXTS["keys_table"] = KEYS
-
 
 SPOKEN: ContextVar[str] = ContextVar("spoken")  # where no page runs, which knows its browser
 

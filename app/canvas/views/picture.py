@@ -15,15 +15,12 @@ from app.canvas.waiting import wait_for
 from app.canvas.widgets import choose, in_words, known_key, upload_picture
 from app.client import ServedModel, ServiceError
 
-SOURCES = ("file", "model")
-PARTS = ("", "lower", "upper", "left", "right")
-
 
 def start_from_picture(visit: Visit, dataset: str, model: ServedModel, label: int | None, sees_all: bool) -> None:
     """Let a picture take the place of the drawing, after showing what is left of it on the grid."""
     shape = shape_of(model)
     with st.expander(say("picture")):
-        names = {name: say(f"source_{name}") for name in SOURCES}
+        names = {name: say(f"source_{name}") for name in ("file", "model")}
         source = choose(say("source"), names, "file", key="source")
         if source == "file":
             st.caption(say("picture_ways"))
@@ -36,7 +33,7 @@ def start_from_picture(visit: Visit, dataset: str, model: ServedModel, label: in
         if strength is None:
             return
         default = "" if source == "file" else "lower"
-        names = {name: say(f"half_{name or 'none'}") for name in PARTS}
+        names = {name: say(f"half_{name or 'none'}") for name in ("", "lower", "upper", "left", "right")}
         part = choose(say("half"), names, default, key=f"part_{source}")
         drawing = without(Drawing(strength, np.full(shape[:2], TOUCHED)), part)
         with st.container(horizontal=True, vertical_alignment="center"):
