@@ -142,7 +142,7 @@ class Visit:
 
     def is_ending(self, asked: Endings) -> bool:
         """Return whether what is to be ended is one of the endings that are shown."""
-        image = np.array(asked.request.image)
+        image = np.maximum(asked.images[0], 0)  # as it is sent, 0 where unknown
         newest = (ending for ending in (self.live, self.unfinished) if ending)
         return any(np.array_equal(image, one) for ending in (*newest, *self.gallery) for one in ending.images)
 
