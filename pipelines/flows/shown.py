@@ -27,37 +27,20 @@ def _key(kind: str, name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", f"{kind}-{name}".lower())
 
 
-def _is_in_a_run() -> bool:
-    """Tell whether a flow run is under way; Prefect would start a server to hold what is shown outside of one."""
-    return this_run.get_id() is not None
-
-
 def tag_run(*tags: str) -> None:
-    """Add tags to the flow run under way, if there is one: its pages can be filtered by them."""
-    if not _is_in_a_run():
-        return
+    """Add tags to the flow run under way: its pages can be filtered by them."""
     with get_client(sync_client=True) as client:
         client.update_flow_run(UUID(this_run.get_id()), tags={*this_run.get_tags(), *tags})
 
 
 def show_scores(name: str, scores: Mapping[str, Any]) -> None:
-    """Show the numbers among scores as the table `scores-NAME` of the flow run under way, if there is one."""
-    if not _is_in_a_run():
-        return
+    """Show the numbers among scores as the table `scores-NAME` of the flow run under way."""
     rows = [{"score": key, "value": value} for key, value in scores.items() if isinstance(value, int | float)]
     create_table_artifact(rows, key=_key("scores", name), description=f"Scores of {name}.")
 
 
 def show_training(pair: str, out: Path, report: Path, version: str) -> None:
-    """Show what a training came to in the flow run under way, if there is one: its scores and pictures.
-
-    Args:
-        out: folder of the checkpoint.
-        report: folder of the pictures; one that is not there is passed over.
-        version: in MLflow.
-    """
-    if not _is_in_a_run():
-        return
+    """Show what a training came to in the flow run under way: its scores, and those of `PICTURES` that are there."""
     show_scores(pair, json.loads((out / SCORES_FILE).read_text()))
     for file in (report / name for name in PICTURES if (report / name).exists()):
         data = base64.b64encode(file.read_bytes()).decode()
@@ -67,8 +50,6 @@ def show_training(pair: str, out: Path, report: Path, version: str) -> None:
 
 def show_decision(report: Report) -> None:
     """Show a decision of a flow run as the text `decision-DATASET`: what, why, and the intervals in nats."""
-    if not _is_in_a_run():
-        return
     lines = [report["text"], "", "| difference | mean | low | high |", "| --- | --- | --- | --- |"]
     for name in ("total_difference", "joint_difference", "completion_difference"):
         if found := report.get(name):

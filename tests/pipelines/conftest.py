@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy
 import torch
 
+from pipelines.promotion.score import score
 from pipelines.registry import runs as tracking
 from pixelcnn.data import save_dataset
 from tests.pipelines.projects import tiny_dataset, tiny_params, write_params, write_weights
@@ -41,6 +42,14 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     quick = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_RESULTS_LOCAL_STORAGE_PATH: str(storage)}
     with prefect_test_harness(server_startup_timeout=120), temporary_settings(quick):
         yield PREFECT_API_URL.value()
+
+
+@pytest.fixture
+def without_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let flows be called as functions, by `.fn`, without a server: what they would show is not shown."""
+    for name in ("promote.tag_run", "promote.show_decision", "add_dataset.tag_run"):
+        monkeypatch.setattr(f"pipelines.flows.{name}", lambda *_: None)
+    monkeypatch.setattr("pipelines.flows.promote._score", score)
 
 
 @pytest.fixture(scope="session")

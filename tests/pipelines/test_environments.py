@@ -163,7 +163,7 @@ def two_environments(clone, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_production_gets_what_staging_served_by_hash(two_environments, monkeypatch, capsys):
+def test_production_gets_what_staging_served_by_hash(two_environments, without_prefect, monkeypatch, capsys):
     toy = two_environments
     assert steps.main(["promote", "mnist5k", "--to", "production"]) == 1
     assert capsys.readouterr().err.startswith("promote: staging serves no model of mnist5k")

@@ -483,7 +483,7 @@ def test_each_kind_of_change_has_its_limit() -> None:
     assert beyond(image_shape=[1, 2, 1], mean_image=[1.0]) == ["image_shape"]
 
 
-def test_the_flow_adds_a_dataset(folder: Path) -> None:
+def test_the_flow_adds_a_dataset(folder: Path, without_prefect: None) -> None:
     from pipelines.flows.add_dataset import add_dataset
 
     lines = add_dataset.fn(NAME, str(folder), side="10x6")

@@ -652,7 +652,7 @@ def test_a_dry_run_says_why_nothing_would_move(toy):
     )
 
 
-def test_unreachable_registry(mnist5k, monkeypatch):
+def test_unreachable_registry(mnist5k, without_prefect, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     expected = r"mnist5k: nothing moved: MLflow at 127\.0\.0\.1:9 failed \(.*refused.*Run this again once it works\."
@@ -679,12 +679,11 @@ def test_a_registry_is_named_without_its_password(monkeypatch):
     ],
     ids=["disk", "mlflow", "ours"],
 )
-def test_an_error_is_blamed_on_whom_it_comes_from(mnist5k, monkeypatch, error, said):
+def test_an_error_is_blamed_on_whom_it_comes_from(mnist5k, without_prefect, monkeypatch, error, said):
     def fail(*_):
         raise error
 
     mnist5k.register(INK)
-    monkeypatch.setattr(promotion_flow, "_score", score.score)  # no Prefect here
     monkeypatch.setattr(decisions, "record_decision", fail)
     with pytest.raises(KeyError if said is None else OSError) as raised:
         promotion_flow.promote.fn("mnist5k")
@@ -697,13 +696,12 @@ def test_an_error_is_blamed_on_whom_it_comes_from(mnist5k, monkeypatch, error, s
     assert json.loads(Path("reports/promotions/mnist5k.json").read_text())["text"] == str(raised.value)
 
 
-def test_a_report_does_not_deny_what_has_moved(mnist5k, monkeypatch):
+def test_a_report_does_not_deny_what_has_moved(mnist5k, without_prefect, monkeypatch):
     mnist5k.register(INK)
 
     def fail(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(promotion_flow, "_score", score.score)  # no Prefect here
     monkeypatch.setattr(store, "serve", fail)
     with pytest.raises(OSError, match="carried out in part"):
         promotion_flow.promote.fn("mnist5k")
@@ -712,9 +710,8 @@ def test_a_report_does_not_deny_what_has_moved(mnist5k, monkeypatch):
     assert re.search(r"Done: .*champion is version 1.* Failed: .* is served \(\[Errno 5\] Input/output error\)", text)
 
 
-def test_a_new_registry_takes_what_is_there(mnist5k, new_database, monkeypatch):
+def test_a_new_registry_takes_what_is_there(mnist5k, without_prefect, new_database, monkeypatch):
     """As after a clone and `dvc pull`: one command registers and promotes."""
-    monkeypatch.setattr(promotion_flow, "_score", score.score)  # no Prefect here
     mnist5k.train(INK)
     trained = mnist5k.folder / "models" / str(mnist5k.weight_seed)
     shutil.copytree(trained, mnist5k.folder / "models/pixelcnn-mnist5k")
