@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
@@ -51,21 +50,17 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
         raise ValueError(f"at_once must be 1 or more, got {at_once}.")
     params, logger = load_params(), get_run_logger()
     folder = DEPLOYMENTS_FOLDER / str(flow_run.get_id())
-    commands, failures, tags = {}, {}, []
+    commands = {}
     for pair in params.pairs_of(QUICK_START) if pairs is None else pairs:
-        try:
-            tags += [pair, params.pair(pair).dataset]
-        except ValueError as error:
-            failures[pair] = str(error)
-            continue
         words = ["--out", str(folder / pair), "--report", str(folder / "reports" / pair)]
         words += [] if again else ["--reuse"]
-        commands[pair] = [sys.executable, "-m", "pipelines.steps", "train-pair", pair, *words]
-    tag_run(*tags)
+        commands[pair] = [sys.executable, "-m", "pipelines.steps", "train-pair", *words, "--", pair]
+    known = [pair for pair in commands if pair in params.pairs]  # of others train-pair says what is wrong
+    tag_run(*known, *(params.pair(pair).dataset for pair in known))
     # Their runs belong to the server that this flow uses, even if it is one that was started for it alone.
     with get_client(sync_client=True) as client:
         environment = {**os.environ, "PREFECT_API_URL": str(client.api_url).rstrip("/")}
-    failures |= run_apart(commands, at_once, folder / "logs", environment, logger.info)
+    failures = run_apart(commands, at_once, folder / "logs", environment, logger.info)
     versions = {}
     for pair in (name for name in commands if name not in failures):
         identity = tracking.identity(folder / pair)
@@ -90,10 +85,7 @@ def run_apart(
 ) -> dict[str, str]:
     """Run commands in processes of their own, some at a time, in order; whatever ends this ends them, too.
 
-    Args:
-        commands: by name.
-        logs: folder of what they print, NAME.log.
-        log: is told of each begin and end.
+    What they print goes into `logs/NAME.log`; `log` is told of each begin and end.
 
     Returns:
         For each command that failed, why.
@@ -108,12 +100,13 @@ def run_apart(
                 name = next(iter(waiting))
                 log(f"{name}: begins, its log is {logs / name}.log")
                 with open(logs / f"{name}.log", "wb") as output:
-                    streams: dict[str, Any] = {
-                        "stdin": subprocess.DEVNULL,
-                        "stdout": output,
-                        "stderr": subprocess.STDOUT,
-                    }
-                    running[name] = subprocess.Popen(waiting.pop(name), env=dict(environment), **streams)
+                    running[name] = subprocess.Popen(
+                        waiting.pop(name),
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
             ended = [name for name, process in running.items() if process.poll() is not None]
             for name in ended:
                 code = running.pop(name).returncode
