@@ -155,6 +155,8 @@ def train() -> None:
     flow: Any = training_flow  # whose names are replaced, in this process alone
     for name in ("train_task", "evaluate_task", "register_task", "find_task"):
         setattr(flow, name, getattr(flow, name).fn)
+    for name in ("tag_run", "show_training"):
+        setattr(flow, name, lambda *_: None)
     # Sheets of samples are not what is tried here, and compiling a sampler takes seconds.
     stage: Any = train_stage
     stage.warm_up = lambda model: 0.0
