@@ -71,9 +71,6 @@ def judged_images(model: AutoregressiveModel, data: Dataset, num_images: int | N
 def acceptance(images: Mapping[str, Tensor], num_levels: int, judge: Judge) -> dict[str, float]:
     """Let a judge look at what `judged_images` returned.
 
-    Args:
-        num_levels: K.
-
     Returns:
         The accepted shares `test/accepted_real`, `test/accepted_nothing` (of whole images: nothing was known),
         `test/accepted_ink45`, ..., for each of `KNOWN`; and `test/labels_among_nine`: how many different labels the

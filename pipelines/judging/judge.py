@@ -26,20 +26,12 @@ LOG_STEPS = 100
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """What tells one judge from another: two should not be wrong about the same images.
+    """What tells one judge from another: two should not be wrong about the same images."""
 
-    Args:
-        width: features of the first half of the convolutions, twice as many of the second.
-        kernel_size: of the convolutions.
-        half: 0 or 1, which training images it learns from: those of even or of odd index.
-        seed: of weights, batches and spoiled images.
-        epochs: passes over its images.
-    """
-
-    width: int
+    width: int  # features of the first half of the convolutions, twice as many of the second
     kernel_size: int
-    half: int
-    seed: int
+    half: int  # 0 or 1: it learns from the training images of even or of odd index
+    seed: int  # of weights, batches and spoiled images
     epochs: float = 8.0
 
 
@@ -48,13 +40,7 @@ JUDGES = {"judge": JudgeConfig(24, 3, 0, seed=0), "held_back": JudgeConfig(16, 5
 
 
 class Judge(nn.Module):
-    """Convolutions on an image; the last class stands for what is no image of the dataset.
-
-    Args:
-        channels: C of the images.
-        num_labels: classes of the dataset.
-        config: of the network.
-    """
+    """Convolutions on an image; the last class stands for what is no image of the dataset."""
 
     threshold: Tensor
 
@@ -79,11 +65,7 @@ class Judge(nn.Module):
         return torch.cat([self(part.float() / (num_levels - 1)).softmax(dim=1) for part in torch.split(levels, 500)])
 
     def look(self, levels: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
-        """Judge images.
-
-        Args:
-            levels: (B, C, H, W) int64 in [0, K).
-            num_levels: K.
+        """Judge images: (B, C, H, W) int64 in [0, K).
 
         Returns:
             (B,) bool, whether an image passes for one of the dataset's; and (B,) int64, as which label.
@@ -92,29 +74,10 @@ class Judge(nn.Module):
         return probs[:, -1] <= self.threshold, probs[:, :-1].argmax(dim=1)
 
 
-def _inked(ink: Tensor, crisp_share: float, generator: torch.Generator) -> Tensor:
-    """Return images of two levels: a share of them in crisp ink, the others as Bernoulli samples.
-
-    Args:
-        ink: (B, C, H, W) float in [0, 1].
-        crisp_share: in [0, 1].
-        generator: all that is random.
-
-    Returns:
-        (B, C, H, W) int64 in {0, 1}.
-    """
-    crisp = torch.rand(len(ink), generator=generator) < crisp_share
-    threshold = torch.where(crisp.view(-1, 1, 1, 1), 0.5, torch.rand(ink.shape, generator=generator))
-    return (threshold < ink).long()
-
-
 def train_judge(data: Dataset, config: JudgeConfig, log: Callable[[str], object]) -> Judge:
     """Train a judge on half of the training split: images as they are, and images spoiled.
 
     Binary images are seen as Bernoulli samples and in crisp ink, as those of models and of people are.
-
-    Args:
-        log: is told of the progress.
     """
     torch.manual_seed(config.seed)
     judge = Judge(data.image_shape[0], len(data.label_names), config)
@@ -134,7 +97,9 @@ def train_judge(data: Dataset, config: JudgeConfig, log: Callable[[str], object]
         x = torch.where(anew, by_another_hand(x, generator), x)
         both = torch.cat([x, spoil(x, label)])
         if data.num_levels == 2:
-            both = _inked(both, CRISP_SHARE, generator).float()
+            crisp = torch.rand(len(both), 1, 1, 1, generator=generator) < CRISP_SHARE
+            threshold = torch.where(crisp, 0.5, torch.rand(both.shape, generator=generator))
+            both = (threshold < both).float()
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             logits = judge(both)
         none = torch.full_like(label, len(data.label_names))

@@ -9,11 +9,7 @@ from torch.nn import functional as F
 
 
 class Spoiler:
-    """Spoils the images of a batch, each in a way of its own.
-
-    Args:
-        generator: all that is random.
-    """
+    """Spoils the images of a batch, each in a way of its own."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -38,15 +34,14 @@ class Spoiler:
             (B, C, H, W) float in [0, 1].
         """
         order = torch.randperm(len(x), generator=self.generator)
-        other, differs = x[order], label[order] != label
+        other, same = x[order], label[order] == label
         way = torch.randint(len(self.ways), (len(x),), generator=self.generator)
         result = torch.zeros_like(x)
         for i, spoil in enumerate(self.ways):
             chosen = way == i
             if chosen.any():
                 result[chosen] = spoil(x[chosen], other[chosen])
-        same = ~differs  # of a partner of its own label something sound could come out
-        if same.any():
+        if same.any():  # of a partner of its own label something sound could come out
             result[same] = self.bent(x[same])
         return result
 
