@@ -67,7 +67,7 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
         found = registry.versions(params.pair(pair).dataset)
         versions[pair] = next(version.version for version in found if version.identity == identity)
     reports = read_reports(folder / "reports", without=failures)
-    rows = [report.row() for report in reports] + [{"pair": pair, "test": why} for pair, why in failures.items()]
+    rows = [report.row for report in reports] + [{"pair": pair, "test": why} for pair, why in failures.items()]
     create_table_artifact(rows, key="comparison", description="The pairs of this run; test scores by dataset.")
     logger.info("the comparison is %s", write_comparison(reports, failures))
     if failures:

@@ -7,9 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from pipelines.datasets.entry import DatasetParams
 from pipelines.files import atomic_write
 from pipelines.params import load_params, repro_command
 from pipelines.reports.card import render, score_text
@@ -33,24 +31,9 @@ class PairReport:
 
     pair: str
     dataset: str
-    spec: DatasetParams
-    metrics: Mapping[str, Any]
+    test_nats: float
+    row: dict[str, str]  # its scores as text, with their protocol
     folder: Path
-
-    def row(self) -> dict[str, str]:
-        """Return its scores as text, with their protocol."""
-        spec, accepted = self.spec, self.metrics.get("test/accepted_nothing_by_judge")
-        return {
-            "dataset": self.dataset,
-            "pair": self.pair,
-            "protocol": spec.protocol,
-            "test": score_text(self.metrics, "test", spec.model_dump()),
-            "validation": score_text(self.metrics, "validation", spec.model_dump()),
-            "whole samples accepted": f"{accepted:.2f}" if accepted is not None else "",
-            "parameters": f"{self.metrics['num_parameters']:,}",
-            "trained": f"{self.metrics['train_minutes']:.1f} min",
-            "command": repro_command("evaluate", self.pair),
-        }
 
     def pictures(self) -> list[tuple[str, str]]:
         """Return the caption and the base64 bytes of each picture that is there."""
@@ -72,24 +55,35 @@ def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport
         pair, dataset = path.parent.name, path.parent.name.partition("-")[2]
         if dataset not in datasets or pair in without:
             continue
+        spec = datasets[dataset]
         try:
-            metrics, spec = json.loads(path.read_text()), datasets[dataset]
-            report = PairReport(pair=pair, dataset=dataset, spec=spec, metrics=metrics, folder=path.parent)
-            report.row()
+            metrics = json.loads(path.read_text())
+            accepted = metrics.get("test/accepted_nothing_by_judge")
+            row = {
+                "dataset": dataset,
+                "pair": pair,
+                "protocol": spec.protocol,
+                "test": score_text(metrics, "test", spec.model_dump()),
+                "validation": score_text(metrics, "validation", spec.model_dump()),
+                "whole samples accepted": f"{accepted:.2f}" if accepted is not None else "",
+                "parameters": f"{metrics['num_parameters']:,}",
+                "trained": f"{metrics['train_minutes']:.1f} min",
+                "command": repro_command("evaluate", pair),
+            }
+            nats = metrics["test/nll_nats"]
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} has no readable scores ({error!r}). Train the pair again: {repro_command('evaluate', pair)}"
             ) from None
-        reports.append(report)
+        reports.append(PairReport(pair=pair, dataset=dataset, test_nats=nats, row=row, folder=path.parent))
     order = list(datasets)
-    return sorted(reports, key=lambda r: (order.index(r.dataset), r.metrics["test/nll_nats"], r.pair))
+    return sorted(reports, key=lambda report: (order.index(report.dataset), report.test_nats, report.pair))
 
 
 def write_comparison(reports: Sequence[PairReport], failures: Mapping[str, str] | None = None) -> Path:
     """Write the page: for each dataset a table, the curves in one picture, and each pair's own pictures.
 
     Args:
-        reports: of `read_reports`.
         failures: why a pair has no report, by pair.
 
     Returns:

@@ -19,10 +19,7 @@ from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling.fast import sample
 from pixelcnn.training import StepReport
 
-CURVE_COLUMNS = (
-    *("step", "epoch", "train_nll_nats", "train_subset_nll_nats"),
-    *("validation_nll_nats", "learning_rate"),
-)
+CURVE_COLUMNS = ("step", "epoch", "train_nll_nats", "train_subset_nll_nats", "validation_nll_nats", "learning_rate")
 # What a model may have beside the joint network. Their columns have other names: all are curves of one run.
 PARTS = ("context", "completer", "labels")
 NUM_EXTREMES = 8  # best and worst test images on their sheet
@@ -41,22 +38,15 @@ class Curve:
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        """Begin a curve, or take up the one in the file.
-
-        Args:
-            columns: `CURVE_COLUMNS`, or those of a part.
-        """
+        """Begin a curve, or take up the one in the file; its columns are `CURVE_COLUMNS`, or those of a part."""
         self.path, self.columns = path, columns
-        self.rows: list[dict[str, float]] = []
+        self.rows = read_curve(path) if path.exists() else []
         self._nats: list[float] = []
-        if path.exists():
-            # A column that an older training did not write is not a number.
-            self.rows = [{name: row.get(name, math.nan) for name in columns} for row in read_curve(path)]
 
     def add(self, report: StepReport) -> None:
         """Take note of a step; one that was validated becomes a row, and the file is written."""
         self._nats.append(report.train_nll_nats)
-        if report.validation_nll_nats is None or report.train_subset_nll_nats is None:
+        if report.validation_nll_nats is None:
             return
         # Rows from this step on are of work that was lost when the run was stopped, and done again.
         self.rows = [row for row in self.rows if row["step"] < report.step]
@@ -96,11 +86,10 @@ def draw_extremes(path: Path, data: Dataset, nll: torch.Tensor) -> None:
     """Draw the test images that the model finds most and least probable, with their nats."""
     from matplotlib.figure import Figure
 
-    num = min(NUM_EXTREMES, len(nll))
     order = nll.argsort().tolist()
     figure = Figure(figsize=(1.1 * NUM_EXTREMES, 3.2), layout="constrained")
     grid = figure.subplots(2, NUM_EXTREMES, squeeze=False)
-    for row, title, indices in ((0, "best", order[:num]), (1, "worst", order[::-1][:num])):
+    for row, title, indices in ((0, "best", order), (1, "worst", order[::-1])):
         for axes in grid[row]:
             axes.set_axis_off()
         for axes, index in zip(grid[row], indices, strict=False):
