@@ -45,14 +45,6 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, or the terminal closed
 
 
-def port_of(variable: str, default: int) -> int:
-    """Return the port that an environment variable sets, or the default."""
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise SystemExit(f"error: {variable} must be a port number from 1 to 65535, got {text!r}.")
-    return int(text)
-
-
 def address_in_network() -> str:
     """Return the address by which others in the local network reach this machine: SHARE's, or with SHARE=1 the one that
     it sends from. Empty where SHARE is not set: nobody is to reach it."""
@@ -65,8 +57,12 @@ def address_in_network() -> str:
     raise SystemExit("error: this machine is in no network now. Connect it, or name its address by SHARE=ADDRESS.")
 
 
-def check_free(port: int, variable: str, what: str, host: str = HOST) -> None:
-    """Exit with one sentence if somebody listens on the port already."""
+def port_of(variable: str, default: int, what: str, host: str = HOST) -> int:
+    """Return the port that an environment variable sets, or the default; exit with one sentence if it is taken."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise SystemExit(f"error: {variable} must be a port number from 1 to 65535, got {text!r}.")
+    port = int(text)
     with socket.socket() as probe:
         # As servers do it: a connection that is only closing down does not keep the port taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -77,6 +73,7 @@ def check_free(port: int, variable: str, what: str, host: str = HOST) -> None:
                 f"error: port {port}, for the {what}, is in use on {host}. "
                 f"Stop the program that holds it, or choose another port by {variable}={port + 1000}."
             ) from None
+    return port
 
 
 def answers(port: int, path: str) -> bool:
@@ -147,11 +144,9 @@ class Beside:
         self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
         self._status = status
         self._said: dict[str, str] = {}
-        self._step = ""  # under way
         self._num_read = 0  # bytes of the log
-        self._todo = steps.copy()
+        self._todo = iter(steps)
         self._process: subprocess.Popen[bytes] | None = None
-        self.failure = ""
 
     def poll(self) -> None:
         """Tell of what has come, and begin the next step if one has ended."""
@@ -162,15 +157,15 @@ class Beside:
                 if line.endswith(b"\n"):
                     self._num_read += len(line)
                     self._read(line.decode(errors="replace").strip())
-        if self.failure or is_running:
+        if is_running:
             return
         if self._process and self._process.returncode:
-            self.failure = f"`{self._step}` failed: {LOG} says why."
             self._tell(doing="failed")
-        elif self._todo:
-            command = self._todo.pop(0)
+            step: Any = self._process.args
+            print(f"The canvas stays, without the quick start: `{' '.join(step)}` failed: {LOG} says why.", flush=True)
+            self._process, self._todo = None, iter(())
+        elif command := next(self._todo, None):
             with LOG.open("ab") as output:
-                self._step = " ".join(command)
                 # From the first moment on, and so for all that it starts.
                 self._process = start(
                     command,
@@ -179,8 +174,11 @@ class Beside:
                     stderr=subprocess.STDOUT,
                     preexec_fn=lambda: os.nice(19),
                 )
-            give_way_between_sessions(self._process.pid)
-        elif self._said.get("doing") not in (None, "done"):
+            # Where Linux shares processors between sessions first. The process does not do it itself before it begins:
+            # this program would wait for it as long as others are busy.
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{self._process.pid}/autogroup").write_text("19")
+        elif self._said.get("doing") not in (None, "done", "failed"):
             self._tell(doing="done")
 
     def _read(self, line: str) -> None:
@@ -197,15 +195,6 @@ class Beside:
         written = self._status.with_suffix(".new")
         written.write_text(json.dumps(said))
         written.replace(self._status)
-
-
-def give_way_between_sessions(pid: int) -> None:
-    """Let a process that was started have what others leave, where Linux shares processors between sessions first.
-
-    Not done by the process itself before it begins: this program would wait for it as long as others are busy.
-    """
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text("19")
 
 
 def own_steps(wishes: dict[str, str]) -> tuple[str, list[list[str]]]:
@@ -232,19 +221,16 @@ def main(words: list[str]) -> None:
     if words not in ([], ["own"]):
         raise SystemExit(f"error: {' '.join(words)!r} is unknown: run `make demo` or `make own`; `make` lists more.")
     name, before = own_steps(dict(os.environ)) if words == ["own"] else ("", [])
-    service_port, canvas_port = port_of("SERVICE_PORT", 3000), port_of("CANVAS_PORT", 8501)
-    check_free(service_port, "SERVICE_PORT", "service")
-    shared = address_in_network()
-    check_free(canvas_port, "CANVAS_PORT", "canvas", ANYWHERE if shared else HOST)
+    service_port, shared = port_of("SERVICE_PORT", 3000, "service"), address_in_network()
+    canvas_port = port_of("CANVAS_PORT", 8501, "canvas", ANYWHERE if shared else HOST)
     service_url, canvas_url = f"http://{HOST}:{service_port}", f"http://{HOST}:{canvas_port}"
     query = {**({"dataset": name} if name else {}), **({"token": secrets.token_urlsafe(16)} if shared else {})}
     path = f"/?{urlencode(query)}" if query else ""
     link = f"http://{shared}:{canvas_port}{path}" if shared else ""
     temporary = tempfile.mkdtemp(prefix="demo-")  # what is killed leaves its temporary files there
-    environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url, "TMPDIR": temporary}
     status = Path(temporary) / "status.json"
-    environment["PIXELCNN_DEMO_STATUS"] = str(status)
-    environment["PIXELCNN_DEMO_SHARE"] = link
+    for_canvas = {"PIXELCNN_DEMO_STATUS": str(status), "PIXELCNN_DEMO_SHARE": link}
+    environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url, "TMPDIR": temporary, **for_canvas}
     # Pages of other origins stay refused: the address by which it is reached is named.
     reached = (
         ["--server.address", ANYWHERE, "--browser.serverAddress", shared] if shared else ["--server.address", HOST]
@@ -265,24 +251,21 @@ def main(words: list[str]) -> None:
             "canvas": start(canvas, environment),
         }
         beside = Beside(environment, status, [] if name else BESIDE)
-        is_ready, said, deadline = False, "", time.monotonic() + START_S
+        is_ready, deadline = False, time.monotonic() + START_S
         while True:
             for what, process in servers.items():
                 if process.poll() is not None:
                     raise SystemExit(f"error: the {what} ended by itself; its message stands above.")
             if is_ready:  # not before: what is shown first comes first
                 beside.poll()
-            if not is_ready and answers(canvas_port, "/_stcore/health") and answers(service_port, "/readyz"):
+            elif answers(canvas_port, "/_stcore/health") and answers(service_port, "/readyz"):
                 is_ready = True
                 print(f"\nReady: draw at {canvas_url}{path} (service: {service_url}). Ctrl-C ends all.\n", flush=True)
                 if shared:
                     print(f"Others in this network draw at {link}\n", flush=True)
                     start(["segno", "--compact", link], environment).wait()
-            if not is_ready and time.monotonic() > deadline:
+            elif time.monotonic() > deadline:
                 raise SystemExit(f"error: nothing could be shown within {START_S} s.")
-            if beside.failure != said:
-                said = beside.failure
-                print(f"The canvas stays, without the quick start: {said}", flush=True)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         kill_descendants()

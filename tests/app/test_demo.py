@@ -255,7 +255,7 @@ def test_a_port_in_use_is_said_before_anything_starts(demo: Demo, variable: str,
 def test_what_is_no_port_is_said(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CANVAS_PORT", text)
     with pytest.raises(SystemExit, match="CANVAS_PORT must be a port number from 1 to 65535, got"):
-        port_of("CANVAS_PORT", 8501)
+        port_of("CANVAS_PORT", 8501, "canvas")
 
 
 @pytest.mark.parametrize("shared", ["", "127.0.0.1"])
