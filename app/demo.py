@@ -198,11 +198,8 @@ class Beside:
 
 
 def own_steps(wishes: dict[str, str]) -> tuple[str, list[list[str]]]:
-    """Return the name of a dataset of one's own, and what comes before it can be drawn, by what `make own` was given.
-
-    Args:
-        wishes: of IMAGES, NAME, SIDE, COLOUR, LEVELS and MINUTES, what was said; without IMAGES it is letters.
-    """
+    """Return the name of a dataset of one's own, and what comes before it can be drawn, by what `make own` was given:
+    IMAGES, without which it is letters, NAME, SIDE, COLOUR, LEVELS, MINUTES."""
     name = wishes.get("NAME") or ("glyphs" if wishes.get("IMAGES") else "letters")
     images = wishes.get("IMAGES") or "data/raw/letters.npz"
     options = [("--" + key.lower(), wishes[key]) for key in ("SIDE", "COLOUR", "LEVELS", "MINUTES") if wishes.get(key)]
@@ -215,8 +212,7 @@ def own_steps(wishes: dict[str, str]) -> tuple[str, list[list[str]]]:
 def main(words: list[str]) -> None:
     """Run the demo until Ctrl-C, or until a part of it fails.
 
-    Args:
-        words: `own` to learn pictures of one's own first (`make own`), and serve them without the quick start.
+    With the word `own` pictures of one's own are learned first (`make own`), and served without the quick start.
     """
     if words not in ([], ["own"]):
         raise SystemExit(f"error: {' '.join(words)!r} is unknown: run `make demo` or `make own`; `make` lists more.")
