@@ -49,19 +49,15 @@ def watch_drift(
     drifted = {dataset: told for dataset, told in drawn.items() if told["drifted_since"]}
     for dataset, told in drifted.items():
         if action != "nothing":
-            _report(dataset, told)
+            get_run_logger().warning("drawings of %s have drifted since %s", dataset, told["drifted_since"])
+            rows = [{"statistic": name, **values} for name, values in told["drift"].items()]
+            text = f"Drawings against the reference of version {told['version']}, since {told['drifted_since']}."
+            create_table_artifact(rows, key=f"drift-{dataset.replace('_', '-')}", description=text)
         if action == "retrain":
             _retrain(dataset, told)
     return {
         dataset: [name for name, one in told["drift"].items() if one["drifted"]] for dataset, told in drifted.items()
     }
-
-
-def _report(dataset: str, told: dict[str, Any]) -> None:
-    get_run_logger().warning("drawings of %s have drifted since %s", dataset, told["drifted_since"])
-    rows = [{"statistic": name, **values} for name, values in told["drift"].items()]
-    text = f"Drawings against the reference of version {told['version']}, since {told['drifted_since']}."
-    create_table_artifact(rows, key=f"drift-{dataset.replace('_', '-')}", description=text)
 
 
 def _retrain(dataset: str, told: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from pixelcnn.evaluation import evaluate, format_nll
 
 EXPERIMENT = "evaluations"
 SERVICE_VARIABLE = "PIXELCNN_SERVICE_URL"
-TOKEN_VARIABLE = "PIXELCNN_TOKEN"
 SERVICE_TIMEOUT_S = 60.0
 BUSY = (429, 503)
 MAX_S = 1800.0  # for all champions; a run that takes longer is TimedOut, a failure
@@ -65,19 +64,18 @@ def evaluate_champions(
     if url is None:
         logger.info("the service is not asked: set service_url or %s for that", SERVICE_VARIABLE)
     champions: dict[str, str] = {}
-    paths = {name: prepared_file(name) for name in names}
-    for name, path in paths.items():
+    for name in names:
         number = registry.aliases(name).get(tracking.CHAMPION)
-        if number is not None and path.exists():
+        if number is not None and prepared_file(name).exists():
             champions[name] = number
         else:
-            logger.info("%s: passed over, there is no %s", name, "champion" if number is None else path)
+            logger.info("%s: passed over, there is no %s", name, "champion" if number is None else prepared_file(name))
     tag_run(*champions)
     scores: dict[str, dict[str, float]] = {}
     failures: list[str] = []
     for name, number in champions.items():
         try:
-            scores[name] = _evaluate(name, number, paths[name], url, num_images)
+            scores[name] = _evaluate(name, number, url, num_images)
         except (ValueError, OSError) as error:  # one damaged champion does not hide the others
             failures.append(f"{name} version {number} ({error})")
     if failures:
@@ -87,9 +85,9 @@ def evaluate_champions(
     return scores
 
 
-def _evaluate(name: str, number: str, path: Path, url: str | None, num_images: int) -> dict[str, float]:
+def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[str, float]:
     version = next(v for v in registry.versions(name) if v.version == number)
-    data, params = load_dataset(path), load_params().evaluate
+    data, params = load_dataset(prepared_file(name)), load_params().evaluate
     with tempfile.TemporaryDirectory() as folder:
         model, recorded = load_checkpoint(registry.download(version, Path(folder)))
     scores = evaluate(
@@ -104,9 +102,10 @@ def _evaluate(name: str, number: str, path: Path, url: str | None, num_images: i
     if data.data_hash != version.lineage()["data_hash"]:
         get_run_logger().warning("%s: the data are not those it was registered with: not compared", name)
         return scores
-    check_scores(f"{version.name} version {number}", model, recorded, data)
+    what = f"{version.name} version {number}"
+    check_scores(what, model, recorded, data)
     if url is not None:
-        split, num, nats = stated_score(f"{version.name} version {number}", recorded)
+        split, num, nats = stated_score(what, recorded)
         served = score_through_service(url, name, number, data, split, num)
         tracking.client().log_metric(run_id, f"service/{split}_nll_nats_first_{num}", served)
         if not abs(served - nats) <= TOLERANCE_NATS:
@@ -136,7 +135,7 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, s
             for image in images.tolist():
                 answer = _post(http, "/likelihood", {"dataset": dataset, "image": image})
                 if answer.status_code == 401:
-                    raise ConnectionError(f"the service at {url} asks for a token: set {TOKEN_VARIABLE} to its own")
+                    raise ConnectionError(f"the service at {url} asks for a token: set PIXELCNN_TOKEN to its own")
                 if answer.status_code != 200:
                     raise ConnectionError(f"the service at {url} answered {answer.status_code}: {answer.text[:200]}")
                 body = answer.json()

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from prefect import flow, get_run_logger
@@ -21,6 +21,7 @@ from pipelines.params import QUICK_START, load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.reports.comparison import read_reports, write_comparison
+from pipelines.stages.train import Log
 
 POLL_S = 0.2
 GRACE_S = 20.0  # for a training to end by itself when it is told to
@@ -77,18 +78,11 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
 
 
 def run_apart(
-    commands: Mapping[str, Sequence[str]],
-    at_once: int,
-    logs: Path,
-    environment: Mapping[str, str],
-    log: Callable[[str], object],
+    commands: Mapping[str, Sequence[str]], at_once: int, logs: Path, environment: Mapping[str, str], log: Log
 ) -> dict[str, str]:
     """Run commands in processes of their own, some at a time, in order; whatever ends this ends them, too.
 
-    What they print goes into `logs/NAME.log`; `log` is told of each begin and end.
-
-    Returns:
-        For each command that failed, why.
+    What they print goes into `logs/NAME.log`; `log` is told of each begin and end. Returns each failure's reason, by name.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = dict(commands)
