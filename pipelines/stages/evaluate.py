@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from pipelines.files import atomic_write
 from pipelines.judging.acceptance import KNOWN, acceptance, judged_images
 from pipelines.judging.judge import JUDGES, load_judge
-from pipelines.params import EvaluateParams, load_params
+from pipelines.params import load_params
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
 from pipelines.stages.train import TRAINED_FOLDER, Log, load, set_torch_threads
@@ -21,7 +21,6 @@ from pixelcnn.checkpoint import check_replaceable, load_checkpoint, save_checkpo
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
 from pixelcnn.evaluation import evaluate as evaluate_model
 from pixelcnn.evaluation import evaluate_completion, format_nll, per_image_marginal_nll, per_image_nll
-from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import config_to_dict
 
 MODELS_FOLDER, REPORTS_FOLDER = Path("models"), Path("reports")
@@ -52,17 +51,6 @@ def baseline_scores(data: Dataset) -> dict[str, float]:
     return {"test/nll_nats_uniform": num_dims * math.log(num_levels), "test/nll_nats_independent": nll.mean().item()}
 
 
-def _judged(model: AutoregressiveModel, data: Dataset, params: EvaluateParams) -> dict[str, float]:
-    """Return the shares of test images, samples and endings that pass for real, by each judge."""
-    judges = {which: load_judge(params.judges[data.name], which, data) for which in JUDGES}
-    images = judged_images(model, data, params.judged_images or None)
-    return {
-        f"{name}_by_{which}": share
-        for which, judge in judges.items()
-        for name, share in acceptance(images, data.num_levels, judge).items()
-    }
-
-
 def evaluate(
     name: str, trained: Path | None = None, out: Path | None = None, report: Path | None = None, log: Log = logger.info
 ) -> None:
@@ -79,11 +67,8 @@ def evaluate(
     """
     params = load_params()
     pair = params.pair(name)
-    trained, out, report = (
-        trained or TRAINED_FOLDER / name,
-        out or MODELS_FOLDER / name,
-        report or REPORTS_FOLDER / name,
-    )
+    trained, out = trained or TRAINED_FOLDER / name, out or MODELS_FOLDER / name
+    report = report or REPORTS_FOLDER / name
     check_replaceable(out)
     data = load(pair.dataset)
     model, record = load_checkpoint(trained)
@@ -121,8 +106,13 @@ def evaluate(
     uniform, independent = words("test/nll_nats_uniform"), words("test/nll_nats_independent")
     log(f"for comparison, test: uniform {uniform}, independent pixels {independent}")
     model.cpu()  # where sampling is fast
-    if data.name in params.evaluate.judges:
-        scores |= {**_judged(model, data, params.evaluate), "judges_of": params.evaluate.judges[data.name]}
+    if judges_of := params.evaluate.judges.get(data.name):
+        judges = {which: load_judge(judges_of, which, data) for which in JUDGES}
+        images = judged_images(model, data, params.evaluate.judged_images or None)
+        for which, judge in judges.items():
+            shares = acceptance(images, data.num_levels, judge)
+            scores |= {f"{name_of_share}_by_{which}": share for name_of_share, share in shares.items()}
+        scores["judges_of"] = judges_of
         log(
             "accepted by the judge: "
             + ", ".join(f"{scores[f'test/accepted_{k}_by_judge']:.2f} of {KNOWN[k]}" for k in KNOWN)

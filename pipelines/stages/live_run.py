@@ -22,12 +22,7 @@ class LiveRun:
     """
 
     def __init__(self, folder: Path, training: Training, log: Callable[[str], object]) -> None:
-        """Begin the run, or go on with the one that a stopped training began.
-
-        Args:
-            folder: of the training's state.
-            log: is told, in one sentence, when the store fails.
-        """
+        """Begin the run, or go on with the one that a stopped training began in the folder of its state."""
         self._path, self._training, self._log = folder / RUN_ID_FILE, training, log
         self.run_id = self._path.read_text() if self._path.exists() else ""
         key = folder / RUN_KEY_FILE

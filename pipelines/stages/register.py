@@ -48,7 +48,6 @@ def register(
         folder: the checkpoint that `evaluate` wrote, `models/PAIR` say.
         report: its folder of reports, whose curves and pictures the run keeps; None where there is none.
         released: say so in the run's tags.
-        log: is told of the version.
         scores: those of the checkpoint if it was loaded and found whole already.
 
     Returns:

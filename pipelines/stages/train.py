@@ -130,13 +130,8 @@ def _fit_all(
 ) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Train the joint model, the completer, which begins with the same weights, and the label network, each by itself.
 
-    The completer's context network may have learned before it.
-
-    Args:
-        work: folder of the states; a state that is there is taken up, and its run gone on with.
-
-    Returns:
-        The model, and the record of its training, JSON-ready.
+    The completer's context network may have learned before it. States that are in the folder `work` are taken up, and
+    their run gone on with. The record of the training, which is returned beside the model, is JSON-ready.
     """
     pair = params.pair(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
