@@ -82,7 +82,10 @@ def run_apart(
 ) -> dict[str, str]:
     """Run commands in processes of their own, some at a time, in order; whatever ends this ends them, too.
 
-    What they print goes into `logs/NAME.log`; `log` is told of each begin and end. Returns each failure's reason, by name.
+    What they print goes into `logs/NAME.log`; `log` is told of each begin and end.
+
+    Returns:
+        For each command that failed, why.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = dict(commands)
