@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
@@ -19,7 +20,7 @@ from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.stages import evaluate, register, train
-from pixelcnn.checkpoint import CARD_FILE, SCORES_FILE, check_replaceable
+from pixelcnn.checkpoint import CARD_FILE, SCORES_FILE, check_replaceable, load_checkpoint, save_checkpoint
 
 MAX_ATTEMPTS = 3  # of a deployment's run that crashes: its checkpoint brings nothing if the cause is still there
 
@@ -55,13 +56,12 @@ def find_task(inputs: str, dataset: str, out: Path, report: Path) -> dict[str, s
         return None
     version = next(one for one in registry.versions(dataset) if one.version == number)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = registry.download(version, Path(folder))
+        model, scores = load_checkpoint(registry.download(version, Path(folder)))
         tracking.download_files(version.run_id, report)
-        shutil.move(report / CARD_FILE, checkpoint / CARD_FILE)
-        (report / SCORES_FILE).unlink()
-        check_replaceable(out)
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(checkpoint, out)
+        card = (report / CARD_FILE).read_text()
+        for file in (CARD_FILE, SCORES_FILE):
+            (report / file).unlink()
+        save_checkpoint(out, model, scores, getattr(torch, scores["weights_dtype"]), card)
     get_run_logger().info(
         "not trained again: %s version %s, run %s, followed from the same data, settings and code",
         *(version.name, version.version, version.run_id),

@@ -57,8 +57,8 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     if path.suffix == ".png":
-        names = [path.name] if is_plain(path.name) else None
-        return Images(1, lambda start, stop: _read_pngs([path], config, exact), names)
+        kept = [path.name] if is_plain(path.name) else None
+        return Images(1, lambda start, stop: _read_pngs([path], config, exact), kept)
     if path.suffix == ".npy":
         array = _load_npy(path)
         return Images(_check_shape(path, array, config), lambda start, stop: _levels(path, array[start:stop], config))
