@@ -24,7 +24,6 @@ Stine 2008, "Alpha-investing"). Looking again at the same pair adds nothing: its
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -112,8 +111,8 @@ def choose(
     """Choose who takes the champion's place; see the module for the rule and why it comes to rest.
 
     The order of `candidates` changes nothing. A candidate with a score that is not a finite number, fewer than two
-    images, or scores of another number of images than the champion's is refused. A champion whose scores are no finite
-    numbers stays: without them there is no evidence.
+    images, or scores of another number of images than the champion's (without one: than the oldest candidate's) is
+    refused. A champion whose scores are no finite numbers stays: without them there is no evidence.
 
     Args:
         champion: None: the version with the lowest mean total becomes the first.
@@ -123,11 +122,12 @@ def choose(
             total count those of this call at least.
         allowance: nats by which the mean of one part may get worse where the total gets better.
     """
-    if champion is not None and (problem := _own_problem(champion)):
+    if champion is not None and (problem := _problem(champion, champion)):
         return Choice(None, f"champion version {champion.version} cannot be compared: {problem}")
-    others = sorted((c for c in candidates if not champion or c.version != champion.version), key=_age)
-    reference = champion or _most_common_images(others)
-    refused = {c.version: problem for c in others if (problem := _problem(c, reference))}
+    others = [c for c in candidates if not champion or c.version != champion.version]
+    others.sort(key=lambda c: (len(c.version), c.version))  # the oldest first
+    reference = champion or next((c for c in others if not _problem(c, c)), None)
+    refused = {c.version: problem for c in others if (problem := _problem(c, reference or c))}
     pool = [c for c in others if c.version not in refused]
     if not pool:
         return Choice(None, "no other version can be compared" if champion else "no version can be compared", refused)
@@ -153,9 +153,8 @@ def choose(
         if decisive.below_zero(level):
             reason = named(candidate.version, level, decisive.text(level)) + "lies below zero"
         elif "total" in found and all(found[part].below_zero(plain) for part in ("joint", "completion")):
-            both = (
-                f"{found['joint'].text(plain)} of whole images and {found['completion'].text(plain)} of missing parts"
-            )
+            joint, completion = found["joint"].text(plain), found["completion"].text(plain)
+            both = f"{joint} of whole images and {completion} of missing parts"
             reason = named(candidate.version, plain, both) + "lies below zero"
         else:
             kept = kept or named(candidate.version, level, decisive.text(level)) + "does not lie below zero"
@@ -173,42 +172,16 @@ def _total(candidate: Candidate, joint_only: bool) -> float:
     return sum(part.double().mean().item() for part in parts if part is not None)
 
 
-def _age(candidate: Candidate) -> tuple[int, str]:
-    """Return a sort key, oldest first: numbers by value, and any other text somewhere."""
-    return len(candidate.version), candidate.version
-
-
-def _sizes(candidate: Candidate) -> tuple[int, int | None]:
-    completion = candidate.completion_nats
-    return len(candidate.joint_nats), None if completion is None else len(completion)
-
-
-def _own_problem(candidate: Candidate) -> str | None:
-    """Say why the scores of a version allow no comparison at all."""
-    for name, nats in (("joint", candidate.joint_nats), ("completion", candidate.completion_nats)):
+def _problem(candidate: Candidate, reference: Candidate) -> str | None:
+    """Say why a version cannot be compared with another one; with itself: with any."""
+    for name in ("joint", "completion"):
+        nats, expected = (getattr(c, f"{name}_nats") for c in (candidate, reference))
         if nats is None:
             continue
         if num := int((~nats.isfinite()).sum()):
             return f"its {name} NLL is not a finite number for {num} of {len(nats)} images"
         if len(nats) < 2:
             return f"{len(nats)} scored image{'' if len(nats) == 1 else 's'} give no interval"
+        if expected is not None and len(nats) != len(expected):
+            return f"its {name} NLL is of {len(nats)} images, that of version {reference.version} of {len(expected)}"
     return None
-
-
-def _problem(candidate: Candidate, reference: Candidate | None) -> str | None:
-    """Say why a version cannot be compared with another one."""
-    if problem := _own_problem(candidate):
-        return problem
-    for name, num, expected in zip(
-        ("joint", "completion"), _sizes(candidate), _sizes(reference or candidate), strict=True
-    ):
-        if reference and None not in (num, expected) and num != expected:
-            return f"its {name} NLL is of {num} images, that of version {reference.version} of {expected}"
-    return None
-
-
-def _most_common_images(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the first of those that were scored on the images that most were scored on."""
-    usable = [c for c in candidates if _own_problem(c) is None]
-    counts = Counter(map(_sizes, usable))
-    return max(usable, key=lambda c: (counts[_sizes(c)], str(_sizes(c))), default=None)
