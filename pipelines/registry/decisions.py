@@ -51,9 +51,6 @@ def decision_run(dataset: str, kind: str, why: str | None = None) -> Iterator[st
     Args:
         kind: promotion, rollback or release.
         why: somebody asked for it; recorded beside who did.
-
-    Yields:
-        The run's ID.
     """
     tags = {"dataset": dataset, "kind": kind, "who": _who(), **({"why": why} if why else {})}
     run_id = tracking.create_run(DECISIONS_EXPERIMENT, f"{kind}-{dataset}", tags)
@@ -79,10 +76,9 @@ def end_decision(run_id: str, status: str = "FINISHED") -> None:
 
 
 def unfinished_decisions(dataset: str) -> list[tuple[str, Report | None]]:
-    """Return the decisions about a dataset that were left where a process was killed, the oldest first.
+    """Return the run ID and report of each decision about a dataset that a killed process left, the oldest first.
 
-    Returns:
-        Each one's run ID and report; None for the report if it was not yet decided.
+    The report is None if it was not yet decided.
     """
     found: list[tuple[str, Report | None]] = []
     for run in _decision_runs(dataset):
@@ -113,16 +109,13 @@ def record_decision(run_id: str, report: Report) -> None:
     measured = [Metric(name, value, now_ms, 0) for name, value in metrics.items()]
     client.log_batch(run_id, metrics=measured, tags=[RunTag(name, value) for name, value in tags.items()])
     client.log_dict(run_id, report, "report.json")
-    dataset = client.get_run(run_id).data.tags["dataset"]
-    client.update_run(run_id, name=f"{dataset}: {_outcome(report)}")
-
-
-def _outcome(report: Report) -> str:
-    """Say in a few words what was decided."""
-    if report["decision"] == KEPT:
-        return f"version {report['old']} kept" if report.get("old") else "no champion"
-    instead = f" instead of {report['old']}" if report.get("old") else ""
-    return f"version {report['new']} {'back' if report['decision'] == ROLLED_BACK else report['decision']}{instead}"
+    old, decision = report.get("old"), report["decision"]
+    if decision == KEPT:
+        outcome = f"version {old} kept" if old else "no champion"
+    else:
+        outcome = f"version {report['new']} {'back' if decision == ROLLED_BACK else decision}"
+        outcome += f" instead of {old}" if old else ""
+    client.update_run(run_id, name=f"{report['dataset']}: {outcome}")
 
 
 def versions_compared(dataset: str, data_hash: str) -> set[str]:
@@ -192,10 +185,9 @@ def history_line(report: Report) -> str:
     what = report.get("reason", "")
     if report["decision"] in (PROMOTED, RELEASED):
         champion = report.get("champion")
-        difference = report.get("total_difference") or report.get("difference")  # of the joint NLL alone, once
         replaced = f"replaced {_named(champion)}" if champion else "is the first champion"
         what = f"{_named(report['candidate'])} {replaced}"
-        if champion and difference:
+        if champion and (difference := report.get("total_difference")):
             what += (
                 f", {difference['mean']:+.3f} nats ({100 * report['confidence']:.5g} % interval "
                 f"{difference['low']:+.3f} to {difference['high']:+.3f})"

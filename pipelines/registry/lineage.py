@@ -142,7 +142,7 @@ def describe(version: Version) -> list[str]:
 def _concerning(report: dict[str, Any], number: str) -> str | None:
     """Return a decision as a line if it concerns a version."""
     skipped = [f" (passed over: {one['reason']})" for one in report.get("skipped", []) if one["version"] == number]
-    roles = [report.get(role) or {} for role in ("candidate", "champion", "runner_up", "rolled_back")]
+    roles = [report.get(role) or {} for role in ("candidate", "champion", "rolled_back")]
     if not skipped and all(role.get("version") != number for role in roles):
         return None
     return decisions.history_line(report) + "".join(skipped)

@@ -126,6 +126,7 @@ def test_back_from_an_answer_of_the_service(
 
 def test_decisions_that_concern_a_version(found: registry.Version, capsys: pytest.CaptureFixture[str]) -> None:
     report = {
+        "dataset": "mnist5k",
         "decision": "kept",
         "reason": "no other version can compete",
         "champion": found.lineage(),
