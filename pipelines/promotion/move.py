@@ -39,7 +39,6 @@ from pipelines.registry.runs import (
     location,
     registered_name,
     sqlite_file,
-    tracking_uri,
 )
 from pipelines.registry.versions import Version
 from pipelines.settings import Settings
@@ -104,7 +103,7 @@ def export(version: Version, reference: Path | None = None) -> str:
 
 def _this_registry() -> dict[str, str]:
     this = {"registry": decisions.registry_id(), "at": location(), "host": socket.gethostname()}
-    if (database := sqlite_file(tracking_uri())) is not None:
+    if (database := sqlite_file()) is not None:
         status = database.stat()
         this["file"] = f"{status.st_dev}:{status.st_ino}"  # which a move within a disk keeps, and a copy does not
     return this
@@ -199,10 +198,6 @@ def carry_out(dataset: str, run_id: str, report: Report) -> None:
     marked = [found[number] for number in report.get("passed_over", []) if number in found]
     rolled_back, serve = report["decision"] == ROLLED_BACK, (f"{tag} is served", lambda: store.serve(tag))
 
-    def end_challenge() -> None:
-        if registry.aliases(dataset).get(CHALLENGER) == new.version:
-            registry.remove_alias(dataset, CHALLENGER)
-
     moves: list[tuple[str, Callable[[], object]]] = [
         (f"{tag} is in the model store", lambda: export(new)),
         *((f"version {v.version} is marked", lambda v=v: registry.mark_rolled_back(v, _now())) for v in marked),
@@ -214,7 +209,7 @@ def carry_out(dataset: str, run_id: str, report: Report) -> None:
         moves.append((f"previous is version {previous}", lambda: registry.set_alias(dataset, PREVIOUS, previous)))
     moves += [
         (f"champion is version {new.version}", lambda: registry.set_alias(dataset, CHAMPION, new.version)),
-        ("the new champion is no challenger", end_challenge),
+        ("the new champion is no challenger", lambda: registry.remove_alias(dataset, CHALLENGER, new.version)),
         serve,
         ("the record says that it is done", lambda: decisions.end_decision(run_id)),
     ]

@@ -17,7 +17,7 @@ from socket import gethostname
 
 from pipelines.errors import reason
 from pipelines.registry import decisions, store
-from pipelines.registry.runs import location, sqlite_file, tracking_uri
+from pipelines.registry.runs import location, sqlite_file
 from pixelcnn.packing.pictures import check_absent
 
 _MANIFEST, _DATABASE, _ARTIFACTS, _STORE = "backup.json", "mlflow.db", "mlruns", "store"
@@ -31,7 +31,7 @@ _PATHS = {
 
 
 def _database() -> Path:
-    database = sqlite_file(tracking_uri())
+    database = sqlite_file()
     if database is None:
         raise ValueError(
             f"the registry {location()} is no SQLite file: back up its database and artifacts where its server runs "

@@ -37,7 +37,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
 import mlflow.pyfunc
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelStatus, Metric, Param, Run
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, Run
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
@@ -46,17 +46,10 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-MODEL_NAME = "model"  # of the logged model within its run
 CHECKPOINT_NAME = "checkpoint"  # of the folder within the logged model's `artifacts/`
-_LOGGED_MODEL_CODE = Path(__file__).with_name("logged_model.py")
 _KEY_TAG = "training_key"
 _REQUIREMENTS = ("torch", "numpy", "safetensors", "pillow", "numba")  # of the package pixelcnn, pinned as they are here
-VERSION_SCORES = (
-    "validation/nll_nats",
-    "validation/bits_per_dim",
-    "test/nll_nats",
-    "test/bits_per_dim",
-)  # as tags, too
+VERSION_SCORES = ("validation/nll_nats", "validation/bits_per_dim", "test/nll_nats", "test/bits_per_dim")  # tags, too
 _DESCRIPTION = (
     "PixelCNN models of {}: they complete, sample and score its images. `champion` is served, `previous` was "
     "before it, `challenger` is the newest. The experiment `promotions` says why."
@@ -75,9 +68,8 @@ def tracking_uri() -> str:
 
 def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
-    database = sqlite_file(tracking_uri())
     parts = urlsplit(tracking_uri())
-    return str(database) if database is not None else f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return str(sqlite_file() or f"{parts.netloc.rpartition('@')[2]}{parts.path}")
 
 
 def is_shared() -> bool:
@@ -86,8 +78,9 @@ def is_shared() -> bool:
     return host is not None and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """Return the file of a SQLite database; None for another one, or a server."""
+def sqlite_file() -> Path | None:
+    """Return the registry's file if it is a SQLite database; None for another one, or a server."""
+    uri = tracking_uri()
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
@@ -96,11 +89,9 @@ def client() -> mlflow.MlflowClient:
     # A new database announces each step of its making otherwise, and a model each step of being logged.
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking_uri()
+    uri, database = tracking_uri(), sqlite_file()
     mlflow.set_tracking_uri(uri)
-    database = sqlite_file(uri)
-    missing = database is not None and not database.exists()
-    if not uri.startswith("http") and (uri not in _ready or missing):
+    if not uri.startswith("http") and (uri not in _ready or (database is not None and not database.exists())):
         # Two processes that create the schema of one database at once would break it.
         name = f"mlflow-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
         with file_lock(Path(tempfile.gettempdir()) / name, "the making of MLflow's database", logger.info):
@@ -117,14 +108,13 @@ def client() -> mlflow.MlflowClient:
 
 def experiment_id(name: str) -> str:
     """Return the ID of an experiment, which is created if there is none of this name."""
-    c, uri = client(), tracking_uri()
-    database = sqlite_file(uri)
-    folder = database.parent if database is not None else Path.cwd()
-    location = None if uri.startswith("http") else (folder / "mlruns").as_uri()  # a server has its own
+    c = client()
     experiment = c.get_experiment_by_name(name)
     if experiment is None:
+        folder = database.parent if (database := sqlite_file()) else Path.cwd()
+        artifacts = None if tracking_uri().startswith("http") else (folder / "mlruns").as_uri()  # a server has its own
         try:
-            return c.create_experiment(name, artifact_location=location)
+            return c.create_experiment(name, artifact_location=artifacts)
         except MlflowException:  # another process was first
             experiment = c.get_experiment_by_name(name)
             if experiment is None:
@@ -181,27 +171,21 @@ class Training:
 
 
 def start_training_run(training: Training, key: str, run_id: str | None = None) -> str:
-    """Begin the MLflow run of a training, or go on with the one that it began before it was stopped.
+    """Begin the MLflow run of a training, or go on with the one that it began before it was stopped; return its ID.
 
     Args:
         key: of this training and no other. It is a tag of the run, which is so found again if the training was killed
             before it knew the run's ID.
         run_id: of the run that it began; another one is begun if the store has lost it or the settings have changed.
-
-    Returns:
-        The run's ID; the run is shown as running.
     """
-    c = client()
-    settings = training.params
-    experiment = experiment_id(training.dataset)
-    begun = c.search_runs([experiment], f"tags.{_KEY_TAG} = '{key}'", max_results=1)
-    for known_id in filter(None, (run_id, begun[0].info.run_id if begun else None)):
-        run = find_run(known_id)
-        known = run.data.params if run else {}
-        if run and run.info.lifecycle_stage == "active" and all(settings.get(k) == v for k, v in known.items()):
+    c, settings = client(), training.params
+    begun = c.search_runs([experiment_id(training.dataset)], f"tags.{_KEY_TAG} = '{key}'", max_results=1)
+    for run in filter(None, (find_run(run_id) if run_id else None, *begun)):
+        known, known_id = run.data.params, str(run.info.run_id)
+        if run.info.lifecycle_stage == "active" and all(settings.get(k) == v for k, v in known.items()):
             c.log_batch(known_id, params=[Param(k, v) for k, v in settings.items() if k not in known])
             c.update_run(known_id, status="RUNNING")
-            return str(known_id)
+            return known_id
     new_id = create_run(training.dataset, training.pair, {**training.all_tags(), _KEY_TAG: key})
     c.log_batch(new_id, params=[Param(name, value) for name, value in settings.items()])
     return new_id
@@ -230,8 +214,8 @@ def log_training_run(
     scores: Mapping[str, Any],
     curves: Sequence[Sequence[Mapping[str, float]]] = (),
     pictures: Sequence[Path] = (),
-) -> None:
-    """Complete the MLflow run of a training, with its model.
+) -> str:
+    """Complete the MLflow run of a training, with its model; return the logged model's ID.
 
     Args:
         run_id: the run that `start_training_run` began.
@@ -262,25 +246,22 @@ def log_training_run(
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         ]
         c.log_batch(run_id, metrics=metrics)
+    return model_id
 
 
 def log_evaluation(experiment: str, name: str, scores: Mapping[str, float], tags: Mapping[str, str]) -> str:
     """Record scores of a model that was trained before, as a run of its own; return the run's ID."""
-    client()
     with mlflow.start_run(experiment_id=experiment_id(experiment), run_name=name, tags=dict(tags)) as run:
         mlflow.log_metrics(dict(scores))
     return str(run.info.run_id)
 
 
 def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
-    """Log the model of the run under way, unless the run has it: a process before this one may have been killed.
-
-    Returns:
-        The ID of the logged model.
-    """
+    """Log the model of the run under way, unless one that was killed before has; return the logged model's ID."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     sha256 = config["weights_sha256"]
-    for model in _logged_models(c, run_id):
+    experiment = c.get_run(run_id).info.experiment_id
+    for model in c.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
         if model.status != LoggedModelStatus.READY:
             c.delete_logged_model(model.model_id)
         elif model.tags.get("weights_sha256") == sha256:
@@ -290,8 +271,8 @@ def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
         # MLflow keeps the folder's own name, which differs from run to run; readers want to know it.
         checkpoint = shutil.copytree(folder, Path(temporary) / CHECKPOINT_NAME)
         logged = mlflow.pyfunc.log_model(
-            name=MODEL_NAME,
-            python_model=str(_LOGGED_MODEL_CODE),
+            name="model",
+            python_model=str(Path(__file__).with_name("logged_model.py")),
             artifacts={CHECKPOINT_NAME: str(checkpoint)},
             signature=infer_signature(levels, np.zeros(1, dtype=np.float32)),
             input_example=levels,
@@ -303,14 +284,8 @@ def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
     return str(logged.model_id)
 
 
-def _logged_models(c: mlflow.MlflowClient, run_id: str) -> list[LoggedModel]:
-    """Return the logged models of a run, whole or not."""
-    experiment = c.get_run(run_id).info.experiment_id
-    return list(c.search_logged_models([experiment], f"source_run_id = '{run_id}'"))
-
-
-def register(run_id: str, folder: Path, pair: str, dataset: str) -> str:
-    """Make the run's model a version of its dataset's registered model, and the challenger; return the version.
+def register(run_id: str, model_id: str, folder: Path, pair: str, dataset: str) -> str:
+    """Make a run's logged model a version of its dataset's registered model, and the challenger; return the version.
 
     Weights that are registered already, measured on the same data, keep their version: doing the same work twice makes
     no second one. The same weights on new data are another version, which can compete there.
@@ -318,33 +293,31 @@ def register(run_id: str, folder: Path, pair: str, dataset: str) -> str:
     Args:
         folder: the checkpoint that was logged; its scores name the data it was measured on.
     """
-    c = client()
-    name = registered_name(dataset)
-    scores = json.loads((folder / SCORES_FILE).read_text())
-    sha256, data_hash = identity(folder)
-    version = _only_version(c, name, sha256, data_hash)
+    c, name = client(), registered_name(dataset)
+    config, scores = (json.loads((folder / file).read_text()) for file in (CONFIG_FILE, SCORES_FILE))
+    known_by = {"weights_sha256": config["weights_sha256"], "data_hash": scores["data_hash"]}
+    version = _only_version(c, name, known_by)
     if version is None:
         tags = {
+            **known_by,
             "pair": pair,
             "dataset": dataset,
-            "data_hash": data_hash,
             "protocol": scores["protocol"],
-            "weights_sha256": sha256,
             # Of the run: the model's code is that of its training, not of a later registration.
             "git_commit": c.get_run(run_id).data.tags.get("git_commit", "unknown"),
             **{key: f"{scores[key]:.6g}" for key in VERSION_SCORES if key in scores},
         }
-        mlflow.register_model(f"models:/{_logged_model_id(c, run_id, sha256)}", name, tags=tags)
+        mlflow.register_model(f"models:/{model_id}", name, tags=tags)
         # Somebody else may have registered the same a moment ago: both see both now, and keep the same one.
-        version = _only_version(c, name, sha256, data_hash)
+        version = _only_version(c, name, known_by)
         assert version is not None
-        config = json.loads((folder / CONFIG_FILE).read_text())
         nll = format_nll(scores[VERSION_SCORES[0]], tuple(config["image_shape"]), config["num_levels"])
         text = f"{pair}: validation {nll} ({scores['protocol']}). The model card is README.md of its run."
         c.update_model_version(name, version, text)
-    if not c.get_registered_model(name).description:  # a person's own stays
+    registered = c.get_registered_model(name)
+    if not registered.description:  # a person's own stays
         c.update_registered_model(name, _DESCRIPTION.format(dataset))
-    if str(c.get_registered_model(name).aliases.get(CHAMPION)) != version:
+    if str(registered.aliases.get(CHAMPION)) != version:
         c.set_registered_model_alias(name, CHALLENGER, version)
     return version
 
@@ -355,30 +328,19 @@ def identity(folder: Path) -> tuple[str, str]:
     return config.get("weights_sha256", ""), scores.get("data_hash", "")
 
 
-def _only_version(c: mlflow.MlflowClient, name: str, sha256: str, data_hash: str) -> str | None:
+def _only_version(c: mlflow.MlflowClient, name: str, known_by: Mapping[str, str]) -> str | None:
     """Return the first version of these weights and data, and remove any later one; None if there is none."""
-    wanted = {"weights_sha256": sha256, "data_hash": data_hash}
     every = c.search_model_versions(f"name='{name}'")
-    same = sorted(int(v.version) for v in every if wanted.items() <= v.tags.items())
+    same = sorted((str(v.version) for v in every if known_by.items() <= v.tags.items()), key=int)
     aliases = c.get_registered_model(name).aliases if len(same) > 1 else {}
     promoted = {str(aliases.get(alias)) for alias in (CHAMPION, PREVIOUS)}
-    for number in same[1:]:
-        if str(number) in promoted:
-            continue
+    for number in (later for later in same[1:] if later not in promoted):
         try:
-            c.delete_model_version(name, str(number))
+            c.delete_model_version(name, number)
         except MlflowException as error:  # whoever made it may remove it, too
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-    return str(same[0]) if same else None
-
-
-def _logged_model_id(c: mlflow.MlflowClient, run_id: str, sha256: str) -> str:
-    whole = [model for model in _logged_models(c, run_id) if model.status == LoggedModelStatus.READY]
-    mine = [model.model_id for model in whole if model.tags.get("weights_sha256") == sha256]
-    if not mine:
-        raise ValueError(f"run {run_id} has no logged model of these weights. Train the pair again.")
-    return mine[0]
+    return same[0] if same else None
 
 
 def version_of_inputs(dataset: str, inputs: str) -> str | None:

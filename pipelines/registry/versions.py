@@ -54,15 +54,7 @@ def versions(dataset: str) -> list[Version]:
     """Return every version of a dataset's registered model, the oldest first; none if nothing was registered."""
     name = tracking.registered_name(dataset)
     found = sorted(tracking.client().search_model_versions(f"name='{name}'"), key=lambda v: int(v.version))
-    return [
-        Version(
-            name=name,
-            version=str(v.version),
-            run_id=v.run_id or "unknown",
-            tags=dict(v.tags),
-        )
-        for v in found
-    ]
+    return [Version(name=name, version=str(v.version), run_id=v.run_id or "unknown", tags=dict(v.tags)) for v in found]
 
 
 def datasets() -> list[str]:
@@ -96,9 +88,9 @@ def set_alias(dataset: str, alias: str, version: str) -> None:
     tracking.client().set_registered_model_alias(tracking.registered_name(dataset), alias, version)
 
 
-def remove_alias(dataset: str, alias: str) -> None:
-    """Remove an alias; one that is not there is fine."""
-    if alias in aliases(dataset):
+def remove_alias(dataset: str, alias: str, version: str) -> None:
+    """Remove an alias if it points at this version."""
+    if aliases(dataset).get(alias) == version:
         tracking.client().delete_registered_model_alias(tracking.registered_name(dataset), alias)
 
 

@@ -74,7 +74,8 @@ def register(
     run_id = tracking.start_training_run(training, key, scores.get("run_id"))
     files = [*sorted(folder.glob("*.png")), folder / CARD_FILE, *(sorted(report.glob("*")) if report else [])]
     curves = [read_curve(report / name) for name in CURVE_FILES if report and (report / name).exists()]
-    tracking.log_training_run(run_id, training, folder, scores, curves, [file for file in files if file.is_file()])
-    version = tracking.register(run_id, folder, training.pair, training.dataset)
+    pictures = [file for file in files if file.is_file()]
+    model_id = tracking.log_training_run(run_id, training, folder, scores, curves, pictures)
+    version = tracking.register(run_id, model_id, folder, training.pair, training.dataset)
     log(f"{tracking.registered_name(training.dataset)} version {version}, run {run_id}")
     return {"run_id": run_id, "version": version, "out": str(folder)}

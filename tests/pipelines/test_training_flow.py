@@ -283,7 +283,7 @@ def test_another_pair_is_the_next_version_and_the_challenger(trained) -> None:
     assert before == {"champion": trained[1]["version"], "challenger": result["version"]}
     assert int(result["version"]) == len(versions())
     # Registering the champion's weights once more does not make it its own challenger.
-    assert tracking.register(trained[1]["run_id"], OUT, PAIR, "mnist5k") == trained[1]["version"]
+    assert tracking.register(trained[1]["run_id"], "any", OUT, PAIR, "mnist5k") == trained[1]["version"]
     assert aliases() == before
 
 
@@ -625,14 +625,13 @@ def test_two_that_register_the_same_weights_make_one_version(trained, monkeypatc
     (other / "config.json").write_text(json.dumps({**config, "weights_sha256": "f" * 64}))
     run_id = trained[1]["run_id"]
     (model,) = client.search_logged_models([tracking.experiment_id("mnist5k")], f"source_run_id = '{run_id}'")
-    monkeypatch.setattr(tracking, "_logged_model_id", lambda *args: model.model_id)
 
     def register_both(uri: str, name: str, tags: dict[str, str]):
         real(uri, name, tags=tags)
         return real(uri, name, tags=tags)
 
     monkeypatch.setattr(mlflow, "register_model", register_both)
-    number = tracking.register(run_id, other, PAIR, "mnist5k")
+    number = tracking.register(run_id, model.model_id, other, PAIR, "mnist5k")
     assert len(versions()) == before + 1
     assert [str(v.version) for v in versions() if v.tags["weights_sha256"] == "f" * 64] == [number]
     client.delete_model_version("pixelcnn-mnist5k", number)

@@ -79,8 +79,8 @@ class Toy:
             tags={"git_commit": "c0ffee", "protocol": self.data.protocol},
         )
         run_id = tracking.start_training_run(training, key=str(folder))
-        tracking.log_training_run(run_id, training, folder, scores)
-        return tracking.register(run_id, folder, f"gated_pixelcnn-{self.name}", self.name)
+        model_id = tracking.log_training_run(run_id, training, folder, scores)
+        return tracking.register(run_id, model_id, folder, training.pair, self.name)
 
     def register(self, ink: float, data: Dataset | None = None, broken: bool = False, nll: float | None = None) -> str:
         """Do the same in a tenth of the time: without MLflow's own wrapping of the model."""
