@@ -18,7 +18,7 @@ from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import prepared_file
-from pipelines.registry.stated import TOLERANCE_NATS, check_scores, stated_score
+from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE, TOLERANCE_NATS, check_scores
 from pipelines.settings import Settings
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
@@ -105,13 +105,13 @@ def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[
     what = f"{version.name} version {number}"
     check_scores(what, model, recorded, data)
     if url is not None:
-        split, num, nats = stated_score(what, recorded)
-        served = score_through_service(url, name, number, data, split, num)
-        tracking.client().log_metric(run_id, f"service/{split}_nll_nats_first_{num}", served)
+        nats = recorded[CHECKED_SCORE]
+        served = score_through_service(url, name, number, data, "test", CHECKED_IMAGES)
+        tracking.client().log_metric(run_id, f"service/{CHECKED_SCORE.replace('/', '_')}", served)
         if not abs(served - nats) <= TOLERANCE_NATS:
             raise ValueError(
-                f"the service at {url} scores {served:.2f} nats on the first {num} {split} images, registered are "
-                f"{nats:.2f}: restart it, and if that does not help, promote {name} again"
+                f"the service at {url} scores {served:.2f} nats on the first {CHECKED_IMAGES} test images, registered "
+                f"are {nats:.2f}: restart it, and if that does not help, promote {name} again"
             )
         get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, url, served, nats)
     return scores

@@ -12,11 +12,12 @@ from pipelines.errors import reason
 from pipelines.params import load_params
 from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, record_and_carry_out
 from pipelines.promotion.reference import REFERENCE_FILE
-from pipelines.registry import decisions, stated, store
+from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import RELEASED, Report
 from pipelines.registry.provenance import prepared_file
+from pipelines.registry.stated import CHECKED_IMAGES, check_scores
 from pipelines.registry.versions import Version
 from pipelines.stages import register as stage
 from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER
@@ -49,7 +50,8 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str,
     elif (data := load_dataset(path)).data_hash != data_hash:
         checked += "the prepared data are others than those it was measured on"
     else:
-        checked = f"checksum checked, scored afresh on {stated.check_scores(str(folder), model, scores, data)}"
+        check_scores(str(folder), model, scores, data)
+        checked = f"checksum checked, scored afresh on {CHECKED_IMAGES} test images"
     identity = tracking.identity(folder)
     known = next((v.version for v in registry.versions(dataset) if v.identity == identity), None)
     if known is not None:

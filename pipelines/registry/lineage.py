@@ -21,7 +21,7 @@ from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import LOCK_FILES, prepared_file, recorded_hash
-from pipelines.registry.stated import check_scores
+from pipelines.registry.stated import CHECKED_IMAGES, check_scores
 from pipelines.registry.versions import Version
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
@@ -219,7 +219,8 @@ def _verify_score(version: Version) -> str:
     data = _load_same(version)
     with tempfile.TemporaryDirectory() as folder:
         model, scores = load_checkpoint(registry.download(version, Path(folder)))
-    return f"the first {check_scores(_name(version), model, scores, data)} score what its training recorded"
+    check_scores(_name(version), model, scores, data)
+    return f"the first {CHECKED_IMAGES} test images score what its training recorded"
 
 
 def trace(

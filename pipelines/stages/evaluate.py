@@ -14,6 +14,7 @@ from pipelines.files import atomic_write
 from pipelines.judging.acceptance import KNOWN, acceptance, judged_images
 from pipelines.judging.judge import JUDGES, load_judge
 from pipelines.params import load_params
+from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
 from pipelines.stages.train import TRAINED_FOLDER, Log, load, set_torch_threads
@@ -24,8 +25,6 @@ from pixelcnn.evaluation import evaluate_completion, format_nll, per_image_margi
 from pixelcnn.models.registry import config_to_dict
 
 MODELS_FOLDER, REPORTS_FOLDER = Path("models"), Path("reports")
-CHECKED_IMAGES = 200  # the first of the test split: a score that is quick to measure again
-CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
 PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validation/nll_nats, test/nll_nats
 
 logger = logging.getLogger(__name__)

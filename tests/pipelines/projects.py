@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from pipelines.params import load_params
-from pipelines.stages.evaluate import CHECKED_IMAGES, CHECKED_SCORE
+from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn import build_model, evaluate, load_dataset, save_checkpoint
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import per_image_nll

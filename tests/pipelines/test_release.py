@@ -127,13 +127,9 @@ def test_without_the_data_the_checksum_alone_is_checked(weights: Path) -> None:
         release(PAIR)
 
 
-def test_the_images_are_those_that_the_scores_state(weights: Path) -> None:
+def test_scores_that_cannot_be_checked_are_refused(weights: Path) -> None:
     scores = json.loads((weights / "scores.json").read_text())
-    of_test = scores.pop("test/nll_nats_first_200")
-    text = json.dumps(scores | {"validation/nll_nats_first_200": scores["validation/nll_nats"]})
-    (weights / "scores.json").write_text(text)
-    assert "scored afresh on 200 validation images" in release(PAIR)
-    assert abs(of_test - scores["validation/nll_nats"]) > 0.05, "the two splits cannot be taken for each other"
+    del scores["test/nll_nats_first_200"]
     (weights / "scores.json").write_text(json.dumps(scores))
     with pytest.raises(ValueError, match=r"states no score of the first few images\. Train the pair again"):
         release(PAIR)

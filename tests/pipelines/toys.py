@@ -12,7 +12,7 @@ from pipelines.registry import runs as tracking
 from pipelines.registry import store
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import Report
-from pipelines.stages.evaluate import CHECKED_IMAGES, CHECKED_SCORE
+from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
 from pixelcnn.evaluation import per_image_nll
 
