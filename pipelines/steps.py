@@ -224,7 +224,7 @@ def promote(
     """Register what is in models/ for a dataset, and let the best version become champion, on evidence."""
     load_params()
     if to is not None:
-        from pipelines.promotion.copy import copy_served
+        from pipelines.promotion.register import copy_served
 
         if dry_run or version is not None:
             raise ValueError("--to copies what is served here: it takes neither --version nor --dry-run.")

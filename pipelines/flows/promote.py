@@ -10,9 +10,8 @@ from pipelines.errors import is_for_user
 from pipelines.files import atomic_write
 from pipelines.flows.shown import show_decision, tag_run
 from pipelines.params import load_params
-from pipelines.promotion.copy import copy_served
 from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback
-from pipelines.promotion.register import register_trained, repair
+from pipelines.promotion.register import copy_served, register_trained, repair
 from pipelines.promotion.rule import Candidate
 from pipelines.promotion.score import score
 from pipelines.registry import versions as registry

@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 from pipelines.errors import is_for_user, reason
 from pipelines.params import PromoteParams
 from pipelines.promotion.rule import Candidate, Choice, choose, corrected, differences
-from pipelines.promotion.score import MisfitError, check, score
+from pipelines.promotion.score import MisfitError, check
+from pipelines.registry import versions as registry
 from pipelines.registry.decisions import KEPT, PROMOTED, Report, versions_compared
+from pipelines.registry.runs import CHAMPION
 from pipelines.registry.versions import Version
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import format_nll
 
-# What a better completion may cost the joint model, and the other way round: nats of a binary image, bits per
-# dimension of others.
-ALLOWANCE = {True: 0.3, False: 0.01}
+# What a better completion may cost the joint model, and the other way round: of binary images, and of others.
+ALLOWED_NATS, ALLOWED_BITS_PER_DIM = 0.3, 0.01
 
 Scorer = Callable[[Version, Dataset, int], Candidate]
 T = TypeVar("T")
@@ -30,10 +31,8 @@ class Decision:
 
     Args:
         data: the current prepared data; versions that were measured on others do not compete.
-        found: the versions of the dataset.
-        champion: one of them, or None.
         only: the one version that competes, even if it was rolled back; None for all.
-        scorer: like `pipelines.promotion.score.score`.
+        scorer: `pipelines.promotion.score.score`, or the same as a task of Prefect's.
     """
 
     def __init__(
@@ -41,15 +40,14 @@ class Decision:
         dataset: str,
         data: Dataset,
         params: PromoteParams,
-        found: list[Version],
-        champion: Version | None,
-        only: int | None = None,
-        scorer: Scorer = score,
+        only: int | None,
+        scorer: Scorer,
     ) -> None:
         self.dataset, self.data, self.params, self.scorer = dataset, data, params, scorer
-        self.by_number = {version.version: version for version in found}
+        self.by_number = {version.version: version for version in registry.versions(dataset)}
+        self.champion = champion = self.by_number.get(registry.aliases(dataset).get(CHAMPION, ""))
         self.skipped: dict[str, str] = {}  # version -> why
-        self.misfits: set[str] = set()  # of them, versions for other images
+        self.misfit = False  # whether the last of them is for other images
         self.report: Report = {
             "dataset": dataset,
             "data_hash": data.data_hash,
@@ -58,36 +56,40 @@ class Decision:
             "candidate": None,
             "confidence": params.confidence,
             "compared": [],
-            "new": None,
             "old": champion and champion.version,
             "served": None,
         }
-        choice = self._decide(champion, only)
+        choice = self._decide(only)
         self.chosen = self.by_number[choice.version] if choice.version else None
-        self.report["decision"] = PROMOTED if choice.version else KEPT
-        self.report["reason"] = choice.reason
-        self.report["new"] = choice.version
-        self.report["skipped"] = [{"version": number, "reason": why} for number, why in self.skipped.items()]
+        self.report |= {
+            "decision": PROMOTED if choice.version else KEPT,
+            "reason": choice.reason,
+            "new": choice.version,
+            "skipped": [{"version": number, "reason": why} for number, why in self.skipped.items()],
+        }
 
-    def _decide(self, champion: Version | None, only: int | None) -> Choice:
+    def _decide(self, only: int | None) -> Choice:
+        champion = self.champion
         if champion is not None and champion.version == str(only):
             return Choice(None, f"version {only} is the champion already")
         wanted = [v for v in self.by_number.values() if v is not champion and only in (None, int(v.version))]
         able = [version for version in wanted if self._may_compete(version, asked_for=only is not None)]
         if not able:
             return Choice(None, "no other version can compete" if champion else "no version can become champion")
-        of_champion = self._scored(champion) if champion is not None else None
-        misfit = ""
-        if champion is not None and of_champion is None:
+        misfit, of_champion = "", None
+        if champion is not None and (of_champion := self._scored(champion)) is None:
             why = self.skipped.pop(champion.version)
-            if champion.version not in self.misfits:
+            if not self.misfit:
                 return Choice(None, f"champion version {champion.version} cannot be scored: {why}")
             misfit = f"champion version {champion.version} cannot be compared: {why.rstrip('.')}; "
-        pool = []
+        pool, uniform = [], math.prod(self.data.image_shape) * math.log(self.data.num_levels)
         for number, version in enumerate(able, start=1):
             logger.info("%s: version %s, %d of %d", self.dataset, version.version, number, len(able))
             scores = self._scored(version)
-            if scores is not None and (of_champion is not None or self._beats_uniform(scores)):
+            if scores is not None and of_champion is None and scores.joint_nats.mean().item() >= uniform:
+                why = f"it is no better than the uniform distribution, {self._format(uniform)}"
+                self.skipped[version.version] = why
+            elif scores is not None:
                 pool.append(scores)
         choice = self._chosen(of_champion, pool)
         if misfit:
@@ -115,42 +117,32 @@ class Decision:
             if not is_for_user(error):
                 raise
             self.skipped[version.version] = reason(error)
-            if isinstance(error, MisfitError):
-                self.misfits.add(version.version)
+            self.misfit = isinstance(error, MisfitError)
             return None
 
     def _scored(self, version: Version) -> Candidate | None:
         return self._attempt(version, lambda: self.scorer(version, self.data, self.params.batch_size))
 
-    def _beats_uniform(self, scores: Candidate) -> bool:
-        uniform = math.prod(self.data.image_shape) * math.log(self.data.num_levels)
-        if scores.joint_nats.mean().item() >= uniform:
-            self.skipped[scores.version] = f"it is no better than the uniform distribution, {self._format(uniform)}"
-            return False
-        return True
-
     def _chosen(self, champion: Candidate | None, pool: list[Candidate]) -> Choice:
         """Let the rule choose, and check its choice before it counts: a leak would win them all by cheating."""
-        binary = self.data.num_levels == 2
-        unit = 1.0 if binary else math.prod(self.data.image_shape) * math.log(2)
+        allowance = ALLOWED_BITS_PER_DIM * (math.prod(self.data.image_shape) * math.log(2))
+        if self.data.num_levels == 2:
+            allowance = ALLOWED_NATS
         compared = {scores.version for scores in [*pool, *([champion] if champion else [])]}
         num_versions = len(compared | versions_compared(self.dataset, self.data.data_hash))
         confidence = self.params.confidence
         while True:
-            choice = choose(
-                champion, pool, confidence=confidence, num_versions=num_versions, allowance=ALLOWANCE[binary] * unit
-            )
+            choice = choose(champion, pool, confidence=confidence, num_versions=num_versions, allowance=allowance)
             self.skipped |= choice.refused
             if choice.version is None or self._is_sound(self.by_number[choice.version]):
                 break
             pool = [scores for scores in pool if scores.version != choice.version]
         self.report["compared"] = sorted(compared, key=int)
         self.report["confidence"] = level = corrected(confidence, num_versions)
-        if champion is not None:
-            self.report["champion"] = self._described(champion.version, champion)
         best = next((scores for scores in pool if scores.version == choice.best), None)
-        if best is not None:
-            self.report["candidate"] = self._described(best.version, best)
+        for role, scores in (("champion", champion), ("candidate", best)):
+            if scores is not None:
+                self.report[role] = self._described(scores.version, scores)
         if best is not None and champion is not None:
             for name, difference in differences(best, champion).items():
                 low, high = difference.interval(level)
@@ -174,23 +166,16 @@ class Decision:
 
     def text(self, dry_run: bool = False) -> str:
         """Return the decision in a sentence or two."""
-        head = (
-            f"{'dry run: ' if dry_run else ''}{self.dataset} ({self.data.protocol}, data {self.data.data_hash[:12]}): "
-        )
+        what = f"nothing {'would move' if dry_run else 'moved'}"
+        if self.chosen is not None:
+            what = f"version {self.chosen.version} {'would be' if dry_run else 'is'} the new champion"
+        text = f"{self.dataset} ({self.data.protocol}, data {self.data.data_hash[:12]}): {what}: "
+        text = f"{'dry run: ' if dry_run else ''}{text}{self.report['reason'].rstrip('.')}."
         scores = [
             f"{role} version {scored['version']} ({scored['pair']}) {self._format(scored['nll_nats'])}"
             for role in ("candidate", "champion")
             if (scored := self.report[role]) and "nll_nats" in scored
         ]
-        said = f"{head}nothing {'would move' if dry_run else 'moved'}: {self.report['reason'].rstrip('.')}."
-        if self.chosen is not None:
-            verb = "would be" if dry_run else "is"
-            said = f"{head}version {self.chosen.version} {verb} the new champion: {self.report['reason']}."
+        text += f" Validation: {', '.join(scores)}." if scores else ""
         skipped = [f"version {number}: {why.rstrip('.')}" for number, why in self.skipped.items()]
-        return " ".join(
-            [
-                said,
-                *([f"Validation: {', '.join(scores)}."] if scores else []),
-                *([f"Passed over: {'; '.join(skipped)}."] if skipped else []),
-            ]
-        )
+        return text + (f" Passed over: {'; '.join(skipped)}." if skipped else "")

@@ -28,18 +28,10 @@ from pipelines.promotion.decide import Decision, Scorer
 from pipelines.promotion.reference import REFERENCE_FILE, write_reference
 from pipelines.promotion.score import score
 from pipelines.registry import decisions, store
+from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import ROLLED_BACK, Report
-from pipelines.registry.runs import (
-    CHALLENGER,
-    CHAMPION,
-    PREVIOUS,
-    find_run,
-    is_shared,
-    location,
-    registered_name,
-    sqlite_file,
-)
+from pipelines.registry.runs import CHALLENGER, CHAMPION, PREVIOUS, find_run, is_shared, location, registered_name
 from pipelines.registry.versions import Version
 from pipelines.settings import Settings
 from pixelcnn.checkpoint import load_checkpoint
@@ -103,7 +95,7 @@ def export(version: Version, reference: Path | None = None) -> str:
 
 def _this_registry() -> dict[str, str]:
     this = {"registry": decisions.registry_id(), "at": location(), "host": socket.gethostname()}
-    if (database := sqlite_file()) is not None:
+    if (database := tracking.sqlite_file()) is not None:
         status = database.stat()
         this["file"] = f"{status.st_dev}:{status.st_ino}"  # which a move within a disk keeps, and a copy does not
     return this
@@ -125,14 +117,13 @@ def check_feeder() -> None:
         strange = [tag for tag in store.served() if find_run(str(store.metadata_of(tag).get("run_id"))) is None]
         whose = f"serves {strange[0]}, which this registry does not know" if strange else ""
     else:
-        at, here = known["at"], known["host"] == this["host"]
-        if known["registry"] != this["registry"]:
-            renewed = at == this["at"] and here
-            whose = "" if renewed else f"is fed by another registry, {at} on {known['host']}"
+        at, host, here = known["at"], known["host"], known["host"] == this["host"]
+        if known["registry"] != this["registry"]:  # begun anew in the same place, or another one
+            whose = "" if at == this["at"] and here else f"is fed by another registry, {at} on {host}"
         else:
             renamed = here and known.get("file") == this.get("file", "") and not Path(at).exists()
             itself = renamed or (at == this["at"] and (here or is_shared()))
-            whose = "" if itself else f"is fed by {at} on {known['host']}, of which this registry is a copy"
+            whose = "" if itself else f"is fed by {at} on {host}, of which this registry is a copy"
     if whose:
         raise LookupError(
             f"the model store {store.home()} {whose}, and this is {this['at']} on {this['host']}: nothing moved. Set "
@@ -175,7 +166,7 @@ def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
         yield
 
 
-def record_and_carry_out(dataset: str, run_id: str, report: Report, new: Version) -> None:
+def record_and_carry_out(run_id: str, report: Report, new: Version) -> None:
     """Export the new champion, record the decision, and make its moves.
 
     Raises:
@@ -183,28 +174,28 @@ def record_and_carry_out(dataset: str, run_id: str, report: Report, new: Version
     """
     report["served"] = export(new)
     decisions.begin_moves(run_id, report)
-    carry_out(dataset, run_id, report)
+    carry_out(run_id, report)
 
 
-def carry_out(dataset: str, run_id: str, report: Report) -> None:
+def carry_out(run_id: str, report: Report) -> None:
     """Make the moves of a recorded decision; those that were made already stay as they are.
 
     Raises:
         UnfinishedMoveError: one of them failed.
     """
+    dataset, previous = report["dataset"], report.get("old")
     found = {version.version: version for version in registry.versions(dataset)}
-    new, previous = found[report["new"]], report.get("old")
+    new = found[report["new"]]
     tag = store.tag_of(new.lineage())
     marked = [found[number] for number in report.get("passed_over", []) if number in found]
-    rolled_back, serve = report["decision"] == ROLLED_BACK, (f"{tag} is served", lambda: store.serve(tag))
-
+    serve = (f"{tag} is served", lambda: store.serve(tag))
     moves: list[tuple[str, Callable[[], object]]] = [
         (f"{tag} is in the model store", lambda: export(new)),
         *((f"version {v.version} is marked", lambda v=v: registry.mark_rolled_back(v, _now())) for v in marked),
         (f"version {new.version} is not marked as rolled back", lambda: registry.unmark_rolled_back(new)),
-        # Whoever asks for a rollback wants it served first of all.
-        *([serve] if rolled_back else []),
     ]
+    if report["decision"] == ROLLED_BACK:  # whoever asks for that wants it served first of all
+        moves.append(serve)
     if previous in found:
         moves.append((f"previous is version {previous}", lambda: registry.set_alias(dataset, PREVIOUS, previous)))
     moves += [
@@ -227,6 +218,19 @@ def carry_out(dataset: str, run_id: str, report: Report) -> None:
         done.append(what)
 
 
+def keep(run_id: str, report: Report, champion: Version | None) -> None:
+    """Record a decision that moves nothing; let the store serve the champion, and say so if it did not before."""
+    if champion is not None:
+        try:
+            report["served"], done = ensure_served(champion)
+            report["text"] += f" Besides, {done}." if done else ""
+        except ValueError as error:  # its own files are damaged: what is served stays, as does everything else
+            report["served"] = store.latest(champion.name)
+            report["text"] += f" The model store was left as it is: {reason(error)}"
+    decisions.record_decision(run_id, report)
+    decisions.end_decision(run_id)
+
+
 def complete_moves(dataset: str) -> list[str]:
     """Carry out what was decided by processes that were killed before they had; return what was done, in sentences.
 
@@ -239,7 +243,7 @@ def complete_moves(dataset: str) -> list[str]:
         if report is None or report["new"] not in numbers or champion not in (report["new"], report["old"]):
             decisions.end_decision(run_id, "FAILED")
             continue
-        carry_out(dataset, run_id, report)
+        carry_out(run_id, report)
         done.append(f"{dataset}: a decision that was cut off is carried out: {report['text']}")
     return done
 
@@ -257,7 +261,6 @@ def run_promotion(
 
     Args:
         data: the current prepared data.
-        scorer: like `score`.
         dry_run: decide only; nothing is moved, exported or recorded.
         only: the one version that competes.
         why: the reason to record.
@@ -270,13 +273,6 @@ def run_promotion(
         UnfinishedMoveError: it was decided, and carried out in part.
         Exception: whatever else; nothing has moved.
     """
-
-    def decide() -> tuple[Decision, Version | None]:
-        found = registry.versions(dataset)
-        number = registry.aliases(dataset).get(CHAMPION)
-        champion = next((version for version in found if version.version == number), None)
-        return Decision(dataset, data, params, found, champion, only, scorer), champion
-
     numbers = [version.version for version in registry.versions(dataset)]
     if not numbers:
         raise LookupError(
@@ -286,14 +282,14 @@ def run_promotion(
     if only is not None and str(only) not in numbers:
         raise LookupError(f"{registered_name(dataset)} has no version {only}. Known: {', '.join(numbers)}.")
     if dry_run:
-        decision, _ = decide()
+        decision = Decision(dataset, data, params, only, scorer)
         return {**decision.report, "text": decision.text(dry_run=True)}
     with champion_lock(dataset):
         completed = complete_moves(dataset)
         with decisions.decision_run(dataset, "promotion", why) as run_id:
             for _ in range(MAX_DECISIONS):
-                decision, champion = decide()
-                if registry.aliases(dataset).get(CHAMPION) == (champion.version if champion else None):
+                decision = Decision(dataset, data, params, only, scorer)
+                if registry.aliases(dataset).get(CHAMPION) == decision.report["old"]:
                     break
             else:
                 raise OSError(
@@ -302,26 +298,10 @@ def run_promotion(
                 )
             report = {**decision.report, "decision_run_id": run_id, "text": " ".join([*completed, decision.text()])}
             if decision.chosen is not None:
-                record_and_carry_out(dataset, run_id, report, decision.chosen)
+                record_and_carry_out(run_id, report, decision.chosen)
             else:
-                if champion is not None:
-                    report["served"] = _repair_store(champion, report)
-                decisions.record_decision(run_id, report)
-                decisions.end_decision(run_id)
+                keep(run_id, report, decision.champion)
     return report
-
-
-def _repair_store(champion: Version, report: Report) -> str | None:
-    """Let the store serve the champion; say so in the report if it did not before."""
-    try:
-        tag, done = ensure_served(champion)
-        if done:
-            report["text"] += f" Besides, {done}."
-        return tag
-    except ValueError as error:
-        # The champion's own files are damaged: what is served stays, as does everything else.
-        report["text"] += f" The model store was left as it is: {reason(error)}"
-        return store.latest(champion.name)
 
 
 def run_rollback(dataset: str, to: int | None = None, why: str | None = None) -> Report:
@@ -344,15 +324,14 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         completed = complete_moves(dataset)
         if cut_off and completed:
             return {**cut_off[-1], "text": " ".join(completed)}
-        found, aliases = registry.versions(dataset), registry.aliases(dataset)
-        by_number = {version.version: version for version in found}
-        made = decisions.decisions(dataset)
+        found = {version.version: version for version in registry.versions(dataset)}
+        present = registry.aliases(dataset).get(CHAMPION, "")
+        champion, made = found.get(present), decisions.decisions(dataset)
         past = [report["new"] for report in made if report.get("new")]
-        champion = by_number.get(aliases.get(CHAMPION, ""))
-        earlier = [number for number in dict.fromkeys(past) if number in by_number and number != aliases.get(CHAMPION)]
+        earlier = [number for number in dict.fromkeys(past) if number in found and number != present]
         before = [number for number in decisions.champions(made) if number in earlier]
         number = str(to) if to is not None else next(reversed(before), "")
-        target = by_number[number] if number in earlier else None
+        target = found[number] if number in earlier else None
         if champion is None or target is None:
             wanted = "no previous champion" if to is None else f"no earlier champion of version {to}"
             raise LookupError(
@@ -375,7 +354,7 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
                 f"{store.tag_of(target.lineage())} is served; version {champion.version} is now `previous` and is not "
                 "promoted again by itself.",
             }
-            record_and_carry_out(dataset, run_id, report, target)
+            record_and_carry_out(run_id, report, target)
     return report
 
 
@@ -393,9 +372,10 @@ def run_shadow(dataset: str, number: int | None = None) -> str:
         LookupError: there is no such version; nothing has changed.
     """
     wanted = str(number) if number is not None else registry.aliases(dataset).get(CHALLENGER)
-    version = next((version for version in registry.versions(dataset) if version.version == wanted), None)
+    found = {version.version: version for version in registry.versions(dataset)}
+    version = found.get(wanted or "")
     if version is None:
-        known = ", ".join(version.version for version in registry.versions(dataset)) or "none"
+        known = ", ".join(found) or "none"
         asked = f"version {wanted}" if wanted else "challenger"
         raise LookupError(f"{registered_name(dataset)} has no {asked}: name one, --version N. Known: {known}.")
     with champion_lock(dataset):

@@ -1,4 +1,4 @@
-"""Checkpoints that exist already become versions: in `models/`, in `weights/`, in any folder, or served by the store.
+"""Checkpoints that exist already become versions: in `models/`, in `weights/`, in any folder, or served by a store.
 
 Registered is what the checkpoint's `scores.json` says, once for the same weights and data. Where the prepared data are
 there, the model is scored afresh on the images that its scores name, so that a wrong file cannot pass.
@@ -10,15 +10,16 @@ from pathlib import Path
 from pipelines.datasets.entry import NAME, NAMES
 from pipelines.errors import reason
 from pipelines.params import load_params
-from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, record_and_carry_out
+from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, keep, record_and_carry_out
 from pipelines.promotion.reference import REFERENCE_FILE
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
-from pipelines.registry.decisions import RELEASED, Report
+from pipelines.registry.decisions import KEPT, PROMOTED, RELEASED, Report
 from pipelines.registry.provenance import prepared_file
 from pipelines.registry.stated import CHECKED_IMAGES, check_scores
 from pipelines.registry.versions import Version
+from pipelines.settings import Settings, environment
 from pipelines.stages import register as stage
 from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER
 from pixelcnn.checkpoint import CONFIG_FILE
@@ -27,7 +28,7 @@ from pixelcnn.data import load_dataset
 WEIGHTS_FOLDER = Path("weights")
 
 
-def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str, str]:
+def register_checkpoint(folder: Path, released: bool = False) -> tuple[Version, str]:
     """Register a checkpoint; the same weights, measured on the same data, stay one version.
 
     Args:
@@ -35,7 +36,7 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str,
         released: say so in the run's tags.
 
     Returns:
-        Its dataset, its version, and what was checked.
+        Its version, and what was checked.
 
     Raises:
         ValueError: it is damaged, its scores do not say what it is, or it does not score what it says.
@@ -53,11 +54,10 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[str, str,
         check_scores(str(folder), model, scores, data)
         checked = f"checksum checked, scored afresh on {CHECKED_IMAGES} test images"
     identity = tracking.identity(folder)
-    known = next((v.version for v in registry.versions(dataset) if v.identity == identity), None)
-    if known is not None:
-        return dataset, known, checked
-    report = REPORTS_FOLDER / folder.name if folder.parent == MODELS_FOLDER else None
-    return dataset, stage.register(folder, report, released, scores=scores)["version"], checked
+    if identity not in {version.identity for version in registry.versions(dataset)}:
+        report = REPORTS_FOLDER / folder.name if folder.parent == MODELS_FOLDER else None
+        stage.register(folder, report, released, scores=scores)
+    return next(version for version in registry.versions(dataset) if version.identity == identity), checked
 
 
 def register(text: str) -> str:
@@ -72,8 +72,8 @@ def register(text: str) -> str:
             f"neither {text} nor {MODELS_FOLDER / text} holds a checkpoint ({CONFIG_FILE}, weights and scores). Name a "
             "folder that does, fetch it (dvc pull), or train the pair."
         )
-    dataset, number, checked = register_checkpoint(folder)
-    return f"{folder} is version {number} of {tracking.registered_name(dataset)} ({checked})."
+    version, checked = register_checkpoint(folder)
+    return f"{folder} is version {version.version} of {version.name} ({checked})."
 
 
 def register_trained(dataset: str) -> list[str]:
@@ -90,8 +90,8 @@ def register_trained(dataset: str) -> list[str]:
             continue
         try:
             if tracking.identity(folder) not in known:
-                _, number, checked = register_checkpoint(folder)
-                done.append(f"{folder} is registered as version {number} ({checked}).")
+                version, checked = register_checkpoint(folder)
+                done.append(f"{folder} is registered as version {version.version} ({checked}).")
         except ValueError as error:  # a damaged one does not keep out the others
             done.append(f"{folder} is not registered: {reason(error)}")
     return done
@@ -114,32 +114,30 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None) -> lis
         LookupError: another registry feeds the store.
         ValueError: the champion's files are damaged.
     """
-    name = tracking.registered_name(dataset)
     with champion_lock(dataset, take_over):
-        done = complete_moves(dataset)
-        number, served = registry.aliases(dataset).get(tracking.CHAMPION), store.latest(name)
+        done, served = complete_moves(dataset), store.latest(tracking.registered_name(dataset))
+        number = registry.aliases(dataset).get(tracking.CHAMPION)
         champion = next((v for v in registry.versions(dataset) if v.version == number), None)
         if champion is not None:
             _, what = ensure_served(champion)
             done += [f"{dataset}: {what}."] if what else []
         elif served is not None:
             with tempfile.TemporaryDirectory() as folder:
-                _, number, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
-            version = next(v for v in registry.versions(dataset) if v.version == number)
+                version, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
             export(version, store.file_of(served, REFERENCE_FILE))
             cause = f"the registry had no champion, the store served {served}"
-            done.append(f"{dataset}: {cause}; it is version {number} and champion now ({checked}).")
+            done.append(f"{dataset}: {cause}; it is version {version.version} and champion now ({checked}).")
             _make_first(version, cause, done[-1], why)
     return done
 
 
 def _make_first(version: Version, cause: str, text: str, why: str | None) -> None:
     """Make a version the champion of a dataset that has none; the champion's lock is held."""
-    dataset, number = version.tags["dataset"], version.version
-    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": cause, "text": text, "new": number}
-    report |= {"old": None, "candidate": version.lineage(), "data_hash": version.tags["data_hash"]}
+    dataset, data_hash = version.tags["dataset"], version.tags["data_hash"]
+    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": cause, "text": text, "new": version.version}
+    report |= {"old": None, "candidate": version.lineage(), "data_hash": data_hash}
     with decisions.decision_run(dataset, "release", why) as run_id:
-        record_and_carry_out(dataset, run_id, report, version)
+        record_and_carry_out(run_id, report, version)
 
 
 def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
@@ -169,7 +167,8 @@ def release(pair: str, why: str | None = None) -> str:
     Returns:
         What was done, in one sentence.
     """
-    dataset, number, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
+    version, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
+    dataset, number = version.tags["dataset"], version.version
     if registry.aliases(dataset).get(tracking.CHAMPION) in (None, number):
         repair(dataset, why=why)
     with champion_lock(dataset):
@@ -180,6 +179,51 @@ def release(pair: str, why: str | None = None) -> str:
             became = "champion already."
         elif champion is None:
             became = "champion, as the first of its dataset."
-            version = next(v for v in registry.versions(dataset) if v.version == number)
             _make_first(version, "there was no champion", became, why)
-    return f"{pair}: released weights are version {number} of {tracking.registered_name(dataset)} ({checked}); {became}"
+    return f"{pair}: released weights are version {number} of {version.name} ({checked}); {became}"
+
+
+def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
+    """Let another environment serve what this one serves: the same weights, measured on the same data.
+
+    Args:
+        to: the other environment's name.
+        why: the reason to record there, beside who asked.
+
+    Returns:
+        The report, of a decision in the other registry.
+
+    Raises:
+        LookupError: the environment is unknown or this one, or nothing is served here; nothing has moved.
+        ValueError: what is served here is damaged, or not what its scores say; nothing has moved.
+    """
+    here, tag = Settings().environment, store.latest(tracking.registered_name(dataset))
+    if to == here:
+        raise LookupError(f"this is {here} already: name another environment.")
+    if tag is None:
+        raise LookupError(f"{here} serves no model of {dataset}, so there is nothing to copy to {to}.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = store.checkout(tag, Path(temporary) / "checkpoint")
+        reference = store.file_of(tag, REFERENCE_FILE)
+        source = {**store.metadata_of(tag), "environment": here}
+        with environment(to), champion_lock(dataset):
+            complete_moves(dataset)
+            new, checked = register_checkpoint(folder)
+            export(new, reference)
+            old = registry.aliases(dataset).get(tracking.CHAMPION)
+            champion = next((version for version in registry.versions(dataset) if version.version == old), None)
+            what = f"the weights {new.tags['weights_sha256'][:12]}, served in {here} as version {source['version']}"
+            report: Report = {"dataset": dataset, "data_hash": new.tags["data_hash"], "source": source, "old": old}
+            report["reason"] = f"copied: {what}"
+            with decisions.decision_run(dataset, "promotion", why) as run_id:
+                if new.version == old:
+                    text = f"{dataset}: {to} has {what}, as its champion, version {old}, already."
+                    report |= {"decision": KEPT, "new": None, "text": text}
+                    keep(run_id, report, new)
+                else:
+                    for role, version in (("candidate", new), ("champion", champion)):
+                        report[role] = version and {**version.lineage(), "pair": version.tags["pair"]}
+                    text = f"{dataset}: {what}, are version {new.version} and champion of {to} now ({checked})."
+                    report |= {"decision": PROMOTED, "new": new.version, "text": text}
+                    record_and_carry_out(run_id, report, new)
+    return report

@@ -733,15 +733,14 @@ def test_the_same_weights_on_new_data_compete(mnist5k):
     mnist5k.promote()
     folder = mnist5k.folder / "models" / str(mnist5k.weight_seed)
     mnist5k.data = mnist5k.prepare(seed=1)
-    _, number, _ = register.register_checkpoint(folder)
-    assert number == first, "measured on the old data, they are the version that is there"
+    known, _ = register.register_checkpoint(folder)
+    assert known.version == first, "measured on the old data, they are the version that is there"
     model, scores = load_checkpoint(folder)
     measured = {**scores, **evaluate(model, mnist5k.data), "data_hash": mnist5k.data.data_hash}
     measured["test/nll_nats_first_200"] = measured["test/nll_nats"]
     save_checkpoint(folder, model, measured)
-    _, number, _ = register.register_checkpoint(folder)
-    assert number == "2"
-    assert register.register_checkpoint(folder)[1] == "2", "once"
+    assert register.register_checkpoint(folder)[0].version == "2"
+    assert register.register_checkpoint(folder)[0].version == "2", "once"
     worse = mnist5k.register(0.3)
     registry.set_alias(mnist5k.name, tracking.CHAMPION, worse)
     report = mnist5k.promote()
