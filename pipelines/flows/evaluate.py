@@ -102,8 +102,7 @@ def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[
     if data.data_hash != version.lineage()["data_hash"]:
         get_run_logger().warning("%s: the data are not those it was registered with: not compared", name)
         return scores
-    what = f"{version.name} version {number}"
-    check_scores(what, model, recorded, data)
+    check_scores(str(version), model, recorded, data)
     if url is not None:
         nats = recorded[CHECKED_SCORE]
         served = score_through_service(url, name, number, data, "test", CHECKED_IMAGES)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pipelines.errors import is_for_user, reason, tool_of
 from pipelines.files import file_lock
@@ -68,21 +67,20 @@ def export(version: Version, reference: Path | None = None) -> str:
     lineage, dataset = version.lineage(), version.tags["dataset"]
     tag = store.tag_of(lineage)
     is_there = store.is_intact(tag, lineage)
-    if not (is_there and store.file_of(tag, REFERENCE_FILE).exists()):
+    if not (is_there and (store.folder_of(tag) / REFERENCE_FILE).exists()):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             checkpoint = store.checkout(tag, folder / "checkpoint") if is_there else registry.download(version, folder)
             has_reference = write_reference(checkpoint, dataset, lineage["data_hash"], reference)
             if not is_there or has_reference:
                 _, scores = load_checkpoint(checkpoint)
-                metadata: dict[str, Any] = {
-                    **lineage,
+                more = {
                     "dataset": dataset,
                     "label_names": list(scores["label_names"]),
                     "protocol": version.tags["protocol"],
                     "promoted_at": store.metadata_of(tag)["promoted_at"] if is_there else _now(),
                 }
-                store.export(checkpoint, metadata)
+                store.export(checkpoint, {**lineage, **more})
             if not has_reference and not is_there:
                 logger.warning(
                     "the data of %s that %s was trained on are not here: its drawings will not be watched for drift "
@@ -133,12 +131,12 @@ def check_feeder() -> None:
 
 
 def ensure_served(version: Version) -> tuple[str, str]:
-    """Let the model store serve a version, if a run was cut off or the store is a new one; else do nothing.
+    """Let the model store serve a version, if a run was cut off or the store is a new one.
 
     Returns:
         The version's tag, and what was done, in words; none if there was nothing to do.
     """
-    reference = store.file_of(store.tag_of(version.lineage()), REFERENCE_FILE)
+    reference = store.folder_of(store.tag_of(version.lineage())) / REFERENCE_FILE
     had_reference = reference.exists()
     tag = export(version)
     if store.latest(version.name) != tag:
@@ -149,10 +147,7 @@ def ensure_served(version: Version) -> tuple[str, str]:
 
 @contextmanager
 def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
-    """Hold the lock of a dataset's champion, in a store that this registry feeds.
-
-    Args:
-        take_over: let this registry feed the store from now on, whichever did.
+    """Hold the lock of a dataset's champion, in a store that this registry feeds, or is to feed from now on.
 
     Raises:
         LookupError: another one feeds it; see `check_feeder`.
@@ -167,11 +162,7 @@ def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
 
 
 def record_and_carry_out(run_id: str, report: Report, new: Version) -> None:
-    """Export the new champion, record the decision, and make its moves.
-
-    Raises:
-        UnfinishedMoveError: a move failed after the record; before that, nothing has moved.
-    """
+    """Export the new champion, record the decision, and make its moves; before the record, nothing has moved."""
     report["served"] = export(new)
     decisions.begin_moves(run_id, report)
     carry_out(run_id, report)
@@ -263,7 +254,6 @@ def run_promotion(
         data: the current prepared data.
         dry_run: decide only; nothing is moved, exported or recorded.
         only: the one version that competes.
-        why: the reason to record.
 
     Returns:
         The report; its `decision` is `promoted` or `kept`, its `text` says it in words.
@@ -312,7 +302,6 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
 
     Args:
         to: a version that was champion; None for the one before the present champion.
-        why: the reason to record.
 
     Raises:
         LookupError: there is no such earlier champion, or another registry feeds the store; nothing has moved.

@@ -79,8 +79,7 @@ def register(text: str) -> str:
 def register_trained(dataset: str) -> list[str]:
     """Register what lies in `models/` for the pairs of a dataset: after a clone and `dvc pull`, or in a new registry.
 
-    Returns:
-        A sentence for each that is new, or that cannot be registered.
+    Return a sentence for each that is new, or that cannot be registered.
     """
     known = {version.identity for version in registry.versions(dataset)}
     done = []
@@ -98,17 +97,13 @@ def register_trained(dataset: str) -> list[str]:
 
 
 def repair(dataset: str, take_over: bool = False, why: str | None = None) -> list[str]:
-    """Let registry and model store say the same of a champion again, without scoring: after either was lost.
+    """Let registry and model store say the same of a champion again, after either was lost; return what was done.
 
     A champion that is not served is exported again. Where the registry has none, what the store serves is registered
-    and stays champion. What was decided and cut off is carried out first.
+    and stays champion. What was decided and cut off is carried out first. Nothing is scored.
 
     Args:
         take_over: let this registry feed the store from now on, whichever did.
-        why: the reason to record where a champion is made.
-
-    Returns:
-        What was done, in sentences.
 
     Raises:
         LookupError: another registry feeds the store.
@@ -124,7 +119,7 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None) -> lis
         elif served is not None:
             with tempfile.TemporaryDirectory() as folder:
                 version, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
-            export(version, store.file_of(served, REFERENCE_FILE))
+            export(version, store.folder_of(served) / REFERENCE_FILE)
             cause = f"the registry had no champion, the store served {served}"
             done.append(f"{dataset}: {cause}; it is version {version.version} and champion now ({checked}).")
             _make_first(version, cause, done[-1], why)
@@ -160,12 +155,9 @@ def release_all(why: str | None = None) -> list[str]:
 
 
 def release(pair: str, why: str | None = None) -> str:
-    """Register a pair's released weights; make them champion and serve them if their dataset has no champion.
+    """Register a pair's released weights; make them champion if their dataset has none; return what was done.
 
     They need no data for that: there is nothing to compare them with. From then on they compete like any version.
-
-    Returns:
-        What was done, in one sentence.
     """
     version, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
     dataset, number = version.tags["dataset"], version.version
@@ -186,10 +178,6 @@ def release(pair: str, why: str | None = None) -> str:
 def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
     """Let another environment serve what this one serves: the same weights, measured on the same data.
 
-    Args:
-        to: the other environment's name.
-        why: the reason to record there, beside who asked.
-
     Returns:
         The report, of a decision in the other registry.
 
@@ -204,7 +192,7 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
         raise LookupError(f"{here} serves no model of {dataset}, so there is nothing to copy to {to}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = store.checkout(tag, Path(temporary) / "checkpoint")
-        reference = store.file_of(tag, REFERENCE_FILE)
+        reference = store.folder_of(tag) / REFERENCE_FILE
         source = {**store.metadata_of(tag), "environment": here}
         with environment(to), champion_lock(dataset):
             complete_moves(dataset)

@@ -55,7 +55,7 @@ def find_version(text: str) -> Version:
     for key, value in version.lineage().items():
         if str(model.get(key, value)) != value:
             raise ValueError(
-                f"{text} says {key} {model[key]}, but {_name(version)} has {value}: set MLFLOW_TRACKING_URI to the "
+                f"{text} says {key} {model[key]}, but {version} has {value}: set MLFLOW_TRACKING_URI to the "
                 "registry that it was served from."
             )
     return version
@@ -91,39 +91,33 @@ def find_data(data_hash: str) -> tuple[str, list[Version]]:
     return meant[0], [version for version in every if version.lineage()["data_hash"] == meant[0]]
 
 
-def _name(version: Version) -> str:
-    return f"{version.name} version {version.version}"
-
-
 def _dataset(version: Version) -> str:
     return version.name.removeprefix(tracking.registered_name(""))
 
 
-def _roles(version: Version) -> list[str]:
-    """Return the aliases of a version, and whether it is served."""
-    roles = [alias for alias, number in registry.aliases(_dataset(version)).items() if number == version.version]
-    tag = store.tag_of(version.lineage())
-    return [*sorted(roles), *([f"served as {tag}"] if store.latest(version.name) == tag else [])]
-
-
 def one_line(version: Version) -> str:
     """Say in a line what a version is, how good, and what it is for."""
-    pair = version.tags.get("pair", "unknown pair")
-    roles = _roles(version) or ["not served"]
-    return f"{_name(version)}: {pair}, validation {version.recorded_nll:.2f} nats per image, {', '.join(roles)}"
+    pair, tag = version.tags.get("pair", "unknown pair"), store.tag_of(version.lineage())
+    aliases = registry.aliases(_dataset(version)).items()
+    roles = sorted(alias for alias, number in aliases if number == version.version)
+    roles += [f"served as {tag}"] if store.latest(version.name) == tag else []
+    score = f"validation {version.recorded_nll:.2f} nats per image"
+    return f"{version}: {pair}, {score}, {', '.join(roles) or 'not served'}"
 
 
 def describe(version: Version) -> list[str]:
     """Return everything that is known of where a version comes from and what became of it, in lines."""
     run = tracking.find_run(version.run_id)
     if run is None:
-        raise LookupError(f"run {version.run_id} of {version.name} version {version.version} was deleted.")
+        raise LookupError(f"run {version.run_id} of {version} was deleted.")
     lineage, dataset = version.lineage(), _dataset(version)
     changed = ", with changes that were not committed" if run.data.tags.get("git_dirty") == "true" else ""
     metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("curve/")}
-    lines = [
+    every = decisions.decisions(dataset)
+    concerning = [text for report in every if (text := _concerning(report, version.version))]
+    return [
         one_line(version),
-        f"data        MD5 {lineage['data_hash']} of {_data_file(version)}, protocol {version.tags.get('protocol')}",
+        f"data        MD5 {lineage['data_hash']} of {prepared_file(dataset)}, protocol {version.tags.get('protocol')}",
         f"DVC         {_recorded_by_dvc(dataset, lineage['data_hash'])}",
         f"code        git commit {lineage['git_commit']}{changed}",
         f"weights     SHA-256 {lineage['weights_sha256']}",
@@ -133,10 +127,8 @@ def describe(version: Version) -> list[str]:
         "metrics",
         *(f"  {name} = {value:g}" for name, value in sorted(metrics.items())),
         "decisions",
+        *(f"  {text}" for text in concerning or ["none"]),
     ]
-    every = decisions.decisions(dataset)
-    concerning = [text for report in every if (text := _concerning(report, version.version))]
-    return [*lines, *(f"  {text}" for text in concerning or ["none"])]
 
 
 def _concerning(report: dict[str, Any], number: str) -> str | None:
@@ -146,10 +138,6 @@ def _concerning(report: dict[str, Any], number: str) -> str | None:
     if not skipped and all(role.get("version") != number for role in roles):
         return None
     return decisions.history_line(report) + "".join(skipped)
-
-
-def _data_file(version: Version) -> Path:
-    return prepared_file(_dataset(version))
 
 
 def _recorded_by_dvc(dataset: str, data_hash: str) -> str:
@@ -184,13 +172,14 @@ def verify(version: Version) -> tuple[list[str], list[str]]:
 
 
 def _verify_data(version: Version) -> str:
-    return f"the MD5 of {_data_file(version)} is {_load_same(version).data_hash}"
+    return f"the MD5 of {prepared_file(_dataset(version))} is {_load_same(version).data_hash}"
 
 
 def _load_same(version: Version) -> Dataset:
-    data, expected = load_dataset(_data_file(version)), version.lineage()["data_hash"]
+    path, expected = prepared_file(_dataset(version)), version.lineage()["data_hash"]
+    data = load_dataset(path)
     if data.data_hash != expected:
-        raise ValueError(f"the MD5 of {_data_file(version)} is {data.data_hash}, it was trained on {expected}")
+        raise ValueError(f"the MD5 of {path} is {data.data_hash}, it was trained on {expected}")
     return data
 
 
@@ -207,7 +196,7 @@ def _verify_store(version: Version) -> str:
     again = "Run python -m pipelines.steps repair"
     if is_champion and served != tag:
         raise ValueError(f"{store.home()} serves {served or 'nothing'}, the champion is {tag}. {again}.")
-    if not store.holds(tag):
+    if not store.folder_of(tag).is_dir():
         return f"{store.home()} does not hold it, and need not: it is not the champion"
     # Another one's description may be of a registry that was lost: it is exported again before it is served.
     if not store.is_intact(tag, lineage if is_champion else {"weights_sha256": lineage["weights_sha256"]}):
@@ -219,7 +208,7 @@ def _verify_score(version: Version) -> str:
     data = _load_same(version)
     with tempfile.TemporaryDirectory() as folder:
         model, scores = load_checkpoint(registry.download(version, Path(folder)))
-    check_scores(_name(version), model, scores, data)
+    check_scores(str(version), model, scores, data)
     return f"the first {CHECKED_IMAGES} test images score what its training recorded"
 
 
@@ -240,8 +229,8 @@ def trace(
     failures = []
     for one in found if verify_again else []:
         lines, failed = verify(one)
-        print("\n".join([f"{_name(one)}:", *lines]))
-        failures += [f"{_name(one)}, {failure}" for failure in failed]
+        print("\n".join([f"{one}:", *lines]))
+        failures += [f"{one}, {failure}" for failure in failed]
     if failures:
         raise ValueError(f"not as registered: {'; '.join(failures)}.")
 

@@ -37,7 +37,8 @@ def home() -> Path:
     return Path(os.path.expandvars(Settings().store)).expanduser()
 
 
-def _folder(tag: str) -> Path:
+def folder_of(tag: str) -> Path:
+    """Return the folder of a model, whether or not it is there."""
     return home() / "models" / tag.replace(":", "/")
 
 
@@ -49,10 +50,10 @@ def tag_of(lineage: Mapping[str, Any]) -> str:
 def latest(name: str) -> str | None:
     """Return the tag that is served of a name, or None."""
     try:
-        version = (_folder(name) / "latest").read_text().strip()
+        version = (folder_of(name) / "latest").read_text().strip()
     except FileNotFoundError:
         return None
-    return f"{name}:{version}" if version and holds(f"{name}:{version}") else None
+    return f"{name}:{version}" if version and folder_of(f"{name}:{version}").is_dir() else None
 
 
 def served() -> list[str]:
@@ -74,16 +75,6 @@ def set_feeder(told: Mapping[str, str]) -> None:
         atomic_write(home() / _REGISTRY_FILE, json.dumps(dict(told)))
 
 
-def file_of(tag: str, name: str) -> Path:
-    """Return the path of a model's file, whether or not it is there."""
-    return _folder(tag) / name
-
-
-def holds(tag: str) -> bool:
-    """Say whether the store has a model of this tag, whole or not."""
-    return _folder(tag).is_dir()
-
-
 def metadata_of(tag: str) -> dict[str, Any]:
     """Return what BentoML keeps with a model: the lineage, and what `export` was given besides.
 
@@ -92,7 +83,7 @@ def metadata_of(tag: str) -> dict[str, Any]:
         ValueError: its description is damaged.
     """
     try:
-        found = yaml.safe_load((_folder(tag) / "model.yaml").read_text())["metadata"]
+        found = yaml.safe_load((folder_of(tag) / "model.yaml").read_text())["metadata"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"the model.yaml of {tag} is damaged ({error}). Promote it again.") from None
     return dict(found)
@@ -108,7 +99,7 @@ def checkout(tag: str, folder: Path) -> Path:
         raise ValueError(f"{tag} in {home()} is damaged. Restore a backup, or promote another version.")
     folder.mkdir(parents=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE):
-        shutil.copyfile(_folder(tag) / name, folder / name)
+        shutil.copyfile(folder_of(tag) / name, folder / name)
     return folder
 
 
@@ -117,7 +108,7 @@ def is_intact(tag: str, lineage: Mapping[str, Any]) -> bool:
     try:
         metadata = metadata_of(tag)
         told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
-        manifest = manifest_of(_folder(tag), told)
+        manifest = manifest_of(folder_of(tag), told)
     except (ValueError, OSError):
         return False
     return metadata.get("manifest_sha256") == manifest and lineage.items() <= metadata.items()
@@ -131,20 +122,14 @@ def manifest_of(folder: Path, metadata: Mapping[str, Any]) -> str:
 
 
 def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
-    """Put a checkpoint into the store, not yet served; one that is there, whole and with all these files, stays.
+    """Put a checkpoint into the store, not yet served; the same one that is there, whole, stays. Return its tag.
 
     Args:
-        metadata: the lineage, with `name`, `version` and `weights_sha256`.
-
-    Returns:
-        Its tag.
+        metadata: the lineage, with `name`, `version`, `weights_sha256` and `dataset`.
     """
     tag = tag_of(metadata)
-    metadata = {**metadata, "manifest_sha256": manifest_of(checkpoint, metadata)}
-    target = _folder(tag)
-    if all((target / file.name).exists() for file in checkpoint.iterdir()) and is_intact(
-        tag, {key: value for key, value in metadata.items() if key not in ("manifest_sha256", "promoted_at")}
-    ):
+    target, metadata = folder_of(tag), {**metadata, "manifest_sha256": manifest_of(checkpoint, metadata)}
+    if is_intact(tag, metadata):
         return tag
     target.parent.mkdir(parents=True, exist_ok=True)
     # BentoML copies file by file and makes the newest model the served one. A store of its own beside the real one,
@@ -179,10 +164,6 @@ def put_back(folder: Path) -> None:
 
 
 def serve(tag: str, pointer: str = "latest") -> None:
-    """Make a model of the store the one that is served: `latest` names it from one moment to the next.
-
-    Args:
-        pointer: `challenger` for one that scores drawings beside the served one.
-    """
+    """Make a model the one that is served, in one step; or the `challenger`, which scores drawings beside it."""
     name, version = tag.split(":")
-    atomic_write(_folder(name) / pointer, version)
+    atomic_write(folder_of(name) / pointer, version)

@@ -26,6 +26,9 @@ class Version:
     run_id: str  # the training that made it
     tags: dict[str, str]  # pair, dataset, data_hash, git_commit, weights_sha256, protocol, scores
 
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}"
+
     @property
     def recorded_nll(self) -> float:
         """Its validation NLL in nats per image as the training measured it; NaN if it recorded none."""
@@ -106,10 +109,7 @@ def unmark_rolled_back(version: Version) -> None:
 
 
 def download(version: Version, folder: Path) -> Path:
-    """Fetch a version's checkpoint into a folder and check that its weights are those that were registered.
-
-    Returns:
-        The checkpoint's folder.
+    """Fetch a version's checkpoint, checked to be of the weights that were registered, into a folder; return its own.
 
     Raises:
         ValueError: the version holds no checkpoint, or other weights than its tag says.
@@ -118,12 +118,12 @@ def download(version: Version, folder: Path) -> Path:
     top = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
     checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
     if not (checkpoint / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{version.name} version {version.version} holds no {WEIGHTS_FILE}. {RESTORE}")
+        raise ValueError(f"{version} holds no {WEIGHTS_FILE}. {RESTORE}")
     found, expected = sha256_of(checkpoint / WEIGHTS_FILE), version.tags.get("weights_sha256", "")
     if found != expected:
         raise ValueError(
-            f"{version.name} version {version.version} does not hold the weights that were registered: their SHA-256 "
-            f"is {found[:12]}..., its tag says {expected[:12] or 'nothing'}.... {RESTORE}"
+            f"{version} does not hold the weights that were registered: their SHA-256 is {found[:12]}..., its tag says "
+            f"{expected[:12] or 'nothing'}.... {RESTORE}"
         )
     # Only a checkpoint's own files go any further: whatever else an artifact folder holds stays behind.
     clean = folder / "checkpoint"

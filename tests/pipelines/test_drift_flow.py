@@ -48,7 +48,7 @@ def test_without_the_data_there_is_no_reference_until_a_repair_finds_them(
     data = Path("data/mnist5k.safetensors").rename("elsewhere")
     release("pixelcnn-mnist5k")
     tag = str(store.latest("pixelcnn-mnist5k"))
-    file, told = store.file_of(tag, "reference.json"), store.metadata_of(tag)
+    file, told = store.folder_of(tag) / "reference.json", store.metadata_of(tag)
     assert not file.exists()
     assert "will not be watched for drift until they are, and `python -m pipelines.steps repair` has run" in caplog.text
     assert repair_all() == []
