@@ -31,7 +31,7 @@ def check_candidate(model: AutoregressiveModel, levels: torch.Tensor, max_sample
 
 
 def count_leaking_cuts(model: AutoregressiveModel, levels: torch.Tensor) -> int:
-    """Change a whole rest of the image, from some sub-pixel on, and see whether earlier logits or its own follow.
+    """Change a whole rest of the image, from some sub-pixel on; return how often earlier logits or its own follow.
 
     A convolution that reaches too far does so everywhere but at a border, so that a few cuts, among them all colours of
     each pixel cut at, find it. Attention can leak at some rows alone: for it the cuts are a sample, and
@@ -39,9 +39,6 @@ def count_leaking_cuts(model: AutoregressiveModel, levels: torch.Tensor) -> int:
 
     Args:
         levels: (C, H, W) int64 in [0, K).
-
-    Returns:
-        How many cuts leak, 0 for a correct model.
 
     Raises:
         ValueError: a logit is not a finite number.
@@ -60,11 +57,7 @@ def count_leaking_cuts(model: AutoregressiveModel, levels: torch.Tensor) -> int:
 
 
 def check_sampling_time(model: AutoregressiveModel, max_sample_s: float) -> None:
-    """Sample one image, and stop as soon as it takes too long.
-
-    Raises:
-        ValueError: it took too long.
-    """
+    """Sample one image; raise ValueError as soon as that takes too long."""
     warm_up(model)  # compiling is not sampling
     u = torch.rand((1, *model.config.image_shape), generator=torch.Generator().manual_seed(0))
     start = time.monotonic()

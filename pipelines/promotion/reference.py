@@ -32,10 +32,8 @@ def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
     observed = torch.from_numpy(surroundings(rng, drawn))[:, None]
     u = torch.rand(levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = shares_of_drawing(levels, observed, data.num_levels)
-    bits = []
-    for first in range(0, len(levels), BATCH):
-        one, known, noise = (tensor[first : first + BATCH] for tensor in (levels, observed, u))
-        bits.append(drawing_bits_per_dim(model, complete(model, one, known, noise), known))
+    batches = zip(*(torch.split(tensor, BATCH) for tensor in (levels, observed, u)), strict=True)
+    bits = [drawing_bits_per_dim(model, complete(model, one, known, noise), known) for one, known, noise in batches]
     values = {"bits_per_dim": torch.cat(bits), **values}
     is_drawn = observed.flatten(1).any(dim=1)  # an image without ink has no beginning
     return {name: [round(value, 5) for value in found[is_drawn].tolist()] for name, found in values.items()}
@@ -53,6 +51,4 @@ def write_reference(checkpoint: Path, dataset: str, data_hash: str, known: Path 
         shutil.copyfile(known, checkpoint / REFERENCE_FILE)
     elif data_file.exists() and (data := load_dataset(data_file)).data_hash == data_hash:
         (checkpoint / REFERENCE_FILE).write_text(json.dumps(reference_of(checkpoint, data)))
-    else:
-        return False
-    return True
+    return (checkpoint / REFERENCE_FILE).exists()

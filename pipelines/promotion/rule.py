@@ -153,9 +153,8 @@ def choose(
         if decisive.below_zero(level):
             reason = named(candidate.version, level, decisive.text(level)) + "lies below zero"
         elif "total" in found and all(found[part].below_zero(plain) for part in ("joint", "completion")):
-            both = (
-                f"{found['joint'].text(plain)} of whole images and {found['completion'].text(plain)} of missing parts"
-            )
+            joint, completion = found["joint"].text(plain), found["completion"].text(plain)
+            both = f"{joint} of whole images and {completion} of missing parts"
             reason = named(candidate.version, plain, both) + "lies below zero"
         else:
             kept = kept or named(candidate.version, level, decisive.text(level)) + "does not lie below zero"

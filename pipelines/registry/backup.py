@@ -75,13 +75,12 @@ def backup(file: Path) -> str:
 
 
 def restore(file: Path, replace: bool = False) -> str:
-    """Put a backup into the place of registry and store; the champions are served once `repair` has run.
+    """Put a backup into the place of registry and store; return what was done, in one sentence.
+
+    The champions are served once `repair` has run.
 
     Args:
         replace: a registry with runs in it, too, which is kept aside; and the store of another registry.
-
-    Returns:
-        What was done, in one sentence.
 
     Raises:
         ValueError: the file is no whole backup, the registry is not empty, or the store is another's; all is as it was.
@@ -96,14 +95,12 @@ def restore(file: Path, replace: bool = False) -> str:
     with tempfile.TemporaryDirectory(dir=database.parent, prefix=".restore-") as temporary:
         folder = Path(temporary)
         told = _unpack(file, folder)
-        fed = store.feeder() or {}
-        of_another = fed.get("registry") != told["registry"]
-        if store.served() and not replace and (of_another or (fed["at"], fed["host"]) != (location(), gethostname())):
-            by = (
-                f"another registry than that of {file}"
-                if of_another
-                else f"{fed['at']} on {fed['host']}, not from here"
-            )
+        fed, by = store.feeder() or {}, ""
+        if fed.get("registry") != told["registry"]:
+            by = f"another registry than that of {file}"
+        elif (fed["at"], fed["host"]) != (location(), gethostname()):
+            by = f"{fed['at']} on {fed['host']}, not from here"
+        if by and store.served() and not replace:
             raise ValueError(
                 f"the model store {store.home()} is fed by {by}: nothing is restored. Set BENTOML_HOME to another "
                 "place, or let the backup feed it from now on by --replace."
@@ -142,14 +139,14 @@ def _unpack(file: Path, folder: Path) -> dict[str, str]:
             while stream.read(1 << 20):  # to the end, where the checksum is
                 pass
             told = {key: str(value) for key, value in json.loads((folder / _MANIFEST).read_text()).items()}
-            for name in (_ARTIFACTS, _STORE):
-                (folder / name).mkdir(exist_ok=True)
-            if (folder / _DATABASE).is_file() and {"registry", "artifacts"} <= told.keys():
-                return told
-            why = "it lacks the registry"
+            if not (folder / _DATABASE).is_file() or not {"registry", "artifacts"} <= told.keys():
+                raise ValueError("it lacks the registry")
         except (tarfile.TarError, EOFError, zlib.error, ValueError, gzip.BadGzipFile, FileNotFoundError) as error:
             why = reason(error)
-    raise ValueError(f"{file} is no whole backup ({why}): nothing is restored. Take another one.")
+            raise ValueError(f"{file} is no whole backup ({why}): nothing is restored. Take another one.") from None
+    for name in (_ARTIFACTS, _STORE):
+        (folder / name).mkdir(exist_ok=True)
+    return told
 
 
 def _relocate(database: Path, old: Path, new: Path) -> None:

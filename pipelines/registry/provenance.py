@@ -51,11 +51,7 @@ def recorded_hash(dataset: str) -> str | None:
 
 
 def core_sha256(*parts: str) -> str:
-    """Return one SHA-256 of modules of `pixelcnn/`.
-
-    Args:
-        parts: files and folders of it; none for all: what computes a score, or trains.
-    """
+    """Return one SHA-256 of the modules of `pixelcnn/`, or of some files and folders of it."""
     package = Path(pixelcnn.__file__).parent
     tops = [package / part for part in parts] or [package]
     code = hashlib.sha256()
