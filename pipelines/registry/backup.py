@@ -141,7 +141,10 @@ def _unpack(file: Path, folder: Path) -> dict[str, str]:
             told = {key: str(value) for key, value in json.loads((folder / _MANIFEST).read_text()).items()}
             if not (folder / _DATABASE).is_file() or not {"registry", "artifacts"} <= told.keys():
                 raise ValueError("it lacks the registry")
-        except (tarfile.TarError, EOFError, zlib.error, ValueError, gzip.BadGzipFile, FileNotFoundError) as error:
+        except (
+            *(tarfile.TarError, EOFError, zlib.error, ValueError, gzip.BadGzipFile, FileNotFoundError),
+            AttributeError,  # of a manifest that is no object
+        ) as error:
             why = reason(error)
             raise ValueError(f"{file} is no whole backup ({why}): nothing is restored. Take another one.") from None
     for name in (_ARTIFACTS, _STORE):

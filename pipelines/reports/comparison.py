@@ -71,7 +71,7 @@ def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport
                 "command": repro_command("evaluate", pair),
             }
             nats = metrics["test/nll_nats"]
-        except (KeyError, ValueError, TypeError) as error:
+        except (AttributeError, KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} has no readable scores ({error!r}). Train the pair again: {repro_command('evaluate', pair)}"
             ) from None

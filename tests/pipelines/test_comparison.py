@@ -84,8 +84,11 @@ def test_its_mistakes_are_named(folder: Path, capsys: pytest.CaptureFixture[str]
         ValueError, match=r"mnist\.json is no report of a promotion .* python -m pipelines.steps promote mnist"
     ):
         write_comparison(read_reports(Path("reports")))
-    (report / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"pixelcnn-mnist/metrics\.json has no readable scores .* dvc repro full/dvc"):
-        read_reports(Path("reports"))
+    for damaged in ("{}", "[]"):
+        (report / "metrics.json").write_text(damaged)
+        with pytest.raises(
+            ValueError, match=r"pixelcnn-mnist/metrics\.json has no readable scores .* dvc repro full/dvc"
+        ):
+            read_reports(Path("reports"))
     assert read_reports(Path("reports"), without=["pixelcnn-mnist"]) == []
     assert not PAGE.exists()

@@ -214,10 +214,11 @@ def test_a_backup_while_others_write(toy, monkeypatch):
     assert sizes[-1] > 2, "somebody wrote meanwhile"
 
 
-def archive(path: Path, *members: tarfile.TarInfo) -> None:
+def archive(path: Path, *members: tarfile.TarInfo, content: bytes = b"x") -> None:
     with tarfile.open(path, "w:gz") as found:
         for member in members:
-            found.addfile(member, io.BytesIO(b"x" * member.size))
+            member.size = len(content) if member.isreg() else 0
+            found.addfile(member, io.BytesIO(content))
 
 
 def test_what_is_no_backup_changes_nothing(toy, capsys):
@@ -233,8 +234,9 @@ def test_what_is_no_backup_changes_nothing(toy, capsys):
     assert steps.main(["restore", "../backup"]) == 1
     assert "mlflow.db is not empty: nothing is restored. Set MLFLOW_TRACKING_URI" in capsys.readouterr().err
     outside, link = tarfile.TarInfo("../outside"), tarfile.TarInfo("mlruns/link")
-    outside.size, link.type, link.linkname = 1, tarfile.SYMTYPE, "/etc"
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc"
     archive(tmp_path / "outside.tar", outside)
+    archive(tmp_path / "list.tar", tarfile.TarInfo("backup.json"), content=b"[]")
     archive(tmp_path / "link.tar", link)
     archive(tmp_path / "empty.tar")
     half = len(whole) // 2
@@ -245,7 +247,7 @@ def test_what_is_no_backup_changes_nothing(toy, capsys):
     (tmp_path / "changed.tar").write_bytes(whole[:half] + changed + whole[half + 4 :])
     (tmp_path / "text.tar").write_text("a text")
     before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for name in ("outside", "link", "empty", "cut", "end", "changed", "text", "none"):
+    for name in ("outside", "link", "list", "empty", "cut", "end", "changed", "text", "none"):
         assert steps.main(["restore", f"../{name}.tar", "--replace"]) == 1, name
         error = capsys.readouterr().err
         assert ("no whole backup" if name != "none" else "No such file") in error, error
