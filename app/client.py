@@ -10,12 +10,12 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import httpx
 import stamina
 from httpx_sse import SSEError, connect_sse
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from app.environment import setting
 
@@ -32,6 +32,7 @@ MAX_RETRY_WAIT_S = 5.0
 
 OnOpen = Callable[[Callable[[], None]], object]
 Image = list[list[Any]]  # H rows of W levels, or of W [red, green, blue]
+_Kind = TypeVar("_Kind")
 
 
 class ServiceError(Exception):
@@ -57,13 +58,7 @@ class Sampling(TypedDict, total=False):
     seed: int | None  # 0 to 2^63 - 1; the service chooses, and says which
 
 
-class _Answer(BaseModel):
-    """What the service answers, checked; what it may add later is left out."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class ServedModel(_Answer):
+class ServedModel(BaseModel):
     """What serves one dataset."""
 
     shape: list[int]  # [C, H, W] of its images
@@ -76,7 +71,7 @@ class ServedModel(_Answer):
     scores: dict[str, Any]  # measured when it was trained, e.g. `test/nll_nats`
 
 
-class Completions(_Answer):
+class Completions(BaseModel):
     """Finished images; `log_probs` are nats of what was missing given what was observed."""
 
     completions: list[Image]
@@ -85,14 +80,14 @@ class Completions(_Answer):
     model: dict[str, Any]
 
 
-class Rows(_Answer):
+class Rows(BaseModel):
     """Finished rows of every completion: `rows[sample][i]` is row `start + i`, its W levels."""
 
     start: int
     rows: list[Image]
 
 
-class GeneratedImages(_Answer):
+class GeneratedImages(BaseModel):
     """Whole images, and their log-probability in nats."""
 
     images: list[Image]
@@ -101,7 +96,7 @@ class GeneratedImages(_Answer):
     model: dict[str, Any]
 
 
-class Likelihood(_Answer):
+class Likelihood(BaseModel):
     """The exact likelihood of an image; `surprise` is H x W, the nats that each pixel costs."""
 
     log_prob: float
@@ -111,7 +106,7 @@ class Likelihood(_Answer):
     model: dict[str, Any]
 
 
-class _Refusal(_Answer):
+class _Refusal(BaseModel):
     error: str
 
 
@@ -143,7 +138,11 @@ class ServiceClient:
     """
 
     def __init__(self, url: str = DEFAULT_URL, transport: httpx.BaseTransport | None = None) -> None:
-        if not _is_address(url):
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ServiceError(f"{URL_VARIABLE} must be an address like {DEFAULT_URL}, got '{url}'. Set it anew.")
         self.url = url
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
@@ -167,9 +166,8 @@ class ServiceClient:
 
     def models(self) -> dict[str, ServedModel]:
         """Return what is served, by dataset."""
-        with self._errors_told():
-            answer = self._ask("GET", "/models", timeout=httpx.Timeout(5.0, connect=CONNECT_TIMEOUT_S))
-            return TypeAdapter(dict[str, ServedModel]).validate_json(answer)
+        timeout = httpx.Timeout(5.0, connect=CONNECT_TIMEOUT_S)
+        return self._ask(dict[str, ServedModel], "GET", "/models", timeout=timeout)
 
     def complete(self, dataset: str, image: Image, observed: Image, **sampling: Unpack[Sampling]) -> Completions:
         """Have the missing pixels of an image drawn.
@@ -178,9 +176,8 @@ class ServiceClient:
             image: levels; ignored where missing.
             observed: H x W of 0 (missing) and 1 (known).
         """
-        with self._errors_told():
-            body = _body(dataset, sampling) | {"image": image, "observed": observed}
-            return Completions.model_validate_json(self._ask("POST", "/complete", json=body))
+        body = _body(dataset, sampling) | {"image": image, "observed": observed}
+        return self._ask(Completions, "POST", "/complete", json=body)
 
     def complete_stream(
         self,
@@ -219,21 +216,19 @@ class ServiceClient:
 
     def generate(self, dataset: str, **sampling: Unpack[Sampling]) -> GeneratedImages:
         """Have whole images drawn."""
-        with self._errors_told():
-            answer = self._ask("POST", "/generate", json=_body(dataset, sampling))
-            return GeneratedImages.model_validate_json(answer)
+        return self._ask(GeneratedImages, "POST", "/generate", json=_body(dataset, sampling))
 
     def likelihood(self, dataset: str, image: Image, *, label: int | None = None) -> Likelihood:
         """Have a whole image scored."""
-        with self._errors_told():
-            body = {"dataset": dataset, "image": image, "label": -1 if label is None else label}
-            return Likelihood.model_validate_json(self._ask("POST", "/likelihood", json=body))
+        body = {"dataset": dataset, "image": image, "label": -1 if label is None else label}
+        return self._ask(Likelihood, "POST", "/likelihood", json=body)
 
-    def _ask(self, method: str, path: str, **options: Any) -> str:
-        for attempt in stamina.retry_context(on=_retry_after_s, attempts=1 + RETRIES, timeout=None):
-            with attempt:
-                response = self._http.request(method, path, headers=self._headers, **options).raise_for_status()
-        return response.text
+    def _ask(self, kind: type[_Kind], method: str, path: str, **options: Any) -> _Kind:
+        with self._errors_told():
+            for attempt in stamina.retry_context(on=_retry_after_s, attempts=1 + RETRIES, timeout=None):
+                with attempt:
+                    response = self._http.request(method, path, headers=self._headers, **options).raise_for_status()
+            return TypeAdapter(kind).validate_json(response.text)
 
     @contextlib.contextmanager
     def _errors_told(self) -> Iterator[None]:
@@ -245,9 +240,16 @@ class ServiceClient:
         except (SSEError, ValidationError):
             text = ""
         except httpx.HTTPStatusError as error:
-            text = self._refusal(error.response)
             busy = error.response.status_code in BUSY
             away = busy or error.response.status_code >= 500
+            try:
+                text = _Refusal.model_validate_json(error.response.text).error
+            except ValidationError:
+                text = ""
+                if busy:
+                    text = f"The service at {self.url} is busy. Try again in a moment; your drawing is kept."
+                elif away:
+                    text = f"The service at {self.url} failed; its log says why. Your drawing is kept."
             text = text and _with_id(text, error.request)
         except httpx.ReadTimeout as error:
             text = f"The service at {self.url} takes too long to answer. Try again; your drawing is kept."
@@ -261,16 +263,6 @@ class ServiceClient:
             away,
             busy,
         )
-
-    def _refusal(self, response: httpx.Response) -> str:
-        """Return the sentence of a refusal, empty if it is none of the service's."""
-        with contextlib.suppress(ValidationError):
-            return _Refusal.model_validate_json(response.text).error
-        if response.status_code in BUSY:
-            return f"The service at {self.url} is busy. Try again in a moment; your drawing is kept."
-        if response.status_code >= 500:
-            return f"The service at {self.url} failed; its log says why. Your drawing is kept."
-        return ""
 
 
 def _with_id(text: str, request: httpx.Request) -> str:
@@ -290,14 +282,6 @@ def _hang_up(response: httpx.Response) -> None:
     if stream := response.extensions.get("network_stream"):
         with contextlib.suppress(OSError):
             stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 def _body(dataset: str, sampling: Sampling) -> dict[str, Any]:
