@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from app.environment import setting
 from app.service.metrics import metrics
 from app.service.wire import Identity, RequestError, quoted
 from pixelcnn.checkpoint import SCORES_FILE, load_with_hash, released, sha256_of
-from pixelcnn.config import ModelConfig
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.registry import model_name
 from pixelcnn.sampling.fast import compile_in_background, compile_sampler, warm_up
@@ -51,10 +50,6 @@ class Champion:
     identity: Identity
     description: dict[str, Any]
     reference: dict[str, list[float]] = field(default_factory=dict)  # what drawings are like, each statistic's values
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
 
     @functools.cached_property
     def num_parameters(self) -> int:
@@ -99,7 +94,7 @@ def load_champion(store: Path, tag: str) -> Champion:
     metadata: dict[str, Any] = dict(bentoml.Model.from_path(folder).info.metadata)
     try:
         identity = Identity(**{name: metadata[name] for name in Identity.model_fields})
-        label_names, protocol = list(metadata["label_names"]), str(metadata["protocol"])
+        told = {"labels": list(metadata["label_names"]), "protocol": str(metadata["protocol"])}
     except (KeyError, ValidationError) as error:
         raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
     check_files(folder, metadata)
@@ -109,28 +104,13 @@ def load_champion(store: Path, tag: str) -> Champion:
             f"its weights are not those that were promoted: their SHA-256 is {found[:12]}..., "
             f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
         )
+    champion = _champion(model, scores, identity, told | {"promoted_at": str(metadata.get("promoted_at", ""))})
     reference = folder / REFERENCE_FILE
-    return _champion(
-        model,
-        scores,
-        identity,
-        {"labels": label_names, "protocol": protocol, "promoted_at": str(metadata.get("promoted_at", ""))},
-        json.loads(reference.read_text()) if reference.exists() else {},
-    )
+    return replace(champion, reference=json.loads(reference.read_text())) if reference.exists() else champion
 
 
-def _champion(
-    model: AutoregressiveModel,
-    scores: dict[str, Any],
-    identity: Identity,
-    told: dict[str, Any],
-    reference: dict[str, list[float]],
-) -> Champion:
-    """Make a model ready to be served.
-
-    Args:
-        told: the names of its labels, its protocol, and when it was promoted.
-    """
+def _champion(model: AutoregressiveModel, scores: dict[str, Any], identity: Identity, told: dict[str, Any]) -> Champion:
+    """Make a model ready to be served; `told` are the names of its labels, its protocol, and when it was promoted."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
     warm_up(model)
@@ -144,7 +124,7 @@ def _champion(
         **told,
         "labels": told["labels"] if config.num_labels else [],
     }
-    return Champion(model, identity, description, reference)
+    return Champion(model, identity, description)
 
 
 def load_released(folder: Path) -> Champion:
@@ -162,7 +142,7 @@ def load_released(folder: Path) -> Champion:
     except KeyError as error:
         raise ValueError(f"{folder} does not say its {error}: take the weights as they were released.") from None
     identity = Identity(name=name, version=RELEASED, weights_sha256=weights_sha256, **lineage)
-    return _champion(model, scores, identity, told, {})
+    return _champion(model, scores, identity, told)
 
 
 def released_by_dataset(first: tuple[str, ...] = ()) -> dict[str, Path]:

@@ -54,7 +54,7 @@ class SamplingJob(Job):
     """
 
     def __init__(self, champion: Champion, request: wire.GenerateRequest, on_row: OnRow | None = None) -> None:
-        config, num = champion.config, request.num_samples
+        config, num = champion.model.config, request.num_samples
         self.champion, self.request, self.on_row = champion, request, on_row
         if isinstance(request, wire.CompleteRequest):
             observed = read_observed(request.observed, config)
@@ -107,7 +107,7 @@ class SamplingJob(Job):
                         job.finish(error)
 
         image, observed = (torch.cat([getattr(job, name) for job in jobs]) for name in ("image", "observed"))
-        u = torch.cat([noise(job.seed, job.num_images, champion.config.image_shape) for job in jobs])
+        u = torch.cat([noise(job.seed, job.num_images, champion.model.config.image_shape) for job in jobs])
         labels = [job.label for job in jobs if job.label is not None]  # all or none: they share the model
         label = torch.cat(labels) if labels else None
         # Rows are reported only to a listener, or where stopping early pays: it costs a short call some percent.
@@ -141,13 +141,9 @@ class LikelihoodJob(Job):
 
     def __init__(self, champion: Champion, request: wire.LikelihoodRequest) -> None:
         self.champion = champion
-        self.levels, self.label = read_image(request.image, champion.config), read_label(request.label, champion.config)
+        config = champion.model.config
+        self.levels, self.label = read_image(request.image, config), read_label(request.label, config)
         super().__init__("likelihood", object(), 1)
-
-    @staticmethod
-    def run_together(jobs: list["LikelihoodJob"]) -> None:
-        for job in jobs:
-            job.finish(job.answer())
 
     @torch.inference_mode()
     def answer(self) -> wire.LikelihoodAnswer:
@@ -156,7 +152,7 @@ class LikelihoodJob(Job):
         total = nats.sum().item()
         return wire.LikelihoodAnswer(
             log_prob=-total,
-            bits_per_dim=bits_per_dim(total, self.champion.config.image_shape),
+            bits_per_dim=bits_per_dim(total, self.champion.model.config.image_shape),
             packed_bytes=packed_bytes(-total),
             surprise=nats.sum(dim=0).tolist(),
             model=self.champion.identity,
