@@ -144,13 +144,13 @@ def test_the_interval_of_differences_may_be_looked_at_each_time():
     rng, num_missed = np.random.default_rng(0), 0
     for _ in range(100):
         paired, has_missed = Paired(), False
-        assert paired.interval() == (-np.inf, np.inf)
+        assert paired.interval() == {"low": -np.inf, "mean": 0, "high": np.inf}
         for value in (values := rng.normal(0.1, 0.5, LOOKED_AT)):
             paired.add(value)
-            low, high = paired.interval()
+            low, mean, high = paired.interval().values()
             has_missed |= paired.num >= 20 and not low < 0.1 < high
         num_missed += has_missed
-        assert (low + high) / 2 == pytest.approx(values.mean())
+        assert (low + high) / 2 == pytest.approx(values.mean()) == pytest.approx(mean)
         assert high - low == pytest.approx(1.55 * 2 * 1.96 * values.std(ddof=1) / LOOKED_AT**0.5, rel=0.01)
     assert num_missed <= 5
 

@@ -4,7 +4,6 @@ All of it happens after the answer. Every fourth drawing of a dataset is scored,
 and none while a request waits. A challenger is another version, named in the model store by `pipelines.steps shadow`.
 """
 
-import contextlib
 import logging
 import math
 import threading
@@ -27,11 +26,7 @@ MAX_UNSCORED = 2 * WINDOW // SCORE_EVERY  # drawings of a dataset that wait to b
 
 
 class _Score(Job):
-    """A finished completion, whose known part is scored: `done` holds each model's bits per dimension.
-
-    Args:
-        models: the champion, and its challenger if there is one.
-    """
+    """A finished completion, whose known part the champion, and a challenger if there is one, score in bits per dim."""
 
     def __init__(self, endpoint: str, finished: SamplingJob, models: list[Champion]) -> None:
         assert finished.levels is not None
@@ -41,11 +36,8 @@ class _Score(Job):
         self.label = None if finished.label is None else finished.label[:1]
         super().__init__("drawings", object(), 1)
 
-    @staticmethod
-    def run_together(jobs: list["_Score"]) -> None:
-        for job in jobs:
-            scored = [drawing_bits_per_dim(one.model, job.levels, job.observed, job.label) for one in job.models]
-            job.finish([bits.item() for bits in scored])
+    def answer(self) -> list[float]:
+        return [drawing_bits_per_dim(one.model, self.levels, self.observed, self.label).item() for one in self.models]
 
 
 @dataclass
@@ -59,11 +51,6 @@ class _Watched:
     since: str | None = None  # when the present drift was found, ISO 8601
     challenger: Champion | None = None
     paired: Paired = field(default_factory=Paired)
-
-    @property
-    def is_compared(self) -> bool:
-        """Whether its champion came with a reference of all statistics."""
-        return set(STATISTICS) <= set(self.drifts)
 
 
 class Drawings:
@@ -84,7 +71,7 @@ class Drawings:
         """Take a request that was answered."""
         if not settings.watch or not bool(job.observed[0].any()):
             return
-        shares = shares_of_drawing(job.image[:1], job.observed[:1], job.champion.config.num_levels)
+        shares = shares_of_drawing(job.image[:1], job.observed[:1], job.champion.model.config.num_levels)
         with self._lock:
             watched = self._of(dataset, job.champion)
             for name, value in shares.items():
@@ -107,10 +94,10 @@ class Drawings:
             score = unscored.popleft()
             self._score = score
         score.done.add_done_callback(lambda _: self._scored(score))
-        with contextlib.suppress(QueueFull):
+        try:
             self._batcher.submit(score)
-            return
-        score.done.cancel()
+        except QueueFull:
+            score.done.cancel()
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers."""
@@ -123,7 +110,7 @@ class Drawings:
         if watched is None or watched.champion is not champion:
             drifts = drifts_from(champion.reference)
             watched = self._watched[dataset] = _Watched(champion, drifts)
-            metrics().drift_watched.labels(dataset).set(watched.is_compared)
+            metrics().drift_watched.labels(dataset).set(drifts.keys() >= set(STATISTICS))
             for name in STATISTICS:  # nothing is told of what is not compared
                 metrics().drift.labels(dataset, name).set(0 if name in drifts else math.nan)
                 metrics().drift_distance.labels(dataset, name).set(math.nan)
@@ -160,32 +147,25 @@ class Drawings:
                     watched.challenger, watched.paired = challenger, Paired()
                     metrics().shadow_drawings.labels(dataset).set(0)
                 if challenger is not None:
-                    self._compare(dataset, watched, bits[1] - bits[0])
+                    watched.paired.add(bits[1] - bits[0])
+                    for bound, value in watched.paired.interval().items():
+                        metrics().shadow.labels(dataset, bound).set(value)
+                    metrics().shadow_drawings.labels(dataset).set(watched.paired.num)
         self._score_next()
-
-    def _compare(self, dataset: str, watched: _Watched, difference: float) -> None:
-        """Add what the challenger's bits are more than the champion's. The lock is held."""
-        watched.paired.add(difference)
-        low, high = watched.paired.interval()
-        for bound, value in (("low", low), ("mean", watched.paired.mean), ("high", high)):
-            metrics().shadow.labels(dataset, bound).set(value)
-        metrics().shadow_drawings.labels(dataset).set(watched.paired.num)
 
 
 def _description(watched: _Watched) -> dict[str, Any]:
     told: dict[str, Any] = {
         "version": watched.champion.identity.version,
-        "watched": watched.is_compared,
+        "watched": watched.drifts.keys() >= set(STATISTICS),
         "drifted_since": watched.since,
         "drift": {name: drift.describe() for name, drift in watched.drifts.items()},
         "shadow": None,
     }
     if watched.challenger is not None and watched.paired.num > 1:
-        low, high = watched.paired.interval()
         told["shadow"] = {
             "version": watched.challenger.identity.version,
             "drawings": watched.paired.num,
-            # Challenger minus champion.
-            "bits_per_dim_difference": {"low": low, "mean": watched.paired.mean, "high": high},
+            "bits_per_dim_difference": watched.paired.interval(),  # challenger minus champion
         }
     return told

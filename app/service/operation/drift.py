@@ -88,17 +88,17 @@ class Paired:
         self.mean += deviation / self.num
         self.squares += deviation * (difference - self.mean)
 
-    def interval(self) -> tuple[float, float]:
-        """Return an interval that holds the mean at all numbers of differences at once, with 95 % confidence: one may
-        look at it whenever one likes. Everything, as long as there are fewer than two.
+    def interval(self) -> dict[str, float]:
+        """Return the mean, and an interval that holds it at all numbers of differences at once, with 95 % confidence:
+        one may look at it whenever one likes. Everything, as long as there are fewer than two.
 
         Source: the asymptotic confidence sequence of Waudby-Smith et al. 2021, arXiv:2103.06476, narrowest (1.5 times
         an interval for one look) at about `LOOKED_AT` differences.
         """
-        if self.num < 2:
-            return -math.inf, math.inf
-        bound = 2 * math.log(1 / ALPHA)
-        tuned = (bound + math.log(1 + bound)) / LOOKED_AT  # rho squared
-        scaled = self.num * tuned + 1
-        half = math.sqrt(self.squares / (self.num - 1) * scaled * math.log(scaled / ALPHA**2) / tuned) / self.num
-        return self.mean - half, self.mean + half
+        half = math.inf
+        if self.num > 1:
+            bound = 2 * math.log(1 / ALPHA)
+            tuned = (bound + math.log(1 + bound)) / LOOKED_AT  # rho squared
+            scaled = self.num * tuned + 1
+            half = math.sqrt(self.squares / (self.num - 1) * scaled * math.log(scaled / ALPHA**2) / tuned) / self.num
+        return {"low": self.mean - half, "mean": self.mean, "high": self.mean + half}
