@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import bentoml
 from bentoml.images import Image
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse
 from torch import Tensor
 
@@ -30,18 +30,29 @@ from app.service.jobs import LikelihoodJob, SamplingJob
 from app.service.metrics import metrics
 from app.service.openapi import amended
 from app.service.operation.drawings import Drawings
-from app.service.operation.page import page
 from app.service.operation.readiness import Readiness
 from app.service.operation.requests import RequestLog, line_of_request, note
-from app.service.operation.tracing import tracing
-from app.service.settings import settings
+from app.service.settings import settings, tracing
 from pixelcnn.sampling.fast import set_sampler_threads
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
 MAX_BATCH_IMAGES = 36  # of requests that share a call: nine endings for four canvases take half the processor time
 SWITCH_INTERVAL_S = 0.0005
-
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>PixelCNN service</title>
+<h1>PixelCNN service</h1>
+<p>It completes, generates and scores images over HTTP; the canvas is a program of its own.</p>
+<ul>
+<li><a href="models">/models</a>: what is served</li>
+<li><a href="docs.json">/docs.json</a>: how to ask: OpenAPI</li>
+<li><a href="readyz">/readyz</a>: whether it is ready</li>
+<li><a href="metrics">/metrics</a>: its figures, for Prometheus</li>
+</ul>
+</html>
+"""
 
 # Clients' mistakes stay out of the server's log, where BentoML would write a traceback for each.
 logging.getLogger("bentoml._internal.server.http_app").addFilter(
@@ -95,7 +106,8 @@ class PixelCNNService:
 
     async def __is_ready__(self) -> bool:
         """Tell BentoML's /readyz; its /livez, which asks for nothing, says that this process answers."""
-        self.readiness.check()
+        if reason := self.readiness.reason():
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, json.dumps({"error": reason}))
         return True
 
     def _champion(self, dataset: str) -> Champion:
@@ -154,8 +166,8 @@ class PixelCNNService:
 
     @models_app.get("/", include_in_schema=False)
     def page(self) -> HTMLResponse:
-        """Return a page in place of BentoML's."""
-        return page()
+        """Return a page in place of BentoML's, which has a browser load programs from elsewhere."""
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": "default-src 'none'"})
 
     @models_app.get("/docs.json", include_in_schema=False)
     def document(self) -> dict[str, Any]:
@@ -208,9 +220,7 @@ class PixelCNNService:
     @bentoml.api
     async def generate(self, request: wire.GenerateRequest, /) -> wire.GenerateAnswer:
         """Sample whole images."""
-        job = SamplingJob(self._champion(request.dataset), request)
-        answer: wire.GenerateAnswer = await self._answer("generate", request.dataset, job)
-        return answer
+        return await self._answer("generate", request.dataset, SamplingJob(self._champion(request.dataset), request))
 
     @bentoml.api
     async def likelihood(self, request: wire.LikelihoodRequest, /) -> wire.LikelihoodAnswer:

@@ -17,14 +17,13 @@ from http import HTTPStatus
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.service.settings import settings
+from app.service.settings import HEALTH_CHECKS, settings
 from app.service.wire import quoted
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
 RETRY_AFTER_S = (3, 8)  # drawn anew for each, so that clients that were refused together do not return together
 CLIENT_HEADER = b"x-client"  # a name for one of several clients behind an address, such as a visit of the canvas
-HEALTH_CHECKS = ("/healthz", "/livez", "/readyz")
 
 client: ContextVar[str] = ContextVar("client", default="")  # who sent the request that is answered
 
@@ -103,23 +102,20 @@ class Gate:
                 answer.cancel()
                 await asyncio.Event().wait()  # until it is cancelled, in whatever task of it this is
 
-        async def wait_for_disconnect() -> None:
+        async def cancel_on_disconnect() -> None:
             await body_read.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
+            answer.cancel()
 
         answer = asyncio.create_task(self._answer(scope, receive_and_note_end, send_in_time))
-        disconnect = asyncio.create_task(wait_for_disconnect())
+        disconnect = asyncio.create_task(cancel_on_disconnect())
         try:
-            await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                if not answer.cancelled():
-                    answer.result()
-            else:
-                answer.cancel()
-                await asyncio.wait((answer,))
-                if not has_begun:  # Nobody reads this, but BentoML's own timer waits for an answer.
-                    await _refusal(499, "the client has left.")(scope, receive, send)
+            await asyncio.wait((answer,))
+            if not answer.cancelled():
+                answer.result()
+            elif disconnect.done() and not has_begun:  # Nobody reads this, but BentoML's own timer waits for an answer.
+                await _refusal(499, "the client has left.")(scope, receive, send)
         finally:
             answer.cancel()
             disconnect.cancel()

@@ -7,7 +7,7 @@ the form of our errors, nor the events of a stream.
 from http import HTTPStatus
 from typing import Any
 
-from app.service.gate import HEALTH_CHECKS
+from app.service.settings import HEALTH_CHECKS
 
 ERROR = {
     "type": "object",

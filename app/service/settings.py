@@ -1,15 +1,22 @@
 """All settings of the service: the environment variables PIXELCNN_*, with their types, bounds and defaults.
 
 Where the models are and where the service listens is for BentoML's own variables to say: BENTOML_HOME, BENTOML_HOST,
-BENTOML_PORT.
+BENTOML_PORT; where traces are sent, for OpenTelemetry's.
 """
 
+import importlib.util
+import math
 import os
 from typing import Annotated, Any
 
 from bentoml.exceptions import BentoMLConfigException
 from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+SHARE = "OTEL_TRACES_SAMPLER_ARG"
+HEALTH_CHECKS = ("/healthz", "/livez", "/readyz")  # answered without the token
+QUIET = (*HEALTH_CHECKS, "/metrics")  # neither logged nor traced
 
 
 class Settings(BaseSettings):
@@ -66,6 +73,30 @@ def load_settings() -> Settings:
         name = f"PIXELCNN_{first['loc'][0]}".upper()
         expected = first["msg"].removeprefix("Input should be ").partition(",")[0]
         raise BentoMLConfigException(f"{name} must be {expected}, got {first['input']!a}. Set it anew.") from None
+
+
+def tracing() -> dict[str, Any]:
+    """Return BentoML's setting `tracing`: an endpoint switches it on, `SHARE` is the share of requests, all by default.
+
+    Raises:
+        BentoMLConfigException: an endpoint is set, but the share is no number from 0 to 1, or the exporter is missing.
+    """
+    endpoint = next((name for name in ENDPOINTS if os.environ.get(name)), None)
+    if endpoint is None:
+        return {"excluded_urls": ".*"}
+    # Names from the top: the parent of a module that is looked for is imported.
+    if not all(importlib.util.find_spec(name) for name in ("opentelemetry.exporter", "opentelemetry.exporter.otlp")):
+        raise BentoMLConfigException(
+            f"{endpoint} is set: pip install opentelemetry-exporter-otlp-proto-http, or unset it."
+        )
+    text = os.environ.get(SHARE) or "1"
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise BentoMLConfigException(f"{SHARE} must be a number from 0 to 1, got {text!a}. Set it anew.")
+    return {"exporter_type": "otlp", "sample_rate": share, "excluded_urls": [*QUIET], "otlp": {"protocol": "http"}}
 
 
 settings = load_settings()

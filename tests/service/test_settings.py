@@ -9,8 +9,7 @@ import pytest
 from bentoml.exceptions import BentoMLConfigException
 
 from app.service.champions import store_folder
-from app.service.operation import tracing
-from app.service.settings import Settings, load_settings
+from app.service.settings import ENDPOINTS, SHARE, Settings, load_settings, tracing
 from tests.local import run
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +41,10 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_variable(monkeypatch, field
 
 @pytest.mark.parametrize("text", ["many", "-0.1", "1.5", "nan"])
 def test_a_share_of_traced_requests_is_one(monkeypatch, text):
-    monkeypatch.setenv(tracing.ENDPOINTS[0], "http://127.0.0.1:4318")
-    monkeypatch.setenv(tracing.SHARE, text)
-    with pytest.raises(BentoMLConfigException, match=rf"{tracing.SHARE} must be a number from 0 to 1, got '{text}'"):
-        tracing.tracing()
+    monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:4318")
+    monkeypatch.setenv(SHARE, text)
+    with pytest.raises(BentoMLConfigException, match=rf"{SHARE} must be a number from 0 to 1, got '{text}'"):
+        tracing()
 
 
 def test_settings_are_read_from_the_environment(monkeypatch):

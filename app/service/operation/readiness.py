@@ -1,14 +1,10 @@
 """Whether requests are to be sent here: not before the champions are served, and not from SIGTERM on."""
 
 import asyncio
-import json
 import logging
 import signal
 import threading
-from http import HTTPStatus
 from typing import Any
-
-from starlette.exceptions import HTTPException
 
 from app.service.champions import Champions
 from app.service.metrics import metrics
@@ -35,11 +31,6 @@ class Readiness:
             return ""
         names = ", ".join(missing) or "any dataset"
         return f"no champion of {names} is served: promote a model, or see in the log why it was refused."
-
-    def check(self) -> None:
-        """Raise what /readyz answers where the service is not ready."""
-        if reason := self.reason():
-            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, json.dumps({"error": reason}))
 
     def tell(self) -> None:
         """Set the metric."""

@@ -19,13 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.service.metrics import metrics
 from app.service.operation.readiness import draining
-from app.service.settings import settings
+from app.service.settings import QUIET, settings
 
 logger = logging.getLogger("bentoml.pixelcnn.requests")
 
 ID_HEADER = "x-request-id"
 ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-QUIET = ("/healthz", "/livez", "/readyz", "/metrics")
 MAX_PATH = 60  # characters of it that are logged
 
 line_of_request: ContextVar[dict[str, Any]] = ContextVar("line_of_request")
@@ -87,9 +86,7 @@ class RequestLog:
             # Without a status BentoML has cancelled it, which then answers by itself: its time was up.
             # A stream notes how it failed, after it had begun as 200.
             status = line.pop("status", status) or 504
-            self._tell(scope["path"], {**line, "status": status, "seconds": round(seconds, 4)})
-
-    def _tell(self, path: str, line: dict[str, Any]) -> None:
-        if settings.watch and path not in QUIET:
-            metrics().requests.labels(path if path in self.paths else "other", str(line["status"])).inc()
-            logger.info("request", extra={"line": line})
+            path = scope["path"]
+            if settings.watch and path not in QUIET:
+                metrics().requests.labels(path if path in self.paths else "other", str(status)).inc()
+                logger.info("request", extra={"line": {**line, "status": status, "seconds": round(seconds, 4)}})
