@@ -24,35 +24,20 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PIXELCNN_", env_ignore_empty=True)
 
-    token: SecretStr = SecretStr("")
-    """What callers must send as `Authorization: Bearer TOKEN`, health checks apart; empty for an open service."""
-    max_requests: PositiveInt = 64
-    """Requests in flight: being received, waiting, computed or sent. More are refused with 429."""
-    max_client_requests: PositiveInt = 32
-    """Those of one client, told by its header X-Client or else its address. More are refused with 429."""
-    max_queue: PositiveInt = 48
-    """Requests that wait for a computation. More are refused with 429."""
-    max_samples: PositiveInt = 16
-    """Images that one request may ask for."""
+    token: SecretStr = SecretStr("")  # of `Authorization: Bearer TOKEN`, health checks apart; empty for an open service
+    max_requests: PositiveInt = 64  # in flight: being received, waiting, computed or sent; more are refused with 429
+    max_client_requests: PositiveInt = 32  # of one client, told by its header X-Client or else its address; likewise
+    max_queue: PositiveInt = 48  # requests that wait for a computation; likewise
+    max_samples: PositiveInt = 16  # images that one request may ask for
     max_body_bytes: PositiveInt = 1_000_000
-    """Size of a request's body."""
-    timeout_s: PositiveInt = 120
-    """Seconds from a received request to its answer, or to the last event of a stream."""
-    body_timeout_s: PositiveInt = 10
-    """Seconds for a request's body to arrive."""
-    send_timeout_s: PositiveInt = 30
-    """Seconds that a client may take none of its answer."""
-    threads: PositiveInt = Field(default_factory=lambda: min(4, os.cpu_count() or 1), le=1024)
-    """Threads of a computation; by default as many as there are cores, at most 4."""
-    datasets: Annotated[tuple[str, ...], NoDecode] = ()
-    """Those whose champions must be served before /readyz says so, separated by commas; without any, one of any."""
-    released: bool = False
-    """Serve the weights that were released with this code, too: of each dataset until its first promotion."""
-    drain_s: NonNegativeInt = 0
-    """Seconds after SIGTERM in which it goes on answering though /readyz says no; then it refuses, and ends."""
-
-    watch: bool = True
-    """Log lines, metrics and what is told of drawings; 0 turns all of it off, to measure what it costs."""
+    timeout_s: PositiveInt = 120  # from a received request to its answer, or to the last event of a stream
+    body_timeout_s: PositiveInt = 10  # for a request's body to arrive
+    send_timeout_s: PositiveInt = 30  # that a client may take none of its answer
+    threads: PositiveInt = Field(default_factory=lambda: min(4, os.cpu_count() or 1), le=1024)  # of a computation
+    datasets: Annotated[tuple[str, ...], NoDecode] = ()  # served before /readyz says so; without any, one of any
+    released: bool = False  # serve the weights that were released with this code, until a dataset's first promotion
+    drain_s: NonNegativeInt = 0  # after SIGTERM it still answers, though /readyz says no; then it refuses, and ends
+    watch: bool = True  # log lines, metrics and what is told of drawings; off to measure what they cost
 
     @field_validator("datasets", mode="before")
     @classmethod
