@@ -25,7 +25,7 @@ logger = logging.getLogger("bentoml.pixelcnn")
 RETRY_AFTER_S = (3, 8)  # drawn anew for each, so that clients that were refused together do not return together
 CLIENT_HEADER = b"x-client"  # a name for one of several clients behind an address, such as a visit of the canvas
 
-client: ContextVar[str] = ContextVar("client", default="")  # who sent the request that is answered
+client: ContextVar[str] = ContextVar("client", default="")  # who sent the request that is answered, hashed
 
 
 class Gate:
@@ -34,7 +34,6 @@ class Gate:
     A client that disconnects cancels its request: nothing is computed that nobody waits for.
 
     Args:
-        app: the application that answers.
         token: what the header `Authorization: Bearer ...` must hold, health checks apart; empty for an open service.
     """
 
@@ -47,7 +46,10 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if not self._is_authorized(scope):
+        headers = dict(scope["headers"])
+        sent, wanted = headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
+        # Constant time: how long it takes tells nothing of how much of the token is right.
+        if self.token and scope["path"] not in HEALTH_CHECKS and not hmac.compare_digest(sent, wanted):
             text = "this service wants a token: send the header Authorization: Bearer with its PIXELCNN_TOKEN."
             return await _refusal(401, text, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         if scope["method"] != "POST":
@@ -55,7 +57,8 @@ class Gate:
         if self.num_active >= settings.max_requests:
             text = f"the service is busy with {self.num_active} requests: send this one again in a few seconds."
             return await _refusal(429, text)(scope, receive, send)
-        asker = _client_of(scope)
+        address, _ = scope.get("client") or ("", 0)
+        asker = hashlib.blake2b(headers.get(CLIENT_HEADER) or address.encode(), digest_size=8).hexdigest()
         if self._active_of[asker] >= settings.max_client_requests:
             text = f"you have {self._active_of[asker]} requests here already: send this one once one is answered."
             return await _refusal(429, text)(scope, receive, send)
@@ -68,13 +71,6 @@ class Gate:
             self.num_active -= 1
             self._active_of[asker] -= 1
             self._active_of += Counter()  # forget those without any
-
-    def _is_authorized(self, scope: Scope) -> bool:
-        if not self.token or scope["path"] in HEALTH_CHECKS:
-            return True
-        sent = dict(scope["headers"]).get(b"authorization", b"")
-        # Constant time: how long it takes tells nothing of how much of the token is right.
-        return hmac.compare_digest(sent, b"Bearer " + self.token.encode())
 
     async def _answer_while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client disconnects, or does not read the answer."""
@@ -147,13 +143,6 @@ class Gate:
             logger.exception("a request failed")
             if not has_begun:
                 await _refusal(500, "the service failed: its log says why.")(scope, receive, send)
-
-
-def _client_of(scope: Scope) -> str:
-    """Return who asks, hashed: by the name that is sent, or else by the address."""
-    address, _ = scope.get("client") or ("", 0)
-    name = dict(scope["headers"]).get(CLIENT_HEADER, b"")
-    return hashlib.blake2b(name or address.encode(), digest_size=8).hexdigest()
 
 
 def _refusal(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
