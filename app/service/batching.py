@@ -26,16 +26,12 @@ class QueueFull(Exception):
 
 
 class Job:
-    """A request that waits for its computation; cancelling the future `done` drops it.
-
-    Args:
-        lane: jobs of one lane are computed one call after the other.
-        key: jobs of a lane with equal keys can share a call.
-        num_images: what it adds to a call.
-    """
+    """A request that waits for its computation; cancelling the future `done` drops it."""
 
     def __init__(self, lane: str, key: Hashable, num_images: int) -> None:
-        self.lane, self.key, self.num_images = lane, key, num_images
+        self.lane = lane  # its jobs are computed one call after the other
+        self.key = key  # jobs of a lane with equal keys can share a call
+        self.num_images = num_images  # what it adds to a call
         self.on_call: Callable[[], None] = lambda: None  # told when its call begins
         self.client = ""  # whose turn it takes
         self.num_calls = 0  # that it took part in

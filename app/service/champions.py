@@ -146,11 +146,7 @@ def load_released(folder: Path) -> Champion:
 
 
 def released_by_dataset(first: tuple[str, ...] = ()) -> dict[str, Path]:
-    """Return the folder of each dataset's best released weights: the likeliest on its validation images.
-
-    Args:
-        first: the datasets that come first.
-    """
+    """Return each dataset's best released weights, the likeliest on its validation images; `first` come first."""
     scores = {folder: json.loads((folder / SCORES_FILE).read_text()) for folder in released().values()}
     best = {scores[f]["dataset"]: f for f in sorted(scores, key=lambda f: -scores[f]["validation/nll_nats"])}
     return dict(sorted(best.items(), key=lambda item: item[0] not in first))
@@ -233,7 +229,7 @@ class Champions:
         self._attempts: dict[str, _Attempt] = {}
         self._is_unreadable = False
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
 
     def start(self) -> None:
         """Load what is there, then poll the store about once a second.
@@ -253,13 +249,11 @@ class Champions:
                 except (ValueError, OSError) as error:
                     logger.error("%s cannot be served: %s", folder, error)
         self._on_poll()
-        self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):

@@ -71,12 +71,7 @@ def _for_dataset(request: dict[str, Any], name: str, dataset: str, about: dict[s
 
 
 def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
-    """Return BentoML's document, amended to how this service behaves.
-
-    Args:
-        document: OpenAPI, from BentoML.
-        served: each dataset's description, as `GET /models` answers.
-    """
+    """Return BentoML's document, amended to how this service behaves and what it serves, as `GET /models` answers."""
     schemas = document["components"]["schemas"]
     for name in ("InvalidArgument", "NotFound", "InternalServerError", "TaskStatusResponse"):
         schemas.pop(name, None)
