@@ -31,7 +31,7 @@ from app.service.metrics import metrics
 from app.service.openapi import amended
 from app.service.operation.drawings import Drawings
 from app.service.operation.readiness import Readiness
-from app.service.operation.requests import RequestLog, line_of_request, note
+from app.service.operation.requests import RequestLog, line_of_request
 from app.service.settings import settings, tracing
 from pixelcnn.sampling.fast import set_sampler_threads
 
@@ -112,7 +112,7 @@ class PixelCNNService:
 
     def _champion(self, dataset: str) -> Champion:
         champion = self.champions.get(dataset)
-        note(dataset=dataset, version=champion.identity.version)
+        line_of_request.get({}).update(dataset=dataset, version=champion.identity.version)
         return champion
 
     def _submit(self, job: Job) -> None:
@@ -172,7 +172,7 @@ class PixelCNNService:
     @models_app.get("/docs.json", include_in_schema=False)
     def document(self) -> dict[str, Any]:
         """Return the OpenAPI document, in place of BentoML's."""
-        return amended(cast(bentoml.Service[Any], PixelCNNService).openapi_spec.asdict(), self.champions.describe())
+        return amended(_service.openapi_spec.asdict(), self.champions.describe())
 
     @bentoml.api
     async def complete(self, request: wire.CompleteRequest, /) -> wire.CompleteAnswer:
@@ -212,7 +212,7 @@ class PixelCNNService:
             if not isinstance(error, TimeoutError):
                 logger.exception("completion failed while it was streamed")
                 status, text = 500, "the completion failed: the service's log says why."
-            note(status=status)  # its response began as 200
+            line_of_request.get({}).update(status=status)  # its response began as 200
             yield wire.server_sent_event("error", json.dumps({"error": text}))
         finally:
             job.done.cancel()  # The client may have disconnected: stop drawing.

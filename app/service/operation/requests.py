@@ -27,12 +27,7 @@ ID_HEADER = "x-request-id"
 ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 MAX_PATH = 60  # characters of it that are logged
 
-line_of_request: ContextVar[dict[str, Any]] = ContextVar("line_of_request")
-
-
-def note(**values: Any) -> None:
-    """Add to the line of the request that is being answered."""
-    line_of_request.get({}).update(values)
+line_of_request: ContextVar[dict[str, Any]] = ContextVar("line_of_request")  # of the one that is being answered
 
 
 class JsonFormatter(logging.Formatter):
@@ -52,7 +47,6 @@ class RequestLog:
     """Name, time, count and log each request: an ASGI middleware, the outermost of ours.
 
     Args:
-        app: the application that answers.
         paths: those that are counted by their name; others are one, or clients could create time series.
     """
 
