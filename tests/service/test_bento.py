@@ -32,9 +32,12 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("bentofile.yaml", "constraints.txt"):
         shutil.copy(ROOT / file, project)
+    (project / "pixelcnn/only_here.py").touch()
+    with open(project / "app/service/jobs.py", "a") as file:
+        file.write("import pixelcnn.only_here\n")
     (project / ".bentoml").symlink_to(service_home)
     environment = {**os.environ, "HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
-    # A Bento brings its own code: what is installed here must not stand in for it.
+    # A Bento brings its own code: what is installed here must not stand in for it. (It lacks `only_here`.)
     for name in ("PYTHONPATH", "BENTOML_HOME"):
         environment.pop(name, None)
     old = home / "bentoml/models/pixelcnn-grey/latest"  # of a Bento that was built before
