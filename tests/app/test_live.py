@@ -140,14 +140,15 @@ def test_a_service_that_fails_ends_the_answer(url: str, visit: Visit, service: S
 
 
 def test_the_next_stroke_ends_the_last(url: str, visit: Visit, service: StubService) -> None:
-    service.row_s = 1.0
+    service.row_s = 0.05
     with httpx.stream("POST", url, json=body(STROKE)) as response:
         assert response.status_code == 200
-        service.row_s = 0.0
+        older = events_of(response)
+        assert not next(older)["finished"]
         other = Drawing(INK.T, np.where(INK.T > 0, TOUCHED, 0))
         with httpx.stream("POST", url, json=body(other)) as newer:
             assert list(events_of(newer))[-1]["finished"]
-        assert not any(event["finished"] for event in events_of(response))
+        assert not any(event["finished"] for event in older)
     assert visit.live is not None
     assert visit.live.drawing == drawing_text(other)
     assert not visit.live_for

@@ -206,6 +206,7 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     store.serve(tag, "challenger")
     wait_until(has_ended)
     assert read("pixelcnn_shadow_drawings", dataset="watched") == 0
+    assert all(math.isnan(read("pixelcnn_shadow_bits_per_dim", dataset="watched", bound=b)) for b in ("low", "high"))
     # A champion without a reference: nothing is tested, and that is told.
     client.post("/complete", json={**body, "dataset": "grey"})
     wait_until(lambda: "grey" in client.get("/drawings").json())

@@ -114,8 +114,13 @@ class Drawings:
             for name in STATISTICS:  # nothing is told of what is not compared
                 metrics().drift.labels(dataset, name).set(0 if name in drifts else math.nan)
                 metrics().drift_distance.labels(dataset, name).set(math.nan)
-            metrics().shadow_drawings.labels(dataset).set(0)
+            self._tell_no_challenge(dataset)
         return watched
+
+    def _tell_no_challenge(self, dataset: str) -> None:
+        metrics().shadow_drawings.labels(dataset).set(0)
+        for bound in Paired().interval():
+            metrics().shadow.labels(dataset, bound).set(math.nan)
 
     def _add(self, dataset: str, watched: _Watched, name: str, value: float) -> None:
         """Add a value of a statistic. The lock is held."""
@@ -145,7 +150,7 @@ class Drawings:
                 challenger = score.models[1] if len(bits) > 1 else None
                 if watched.challenger is not challenger:  # another one, or none any more
                     watched.challenger, watched.paired = challenger, Paired()
-                    metrics().shadow_drawings.labels(dataset).set(0)
+                    self._tell_no_challenge(dataset)
                 if challenger is not None:
                     watched.paired.add(bits[1] - bits[0])
                     for bound, value in watched.paired.interval().items():
