@@ -131,14 +131,16 @@ class Trainer:
         self.ema = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
-        sees_drawings = isinstance(model, AutoregressiveModel) and model.context_network is not None
-        config.check_for(data.protocol, sees_drawings)
+        context_network = getattr(model, "context_network", None)  # label networks have none
+        config.check_for(data.protocol, sees_drawings=context_network is not None)
         if config.compiled:
             check_compiler()
         shares: dict[Tensor, float] = {}
         if config.joint_share < 1:
             joint = dict(build_model(model.config.without_context()).named_parameters())
             shares = {w: config.joint_share for name, w in model.named_parameters() if name in joint}
+        if context_network is not None and config.context_network_share < 1:
+            shares |= dict.fromkeys(context_network.parameters(), config.context_network_share)
         self.optimizer = Optimizer(model, config.optimizer, shares)
         self.step = 0
         self.elapsed_s = 0.0

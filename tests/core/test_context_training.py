@@ -266,28 +266,35 @@ def test_the_command_line_trains_on_from_joint_weights_and_scores_completion(tmp
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("share", [0.0, 0.25])
-def test_a_completer_learns_what_it_has_of_the_joint_model_at_a_share_of_the_rate(optimizer, share):
+@pytest.mark.parametrize("setting", ["joint_share", "context_network_share"])
+def test_a_completer_learns_what_it_begins_with_at_a_share_of_the_rate(setting, optimizer, share):
     data = mirrored_dataset()
-    joint = {name for name, _ in build_model(context_model(data).config.without_context()).named_parameters()}
+    begins_with = {
+        "joint_share": {n for n, _ in build_model(context_model(data).config.without_context()).named_parameters()},
+        "context_network_share": {n for n, _ in context_model(data).named_parameters() if "context_network." in n},
+    }[setting]
 
-    def moved(joint_share):
+    def moved(share):
         model = context_model(data)
+        for weight in model.parameters():  # what enters the layers begins at zero: no gradient would come further
+            torch.nn.init.normal_(weight, std=0.1)
         before = {name: w.detach().clone() for name, w in model.named_parameters()}
-        settings = config(batch_size=64, optimizer=optimizer, ema_decay=0, clip_norm=1e9, joint_share=joint_share)
+        settings = config(batch_size=64, optimizer=optimizer, ema_decay=0, clip_norm=1e9, **{setting: share})
         training.Trainer(model, data, settings).train_step()
         return {name: w.detach() - before[name] for name, w in model.named_parameters()}
 
     whole, slowed = moved(1.0), moved(share)
-    assert any(whole[name].any() for name in joint)
-    assert any(whole[name].any() for name in whole.keys() - joint)
+    assert any(whole[name].any() for name in begins_with)
+    assert any(whole[name].any() for name in whole.keys() - begins_with)
     for name in whole:
-        assert torch.allclose(slowed[name], whole[name] * (share if name in joint else 1.0), atol=1e-6), name
+        assert torch.allclose(slowed[name], whole[name] * (share if name in begins_with else 1.0), atol=1e-6), name
 
 
-def test_a_network_that_sees_no_drawings_has_no_joint_share():
+@pytest.mark.parametrize("setting", ["joint_share", "context_network_share"])
+def test_a_network_that_sees_no_drawings_has_no_part_that_learns_slowly(setting):
     data = mirrored_dataset()
-    with pytest.raises(ValueError, match=r"joint_share must be 1: the network sees no drawings"):
-        fit(context_model(data, context_features=0, context_width=0), data, config(joint_share=0.5))
+    with pytest.raises(ValueError, match=rf"^{setting} must be 1: the network sees no drawings, so all of it is the j"):
+        fit(context_model(data, context_features=0, context_width=0), data, config(**{setting: 0.5}))
 
 
 def test_completions_are_validated_given_the_labels_that_training_gives():
