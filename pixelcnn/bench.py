@@ -6,6 +6,7 @@ evenly spread over the image, and the table says so. Each baseline gets one thre
 
 import copy
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -53,7 +54,7 @@ def median_s(work: Callable[[], object], seconds: float) -> float:
     """Return the median time of `work` over at least 3 runs, and as many more as fit into `seconds`."""
     times: list[float] = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 100):
-        times.append(timeit.timeit(work, number=1))
+        times.append(timeit.timeit(work, setup=gc.enable, number=1))  # as everybody runs it
     return statistics.median(times)
 
 
@@ -163,7 +164,7 @@ def time_sampler(name: str, model: AutoregressiveModel, batch_size: int, seconds
         return Timing(median_s(lambda: sample(model, u), seconds) / batch_size)
     with _threads(1):  # more threads make small products slower
         work = partial(cached_sample, model, u)
-        once = timeit.timeit(work, number=1)
+        once = timeit.timeit(work, setup=gc.enable, number=1)
         took = once if once > seconds else median_s(work, seconds)
     return Timing(took / batch_size, "1 thread" + ("; one run" if once > seconds else ""))
 

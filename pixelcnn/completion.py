@@ -66,7 +66,8 @@ def complete_and_score(
 
     Returns:
         (B, C, H, W) int64 levels; and score(images, on_row) -> (B,) float64 nats, log p(missing | observed) at
-        temperature 1, of a slice of the images, all if left out. `on_row` is called after each row of another pass.
+        temperature 1, of a slice of the images, all if left out. `on_row` is called after each row of another pass;
+        what it raises stops it.
     """
     canvas = new_canvas(model, u, label, temperature, image, observed, on_row)
     levels, nats = draw(model, canvas)

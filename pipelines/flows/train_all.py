@@ -51,17 +51,21 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
         raise ValueError(f"at_once must be 1 or more, got {at_once}.")
     params, logger = load_params(), get_run_logger()
     folder = DEPLOYMENTS_FOLDER / str(flow_run.get_id())
-    commands = {}
+    commands, failures, tags = {}, {}, []
     for pair in params.pairs_of(QUICK_START) if pairs is None else pairs:
+        try:
+            tags += [pair, params.pair(pair).dataset]
+        except ValueError as error:  # before its name becomes one of files
+            failures[pair] = str(error)
+            continue
         words = ["--out", str(folder / pair), "--report", str(folder / "reports" / pair)]
         words += [] if again else ["--reuse"]
-        commands[pair] = [sys.executable, "-m", "pipelines.steps", "train-pair", *words, "--", pair]
-    known = [pair for pair in commands if pair in params.pairs]  # of others train-pair says what is wrong
-    tag_run(*known, *(params.pair(pair).dataset for pair in known))
+        commands[pair] = [sys.executable, "-m", "pipelines.steps", "train-pair", pair, *words]
+    tag_run(*tags)
     # Their runs belong to the server that this flow uses, even if it is one that was started for it alone.
     with get_client(sync_client=True) as client:
         environment = {**os.environ, "PREFECT_API_URL": str(client.api_url).rstrip("/")}
-    failures = run_apart(commands, at_once, folder / "logs", environment, logger.info)
+    failures |= run_apart(commands, at_once, folder / "logs", environment, logger.info)
     versions = {}
     for pair in (name for name in commands if name not in failures):
         identity = tracking.identity(folder / pair)

@@ -47,7 +47,7 @@ class Decision:
         self.by_number = {version.version: version for version in registry.versions(dataset)}
         self.champion = champion = self.by_number.get(registry.aliases(dataset).get(CHAMPION, ""))
         self.skipped: dict[str, str] = {}  # version -> why
-        self.misfit = False  # whether the last of them is for other images
+        self.misfits: set[str] = set()  # of them, versions for other images
         self.report: Report = {
             "dataset": dataset,
             "data_hash": data.data_hash,
@@ -79,7 +79,7 @@ class Decision:
         misfit, of_champion = "", None
         if champion is not None and (of_champion := self._scored(champion)) is None:
             why = self.skipped.pop(champion.version)
-            if not self.misfit:
+            if champion.version not in self.misfits:
                 return Choice(None, f"champion version {champion.version} cannot be scored: {why}")
             misfit = f"champion version {champion.version} cannot be compared: {why.rstrip('.')}; "
         pool, uniform = [], math.prod(self.data.image_shape) * math.log(self.data.num_levels)
@@ -117,7 +117,8 @@ class Decision:
             if not is_for_user(error):
                 raise
             self.skipped[version.version] = reason(error)
-            self.misfit = isinstance(error, MisfitError)
+            if isinstance(error, MisfitError):
+                self.misfits.add(version.version)
             return None
 
     def _scored(self, version: Version) -> Candidate | None:

@@ -117,7 +117,7 @@ class AutoregressiveModel(nn.Module):
 
         It is the label that is given; where none is, but a label network and something known, p(label | drawing),
         without the unlikely ones (`MIN_LABEL_PROB`). Each drawing is looked at by itself: its figures do not depend
-        on those beside it. The arguments are those of `forward`.
+        on those beside it. All three are given, as `forward` takes them.
         """
         found = torch.full(
             (len(label), 1 + self.config.num_labels), -math.inf, dtype=torch.float64, device=label.device

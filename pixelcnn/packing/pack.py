@@ -119,6 +119,7 @@ def pack(
         code, _ = coder.encode(source.read(0, first.stop), labels_of(first), lambda num: None)
         batches = math.ceil(BLOCK_BYTES / len(code) * len(first) / BATCH_IMAGES)
         block_images = min(batches * BATCH_IMAGES, MAX_BLOCK_IMAGES)
+    is_numbered = all(name == number_name(i, source.num) for i, name in enumerate(source.names or []))
     header = Header(
         image_shape=config.image_shape,
         num_levels=config.num_levels,
@@ -130,7 +131,7 @@ def pack(
         engine=ENGINE,
         arithmetic=coder.engine.arithmetic,
         probe=coder.probe(),
-        names=None if source.names == [number_name(i, source.num) for i in range(source.num)] else source.names,
+        names=None if is_numbered else source.names,
     )
     start = header.to_bytes()
 

@@ -84,7 +84,7 @@ def draw(model: AutoregressiveModel, canvas: Canvas) -> tuple[Tensor, Tensor | N
 
     Returns:
         (B, C, H, W) int64 levels; and (B,) float64 nats from the compiled sampler: of each image, the log-probability
-        of what was drawn, given its label.
+        of what was drawn, given its label; None from the other one.
     """
     name = engine_name(model)
     _say_once(name)

@@ -158,7 +158,7 @@ class _Product:
 
 
 class Plan:
-    """All of it, in order: what to do when a row begins, and at each turn of a pixel.
+    """All of it, in order: `row_steps` when a row begins, `pixel_steps` at each turn of a pixel, between `buffers`.
 
     Made by a walk through the maps of a model without its completer, from the image to the logits, with its present
     weights: `image` is where the levels lie, scaled as the network sees them; `context` where the map of a drawing

@@ -357,7 +357,9 @@ class Trainer:
     def phase(self) -> dict[str, Any]:
         """Return the settings that may change when a run goes on."""
         values = {**asdict(self.config), "precision": self.precision}
-        return {name: values[name] for name in PHASE_SETTINGS}
+        if not self.model.config.context_features:
+            del values["context_share"]
+        return {name: values[name] for name in PHASE_SETTINGS if name in values}
 
     def save(self, path: Path) -> None:
         """Write the run's state (`write_state`): weights, EMA, best, optimizer, step and clock."""

@@ -254,7 +254,7 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     data, state = toy_dataset(), tmp_path / "state"
     first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimizer": "adam"}
     then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimizer": "muon"}
-    both = {"redrawn_share": 0.0, "compiled": False, "context_share": 0.75}
+    both = {"redrawn_share": 0.0, "compiled": False}
     first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8, **both}
     then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4, **both}
     losses = []

@@ -748,7 +748,7 @@ def test_the_same_weights_on_new_data_compete(mnist5k):
     assert mnist5k.served()["data_hash"] == mnist5k.data.data_hash
 
 
-def test_unknown_dataset(mnist5k):
+def test_unknown_dataset(mnist5k, without_prefect):
     with pytest.raises(ValueError, match=r"unknown dataset 'mnist6k'\. Known: mnist5k, mnist, "):
         promotion_flow.promote.fn("mnist6k")
     with pytest.raises(ValueError, match="unknown dataset"):
