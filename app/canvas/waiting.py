@@ -131,16 +131,19 @@ def wait_for(
     what: str,
     text: str,
     on_stop: Callable[[], None],
-    show: Callable[[Event], object] = lambda event: None,
+    show: Callable[[Event], object] | None = None,
 ) -> list[Event]:
     """Return all that the service answers, showing that it takes a while. Raises ServiceError.
+
+    The page may leave this at any moment, also after the last answer: what must not be lost is for `show` to keep.
 
     Args:
         ask_for: see `in_background`; requests that it sends one by one end once the page has left.
         what, text, on_stop: see `busy_line`.
-        show: is given each answer as it comes.
+        show: is given each answer as it comes; the last one alone is returned then.
     """
-    found, place = [], st.empty()
+    found: list[Event] = []
+    place = st.empty()
     with place:
         busy_line(what, text, on_stop)
     try:
@@ -148,8 +151,9 @@ def wait_for(
         with contextlib.closing(in_background(ask_for)) as answers:
             for answer in answers:
                 if answer is not None:
-                    found.append(answer)
-                    show(answer)
+                    found = [answer] if show else [*found, answer]
+                    if show:
+                        show(answer)
                 look_up()
     finally:
         place.empty()

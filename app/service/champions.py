@@ -253,7 +253,8 @@ class Champions:
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):

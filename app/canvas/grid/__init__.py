@@ -10,7 +10,7 @@ from pathlib import Path
 import streamlit as st
 
 from app.canvas.drawing import Drawing, blank_drawing, drawing_text, parse_drawing
-from app.canvas.texts import TEXTS, language, say
+from app.canvas.texts import LANGUAGES, TEXTS, language, say
 
 HERE = Path(__file__).parent
 BRUSHES = (1, 2, 3, 5, 8)  # cells, as in grid.js
@@ -53,7 +53,8 @@ def drawing_grid(
         on_change: called before the page runs after a stroke.
     """
     given = drawing_text(value or blank_drawing(shape))
-    names = {name: say(name) for name in TEXTS} | {f"brush_{width}": say("brush", width=width) for width in BRUSHES}
+    names = {name: texts[LANGUAGES.index(language())] for name, texts in TEXTS.items()}
+    names |= {f"brush_{width}": say("brush", width=width) for width in BRUSHES}
     component = st.components.v2.component(
         f"drawing_grid_{language()}",
         html=string.Template((HERE / "grid.html").read_text()).safe_substitute(names),

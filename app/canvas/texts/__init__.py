@@ -439,9 +439,8 @@ def language() -> str:
 
 
 def say(key: str, **values: object) -> str:
-    """Return a text in the language to show, with values, where there are any, in its {places}."""
-    text = TEXTS[key][LANGUAGES.index(language())]
-    return text.format(**values) if values else text
+    """Return a text in the language to show, with values in its {places}."""
+    return TEXTS[key][LANGUAGES.index(language())].format(**values)
 
 
 def say_label(name: str) -> str:

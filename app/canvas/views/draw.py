@@ -165,12 +165,16 @@ def answer(visit: Visit, asked: Endings, coloured: bool, place: Any) -> None:
     visit.asked = asked.request
 
     def show(ending: Endings) -> None:
+        if ending.log_probs is not None:
+            visit.keep(ending)
+            visit.pending = False
+            return
         visit.unfinished = ending
         place.html(endings_html(ending, coloured, visit.order))
 
     ask_for = functools.partial(drawn, visit.client, asked)
     try:
-        visit.keep(wait_for(ask_for, "drawing", say("drawing"), visit.want_no_endings, show)[-1])
+        wait_for(ask_for, "drawing", say("drawing"), visit.want_no_endings, show)
     except ServiceError as error:
         visit.fail(error)
         visit.unanswered = error.away

@@ -47,7 +47,8 @@ def generate_page(visit: Visit) -> None:
         asked = undrawn(request, model.levels, settings)
 
         def show(unfinished: Endings) -> None:
-            place.html(endings_html(unfinished, coloured=False, order="likely", sheet=True))
+            if unfinished.log_probs is None:
+                place.html(endings_html(unfinished, coloured=False, order="likely", sheet=True))
 
         try:
             stop = functools.partial(setattr, visit, "generate_wanted", False)

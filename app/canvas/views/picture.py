@@ -2,6 +2,7 @@
 
 import functools
 import uuid
+from collections.abc import Generator
 
 import numpy as np
 import streamlit as st
@@ -13,7 +14,7 @@ from app.canvas.session import Visit
 from app.canvas.texts import say
 from app.canvas.waiting import wait_for
 from app.canvas.widgets import choose, in_words, known_key, upload_picture
-from app.client import ServedModel, ServiceError
+from app.client import GeneratedImages, OnOpen, ServedModel, ServiceError
 
 
 def start_from_picture(visit: Visit, dataset: str, model: ServedModel, label: int | None, sees_all: bool) -> None:
@@ -58,9 +59,12 @@ def made_picture(visit: Visit, dataset: str, model: ServedModel, label: int | No
     want = functools.partial(setattr, visit, "example_wanted")
     st.button(say("make_picture"), icon=":material/auto_awesome:", on_click=want, args=[True])
     if visit.example_wanted:  # still, if a stroke interrupted the page
-        asked = (visit.client.generate(dataset, label=one) for one in [label])
+
+        def ask(_: OnOpen) -> Generator[GeneratedImages, None, None]:
+            yield visit.client.generate(dataset, label=label)
+
         try:
-            [answer] = wait_for(lambda _: asked, "picture", say("drawing"), lambda: want(False))
+            [answer] = wait_for(ask, "picture", say("drawing"), lambda: want(False))
             visit.example = (dataset, strength_of(np.array(answer.images[0]), model.levels))
         except ServiceError as error:
             st.warning(in_words(error))

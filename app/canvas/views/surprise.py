@@ -85,16 +85,16 @@ def surprise_page(visit: Visit) -> None:
 
 
 def likelihoods(
-    visit: Visit, dataset: str, images: Iterable[np.ndarray], labels: Iterable[int | None], toggle: str
+    visit: Visit, dataset: str, images: Iterable[np.ndarray], labels: Iterable[int | None], what: str
 ) -> list[Likelihood]:
     """Return how likely images are, (H, W) or (H, W, 3) levels, each given each label. Raises ServiceError.
 
     Args:
-        toggle: the key of what asks for it, which is off once that was stopped.
+        what: see `busy_line`; a toggle of this key is off once that was stopped.
     """
     asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for image in images for label in labels)
-    switch_off = functools.partial(st.session_state.update, {toggle: False})
-    return wait_for(lambda _: asked, toggle, say("asking"), switch_off)
+    switch_off = functools.partial(st.session_state.update, {what: False})
+    return wait_for(lambda _: asked, what, say("asking"), switch_off)
 
 
 def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
