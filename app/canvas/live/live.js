@@ -60,7 +60,8 @@ function createLive() {
       // A stroke came in between, or this way is closed: the page knows what to say.
     }
     if (asking !== mine) return;
-    if (!isFinished) show(null);
+    const isKnown = data.drawing === text && data.settings === settings; // the page was faster
+    if (!isFinished || isKnown) show(null);
     if (mine.tell) tell();
     else if (root.isConnected) came(); // else the page finds them when it is shown again
     asking = null;
