@@ -114,7 +114,7 @@ def undrawn(request: Request, levels: int, settings: dict[str, str], drawing: st
     return Endings(request, levels, images, settings=settings, drawing=drawing)
 
 
-def asked_of(drawing: Drawing, settings: Settings, seed: int) -> Endings:
+def asked_of(drawing: Drawing, settings: Settings, seed: int | None) -> Endings:
     """Return the endings to ask for of a drawing, from this seed where none was typed.
 
     Of the levels only the known ones are sent, 0 in place of the others.

@@ -133,14 +133,15 @@ def wait_for(
     on_stop: Callable[[], None],
     show: Callable[[Event], object] | None = None,
 ) -> list[Event]:
-    """Return all that the service answers, showing that it takes a while. Raises ServiceError.
+    """Return what the service answers, or give it to `show` as it comes. Raises ServiceError.
 
-    The page may leave this at any moment, also after the last answer: what must not be lost is for `show` to keep.
+    Meanwhile the page says that it takes a while. It may leave this at any moment, also after the last answer: what
+    must not be lost is for `show` to keep.
 
     Args:
         ask_for: see `in_background`; requests that it sends one by one end once the page has left.
         what, text, on_stop: see `busy_line`.
-        show: is given each answer as it comes; the last one alone is returned then.
+        show: is given each answer; none is returned then.
     """
     found: list[Event] = []
     place = st.empty()
@@ -151,9 +152,10 @@ def wait_for(
         with contextlib.closing(in_background(ask_for)) as answers:
             for answer in answers:
                 if answer is not None:
-                    found = [answer] if show else [*found, answer]
                     if show:
                         show(answer)
+                    else:
+                        found.append(answer)
                 look_up()
     finally:
         place.empty()

@@ -22,6 +22,11 @@ function createLive() {
     document.documentElement.toggleAttribute("data-live", shown !== null);
   }
 
+  // What is shown here gives way to the page.
+  function isOver() {
+    return !data.on || data.pending || shown?.settings !== data.settings || shown?.text === data.drawing;
+  }
+
   function stop() {
     asking?.stop.abort();
     asking = null;
@@ -60,8 +65,7 @@ function createLive() {
       // A stroke came in between, or this way is closed: the page knows what to say.
     }
     if (asking !== mine) return;
-    const isKnown = data.drawing === text && data.settings === settings; // the page was faster
-    if (!isFinished || isKnown) show(null);
+    if (!isFinished || isOver()) show(null); // the page may have been faster
     if (mine.tell) tell();
     else if (root.isConnected) came(); // else the page finds them when it is shown again
     asking = null;
@@ -93,8 +97,7 @@ function createLive() {
         tell();
         stop();
       }
-      const isOver = !data.on || data.pending || shown?.settings !== data.settings || shown?.text === data.drawing;
-      if (isOver || isNew) show(isOver ? null : shown);
+      if (isOver() || isNew) show(isOver() ? null : shown);
     },
   };
 }

@@ -81,8 +81,11 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     live = st.session_state.get("live", True)
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)
-    asked = asked_of(drawing, settings, visit.own_seed())
     is_blank = not drawing.mark.any()
+    if is_blank and not visit.pending:
+        visit.seed = None  # the next drawing gets a new one
+    is_due = visit.pending or (live and not is_blank)
+    asked = asked_of(drawing, settings, visit.own_seed() if is_due else visit.seed)
     visit.take_live(asked.drawing, settings)
     visit.settings, visit.order = settings, st.session_state.get("order") or ORDERS[0]
     # Endings of another shape could not be continued from: they wait until such images are drawn again.
@@ -90,8 +93,6 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     last = earlier[0] if earlier and not is_blank else None
     is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
     show_endings(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
-    if is_blank:
-        visit.seed = visit.seed if visit.pending else None  # the next drawing gets a new one
     is_answer = last is not None and (last.settings, last.drawing) == (asked.settings, asked.drawing)
     with button_place:
         name = say("nine") if settings.num_samples == NUM_ENDINGS else str(settings.num_samples)
@@ -178,8 +179,7 @@ def answer(visit: Visit, asked: Endings, coloured: bool, place: Any) -> None:
     except ServiceError as error:
         visit.fail(error)
         visit.unanswered = error.away
-        visit.answered, visit.unfinished = asked.request, None
-    visit.pending = False
+        visit.answered, visit.unfinished, visit.pending = asked.request, None, False
 
 
 def name_endings(visit: Visit, ending: Endings, model: ServedModel) -> None:

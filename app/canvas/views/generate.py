@@ -46,16 +46,17 @@ def generate_page(visit: Visit) -> None:
         request = Request(dataset, nothing.tolist(), observed.tolist(), NUM_IMAGES, label, temperature, seed)
         asked = undrawn(request, model.levels, settings)
 
-        def show(unfinished: Endings) -> None:
-            if unfinished.log_probs is None:
-                place.html(endings_html(unfinished, coloured=False, order="likely", sheet=True))
+        def show(sheet: Endings) -> None:
+            if sheet.log_probs is None:
+                place.html(endings_html(sheet, coloured=False, order="likely", sheet=True))
+                return
+            visit.generated, visit.generate_wanted = sheet, False
+            visit.answer_came()
 
         try:
             stop = functools.partial(setattr, visit, "generate_wanted", False)
             ask_for = functools.partial(drawn, visit.client, asked)
-            visit.generated = wait_for(ask_for, "drawing", say("drawing"), stop, show)[-1]
-            visit.answer_came()
-            visit.generate_wanted = False
+            wait_for(ask_for, "drawing", say("drawing"), stop, show)
         except ServiceError as error:
             visit.fail(error)
             visit.generate_wanted = error.away  # then it is asked again

@@ -52,6 +52,11 @@ class _Watched:
     challenger: Champion | None = None
     paired: Paired = field(default_factory=Paired)
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether its champion came with a reference of all statistics."""
+        return self.drifts.keys() >= set(STATISTICS)
+
 
 class Drawings:
     """Watch the drawings that are completed.
@@ -110,7 +115,7 @@ class Drawings:
         if watched is None or watched.champion is not champion:
             drifts = drifts_from(champion.reference)
             watched = self._watched[dataset] = _Watched(champion, drifts)
-            metrics().drift_watched.labels(dataset).set(drifts.keys() >= set(STATISTICS))
+            metrics().drift_watched.labels(dataset).set(watched.is_compared)
             for name in STATISTICS:  # nothing is told of what is not compared
                 metrics().drift.labels(dataset, name).set(0 if name in drifts else math.nan)
                 metrics().drift_distance.labels(dataset, name).set(math.nan)
@@ -162,7 +167,7 @@ class Drawings:
 def _description(watched: _Watched) -> dict[str, Any]:
     told: dict[str, Any] = {
         "version": watched.champion.identity.version,
-        "watched": watched.drifts.keys() >= set(STATISTICS),
+        "watched": watched.is_compared,
         "drifted_since": watched.since,
         "drift": {name: drift.describe() for name, drift in watched.drifts.items()},
         "shadow": None,
