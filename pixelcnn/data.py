@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
@@ -101,7 +101,8 @@ def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | 
     }
     temporary = path.with_name(f".{path.name}.new")
     try:
-        save_file(tensors, temporary, metadata={"dataset": json.dumps(description, sort_keys=True)})
+        # Not `save_file`, which would keep the file from everybody else.
+        temporary.write_bytes(save(tensors, {"dataset": json.dumps(description, sort_keys=True)}))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

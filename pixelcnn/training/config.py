@@ -25,7 +25,8 @@ class TrainConfig:
     """How to train.
 
     With `max_minutes` 0 a run is a function of its seed, whatever the machine's speed. While the learning rate has not
-    begun to fall, raising `max_epochs` and resuming gives the weights of a run that had the larger value all along.
+    begun to fall, changing `max_epochs` or `decay_fraction` and resuming gives the weights of a run that had the new
+    value all along.
 
     Args:
         batch_size: images per optimizer step.

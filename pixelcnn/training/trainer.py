@@ -45,7 +45,7 @@ PHASE_SETTINGS = (
 )
 # What may change without a trace.
 BUDGET_SETTINGS = (
-    *("max_epochs", "max_minutes", "num_validations", "save_minutes"),
+    *("max_epochs", "max_minutes", "decay_fraction", "num_validations", "save_minutes"),
     *("completer_features", "label_features"),
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -7,7 +7,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from pixelcnn import Dataset, data, load_dataset, save_dataset
+from pixelcnn import Dataset, load_dataset, save_dataset
 from pixelcnn.data import binarize
 from tests.core.tiny import beginning, exactly, toy_dataset
 
@@ -32,6 +32,8 @@ def test_round_trip(tmp_path, protocol, num_levels):
     with safetensors.safe_open(path, framework="pt") as file:
         assert file.get_tensor("permutation").tolist() == [0, 1, 2, 3, 4]
     assert [p.name for p in path.parent.iterdir()] == ["toy.safetensors"]
+    (tmp_path / "file").touch()
+    assert path.stat().st_mode == (tmp_path / "file").stat().st_mode  # others may read it, as any file
 
 
 def test_equal_data_are_equal_bytes(tmp_path):
@@ -45,11 +47,11 @@ def test_a_failure_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
     save_dataset(path, toy_dataset())
     before = path.read_bytes()
 
-    def fail(_tensors, temporary, **_kwargs):
-        Path(temporary).write_bytes(b"half")
+    def fail(temporary, _):
+        temporary.touch()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(data, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space left"):
         save_dataset(path, toy_dataset(num_train=30))
     assert path.read_bytes() == before

@@ -226,8 +226,11 @@ def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
 
 
 @pytest.mark.parametrize("decay_fraction", [0, 0.5])
-def test_more_epochs_before_the_decay_give_the_run_that_had_them_from_the_start(tmp_path, decay_fraction):
-    """Without a time limit epochs alone decide: half of a run, resumed with twice the epochs, is the whole run."""
+def test_a_schedule_changed_before_the_decay_gives_the_run_that_had_it_from_the_start(tmp_path, decay_fraction):
+    """Without a time limit epochs alone decide: half of a run, resumed with twice the epochs, is the whole run.
+
+    So it is with another decay, as long as it has not begun.
+    """
     data, state = toy_dataset(num_levels=2, protocol="dynamic"), tmp_path / "state"
     settings = config(decay_fraction=decay_fraction, optimizer="muon", num_validations=2)
     whole = toy_model(data)
@@ -238,7 +241,8 @@ def test_more_epochs_before_the_decay_give_the_run_that_had_them_from_the_start(
             raise Interrupted
 
     with contextlib.suppress(Interrupted):
-        fit(toy_model(data), data, dataclasses.replace(settings, max_epochs=2), stop_before_the_decay, state)
+        half = dataclasses.replace(settings, max_epochs=2, decay_fraction=0.8 * decay_fraction)
+        fit(toy_model(data), data, half, stop_before_the_decay, state)
     resumed = toy_model(data, seed=3)
     resumed_best, rest = run(resumed, data, settings, state_file=state)
     assert [r.step for r in rest] == list(range(4 if decay_fraction else 7, 13))
