@@ -1,8 +1,10 @@
 """Where images to pack or to rank come from, where unpacked ones go: PNG files in a folder, NumPy arrays, datasets."""
 
+import io
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,7 @@ class Unpacked:
         check_absent(out, empty_folder=self.is_folder)
         self.new = out.with_name(f".{out.name}.new")
         self.labels_out = self.new / LABELS_FILE if self.is_folder else out.with_suffix(".labels.npy")
+        self.labels_new = self.labels_out.with_name(f".{self.labels_out.name}.new")
         if self.is_folder:
             shutil.rmtree(self.new, ignore_errors=True)
             self.new.mkdir()
@@ -190,12 +193,22 @@ class Unpacked:
                 if self.is_folder:
                     file = self.new / self.names(self.num + i)
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(png)
+                    self._write_new(file, png)
                 else:
                     self.file.write(png)
         self.num += len(levels)
         if labels is not None:
             self.labels.append(labels)
+
+    def _write_new(self, file: Path, png: bytes) -> None:
+        try:
+            with file.open("xb") as opened:
+                opened.write(png)
+        except FileExistsError:
+            raise ValueError(
+                f"{self.out} cannot hold a second {file.relative_to(self.new)}: on its disk capitals make no other "
+                "name. Name a .npy file."
+            ) from None
 
     def commit(self) -> None:
         """Put what was written in its place."""
@@ -203,13 +216,19 @@ class Unpacked:
         if not self.is_folder:
             self.file.close()
         if self.labels:
-            np.save(self.labels_out, torch.cat(self.labels).numpy())
+            buffer = io.BytesIO()  # into a file np.save cuts them off, and says nothing, where the disk is full
+            np.save(buffer, torch.cat(self.labels).numpy())
+            self.labels_new.write_bytes(buffer.getvalue())
+            self.labels_new.rename(self.labels_out)
         self.new.rename(self.out)
 
     def discard(self) -> None:
         """Remove what was written and not put in its place."""
         if self.is_folder:
             shutil.rmtree(self.new, ignore_errors=True)
-        else:
+            return
+        with suppress(OSError):  # a full disk does not take what is still in the buffer
             self.file.close()
-            self.new.unlink(missing_ok=True)
+        if self.new.exists():
+            for path in (self.labels_out, self.labels_new, self.new):
+                path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pixelcnn.images import to_png
 from pixelcnn.packing import pack, unpack
 from pixelcnn.packing.coder import Coder
 from pixelcnn.packing.container import Header, Reader, block_bytes
+from pixelcnn.packing.pictures import Unpacked
 from tests.core.tiny import Shape, exactly, random_levels, tiny_config, toy_dataset
 
 SHAPE = (1, 4, 5)
@@ -197,6 +199,33 @@ def test_progress_is_told_and_a_failure_leaves_nothing(checkpoint, tmp_path) -> 
         with pytest.raises(RuntimeError, match="power cut"):
             unpack(checkpoint, tmp_path / "x.pxl", tmp_path / out, on_progress=fail)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("out", "room"), [("y.npy", 2500), ("y", 2500), ("y.npy", 600)])
+def test_a_full_disk_leaves_nothing(tmp_path, out: str, room: int) -> None:
+    """400 images of two pixels take 928 bytes, their labels 3,328."""
+    shape = (1, 1, 2)
+    unpacked = Unpacked(tmp_path / out, tiny_config("pixelcnn", shape, 3), lambda i: f"{i}.png")
+    unpacked.write(random_levels(shape, 3, 400), torch.zeros(400, dtype=torch.int64))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            unpacked.commit()
+        unpacked.discard()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_the_disk_takes_for_another_replaces_no_picture(tmp_path) -> None:
+    """As A.png and a.png, where capitals make no other name."""
+    unpacked = Unpacked(tmp_path / "out", tiny_config("pixelcnn", SHAPE, 3), lambda i: "a.png")
+    message = f"{tmp_path}/out cannot hold a second a.png: on its disk capitals make no other name. Name a .npy file."
+    with pytest.raises(ValueError, match=exactly(message)):
+        unpacked.write(random_levels(SHAPE, 3, 2), None)
+    unpacked.discard()
+    assert list(tmp_path.iterdir()) == []
 
 
 def changed(array: np.ndarray, value: int) -> np.ndarray:
