@@ -140,10 +140,7 @@ class Reader:
             text = zlib.decompressobj().decompress(packed, most + 1)
             if len(text) > most:
                 raise ValueError("it is too long")
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("it is no mapping")
-            self.header: Header = checked_config(Header, values, "header")
+            self.header: Header = checked_config(Header, json.loads(text), "header")
         except (ValueError, TypeError, zlib.error, RecursionError) as error:
             raise ValueError(f"{name} has a header that makes no sense ({error}).") from None
 
