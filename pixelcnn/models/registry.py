@@ -3,6 +3,7 @@
 Importing that file is enough, wherever it lies: `build_model`, checkpoints and the command line know it from then on.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -70,8 +71,9 @@ def build_model(config: ModelConfig) -> "AutoregressiveModel":
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """Return the config as JSON-ready values, with the architecture's name under `model`."""
-    return {"model": model_name(config), **asdict(config), "image_shape": list(config.image_shape)}
+    """Return the config as JSON gives it back, tuples as lists, with the architecture's name under `model`."""
+    values: dict[str, Any] = json.loads(json.dumps({"model": model_name(config), **asdict(config)}))
+    return values
 
 
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:

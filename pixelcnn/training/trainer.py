@@ -405,6 +405,9 @@ class Trainer:
                     f"{path} is the state of a run that differs in its {key}. Set it back to go on, or delete the file "
                     "to start afresh."
                 )
+        shapes = {f"weights/{i}": parameter.shape for i, parameter in enumerate(self.parameters)}
+        if {key: tensor.shape for key, tensor in tensors.items() if key.startswith("weights/")} != shapes:
+            raise ValueError(f"{path} is the state of a network of other weights. Delete it to start afresh.")
         self.best_nll = state.best_nll if state.objective == self.objective() else math.inf
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, naive_sample, sample
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
+from pixelcnn.models import registry
+from pixelcnn.models.pixelcnn import PixelCNN, PixelCNNConfig
 from pixelcnn.training import StepReport, format_progress, training_history
 from pixelcnn.training import config as training_config
 from pixelcnn.training import state as state_module
 from pixelcnn.training import trainer as training
 from pixelcnn.training.optimizers import OPTIMIZERS
-from tests.core.tiny import ARCHITECTURES, beginning, exactly, tiny_model, toy_dataset
+from tests.core.tiny import ARCHITECTURES, beginning, exactly, tiny_config, tiny_model, toy_dataset
 
 CONFIG = TrainConfig(
     batch_size=8, learning_rate=0.01, max_epochs=4, warmup_steps=2, ema_decay=0.9, num_validations=4, save_minutes=0
@@ -200,6 +202,30 @@ def test_the_state_of_another_run_is_refused(tmp_path, changes, other_model, oth
     with pytest.raises(ValueError, match=exactly(message)):
         fit(model, dataclasses.replace(data, **other_data), config(**changes), state_file=state)
     assert state.read_bytes() == before
+
+
+def test_the_state_of_other_weights_is_refused(tmp_path):
+    """As of a label network of another width, or where the code of an architecture has changed."""
+    data, state = toy_dataset(), tmp_path / "state"
+    wide, narrow = (tiny_model("pixelcnn", (1, 3, 3), 3, 2, context_features=2, label_features=n) for n in (6, 4))
+    fit(narrow.label_network, data, CONFIG, state_file=state)
+    message = f"{state} is the state of a network of other weights. Delete it to start afresh."
+    with pytest.raises(ValueError, match=exactly(message)):
+        fit(wide.label_network, data, CONFIG, state_file=state)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SidedConfig(PixelCNNConfig):
+    sides: tuple[int, ...] = (3, 5)
+
+
+def test_an_architecture_with_a_tuple_among_its_settings_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry._ARCHITECTURES, "sided", (SidedConfig, PixelCNN))
+    data, sizes = toy_dataset(), dataclasses.asdict(tiny_config("pixelcnn", (1, 3, 3), 3))
+    for max_epochs in (1, 2):
+        model = registry.build_model(SidedConfig(**sizes))
+        _, reports = run(model, data, config(max_epochs=max_epochs), state_file=tmp_path / "state")
+    assert [report.step for report in reports] == [4, 5, 6]
 
 
 def test_a_state_older_than_a_setting_is_gone_on_with_at_its_default(tmp_path):
