@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ class Trainer:
             shares |= dict.fromkeys(context_network.parameters(), config.context_network_share)
         self.optimizer = Optimizer(model, config.optimizer, shares)
         self.step = 0
+        self.extra_steps = 0.0  # epochs of earlier batch sizes, as steps of this one, less the steps that they took
         self.elapsed_s = 0.0
         self.num_validations = 0
         self.phases = [{"from_step": 0, **self.phase()}]
@@ -165,7 +167,7 @@ class Trainer:
 
     def progress(self) -> float:
         """Return the part of the run that is done, in [0, 1]."""
-        progress = self.step / self.max_steps
+        progress = (self.step + self.extra_steps) / self.max_steps
         if self.config.max_minutes:
             progress = max(progress, self.elapsed_s / (60 * self.config.max_minutes))
         return min(progress, 1.0)
@@ -423,6 +425,11 @@ class Trainer:
         before = {**defaults, **state.description["train settings"], **self.phases[-1]}
         if any(before[name] != value for name, value in self.phase().items()):
             self.phases.append({"from_step": self.step, **self.phase()})
+        known = {**asdict(self.config), **state.description["train settings"]}
+        for phase, following in pairwise(self.phases):
+            its_steps_per_epoch = len(self.data.images["train"]) // {**known, **phase}["batch_size"]
+            steps = following["from_step"] - phase["from_step"]
+            self.extra_steps += steps * (self.steps_per_epoch / its_steps_per_epoch - 1)
         self.num_validations = math.floor(self.progress() * self.config.num_validations)
 
 
@@ -543,7 +550,7 @@ def fit(
             on_step(
                 StepReport(
                     step=trainer.step,
-                    epoch=trainer.step / trainer.steps_per_epoch,
+                    epoch=(trainer.step + trainer.extra_steps) / trainer.steps_per_epoch,
                     train_nll_nats=nats,
                     learning_rate=rate,
                     images_per_s=steps * config.batch_size / (now - start),

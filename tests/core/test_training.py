@@ -287,12 +287,16 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     both = {"redrawn_share": 0.0, "compiled": False}
     first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8, **both}
     then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4, **both}
-    losses = []
+    losses, done = [], []
     for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
+        done.append((reports[0].epoch, reports[-1].epoch, reports[-1].step))
         losses.append([report.validation_nll_nats for report in reports if report.validation_nll_nats is not None])
     assert training_history(state)[1] == [{"from_step": 0, **first}, {"from_step": 60, **then}]
     assert losses[2][0] < losses[0][0], "it went on from the weights that it found"
+    # An epoch takes 3 steps of 8 images, 6 of 4.
+    expected = [(0 + 1 / 3, 10, 30), (10 + 1 / 3, 20, 60), (20 + 1 / 6, 30, 120), (30 + 1 / 6, 40, 180)]
+    torch.testing.assert_close(torch.tensor(done), torch.tensor(expected))
 
 
 def test_a_damaged_state_is_named(tmp_path):
