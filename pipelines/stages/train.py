@@ -166,7 +166,7 @@ def _fit_all(
             if report.validation_nll_nats is not None:
                 live.show(curve.rows, sheets / f"step-{report.step:07d}.png" if part is model else None)
             if report.validation_nll_nats is not None or now - last_line > PROGRESS_S:
-                log(format_progress(report, data))
+                log(format_progress(report, data, part is whole.label_network))
                 last_line = now
 
         fit(part, data, config, on_step, state_file, draw if part is model else None)

@@ -563,6 +563,10 @@ def test_progress_for_a_person():
     assert format_progress(report, colour) == (
         "step 40, epoch 1.50: train 1.0000 bits/dim, validation 1.5000 bits/dim, 123 images/s, 2:05 left"
     )
+    report = dataclasses.replace(report, train_nll_nats=2.25, validation_nll_nats=1.5)
+    assert format_progress(report, colour, of_labels=True) == (
+        "step 40, epoch 1.50: train 2.25 nats, validation 1.50 nats, 123 images/s, 2:05 left"
+    )
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 1e9])

@@ -419,7 +419,7 @@ def test_a_stopped_training_shows_its_curve_and_goes_on_as_the_same_run(
     out, state = "models/stopped", Path("models/stopped-state")
     state.mkdir()
 
-    def stop_after_first_row(report: train_stage.StepReport, data: object) -> str:
+    def stop_after_first_row(report: train_stage.StepReport, *_: object) -> str:
         if report.validation_nll_nats is not None:
             raise Stopped
         return ""
