@@ -174,7 +174,8 @@ def _fit_all(
         return {
             "train_minutes": minutes,
             "num_parameters": num_parameters,
-            "train_settings": {**asdict(config), **_changed_settings(phases)},
+            # Those of steps that were taken: a finished run that is taken up with others has used none of them.
+            "train_settings": {k: phases[-1].get(k, v) for k, v in asdict(config).items()} | _changed_settings(phases),
         }
 
     try:

@@ -442,8 +442,11 @@ def test_a_stopped_training_shows_its_curve_and_goes_on_as_the_same_run(
     assert {run.info.run_id for run in runs()} - before == {run_id}, "one run, not two"
     assert Path("reports/stopped/curve.csv").read_bytes() == (REPORT / "curve.csv").read_bytes()
     assert (Path(out) / "model.safetensors").read_bytes() == (OUT / "model.safetensors").read_bytes()
-    # The state was kept, and its run is complete: more training is another run.
+    # The state was kept, and its run is complete: more training is another run. It has no step left to take.
+    values["pairs"][PAIR]["train"]["learning_rate"] = 0.02
+    write_params(Path(), values)
     assert train_pair(PAIR, out, "reports/stopped", str(state))["run_id"] != run_id
+    assert load_checkpoint(out)[1]["train_settings"]["learning_rate"] == 0.01, "that of its steps"
     write_params(Path(), tiny_params())
 
 
