@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -80,7 +81,7 @@ def save_checkpoint(
         OSError: the folder cannot be written; one that was there before is left as it was.
     """
     check_replaceable(folder)
-    folder = Path(folder)
+    folder = _target(Path(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -107,6 +108,11 @@ def save_checkpoint(
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _target(folder: Path) -> Path:
+    """Return the folder that a link leads to, which is replaced in the link's place; any other folder as it is."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+
+
 def _swap(new: Path, folder: Path) -> None:
     old = _set_aside(folder)
     if folder.exists():
@@ -124,6 +130,7 @@ def _swap(new: Path, folder: Path) -> None:
 
 def _set_aside(folder: Path) -> Path:
     """Return where `save_checkpoint` keeps a folder while it puts the new one in its place."""
+    folder = _target(folder)
     return folder.with_name(f".{folder.name}.old")
 
 

@@ -63,6 +63,20 @@ def test_saving_again_replaces_the_whole_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    link, target = tmp_path / "model", tmp_path / "elsewhere" / "real"
+    saved(target)
+    link.symlink_to(target)
+    for seed in (1, 2):
+        saved(link, seed=seed)
+        assert link.readlink() == target
+        assert content(target) == content(saved(tmp_path / "expected", seed=seed))
+    target.rename(target.with_name(".real.old"))  # as a killed save leaves it
+    load_checkpoint(link)
+    saved(link)
+    assert [path.name for path in target.parent.iterdir()] == ["real"]
+
+
 def test_equal_weights_give_equal_bytes(tmp_path):
     assert content(saved(tmp_path / "a")) == content(saved(tmp_path / "b"))
 
