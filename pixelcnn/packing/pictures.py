@@ -71,7 +71,12 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
     num = _check_shape(path, images, config)
     if exact:
         return Images(num, lambda start, stop: _levels(path, images[start:stop], config))
-    return Images(num, lambda i, j: _levels(path, data.levels(split, slice(i, j), generator_for(i)).numpy(), config))
+
+    def read(start: int, stop: int) -> Tensor:
+        drawn = [data.levels(split, slice(i, i + 1), generator_for(i)) for i in range(start, stop)]
+        return _levels(path, torch.cat(drawn).numpy(), config)
+
+    return Images(num, read)
 
 
 def load_labels(path: Path, split: str, num_images: int, config: ModelConfig) -> Tensor:

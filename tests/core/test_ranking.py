@@ -114,6 +114,9 @@ def test_an_array_and_a_dataset_rank_as_their_pictures(checkpoint, tmp_path) -> 
     first, again = (rank(binary, tmp_path / "toy.safetensors", split="train") for _ in range(2))
     assert first.ends.max() == 1
     assert torch.equal(first.nats, again.nats)
+    with torch.no_grad():
+        nats = -log_prob(load_checkpoint(binary)[0], first.ends).double()
+    torch.testing.assert_close(nats, first.nats)  # all 24 are shown, as they were scored
     # A grey picture is rounded to the model's levels.
     Image.fromarray(np.full((6, 5), 200, np.uint8)).save(tmp_path / "grey.png")
     assert bool((rank(binary, tmp_path / "grey.png").ends == 1).all())
