@@ -138,6 +138,8 @@ def train_command(
 
     out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
+    if init_from is not None and state_file.exists() and rank == 0:
+        print(f"goes on from {state_file}: --init-from counts only at a start. Delete that file to start afresh.")
     fit(model, dataset, train_config, print_progress, state_file=state_file)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -252,7 +252,12 @@ def test_the_command_line_trains_on_from_joint_weights_and_scores_completion(tmp
     assert (model.config.context_features, model.config.context_width) == (3, 3)
     assert scores["test/completion_top_nats"] > 0
     assert scores["test/nll_nats"] == pytest.approx(evaluate(joint, data)["test/nll_nats"], rel=1e-4)
-    capsys.readouterr()
+    assert "goes on from" not in capsys.readouterr().out
+    assert main(arguments) == 0
+    message = (
+        f"goes on from {tmp_path}/model.state: --init-from counts only at a start. Delete that file to start afresh.\n"
+    )
+    assert message in capsys.readouterr().out
     command = ["evaluate", "--checkpoint", f"{tmp_path}/model", "--data", f"{tmp_path}/toy.safetensors"]
     assert main(command) == 0
     assert "completion" not in capsys.readouterr().out
