@@ -27,7 +27,7 @@ from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_w
 from pixelcnn.completion import complete, resample
 from pixelcnn.config import checked_config
 from pixelcnn.data import load_dataset
-from pixelcnn.evaluation import check_fit, evaluate, evaluate_completion, format_nll
+from pixelcnn.evaluation import check_fit, evaluate, evaluate_completion, format_nll, in_batches
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
@@ -214,7 +214,7 @@ def sample_command(
     config = model.config
     levels = sample(model, u, labels, temperature)
     with torch.inference_mode():
-        nats = -log_prob(model, levels, labels)
+        nats = -in_batches(log_prob, model, levels, labels)
     for value in nats.tolist():
         print(format_nll(value, config.image_shape, config.num_levels))
     _write_sheet(levels, config.num_levels, out)
@@ -261,7 +261,7 @@ def complete_command(
         choice = torch.rand(len(u), generator=generator).to(u.device)
         levels, effective = resample(model, images, observed, proposed, choice, labels)
         print(f"effective number of proposals: {effective.mean().item():.1f} of {proposals}")
-    for value in completion_log_prob(model, levels, observed, labels).tolist():
+    for value in in_batches(completion_log_prob, model, levels, observed, labels).tolist():
         print(f"log p(missing | observed) = {value:.2f} nats")
     shown = torch.where(observed[:1], images[:1], 0)
     _write_sheet(torch.cat([shown, levels]), config.num_levels, out)

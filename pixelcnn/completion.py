@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pixelcnn.evaluation import in_batches
 from pixelcnn.likelihood import completion_log_prob, log_prob, pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.observed import ink_of
@@ -131,8 +132,9 @@ def resample(
     label = None if label is None else label.repeat_interleave(num)
     levels = complete(model, repeated[0], repeated[1], u.flatten(0, 1), label)
     with torch.inference_mode():
-        joint = log_prob(model, levels, label)
-    weights = (joint - completion_log_prob(model, levels, repeated[1], label)).double().view(-1, num).softmax(dim=1)
+        joint = in_batches(log_prob, model, levels, label)
+    proposed = in_batches(completion_log_prob, model, levels, repeated[1], label)
+    weights = (joint - proposed).double().view(-1, num).softmax(dim=1)
     chosen = (weights.cumsum(dim=1) <= choice[:, None]).sum(dim=1).clamp(max=num - 1)
     return levels.view(-1, num, *levels.shape[1:])[torch.arange(len(chosen)), chosen], 1 / weights.square().sum(dim=1)
 

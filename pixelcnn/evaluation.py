@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,14 @@ def check_fit(config: ModelConfig, data: Dataset) -> None:
         )
     if config.num_labels not in (0, len(data.label_names)):
         raise ValueError(f"the model has {config.num_labels} labels, {data.name} has {len(data.label_names)}.")
+
+
+def in_batches(
+    score: Callable[..., Tensor], model: AutoregressiveModel, levels: Tensor, *others: Tensor | None
+) -> Tensor:
+    """Return score(model, levels, *others), (B,), in batches of `SCORED_BATCH`, so that memory does not grow with B."""
+    parts = [slice(i, i + SCORED_BATCH) for i in range(0, len(levels), SCORED_BATCH)]
+    return torch.cat([score(model, levels[p], *(None if x is None else x[p] for x in others)) for p in parts])
 
 
 def _batches(

@@ -212,6 +212,18 @@ def test_many_proposals_are_the_joint_models_conditional(architecture, wrong):
     assert effective.mean().item() == pytest.approx(num_proposals / float((proposed * weight).sum()), rel=0.3)
 
 
+def test_proposals_are_scored_in_batches():
+    model, sizes = tiny_model("pixelcnn", SHAPE, 3, num_labels=2), []
+    image, observed = random_levels(SHAPE, 3, 3), noise((1, 2, 3), 3, seed=5) < 0.4
+    given = (image, observed, torch.stack([noise(SHAPE, 40)] * 3), torch.rand(3), torch.tensor([0, -1, 1]))
+    levels, effective = resample(model, *given)
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    again = resample(model, *given)
+    assert sizes == [50, 50, 20] * 2, "the joint model's score of each, and that by which it was proposed"
+    assert torch.equal(again[0], levels)
+    torch.testing.assert_close(again[1], effective)
+
+
 def test_a_choice_needs_noise_of_its_own():
     model = tiny_model("pixelcnn", SHAPE, 3)
     image, observed = random_levels(SHAPE, 3, 2), torch.zeros(2, 1, 2, 3, dtype=torch.bool)
