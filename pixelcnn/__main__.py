@@ -241,7 +241,6 @@ def complete_command(
         png = image.read_bytes()
     except OSError as error:
         raise ValueError(f"--image {image} cannot be read: {error.strerror}.") from None
-    given = from_png(png, config.image_shape, config.num_levels)
     row, column = torch.arange(height)[:, None], torch.arange(width)
     half = {
         "top": row < height // 2,
@@ -249,6 +248,7 @@ def complete_command(
         "left": column < width // 2,
         "right": column >= width // 2,
     }[known]
+    given = from_png(png, config.image_shape, config.num_levels, observed=half)
     observed = half.expand(len(u), 1, height, width).to(u.device)
     images = given.expand(len(u), -1, -1, -1).to(u.device)
     if proposals == 1:

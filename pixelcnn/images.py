@@ -31,18 +31,21 @@ def to_png(levels: Tensor, num_levels: int, optimize: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int, exact: bool = False) -> Tensor:
+def from_png(
+    png: bytes, image_shape: tuple[int, int, int], num_levels: int, exact: bool = False, observed: Tensor | None = None
+) -> Tensor:
     """Read a PNG of exactly the size of an image as levels; it is never resized.
 
     Args:
         exact: refuse a picture whose pixels are not all levels, in place of rounding them.
+        observed: (..., H, W) bool, or what broadcasts to it: the pixels that count; None for all.
 
     Returns:
         (C, H, W) int64 in [0, K): grey values, or RGB, rounded to the nearest of the K levels.
 
     Raises:
-        ValueError: it is no PNG, it is larger than 1 MB, of another size, of 16 bits, animated, or would be changed and
-            must not.
+        ValueError: it is no PNG, it is larger than 1 MB, of another size, of 16 bits, animated, transparent where it
+            counts, or would be changed and must not.
     """
     channels, height, width = image_shape
     if len(png) > MAX_PNG_BYTES:
@@ -55,6 +58,7 @@ def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int, exa
     try:
         file = Image.open(io.BytesIO(png), formats=["PNG"])
         picture = file.convert("L" if channels == 1 else "RGB") if file.size == (width, height) else None
+        alpha = file.convert("RGBA").tobytes()[3::4] if picture is not None and file.has_transparency_data else b""
     except Exception as error:  # a decoder that is fed with anything may raise anything
         # Of what is no PNG at all, Pillow's sentence names an object in memory.
         why = f" ({error})" if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) else ""
@@ -71,6 +75,10 @@ def from_png(png: bytes, image_shape: tuple[int, int, int], num_levels: int, exa
                 f"image must hold the {num_levels} levels of {colours} of the model and nothing else (black is the "
                 "first one, white the last one): others would be changed."
             )
+    elif alpha:
+        clear = torch.frombuffer(bytearray(alpha), dtype=torch.uint8).reshape(height, width) < 255
+        if bool((clear if observed is None else clear & observed).any()):
+            raise ValueError("image is transparent where it counts: lay it on black or white first.")
     return levels
 
 

@@ -39,14 +39,14 @@ def _check_levels(name: str, value: Any, levels: Tensor, expected: str) -> None:
         raise RequestError(f"{name}[{row}][{column}] must be {expected}, got {quoted(value[row][column])}.")
 
 
-def _read_png(text: str, config: ModelConfig) -> Tensor:
+def _read_png(text: str, config: ModelConfig, observed: Tensor | None) -> Tensor:
     """Return a PNG in base64 as (C, H, W) int64 levels."""
     try:
         png = base64.b64decode(text, validate=True)
     except ValueError as error:
         raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
     try:
-        return from_png(png, config.image_shape, config.num_levels)
+        return from_png(png, config.image_shape, config.num_levels, observed=observed)
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -70,11 +70,11 @@ def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) 
         observed: (1, 1, H, W) bool; None where every pixel counts.
 
     Raises:
-        RequestError: another shape, an unreadable PNG, or an observed level outside of 0 to K - 1.
+        RequestError: another shape, an unreadable PNG, or an observed pixel that is transparent or no level.
     """
     channels, height, width = config.image_shape
     if isinstance(value, str):
-        levels = _read_png(value, config)
+        levels = _read_png(value, config, observed)
     else:
         shape = (height, width) if channels == 1 else (height, width, channels)
         levels = (

@@ -57,6 +57,24 @@ def test_other_kinds_of_png_are_converted():
     assert from_png(png_bytes(Image.new("L", (1, 1), 7)), (3, 1, 1), 256).flatten().tolist() == [7, 7, 7]
 
 
+def test_what_is_transparent_is_not_read_as_ink():
+    """White strokes on white that is clear would be a white page."""
+    clear = torch.tensor([[True, False], [False, False]])
+    alpha = Image.fromarray(torch.where(clear, 0, 255).byte().numpy())
+    message = "image is transparent where it counts: lay it on black or white first."
+    for mode in ("L", "RGB"):
+        picture = Image.new(mode, (2, 2), "white")
+        picture.putalpha(alpha)
+        for observed in (None, clear, clear[None, None], clear[:1]):
+            with pytest.raises(ValueError, match=exactly(message)):
+                from_png(png_bytes(picture), (1, 2, 2), 2, observed=observed)
+        assert bool((from_png(png_bytes(picture), (1, 2, 2), 2, observed=~clear) == 1).all())
+    palette = io.BytesIO()
+    Image.new("P", (2, 2)).save(palette, "PNG", transparency=0)
+    with pytest.raises(ValueError, match=exactly(message)):
+        from_png(palette.getvalue(), (1, 2, 2), 2)
+
+
 def test_a_png_of_another_size_is_never_resized():
     for shape in ((2, 3), (3, 2), (28, 28)):
         with pytest.raises(ValueError, match=exactly(f"image must be 4 x 5 pixels, got {shape[0]} x {shape[1]}.")):

@@ -85,6 +85,7 @@ GREY_PICTURE = Image.new("L", (4, 5))
             saved(GREY_PICTURE, save_all=True, append_images=[Image.new("L", (4, 5), 255)]),
             "image is an animated PNG: take one picture of it.",
         ),
+        (saved(Image.new("LA", (4, 5))), "image is transparent where it counts"),
         (saved(GREY_PICTURE)[:-20], "image is no readable PNG"),
         (saved(GREY_PICTURE)[:40], "image is no readable PNG"),
         (b"\x89PNG\r\n\x1a\n", "image is no readable PNG"),
@@ -117,6 +118,14 @@ def test_other_kinds_of_png_mean_what_they_show(client, mode):
     picture = Image.fromarray(np.array([[0, 255, 0, 255]] * 5, np.uint8)).convert(mode)
     expected = client.post("/likelihood", json={"dataset": "grey", "image": [[0, 1, 0, 1]] * 5}).json()
     assert score(client, saved(picture)).json() == expected
+
+
+def test_a_png_may_be_transparent_where_it_is_missing(client):
+    picture = base64.b64encode(saved(Image.new("LA", (4, 5)))).decode()
+    request = {"dataset": "grey", "image": picture, "observed": OBSERVED}
+    assert client.post("/complete", json=request).status_code == 200
+    request["observed"] = [[0, 1, 0, 0], *OBSERVED[1:]]
+    assert error_of(client.post("/complete", json=request)).startswith("image is transparent where it counts")
 
 
 def test_a_damaged_png_is_refused_or_read_but_never_an_error_of_ours(client):
