@@ -40,6 +40,8 @@ POLL_S = 1.0
 MAX_RESTARTS = 3  # within RESTARTS_S: what ends more often than that does not run here
 RESTARTS_S = 3600
 HEARTBEAT_S = 30  # the least that Prefect allows; its default, 180, would show a crash after nine minutes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, or the terminal closed
+SIGN_OF_LIFE_S = 45  # a worker gives one every 30 s by Prefect's default, or a third more
 AUTOMATIONS_FILE = Path(__file__).with_name("automations.yaml")
 
 app = Typer(add_completion=False, rich_markup_mode=None)
@@ -64,9 +66,22 @@ def await_server(server: subprocess.Popen[bytes], url: str) -> None:
 
 
 def has_worker() -> bool:
-    """Say whether the environment's pool has a worker that is alive."""
-    with get_client(sync_client=True) as client:
-        return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(in_prefect(POOL)))
+    """Say whether a worker of the environment's pool gives a new sign of life.
+
+    One that was stopped does not say so: it stays ONLINE for a minute and a half.
+    """
+
+    def signs() -> set[tuple[str, Any]]:
+        with get_client(sync_client=True) as client:
+            workers = client.read_workers_for_work_pool(in_prefect(POOL))
+        return {(worker.name, worker.last_heartbeat_time) for worker in workers if worker.status == "ONLINE"}
+
+    known, deadline = signs(), time.monotonic() + SIGN_OF_LIFE_S
+    while known and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        if signs() - known:
+            return True
+    return False
 
 
 def schedules_there() -> dict[str, list[bool]]:
@@ -137,8 +152,9 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
         if name == "server":
             await_server(processes[name], url)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` asks for
+            signal.signal(number, interrupt)
     try:
         if not is_healthy(url):
             address = urlsplit(url)
@@ -148,7 +164,7 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
         with temporary_settings({PREFECT_API_URL: url}):
             deploy(environment)
             automate()
-            has_one = has_worker()
+            has_one = "server" not in kept and has_worker()
         if has_one:
             print(f"Ready: the pool {pool} of {url} has a worker already.", flush=True)
         else:
@@ -170,7 +186,16 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
     except KeyboardInterrupt:
         print("ending ...", flush=True)
     finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         stop(list(processes.values()))
+
+
+def interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt, once: what ends the processes must not be interrupted itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

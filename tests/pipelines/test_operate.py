@@ -1,25 +1,32 @@
 """`python -m pipelines.operate` with a stand-in for Prefect's command: what ends, and how often it is started again."""
 
+import contextlib
 import logging
 import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import TERMINAL_STATES
 
 from pipelines import operate
 from pipelines.flows import drift
 from tests.local import free_port
 from tests.pipelines.projects import ROOT
+from tools.faults.check import in_process
 
-# A server lives for SERVER_S seconds; a worker lives as long as a server answers.
+# A server lives for SERVER_S seconds; a worker lives as long as a server answers. With DEAF both ignore SIGTERM.
 PREFECT = """
-import http.server, os, sys, threading, time, urllib.request
+import http.server, os, signal, sys, threading, time, urllib.request
 from pathlib import Path
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -29,6 +36,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+if "DEAF" in os.environ:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 words = [word for word in sys.argv[1:] if not word.startswith("--no-")]
 with open("log", "a") as log:
     print(" ".join(words[:2]), os.getpid(), file=log)
@@ -59,7 +68,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(operate, "automate", lambda: None)
     monkeypatch.setattr(operate, "has_worker", lambda: False)
     monkeypatch.setattr(operate, "schedules_there", dict)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in operate.SIGNALS}
     yield f"http://127.0.0.1:{free_port()}/api"
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -104,6 +113,70 @@ def test_a_worker_whose_server_was_not_started_here_and_is_gone_ends_it_too(
     assert operate.main(["--url", url]) == 1
     assert "the worker ended again and again, at last with exit code 1" in capsys.readouterr().err
     assert len(started()["worker start"]) == 1 + operate.MAX_RESTARTS
+
+
+@pytest.mark.parametrize("sent", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP,)], ids=["twice", "terminal closed"])
+def test_whatever_ends_it_ends_all_that_was_started(
+    url: str, monkeypatch: pytest.MonkeyPatch, sent: tuple[signal.Signals, ...]
+) -> None:
+    monkeypatch.setenv("SERVER_S", "60")
+    monkeypatch.setenv("DEAF", "1")
+    monkeypatch.setattr(operate, "STOP_S", 0.5)
+    monkeypatch.setattr(operate, "has_worker", lambda: pytest.fail("the server was not there: nobody works for it"))
+
+    def send() -> None:
+        while "worker start" not in Path("log").read_text():
+            time.sleep(0.1)
+        for number in sent:
+            time.sleep(0.3)
+            os.kill(os.getpid(), number)
+
+    def work() -> None:
+        threading.Thread(target=send, daemon=True).start()
+        assert operate.main(["--url", url]) == 0
+
+    Path("log").touch()
+    status = in_process(work)
+    alive = [pid for what in ("server start", "worker start") for pid in started()[what] if is_alive(pid)]
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert (status, alive) == (0, [])
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+    monkeypatch.setattr(operate, "is_healthy", lambda _: True)
+    monkeypatch.setattr(operate, "has_worker", lambda: True)
+    monkeypatch.setattr(operate, "deploy", lambda _: found.append(signal.getsignal(signal.SIGHUP)))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert operate.main(["--url", url]) == 0
+    assert found == [signal.SIG_IGN]
+
+
+def test_a_worker_that_was_stopped_is_none(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To Prefect it is ONLINE for a minute and a half more."""
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(operate, "POLL_S", 0.1)
+    monkeypatch.setattr(operate, "SIGN_OF_LIFE_S", 2)
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=operate.POOL, type="process"))
+        assert not operate.has_worker()
+
+        def live() -> None:
+            client.send_worker_heartbeat(operate.POOL, "a worker", 30)
+
+        live()
+        assert not operate.has_worker()
+        threading.Timer(0.5, live).start()
+        assert operate.has_worker()
+
+
+def test_a_run_that_has_ended_is_not_a_silent_one() -> None:
+    automations = yaml.safe_load(operate.AUTOMATIONS_FILE.read_text())
+    (silent,) = [one["trigger"] for one in automations if one["name"] == "a silent run has crashed"]
+    ended = {state.value.title() for state in TERMINAL_STATES} | {"TimedOut"}  # a state FAILED of another name
+    assert {f"prefect.flow-run.{name}" for name in ended} <= set(silent["expect"])
 
 
 def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
