@@ -298,7 +298,7 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
     """Make an earlier champion the champion again, and serve it; the present one becomes `previous`.
 
     All that were champion since are passed over by promotions from then on, and by rollbacks: a second one goes further
-    back. A rollback that was cut off is completed, and no second one is made.
+    back. A rollback that was cut off is completed, and no second one is made unless it is to another version.
 
     Args:
         to: a version that was champion; None for the one before the present champion.
@@ -310,9 +310,9 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
     """
     with champion_lock(dataset):
         cut_off = [r for _, r in decisions.unfinished_decisions(dataset) if r and r["decision"] == ROLLED_BACK]
-        completed = complete_moves(dataset)
-        if cut_off and completed:
-            return {**cut_off[-1], "text": " ".join(completed)}
+        told = "".join(f"{text} " for text in complete_moves(dataset))
+        if cut_off and told and (to is None or str(to) == cut_off[-1]["new"]):
+            return {**cut_off[-1], "text": told.strip()}
         found = {version.version: version for version in registry.versions(dataset)}
         present = registry.aliases(dataset).get(CHAMPION, "")
         champion, made = found.get(present), decisions.decisions(dataset)
@@ -324,8 +324,8 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         if champion is None or target is None:
             wanted = "no previous champion" if to is None else f"no earlier champion of version {to}"
             raise LookupError(
-                f"{registered_name(dataset)} has {wanted} to roll back to: nothing moved. Earlier champions: "
-                f"{', '.join(earlier) or 'none'}." + (" Name one: --to N." if earlier and to is None else "")
+                f"{registered_name(dataset)} has {wanted} to roll back to: {told or 'nothing moved. '}Earlier "
+                f"champions: {', '.join(earlier) or 'none'}." + (" Name one: --to N." if earlier and to is None else "")
             )
         since = past[len(past) - past[::-1].index(target.version) :]
         with decisions.decision_run(dataset, "rollback", why) as run_id:
@@ -339,7 +339,7 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
                 "rolled_back": champion.lineage(),
                 "passed_over": sorted({champion.version, *since} - {target.version}, key=int),
                 "decision_run_id": run_id,
-                "text": f"{dataset}: version {target.version} is the champion again and "
+                "text": f"{told}{dataset}: version {target.version} is the champion again and "
                 f"{store.tag_of(target.lineage())} is served; version {champion.version} is now `previous` and is not "
                 "promoted again by itself.",
             }

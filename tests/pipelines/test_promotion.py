@@ -499,6 +499,29 @@ def test_rollback_to_a_version_passes_over_all_that_came_after(toy):
     assert toy.served()["version"] == first
 
 
+def test_a_rollback_that_was_cut_off_is_not_taken_for_another(toy, monkeypatch):
+    for ink in (0.4, 0.3, 0.2, INK):
+        assert toy.promote(toy.register(ink))["decision"] == "promoted"
+
+    def cut_off(*_):
+        raise OSError("cut off here")
+
+    for wanted in (9, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "serve", cut_off)
+            with pytest.raises(UnfinishedMoveError):
+                run_rollback(toy.name)
+        if wanted == 9:
+            said = r"no earlier champion of version 9 to roll back to: .* is carried out: .*version 3 is the champion "
+            with pytest.raises(LookupError, match=said):
+                run_rollback(toy.name, 9)
+            assert toy.aliases["champion"] == "3"
+    report = run_rollback(toy.name, 1)
+    assert re.match(r".* is carried out: .*version 2 is the champion .*version 1 is the champion ", report["text"])
+    assert (report["new"], report["old"]) == ("1", "2")
+    assert (toy.aliases["champion"], toy.served()["version"]) == ("1", "1")
+
+
 def test_only_the_version_that_is_named_competes(toy):
     first, middling, best = toy.register(0.3), toy.register(0.2), toy.register(INK)
     assert toy.promote(middling)["new"] == middling
