@@ -71,9 +71,9 @@ def promote(
         return report
     params = load_params()
     params.dataset(dataset)
-    data = load(dataset)
     registered: list[str] = []
     try:
+        data = load(dataset)
         if not dry_run:
             # A registry that was lost and begun anew goes on with the champion that is served.
             served = [] if CHAMPION in registry.aliases(dataset) else repair(dataset)

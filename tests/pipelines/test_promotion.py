@@ -719,6 +719,17 @@ def test_an_error_is_blamed_on_whom_it_comes_from(mnist5k, without_prefect, monk
     assert json.loads(Path("reports/promotions/mnist5k.json").read_text())["text"] == str(raised.value)
 
 
+def test_a_report_is_not_of_an_earlier_day(mnist5k, without_prefect):
+    mnist5k.register(INK)
+    promotion_flow.promote.fn("mnist5k")
+    Path("data/mnist5k.safetensors").unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        promotion_flow.promote.fn("mnist5k")
+    report = json.loads(Path("reports/promotions/mnist5k.json").read_text())
+    assert report["decision"] == "failed"
+    assert report["text"].startswith("mnist5k: nothing moved: data/mnist5k.safetensors does not exist. Make it: ")
+
+
 def test_a_report_does_not_deny_what_has_moved(mnist5k, without_prefect, monkeypatch):
     mnist5k.register(INK)
 
