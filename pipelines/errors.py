@@ -12,7 +12,7 @@ from typer.main import get_command
 # IndexError, are bugs.
 _USER_ERRORS = (ValueError, FloatingPointError, OSError)
 # What is wrong with a store or server; their own exceptions are no part of ours.
-_OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy")
+_OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy", "sqlite3", "safetensors")
 _SHOWN = ("pipelines.stages", "pixelcnn.evaluation")  # loggers
 _MAX_CHARACTERS = 400  # of a reason: MLflow's hold whole statements of SQL
 

@@ -40,13 +40,19 @@ def prepared_file(dataset: str) -> Path:
 
 
 def recorded_hash(dataset: str) -> str | None:
-    """Return the MD5 of a prepared file as a `dvc.lock` records it; None if none does."""
+    """Return the MD5 of a prepared file as a `dvc.lock` records it; None if none does.
+
+    Raises:
+        ValueError: a `dvc.lock` cannot be read.
+    """
     for path in LOCK_FILES:
         try:
             stages = yaml.safe_load(Path(path).read_text())["stages"]
             return str(stages[f"prepare@{dataset}"]["outs"][0]["md5"])
         except (FileNotFoundError, KeyError):
             continue
+        except (yaml.YAMLError, TypeError, IndexError):
+            raise ValueError(f"{path} cannot be read: resolve its git conflict, or wait until dvc has ended.") from None
     return None
 
 

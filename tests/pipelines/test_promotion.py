@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import socket
+import sqlite3
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import get_client
+from safetensors import SafetensorError
 
 from pipelines import steps
 from pipelines.flows import promote as promotion_flow
@@ -698,9 +700,11 @@ def test_a_registry_is_named_without_its_password(monkeypatch):
     [
         (OSError(28, "No space left on device"), "mnist5k: nothing moved: [Errno 28] No space left on device"),
         (MlflowException("x" * 5000 + " No space left"), "No space left). Run this again once it works."),
+        (sqlite3.OperationalError("database or disk is full"), "nothing moved: database or disk is full"),
+        (SafetensorError("I/O error: No space left"), "mnist5k: nothing moved: I/O error: No space left"),
         (KeyError("outs"), None),
     ],
-    ids=["disk", "mlflow", "ours"],
+    ids=["disk", "mlflow", "database", "scores", "ours"],
 )
 def test_an_error_is_blamed_on_whom_it_comes_from(mnist5k, without_prefect, monkeypatch, error, said):
     def fail(*_):

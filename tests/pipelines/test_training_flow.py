@@ -810,6 +810,18 @@ def test_a_mistake_in_params_is_one_sentence(project: Path, capsys: pytest.Captu
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "text", ["", "stages:\n", "stages:\n<<<<<<< HEAD\n  a: b\n=======\n", "stages: {prepare@mnist5k: {outs: []}}"]
+)
+def test_a_lock_that_cannot_be_read_is_one_sentence(
+    project: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    Path("dvc.lock").write_text(text)
+    assert steps.main(["train", PAIR]) == 1
+    said = "train: dvc.lock cannot be read: resolve its git conflict, or wait until dvc has ended.\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("error", [AssertionError, KeyError, IndexError, TypeError])
 def test_a_bug_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def bug(*words: object) -> None:
