@@ -134,12 +134,12 @@ def train_pair(
     inputs = None if state else train.inputs_of(pair, params, train.load(dataset), half)
     lock = out_folder.with_name(f".{out_folder.name}.lock")
     with file_lock(lock, f"the training of {pair}", get_run_logger().warning) as waited:
+        trained = out_folder.parent / ".trained" / out_folder.name
         found = find_task(inputs, dataset, out_folder, report_folder) if inputs and (reuse or waited) else None
         if found is None:
-            trained = out_folder.parent / ".trained" / out_folder.name
             train_task(pair, trained, Path(state) if state else None, half)
             evaluate_task(pair, trained, out_folder, report_folder)
             found = register_task(out_folder, report_folder)
-            _finished.append(trained)
+        _finished.append(trained)  # a run that was cut off may have left it, whoever did the work
         show_training(pair, out_folder, report_folder, found["version"])
     return found

@@ -323,8 +323,9 @@ def test_a_training_is_not_lost_with_the_store(trained, monkeypatch: pytest.Monk
     assert list(Path("models").glob(".*")) == []
 
 
+@pytest.mark.parametrize("reuse", [False, True])
 def test_a_training_whose_end_prefect_did_not_hear_of_is_not_done_again(
-    trained, monkeypatch: pytest.MonkeyPatch
+    trained, monkeypatch: pytest.MonkeyPatch, reuse: bool
 ) -> None:
     set_state = FlowRunEngine.set_state
 
@@ -337,10 +338,11 @@ def test_a_training_whose_end_prefect_did_not_hear_of_is_not_done_again(
         patch.setattr(FlowRunEngine, "set_state", cut_off)
         with pytest.raises(httpx.ConnectError):
             train_pair(PAIR, "models/unheard", "reports/unheard")
+    training_flow._finished.clear()  # the process has ended
     num_runs = len(runs())
     reports: list[object] = []
     monkeypatch.setattr(train_stage, "format_progress", lambda report, data: reports.append(report) or "")
-    assert train_pair(PAIR, "models/unheard", "reports/unheard")["version"] == trained[1]["version"]
+    assert train_pair(PAIR, "models/unheard", "reports/unheard", reuse=reuse)["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert len(runs()) == num_runs
     assert list(Path("models").glob(".*")) == []
