@@ -61,6 +61,8 @@ def show_decision(report: Report) -> None:
 def remove_cancelled(flow: Any, flow_run: Any, state: Any) -> None:
     """Show the trainings of a cancelled run as KILLED in MLflow, and remove the folder that was made for the run."""
     folder = DEPLOYMENTS_FOLDER / str(flow_run.id)
-    for file in folder.rglob(RUN_ID_FILE):
-        tracking.client().set_terminated(file.read_text(), "KILLED")
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for file in folder.rglob(RUN_ID_FILE):
+            tracking.client().set_terminated(file.read_text(), "KILLED")
+    finally:  # MLflow may be away
+        shutil.rmtree(folder, ignore_errors=True)

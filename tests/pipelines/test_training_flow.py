@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from pipelines import steps
 from pipelines.files import file_lock
+from pipelines.flows import shown
 from pipelines.flows import train as training_flow
 from pipelines.flows.train import train_pair
 from pipelines.params import load_params
@@ -497,6 +498,21 @@ def test_a_training_that_is_stopped_is_a_killed_run(trained, monkeypatch: pytest
     (killed,) = [run for run in runs() if run.info.run_id not in before]
     assert killed.info.status == "KILLED"
     assert "system/cpu_utilization_percentage" in killed.data.metrics
+
+
+def test_a_cancelled_run_leaves_no_folder_while_the_store_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(shown, "DEPLOYMENTS_FOLDER", tmp_path)
+    monkeypatch.setattr(tracking, "client", away)
+    (tmp_path / "its ID/.trained").mkdir(parents=True)
+    (tmp_path / "its ID/.trained" / live_run.RUN_ID_FILE).write_text("a run")
+    with pytest.raises(OSError, match="no route to host"):
+        shown.remove_cancelled(None, SimpleNamespace(id="its ID"), None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_shows_scores_and_pictures(trained) -> None:
