@@ -324,7 +324,8 @@ def register(run_id: str, model_id: str, folder: Path, pair: str, dataset: str) 
 
 def identity(folder: Path) -> tuple[str, str]:
     """Return the weights' SHA-256 and the hash of the data they were measured on; each empty where no file says it."""
-    config, scores = (json.loads((folder / name).read_text()) for name in (CONFIG_FILE, SCORES_FILE))
+    paths = (folder / CONFIG_FILE, folder / SCORES_FILE)
+    config, scores = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
     return config.get("weights_sha256", ""), scores.get("data_hash", "")
 
 

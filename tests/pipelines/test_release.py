@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,10 +136,20 @@ def test_scores_that_cannot_be_checked_are_refused(weights: Path) -> None:
         release(PAIR)
 
 
-def test_a_damaged_checkpoint_does_not_keep_out_the_others(weights: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b"damaged"),
+        lambda folder: (folder / "scores.json").unlink(),
+    ],
+    ids=["damaged", "half fetched"],
+)
+def test_a_checkpoint_that_is_not_whole_does_not_keep_out_the_others(
+    weights: Path, damage: Callable[[Path], object]
+) -> None:
     for pair in (PAIR, "gated_pixelcnn-mnist5k"):
         shutil.copytree(write_weights(seed=0, pair=pair), Path("models") / pair)
-    (Path("models") / PAIR / "model.safetensors").write_bytes(b"damaged")
+    damage(Path("models") / PAIR)
     said = sorted(text.partition(" is ")[2][:14] for text in register_trained("mnist5k"))
     assert said == ["not registered", "registered as "]
     assert [version.tags["pair"] for version in registry.versions("mnist5k")] == ["gated_pixelcnn-mnist5k"]
