@@ -62,8 +62,9 @@ class Prometheus:
     """A Prometheus that scrapes a port each second; the rules' times are short, their numbers those of this test."""
 
     def __init__(self, folder: Path, target: int) -> None:
-        text = re.sub(r"\[5m\]", "[4s]", (OPS / "prometheus/alerts.yaml").read_text())
-        text = re.sub(r"for: \w+", "for: 0s", text).replace("> 2\n", "> 0.000001\n").replace(">= 500", ">= 2")
+        text = (OPS / "prometheus/alerts.yaml").read_text().replace("[5m]", "[4s]").replace("[1d:5m]", "[1m:1s]")
+        text = re.sub(r"for: \w+", "for: 0s", text).replace("> 2\n", "> 0.000001\n")
+        text = re.sub(r">= [25]00", ">= 2", text)
         (folder / "alerts.yaml").write_text(text)
         settings = yaml.safe_load((OPS / "prometheus/prometheus.yaml").read_text())
         settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
