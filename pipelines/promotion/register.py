@@ -136,9 +136,23 @@ def _make_first(version: Version, cause: str, text: str, why: str | None) -> Non
 
 
 def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
-    """Repair each dataset that the registry or the store knows; return what was done, in sentences."""
-    served = [str(store.metadata_of(tag)["dataset"]) for tag in store.served()]
-    return [text for dataset in sorted({*registry.datasets(), *served}) for text in repair(dataset, take_over, why)]
+    """Repair each dataset that the registry or the store knows; return what was done, in sentences.
+
+    Raises:
+        LookupError: another registry feeds the store.
+        ValueError: at the end, naming what was done, and the datasets that could not be repaired.
+    """
+    served = [tag.partition(":")[0].removeprefix(tracking.registered_name("")) for tag in store.served()]
+    done: list[str] = []
+    failed: list[str] = []
+    for dataset in sorted({*registry.datasets(), *served}):
+        try:
+            done += repair(dataset, take_over, why)
+        except (ValueError, OSError) as error:  # one damaged champion does not keep out the others
+            failed.append(f"{dataset} ({reason(error)})")
+    if failed:
+        raise ValueError(" ".join([*done, f"These datasets could not be repaired: {'; '.join(failed)}."]))
+    return done
 
 
 def release_all(why: str | None = None) -> list[str]:

@@ -159,6 +159,28 @@ def test_a_backup_is_restored_in_another_place(toy, tmp_path, monkeypatch):
     assert toy.served()["version"] == "1"
 
 
+def test_what_cannot_be_repaired_does_not_keep_out_the_others(toy, capsys):
+    other = Toy("other", toy.folder)
+    other.register(INK)
+    other.promote()
+    champion = registry.versions("mnist5k")[-1]
+    (artifact,) = Path("mlruns").rglob(f"{champion.run_id}/**/model.safetensors")
+    artifact.write_bytes(b"damaged")
+    (store.folder_of(str(store.latest(NAME))) / "model.yaml").write_text("{")
+    strange = store.folder_of("pixelcnn-strange")
+    (strange / "1").mkdir(parents=True)
+    (strange / "1/model.yaml").write_text("metadata: {}")
+    (strange / "latest").write_text("1")
+    served = other.served()
+    remove(store.folder_of("pixelcnn-other"))
+    assert steps.main(["repair"]) == 1
+    assert other.served()["weights_sha256"] == served["weights_sha256"]
+    error = capsys.readouterr().err
+    assert error.startswith("repair: other: the model store serves pixelcnn-other:v1-")
+    assert " These datasets could not be repaired: mnist5k (pixelcnn-mnist5k version 2 does not hold" in error
+    assert "; strange (pixelcnn-strange:1 in " in error
+
+
 @pytest.mark.slow
 def test_a_backup_while_others_write(toy, monkeypatch):
     """Each of some backups, taken at any moment of promotions and rollbacks, is whole."""
