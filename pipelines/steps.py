@@ -262,7 +262,7 @@ def rollback(
 @app.command()
 def repair(
     take_over: Annotated[
-        bool, Option("--take-over", help="feed the model store from now on, whichever registry did")
+        bool, Option("--take-over", help="feed the store from now on, whichever registry did; follow moved artifacts")
     ] = False,
     why: _Why = None,
 ) -> None:

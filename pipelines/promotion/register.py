@@ -15,6 +15,7 @@ from pipelines.promotion.reference import REFERENCE_FILE
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
+from pipelines.registry.backup import follow_artifacts
 from pipelines.registry.decisions import KEPT, PROMOTED, RELEASED, Report
 from pipelines.registry.provenance import prepared_file
 from pipelines.registry.stated import CHECKED_IMAGES, check_scores
@@ -138,12 +139,15 @@ def _make_first(version: Version, cause: str, text: str, why: str | None) -> Non
 def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
     """Repair each dataset that the registry or the store knows; return what was done, in sentences.
 
+    Args:
+        take_over: see `repair`; artifacts that were moved with the registry are found again, too.
+
     Raises:
         LookupError: another registry feeds the store.
         ValueError: at the end, naming what was done, and the datasets that could not be repaired.
     """
     served = [tag.partition(":")[0].removeprefix(tracking.registered_name("")) for tag in store.served()]
-    done: list[str] = []
+    done = follow_artifacts() if take_over else []
     failed: list[str] = []
     for dataset in sorted({*registry.datasets(), *served}):
         try:

@@ -14,6 +14,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
+from urllib.parse import unquote, urlsplit
 
 from pipelines.errors import reason
 from pipelines.registry import decisions, store
@@ -45,7 +46,8 @@ def backup(file: Path) -> str:
     """Write registry and model store into a file, whole or not at all; return what was done, in one sentence.
 
     Raises:
-        ValueError: the registry is no SQLite file; or the file is there already, or cannot be written there.
+        ValueError: the registry is no SQLite file, or its artifacts do not lie beside it; or the file is there already,
+            or cannot be written there.
         LookupError: there is no registry.
     """
     database = _database()
@@ -55,6 +57,11 @@ def backup(file: Path) -> str:
         )
     check_absent(file)
     artifacts = database.with_name(_ARTIFACTS)
+    if elsewhere := [root for root in _roots(database) if not root.is_relative_to(artifacts)]:
+        raise ValueError(
+            f"{database} says that its artifacts lie in {elsewhere[0]}, not in {artifacts}: nothing is backed up. If "
+            "they were moved, put them there, and then: python -m pipelines.steps repair --take-over."
+        )
     with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as temporary:
         manifest, snapshot, new = (Path(temporary) / name for name in (_MANIFEST, _DATABASE, "new"))
         manifest.write_text(json.dumps({"registry": decisions.registry_id(), "artifacts": str(artifacts)}))
@@ -150,6 +157,28 @@ def _unpack(file: Path, folder: Path) -> dict[str, str]:
     for name in (_ARTIFACTS, _STORE):
         (folder / name).mkdir(exist_ok=True)
     return told
+
+
+def follow_artifacts() -> list[str]:
+    """Let a database name the artifacts that were moved with it where they are now; return what was done, in sentences.
+
+    It holds full paths.
+    """
+    database = sqlite_file()
+    if database is None or not database.exists():
+        return []
+    artifacts = database.with_name(_ARTIFACTS)
+    moved = [root for root in _roots(database) if root.name == _ARTIFACTS and not root.exists() and artifacts.is_dir()]
+    for root in moved:
+        _relocate(database, root, artifacts)
+    return [f"the registry's artifacts are those in {artifacts} now: {root} is gone." for root in moved]
+
+
+def _roots(database: Path) -> list[Path]:
+    """Return the folders where a database says that artifacts lie; MLflow's own `Default` holds none of ours."""
+    query = "SELECT DISTINCT artifact_location FROM experiments WHERE name != 'Default'"
+    with closing(sqlite3.connect(database)) as connection:
+        return [Path(unquote(urlsplit(location).path)) for (location,) in connection.execute(query)]
 
 
 def _relocate(database: Path, old: Path, new: Path) -> None:

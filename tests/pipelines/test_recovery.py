@@ -52,7 +52,7 @@ def made(tmp_path_factory, new_database):
 @pytest.fixture
 def toy(made, monkeypatch):
     """That clone as it was made, in its place."""
-    remove(*made.folder.parent.glob("[!c]*"), made.folder)  # what a test has left
+    remove(*set(made.folder.parent.iterdir()) - {made.folder.with_name("copy")})  # what a test has left
     shutil.copytree(made.folder.with_name("copy"), made.folder)
     alone(monkeypatch, made.folder)
     forget_connections()
@@ -157,6 +157,30 @@ def test_a_backup_is_restored_in_another_place(toy, tmp_path, monkeypatch):
     check(served, 2)
     run("rollback", "mnist5k")
     assert toy.served()["version"] == "1"
+
+
+@pytest.mark.slow
+def test_a_registry_that_was_moved_finds_its_artifacts_again(toy, monkeypatch, capsys):
+    served, moved = toy.served(), toy.folder.with_name("moved")
+    toy.folder.rename(moved)
+    alone(monkeypatch, moved)
+    for words in (["backup", "../backup"], ["rollback", "mnist5k"]):
+        assert steps.main(words) == 1
+    assert f"artifacts lie in {toy.folder}/mlruns, not in {moved}/mlruns: nothing is" in capsys.readouterr().err
+    run("repair", "--take-over")
+    check(served, 2)
+    run("rollback", "mnist5k")
+    assert toy.served()["version"] == "1"
+    run("backup", "../backup")
+
+
+def test_the_database_alone_is_not_the_registry(toy, tmp_path, monkeypatch, capsys):
+    shutil.move("mlflow.db", tmp_path)
+    alone(monkeypatch, tmp_path)
+    for words in (["backup", "backup"], ["repair", "--take-over"], ["backup", "backup"]):
+        steps.main(words)
+    assert capsys.readouterr().err.count(f"lie in {toy.folder}/mlruns, not in {tmp_path}/mlruns: nothing is") == 2
+    assert not Path("backup").exists()
 
 
 def test_what_cannot_be_repaired_does_not_keep_out_the_others(toy, capsys):
