@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from pipelines.datasets.checks import REPORTS_FOLDER, forget
 from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetParams, Source
@@ -288,7 +289,7 @@ def remove(name: str) -> list[str]:
         pairs = [pair for pair in params.pairs_of(name) if pair in (own.get("pairs") or {})]
         _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
         if LOCK_FILE.exists():  # or data of another dataset of this name would not be those that DVC recorded
-            lock = yaml.safe_load(LOCK_FILE.read_text())
+            lock = YAML(typ="safe").load(LOCK_FILE.read_text())  # YAML 1.2, as DVC writes it
             gone = {f"prepare@{name}", *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs)}
             lock["stages"] = {stage: told for stage, told in lock["stages"].items() if stage not in gone}
             atomic_write(LOCK_FILE, yaml.safe_dump(lock, sort_keys=False))
@@ -301,9 +302,9 @@ def remove(name: str) -> list[str]:
 def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
     """Set entries of own/params.yaml, or take out those that are None; comments and order stay."""
     tool, path, buffer = YAML(), Path(OWN_FILE), io.StringIO()
-    tool.width = 120
+    tool.width, tool.preserve_quotes = 120, True
     values = (tool.load(path.read_text()) if path.exists() else None) or CommentedMap()
-    for section, entries in changes.items():
+    for section, entries in _quoted(changes).items():
         if values.get(section) is None:
             values[section] = CommentedMap()
         values[section].fa.set_block_style()
@@ -314,6 +315,17 @@ def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
                 values[section][name] = _flowing(told)
     tool.dump(values, buffer)
     atomic_write(path, buffer.getvalue())
+
+
+def _quoted(told: Any) -> Any:
+    """Quote strings that are others, or none, in the YAML 1.1 that `load_params` reads: `no`, `on`, `1:30`."""
+    if isinstance(told, Mapping):
+        return {_quoted(key): _quoted(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [_quoted(value) for value in told]
+    if isinstance(told, str) and yaml.safe_dump([told], default_flow_style=True, allow_unicode=True) != f"[{told}]\n":
+        return DoubleQuotedScalarString(told)
+    return told
 
 
 def _flowing(told: Mapping[str, Any]) -> CommentedMap:

@@ -300,6 +300,24 @@ def test_a_pair_of_ones_own_is_trained_and_evaluated(project: Path, tmp_path: Pa
     assert "16 levels, evenly spaced" in Path(f"models/{pair}/README.md").read_text()
 
 
+def test_names_that_yaml_takes_for_something_else(folder: Path, tmp_path: Path) -> None:
+    """YAML 1.1, which reads the entries, and 1.2, which writes them, differ about these."""
+    for label in ("no", "yes", "1:30", "?"):
+        fill(tmp_path / "labelled" / label, 15, first=ord(label[0]))
+    folder = folder.rename("off")
+    assert add(folder, name="on") == 0
+    assert add(tmp_path / "labelled") == 0
+    for name in ("on", NAME):
+        assert steps.main(["prepare", name]) == 0
+    datasets = load_params().datasets
+    assert datasets[NAME].label_names == ("1:30", "?", "no", "yes")
+    assert datasets["on"].source.path == "off"
+    Path("own/dvc.lock").write_text(f"stages: {{prepare@on: {{}}, prepare@{NAME}: {{label_names: [no]}}}}\n")
+    assert steps.main(["remove", "on"]) == 0
+    assert load_params().datasets[NAME] == datasets[NAME]
+    assert "'no'" in Path("own/dvc.lock").read_text(), "what is recorded of others stays"
+
+
 def test_two_who_add_take_turns(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each writes own/params.yaml anew: the second must see what the first wrote."""
     with ThreadPoolExecutor() as pool, file_lock(own.CHANGES_LOCK, "this test", print):
