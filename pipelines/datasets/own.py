@@ -65,6 +65,7 @@ class Wishes:
 class Look:
     """What there is to see in pictures, whatever their size."""
 
+    ground: str  # below what is transparent
     left: Left = field(default_factory=Left)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width)
     labels: Counter[str] = field(default_factory=Counter)
@@ -78,14 +79,14 @@ class Look:
         return self.sizes.total()
 
 
-def look_at(source: Source, wishes: Wishes) -> Look:
-    """Look at every picture of a source once.
+def look_at(source: Source, wishes: Wishes, ground: str) -> Look:
+    """Look at every picture of a source once, laid on a ground where it is transparent.
 
     Raises:
         ValueError: there is too little to learn from, a picture is broken and not to be left out, or labels are odd.
     """
-    look = Look()
-    for picture in read_pictures(source, "black", wishes.labels, look.left):
+    look = Look(ground)
+    for picture in read_pictures(source, ground, wishes.labels, look.left):
         image = picture.image
         look.sizes[image.height, image.width] += 1
         if wishes.labels and picture.label is not None:
@@ -150,8 +151,8 @@ def choose(source: Source, look: Look, wishes: Wishes) -> DatasetParams:
             "label_names": sorted(look.labels),
             "num_validation": 1,
             "fit": wishes.fit or "pad",
-            "ground": "white" if light else "black",
-            "invert": colour == "binary" and light,
+            "ground": "white" if light else look.ground,
+            "invert": levels == 2 and colour != "rgb" and light,
             "flips": wishes.flips,
             "skip_broken": wishes.skip_broken,
         }
@@ -241,7 +242,9 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         if name in params.datasets:
             how = "choose another name" if name in OFFICIAL else "remove it first, or choose another name"
             raise ValueError(f"there is a dataset {name!r} already: {how}.")
-        look = look_at(source, wishes)
+        # Black ink on a transparent ground is seen on white alone. Only files have transparency.
+        grounds = ("black", "white") if source.kind == "folder" else ("black",)
+        look = max((look_at(source, wishes, ground) for ground in grounds), key=lambda look: len(look.values))
         spec = choose(source, look, wishes)
         found, twice = load_pictures(spec)
         num = len(found["train"][0]) if "train" in found else 0

@@ -234,7 +234,7 @@ def _decoded(path: Path, ground: str) -> Image.Image:
         with file:
             if odd := _odd_size(*file.size):
                 raise ValueError(f"is {odd}")  # not decoded
-            if getattr(file, "n_frames", 1) > 1:
+            if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:  # a phone's JPEG, with small copies
                 raise ValueError("is animated: save one of its frames as a picture")
             file.load()
             image = ImageOps.exif_transpose(file)

@@ -231,6 +231,9 @@ def test_pictures_of_every_mode_are_read_alike(folder: Path) -> None:
     expected["turned.png"] = np.rot90(wide, -1)
     Image.new("CMYK", (12, 12), (0, 0, 0, 255 - 51)).save(folder / "print.jpg", quality=100)
     expected["print.jpg"] = np.full_like(wide, 51)
+    small = Image.new("L", (6, 6))  # beside the picture itself, as in a phone's
+    Image.fromarray(wide).save(folder / "phone.jpg", "MPO", save_all=True, append_images=[small], quality=100)
+    expected["phone.jpg"] = wide
     source = own.source_of(folder)
     read = {p.name: np.asarray(p.image.convert("L")) for p in own.read_pictures(source, "black", True, own.Left())}
     for name, strengths in expected.items():
@@ -283,6 +286,24 @@ def test_a_folder_becomes_a_pair_and_goes_again(folder: Path, capsys: pytest.Cap
     assert state(Path.cwd()) == before
     assert steps.main(["remove", "mnist"]) == 1
     assert "'mnist' stands in params.yaml, not in own/params.yaml: it belongs to the project" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ground", [0, 180])
+def test_dark_ink_is_level_1(folder: Path, ground: int) -> None:
+    """Black on what is transparent; and dark on grey paper, hardly black or white, once two levels are wished for."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    strokes = np.zeros((30, 12, 12), bool)
+    for i, stroke in enumerate(strokes):
+        stroke[1 + i % 10, 1 : 4 + i // 10] = True
+        paper = np.full((12, 12, 4), ground, np.uint8)
+        paper[..., 3] = 255 if ground else 0
+        paper[stroke] = (ground // 3, ground // 3, ground // 3, 255)
+        Image.fromarray(paper).save(folder / f"{i}.png")
+    assert add(folder, *(["--levels", "2"] if ground else [])) == 0
+    data = load_dataset(f"data/{NAME}.safetensors")
+    learned = {image.numpy().tobytes() for images in data.images.values() for image in images}
+    assert (data.num_levels, learned) == (2, {stroke.tobytes() for stroke in strokes})
 
 
 def test_a_pair_of_ones_own_is_trained_and_evaluated(project: Path, tmp_path: Path) -> None:
