@@ -16,7 +16,7 @@ from pipelines.registry.provenance import prepared_file
 
 app = Typer(help="The pipeline's commands.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-_DATA, _RAW = Path("data"), Path("data/raw")
+_RAW = Path("data/raw")
 _Dataset = Annotated[str, Argument(help="e.g. mnist5k")]
 _Why = Annotated[str | None, Option(help="recorded, beside who asked")]
 _Pair = Annotated[str, Argument(help="a pair of params.yaml, e.g. pixelcnn-mnist5k")]
@@ -55,7 +55,7 @@ def confirm(dataset: _Dataset) -> None:
     load_params().dataset(dataset)
     from pipelines.datasets.checks import confirm as accept
 
-    accept(dataset, _DATA)
+    accept(dataset)
     print(f"confirmed. Go on: {repro_command('prepare', dataset)}")
 
 
@@ -127,10 +127,12 @@ def remove(
     force: Annotated[bool, Option("--force", help="even if a model on it is served, which goes on")] = False,
 ) -> None:
     """Take a dataset that was added out again, with its pairs and what was prepared; its pictures stay."""
+    from pipelines.datasets.own import own_pairs
     from pipelines.datasets.own import remove as remove_dataset
     from pipelines.registry import store
     from pipelines.registry.runs import registered_name
 
+    own_pairs(name)  # first: nobody gives up a served model for a dataset that stays
     served = store.latest(registered_name(name))
     if served and not force:
         raise ValueError(

@@ -13,7 +13,7 @@ from pipelines.datasets.entry import Frozen
 from pipelines.files import atomic_write
 from pixelcnn.data import DYNAMIC_PROTOCOL, SPLITS, Dataset
 
-CHECKED_FOLDER, REPORTS_FOLDER = "checked", Path("reports/data")
+DATA_FOLDER, CHECKED_FOLDER, REPORTS_FOLDER = Path("data"), "checked", Path("reports/data")
 _BINS = 16  # of the histogram of strengths
 
 
@@ -90,18 +90,18 @@ def compared(data: Dataset, folder: Path, limits: CheckParams) -> Iterator[None]
     new.unlink(missing_ok=True)
 
 
-def confirm(name: str, folder: Path) -> None:
+def confirm(name: str) -> None:
     """Accept the version that was refused: it is what the next one is compared with. ValueError if none was."""
-    last, new = _paths(folder, name)
+    last, new = _paths(DATA_FOLDER, name)
     if not new.exists():
         raise ValueError(f"no version of {name} waits to be confirmed.")
     new.replace(last)
 
 
-def forget(name: str, folder: Path) -> None:
+def forget(name: str) -> None:
     """Remove what was prepared of a dataset, its sheet, and all that was kept for comparison."""
     reports = (REPORTS_FOLDER / f"{name}{suffix}" for suffix in (".md", ".png"))
-    for path in (folder / f"{name}.safetensors", *_paths(folder, name), *reports):
+    for path in (DATA_FOLDER / f"{name}.safetensors", *_paths(DATA_FOLDER, name), *reports):
         path.unlink(missing_ok=True)
 
 

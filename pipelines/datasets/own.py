@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from pipelines.datasets.checks import REPORTS_FOLDER, forget
+from pipelines.datasets.checks import DATA_FOLDER, REPORTS_FOLDER, forget
 from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetParams, Source
 from pipelines.datasets.pictures import MIN_PICTURE, Left, load_pictures, read_pictures
 from pipelines.datasets.prepare import write
@@ -30,7 +30,6 @@ from pipelines.params import OWN_FILE, PARAMS_FILE, load_params, repro_command
 from pixelcnn.data import BYTES_PROTOCOL, SPLITS, Dataset
 from pixelcnn.images import to_sheet
 
-DATA_FOLDER = Path("data")
 LOCK_FILE = Path("own/dvc.lock")
 CHANGES_LOCK = Path("own/.changes.lock")  # of who adds or removes a dataset: each reads and writes the same files
 MODEL = "gated_pixelcnn"  # of the pair that comes with a dataset
@@ -258,20 +257,34 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         try:
             entry = spec.model_dump(mode="json", exclude_defaults=True)  # without what is as everywhere
             _edit({"datasets": {name: entry}, "pairs": {pair: pair_for(name, spec, wishes.minutes)}})
-            forget(name, DATA_FOLDER)  # of an earlier one of this name
+            forget(name)  # of an earlier one of this name
             out = DATA_FOLDER / f"{name}.safetensors"
             data = write(name, load_params().dataset(name), found, out, params.data, params.checks)
             sheet.parent.mkdir(parents=True, exist_ok=True)
             to_sheet(data.levels("train", slice(0, 64)), data.num_levels, 8).save(sheet)
             _record(name)
         except BaseException:
-            forget(name, DATA_FOLDER)
+            forget(name)
             if before is None:
                 own.unlink(missing_ok=True)
             else:
                 atomic_write(own, before)
             raise
         return [*said(look, spec, data, twice), f"as it is learned: {sheet}", f"entry: {OWN_FILE}, also of {pair}"]
+
+
+def own_pairs(name: str) -> list[str]:
+    """Return a dataset's pairs in own/params.yaml.
+
+    Raises:
+        ValueError: it is none of the datasets that somebody added.
+    """
+    params = load_params()
+    own = YAML().load(Path(OWN_FILE).read_text()) if Path(OWN_FILE).exists() else {}
+    if name not in (own.get("datasets") or {}):
+        params.dataset(name)
+        raise ValueError(f"{name!r} stands in {PARAMS_FILE}, not in {OWN_FILE}: it belongs to the project.")
+    return [pair for pair in params.pairs_of(name) if pair in (own.get("pairs") or {})]
 
 
 def remove(name: str) -> list[str]:
@@ -284,19 +297,14 @@ def remove(name: str) -> list[str]:
         ValueError: it is none of the datasets that somebody added.
     """
     with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
-        params = load_params()
-        own = YAML().load(Path(OWN_FILE).read_text()) if Path(OWN_FILE).exists() else {}
-        if name not in (own.get("datasets") or {}):
-            params.dataset(name)
-            raise ValueError(f"{name!r} stands in {PARAMS_FILE}, not in {OWN_FILE}: it belongs to the project.")
-        pairs = [pair for pair in params.pairs_of(name) if pair in (own.get("pairs") or {})]
+        pairs = own_pairs(name)
         _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
         if LOCK_FILE.exists():  # or data of another dataset of this name would not be those that DVC recorded
             lock = YAML(typ="safe").load(LOCK_FILE.read_text())  # YAML 1.2, as DVC writes it
             gone = {f"prepare@{name}", *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs)}
             lock["stages"] = {stage: told for stage, told in lock["stages"].items() if stage not in gone}
             atomic_write(LOCK_FILE, yaml.safe_dump(lock, sort_keys=False))
-        forget(name, DATA_FOLDER)
+        forget(name)
     kept = [folder for pair in pairs for folder in (Path("trained", pair), Path("models", pair)) if folder.exists()]
     stays = f"what was trained stays: {', '.join(map(str, kept))}" if kept else "nothing was trained on it"
     return [f"removed {name} and {', '.join(pairs) or 'no pair'} from {OWN_FILE}; its pictures are untouched, {stays}"]

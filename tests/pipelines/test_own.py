@@ -363,6 +363,12 @@ def test_a_dataset_that_is_served_stays(folder: Path, capsys: pytest.CaptureFixt
     assert NAME in load_params().datasets
     assert steps.main(["remove", NAME, "--force"]) == 0
     assert NAME not in load_params().datasets
+    served.rename(served.with_name("pixelcnn-mnist5k"))
+    for name, why in (("mnist5k", "it belongs to the project"), (NAME, f"unknown dataset '{NAME}'")):
+        assert steps.main(["remove", name]) == 1
+        said = capsys.readouterr().err
+        assert why in said
+        assert "bentoml" not in said, "nobody is told to give up a served model first"
 
 
 @pytest.mark.parametrize(
