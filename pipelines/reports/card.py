@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from pipelines.datasets.entry import OFFICIAL
 from pipelines.judging.acceptance import KNOWN
 from pipelines.params import repro_command
 from pixelcnn.likelihood import bits_per_dim
@@ -44,6 +45,11 @@ def given_label(scores: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return f"{nats:.2f}" if config["num_levels"] == 2 else f"{bits_per_dim(nats, config['image_shape']):.4f}"
 
 
+def minutes_text(minutes: float) -> str:
+    """Return minutes in digits that tell: 0.4, 38."""
+    return f"{minutes:.{1 if minutes < 10 else 0}f}"
+
+
 def render(template: str, **values: Any) -> str:
     """Fill in a template of `templates/`; a value that it asks for and that is missing is an error."""
     environment = Environment(
@@ -54,7 +60,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (title, score_text, given_label, repro_command)
+    functions = (title, score_text, given_label, minutes_text, repro_command)
     words = {"known": KNOWN, "masks": _WORDS["masks"], "completes": COMPLETES}
     environment.globals |= words | {f.__name__: f for f in functions}
     return environment.get_template(template).render(values)
@@ -78,6 +84,7 @@ def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
         **_WORDS["datasets"].get(dataset, _WORDS["own"]),
         **{"channels": channels, "height": height, "width": width, "config": config, "scores": scores},
         network=", ".join(f"{name} {value}" for name, value in config.items() if name not in elsewhere),
+        is_official=dataset in OFFICIAL,
         first=summed_out[0].removesuffix("_label_summed_out") if summed_out else "",
         most_by_label=math.log(max(config["num_labels"], 1)),
     )

@@ -65,6 +65,7 @@ def test_the_page_has_everything_in_one_file(folder: Path, capsys: pytest.Captur
     ], "the best of a dataset first, each score with its protocol"
     assert cells[0][4:] == ["0.75", "1,234", "2.5 min", "dvc repro full/dvc.yaml:evaluate@gated_pixelcnn-mnist"]
     assert cells[1][4] == "", "not judged"
+    assert "Parameters and minutes are those of the network of the test column" in page
     assert "<b>promoted</b>: mnist (dynamic): version 2 is the new champion: a &lt; b." in page
 
 

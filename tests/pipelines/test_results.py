@@ -58,6 +58,7 @@ def test_a_row_for_each_released_pair(scored: Path) -> None:
     assert "## mnist5k, protocol dynamic, nats" in text
     assert "| 81.45 | | PixelCNN, 53,569 parameters, 457 epochs | | | pytorch-generative |" in text
     assert "No weights are released yet" not in text
+    assert "Parameters and minutes are those of the network of the test column" in text
 
 
 def test_a_dataset_that_is_known_by_its_weights_alone_has_a_table(scored: Path) -> None:
@@ -122,11 +123,36 @@ def test_the_card_tells_what_the_label_is_worth(scored: Path) -> None:
     config = json.loads((scored / "config.json").read_text())
     assert "summed out" not in model_card(config, scores)
     first = "test/nll_nats_first_200"
-    scores |= {first: 85.0, f"{first}_label_summed_out": 84.1, f"{first}_given_label": 82.0}
+    scores |= {first: 85.0, f"{first}_label_summed_out": 84.1, f"{first}_given_label": 82.0, "test/num_images": 500}
     text = model_card(config, scores)
     assert "On the first 200 test images: 85.00 nats without a label, 84.10 with the label summed out" in text
     most = math.log(config["num_labels"])
     assert f"82.00 with the true one. Over the label summed out no label can gain more than {most:.2f}." in text
+
+
+def test_the_card_says_what_holds_of_this_dataset_and_this_training(scored: Path) -> None:
+    scores = json.loads((scored / "scores.json").read_text())
+    config = json.loads((scored / "config.json").read_text()) | {"num_levels": 256, "completer_features": 2}
+    config |= {"label_features": 2}
+    for part in ("completer", "labels"):
+        scores |= {f"{part}_train_minutes": 61.4, f"{part}_train_settings": {}, f"num_{part}_parameters": 5}
+    text = model_card(config, scores | {"protocol": "8-bit", "dataset": "cifar10"})
+    assert "256 levels: the official bytes as they are" in text
+    assert "commit `0123abc` |" in text
+    assert "\n61 minutes on 1 CPU thread" in text
+    assert text.count(" 61 minutes.") == 2
+    few = {f"test/nll_nats_first_200{what}": 85.0 for what in ("", "_label_summed_out", "_given_label")}
+    minutes = {f"{part}train_minutes": 0.41 for part in ("", "completer_", "labels_")}
+    own = {"protocol": "8-bit", "dataset": "photos", "git_dirty": "true", "test/num_images": 179}
+    text = model_card(config, scores | few | minutes | own)
+    assert "256 levels: bytes, once a picture has its size." in text
+    assert "official" not in text
+    assert "commit `0123abc`, with changes that were not committed |" in text
+    assert "On the first 200 test images (or all, if they are fewer): 85.00 nats" in text
+    assert "\n0.4 minutes on 1 CPU thread" in text
+    assert text.count(" 0.4 minutes.") == 2
+    (scored / "scores.json").write_text(json.dumps(scores | minutes))
+    assert "| 1,234 | 0.4 min, " in results_text(Path("weights"))
 
 
 def test_damaged_scores_are_named(weights: Path) -> None:
