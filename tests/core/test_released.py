@@ -1,5 +1,6 @@
 """The weights that come with the repository, on stored test images: without the data, without the pipeline."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_the_weights_score_what_they_say(pair):
     wrong = (true + 1) % len(scores["label_names"])
     assert mean_nats(model, few, true) < mean_nats(model, few, wrong), "it knows the labels"
     assert mean_nats(model, few.flip(-2)) > mean_nats(model, few), "upside down is less probable"
+
+
+def test_a_blank_page_costs_what_the_page_on_ranking_says():
+    (stated,) = re.findall(
+        r"a blank page costs the digits' model (\d+) nats", (WEIGHTS.parent / "docs/ranking.md").read_text()
+    )
+    model, _, levels, _ = released("gated_pixelcnn-mnist")
+    assert mean_nats(model, torch.zeros_like(levels[:1])) == pytest.approx(int(stated), abs=0.5)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
