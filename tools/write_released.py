@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pixelcnn import load_dataset
 
@@ -25,8 +25,7 @@ def main(datasets: list[str]) -> None:
         levels = data.levels("test", slice(0, NUM_IMAGES)).to(torch.uint8)
         label = data.labels["test"][:NUM_IMAGES].to(torch.uint8)
         path = FOLDER / f"{name}.safetensors"
-        save_file({"levels": levels.contiguous(), "label": label}, path, {"data_hash": data.data_hash})
-        path.chmod(0o644)
+        path.write_bytes(save({"levels": levels.contiguous(), "label": label}, {"data_hash": data.data_hash}))
         print(f"wrote {path}: {len(levels)} images")
 
 

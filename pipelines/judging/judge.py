@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,7 +124,8 @@ def judge_file(dataset: str, which: str) -> Path:
 def save_judge(path: Path, judge: Judge) -> None:
     """Write a judge's weights in half precision."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.half() for name, weight in judge.state_dict().items()}, path)
+    # Not `save_file`, which would keep the file from everybody else.
+    path.write_bytes(save({name: weight.half() for name, weight in judge.state_dict().items()}))
 
 
 def load_judge(dataset: str, which: str, data: Dataset) -> Judge:

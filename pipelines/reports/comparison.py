@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from pipelines.files import atomic_write
 from pipelines.params import load_params, repro_command
+from pipelines.registry.provenance import recorded_hash
 from pipelines.reports.card import render, score_text
 from pipelines.reports.curve import read_curve
 
@@ -23,6 +25,8 @@ PICTURES = {  # of a pair's report, where it has them
     "completions.png": "Lower halves taken away (first row), completed, and the originals (last row)",
     "extremes.png": "Test images that it finds most and least probable",
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class PairReport:
 def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport]:
     """Read the reports of pairs, `folder/MODEL-DATASET/`: by dataset, the best test score first.
 
+    Those of other data than DVC recorded are left out: what stands in params.yaml now does not hold of them.
+
     Args:
         without: pairs whose report, if there is one, may be half written.
 
@@ -57,7 +63,14 @@ def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport
             continue
         spec = datasets[dataset]
         try:
-            metrics = json.loads(path.read_text())
+            metrics, now = json.loads(path.read_text()), recorded_hash(dataset)
+            if now is not None and metrics.get("data_hash", now) != now:
+                logger.warning(
+                    "%s is left out: it was scored on other data than those of now. Train it again: %s",
+                    pair,
+                    repro_command("evaluate", pair),
+                )
+                continue
             accepted = metrics.get("test/accepted_nothing_by_judge")
             row = {
                 "dataset": dataset,

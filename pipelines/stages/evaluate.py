@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from pipelines.files import atomic_write
 from pipelines.judging.acceptance import KNOWN, acceptance, judged_images
@@ -25,7 +24,6 @@ from pixelcnn.evaluation import evaluate_completion, format_nll, per_image_margi
 from pixelcnn.models.registry import config_to_dict
 
 MODELS_FOLDER, REPORTS_FOLDER = Path("models"), Path("reports")
-PER_IMAGE_FILE = "per_image_nll.safetensors"  # (N,) float64 per split: validation/nll_nats, test/nll_nats
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +116,8 @@ def evaluate(
         )
     card = model_card(config_to_dict(model.config), scores)
     report.mkdir(parents=True, exist_ok=True)
-    numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
-    atomic_write(report / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    told = {key: value for key, value in scores.items() if isinstance(value, int | float) or key == "data_hash"}
+    atomic_write(report / "metrics.json", json.dumps(told, indent=2) + "\n")
     curves = {}
     for file in training_report.CURVE_FILES:
         (report / file).unlink(missing_ok=True)  # of an earlier training, which may have had more parts
@@ -127,7 +125,6 @@ def evaluate(
             shutil.copyfile(trained / file, report / file)
             curves[file] = training_report.read_curve(report / file)
     training_report.draw_curve(report / "curve.png", curves, scores, f"{data.name}, {data.protocol}")
-    save_file({f"{split}/nll_nats": nll for split, nll in per_image.items()}, report / PER_IMAGE_FILE)
     training_report.draw_extremes(report / "extremes.png", data, per_image["test"])
     training_report.draw_samples(report / "samples.png", model, params.sample)
     (report / "class_samples.png").unlink(missing_ok=True)

@@ -69,6 +69,17 @@ def test_the_page_has_everything_in_one_file(folder: Path, capsys: pytest.Captur
     assert "<b>promoted</b>: mnist (dynamic): version 2 is the new champion: a &lt; b." in page
 
 
+def test_scores_of_other_data_than_those_of_now_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their protocol and unit may be others, too."""
+    Path("dvc.lock").write_text("stages: {prepare@mnist: {outs: [{md5: abc}]}}")
+    for model, told in (("pixelcnn", {"data_hash": "abc"}), ("gated_pixelcnn", {"data_hash": "old"}), ("before", {})):
+        metrics = write_report(Path("reports"), f"{model}-mnist", 87.5, 10) / "metrics.json"
+        metrics.write_text(json.dumps(json.loads(metrics.read_text()) | told))
+    assert [report.pair for report in read_reports(Path("reports"))] == ["before-mnist", "pixelcnn-mnist"]
+    assert "gated_pixelcnn-mnist is left out: it was scored on other data" in caplog.text
+    assert "Train it again: dvc repro full/dvc.yaml:evaluate@gated_pixelcnn-mnist" in caplog.text
+
+
 def test_failures_are_on_the_page(folder: Path) -> None:
     page = write_comparison([], {"pixelcnn-mnist": "no <room>"}).read_text()
     assert "pixelcnn-mnist failed: no &lt;room&gt;" in page

@@ -59,6 +59,8 @@ def test_a_judge_is_trained_the_same_twice_and_read_back(
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, two.state_dict()[name])
     save_judge(tmp_path / "judges" / "mnist5k-judge.safetensors", one.half().float())
+    (tmp_path / "file").touch()
+    assert (tmp_path / "judges" / "mnist5k-judge.safetensors").stat().st_mode == (tmp_path / "file").stat().st_mode
     again = load_judge("mnist5k", "judge", data)
     levels = data.levels("test", slice(None))
     assert all(torch.equal(a, b) for a, b in zip(one.look(levels, 2), again.look(levels, 2), strict=True))

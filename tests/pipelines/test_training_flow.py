@@ -44,6 +44,7 @@ from pipelines.stages import train as train_stage
 from pipelines.stages.evaluate import baseline_scores
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
+from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import log_prob
 from tests.local import run
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
@@ -100,7 +101,7 @@ def test_the_folders_that_it_was_told(trained) -> None:
         "scores.json",
     ]
     reports = ["class_samples.png", "completions.png", "curve.csv", "curve.png", "extremes.png", "metrics.json"]
-    reports += ["per_image_nll.safetensors", "samples.png"]
+    reports += ["samples.png"]
     assert sorted(p.name for p in REPORT.iterdir()) == reports
     assert [p.name for p in (folder / "models").iterdir()] == [PAIR], "the state is gone at the end"
     assert result["out"] == str(OUT)
@@ -113,7 +114,8 @@ def test_the_folders_that_it_was_told(trained) -> None:
     expected = -log_prob(model, data.levels("test", slice(0, 8))).mean().item()
     assert scores["test/nll_nats"] == pytest.approx(expected)
     metrics = json.loads((REPORT / "metrics.json").read_text())
-    assert metrics == {key: value for key, value in scores.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
+    assert metrics == numbers | {"data_hash": data.data_hash}
     assert metrics["test/nll_nats_uniform"] == pytest.approx(784 * math.log(2))
     with open(REPORT / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -125,14 +127,13 @@ def test_the_folders_that_it_was_told(trained) -> None:
 
 
 def test_every_image_has_its_score(trained) -> None:
-    per_image = load_file(REPORT / "per_image_nll.safetensors")
     model, scores = load_checkpoint(OUT)
     data = load_dataset("data/mnist5k.safetensors")
     for split in ("validation", "test"):
-        nll = per_image[f"{split}/nll_nats"]
+        nll = per_image_nll(model, data, split, num_images=8)
         torch.testing.assert_close(nll.float(), -log_prob(model, data.levels(split, slice(0, 8))).detach())
         assert scores[f"{split}/nll_nats"] == pytest.approx(nll.mean().item(), rel=1e-12)
-    assert scores["test/nll_nats_max"] == per_image["test/nll_nats"].max().item()
+    assert scores["test/nll_nats_max"] == nll.max().item()
 
 
 def test_the_card_tells_what_was_measured(trained) -> None:
@@ -190,7 +191,6 @@ def test_the_run_has_everything(trained) -> None:
         "curve.png",
         "extremes.png",
         "class_samples.png",
-        "per_image_nll.safetensors",
         "README.md",
         "scores.json",
     }
