@@ -6,6 +6,7 @@ are left out unless a row names one: they share the training with what is compar
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,18 +79,25 @@ def measure(
 
 
 def compare(path: Path = VARIANTS_FILE, out: Path = TABLE_FILE, pairs: Sequence[str] = ()) -> None:
-    """Measure every variant, one after another, and write the tables; a row is printed as soon as it is known."""
+    """Measure every variant, one after another, and write the tables; a row is printed as soon as it is known.
+
+    Those of other pairs than `pairs`, if some are named, stay as they are.
+    """
     variants = load_variants(path)
+    before = out.read_text() if out.exists() else ""
+    measured = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", before, re.MULTILINE | re.DOTALL))
     lines = [
         "# Sizes and settings, compared at equal time",
         "",
         f"Each row is one training of {variants['minutes']:g} minutes, from the settings of `params.yaml` with the "
-        f"changes named, scored on the first {variants['num_images']} validation images. Measured by "
+        "changes named; but `ema_decay` is 0.99 at most, and `head_features`, context, completer and label networks "
+        f"are left out unless named. Scored on the first {variants['num_images']} validation images. Measured by "
         f"`python -m benchmarks.sizes` from `{path}`, one run after another.",
         "",
     ]
     for pair, changed in variants["pairs"].items():
         if pairs and pair not in pairs:
+            lines += [f"## {pair}\n{measured[pair]}".rstrip(), ""] if pair in measured else []
             continue
         lines += [f"## {pair}", "", "| changed | parameters | images/s | images seen | validation NLL |"]
         lines += ["| --- | --- | --- | --- | --- |"]

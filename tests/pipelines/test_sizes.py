@@ -26,6 +26,20 @@ def test_a_row_for_each_variant(project: Path, capsys: pytest.CaptureFixture[str
         assert f"{PAIR} {row}" in printed
 
 
+def test_what_was_measured_of_other_pairs_stays(project: Path) -> None:
+    Path("variants.yaml").write_text(f"minutes: 0.01\nnum_images: 8\npairs: {{a: [{{}}], {PAIR}: [{{}}], b: [{{}}]}}\n")
+    of_a, of_b = "## a\n\n| 1 |\n\nA note.\n", "## b\n\n| 2 |\n"
+    Path("table.md").write_text(f"# Old\n\n{of_a}\n## {PAIR}\n\n| 3 |\n\n{of_b}")
+    assert main([PAIR, "--variants", "variants.yaml", "--out", "table.md"]) == 0
+    head, rest = Path("table.md").read_text().split(of_a)
+    assert (
+        "`ema_decay` is 0.99 at most, and `head_features`, context, completer and label networks are left out" in head
+    )
+    assert rest.startswith(f"\n## {PAIR}\n\n| changed |")
+    assert rest.endswith(f" nats |\n\n{of_b}")
+    assert "| 3 |" not in rest
+
+
 def test_its_mistakes_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--variants", "nowhere.yaml"]) == 1
     assert "sizes: nowhere.yaml must hold minutes, num_images and pairs" in capsys.readouterr().err
