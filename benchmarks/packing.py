@@ -205,7 +205,8 @@ def table(checkpoint: Path, images: str, levels: Levels, rows: list[Row], over: 
     weights = (checkpoint / WEIGHTS_FILE).stat().st_size
     each = {row.name: row.num_bytes / row.num_images for row in (ours, *others)}
     best = min((row for row in others if row.num_images == ours.num_images), key=lambda row: each[row.name])
-    best_alone = min((row for row in others if row.num_images == some.num_images), key=lambda row: each[row.name])
+    # By name: where few are measured, a file each are as many as all.
+    best_alone = min((row for row in others if not row.name.startswith("all,")), key=lambda row: each[row.name])
     lines = [
         f"### `{checkpoint.name}`, {len(levels):,} {images}",
         "",

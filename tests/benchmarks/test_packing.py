@@ -1,6 +1,7 @@
 """The benchmark of packing measures a folder of one's own, into its place on the page."""
 
 from benchmarks import packing
+from benchmarks.packing import Row, table
 from pixelcnn.images import to_png
 from tests.core.test_packing import checkpoint_of
 from tests.core.tiny import random_levels
@@ -28,3 +29,12 @@ def test_a_folder_and_its_model(tmp_path, monkeypatch, capsys) -> None:
     assert "### `gated_pixelcnn-mnist`, 10,000 test images" in before
     assert packing.main(["--folder", str(folder)]) == 1
     assert "--folder and --checkpoint go together, and without pairs." in capsys.readouterr().err
+
+
+def test_the_best_of_a_file_each_is_none_of_all(tmp_path) -> None:
+    checkpoint, levels = checkpoint_of(tmp_path / "own-mine"), random_levels((1, 4, 5), 3, 6)
+    sizes = {"ours": 600, "some of ours": 600, "the sampler": 0, "PNG": 900, "all, xz": 700}
+    rows = [Row(name, 6, num_bytes, 1.0, 1.0) for name, num_bytes in sizes.items()]
+    text = table(checkpoint, "test images", levels, rows, 0.0)
+    assert "Against the best other, all, xz: 14% smaller" in text
+    assert "Against the best of a file each, PNG: 33% smaller" in text
