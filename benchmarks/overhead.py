@@ -30,6 +30,7 @@ from tests.local import free_port
 COPIED = (
     "pipelines",
     "pixelcnn",
+    "judges",
     "dvc.yaml",
     "full/dvc.yaml",
     ".dvc/config",
