@@ -141,10 +141,13 @@ class Visit:
             self.keep(ending)
 
     def is_ending(self, asked: Endings) -> bool:
-        """Return whether what is to be ended is one of the endings that are shown."""
+        """Return whether what is to be ended is one of the endings that are shown, of another drawing.
+
+        A whole drawing may well be an ending of itself: there is nothing to add.
+        """
         image = np.maximum(asked.images[0], 0)  # as it is sent, 0 where unknown
-        newest = (ending for ending in (self.live, self.unfinished) if ending)
-        return any(np.array_equal(image, one) for ending in (*newest, *self.gallery) for one in ending.images)
+        others = [one for one in (self.live, *self.gallery) if one and one.drawing != asked.drawing]
+        return any(np.array_equal(image, one) for ending in others for one in ending.images)
 
     def own_seed(self) -> int:
         """Return the seed of this drawing, a new one if it has none: all that is drawn live then bends, not jumps."""

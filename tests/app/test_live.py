@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from app.canvas.drawing import TOUCHED, Drawing, drawing_text
-from app.canvas.endings import Settings
+from app.canvas.endings import Endings, Settings, asked_of
 from app.canvas.live import LIVE_PATH, MAX_BYTES, answer_live
 from app.canvas.session import VISITS, Visit
 from app.client import ServedModel, ServiceClient
@@ -100,6 +100,21 @@ def test_endings_of_another_drawing_are_not_taken(visit: Visit, service: StubSer
     assert visit.gallery == []
     visit.take_live(drawing_text(STROKE), visit.settings)
     assert len(visit.gallery) == 1
+
+
+def answered(visit: Visit, drawing: Drawing) -> Endings:
+    """Endings of a drawing that add nothing to it."""
+    assert visit.settings is not None
+    asked = asked_of(drawing, visit.settings, seed=5)
+    return replace(asked, images=np.maximum(asked.images, 0), log_probs=[-1.0] * 9, seed=5)
+
+
+def test_a_whole_drawing_is_no_ending_of_itself(visit: Visit) -> None:
+    """Other settings, or an undone stroke, ask for it again."""
+    visit.keep(answered(visit, STROKE))
+    assert visit.settings is not None
+    assert not visit.is_ending(asked_of(STROKE, replace(visit.settings, label=7), seed=5))
+    assert visit.is_ending(asked_of(replace(STROKE, mark=STROKE.mark + TOUCHED * (INK == 0)), visit.settings, seed=5))
 
 
 def test_there_may_be_nothing_to_show(url: str, visit: Visit, service: StubService) -> None:
