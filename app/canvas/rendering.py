@@ -155,9 +155,9 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
             name = html.escape(ending.names[i]) if ending.names else ""
             caption = (f"<b>{name}</b>" if name else "") + f'<span title="{bits}">{score}</span>'
             picture = img(pixels, f"{title}: {name} {score}" if name else f"{title}: {score}")
-        if not sheet:
+        if not sheet and ending.log_probs is not None:  # what is still drawn cannot be continued from
             label = html.escape(say("continue", rank=rank))
-            key = f'data-key="{ending.seed}-{i}" aria-pressed="false"' if ending.log_probs is not None else ""
+            key = f'data-key="{ending.seed}-{i}" aria-pressed="false"'
             attributes = f'{key} aria-label="{label}" title="{html.escape(say("continue_help"))}"'
             picture = _continue_button(_ink(ending, i), attributes, picture)
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")

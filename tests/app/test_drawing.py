@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -19,8 +20,8 @@ from app.canvas.drawing import (
     parse_drawing,
     without,
 )
-from app.canvas.endings import Endings, Request, record
-from app.canvas.rendering import INK, PAPER, saved_picture
+from app.canvas.endings import Endings, Request, record, undrawn
+from app.canvas.rendering import INK, PAPER, endings_html, saved_picture
 from tests.app.stub_service import StubService
 
 
@@ -124,6 +125,14 @@ def test_uploaded_picture_is_whole_and_centred() -> None:
 def test_what_is_no_picture_is_said(data: bytes) -> None:
     with pytest.raises(ValueError, match="no picture that can be read"):
         fit_picture(data, (28, 28), dark_ink=True)
+
+
+def test_endings_are_continued_from_once_they_are_scored() -> None:
+    ending = undrawn(Request("mnist5k", [[0, 1], [0, 0]], [[1, 1], [0, 0]], 2, None, 1.0, 5), 2, {})
+    finished = replace(ending, images=np.maximum(ending.images, 0))
+    for shown, number in ((ending, 0), (finished, 0), (replace(finished, log_probs=[-1.0, -2.0], seed=5), 2)):
+        text = endings_html(shown, coloured=True, order="drawn")
+        assert (text.count("data-ink"), text.count("<img")) == (number, 2)
 
 
 def test_saved_sheet_is_large_and_crisp() -> None:
