@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
@@ -215,6 +216,15 @@ def test_stream_that_breaks_keeps_the_last_endings(service: StubService, open_pa
     complete(page)
     assert page.warning[0].value == "The model does not answer just now. Your drawing is kept."
     assert any("stopped in mid-answer" in element.value for element in page.markdown)  # for its operator
+    assert [pixels.tolist() for pixels in pictures(page)] == before
+
+
+def test_unfinished_endings_of_an_undone_stroke_are_not_shown(open_page: OpenPage) -> None:
+    page = complete(open_page())
+    before = [pixels.tolist() for pixels in pictures(page)]
+    visit = page.session_state["visit"]
+    visit.unfinished = replace(visit.gallery[0], images=0 * visit.gallery[0].images - 1, log_probs=None, drawing="")
+    page.run()
     assert [pixels.tolist() for pixels in pictures(page)] == before
 
 

@@ -91,9 +91,10 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     # Endings of another shape could not be continued from: they wait until such images are drawn again.
     earlier = [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
     last = earlier[0] if earlier and not is_blank else None
-    is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
-    show_endings(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
     is_answer = last is not None and (last.settings, last.drawing) == (asked.settings, asked.drawing)
+    is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
+    is_newer &= visit.pending or not is_answer  # else of a stroke that was undone
+    show_endings(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
     with button_place:
         name = say("nine") if settings.num_samples == NUM_ENDINGS else str(settings.num_samples)
         label = say("another", number=name) if is_answer else say("complete")
