@@ -139,6 +139,8 @@ class Visit:
             return
         if (ending.drawing, ending.settings) == (drawing, settings.query):
             self.keep(ending)
+            if settings.seed is None:
+                self.seed = ending.seed  # a grid that was blank when the page last saw it has none
 
     def is_ending(self, asked: Endings) -> bool:
         """Return whether what is to be ended is one of the endings that are shown, of another drawing.

@@ -169,6 +169,16 @@ def test_as_i_draw_needs_no_button_and_asks_once(service: StubService, open_page
     assert len(pictures(page)) == 2
 
 
+def test_endings_that_came_live_are_not_asked_again(service: StubService, open_page: OpenPage) -> None:
+    """Nor from another seed, where the page saw a blank grid after they were asked for."""
+    page = complete(open_page())
+    visit = page.session_state["visit"]
+    seed, visit.live, visit.gallery, visit.answered, visit.seed = visit.seed, *visit.gallery, [], None, None
+    page.toggle(key="live").set_value(True).run()
+    assert len(service.requests) == len(visit.gallery) == 1
+    assert visit.seed == seed
+
+
 def test_wrong_seed_is_said_and_nothing_is_sent(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
     page.text_input(key="typed_seed").set_value("-1").run()

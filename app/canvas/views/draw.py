@@ -84,9 +84,9 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     is_blank = not drawing.mark.any()
     if is_blank and not visit.pending:
         visit.seed = None  # the next drawing gets a new one
+    visit.take_live(drawing_text(drawing), settings)
     is_due = visit.pending or (live and not is_blank)
     asked = asked_of(drawing, settings, visit.own_seed() if is_due else visit.seed)
-    visit.take_live(asked.drawing, settings)
     visit.settings, visit.order = settings, st.session_state.get("order") or ORDERS[0]
     # Endings of another shape could not be continued from: they wait until such images are drawn again.
     earlier = [ending for ending in visit.gallery if ending.images.shape[1:] == settings.shape]
