@@ -611,6 +611,17 @@ def test_surprise_beside_the_grid_and_named_endings(service: StubService, open_p
     assert "9 endings have come: 4, 4, 4, 4, 4, 4, 4, 4, 4" in html_text(page)
 
 
+def test_endings_of_another_dataset_are_not_named_by_its_labels(service: StubService, open_page: OpenPage) -> None:
+    page = open_page()
+    page.selectbox(key="dataset").set_value("fashion_mnist").run()
+    complete(page)
+    page.selectbox(key="dataset").set_value("mnist5k").run()
+    page.toggle(key="named").set_value(True).run()
+    assert not any(path == "/likelihood" for path, _ in service.requests)
+    page.selectbox(key="dataset").set_value("fashion_mnist").run()
+    assert page.session_state["visit"].gallery[0].names == ["T-shirt/top"] * 9
+
+
 def test_what_failed_is_asked_again_and_then_the_warning_goes(service: StubService, open_page: OpenPage) -> None:
     def refused_once(page: AppTest, ask: Callable[[], object], path: str) -> None:
         service.refusal = (429, '{"error": "Too many requests at once."}')

@@ -138,8 +138,9 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     if beside:
         with beside_place:
             surprise_beside(visit, settings.dataset, model, levels_of(drawing, levels))
-    if settings.named and last and not last.names and model.labels and not visit.is_waiting:
-        name_endings(visit, last, model)
+    unnamed = last if last and not last.names and last.request.dataset == settings.dataset else None
+    if settings.named and unnamed and model.labels and not visit.is_waiting:
+        name_endings(visit, unnamed, model)
         redraw()
     if is_of_fragment() and visit.refresh_models():
         st.rerun()
