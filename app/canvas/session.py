@@ -109,8 +109,8 @@ class Visit:
         self.trouble, self.retry_at = None, math.inf
 
     def retry(self) -> None:
-        """Have everything asked anew that has no answer."""
-        self.models_at, self.retry_at = -math.inf, math.inf
+        """Have everything asked anew that has no answer, if it is still wanted."""
+        self.trouble, self.models_at, self.retry_at = None, -math.inf, math.inf
         self.pending |= self.unanswered
         self.unanswered = False
 

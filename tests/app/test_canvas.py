@@ -200,6 +200,14 @@ def test_nothing_left_to_fill_in(service: StubService, open_page: OpenPage) -> N
     assert service.requests == []
 
 
+def test_nothing_is_drawn_from_an_empty_grid(service: StubService, open_page: OpenPage) -> None:
+    page = open_page()
+    page.session_state["grid-28x28"] = {"ink": grid_text(0 * INK)}
+    complete(page)
+    assert not page.session_state["visit"].pending
+    assert service.requests == []
+
+
 def test_service_refuses(service: StubService, open_page: OpenPage) -> None:
     service.refusal = (429, '{"error": "Too many requests at once. Try again in a second."}')
     page = complete(open_page())
@@ -638,6 +646,11 @@ def test_what_failed_is_asked_again_and_then_the_warning_goes(service: StubServi
         assert len(service.requests) == asked
 
     page = complete(open_page())
+    service.refusal = (429, '{"error": "Too many requests at once."}')
+    page.toggle(key="surprise_beside").set_value(True).run()
+    page.toggle(key="surprise_beside").set_value(False).run()
+    press(page, "Try again now")
+    assert not page.warning  # it is no longer wanted
     for toggle in ("surprise_beside", "named"):
         refused_once(page, lambda toggle=toggle: page.toggle(key=toggle).set_value(True).run(), "/likelihood")
         page.toggle(key="surprise_beside").set_value(False).run()

@@ -124,6 +124,9 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
             visit.pending = False
             status.warning(say("nothing_left"))
             return
+        if is_blank:  # nobody would see them
+            visit.pending = False
+            redraw()
         # To the browser, of this drawing or of a newer one, with these settings.
         is_coming = visit.live_for == (settings.query, settings.seed)
         if not is_coming:
