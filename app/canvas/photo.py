@@ -50,7 +50,10 @@ def open_picture(data: bytes) -> Image.Image:
             file.draft("RGB", (WORK_SIDE, WORK_SIDE))
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return ImageOps.exif_transpose(file).convert("RGBA")
+            upright = ImageOps.exif_transpose(file)
+            if upright.mode.startswith("I"):  # grey of 16 bits, which `convert` would cut off
+                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+            return upright.convert("RGBA")
     except Image.DecompressionBombError:
         raise ValueError(say("picture_too_large", most=MAX_PIXELS // 10**6)) from None
     except Exception:  # a decoder that is fed with anything may raise anything

@@ -78,6 +78,12 @@ def test_a_photo_is_turned_as_its_camera_says() -> None:
     assert agreement(find_ink(saved(lying, "JPEG", exif=exif), SHAPE, Layout()), CLEAN) >= 0.85
 
 
+def test_grey_of_16_bits_is_read_in_full() -> None:
+    gradient = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    opened = np.asarray(open_picture(saved(PIL.Image.fromarray(gradient))))
+    assert (opened[..., 0] == np.arange(256).reshape(16, 16)).all()
+
+
 def test_what_no_decoder_of_ours_should_see_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     def trip(_: object) -> None:
         raise TypeError("a tag of the camera's is of no type")
