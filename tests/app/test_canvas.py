@@ -21,6 +21,7 @@ from streamlit.util import calc_hash
 
 from app.canvas import waiting, widgets
 from app.canvas.drawing import HOLE, TOUCHED, Drawing, decode_drawing, drawing_text
+from app.canvas.session import Visit
 from tests.app.stub_service import StubService
 
 PAGE = Path(__file__).parents[2] / "app" / "canvas" / "main.py"
@@ -177,6 +178,22 @@ def test_endings_that_came_live_are_not_asked_again(service: StubService, open_p
     page.toggle(key="live").set_value(True).run()
     assert len(service.requests) == len(visit.gallery) == 1
     assert visit.seed == seed
+
+
+def test_endings_that_come_live_are_waited_for(
+    service: StubService, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that come while the page runs; but no longer when others are wanted."""
+    page, stopped = open_page(), []
+    visit = page.session_state["visit"]
+    visit.live_for, visit.stop_live = (visit.settings.query, None), lambda: stopped.append("live")
+    with monkeypatch.context() as patch:
+        patch.setattr(Visit, "take_live", lambda self, *_: setattr(self, "live_for", None))  # the last row has come
+        page.toggle(key="live").set_value(True).run()
+    assert service.requests == stopped == []
+    visit.live_for = (visit.settings.query, None)
+    complete(page)
+    assert len(service.requests) == len(stopped) == 1
 
 
 def test_wrong_seed_is_said_and_nothing_is_sent(service: StubService, open_page: OpenPage) -> None:

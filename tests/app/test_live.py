@@ -117,6 +117,14 @@ def test_a_whole_drawing_is_no_ending_of_itself(visit: Visit) -> None:
     assert visit.is_ending(asked_of(replace(STROKE, mark=STROKE.mark + TOUCHED * (INK == 0)), visit.settings, seed=5))
 
 
+def test_an_earlier_answer_leaves_what_came_live(visit: Visit) -> None:
+    visit.live = newer = answered(visit, Drawing(INK.T, np.where(INK.T > 0, TOUCHED, 0)))
+    visit.keep(answered(visit, STROKE))
+    assert visit.live is newer
+    visit.keep(newer)
+    assert visit.live is None
+
+
 def test_there_may_be_nothing_to_show(url: str, visit: Visit, service: StubService) -> None:
     nothing = np.zeros((28, 28), dtype=np.int64)
     assert httpx.post(url, json=body(Drawing(nothing, nothing))).status_code == 204

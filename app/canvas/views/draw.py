@@ -84,6 +84,8 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     is_blank = not drawing.mark.any()
     if is_blank and not visit.pending:
         visit.seed = None  # the next drawing gets a new one
+    # To the browser, of this drawing or of a newer one, with these settings. Asked first: or what ends now is missed.
+    is_coming = visit.live_for == (settings.query, settings.seed)
     visit.take_live(drawing_text(drawing), settings)
     is_due = visit.pending or (live and not is_blank)
     asked = asked_of(drawing, settings, visit.own_seed() if is_due else visit.seed)
@@ -127,9 +129,7 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
         if is_blank:  # nobody would see them
             visit.pending = False
             redraw()
-        # To the browser, of this drawing or of a newer one, with these settings.
-        is_coming = visit.live_for == (settings.query, settings.seed)
-        if not is_coming:
+        if visit.pending or not is_coming:
             visit.stop_live()
         if visit.pending or not (is_coming or asked.request == visit.answered):
             with status:
