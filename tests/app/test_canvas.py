@@ -531,6 +531,22 @@ def test_surprise_of_the_drawing(service: StubService, open_page: OpenPage) -> N
     assert re.findall(r"<th>(\d)</th>", html_text(page))[0] == "4"
 
 
+def test_a_promoted_model_is_asked_for_its_own_surprise(service: StubService, open_page: OpenPage) -> None:
+    page = open_page()
+    page.toggle(key="surprise_beside").set_value(True).run()
+    promoted = {**service.models["mnist5k"]["model"], "weights_sha256": "1" * 64}
+    service.models["mnist5k"] = {**service.models["mnist5k"], "model": promoted}
+    page.session_state["visit"].models_at = -math.inf
+    page.run()
+    assert [body["label"] for _, body in service.requests] == [*range(-1, 10)] * 2
+    go_to(page, "Surprise")
+    asked = len(service.requests)
+    service.models["mnist5k"] = {**service.models["mnist5k"], "model": {**promoted, "weights_sha256": "2" * 64}}
+    page.session_state["visit"].models_at = -math.inf
+    page.run()
+    assert [path for path, _ in service.requests[asked:]] == ["/likelihood"]
+
+
 def test_models(open_page: OpenPage, service: StubService) -> None:
     page = at(open_page, "Models")
     assert [header.value for header in page.header] == ["pixelcnn-mnist5k version 3"] * 3

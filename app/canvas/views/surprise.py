@@ -40,7 +40,7 @@ def surprise_page(visit: Visit) -> None:
     if strength is not None:
         drawing = Drawing(strength, np.full(shape[:2], TOUCHED))
     image = levels_of(drawing, model.levels)
-    question = (dataset, image.tolist(), label)
+    question = (dataset, model.model.get("weights_sha256"), image.tolist(), label)
     if not visit.surprise or visit.surprise[0] != question:
         try:
             visit.surprise = (question, visit.client.likelihood(dataset, image.tolist(), label=label), None)
@@ -103,7 +103,7 @@ def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.nd
     Args:
         image: (H, W) or (H, W, 3) levels.
     """
-    question = (dataset, image.tolist(), None)
+    question = (dataset, model.model.get("weights_sha256"), image.tolist(), None)
     if not visit.surprise or visit.surprise[0] != question or (model.labels and visit.surprise[2] is None):
         if visit.is_waiting:
             return
