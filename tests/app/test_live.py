@@ -1,5 +1,6 @@
 """Endings on the shortest way, without the page: what its server answers to a stroke."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.routing import Route
 
 from app.canvas.drawing import TOUCHED, Drawing, drawing_text
@@ -149,6 +151,14 @@ def test_what_is_wrong_is_refused_by_one_sentence(
     assert response.status_code == status
     assert response.text.endswith(".")
     assert service.requests == []
+
+
+def test_who_leaves_while_a_drawing_is_sent_is_no_error() -> None:
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    request = Request({"type": "http", "method": "POST", "headers": [(b"content-length", b"9")]}, receive)
+    assert asyncio.run(answer_live(request)).status_code == 400
 
 
 def test_a_service_that_fails_ends_the_answer(url: str, visit: Visit, service: StubService) -> None:

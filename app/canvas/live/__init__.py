@@ -13,6 +13,7 @@ from pathlib import Path
 
 import streamlit as st
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
@@ -74,7 +75,7 @@ async def answer_live(request: HttpRequest) -> Response:
         return Response("Send a drawing, of at most 1 MiB.", status_code=413)
     try:
         stroke = Stroke.model_validate_json(await request.body())
-    except ValidationError:
+    except (ValidationError, ClientDisconnect):  # who has left hears nothing
         return Response("Send JSON: {visit, drawing}.", status_code=400)
     visit = VISITS.get(stroke.visit)
     if visit is None or visit.settings is None:
