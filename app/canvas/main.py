@@ -61,7 +61,7 @@ def main() -> None:
         for name, show in shows.items()
     ]
     st.navigation(pages, position="top").run()
-    training_line()
+    training_line(visit)
     invitation()
     # A stroke made meanwhile: Streamlit would not send the grid of this run, and the browser would make a new one.
     if waiting_fragments():

@@ -2,6 +2,7 @@
 
 import hmac
 import json
+import math
 import os
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -9,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import segno
 import streamlit as st
 
+from app.canvas.session import Visit
 from app.canvas.texts import say
 
 STATUS_VARIABLE = "PIXELCNN_DEMO_STATUS"  # a file that app/demo.py writes
@@ -22,6 +24,7 @@ export default function ({ data }) {
 """
 POLL_S = 2
 ENDED = ("done", "failed")
+QUICK_START = "mnist5k"  # the dataset
 
 
 def read_status() -> dict[str, str]:
@@ -46,17 +49,25 @@ def status_text(status: dict[str, str]) -> str:
     return " · ".join(parts)
 
 
-def training_line() -> None:
-    """Show that line, and keep it up to date as long as something is trained."""
+def training_line(visit: Visit) -> None:
+    """Show that line, and keep it up to date as long as something is trained, or its model is not served yet."""
     if STATUS_VARIABLE not in os.environ:
         return
-    ends = read_status().get("doing") in ENDED
+
+    def told() -> dict[str, str]:
+        status = read_status()
+        return {} if status.get("doing") == "done" and QUICK_START not in visit.models else status
+
+    ends = told().get("doing") in ENDED
 
     @st.fragment(run_every=None if ends else POLL_S)
     def line() -> None:
-        status = read_status()
+        if not ends and read_status().get("doing") == "done":
+            visit.models_at = -math.inf
+            visit.refresh_models()
+        status = told()
         if not ends and status.get("doing") in ENDED:
-            st.rerun()  # the page then finds the new champion, and nothing is asked any more
+            st.rerun()  # the page then offers the new champion, and nothing is asked any more
         if text := status_text(status):
             st.caption(text)
 
