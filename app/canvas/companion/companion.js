@@ -3,7 +3,7 @@
 // - Endings (`.endings[data-for]`, the text of the drawing that they end) are dimmed while the grid shows another
 //   drawing, and hidden while it shows none. The one that was clicked looks chosen as long as the grid shows it.
 // - The address becomes that of the last answered request once the pen rests. It replaces the history's entry: neither
-//   Streamlit's query parameters nor anything else here makes one.
+//   Streamlit's query parameters nor anything else here makes one. The grid hears of it by the event `address`.
 // - A picture that is pasted, or dropped anywhere, goes to the page's uploader, whose part of the page opens. The uploader
 //   offers a phone's camera, and is named to screen readers (Streamlit gives its section a role that hides the name).
 // - Copy link, and a button that shows the drawing in place of its endings as long as it is held.
@@ -62,7 +62,9 @@ function createCompanion(root) {
     clearTimeout(timer);
     timer = setTimeout(() => {
       const address = link();
-      if (root.isConnected && address !== location.href) history.replaceState(history.state, "", address);
+      if (!root.isConnected || address === location.href) return;
+      history.replaceState(history.state, "", address);
+      document.dispatchEvent(new CustomEvent("address"));
     }, REST_MS);
   }
 

@@ -13,7 +13,8 @@
 // change there is an event `drawn`; whoever cancels it tells the page later, by `detail.tell()`.
 //
 // The drawing is kept in sessionStorage: a reload, or another page and back, does not lose it. A link's drawing, `d` in
-// the address, comes first if the address is another one than when the kept drawing was made.
+// the address, comes first if the address is another one than when the kept drawing was made. A page that changes its own
+// address says so by an event `address` of `document`.
 
 const MAX_UNDO = 200;
 const LIVE_MS = 250; // at most four requests a second while a stroke lasts
@@ -176,15 +177,19 @@ function createGrid(root, data) {
   function report() {
     draw();
     showTools();
+    keep();
     const { text } = document.drawing;
-    try {
-      sessionStorage.setItem(storageKey, JSON.stringify({ text, linked: linked(), loaded }));
-    } catch {
-      // No storage in this browser: a reload then starts from the address.
-    }
     sentAt = performance.now();
     const detail = { ...document.drawing, tell: () => send(text) };
     if (document.dispatchEvent(new CustomEvent("drawn", { detail, cancelable: true }))) send(text);
+  }
+
+  function keep() {
+    try {
+      sessionStorage.setItem(storageKey, JSON.stringify({ text: toText(), linked: linked(), loaded }));
+    } catch {
+      // No storage in this browser: a reload then starts from the address.
+    }
   }
 
   function restore() {
@@ -497,6 +502,7 @@ function createGrid(root, data) {
       (event) => (root.isConnected ? listener(event) : gone.abort()),
       { capture: true, signal: gone.signal },
     );
+  onPage("address", keep);
   onPage("click", (event) => {
     const ending = event.target.closest?.("[data-ink]");
     if (ending) take(ending.dataset.ink);
