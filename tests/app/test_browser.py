@@ -394,6 +394,37 @@ def test_a_stroke_is_answered_without_the_page(open_page: OpenPage, service: Stu
     assert service.requests[-1][1]["image"] == stroke["image"]
 
 
+def test_an_order_that_is_chosen_while_endings_come_is_taken(open_page: OpenPage, service: StubService) -> None:
+    page = open_page(live=True)
+    draw(page, HALF_DIGIT)
+    wait_for_endings(page)
+    wait_until_still(page)
+    service.row_s = 0.1
+    draw(page, [(14, 12), (16, 15)])
+    expect(page.locator('.live .endings[data-drawn="0"]')).to_be_visible()
+    page.get_by_role("radio", name="Likely first").click()
+    captions = page.locator(f'.endings[data-known="{28 * 16}"]:visible figcaption').filter(has_text="nats")
+    expect(captions).to_have_count(9)
+    values = [float(text[1:].split()[0]) for text in captions.all_inner_texts()]
+    assert values == sorted(values)
+    expect(page.get_by_role("button", name="Stop")).to_have_count(0)
+
+
+def test_a_pen_that_is_only_lifted_asks_for_nothing(open_page: OpenPage, service: StubService) -> None:
+    page = open_page(live=True)
+    wait_until_still(page)
+    service.row_s = 0.1
+    first, *rest = points_on_screen(page, HALF_DIGIT)
+    page.mouse.move(*first)
+    page.mouse.down()
+    page.wait_for_timeout(300)  # so that the next move is told of
+    page.mouse.move(*rest[0])
+    until(lambda: was_sent(service, ink(page)), "nothing was sent while the stroke was drawn")
+    page.mouse.up()
+    wait_for_endings(page, timeout_s=15)
+    assert len(service.requests) == 1
+
+
 @pytest.mark.slow
 def test_slow_endings_can_be_stopped(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)

@@ -13,7 +13,7 @@ function createLive() {
   let root = null;
   let data = {};
   let came = () => {};
-  let asking = null; // {stop: AbortController, tell: of the drawing, or null once the page knows}
+  let asking = null; // {stop: AbortController, tell: of the drawing, or null once the page knows; text, settings: as below}
   let shown = null; // {html, text: of the drawing whose endings are shown here, settings}
 
   function show(next) {
@@ -39,8 +39,8 @@ function createLive() {
 
   async function ask(text, tellDrawing) {
     stop();
-    const mine = (asking = { stop: new AbortController(), tell: tellDrawing });
     const { settings } = data;
+    const mine = (asking = { stop: new AbortController(), tell: tellDrawing, text, settings });
     setTimeout(() => asking === mine && tell(), PATIENCE_MS);
     let isFinished = false;
     try {
@@ -53,12 +53,12 @@ function createLive() {
       const reader = response.status === 200 ? response.body.pipeThrough(new TextDecoderStream()).getReader() : null;
       for (let rest = ""; reader; ) {
         const { done, value } = await reader.read();
-        if (done || asking !== mine || data.settings !== settings) break;
+        if (done || asking !== mine) break;
         const events = (rest + value).split("\n\n");
         rest = events.pop();
         if (!events.length) continue;
         const event = JSON.parse(events.pop().slice("data: ".length)); // the last one is all that is to be seen
-        show({ html: event.html, text, settings });
+        if (data.settings === settings) show({ html: event.html, text, settings }); // else it is the page's to show
         isFinished = event.finished;
       }
     } catch {
@@ -79,7 +79,9 @@ function createLive() {
       return;
     }
     event.preventDefault();
-    ask(event.detail.text, event.detail.tell);
+    const { text, tell: tellDrawing } = event.detail;
+    if (asking?.text === text && asking.settings === data.settings) asking.tell = tellDrawing; // the pen was only lifted
+    else ask(text, tellDrawing);
   });
   // The page must know what is drawn before it hears of anything else; another page learns it from the server.
   for (const type of ["pointerdown", "keydown", "pagehide"]) {
