@@ -37,7 +37,7 @@ def put_champion(pair: str, version: str) -> str:
         _, scores = load_checkpoint(checkpoint)
         values = [i / 200 for i in range(200)]
         reference = dict.fromkeys(("bits_per_dim", "ink_share", "known_share"), values)
-        (checkpoint / "reference.json").write_text(json.dumps(reference))
+        (checkpoint / "beginnings.json").write_text(json.dumps(reference))
         weights = sha256_of(checkpoint / "model.safetensors")
         told = {"name": f"pixelcnn-{DATASET}", "version": version, "run_id": "none", "git_commit": "none"}
         told |= {"data_hash": scores["data_hash"], "weights_sha256": weights, "dataset": DATASET}

@@ -14,22 +14,25 @@ from pipelines.registry.provenance import prepared_file
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.completion import complete, drawing_bits_per_dim, shares_of_drawing
 from pixelcnn.data import Dataset, load_dataset
-from pixelcnn.observed import beginnings, ink_of, pen_noise, surroundings
+from pixelcnn.observed import beginnings, ink_of, pen_noise
 
-REFERENCE_FILE = "reference.json"
+REFERENCE_FILE = "beginnings.json"  # a reference.json holds other kinds of known, too, and counts as none
 NUM_DRAWINGS = 200
 BATCH = 20
 PARTS = (0.1, 0.7)  # of the ink, as in training
 
 
 def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
-    """Return the values of each statistic: of beginnings, alone or with what surrounds them, completed by the model."""
+    """Return each statistic's values: of beginnings, as the canvas sends them by default, completed by the model."""
     model, _ = load_checkpoint(checkpoint)
     levels = data.levels("validation", slice(0, NUM_DRAWINGS))
     rng = np.random.default_rng(0)
     ink = ink_of(levels, data.num_levels)
     drawn = beginnings(pen_noise(rng, *ink.shape), ink, rng.uniform(*PARTS, len(ink)))
-    observed = torch.from_numpy(surroundings(rng, drawn))[:, None]
+    rows = np.logical_or.accumulate(drawn.any(axis=2, keepdims=True)[:, ::-1], axis=1)[:, ::-1]  # down to the lowest
+    is_ink_alone = model.config.context_features or data.image_shape[0] == 3  # as in app/canvas/widgets.py
+    observed = torch.from_numpy(drawn if is_ink_alone else drawn | rows)[:, None]
+    levels = levels * torch.from_numpy(drawn)[:, None]  # what is known and not drawn is blank
     u = torch.rand(levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = shares_of_drawing(levels, observed, data.num_levels)
     batches = zip(*(torch.split(tensor, BATCH) for tensor in (levels, observed, u)), strict=True)

@@ -3,20 +3,27 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from prefect.automations import Automation
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
+from streamlit.testing.v1 import AppTest
 
+from app.canvas.drawing import TOUCHED, Drawing, known_cells, levels_of, per_cell, strength_of
 from app.service.champions import load_champion
+from app.service.operation.drift import SCORE_EVERY, drifts_from
 from pipelines import operate
 from pipelines.flows import drift
 from pipelines.promotion.move import run_shadow
 from pipelines.promotion.reference import NUM_DRAWINGS, reference_of
 from pipelines.promotion.register import release, repair_all
 from pipelines.registry import store
-from pixelcnn import load_dataset
+from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, load_dataset, save_checkpoint
+from pixelcnn.completion import complete, drawing_bits_per_dim, shares_of_drawing
+from pixelcnn.observed import beginnings, ink_of, pen_noise, strokes
 from tests.local import Handler, LocalServer
 from tests.pipelines.sites import tags_of_last_run
 
@@ -26,7 +33,7 @@ def test_a_champion_has_a_reference_and_may_have_a_challenger(weights: Path) -> 
     tag = store.latest("pixelcnn-mnist5k")
     assert tag
     folder = store.home() / "models" / tag.replace(":", "/")
-    found = json.loads((folder / "reference.json").read_text())
+    found = json.loads((folder / "beginnings.json").read_text())
     data = load_dataset("data/mnist5k.safetensors")
     assert found == reference_of(weights, data), "it is a function of model and data"
     assert set(found) == {"bits_per_dim", "ink_share", "known_share"}
@@ -48,7 +55,7 @@ def test_without_the_data_there_is_no_reference_until_a_repair_finds_them(
     data = Path("data/mnist5k.safetensors").rename("elsewhere")
     release("pixelcnn-mnist5k")
     tag = str(store.latest("pixelcnn-mnist5k"))
-    file, told = store.folder_of(tag) / "reference.json", store.metadata_of(tag)
+    file, told = store.folder_of(tag) / "beginnings.json", store.metadata_of(tag)
     assert not file.exists()
     assert "will not be watched for drift until they are, and `python -m pipelines.steps repair` has run" in caplog.text
     assert repair_all() == []
@@ -59,6 +66,51 @@ def test_without_the_data_there_is_no_reference_until_a_repair_finds_them(
     assert load_champion(store.home() / "models", tag).reference, "the service takes it"
     assert now == told | {"manifest_sha256": now["manifest_sha256"]}
     assert repair_all() == []
+
+
+def default_known(painting: bool, sees_all: bool) -> None:
+    """Show the canvas's choice of what counts as known: a page for AppTest."""
+    from app.canvas.widgets import choose_known
+
+    choose_known(painting, sees_all)
+
+
+@pytest.mark.parametrize(("channels", "context_features"), [(1, 0), (1, 2), (3, 0)])
+def test_beginnings_of_held_out_images_sent_as_the_canvas_does_are_no_drift(
+    tmp_path: Path, channels: int, context_features: int
+) -> None:
+    shape = (channels, 20, 20)
+    drawn = torch.from_numpy(strokes(np.random.default_rng(0), 400, 20, 20)).to(torch.uint8)
+    images = drawn[:, None].repeat(1, channels, 1, 1)
+    parts = dict(zip(("train", "validation", "test"), images.split([1, 199, 200]), strict=True))
+    labels = {split: torch.zeros(len(part), dtype=torch.int64) for split, part in parts.items()}
+    data = Dataset(name="strokes", num_levels=2, protocol="toy", label_names=["a"], images=parts, labels=labels)
+    config = GatedPixelCNNConfig(
+        image_shape=shape, num_levels=2, num_features=3, num_layers=1, kernel_size=3, context_features=context_features
+    )
+    model = build_model(config).eval()
+    save_checkpoint(tmp_path, model, {})
+    drifts = drifts_from(reference_of(tmp_path, data))
+
+    page = AppTest.from_function(default_known, args=(channels == 3, context_features > 0)).run()
+    mode = str(page.button_group[0].value)
+    rng, generator = np.random.default_rng(1), torch.Generator().manual_seed(1)
+    levels = data.levels("test", slice(None))
+    ink = ink_of(levels, 2)
+    begun = beginnings(pen_noise(rng, *ink.shape), ink, rng.uniform(0.1, 0.7, len(ink)))
+    for number, (image, one) in enumerate(zip(levels.permute(0, 2, 3, 1).numpy(), begun, strict=True)):
+        image = image.squeeze() * per_cell(one, image.squeeze())
+        drawing = Drawing(strength_of(image, 2), np.where(one, TOUCHED, 0))
+        known = torch.from_numpy(known_cells(drawing, mode, 2))[None, None].bool()
+        sent = torch.from_numpy(levels_of(drawing, 2)).view(20, 20, channels).permute(2, 0, 1)[None]
+        found = shares_of_drawing(sent, known, 2)
+        if number % SCORE_EVERY == 0:
+            completion = complete(model, sent, known, torch.rand(sent.shape, generator=generator, dtype=torch.float64))
+            found["bits_per_dim"] = drawing_bits_per_dim(model, completion, known)
+        for name, value in found.items():
+            drifts[name].add(value.item())
+    told = {name: (drift.num_windows, drift.has_drifted) for name, drift in drifts.items()}
+    assert told == dict.fromkeys(("bits_per_dim", "ink_share", "known_share"), (2, False)), drifts
 
 
 class Other(LocalServer):

@@ -174,7 +174,7 @@ def test_production_gets_what_staging_served_by_hash(two_environments, without_p
     toy.promote()
     staged = toy.served()
     monkeypatch.setattr(reference, "reference_of", lambda *_: pytest.fail("it is copied, as the data may not be here"))
-    watched = (store.folder_of(str(store.latest(NAME))) / "reference.json").read_text()
+    watched = (store.folder_of(str(store.latest(NAME))) / "beginnings.json").read_text()
     assert store.home().parts[-2:] == ("staging", "store")
     for said in ("are version 2 and champion of production now (checksum checked, scored", "already."):
         with monkeypatch.context() as patch:
@@ -199,7 +199,7 @@ def test_production_gets_what_staging_served_by_hash(two_environments, without_p
         served = toy.served()
         assert served["weights_sha256"] == staged["weights_sha256"]
         assert served["run_id"] != staged["run_id"]
-        known = store.folder_of(str(store.latest(NAME))) / "reference.json"
+        known = store.folder_of(str(store.latest(NAME))) / "beginnings.json"
         assert known.read_text() == watched
         lines = decisions.history("mnist5k")
         assert ["release 1" in line for line in lines] == [True, False, False, False, False]

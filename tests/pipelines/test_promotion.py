@@ -124,10 +124,10 @@ def test_export_has_the_lineage(toy):
     assert run.data.tags["data_hash"] == metadata["data_hash"]
     # Nothing but a checkpoint's files and BentoML's own: no code and no pickle.
     assert sorted(f.name for f in (store.home() / "models" / tag.replace(":", "/")).iterdir()) == [
+        "beginnings.json",
         "config.json",
         "model.safetensors",
         "model.yaml",
-        "reference.json",
         "scores.json",
     ]
 

@@ -106,7 +106,7 @@ def champion(folder: Path, version: str, seed: int, reference: list[float] | Non
     make_checkpoint(checkpoint, GREY, seed)
     names = ("bits_per_dim", "ink_share", "known_share")
     if reference is not None:
-        (checkpoint / "reference.json").write_text(json.dumps(dict.fromkeys(names, reference)))
+        (checkpoint / "beginnings.json").write_text(json.dumps(dict.fromkeys(names, reference)))
     metadata = {key: value for key, value in store.metadata_of(tag).items() if key != "manifest_sha256"}
     return store.export(checkpoint, {**metadata, "version": version})
 

@@ -164,7 +164,7 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     checkpoint = tmp_path / "again"
     make_checkpoint(checkpoint, GREY, 5)
     reference = {name: [0.001 * i for i in range(200)] for name in ("bits_per_dim", "ink_share", "known_share")}
-    (checkpoint / "reference.json").write_text(json.dumps(reference))
+    (checkpoint / "beginnings.json").write_text(json.dumps(reference))
     metadata = {key: value for key, value in store.metadata_of(tags[0]).items() if key != "manifest_sha256"}
     tag = store.export(checkpoint, {**metadata, "version": "3"})
     store.serve(tag)
