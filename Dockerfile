@@ -20,7 +20,8 @@ USER pixelcnn
 RUN bentoml import "$PWD/pixelcnn.bento"
 EXPOSE 3000
 HEALTHCHECK --start-period=60s CMD python -c "from urllib.request import urlopen; urlopen('http://127.0.0.1:3000/readyz')"
-CMD ["bentoml", "serve", "pixelcnn:latest"]
+# Not the Bento in the store: a volume there is filled but once, and would hide a newer one.
+CMD ["bentoml", "serve", "/srv/pixelcnn/bento"]
 
 FROM base AS canvas
 COPY pyproject.toml constraints.txt ./

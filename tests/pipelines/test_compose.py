@@ -78,6 +78,10 @@ class Composed:
         found = re.search(rf"^{word} (?:--\S+ )*(.*)$", text, re.MULTILINE)
         return found[1] if found else ""
 
+    def unpacking(self) -> str:
+        """Return the command that unpacks the Bento."""
+        return f"python {self.of_stage('service', 'RUN python').partition(' &&')[0]}"
+
     def environment(self, name: str) -> dict[str, str]:
         """Return what a service's processes find in their environment."""
         image = shlex.split(self.of_stage(name, "ENV")) if name in ("service", "canvas") else []
@@ -171,6 +175,15 @@ def pack_bento(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
             assert done.returncode == 0, done.stderr
 
 
+def test_no_volume_hides_the_code_of_a_newer_image(tmp_path: Path) -> None:
+    """A volume is filled from the image that it is first used with."""
+    all_of_it = Composed(tmp_path, [])
+    served = Path(json.loads(all_of_it.of_stage("service", "CMD"))[-1])
+    volumes = [Path(volume.partition(":")[2]) for volume in all_of_it.services["service"]["volumes"]]
+    assert served == tmp_path / "srv/pixelcnn" / all_of_it.unpacking().split()[-1]
+    assert not [volume for volume in volumes if served.is_relative_to(volume)]
+
+
 @pytest.mark.repeated
 @pytest.mark.skipif(NUM_MACHINES < 2, reason="eight services take minutes: make test-slow")
 @pytest.mark.timeout(1200)
@@ -204,8 +217,9 @@ def test_all_services_together(network: list[str], tmp_path: Path, monkeypatch: 
         try:
             told["PGHOST"] = str(socket)  # which that image has at its usual place
             all_of_it.wait_for("postgres")
-            done = all_of_it.run("service", "sh", "-c", f"bentoml {all_of_it.of_stage('service', 'RUN bentoml')}")
-            assert done.returncode == 0, done.stderr
+            for command in (all_of_it.unpacking(), f"bentoml {all_of_it.of_stage('service', 'RUN bentoml')}"):
+                done = all_of_it.run("service", "sh", "-c", command)
+                assert done.returncode == 0, done.stderr
             done = all_of_it.run(
                 "worker", "sh", "-c", f"dvc {all_of_it.of_stage('pipeline', 'RUN dvc').partition('&&')[0]}"
             )
