@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bentoml
-from bentoml.exceptions import BentoMLConfigException
+from bentoml.exceptions import BentoMLConfigException, BentoMLException
 from bentoml.models import BentoModel
 from pydantic import ValidationError
 
@@ -190,8 +190,13 @@ class _PinnedModel(BentoModel):
 
 def pinned_models() -> list[BentoModel]:
     """Return the served model of each name in the store."""
-    pointers = sorted(store_folder().glob(f"{NAME_PREFIX}*/{POINTERS['champion']}"))
-    return [_PinnedModel(f"{pointer.parent.name}:{pointer.read_text().strip()}") for pointer in pointers]
+    found: list[BentoModel] = []
+    for pointer in sorted(store_folder().glob(f"{NAME_PREFIX}*/{POINTERS['champion']}")):
+        try:
+            found.append(_PinnedModel(f"{pointer.parent.name}:{pointer.read_text().strip()}"))
+        except (OSError, UnicodeDecodeError, BentoMLException) as error:  # the other models are served all the same
+            logger.warning("%s names no version (%s). Promote it again.", pointer, error)
+    return found
 
 
 @dataclass

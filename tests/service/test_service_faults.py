@@ -12,10 +12,10 @@ import httpx
 import numpy as np
 import pytest
 
-from app.service.champions import Champions, load_champion
+from app.service.champions import Champions, load_champion, pinned_models
 from pipelines.registry import store
 from pixelcnn import GatedPixelCNNConfig
-from tests.service.champions import GREY, put, wait_until
+from tests.service.champions import COLOUR, GREY, put, wait_until
 from tests.service.served import serving
 
 # The sizes that the documents state: PIXELCNN_TEST_KILLS=20 PIXELCNN_TEST_FLIPS=400.
@@ -243,6 +243,15 @@ def test_a_model_of_anything_but_plain_files_in_its_folder_is_refused(tmp_path, 
     assert champions.get("grey").identity.version == "1"
     assert REFUSED[what] in caplog.text
     assert "version 1 is still served" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\xff", b"No Version"])
+def test_a_damaged_pointer_keeps_no_other_model_from_being_served(tmp_path, monkeypatch, caplog, damaged):
+    _, folder = champions_of(tmp_path, monkeypatch)
+    store.serve(put(tmp_path, "colour", COLOUR, "1", seed=0))
+    (folder.parent / "latest").write_bytes(damaged)
+    assert [model.tag.name for model in pinned_models()] == ["pixelcnn-colour"]
+    assert "pixelcnn-grey/latest names no version" in caplog.text
 
 
 def test_a_swap_that_failed_once_is_tried_again_though_no_file_changed(tmp_path, monkeypatch, caplog):
