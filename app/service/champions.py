@@ -1,5 +1,6 @@
 """The champions in BentoML's model store: each is checked, loaded, and served until another one takes over."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -323,13 +324,15 @@ class Champions:
             logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
         for dataset, folder in folders.items():
             try:
-                version = (folder / POINTERS[self.role]).read_text().strip()
-                if not version:  # being rewritten
-                    continue
-                files = sorted((folder / version).iterdir()) if VERSION.fullmatch(version) else []
-                fingerprint = (version, *((stat.st_mtime_ns, stat.st_size) for stat in (f.stat() for f in files)))
-            except (OSError, UnicodeDecodeError):  # no version yet, or being replaced: the next poll looks again
+                version = (folder / POINTERS[self.role]).read_text(errors="replace").strip()
+            except OSError:  # no version yet
                 continue
+            if not version:  # being rewritten
+                continue
+            fingerprint: tuple[object, ...] = (version,)  # if its files cannot be listed: the load then says why
+            with contextlib.suppress(OSError):
+                files = sorted((folder / version).iterdir()) if VERSION.fullmatch(version) else []
+                fingerprint += tuple((stat.st_mtime_ns, stat.st_size) for stat in (f.stat() for f in files))
             attempt = self._attempts.get(dataset)
             if attempt is None or attempt.fingerprint != fingerprint:
                 attempt = self._attempts[dataset] = _Attempt(fingerprint)

@@ -17,6 +17,7 @@ from pipelines.registry import store
 from pixelcnn import GatedPixelCNNConfig
 from tests.service.champions import COLOUR, GREY, put, wait_until
 from tests.service.served import serving
+from tests.service.test_metrics import read
 
 # The sizes that the documents state: PIXELCNN_TEST_KILLS=20 PIXELCNN_TEST_FLIPS=400.
 NUM_KILLS = int(os.environ.get("PIXELCNN_TEST_KILLS", "1"))
@@ -252,6 +253,28 @@ def test_a_damaged_pointer_keeps_no_other_model_from_being_served(tmp_path, monk
     (folder.parent / "latest").write_bytes(damaged)
     assert [model.tag.name for model in pinned_models()] == ["pixelcnn-colour"]
     assert "pixelcnn-grey/latest names no version" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["folder", "pointer"])
+def test_a_model_that_is_gone_is_refused_aloud_and_served_once_it_is_back(tmp_path, monkeypatch, caplog, what):
+    champions, folder = champions_of(tmp_path, monkeypatch)
+    tag, pointer = f"pixelcnn-grey:{folder.name}", folder.parent / "latest"
+    if what == "folder":
+        folder.rename(tmp_path / "gone")
+    else:
+        pointer.write_bytes(b"\xff")
+    for _ in range(2):
+        champions.refresh()
+    assert caplog.text.count("cannot be served") == 1
+    assert "nothing is served for it" in caplog.text
+    assert read("pixelcnn_champion_refused", dataset="grey", role="champion") == 1
+    if what == "folder":
+        (tmp_path / "gone").rename(folder)
+    else:
+        store.serve(tag)
+    champions.refresh()
+    assert champions.get("grey").identity.version == "1"
+    assert read("pixelcnn_champion_refused", dataset="grey", role="champion") == 0
 
 
 def test_a_swap_that_failed_once_is_tried_again_though_no_file_changed(tmp_path, monkeypatch, caplog):
