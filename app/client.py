@@ -202,15 +202,16 @@ class ServiceClient:
             if source.response.is_error:
                 source.response.read()
                 source.response.raise_for_status()
-            for event in source.iter_sse():
-                if event.event == "error":
-                    error = _Refusal.model_validate_json(event.data).error
-                    raise ServiceError(_with_id(error, source.response.request))
-                if event.event == "result":
-                    yield Completions.model_validate_json(event.data)
-                    return
-                if event.event == "rows":
-                    yield Rows.model_validate_json(event.data)
+            with contextlib.suppress(httpx.ReadError, httpx.RemoteProtocolError):  # cut off, it lacks a result
+                for event in source.iter_sse():
+                    if event.event == "error":
+                        error = _Refusal.model_validate_json(event.data).error
+                        raise ServiceError(_with_id(error, source.response.request))
+                    if event.event == "result":
+                        yield Completions.model_validate_json(event.data)
+                        return
+                    if event.event == "rows":
+                        yield Rows.model_validate_json(event.data)
         text = f"The service at {self.url} stopped in mid-answer. Try again; your drawing is kept."
         raise ServiceError(_with_id(text, source.response.request), away=True)
 

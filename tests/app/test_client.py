@@ -3,6 +3,7 @@
 import ast
 import json
 import socket
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,33 @@ def test_stream_without_an_end_is_an_error(service: StubService) -> None:
     service.break_stream = True
     with pytest.raises(ServiceError, match=r"stopped in mid-answer\. Try again; your drawing is kept"):
         list(ServiceClient(service.url).complete_stream("mnist5k", IMAGE, OBSERVED))
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_stream_that_is_cut_off_is_told_from_a_service_that_does_not_answer(has_begun: bool, is_reset: bool) -> None:
+    """As a worker that is killed leaves it: without the last chunk."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answers = in_background(
+            lambda _: ServiceClient(f"http://127.0.0.1:{server.getsockname()[1]}").complete_stream("mnist", [], [])
+        )
+        assert next(answers) is None
+        connection, _ = server.accept()
+        connection.settimeout(10)
+        with connection:
+            while b"[]" not in connection.recv(65536):
+                pass
+            if has_begun:
+                rows = b'event: rows\ndata: {"start": 0, "rows": [[[0]]]}\n\n'
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                connection.sendall(head + b"%x\r\n%s\r\n" % (len(rows), rows))
+                assert Rows(start=0, rows=[[[0]]]) in answers
+            if is_reset:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    begun, none = r"stopped in mid-answer\. Try again; .* \(request [0-9a-f]{12}\)$", r"does not answer\. Start it with"
+    with pytest.raises(ServiceError, match=begun if has_begun else none) as caught:
+        list(answers)
+    assert caught.value.away
 
 
 def test_stream_error_event_is_an_error() -> None:
