@@ -69,7 +69,7 @@ class Metrics:
         )
         self.drift_watched = gauge(
             "pixelcnn_drift_watched",
-            "1 where drawings are compared with a reference, 0 where the champion came without one.",
+            "1 where drawings are compared with a reference, 0 where the champion has none, or too small a one.",
             ["dataset"],
         )
         self.drift_distance = gauge(

@@ -44,7 +44,7 @@ def watch_drift(
     tag_run(*drawn)
     for dataset, told in drawn.items():
         if action != "nothing" and not told["watched"]:
-            text = "drawings of %s are not watched: version %s came without a reference"
+            text = "drawings of %s are not watched: version %s came without a reference, or with too small a one"
             get_run_logger().warning(text, dataset, told["version"])
     drifted = {dataset: told for dataset, told in drawn.items() if told["drifted_since"]}
     for dataset, told in drifted.items():

@@ -129,6 +129,18 @@ def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fas
     batcher.close()
 
 
+@pytest.mark.parametrize(("num", "is_watched"), [(0, False), (5, False), (200, True)])
+def test_only_a_reference_from_which_drawings_can_differ_is_watched(model, reference, tmp_path, num, is_watched):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion = Champion(model, Identity(**lineage), {}, {name: values[:num] for name, values in reference.items()})
+    watch = Drawings(Batcher(36, 48), Champions(tmp_path))
+    draw(watch, champion, *drawings(1, seed=3))
+    told = watch.describe()["strokes"]
+    assert told["watched"] == is_watched == (read("pixelcnn_drift_watched", dataset="strokes") == 1)
+    assert set(told["drift"]) == (set(reference) if is_watched else set())
+    assert math.isnan(read("pixelcnn_drift", dataset="strokes", statistic="ink_share")) != is_watched
+
+
 def test_the_limit_keeps_the_rate_of_false_alarms_that_it_states():
     """Of windows of the reference's own distribution, none in thousands comes near the limit; shifted ones do."""
     rng = np.random.default_rng(0)

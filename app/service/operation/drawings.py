@@ -54,7 +54,7 @@ class _Watched:
 
     @property
     def is_compared(self) -> bool:
-        """Whether its champion came with a reference of all statistics."""
+        """Whether its champion came with a reference of all statistics, and that is large enough."""
         return self.drifts.keys() >= set(STATISTICS)
 
 
