@@ -1,6 +1,8 @@
 """What the service reports to Prometheus at /metrics, beside BentoML's own counts: numbers alone, never an image."""
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 from app.service.settings import settings
@@ -23,7 +25,7 @@ class Metrics:
         from prometheus_client import Counter, Gauge, Histogram
 
         by = ["endpoint", "dataset"]
-        # A gauge of several workers, or of one that died and its successor, shows the value that was set last.
+        # Without the process's ID as a label.
         gauge = functools.partial(Gauge, multiprocess_mode="mostrecent")
         self.requests = Counter("pixelcnn_requests", "Requests, by path and status.", ["path", "status"])
         self.seconds = Histogram(
@@ -99,7 +101,18 @@ class _Nothing:
         return self
 
 
+def _forget_killed_workers() -> None:
+    """Remove the gauges that a killed worker has left; its counts go on. One worker at a time has any."""
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        for file in Path(folder).glob("gauge_*.db"):
+            if not file.stem.endswith(f"_{os.getpid()}"):
+                file.unlink(missing_ok=True)
+
+
 @functools.cache
 def metrics() -> Any:
     """Return the `Metrics` of this process; the first call must come after the service has started."""
-    return Metrics() if settings.watch else _Nothing()
+    if not settings.watch:
+        return _Nothing()
+    _forget_killed_workers()
+    return Metrics()

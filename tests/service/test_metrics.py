@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 
 import prometheus_client
 import pytest
@@ -78,6 +79,16 @@ def test_what_is_known_of_a_completion_is_scored(client, grey, monkeypatch):
     nats = -pixel_log_prob(grey, torch.tensor([[IMAGE]]))[:, :, :2].sum().item()
     found = read("pixelcnn_drawn_bits_per_dim_sum", **labels) - before
     assert abs(found - nats / (8 * math.log(2))) < 1e-4
+
+
+def test_gauges_of_a_killed_worker_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr("app.service.metrics.Metrics", lambda: None)  # those of this process are there already
+    kept = {"counter_1.db", "histogram_1.db", f"gauge_mostrecent_{os.getpid()}.db"}
+    for name in (*kept, "gauge_mostrecent_1.db", f"gauge_livesum_1{os.getpid()}.db"):
+        (tmp_path / name).touch()
+    metrics.__wrapped__()
+    assert {file.name for file in tmp_path.iterdir()} == kept
 
 
 def test_without_watching_nothing_is_counted_or_logged(client, monkeypatch, caplog):
