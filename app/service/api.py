@@ -78,7 +78,7 @@ class PixelCNNService:
     def __init__(self) -> None:
         set_sampler_threads(settings.threads)
         released = released_by_dataset(settings.datasets) if settings.released else {}
-        self.champions = Champions(store_folder(), lambda: self.readiness.tell(), released=released)
+        self.champions = Champions(store_folder(), self._look, released=released)
         self.readiness = Readiness(self.champions)
         self.metrics = metrics()
         self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue, self.metrics.waiting.set, self._count_call)
@@ -103,6 +103,11 @@ class PixelCNNService:
         self.champions.stop()
         self.challengers.stop()
         self.batcher.close()
+
+    def _look(self) -> None:
+        """Tell of what a look at the store has changed."""
+        self.readiness.tell()
+        self.drawings.forget(self.champions)
 
     async def __is_ready__(self) -> bool:
         """Tell BentoML's /readyz; its /livez, which asks for nothing, says that this process answers."""

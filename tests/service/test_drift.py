@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -219,6 +220,11 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     wait_until(has_ended)
     assert read("pixelcnn_shadow_drawings", dataset="watched") == 0
     assert all(math.isnan(read("pixelcnn_shadow_bits_per_dim", dataset="watched", bound=b)) for b in ("low", "high"))
+    # What is no longer served is no longer told of.
+    shutil.rmtree(service_home / "models/pixelcnn-watched")
+    wait_until(lambda: "watched" not in client.get("/drawings").json())
+    for name in ("pixelcnn_drift", "pixelcnn_drift_watched", "pixelcnn_drift_distance"):
+        assert math.isnan(read(name, dataset="watched")), name
     # A champion without a reference: nothing is tested, and that is told.
     client.post("/complete", json={**body, "dataset": "grey"})
     wait_until(lambda: "grey" in client.get("/drawings").json())

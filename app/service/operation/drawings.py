@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -109,18 +110,29 @@ class Drawings:
         with self._lock:
             return {dataset: _description(watched) for dataset, watched in sorted(self._watched.items())}
 
+    def forget(self, champions: Champions) -> None:
+        """Drop what is known of drawings for champions that are no longer served."""
+        with self._lock:
+            for dataset, watched in list(self._watched.items()):
+                if watched.champion is not champions.find(dataset):
+                    del self._watched[dataset]
+                    self._tell_nothing_yet(dataset)
+
     def _of(self, dataset: str, champion: Champion) -> _Watched:
         """Return what is known of a champion's drawings; a new champion begins anew. The lock is held."""
         watched = self._watched.get(dataset)
         if watched is None or watched.champion is not champion:
             drifts = drifts_from(champion.reference)
             watched = self._watched[dataset] = _Watched(champion, drifts)
-            metrics().drift_watched.labels(dataset).set(watched.is_compared)
-            for name in STATISTICS:  # nothing is told of what is not compared
-                metrics().drift.labels(dataset, name).set(0 if name in drifts else math.nan)
-                metrics().drift_distance.labels(dataset, name).set(math.nan)
-            self._tell_no_challenge(dataset)
+            self._tell_nothing_yet(dataset, watched.is_compared, drifts)
         return watched
+
+    def _tell_nothing_yet(self, dataset: str, is_compared: float = math.nan, drifts: Collection[str] = ()) -> None:
+        metrics().drift_watched.labels(dataset).set(is_compared)
+        for name in STATISTICS:  # nothing is told of what is not compared
+            metrics().drift.labels(dataset, name).set(0 if name in drifts else math.nan)
+            metrics().drift_distance.labels(dataset, name).set(math.nan)
+        self._tell_no_challenge(dataset)
 
     def _tell_no_challenge(self, dataset: str) -> None:
         metrics().shadow_drawings.labels(dataset).set(0)
@@ -148,8 +160,8 @@ class Drawings:
             return
         dataset, bits = score.dataset, score.done.result()
         with self._lock:
-            watched = self._watched[dataset]
-            if watched.champion is score.models[0]:
+            watched = self._watched.get(dataset)
+            if watched is not None and watched.champion is score.models[0]:
                 metrics().drawn.labels(score.endpoint, dataset).observe(bits[0])
                 self._add(dataset, watched, "bits_per_dim", bits[0])
                 challenger = score.models[1] if len(bits) > 1 else None
