@@ -1,5 +1,6 @@
 """What is told of drawings: found when it changes, silent while it doesn't; and a challenger's figures beside."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -101,6 +102,44 @@ def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, r
     assert len(submitted) == 1
     submitted[0].done.set_result([1.0])
     assert len(submitted) == 2
+
+
+def test_a_score_that_fails_is_logged_and_the_next_one_is_begun(model, reference, tmp_path, caplog):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion, submitted = Champion(model, Identity(**lineage), {}, reference), []
+    batcher: Any = SimpleNamespace(num_waiting=0, submit=submitted.append)
+    watch = Drawings(batcher, Champions(tmp_path))
+    draw(watch, champion, *drawings(2 * SCORE_EVERY, seed=3))
+    submitted[0].done.set_exception(ValueError("out of order"))
+    assert "a drawing of strokes could not be scored" in caplog.text
+    assert "out of order" in caplog.text
+    assert len(submitted) == 2
+
+
+def test_a_challenger_without_labels_scores_drawings_that_have_one(tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    configs = (GREY, dataclasses.replace(GREY, num_labels=0))
+    models = [make_checkpoint(tmp_path / str(config.num_labels), config, 0) for config in configs]
+    levels, known, label = torch.tensor([[IMAGE]]), torch.tensor([[OBSERVED]]).bool(), torch.tensor([2])
+    batcher, challengers = Batcher(36, 48), Champions(tmp_path)
+    champion, challenger = (
+        Champion(model, Identity(**lineage | {"version": str(i)}), {}) for i, model in enumerate(models)
+    )
+    challengers._by_dataset["grey"] = challenger
+    watch = Drawings(batcher, challengers)
+    request = SimpleNamespace(dataset="grey")
+    job: Any = SimpleNamespace(
+        champion=champion, request=request, image=levels, levels=levels, observed=known, label=label
+    )
+    for _ in range(2 * SCORE_EVERY):  # an interval is of two at least
+        watch.completed("complete", "grey", job)
+    wait_until(lambda: watch.describe()["grey"]["shadow"] is not None, 20)
+    batcher.close()
+    bits = [
+        drawing_bits_per_dim(*one).item() for one in ((models[0], levels, known, label), (models[1], levels, known))
+    ]
+    difference = watch.describe()["grey"]["shadow"]["bits_per_dim_difference"]["mean"]
+    assert difference == pytest.approx(bits[1] - bits[0], abs=1e-5)
 
 
 def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fast(model, reference, tmp_path):

@@ -38,7 +38,10 @@ class _Score(Job):
         super().__init__("drawings", object(), 1)
 
     def answer(self) -> list[float]:
-        return [drawing_bits_per_dim(one.model, self.levels, self.observed, self.label).item() for one in self.models]
+        models = [one.model for one in self.models]
+        labels = [self.label if model.config.num_labels else None for model in models]  # a challenger may know none
+        scored = zip(models, labels, strict=True)
+        return [drawing_bits_per_dim(model, self.levels, self.observed, label).item() for model, label in scored]
 
 
 @dataclass
@@ -156,7 +159,11 @@ class Drawings:
             logger.info("drawings of %s are like the reference again.", dataset)
 
     def _scored(self, score: _Score) -> None:
-        if score.done.cancelled() or score.done.exception():
+        if score.done.cancelled():
+            return
+        if error := score.done.exception():
+            logger.error("a drawing of %s could not be scored.", score.dataset, exc_info=error)
+            self._score_next()
             return
         dataset, bits = score.dataset, score.done.result()
         with self._lock:
