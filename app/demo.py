@@ -69,9 +69,10 @@ def port_of(variable: str, default: int, what: str, host: str = HOST) -> int:
         try:
             probe.bind((host, port))
         except OSError:
+            other = port + 1000 if port <= 64535 else port - 1000
             raise SystemExit(
                 f"error: port {port}, for the {what}, is in use on {host}. "
-                f"Stop the program that holds it, or choose another port by {variable}={port + 1000}."
+                f"Stop the program that holds it, or choose another port by {variable}={other}."
             ) from None
     return port
 

@@ -251,6 +251,18 @@ def test_a_port_in_use_is_said_before_anything_starts(demo: Demo, variable: str,
     )
 
 
+def test_the_port_that_is_proposed_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CANVAS_PORT", raising=False)
+    with socket.socket() as other:
+        for port in range(65535, 64535, -1):
+            with contextlib.suppress(OSError):
+                other.bind(("127.0.0.1", port))
+                break
+        other.listen()
+        with pytest.raises(SystemExit, match=f"by CANVAS_PORT={port - 1000}"):
+            port_of("CANVAS_PORT", port, "canvas")
+
+
 @pytest.mark.parametrize("text", ["0", "65536", "x", "-1"])
 def test_what_is_no_port_is_said(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CANVAS_PORT", text)
