@@ -246,7 +246,7 @@ class Champions:
         self.refresh()
         if not self._by_dataset and self._released:
             compile_in_background()
-        elif not self._by_dataset:
+        elif not self._by_dataset and self.role == "champion":  # a challenger comes beside one
             threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
         for dataset, folder in self._released.items():
             if dataset not in self._by_dataset:

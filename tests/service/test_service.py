@@ -659,6 +659,8 @@ def compiled():
     return {{name: len(value.signatures) for name, value in vars(kernels).items() if hasattr(value, "signatures")}}
 
 assert not any(compiled().values())
+Champions(Path({str(tmp_path)!r}), role="challenger").start()
+assert "compile" not in [thread.name for thread in threading.enumerate()]
 Champions(Path({str(tmp_path)!r})).start()
 [thread] = [thread for thread in threading.enumerate() if thread.name == "compile"]
 thread.join()
