@@ -169,16 +169,6 @@ class ServiceClient:
         timeout = httpx.Timeout(5.0, connect=CONNECT_TIMEOUT_S)
         return self._ask(dict[str, ServedModel], "GET", "/models", timeout=timeout)
 
-    def complete(self, dataset: str, image: Image, observed: Image, **sampling: Unpack[Sampling]) -> Completions:
-        """Have the missing pixels of an image drawn.
-
-        Args:
-            image: levels; ignored where missing.
-            observed: H x W of 0 (missing) and 1 (known).
-        """
-        body = _body(dataset, sampling) | {"image": image, "observed": observed}
-        return self._ask(Completions, "POST", "/complete", json=body)
-
     def complete_stream(
         self,
         dataset: str,
@@ -187,11 +177,13 @@ class ServiceClient:
         on_open: OnOpen = lambda end: None,
         **sampling: Unpack[Sampling],
     ) -> Generator[Rows | Completions, None, None]:
-        """Like `complete`, telling of each row as it is finished; the last value is the whole answer.
+        """Have the missing pixels of an image drawn: each row as it is finished; the last value is the whole answer.
 
         Closing the iterator ends the request.
 
         Args:
+            image: levels; ignored where missing.
+            observed: H x W of 0 (missing) and 1 (known).
             on_open: is given what ends the request from another thread, even while this one waits for an event.
         """
         body = _body(dataset, sampling) | {"image": image, "observed": observed}

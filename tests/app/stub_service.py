@@ -66,8 +66,6 @@ class StubService:
                 stub.requests.append((self.path, body))
                 if stub.refusal:
                     self._send(stub.refusal[0], "application/json", stub.refusal[1].encode())
-                elif self.path == "/complete":
-                    self._json(200, stub.answer(body))
                 elif self.path == "/generate":
                     self._json(200, stub.generated(body))
                 elif self.path == "/likelihood":

@@ -35,12 +35,12 @@ def test_models_are_typed(service: StubService) -> None:
 
 
 def test_complete_sends_the_wire_format(service: StubService) -> None:
-    answer = ServiceClient(service.url).complete(
+    *_, answer = ServiceClient(service.url).complete_stream(
         "mnist5k", IMAGE, OBSERVED, num_samples=3, label=7, temperature=0.9, seed=2**63 - 1
     )
     assert service.requests == [
         (
-            "/complete",
+            "/complete_stream",
             {
                 "dataset": "mnist5k",
                 "image": IMAGE,
@@ -58,7 +58,7 @@ def test_complete_sends_the_wire_format(service: StubService) -> None:
 
 
 def test_no_label_and_no_seed(service: StubService) -> None:
-    ServiceClient(service.url).complete("mnist5k", IMAGE, OBSERVED)
+    list(ServiceClient(service.url).complete_stream("mnist5k", IMAGE, OBSERVED))
     body = service.requests[0][1]
     assert body["label"] == -1
     assert "seed" not in body
@@ -70,7 +70,7 @@ def test_stream_gives_every_row_then_the_answer(service: StubService) -> None:
     assert all(isinstance(event, Rows) for event in rows)
     assert [event.start for event in rows] == list(range(28))
     assert [[event.rows[i][0] for event in rows] for i in range(2)] == answer.completions
-    assert answer == client.complete("mnist5k", IMAGE, OBSERVED, num_samples=2, seed=5)
+    assert answer.model_dump() == service.answers[0]
 
 
 def test_stream_without_an_end_is_an_error(service: StubService) -> None:
@@ -143,7 +143,6 @@ def test_service_down_says_how_to_start_it(service: StubService) -> None:
     sentence = f"The service at {service.url} does not answer. Start it with `make serve`; your drawing is kept."
     for call in (
         client.models,
-        lambda: client.complete("mnist5k", IMAGE, OBSERVED),
         lambda: list(client.complete_stream("mnist5k", IMAGE, OBSERVED)),
         lambda: client.generate("mnist5k"),
         lambda: client.likelihood("mnist5k", IMAGE),
@@ -177,7 +176,7 @@ def test_slow_service() -> None:
         raise httpx.ReadTimeout("timed out", request=request)
 
     with pytest.raises(ServiceError, match=r"takes too long to answer\. Try again"):
-        answering(handler).complete("mnist5k", IMAGE, OBSERVED)
+        answering(handler).generate("mnist5k")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +198,7 @@ def test_refusals_become_their_sentence(status: int, text: str, sentence: str, m
 
     client = answering(refuse)
     with pytest.raises(ServiceError) as caught:
-        client.complete("mnist5k", IMAGE, OBSERVED)
+        client.generate("mnist5k")
     assert str(caught.value) == f"{sentence} (request {sent[-1]})"
     assert len(set(sent)) == len(sent)
 
@@ -237,7 +236,7 @@ def test_a_busy_service_is_asked_again_after_the_time_it_names(status: int, monk
 def test_another_program_on_the_port(response: httpx.Response) -> None:
     client = answering(lambda request: response)
     with pytest.raises(ServiceError, match=r"does not speak like the completion service\. Set PIXELCNN_SERVICE_URL"):
-        client.complete("mnist5k", IMAGE, OBSERVED)
+        client.generate("mnist5k")
     with pytest.raises(ServiceError, match="does not speak like the completion service"):
         list(client.complete_stream("mnist5k", IMAGE, OBSERVED))
 

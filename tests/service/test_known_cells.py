@@ -23,7 +23,7 @@ from app.canvas.drawing import (
 from app.client import ServiceClient
 from app.service.champions import Champion, Champions
 from app.service.jobs import SamplingJob
-from app.service.wire import CompleteRequest, Identity
+from app.service.wire import CompleteRequest, Identity, server_sent_event
 from tests.service.champions import COLOUR, GREY, make_checkpoint
 
 # `make test-slow`: PIXELCNN_TEST_DRAWINGS=10000.
@@ -51,7 +51,8 @@ def in_process(tmp_path, monkeypatch) -> ServiceClient:
         values = CompleteRequest.model_validate(json.loads(request.content))
         job = SamplingJob(champions.get(values.dataset), values)
         job.run_together([job])
-        return httpx.Response(200, text=job.done.result().model_dump_json())
+        text = server_sent_event("result", job.done.result().model_dump_json())
+        return httpx.Response(200, text=text, headers={"Content-Type": "text/event-stream"})
 
     return ServiceClient("http://service.test", transport=httpx.MockTransport(answer))
 
@@ -69,7 +70,7 @@ def test_no_known_cell_changes_in_random_drawings(tmp_path, monkeypatch) -> None
         assert not known[drawing.mark == HOLE].any()
         image = levels_of(parse_drawing(drawing_text(drawing), shape), levels)
         image *= per_cell(known, image)
-        answer = client.complete(dataset, image.tolist(), known.tolist(), seed=number)
+        (answer,) = client.complete_stream(dataset, image.tolist(), known.tolist(), seed=number)
         completion = np.array(answer.completions[0])
         num_changed += int((completion != image)[known == 1].sum())
         num_known += int(known.sum())
