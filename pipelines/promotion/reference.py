@@ -29,7 +29,7 @@ def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
     rng = np.random.default_rng(0)
     ink = ink_of(levels, data.num_levels)
     drawn = beginnings(pen_noise(rng, *ink.shape), ink, rng.uniform(*PARTS, len(ink)))
-    rows = np.logical_or.accumulate(drawn.any(axis=2, keepdims=True)[:, ::-1], axis=1)[:, ::-1]  # down to the lowest
+    rows = np.logical_or.accumulate(drawn[:, ::-1], axis=1)[:, ::-1].any(axis=2, keepdims=True)  # down to the lowest
     is_ink_alone = model.config.context_features or data.image_shape[0] == 3  # as in app/canvas/widgets.py
     observed = torch.from_numpy(drawn if is_ink_alone else drawn | rows)[:, None]
     levels = levels * torch.from_numpy(drawn)[:, None]  # what is known and not drawn is blank
