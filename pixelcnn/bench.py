@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from pixelcnn.likelihood import level_probs
-from pixelcnn.models.attention import BLOCK
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.outputs import draw_level
 from pixelcnn.models.registry import build_model
@@ -41,11 +40,10 @@ def work_per_pixel(model: AutoregressiveModel) -> tuple[float, int]:
     as many weights for them."""
     plan, attended = Plan(model), 0.0
     by_row, by_pixel = (
-        sum(step.matrix.numel() for step in steps if step.matrix is not None)
+        sum(step.matrix.numel() // step.stride**2 for step in steps if step.matrix is not None)
         for steps in (plan.row_steps, plan.pixel_steps)
     )
-    for attention in (step.attention for step in plan.row_steps if step.attention is not None):
-        attended += sum(matrix.numel() for matrix in attention.matrices) / BLOCK**2
+    for attention in {step.attention for step in plan.row_steps if step.attention is not None}:
         attended += attention.num_blocks * attention.heads * attention.key_features  # half of them are above
     return by_row + by_pixel + attended, by_pixel
 

@@ -234,9 +234,11 @@ def context_projection(context_features: int, num_maps: int) -> Pointwise | None
 
 def gate(x: Any) -> Any:
     """Return tanh of the first half of the maps times sigmoid of the second: (B, 2p, H, W) -> (B, p, H, W)."""
-    if isinstance(x, Map):  # known when both of its halves are
-        turns = None if x.turns is None else x.turns.view(2, -1).amax(dim=0)
-        return Map("gate", (x,), None, x.num_channels // 2, x.lead, turns)
+    if isinstance(x, Map):
+        turns = None if x.turns is None else x.turns.chunk(2)
+        if turns and not torch.equal(*turns):
+            raise ValueError("the halves of a gate's maps must be known at the same turns of their pixel.")
+        return Map("gate", (x,), None, x.num_channels // 2, x.lead, turns[0] if turns else None)
     # Copied first: torch has slow loops for halves of each pixel's maps, above all in bfloat16.
     a, b = (half.contiguous(memory_format=torch.channels_last) for half in x.chunk(2, dim=1))
     return torch.tanh(a) * torch.sigmoid(b)

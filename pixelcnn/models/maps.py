@@ -47,7 +47,9 @@ class Map:
 
     def __add__(self, other: "Map") -> "Map":
         if not isinstance(other, Map) or other.num_channels != self.num_channels:
-            raise ValueError(f"a map of {self.num_channels} channels can only be added to another one, got {other!r}.")
+            raise ValueError(
+                f"a map of {self.num_channels} channels can only be added to another one, got {type(other).__name__}."
+            )
         return combined("add", (self, other))
 
     def _refuse(self, *_: object) -> Any:
@@ -68,7 +70,7 @@ class Map:
         changed = [name for name, value in (named or {}).items() if value is not False]  # inplace=True, alpha=2
         if function in (F.relu, torch.relu) and not changed:
             return combined("relu", (arguments[0],))
-        if function in (torch.add, Tensor.add, Tensor.__add__) and not changed:
+        if function in (torch.add, Tensor.add, Tensor.__add__) and not changed and isinstance(arguments[0], Map):
             return arguments[0] + arguments[1]
         raise refusal(" with ".join([getattr(function, "__name__", str(function)), *changed]))
 

@@ -4,9 +4,10 @@ Packing goes through an image by the code that samples one, and so does unpackin
 they do the same. The library makes fixed-point numbers of the float32 probabilities (24 bits, none of them zero).
 """
 
+import ctypes
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import constriction
 import numpy as np
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling.fast import engine_name
+from pixelcnn.sampling.naive import Canvas
+
+if TYPE_CHECKING:
+    from pixelcnn.sampling.compiled import Engine
 
 ENGINE = "compiled"
 MAX_LEVELS = 256
@@ -22,6 +27,41 @@ MAX_LEVELS = 256
 _queue, _models = constriction.stream.queue, constriction.stream.model
 _levels_model = _models.Categorical(perfect=False)  # one distribution for each symbol
 OnImages = Callable[[int], None]
+
+
+def code(engine: "Engine", levels: Tensor, labels: list[int], exchange: Callable[[Any, Any], None]) -> Tensor:
+    """Go through whole images as a sampler does, while a coder takes or says each level.
+
+    Args:
+        engine: of the model.
+        levels: (B, C, H, W) int64, contiguous: those to be coded; or any, which are then replaced.
+        labels: B numbers, -1 for none.
+        exchange: called for each sub-pixel of the batch in turn, with the (B, K) float32 probabilities of its
+            levels and the (B,) int32 levels themselves, which it may replace. They are of the same bits whatever
+            levels come later, and however many images there are.
+
+    Returns:
+        (B,) float64, the images' nats.
+    """
+    missing = torch.ones_like(levels[:, 0], dtype=torch.bool)
+    work = engine.work(Canvas(torch.zeros(levels.shape), torch.tensor(labels), 1.0, levels, missing))
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        # An exception cannot pass through compiled code, which goes on to the end without the coder.
+        if not raised:
+            try:
+                exchange(work.probs, work.coded)
+            except BaseException as error:
+                raised.append(error)
+
+    function = ctypes.CFUNCTYPE(None)(call)
+    work = work._replace(coder=ctypes.cast(function, ctypes.c_void_p).value or 0)
+    state = engine.joined([engine.fresh] * len(levels))
+    engine.rows(state, work, np.arange(len(levels)), 1.0, 0, levels.shape[2])
+    if raised:
+        raise raised[0]
+    return torch.from_numpy(work.nats)
 
 
 class Coder:
@@ -41,9 +81,11 @@ class Coder:
         if model.config.num_levels > MAX_LEVELS:
             raise ValueError(f"packing takes up to {MAX_LEVELS} levels, the model has {model.config.num_levels}.")
         from pixelcnn.sampling.compiled import build_engine
+        from pixelcnn.sampling.kernels import MACHINE
 
         self.config, self.batch_images = model.config, batch_images
         self.engine = build_engine(model)
+        self.arithmetic = f"{self.engine.weights.dtype} on {MACHINE}"  # what the last bits of results depend on
         self._label_model = _models.Uniform(max(model.config.num_labels, 1) + 1)  # one more for none
 
     def encode(self, levels: Tensor, labels: Tensor | None, on_images: OnImages) -> tuple[bytes, float]:
@@ -90,7 +132,7 @@ class Coder:
         for start in range(0, len(levels), self.batch_images):
             batch = levels[start : start + self.batch_images].contiguous()
             numbers = [-1] * len(batch) if labels is None else labels[start : start + len(batch)].tolist()
-            nats += self.engine.code(batch, numbers, exchange).sum().item()
+            nats += code(self.engine, batch, numbers, exchange).sum().item()
             levels[start : start + len(batch)] = batch
             on_images(len(batch))
         return nats

@@ -129,7 +129,7 @@ def pack(
         has_labels=numbers is not None,
         weights_sha256=weights_sha256,
         engine=ENGINE,
-        arithmetic=coder.engine.arithmetic,
+        arithmetic=coder.arithmetic,
         probe=coder.probe(),
         names=None if is_numbered else source.names,
     )
@@ -199,7 +199,7 @@ def unpack(
         if header.engine != ENGINE or coder.probe() != header.probe:
             raise ValueError(
                 f"{file} cannot be unpacked here: it was packed by {header.arithmetic}, whose results differ in their "
-                f"last bits from those of {coder.engine.arithmetic}. Take a machine, and versions, like the first."
+                f"last bits from those of {coder.arithmetic}. Take a machine, and versions, like the first."
             )
         wanted = range(first // header.block_images, (stop - 1) // header.block_images + 1)
         num_decoded = header.images_of(wanted[-1]).stop - header.images_of(wanted[0]).start

@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,47 +51,31 @@ class _Keys:
     """The keys and values of an attention block so far, after the constant that every pixel sees."""
 
     def __init__(self, attention: Attention, like: Tensor, batch: int) -> None:
-        self.attention, self.table = attention, attention.table.to(like)
         # Beyond the image's blocks lies room for a row of blocks that are not whole yet.
-        self.num = 1 + attention.num_blocks
-        shape = (batch, self.num + attention.block_columns, attention.heads, attention.key_features)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.keys[:, 0] = attention.null_key.view(attention.heads, -1)
-        self.values[:, 0] = attention.null_value.view(attention.heads, -1)
+        self.num, self.columns, self.features = attention.num_blocks, attention.block_columns, attention.key_features
+        null = torch.cat([attention.null_key, attention.null_value])
+        self.kept = like.new_zeros(batch, 1 + self.num + self.columns, len(null))
+        self.kept[:, 0] = null
 
-    def add(self, rows: list[Tensor], left: int, y: Tensor) -> None:
-        """Add the blocks of the two rows above row y, each (B, columns + padding, channels)."""
-        columns = self.attention.block_columns
-        made = self.table[(y // BLOCK - 1).clamp(min=0)]  # (1, columns, 2 * heads * d)
-        for row, matrix in zip(rows, self.attention.matrices, strict=True):
-            made = made + _windows(row, left, len(matrix), columns, BLOCK) @ matrix.to(row)
+    def add(self, made: Tensor, y: Tensor) -> None:
+        """Add the blocks of the two rows above row y, (B, columns, channels)."""
         is_whole = (y > 0) & (y % BLOCK == 0)
-        first = torch.where(is_whole, 1 + (y // BLOCK - 1) * columns, self.num)
-        places = first + torch.arange(columns, device=y.device)
-        for kept, new in zip((self.keys, self.values), made.chunk(2, dim=-1), strict=True):
-            kept.index_copy_(1, places, new.unflatten(-1, kept.shape[2:]))
+        first = 1 + torch.where(is_whole, (y // BLOCK - 1) * self.columns, self.num)
+        self.kept.index_copy_(1, first + torch.arange(self.columns, device=y.device), made)
 
     def attend(self, query: Tensor, channels: slice, y: Tensor) -> Tensor:  # (B, channels) -> (B, channels)
-        features = self.attention.key_features
-        heads = slice(channels.start // features, channels.stop // features)
-        query = query.unflatten(1, (-1, features)) / math.sqrt(features)
-        is_hidden = torch.arange(self.keys.shape[1], device=y.device) > y // BLOCK * self.attention.block_columns
-        scores = torch.einsum("bhd,bnhd->bhn", query, self.keys[:, :, heads]).masked_fill(is_hidden, -math.inf)
-        return torch.einsum("bhn,bnhd->bhd", scores.softmax(dim=-1), self.values[:, :, heads]).flatten(1)
-
-
-def _windows(row: Tensor, start: int, num_in: int, num: int, step: int = 1) -> Tensor:
-    """Return windows of a row, each one run of numbers: (B, columns, channels) -> (B, num, num_in), without a copy."""
-    batch, channels = row.stride(0), row.shape[2]
-    strides = (batch, step * channels, 1)
-    return row.as_strided((len(row), num, num_in), strides, row.storage_offset() + start * channels)
+        keys, values = (x[:, :, channels].unflatten(-1, (-1, self.features)) for x in self.kept.chunk(2, dim=-1))
+        query = query.unflatten(1, (-1, self.features)) / math.sqrt(self.features)
+        is_hidden = torch.arange(self.kept.shape[1], device=y.device) > y // BLOCK * self.columns
+        scores = torch.einsum("bhd,bnhd->bhn", query, keys).masked_fill(is_hidden, -math.inf)
+        return torch.einsum("bhn,bnhd->bhd", scores.softmax(dim=-1), values).flatten(1)
 
 
 def _ready(step: Step, like: Tensor, label: Tensor, width: int) -> Step:
     """Return a step with its weights beside the model's, its bias for each image (B or 1, 1, outputs) or row."""
     matrix, bias = (None if values is None else values.to(like) for values in (step.matrix, step.bias))
     if bias is not None:
-        bias = bias.unflatten(0, (-1, width)) if step.bias_of == "place" else bias[:, None]
+        bias = bias.unflatten(0, (-1, -(-width // step.stride))) if step.bias_of == "place" else bias[:, None]
         bias = bias[label + 1] if step.bias_of == "label" else bias
     return replace(step, matrix=matrix, bias=bias)
 
@@ -109,14 +94,10 @@ class _RowSampler:
         context = model.context(canvas.levels, ~canvas.missing[:, None])
         self.context = None if context is None else context.permute(0, 2, 3, 1)  # (B, H, W, features)
         # The rows that are kept, the latest last: that of the row in turn, or of the one above if late.
-        self.values = {
-            buffer: like.new_zeros(batch, 1, 1, buffer.num_channels)
-            if buffer.is_local
-            else like.new_zeros(
-                batch, buffer.num_rows + 1, buffer.left + self.width + buffer.right, buffer.num_channels
-            )
-            for buffer in self.plan.buffers
-        }
+        self.values: dict[Buffer, Tensor] = {}
+        for buffer in self.plan.buffers:
+            size = (1, 1) if buffer.is_local else (buffer.num_rows + 1, buffer.left + self.width + buffer.right)
+            self.values[buffer] = like.new_zeros(batch, *size, buffer.num_channels)
         self.row_steps, self.pixel_steps = (
             [_ready(step, like, canvas.label, self.width) for step in steps]
             for steps in (self.plan.row_steps, self.plan.pixel_steps)
@@ -125,57 +106,50 @@ class _RowSampler:
         self.keys = {attention: _Keys(attention, like, batch) for attention in attentions}
 
     def sample(self) -> None:
-        any_missing, everywhere = self.canvas.missing.any(dim=0).tolist(), [True] * self.width
+        any_missing, replay = self.canvas.missing.any(dim=0).tolist(), None
         # Rows below the last missing pixel need no work.
         num_rows = max((y + 1 for y in range(self.height) if any(any_missing[y])), default=0)
-        replay: Callable[[], None] | None = None
         for y in range(self.height):
             if y < num_rows:
                 self.y.fill_(y)
                 # The first row is unlike the others, and the second lets the libraries choose their kernels.
                 if y == 2:
-                    replay = _capture(lambda: self.draw(everywhere, is_first=False), self.y.device)
-                if replay is not None:
-                    replay()
-                else:
-                    self.draw(any_missing[y], is_first=y == 0)
+                    replay = _capture(partial(self.draw, [True] * self.width, is_first=False), self.y.device)
+                (replay or partial(self.draw, any_missing[y], is_first=y == 0))()
             if self.canvas.on_row is not None:
                 self.canvas.on_row(y, self.canvas.levels[:, :, y])
 
-    def cells(self, buffer: Buffer, reader: Buffer, rows_up: int, x: int, num: int) -> Tensor:
-        """Return the cells at columns x..x+num-1 of the row that a reader reads: (B, num, channels)."""
-        start = 0 if buffer.is_local else buffer.left + x
-        return self.row(buffer, reader, rows_up)[:, start : start + num]
+    def cells(self, buffer: Buffer, x: int, num: int, rows_up: int = 0, num_in: int = 0, stride: int = 1) -> Tensor:
+        """Return cells from column x on, `rows_up` above the row in turn: (B, num, channels), without a copy.
 
-    def row(self, buffer: Buffer, reader: Buffer, rows_up: int) -> Tensor:
-        """Return the row that a reader reads, with its padding: (B, columns, channels)."""
-        above = rows_up + reader.is_late - buffer.is_late
-        return self.values[buffer][:, -1 - above]
+        With `num_in` windows instead, which begin there, each one run of numbers: (B, num, num_in).
+        """
+        row = self.values[buffer][:, -1 - rows_up + buffer.is_late]  # (B, columns, channels)
+        start = row.storage_offset() + (0 if buffer.is_local else buffer.left + x) * buffer.num_channels
+        strides = (row.stride(0), stride * buffer.num_channels, 1)
+        return row.as_strided((len(row), num, num_in or buffer.num_channels), strides, start)
 
-    def take(self, step: Step, x: int, num: int) -> None:
+    def take(self, step: Any, x: int, num: int) -> None:
         """Take a step at columns x..x+num-1."""
-        out, source, here, attention = step.out, step.source, step.out.channels_of(step.turn), step.attention
-        if step.kind == "keys" and source is not None and attention is not None:
-            rows = [self.row(source, out, BLOCK - 1 - i) for i in range(BLOCK)]
-            self.keys[attention].add(rows, source.left, self.y)
-            return
-        result = self.cells(out, out, 0, x, num)[:, :, here]
-        if step.kind == "gate" and source is not None:
-            a, b = self.cells(source, out, step.rows_up, x, num)[:, :, 2 * here.start : 2 * here.stop].chunk(2, dim=-1)
+        out, source, here, late = step.out, step.source, step.out.channels_of(step.turn), int(step.out.is_late)
+        num, rows_up = math.ceil(num / step.stride), step.rows_up + late
+        result = self.cells(out, x, num, late)[:, :, here]
+        if step.kind == "keys":
+            self.keys[step.attention].add(result, self.y)
+        elif step.kind == "gate":
+            a, b = self.cells(source, x, num, rows_up)[:, :, 2 * here.start : 2 * here.stop].chunk(2, dim=-1)
             result.copy_(torch.tanh(a) * torch.sigmoid(b))
-            return
-        if step.kind == "attend" and source is not None and attention is not None:
-            query = self.cells(source, out, 0, x, num)[:, 0, here]
-            result[:, 0] = self.keys[attention].attend(query, here, self.y)
-            return
-        total = torch.zeros_like(result) if step.base is None else self.cells(step.base, out, 0, x, num)[:, :, here]
-        if step.bias is not None:
-            total = total + (step.bias[self.y] if step.bias_of == "place" else step.bias)
-        if step.matrix is not None and source is not None:
-            start = 0 if source.is_local else source.left + x + step.first_column
-            window = _windows(self.row(source, out, step.rows_up), start, len(step.matrix), num)
-            total = total + (window.relu() if step.is_of_positive else window) @ step.matrix
-        result.copy_(total.relu() if step.is_rectified else total)
+        elif step.kind == "attend":
+            query = self.cells(source, x, num)[:, 0, here]
+            result[:, 0] = self.keys[step.attention].attend(query, here, self.y)
+        else:
+            total = torch.zeros_like(result) if step.base is None else self.cells(step.base, x, num, late)[:, :, here]
+            if step.bias is not None:
+                total = total + (step.bias[(self.y - late) // step.stride] if step.bias_of == "place" else step.bias)
+            if step.matrix is not None:
+                window = self.cells(source, x + step.first_column, num, rows_up, len(step.matrix), step.stride)
+                total = total + (window.relu() if step.is_of_positive else window) @ step.matrix
+            result.copy_(total.relu() if step.is_rectified else total)
 
     def draw(self, is_needed: list[bool], is_first: bool) -> None:
         """Fill in row `y`. `is_needed` tells of each column whether its logits are needed."""
@@ -184,10 +158,8 @@ class _RowSampler:
                 values.copy_(F.pad(values[:, 1:], (0, 0, 0, 0, 0, 1)))  # in place, for graphs
         if self.context is not None and self.plan.context is not None:
             self.values[self.plan.context][:, -1] = self.context.index_select(1, self.y)[:, 0]
-        u, levels, missing = (
-            values.index_select(-2, self.y)[..., 0, :]
-            for values in (self.canvas.u, self.canvas.levels, self.canvas.missing)
-        )
+        canvas = self.canvas
+        u, levels, missing = (x.index_select(-2, self.y)[..., 0, :] for x in (canvas.u, canvas.levels, canvas.missing))
         for step in self.row_steps:
             if not (is_first and step.out.is_late):  # above the first row there is none
                 self.take(step, 0, self.width)
@@ -200,14 +172,13 @@ class _RowSampler:
                     break  # the last steps need the whole pixel
                 here = levels[:, c, x]
                 if is_needed[x]:
-                    maps = self.cells(self.plan.logits, self.plan.logits, 0, x, 1)[:, 0]
-                    logits = self.output.level_logits(self.output.shaped(maps), c, levels[:, :c, x])  # (B, K)
-                    here.copy_(
-                        torch.where(missing[:, x], draw_level(logits, u[:, c, x], self.canvas.temperature), here)
-                    )
-                image = self.cells(self.plan.image, self.plan.image, 0, x, 1)
+                    maps = self.output.shaped(self.cells(self.plan.logits, x, 1)[:, 0])
+                    logits = self.output.level_logits(maps, c, levels[:, :c, x])  # (B, K)
+                    drawn = draw_level(logits, u[:, c, x], canvas.temperature)
+                    here.copy_(torch.where(missing[:, x], drawn, here))
+                image = self.cells(self.plan.image, x, 1)
                 image[:, 0, c] = here.to(image.dtype) * (2 / (self.num_levels - 1)) - 1
-        self.canvas.levels.index_copy_(2, self.y, levels[:, :, None])
+        canvas.levels.index_copy_(2, self.y, levels[:, :, None])
 
 
 def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:

@@ -4,9 +4,7 @@ Here a plan (plan.py) is laid out for the machine, in plain Python: weights in t
 buffer's place in an image's state, each step as a row of a table. kernels.py follows it.
 """
 
-import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pixelcnn.models.attention import BLOCK, Attention
+from pixelcnn.models.attention import Attention
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling import kernels
 from pixelcnn.sampling.kernels import CHUNK, PANELS, SPLITS, STEP, UNROLLED, VECTOR_BYTES, Array, Program, Work
@@ -25,101 +23,44 @@ FAR = 2**40  # rows: farther than any image is high
 MOST_INPUTS = 96  # of a row's product: so much of a panel stays in the first-level cache for all columns
 
 
-@dataclass(frozen=True)
-class Engine:
-    """A model's weights laid out for sampling.
+class Engine(Program):
+    """A model's weights laid out for sampling."""
 
-    Args:
-        weights: flat, in the order in which they are read.
-        program: what to do with them.
-        fresh: (state_size,) an image's state before its first row.
-        context: where the map of a drawing lies in it, (H, W, context_features); None for a network that reads none.
-    """
-
-    weights: Array
-    program: Program
-    fresh: Array
-    context: int | None
-
-    @property
-    def arithmetic(self) -> str:
-        """Return what the last bits of results depend on."""
-        return f"{self.weights.dtype} on {kernels.MACHINE}"
-
-    def new_state(self, contexts: list[Array | None]) -> Array:
-        """Return the states of a batch's images, given the flat map of each one's drawing; None adds nothing."""
-        states = self.joined([self.fresh] * len(contexts))
-        for i, context in enumerate(contexts):
-            if context is not None and self.context is not None:
-                start = i * self.program.state_size + self.context
-                states[start : start + len(context)] = context
-        return states
+    def new_state(self, context: Array | None = None) -> Array:
+        """Return an image's state before its first row, given the flat map of its drawing."""
+        state = self.fresh.copy()
+        if context is not None and self.context:
+            state[self.context : self.context + len(context)] = context
+        return state
 
     def joined(self, states: list[Array]) -> Array:
-        """Return states, all before the same row, as the state of a batch."""
-        size = self.program.state_size
-        spare = np.zeros(CHUNK, self.weights.dtype)  # products read whole chunks
-        parts = [*(state[: len(state) // size * size] for state in states), spare]
+        """Return images' states, all before the same row, as the state of a batch; products read whole chunks."""
+        parts = [*(state[: self.fresh.size] for state in states), np.zeros(CHUNK, self.weights.dtype)]
         return torch.cat([torch.from_numpy(part) for part in parts]).numpy()  # as aligned as vectors are
 
     def rows(self, state: Array, work: Work, index: Array, temperature: float, y0: int, y1: int) -> None:
         """Sample rows y0..y1-1 of the images `index` of `work` in place; `state` is theirs."""
-        num_numbers = max(self.program.num_levels, SPLITS) * max(self.program.num_mixtures, 1)
-        scratch = np.empty((len(index), 6, num_numbers))
+        scratch = np.empty((len(index), 6, max(self.num_levels, SPLITS) * max(self.num_mixtures, 1)))
         holes = work.missing[index].any(axis=0)
-        kernels._rows(self.weights, self.program, state, scratch, work, index, holes, temperature, y0, y1)
+        kernels._rows(self, state, scratch, work, index, holes, temperature, y0, y1)
 
-    def work(self, canvas: Canvas) -> tuple[Work, Tensor]:
-        """Return what `rows` works on, and where it adds up the nats of what it draws, (B,) float64."""
-        nats = torch.zeros(len(canvas.levels), dtype=torch.float64)
-        has_context = ~canvas.missing.flatten(1).all(dim=1)
-        tensors = (canvas.levels, canvas.missing, canvas.u.double().contiguous(), canvas.label, has_context, nats)
+    def work(self, canvas: Canvas) -> Work:
+        """Return what `rows` works on: the canvas, and where it adds up the nats of what it draws."""
+        num, tensors = len(canvas.u), (canvas.levels, canvas.missing, canvas.u.double().contiguous(), canvas.label)
         arrays: list[Any] = [tensor.numpy() for tensor in tensors]
-        probs, coded = np.empty((len(nats), self.program.num_levels), np.float32), np.zeros(len(nats), np.int32)
-        return Work(*arrays, coder=0, probs=probs, coded=coded), nats
-
-    def code(self, levels: Tensor, labels: list[int], exchange: Callable[[Array, Array], None]) -> Tensor:
-        """Go through whole images as a sampler does, while a coder takes or says each level.
-
-        Args:
-            levels: (B, C, H, W) int64, contiguous: those to be coded; or any, which are then replaced.
-            labels: B numbers, -1 for none.
-            exchange: called for each sub-pixel of the batch in turn, with the (B, K) float32 probabilities of its
-                levels and the (B,) int32 levels themselves, which it may replace. They are of the same bits whatever
-                levels come later, and however many images there are.
-
-        Returns:
-            (B,) float64, the images' nats.
-        """
-        num, missing = len(levels), torch.ones_like(levels[:, 0], dtype=torch.bool)
-        work, nats = self.work(Canvas(torch.zeros(levels.shape), torch.tensor(labels), 1.0, levels, missing))
-        raised: list[BaseException] = []
-
-        def call() -> None:
-            # An exception cannot pass through compiled code, which goes on to the end without the coder.
-            if not raised:
-                try:
-                    exchange(work.probs, work.coded)
-                except BaseException as error:
-                    raised.append(error)
-
-        function = ctypes.CFUNCTYPE(None)(call)
-        address = ctypes.cast(function, ctypes.c_void_p).value
-        assert address is not None
-        self.rows(self.new_state([None] * num), work._replace(coder=address), np.arange(num), 1.0, 0, levels.shape[2])
-        if raised:
-            raise raised[0]
-        return nats
+        drawn = {"has_context": ~arrays[1].all(axis=(1, 2)), "nats": np.zeros(num)}
+        probs, coded = np.empty((num, self.num_levels), np.float32), np.zeros(num, np.int32)
+        return Work(*arrays, **drawn, coder=0, probs=probs, coded=coded)
 
 
 class _Layout:
     """Lays out a plan: gives each buffer its place, each matrix its offset, each step its row in a table."""
 
     def __init__(self, plan: Plan, model: AutoregressiveModel) -> None:
-        self.plan, self.config = plan, model.config
-        self.dtype = model.head.weight.dtype
+        self.plan, self.config, self.dtype = plan, model.config, model.head.weight.dtype
         self.lanes = VECTOR_BYTES // self.dtype.itemsize
         most = (max(buffer.num_channels for buffer in plan.buffers) // self.lanes + 1) * self.lanes
+        most = max(most, PANELS[0] * self.lanes)  # attention's scores are a whole panel's
         self.size = most  # an image's state begins with zeros
         self.weights, self.num_weights = [torch.zeros(most, dtype=self.dtype)], most  # and so do the weights
         self.fresh: list[tuple[int, Tensor]] = []  # what is not zero at first, and where
@@ -178,7 +119,7 @@ class _Layout:
         for name, operand in (("out", out), ("base", base), ("x", x)):
             step[name] = (0, 0, 1, 0) if operand is None else self.places[operand[0]]
             step[name]["at"] += 0 if operand is None else operand[1]
-        for name, value in {"kind": kind, "every": 1, "columns": self.config.image_shape[2], **values}.items():
+        for name, value in {"kind": kind, **values}.items():
             step[name] = value
         return step
 
@@ -186,27 +127,21 @@ class _Layout:
         """Return a step of the plan as steps of a table."""
         out, here, attention = step.out, step.out.channels_of(step.turn), step.attention
         values: dict[str, Any] = {"rows_up": step.rows_up, "is_late": out.is_late, "reach": min(out.reach, FAR)}
-        values["is_for_draws_alone"] = out.is_for_draws_alone
+        values |= {"is_for_draws_alone": out.is_for_draws_alone, "every": step.stride}
+        values["columns"] = -(-self.config.image_shape[2] // step.stride)
         if step.kind == "sum":
             return self.products(step, values)
         if attention is None:
             x = (step.source, 2 * here.start)
             return [self.new_step(kernels.GATE, (out, here.start), None, x, num_out=here.stop - here.start, **values)]
         values |= self.attend(attention)
-        if step.kind == "attend":
-            features = attention.key_features
-            for name in ("keys", "values"):
-                values[name] += here.start // features * values["capacity"] * kernels.rounded_up(features, self.lanes)
-            values["heads"] = (here.stop - here.start) // features
-            return [self.new_step(kernels.ATTEND, (out, here.start), None, (step.source, here.start), **values)]
-        steps, values = [], values | {"every": BLOCK}
-        for row, matrix in enumerate(attention.matrices):
-            values["rows_up"] = BLOCK - 1 - row
-            first = {"bias": attention.table.flatten(0, 1), "bias_of": "place"} if row == 0 else {"base": out}
-            steps += self.products(replace(step, kind="sum", matrix=matrix, **first), values)
-        for made in steps:
-            made["x"]["column"] *= BLOCK
-        return [*steps, self.new_step(kernels.KEYS, None, None, (out, 0), **values)]
+        if step.kind == "keys":
+            return [self.new_step(kernels.KEYS, None, None, (out, 0), **values)]
+        features = attention.key_features
+        for name in ("keys", "values"):
+            values[name] += here.start // features * values["capacity"] * kernels.rounded_up(features, self.lanes)
+        values["heads"] = (here.stop - here.start) // features
+        return [self.new_step(kernels.ATTEND, (out, here.start), None, (step.source, here.start), **values)]
 
     def products(self, step: Step, values: dict[str, Any]) -> list[Any]:
         """Return a sum as steps of a table: one for each panel of its matrix, and for each part of its inputs."""
@@ -231,23 +166,25 @@ class _Layout:
                 own = values | {"num_out": num_out - first, "num_in": len(part), **bias}
                 own["weights"] = self.vector(pad(part, (0, 0, 0, -len(part) % UNROLLED)))
                 steps.append(self.new_step(kernels.SUM, to, base, source and (source, place), **own))
+                steps[-1]["x"]["column"] *= step.stride
                 base, place, bias = to, place + len(part), {"bias": 0, "of_label": 0, "of_place": 0}
             steps[-1]["is_rectified"] = step.is_rectified
             values |= {"bias": values["bias"] + width} if "bias" in values else {}
             first += width
         return steps
 
-    def merged(self, steps: list[Step]) -> list[Step]:
+    def merged(self, steps: list[Any]) -> list[Any]:
         """Merge products that are added one after the other, where their sources lie one after the other, too."""
-        found: list[Step] = []
+        found: list[Any] = []
         for step in steps:
-            last, is_next = found[-1] if found else step, False
-            if step.base is step.out is last.out and step.bias is None and step.is_of_positive == last.is_of_positive:
-                before, here = (x.source if x.source is not None and x.source.is_local else None for x in (last, step))
-                if before is not None and here is not None and last.matrix is not None and step.matrix is not None:
-                    is_next = self.places[before][0] + len(last.matrix) == self.places[here][0]
-            if is_next:
-                matrix = torch.cat([x.matrix for x in (found.pop(), step) if x.matrix is not None])
+            last = found[-1] if found else step
+            is_next = step.base is step.out is last.out and step.bias is None and last.matrix is not None
+            is_next = is_next and all(
+                x.source.is_local and x.is_of_positive == step.is_of_positive for x in (last, step)
+            )
+            is_next = is_next and (last.source in self.rectified) == (step.source in self.rectified)
+            if is_next and self.places[last.source][0] + len(last.matrix) == self.places[step.source][0]:
+                matrix = torch.cat([found.pop().matrix, step.matrix])
                 step = replace(last, matrix=matrix, is_rectified=step.is_rectified)
             found.append(step)
         return found
@@ -267,14 +204,8 @@ def build_engine(model: AutoregressiveModel) -> Engine:
             parameters = (plan.logits, c * output.num_per_draw)
             pixel_steps.append(layout.new_step(kernels.DRAW, (plan.image, c), None, parameters, **drawn))
     weights = torch.cat([*layout.weights, torch.zeros(layout.lanes, dtype=layout.dtype)]).numpy()
-    fresh = np.zeros(layout.size, weights.dtype)
+    fresh, (rows, pixels) = np.zeros(layout.size, weights.dtype), (np.array(x, STEP) for x in (row_steps, pixel_steps))
     for place, value in layout.fresh:
         fresh[place] = float(value)
-    program = Program(
-        row_steps=np.array(row_steps, STEP),
-        pixel_steps=np.array(pixel_steps, STEP),
-        state_size=layout.size,
-        num_levels=config.num_levels,
-        num_mixtures=config.num_mixtures,
-    )
-    return Engine(weights, program, fresh, None if plan.context is None else layout.places[plan.context][0])
+    context = 0 if plan.context is None else layout.places[plan.context][0]
+    return Engine(weights, rows, pixels, fresh, context, config.num_levels, config.num_mixtures)

@@ -15,8 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import groupby
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,9 +50,9 @@ def engine_name(model: AutoregressiveModel) -> str:
         return f"cached, in torch: the weights are {parameter.dtype}"
     try:
         importlib.import_module("pixelcnn.sampling.compiled")
-    except ImportError:
+    except ModuleNotFoundError:
         return "cached, in torch: numba is not installed"
-    except RuntimeError as error:  # of numba, which finds no folder for compiled code
+    except (ImportError, RuntimeError) as error:  # of numba: a NumPy that it does not know; no folder for compiled code
         return f"cached, in torch: {error}"
     if _compiling is not None and _compiling.is_alive() and threading.current_thread() is not _compiling:
         return "cached, in torch: the compiled sampler is not ready yet"
@@ -65,13 +64,10 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
     from pixelcnn.sampling.compiled import build_engine
 
     # Training changes weights in place: their version counters tell.
-    parameters = list(model.parameters())
-    key = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
-    known = _engines.get(model)
-    if known is None or known[0] != key:
-        known = (key, build_engine(model))
-        _engines[model] = known
-    return known[1]
+    key = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in model.parameters()]
+    if model not in _engines or _engines[model][0] != key:
+        _engines[model] = key, build_engine(model)
+    return _engines[model][1]
 
 
 @cache
@@ -116,11 +112,10 @@ def warm_up(model: AutoregressiveModel) -> float:
     start, name = time.perf_counter(), engine_name(model)
     _say_once(name)
     if name == "cached, compiled":
-        levels = torch.zeros(1, *model.config.image_shape, dtype=torch.int64)
-        for network in (model, model.completer):
-            if network is not None:  # a single pixel is missing
-                label, missing = torch.full((1,), -1), torch.arange(levels[0, 0].numel()).view_as(levels[:, 0]) == 0
-                _sample_missing(network, Canvas(levels.double(), label, 1.0, levels, missing))
+        for network in filter(None, (model, model.completer)):
+            canvas = new_canvas(network, torch.zeros(1, *model.config.image_shape))
+            canvas.missing.view(-1)[1:] = False  # a single pixel is missing
+            _sample_missing(network, canvas)
     took = time.perf_counter() - start
     logger.info("sampling %s; ready after %.1f s", engine_name(model), took)
     return took
@@ -178,27 +173,8 @@ def sample(
     return draw(model, new_canvas(model, u, label, temperature, drawing, observed, on_row))[0]
 
 
-def _batches(begins: list[int], stops: list[int], num_threads: int) -> list[tuple[list[int], int, int]]:
-    """Divide images into batches of those that begin with the same row: each one's images, first row and end.
-
-    There are as many as keep all threads at work, so that one thread that is held up does not hold up all.
-    """
-    batches = []
-    for start, members in groupby(sorted(range(len(begins)), key=lambda i: (begins[i], stops[i])), begins.__getitem__):
-        images = list(members)
-        num = num_threads * math.ceil(len(images) / num_threads / MAX_BATCH_IMAGES)
-        for part in np.array_split(images, min(num, len(images))):
-            batches.append((part.tolist(), start, max(stops[i] for i in part)))
-    return batches
-
-
 def _row_by_row(
-    pool: ThreadPoolExecutor,
-    num_threads: int,
-    advance: Callable[[int, int, int], None],
-    num_batches: int,
-    height: int,
-    on_row: Callable[[int], None],
+    pool: ThreadPoolExecutor, advance: Callable[..., None], num: int, height: int, on_row: Callable[[int], None]
 ) -> None:
     """Let threads advance batches row by row, and tell of each row that all have reached; what that raises stops them.
 
@@ -209,8 +185,6 @@ def _row_by_row(
     # Rows, each as often as a batch has reached it; or what a thread has raised.
     reached: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
     counts, is_stopped = Counter[int](), threading.Event()
-    for b in range(num_batches):
-        behind.put((0, b))
 
     def work() -> None:
         try:
@@ -225,11 +199,13 @@ def _row_by_row(
         except BaseException as error:
             reached.put(error)
 
-    for _ in range(num_threads):
+    for b in range(num):
+        behind.put((0, b))
+    for _ in range(num):
         pool.submit(work)
     try:
         for y in range(height):
-            while counts[y] < num_batches:
+            while counts[y] < num:
                 row = reached.get()
                 if isinstance(row, BaseException):
                     raise row
@@ -244,9 +220,9 @@ def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
 
     See `sample_by_network`.
     """
-    levels, missing, on_row, num = canvas.levels, canvas.missing, canvas.on_row, len(canvas.levels)
+    levels, missing, on_row, (num, _, height, _) = canvas.levels, canvas.missing, canvas.on_row, canvas.levels.shape
     engine = _engine_of(model)
-    work, nats = engine.work(canvas)
+    work = engine.work(canvas)
     drawings = [(image.tobytes(), hole.tobytes()) for image, hole in zip(work.levels, work.missing, strict=True)]
     contexts: dict[Hashable, Any] = {}  # of each drawing by itself, so that it does not depend on those beside it
     for i, drawing in enumerate(drawings):
@@ -260,34 +236,40 @@ def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
     copies, known_rows = Counter(keys), dict[Hashable, Any]()
     begins = [rows[0] if rows and copies[key] > 1 else 0 for rows, key in zip(rows_of, keys, strict=True)]
     num_threads = max(1, min(_num_threads or torch.get_num_threads(), num))
-    batches, states = _batches(begins, stops, num_threads), dict[int, Any]()
+    # Images that begin with the same row, that row, and their end. So many batches keep all threads at work, and one
+    # thread that is held up does not hold up all.
+    batches, states = list[tuple[list[int], int, int]](), dict[int, Any]()
+    for start in sorted({*begins}):
+        images = sorted((i for i in range(num) if begins[i] == start), key=stops.__getitem__)
+        num_parts = num_threads * math.ceil(len(images) / num_threads / MAX_BATCH_IMAGES)
+        parts = np.array_split(images, min(num_parts, len(images)))
+        batches += [(part.tolist(), start, max(stops[i] for i in part)) for part in parts]
 
     def sample_rows(state: Any, images: list[int], start: int, stop: int) -> None:
         engine.rows(state, work, np.array(images), float(canvas.temperature), start, stop)
 
+    def new_state(i: int) -> Any:
+        return engine.new_state(contexts.get(drawings[i]))
+
     def sample_known_rows(i: int) -> None:
-        known_rows[keys[i]] = engine.new_state([contexts.get(drawings[i])])
+        known_rows[keys[i]] = engine.joined([new_state(i)])
         sample_rows(known_rows[keys[i]], [i], 0, begins[i])
 
-    def advance(b: int, y0: int, y1: int) -> None:
+    def advance(b: int, y0: int = 0, y1: int = height) -> None:
         """Sample a batch's rows of y0..y1-1; its state lives from its first row to its last."""
         images, start, stop = batches[b]
-        if not (start < y1 and y0 < stop):
-            return
-        if b not in states and start:
-            states[b] = engine.joined([known_rows[keys[i]] for i in images])
-        elif b not in states:
-            states[b] = engine.new_state([contexts.get(drawings[i]) for i in images])
-        sample_rows(states[b], images, max(start, y0), min(stop, y1))
-        if stop <= y1:
-            del states[b]
+        if start < y1 and y0 < stop:
+            if b not in states:
+                states[b] = engine.joined([known_rows[keys[i]] if start else new_state(i) for i in images])
+            sample_rows(states[b], images, max(start, y0), min(stop, y1))
+            if stop <= y1:
+                del states[b]
 
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
         for_each: Any = map if num_threads == 1 else pool.map  # to start a thread takes a tenth of a digit's time
         list(for_each(sample_known_rows, {keys[i]: i for i in range(num) if begins[i]}.values()))
-        height = levels.shape[2]
         if on_row is None:
-            list(for_each(partial(advance, y0=0, y1=height), range(len(batches))))
+            list(for_each(advance, range(len(batches))))
         else:
-            _row_by_row(pool, num_threads, advance, len(batches), height, lambda y: on_row(y, levels[:, :, y]))
-    return -nats
+            _row_by_row(pool, advance, len(batches), height, lambda y: on_row(y, levels[:, :, y]))
+    return -torch.from_numpy(work.nats)

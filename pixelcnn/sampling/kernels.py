@@ -41,13 +41,12 @@ _reordered: Any = njit(**_options, fastmath={"reassoc", "nnan", "nsz"}, forceinl
 Array = np.ndarray[Any, Any]
 ir = cgutils.ir  # numba's own builder of LLVM code
 
-HAS_AVX512 = "+avx512f" in get_host_cpu_features()
 # The same for all machines, or sums would be of another order: the compiler cuts vectors to the width of the registers.
 VECTOR_BYTES = 64
-_, _cpu, _ = cpu_target.target_context.codegen().magic_tuple()
-MACHINE = f"{_cpu}, numba {numba.__version__}"
+MACHINE = f"{cpu_target.target_context.codegen().magic_tuple()[1]}, numba {numba.__version__}"
 PANELS = (4, 3, 2, 1)  # vectors beside each other
-COLUMNS = 4 if HAS_AVX512 else 1  # cells that are multiplied at a time: their sums fit into the registers
+# Cells that are multiplied at a time: their sums fit into the registers.
+COLUMNS = 4 if "+avx512f" in get_host_cpu_features() else 1
 UNROLLED = 4  # inputs are taken so many at a time: matrices are filled up with zeros
 CHUNK = 64  # inputs whose signs are looked at together
 SPLITS = 4  # levels that a draw from a mixture looks at together
@@ -90,34 +89,26 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
     """
 
     def tile(_, s, w, o, o_step, b, b_step, e, e_step, x, x_step, num_in, at, floor, vectors, count):
-        n = types.intp
-        signature = types.void(s, w, n, n, n, n, n, n, n, n, n, n, types.float64, n, n)
+        signature = types.void(s, w, *[types.intp] * 10, types.float64, types.intp, types.intp)
 
         def generate(context, builder, signature, arguments):
-            state, weights = (
-                context.make_array(signature.args[k])(context, builder, arguments[k]).data for k in (0, 1)
-            )
+            arrays = (context.make_array(t)(context, builder, a) for t, a in zip((s, w), arguments[:2], strict=True))
+            state, weights = (array.data for array in arrays)
             o, o_step, b, b_step, e, e_step, x, x_step, num_in, at, floor, vectors, count = arguments[2:]
-            element = context.get_data_type(signature.args[0].dtype)
-            size = context.get_abi_sizeof(element)
-            lanes, index = VECTOR_BYTES // size, ir.IntType(64)
-            vector, add = ir.VectorType(element, lanes), builder.add
-            zero = ir.Constant(vector, [ir.Constant(element, 0.0)] * lanes)
+            element, i32, index = context.get_data_type(s.dtype), ir.IntType(32), ir.IntType(64)
+            size, whole, add = context.get_abi_sizeof(element), partial(ir.Constant, index), builder.add
+            lanes = VECTOR_BYTES // size
+            vector = ir.VectorType(element, lanes)
+            zero, undefined = ir.Constant(vector, None), ir.Constant(vector, ir.Undefined)
             fma_type = ir.FunctionType(vector, [vector] * 3)
             fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{lanes}f{8 * size}")
-
-            def whole(value):
-                return ir.Constant(index, value)
 
             def load(data, offset):
                 return builder.load(builder.bitcast(builder.gep(data, [offset]), vector.as_pointer()), align=size)
 
             def splat(value):
-                undefined, zeros = ir.Constant(vector, ir.Undefined), [0] * lanes
-                first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-                return builder.shuffle_vector(
-                    first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), zeros)
-                )
+                first = builder.insert_element(undefined, value, ir.Constant(i32, 0))
+                return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(i32, lanes), None))
 
             def place(start, step, r, v=0):
                 return add(add(start, builder.mul(step, whole(r))), whole(v * lanes))
@@ -179,28 +170,20 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
                 def is_left(k, *_):
                     return builder.icmp_signed("<", k, num_in)
 
-                sums = [
-                    builder.fadd(load(state, place(b, b_step, *c)), load(weights, place(e, e_step, *c))) for c in cells
-                ]
-                sums += [zero] * len(cells) * (num_chains - 1)
+                first = ((load(state, place(b, b_step, *c)), load(weights, place(e, e_step, *c))) for c in cells)
+                sums = [builder.fadd(*pair) for pair in first] + [zero] * len(cells) * (num_chains - 1)
                 _, *sums = _while(builder, [whole(0), *sums], is_left, chunk if is_sparse else dense)
                 least = splat(floor if element == floor.type else builder.fptrunc(floor, element))
                 for i, cell in enumerate(cells):
                     total = reduce(builder.fadd, sums[i :: len(cells)])
                     total = builder.select(builder.fcmp_ordered(">", total, least), total, least)
                     pointer = builder.gep(state, [place(o, o_step, *cell)])
-
-                    def store(pointer=pointer, total=total):
-                        builder.store(total, builder.bitcast(pointer, vector.as_pointer()), align=size)
-
-                    if num_vectors > 1:
-                        store()
-                        continue
-                    with builder.if_else(builder.icmp_signed(">=", count, whole(lanes))) as (full, part):
+                    is_whole = builder.icmp_signed(">=", count if num_vectors == 1 else whole(lanes), whole(lanes))
+                    with builder.if_else(is_whole) as (full, part):
                         with full:
-                            store()
+                            builder.store(total, builder.bitcast(pointer, vector.as_pointer()), align=size)
                         with part, cgutils.for_range(builder, count) as lane:
-                            value = builder.extract_element(total, builder.trunc(lane.index, ir.IntType(32)))
+                            value = builder.extract_element(total, builder.trunc(lane.index, i32))
                             builder.store(value, builder.gep(pointer, [lane.index]))
 
             for num_vectors in PANELS:
@@ -222,15 +205,14 @@ def _product(step, s, w, num, o, o_step, b, b_step, e, e_step, x, x_step, num_in
     floor, at, vectors, count, r = 0.0 if step.is_rectified else NO_FLOOR, step.weights, step.vectors, step.num_out, 0
     while r < num:
         to, of, bias, x0 = o + r * o_step, b + r * b_step, e + r * e_step, x + r * x_step
-        if r + COLUMNS <= num and not step.is_raw:
+        is_many = r + COLUMNS <= num and not step.is_raw and (COLUMNS > 1 or not step.is_sparse)
+        if is_many:
             _tile_of_many(s, w, to, o_step, of, b_step, bias, e_step, x0, x_step, num_in, at, floor, vectors, count)
-            r += COLUMNS
         elif step.is_sparse:
             _tile_of_positive(s, w, to, 0, of, 0, bias, 0, x0, 0, num_in, at, floor, vectors, count)
-            r += 1
         else:
             _tile_of_one(s, w, to, 0, of, 0, bias, 0, x0, 0, num_in, at, floor, vectors, count)
-            r += 1
+        r += COLUMNS if is_many else 1
 
 
 @_intrinsic
@@ -292,22 +274,16 @@ def _exp64(x):
     return _series(_TERMS64, r) * whole * np.int64((np.int64(k) - half + 1023) << 52).view(np.float64)
 
 
-@_inlined
-def _gate32(a, b):
-    """tanh(a) * sigmoid(b) of float32 numbers."""
-    a = min(max(a, np.float32(-15)), np.float32(15))  # tanh is +-1 in float32 from 9 on
-    b = min(max(b, np.float32(-80)), np.float32(80))
-    e, one = _exp32(np.float32(-2) * a), np.float32(1)
-    return (one - e) / ((one + e) * (one + _exp32(-b)))
-
-
 @_compiled
 def _gate(s, o, x, n):
     """s[o:][:n] = tanh(s[x:][:n]) * sigmoid(s[x + n :][:n])"""
-    o, x, n = _u(o), _u(x), _u(n)
+    o, x, n, one = _u(o), _u(x), _u(n), np.float32(1)
     if s.itemsize == 4:
         for k in range(n):
-            s[o + k] = _gate32(s[x + k], s[x + n + k])
+            a = min(max(s[x + k], np.float32(-15)), np.float32(15))  # tanh is +-1 in float32 from 9 on
+            b = min(max(s[x + n + k], np.float32(-80)), np.float32(80))
+            e = _exp32(np.float32(-2) * a)
+            s[o + k] = (one - e) / ((one + e) * (one + _exp32(-b)))
     else:
         for k in range(n):
             s[o + k] = math.tanh(s[x + k]) / (1.0 + math.exp(-s[x + n + k]))
@@ -327,14 +303,8 @@ def _sum(values, num_levels):
     a = b = c = d = e = f = g = h = 0.0
     k = 0
     while k + 8 <= num_levels:
-        a += values[k]
-        b += values[k + 1]
-        c += values[k + 2]
-        d += values[k + 3]
-        e += values[k + 4]
-        f += values[k + 5]
-        g += values[k + 6]
-        h += values[k + 7]
+        a, b, c, d = a + values[k], b + values[k + 1], c + values[k + 2], d + values[k + 3]
+        e, f, g, h = e + values[k + 4], f + values[k + 5], g + values[k + 6], h + values[k + 7]
         k += 8
     while k < num_levels:
         a += values[k]
@@ -351,47 +321,32 @@ def _exponentials(logits, exps, num_levels, temperature):
     return _sum(exps, num_levels), most
 
 
-@_inlined
-def _reached(exps, num_levels, total, u):
-    """Return the first level whose cumulative probability exceeds u."""
-    reached = 0.0
-    for k in range(num_levels - 1):
-        reached += exps[k] / total
-        if reached > u:
-            return k
-    return num_levels - 1
-
-
 @_compiled
 def _draw(logits, exps, num_levels, u, temperature):
     """Return the level that `outputs.draw_level` would return, and its nats at temperature 1, in float64.
 
     A level that is to be scored, and not drawn, comes as u = level + 1; at temperature 1.
     """
-    level = 0
     if temperature == 0:
-        for k in range(1, num_levels):
-            if logits[k] > logits[level]:
-                level = k
-    elif temperature != 1:
+        level = int(np.argmax(logits[:num_levels]))
+    else:
         total, most = _exponentials(logits, exps, num_levels, temperature)
-        level = _reached(exps, num_levels, total, u)
-    total, most = _exponentials(logits, exps, num_levels, 1.0)
-    if temperature == 1:
-        level = _reached(exps, num_levels, total, u) if u < 1 else int(u) - 1
+        level, reached = int(u) - 1, exps[0] / total
+        if u < 1:  # the first whose cumulative probability exceeds u
+            level = 0
+            while level < num_levels - 1 and not reached > u:
+                level += 1
+                reached += exps[level] / total
+    if temperature != 1:
+        total, most = _exponentials(logits, exps, num_levels, 1.0)
     return level, math.log(total) + most - np.float64(logits[level])
-
-
-@_inlined
-def _sigmoid(x):
-    small = _exp64(max(-abs(x), -1400.0))
-    return (1.0 if x >= 0 else small) / (1.0 + small)
 
 
 @_compiled
 def _to_sigmoids(values, num):
     for k in range(num):
-        values[k] = _sigmoid(values[k])
+        small = _exp64(max(-abs(values[k]), -1400.0))
+        values[k] = (1.0 if values[k] >= 0 else small) / (1.0 + small)
 
 
 @_inlined
@@ -416,8 +371,10 @@ def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
     for before in range(c):
         pair = (1 + 2 * num_colours + c * (c - 1) // 2 + before) * num_mixtures
         for i in range(num_mixtures):  # tanh(x) = 2 sigmoid(2 x) - 1
-            terms[i] = 2.0 * _sigmoid(2.0 * np.float64(p[pair + i])) - 1.0
-            means[i] += terms[i] * (levels[before] * (2.0 / (num_levels - 1)) - 1.0)
+            terms[i] = 2.0 * np.float64(p[pair + i])
+        _to_sigmoids(terms, num_mixtures)
+        for i in range(num_mixtures):
+            means[i] += (2.0 * terms[i] - 1.0) * (levels[before] * (2.0 / (num_levels - 1)) - 1.0)
 
 
 @_inlined
@@ -462,14 +419,13 @@ def _draw_from_mixture(scratch, num_mixtures, num_levels, u, temperature):
     At temperature 1 the cumulative distribution is looked at for SPLITS levels at a time, which are then a step apart;
     at another one the probabilities of all levels are.
     """
-    level, step = 0, num_levels  # the smallest whose cumulative probability exceeds u lies in level..level + step - 1
-    if u >= 1:  # to be scored, as in `_draw`
-        level, step = int(u) - 1, 1
-    elif temperature != 1:
+    level, step = int(u) - 1, 1  # to be scored, as in `_draw`
+    if temperature != 1:
         for k in range(num_levels):
             scratch[4, k] = math.log(_prob_of_mixture(scratch, k, num_mixtures, num_levels))
         level, _ = _draw(scratch[4], scratch[5], num_levels, u, temperature)
-        step = 1
+    elif u < 1:  # the smallest whose cumulative probability exceeds u lies in level..level + step - 1
+        level, step = 0, num_levels
     while step > 1:
         step = (step + SPLITS - 1) // SPLITS
         reached = _reached_by_mixture(scratch, level + step - 1, step, SPLITS, num_mixtures, num_levels)
@@ -549,9 +505,11 @@ class Work(NamedTuple):
 class Program(NamedTuple):
     """A plan, laid out: sampling/plan.py says what it means."""
 
+    weights: Array  # flat, in the order in which they are read
     row_steps: Array  # of STEP
     pixel_steps: Array  # of STEP
-    state_size: int  # numbers of an image's state
+    fresh: Array  # an image's state before its first row
+    context: int  # where the map of a drawing lies in it, (H, W, context_features); 0 for a network that reads none
     num_levels: int
     num_mixtures: int  # components of a mixture of logistics; 0 for logits of the levels
 
@@ -614,21 +572,19 @@ def _take_row(step, s, start, w, label, has_context, y):
         # Above the image lie zeros.
         num_in = step.num_in if above >= 0 and (has_context or not step.is_of_context) else 0
         bias = step.bias + (label + 1) * step.of_label + y // step.every * step.columns * step.of_place
-        _product(
-            step, s, w, step.columns, out, step.out.column, base, step.base.column, bias, step.of_place, x,
-            step.x.column, num_in,
-        )  # fmt: skip
+        o, b, e = step.out.column, step.base.column, step.of_place
+        _product(step, s, w, step.columns, out, o, base, b, bias, e, x, step.x.column, num_in)
 
 
 @_compiled
-def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
+def _rows(program, s, scratch, work, index, holes, temperature, y0, y1):
     """Sample rows y0..y1-1 of some images in place; their states lie one after the other in s.
 
     holes: (H, W) bool, where one of the images misses a pixel.
     """
-    levels, missing, num_images, size = work.levels, work.missing, index.size, program.state_size
-    height, width = holes.shape
-    scale, one = w.dtype.type(2) / w.dtype.type(program.num_levels - 1), w.dtype.type(1)
+    w, levels, missing, num_images, size = program.weights, work.levels, work.missing, index.size, program.fresh.size
+    (height, width), num_levels, num_mixtures = holes.shape, program.num_levels, program.num_mixtures
+    scale, one = w.dtype.type(2) / w.dtype.type(num_levels - 1), w.dtype.type(1)
     places = np.empty((program.pixel_steps.size, 3), np.int64)  # of out, base and x in this row
     # Where a step is taken: 0 beyond the last missing pixel, too, since later rows need it; 1 up to it; 2 where one of
     # the images misses the pixel.
@@ -674,23 +630,20 @@ def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
                             at = g * size + head * step.features
                             _attend(step, s, g * size, head, out + at, of + at, 1 + y // 2 * step.columns)
                 else:  # DRAW: and the network sees the level
-                    for c in range(step.colour, levels.shape[1] if program.num_mixtures else step.colour + 1):
+                    for c in range(step.colour, levels.shape[1] if num_mixtures else step.colour + 1):
                         for g in range(num_images):
-                            i, own = index[g], s[of + g * size : of + g * size + n]
-                            if program.num_mixtures and missing[i, y, x]:
-                                known = levels[i, :, y, x]
-                                _weigh_components(own, c, known, scratch[g], program.num_mixtures, program.num_levels)
+                            i, own, found = index[g], s[of + g * size : of + g * size + n], scratch[g]
+                            if num_mixtures and missing[i, y, x]:
+                                _weigh_components(own, c, levels[i, :, y, x], found, num_mixtures, num_levels)
                             if work.coder:
-                                _level_probs(own, scratch[g], program.num_mixtures, program.num_levels, work.probs[i])
+                                _level_probs(own, found, num_mixtures, num_levels, work.probs[i])
                                 work.coded[i] = levels[i, c, y, x]
                             elif missing[i, y, x]:
                                 u = work.u[i, c, y, x]
-                                if program.num_mixtures:
-                                    level, cost = _draw_from_mixture(
-                                        scratch[g], program.num_mixtures, program.num_levels, u, temperature
-                                    )
+                                if num_mixtures:
+                                    level, cost = _draw_from_mixture(found, num_mixtures, num_levels, u, temperature)
                                 else:
-                                    level, cost = _draw(own, scratch[g, 0], program.num_levels, u, temperature)
+                                    level, cost = _draw(own, found[0], num_levels, u, temperature)
                                 levels[i, c, y, x] = level
                                 work.nats[i] += cost
                         if work.coder:
@@ -700,9 +653,7 @@ def _rows(w, program, s, scratch, work, index, holes, temperature, y0, y1):
                             if work.coder:
                                 levels[i, c, y, x] = work.coded[i]
                                 work.nats[i] -= math.log(work.probs[i, work.coded[i]])
-                                if program.num_mixtures:  # what the next colour goes on with
-                                    _prob_of_mixture(
-                                        scratch[g], work.coded[i], program.num_mixtures, program.num_levels
-                                    )
+                                if num_mixtures:  # what the next colour goes on with
+                                    _prob_of_mixture(scratch[g], work.coded[i], num_mixtures, num_levels)
                             seen = w.dtype.type(levels[i, c, y, x]) * scale - one
                             s[out + g * size + c - step.colour] = seen

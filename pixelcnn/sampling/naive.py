@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +21,15 @@ OnRow = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class Canvas:
-    """Images to be completed: what a sampler starts from, and works on.
+    """Images to be completed: what a sampler starts from, and works on."""
 
-    Args:
-        u: (B, C, H, W) uniform noise in [0, 1); for the compiled sampler also level + 1: score it, do not draw.
-        label: (B,) int64, -1 for none.
-        temperature: divides the logits.
-        levels: (B, C, H, W) int64, contiguous, 0 where missing: completed in place.
-        missing: (B, H, W) bool.
-        on_row: called with a row's index and its levels, (B, C, W), once it is finished in every image.
-        label_log_probs: (B, 1 + num_labels) float64, what the labels were drawn from; None if they were given.
-    """
-
-    u: Tensor
-    label: Tensor
-    temperature: float
-    levels: Tensor
-    missing: Tensor
+    u: Tensor  # (B, C, H, W) uniform noise in [0, 1); for the compiled sampler also level + 1: score it, do not draw
+    label: Tensor  # (B,) int64, -1 for none
+    temperature: float  # divides the logits
+    levels: Tensor  # (B, C, H, W) int64, contiguous, 0 where missing: completed in place
+    missing: Tensor  # (B, H, W) bool
     on_row: OnRow | None = None
-    label_log_probs: Tensor | None = None
+    label_log_probs: Tensor | None = None  # (B, 1 + num_labels) float64, labels were drawn from it; None if given
 
     def part(self, index: Tensor | slice, on_row: OnRow | None) -> "Canvas":
         """Return some of the images: the same memory for a slice, a copy for indices."""
@@ -58,9 +49,6 @@ def new_canvas(
     """Check a sampler's arguments, as `naive_sample` describes them; return what it starts from.
 
     Labels that are not given are drawn here, where the model has a label network and something is known.
-
-    Raises:
-        ValueError: a shape, dtype or range is wrong.
     """
     config = model.config
     if u.dim() != 4 or tuple(u.shape[1:]) != config.image_shape:
@@ -76,10 +64,9 @@ def new_canvas(
     check_label(label, len(u), config)
     if (drawing is None) != (observed is None):
         raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
-    label_log_probs = None
-    if drawing is None or observed is None:
-        levels, missing = torch.zeros_like(u, dtype=torch.int64), torch.ones_like(u[:, 0], dtype=torch.bool)
-    else:
+    label_log_probs, levels = None, torch.zeros_like(u, dtype=torch.int64)
+    missing = torch.ones_like(u[:, 0], dtype=torch.bool)
+    if drawing is not None and observed is not None:
         if len(drawing) != len(u):
             raise ValueError(f"drawing must have the batch size of u, {len(u)}, got {len(drawing)}.")
         check_observed(drawing, observed, config)
@@ -119,22 +106,18 @@ def sample_by_network(
     Returns:
         (B, C, H, W) int64 levels; and what the sampler returned, (B,).
     """
-    levels, scores = canvas.levels, []
-    parts = model.networks(~canvas.missing[:, None])
+    levels, scores, parts = canvas.levels, list[Any](), model.networks(~canvas.missing[:, None])
+
+    def hand_out(row: int, values: Tensor) -> None:  # of the last network's images
+        levels[parts[-1][1], :, row] = values
+        canvas.on_row(row, levels[:, :, row])
+
     for network, index in parts:
-
-        def hand_out(row: int, values: Tensor, index: Tensor = index) -> None:
-            assert canvas.on_row is not None
-            levels[index, :, row] = values
-            canvas.on_row(row, levels[:, :, row])
-
-        is_last = network is parts[-1][0]
-        part = canvas.part(index, hand_out if is_last and canvas.on_row is not None else None)
+        part = canvas.part(index, hand_out if canvas.on_row is not None and network is parts[-1][0] else None)
         scores.append(sampler(network, part))
         levels[index] = part.levels
-    known = [score for score in scores if score is not None]
     order = torch.cat([index for _, index in parts]).argsort()
-    return levels, torch.cat(known)[order] if known else None
+    return levels, None if scores[0] is None else torch.cat(scores)[order]
 
 
 @torch.no_grad()  # not inference_mode: its tensors cannot be scored by log_prob while gradients are on

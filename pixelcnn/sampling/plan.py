@@ -13,6 +13,7 @@ Values lie in memory as (row, column, channel), the channels in the order of the
 are one run of numbers, and so are what lies left of a pixel and those channels at its centre that are known by then.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -29,30 +30,21 @@ from pixelcnn.models.maps import Map, row_matrix
 
 @dataclass(eq=False, kw_only=True)
 class Buffer:
-    """Where a map's values are kept.
+    """Where a map's values are kept."""
 
-    Args:
-        order: (channels,) int64, which channel of the map lies at each place; sorted by turn.
-        turns: (channels,) int64 in that order, of a map that is known pixel by pixel; None for one known row by row.
-        is_late: of a map known row by row: its row is computed when the row below it begins, not when it does itself.
-        num_rows: rows that are kept; the others are overwritten.
-        left, right: columns of zeros beside each row.
-        is_local: read at the pixel that it is computed at alone, so that one cell is enough.
-        reach: its row y is needed where a pixel is missing in row y + reach or above it. From 1 on it is needed where
-            none of its own row is missing, too.
-        is_for_draws_alone: it leads to the logits of its own pixel and to nothing else.
-        readers: what reads it, how many rows above its own, and whether in other columns.
-    """
-
-    order: Tensor
-    turns: Tensor | None = None
-    is_late: bool = False
-    num_rows: int = 1
-    left: int = 0
+    order: Tensor  # (channels,) int64, which channel of the map lies at each place; sorted by turn
+    turns: Tensor | None = None  # (channels,) int64 in that order; None of a map that is known row by row
+    in_turn: list[Any] = field(default_factory=lambda: [None])  # the turns that there are; None for row work
+    is_part: bool = False  # of a sum that pixel work goes on with: what is known by row
+    is_late: bool = False  # its row is computed when the row below it begins, not when it does itself
+    num_rows: int = 1  # that are kept; the others are overwritten
+    left: int = 0  # columns of zeros beside each row
     right: int = 0
-    is_local: bool = True
+    is_local: bool = True  # read at the pixel that it is computed at alone, so that one cell is enough
+    # Its row y is needed where a pixel is missing in row y + reach or above it; from 1 on if none of its own is, too.
     reach: float = 0
-    is_for_draws_alone: bool = True
+    is_for_draws_alone: bool = True  # it leads to the logits of its own pixel and to nothing else
+    # What reads it, how many rows above its own, and whether in other columns.
     readers: list[tuple["Buffer", float, bool]] = field(default_factory=list)
 
     @property
@@ -73,76 +65,52 @@ class Buffer:
 
 @dataclass(eq=False, kw_only=True)
 class Step:
-    """A step of work on `out`: on a row of all its channels, or at a pixel on those that have a turn.
+    """A step of work on `out`: on a row of all its channels, or at a pixel on those that have a turn."""
 
-    Args:
-        kind: `sum`: of base, bias, and the product of a window of the source; `gate` of the source; `attend`, the
-            source being the queries; `keys`: those of a pair of rows of the source.
-        turn: None for row work. That is done on row y: the row in turn, or the one above it if `out` is late.
-        base: the same channels of it are added: None, `out` itself, or another buffer of the same order.
-        bias: (1, outputs), or a row for each label, none first, or for each cell of the image; None for none.
-        bias_of: "label" or "place" if there is one for each.
-        source: what is read.
-        rows_up: how far above the row of `out` the source is read.
-        first_column: of the window, relative to the cell.
-        matrix: (inputs, outputs); a window's inputs are one run of numbers. None for no product.
-        is_of_positive: the source's negative numbers count as zeros.
-        is_rectified: negative results become zero.
-        attention: of `attend` and `keys`.
-    """
-
+    # `sum`: of base, bias, and the product of a window of the source; `gate` of the source; `attend`, the source being
+    # the queries; `keys`: those in the source are from now on attended to.
     kind: str
-    turn: int | None
+    turn: int | None  # None for row work: on the row in turn, or the one above it if `out` is late
     out: Buffer
-    base: Buffer | None = None
-    bias: Tensor | None = None
-    bias_of: str = ""
-    source: Buffer | None = None
-    rows_up: int = 0
-    first_column: int = 0
-    matrix: Tensor | None = None
-    is_of_positive: bool = False
-    is_rectified: bool = False
-    attention: Attention | None = None
+    base: Buffer | None = None  # the same channels of it are added: `out` itself, or another buffer of the same order
+    bias: Tensor | None = None  # (1, outputs), or a row for each label, none first, or for each cell of the image
+    bias_of: str = ""  # "label" or "place" if there is one for each
+    source: Buffer | None = None  # what is read
+    rows_up: int = 0  # how far above the row of `out`
+    first_column: int = 0  # of the window, relative to the cell
+    stride: int = 1  # it is taken after so many rows, at so many columns in one
+    matrix: Tensor | None = None  # (inputs, outputs); a window's inputs are one run of numbers. None for no product
+    is_of_positive: bool = False  # the source's negative numbers count as zeros
+    is_rectified: bool = False  # negative results become zero
+    attention: Attention | None = None  # of `attend` and `keys`
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Product:
-    """What a sum adds of a stored map: a convolution of it, or the map itself, by a kernel that copies.
-
-    Args:
-        source: the map, `rows_up` rows above the row of the sum.
-        weight: (out, in, rows, columns), the centre in the last row, `right` columns from the right end.
-        taps: (rows, columns) bool, where anything of it can be other than zero.
-    """
+    """What a sum adds of a stored map: a convolution of it, or the map itself, by a kernel that copies."""
 
     source: Buffer
-    rows_up: int
-    weight: Tensor
-    taps: Tensor
+    rows_up: int  # of the source above the row of the sum
+    weight: Tensor  # (out, in, rows, columns), the centre in the last row, `right` columns from the right end
+    taps: Tensor  # (rows, columns) bool, where anything of it can be other than zero
     right: int = 0
     is_copy: bool = False
     is_of_positive: bool = False
 
     def can_be_base(self, out: Buffer) -> bool:
         """Return whether it is a map that another can be added to as it is."""
-        if not self.is_copy or self.rows_up or (self.source.turns is None) != (out.turns is None):
-            return False
-        same_turns = self.source.turns is None or torch.equal(self.source.turns, out.turns)  # type: ignore[arg-type]
-        return same_turns and torch.equal(self.source.order, out.order)
+        a, b = ((x.order.tolist(), None if x.turns is None else x.turns.tolist()) for x in (self.source, out))
+        return self.is_copy and not self.rows_up and a == b
 
-    def steps(self, out: Buffer, turn: int | None, is_part: bool) -> Iterator[Step]:
-        """Yield the steps that add it to channels of `out`: one for each row of the kernel.
-
-        With `is_part` only what is known by row, of a sum that pixel work goes on with.
-        """
+    def steps(self, out: Buffer, turn: int | None) -> Iterator[Step]:
+        """Yield the steps that add it to channels of `out`: one for each row of the kernel."""
         weight = self.weight[out.order[out.channels_of(turn)]][:, self.source.order]
         num_rows, num_columns = self.taps.shape
         centre = num_columns - 1 - self.right
         for row in range(num_rows):
             rows_up = self.rows_up + num_rows - 1 - row
             is_by_pixel = self.source.turns is not None and rows_up == 0
-            if is_by_pixel != (turn is not None) and (turn is not None or is_part):
+            if is_by_pixel if out.is_part else turn is not None and not is_by_pixel:
                 continue
             columns = [i - centre for i in range(num_columns) if self.taps[row, i] and (turn is None or i <= centre)]
             if not columns:
@@ -153,8 +121,7 @@ class _Product:
                 matrix = matrix[: -first * self.source.num_channels + self.source.num_known(turn)]
             if len(matrix):
                 step = Step(kind="sum", turn=turn, out=out, source=self.source, rows_up=rows_up, matrix=matrix)
-                step.first_column, step.is_of_positive = first, self.is_of_positive
-                yield step
+                yield replace(step, first_column=first, is_of_positive=self.is_of_positive)
 
 
 class Plan:
@@ -173,12 +140,15 @@ class Plan:
         self.row_steps: list[Step] = []
         self.pixel_steps: list[Step] = []
         self.uses: Counter[Map] = Counter()
-        result = model.described()
+        # Maps say where things lie in tensors on the CPU: the weights come there, too.
+        result = (model if model.head.weight.device.type == "cpu" else copy.deepcopy(model).cpu()).described()
         self.count_uses(result)
         self.logits = self.stored(result)
         self.pixel_steps.sort(key=lambda step: step.turn or 0)
         inputs = {map_.op: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
         self.image, self.context = inputs["image"], inputs.get("context")
+        if self.context is not None and (self.context.left or self.context.right):
+            raise ValueError("no sampler follows from a kernel wider than 1x1 on the map of a drawing.")
         self.buffers = list(self.places.values())
         # From the draws back to the image: where and how far up each map is needed.
         for buffer in reversed(self.buffers):
@@ -197,7 +167,7 @@ class Plan:
             buffer = Buffer(order=torch.arange(map_.num_channels), is_late=map_.lead == 0, is_local=False)
         else:
             turns, order = map_.turns.sort(stable=True)
-            buffer = Buffer(order=order, turns=turns)
+            buffer = Buffer(order=order, turns=turns, in_turn=turns.unique().tolist())
         self.places[map_] = buffer
         return buffer
 
@@ -246,16 +216,18 @@ class Plan:
 
     def plan_unit(self, step: Step) -> None:
         """Plan a step for a whole row, or once for each turn."""
-        turns: list[int | None] = [None] if step.out.turns is None else step.out.turns.unique().tolist()
-        for turn in turns:
+        for turn in step.out.in_turn:
             self.add_step(replace(step, turn=turn))
 
     def plan_attention(self, map_: Map) -> None:
         query, source = (self.stored(x) for x in map_.inputs)
         attention = map_.block.weights(query.order, source.order)
         keys = self.add_buffer(Map("keys", (), map_.block, attention.table.shape[2], 0))
-        self.add_step(Step(kind="keys", turn=None, out=keys, source=source, attention=attention))
-        self.read(source, keys, BLOCK - 1, 0, BLOCK - 1)
+        step = Step(kind="sum", turn=None, out=keys, source=source, stride=BLOCK, attention=attention)
+        for row, matrix in enumerate(attention.matrices):
+            first: Any = {"base": keys} if row else {"bias": attention.table.flatten(0, 1), "bias_of": "place"}
+            self.add_step(replace(step, rows_up=BLOCK - 1 - row, matrix=matrix, **first))
+        self.add_step(replace(step, kind="keys", source=keys))
         buffer = self.add_buffer(map_)
         keys.readers.append((buffer, math.inf, True))  # all later rows read them
         self.plan_unit(Step(kind="attend", turn=None, out=buffer, source=query, attention=attention))
@@ -269,22 +241,19 @@ class Plan:
     def product(self, map_: Map, is_top: bool) -> _Product:
         """Return how a map enters a sum: as a convolution, unless its result is used elsewhere, too; or as it is."""
         if map_.op != "conv" or not (is_top or self.uses[map_] == 1):
-            source, rows_up = self.located(map_)
             weight = torch.eye(map_.num_channels)[:, :, None, None]
-            return _Product(source=source, rows_up=rows_up, weight=weight, taps=weight[0, 0] == 1, is_copy=True)
-        x, taps = map_.inputs[0], map_.block.taps().any(dim=1).any(dim=0)
+            return _Product(*self.located(map_), weight, weight[0, 0] == 1, is_copy=True)
+        x, weight, taps = map_.inputs[0], map_.block.masked_weight(), map_.block.taps().any(dim=1).any(dim=0)
         # A rectifier beside a pixel's stored sum needs no map of its own: who reads one cell takes what is positive.
         is_inside = x.op == "relu" and map_.turns is not None and taps.numel() == 1 and self.uses[x.inputs[0]] > 1
-        source, rows_up = self.located(x.inputs[0] if is_inside else x)
-        found = _Product(source=source, rows_up=rows_up, weight=map_.block.masked_weight().detach(), taps=taps)
-        return replace(found, right=map_.block.right, is_of_positive=x.op == "relu")
+        source = self.located(x.inputs[0] if is_inside else x)
+        return _Product(*source, weight.detach(), taps, map_.block.right, is_of_positive=x.op == "relu")
 
     def plan_sum(self, map_: Map) -> None:
         """Plan a sum of convolutions, biases and stored maps, and perhaps a rectifier after it."""
         is_rectified = map_.op == "relu"
         terms = self.summed(map_.inputs[0]) if is_rectified else self.summed(map_, is_top=True)
-        order = torch.arange(map_.num_channels) if map_.turns is None else map_.turns.sort(stable=True).indices
-        bias, bias_of, products = torch.zeros(1, map_.num_channels), "", []
+        bias, bias_of, base, products = torch.zeros(1, map_.num_channels), "", None, []
         for term in terms:
             if term.op == "label":
                 bias, bias_of = bias + torch.nn.functional.pad(term.block.table, (0, 0, 1, 0)), "label"
@@ -294,40 +263,29 @@ class Plan:
                 products.append(self.product(term, is_top=term is map_))
                 if not products[-1].is_copy and term.block.bias is not None:
                     bias = bias + term.block.bias
-        first: Any = {"bias": bias.detach()[:, order], "bias_of": bias_of}
-        if map_.turns is None:
-            self.chain(self.add_buffer(map_), None, None, products, first, is_rectified)
-            return
-        # What is known by row is summed by itself, in the order of the whole; pixel work goes on with that.
-        base, row_sum = None, Buffer(order=order)
-        if bias_of or any(True for product in products for _ in product.steps(row_sum, None, is_part=True)):
-            base = self.places[Map("row sum", (), None, map_.num_channels, -1)] = row_sum
-            self.chain(row_sum, None, None, products, first, is_rectified=False, is_part=True)
-            first = {}
+        first: Any = (bias.detach(), bias_of)
+        if map_.turns is not None:
+            # What is known by row is summed by itself, in the order of the whole; pixel work goes on with that.
+            row_sum = Buffer(order=map_.turns.sort(stable=True).indices, is_part=True)
+            if bias_of or any(True for product in products for _ in product.steps(row_sum, None)):
+                base = self.places[Map("row sum", (), None, map_.num_channels, -1)] = row_sum
+                self.chain(row_sum, None, None, products, first)
+                first = None
         buffer = self.add_buffer(map_)
-        for turn in map_.turns.unique().tolist():
-            here = {"bias": first["bias"][:, buffer.channels_of(turn)]} if first else {}
-            self.chain(buffer, turn, base, products, here, is_rectified)
+        for turn in buffer.in_turn:
+            self.chain(buffer, turn, base, products, first).is_rectified = is_rectified
 
-    def chain(
-        self,
-        out: Buffer,
-        turn: int | None,
-        base: Buffer | None,
-        products: list[_Product],
-        first: dict[str, Any],
-        is_rectified: bool,
-        is_part: bool = False,
-    ) -> None:
-        """Plan steps one after the other, each on top of the one before; `first` is what the first one adds, too."""
+    def chain(self, out: Buffer, turn: int | None, base: Buffer | None, products: list[_Product], first: Any) -> Step:
+        """Plan steps one after the other, each on top of the one before, the first with a bias; return the last."""
         for product in products:
             if base is None and product.can_be_base(out):
                 base = product.source
                 products = [other for other in products if other is not product]
-        steps = [step for product in products for step in product.steps(out, turn, is_part)]
+        steps = [step for product in products for step in product.steps(out, turn)]
         steps = steps or [Step(kind="sum", turn=turn, out=out)]
-        steps[0] = replace(steps[0], **first)
-        steps[-1].is_rectified = is_rectified
+        if first is not None:
+            steps[0].bias, steps[0].bias_of = first[0][:, out.order[out.channels_of(turn)]], first[1]
         for step in steps:
             step.base, base = base, out
             self.add_step(step)
+        return steps[-1]

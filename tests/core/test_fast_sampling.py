@@ -16,6 +16,7 @@ import pixelcnn.sampling.fast as fast_sampling
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, level_probs, log_prob, naive_sample, sample
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
+from pixelcnn.packing.coder import code
 from pixelcnn.sampling.fast import compile_in_background, engine_name, set_sampler_threads, warm_up
 from tests.core.tiny import in_raster_order, sample_and_score
 
@@ -102,6 +103,17 @@ def test_float32_log_probabilities_agree_within_rounding_over_the_whole_range(co
     levels, score = sample_and_score(model, u)
     with torch.no_grad():
         torch.testing.assert_close(score().float(), log_prob(model, levels), rtol=1e-5, atol=1e-5)
+
+
+def test_a_narrow_network_attends_to_what_lies_above_alone() -> None:
+    """Keys are looked at a panel at a time, which is wider than all that this network has."""
+    attention = {"attention_every": 1, "key_features": 4}
+    shape = {"image_shape": (1, 12, 12), "num_levels": 2, "num_features": 4, "num_layers": 3, "kernel_size": 3}
+    model = model_of(AttentivePixelCNNConfig(**shape, **attention), torch.float64)
+    u = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels, score = sample_and_score(model, u)
+    with torch.no_grad():
+        torch.testing.assert_close(score(), log_prob(model, levels), rtol=1e-12, atol=0)
 
 
 def test_every_float32_difference_lies_at_a_boundary() -> None:
@@ -254,7 +266,7 @@ def test_a_coder_gets_the_models_probabilities_and_says_the_levels(output: dict)
             assert np.array_equal(coded, here)
 
         start = start.clone()
-        nats = engine.code(start, [labels[i] for i in images], exchange)
+        nats = code(engine, start, [labels[i] for i in images], exchange)
         return np.stack(seen, axis=1), start, nats  # (B, D, K)
 
     everyone = list(range(5))
@@ -272,7 +284,7 @@ def test_a_coder_gets_the_models_probabilities_and_says_the_levels(output: dict)
         raise ArithmeticError("no more")
 
     with pytest.raises(ArithmeticError, match="no more"):
-        engine.code(levels.clone(), labels, fail)
+        code(engine, levels.clone(), labels, fail)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
@@ -315,16 +327,23 @@ def test_without_numba_the_torch_sampler_answers_with_one_notice(
     assert notices_of(model, caplog) == ["sampling cached, in torch: numba is not installed"]
 
 
-def test_where_compiled_code_cannot_be_kept_the_torch_sampler_answers(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("cannot cache function '_rows': no locator available"),
+        ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.5."),
+    ],
+    ids=["no folder for compiled code", "a newer NumPy"],
+)
+def test_where_numba_cannot_be_used_the_torch_sampler_answers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     def fail(name: str) -> None:
-        raise RuntimeError("cannot cache function '_rows': no locator available")
+        raise error
 
     monkeypatch.setattr(fast_sampling.importlib, "import_module", fail)
     model, _ = tiny()
-    said = "sampling cached, in torch: cannot cache function '_rows': no locator available"
-    assert notices_of(model, caplog) == [said]
+    assert notices_of(model, caplog) == [f"sampling cached, in torch: {error}"]
 
 
 def test_no_images_are_no_trouble() -> None:

@@ -2,7 +2,7 @@
 
 import operator
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from pixelcnn.models import registry
 from pixelcnn.models.attention import BlockAttention
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.layers import (
+    Block,
     LabelBias,
     MaskedConv2d,
     Pointwise,
@@ -24,6 +25,7 @@ from pixelcnn.models.layers import (
     masked_1x1,
     shift_down,
 )
+from pixelcnn.models.maps import NEVER_WAITS, Map
 from pixelcnn.models.masks import colour_groups, raster_mask, row_mask
 from pixelcnn.sampling.cached import cached_sample
 from pixelcnn.sampling.plan import Plan
@@ -163,8 +165,9 @@ class Refused(AutoregressiveModel):
     """A network whose features go through `layer`."""
 
     def __init__(self, config: ModelConfig, layer) -> None:
-        super().__init__(config, in_maps=4)
-        self.first = MaskedConv2d(raster_mask("A", 3, torch.arange(1), colour_groups(4, 1)), right=1)
+        p = config.num_features
+        super().__init__(config, in_maps=p)
+        self.first = MaskedConv2d(raster_mask("A", 3, torch.arange(1), colour_groups(p, 1)), right=1)
         self.layer = layer
 
     def features(self, x, label, context):
@@ -189,15 +192,89 @@ CONFIG = ModelConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
         (lambda x: sum([x, x]), "no sampler follows from other arithmetic than"),
         (lambda x: 2 * x - x, "no sampler follows from other arithmetic than"),
         (lambda x: x[:, :2], "no sampler follows from other arithmetic than"),
+        (lambda x: nn.Parameter(torch.zeros(4, 4, 4)) + x, "no sampler follows from add|can only be added"),
+        (lambda x: x + torch.zeros(4, 4, 4), "can only be added to another one, got Tensor"),
     ],
     ids=[
         *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
-        *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part"),
+        *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part", "to a tensor", "a tensor"),
     ],
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Refused(CONFIG, layer).described()
+
+
+class Layer(nn.Module):
+    """Maps `make`s of features and of blocks."""
+
+    def __init__(self, make, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.make, self.blocks = make, nn.ModuleList(blocks)
+
+    def forward(self, x):
+        return self.make(x, *self.blocks)
+
+
+class Place(Block):
+    """A number for each cell and map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 4, 4))
+
+    def forward(self, x=None):
+        return self.table
+
+    def described(self, x):
+        return Map("constant", (), self, 8, NEVER_WAITS)
+
+
+def pixelwise() -> nn.Module:
+    return masked_1x1("B", colour_groups(8, 1), colour_groups(8, 1))
+
+
+def vertical() -> nn.Module:
+    return MaskedConv2d(torch.ones(8, 8, 2, 3), right=1)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Layer(lambda x, a, b, c: b(F.relu(a(x))) + c(F.relu(x)), pixelwise(), pixelwise(), pixelwise()),
+        lambda: Layer(lambda x, up, place: shift_down(up(x) + place(x)) + x, vertical(), Place()),
+    ],
+    ids=["a rectified map beside one that is read rectified", "a bias by place of a row that is known late"],
+)
+def test_what_a_network_may_add_up_is_sampled_exactly(layer) -> None:
+    torch.manual_seed(0)
+    model = Refused(replace(CONFIG, num_features=8), layer()).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+    u = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for images in (u, u[:1]):
+        assert torch.equal(sample(model, images), naive_sample(model, images))
+        assert torch.equal(cached_sample(model, images), naive_sample(model, images))
+
+
+def test_a_gate_of_halves_that_are_known_at_different_turns_is_refused() -> None:
+    first = MaskedConv2d(raster_mask("A", 3, torch.arange(3), colour_groups(12, 3)), right=1)
+    image = Map("image", (), None, 3, 0, torch.arange(1, 4))
+    with pytest.raises(ValueError, match="the halves of a gate's maps must be known at the same turns"):
+        gate(first(image))
+
+
+def test_a_wide_kernel_on_the_map_of_a_drawing_is_refused() -> None:
+    class Wide(RandomNetwork):
+        def features(self, x, label, context):
+            h = super().features(x, label, context)
+            return h if context is None else h + self.wide(context)
+
+    model = Wide(RandomConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, context_features=4, seed=0))
+    model.wide = MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)
+    with pytest.raises(ValueError, match="no sampler follows from a kernel wider than 1x1 on the map of a drawing"):
+        Plan(model)
 
 
 def test_a_network_that_sees_its_own_pixel_is_refused_when_it_is_built() -> None:
