@@ -4,6 +4,9 @@ WORKERS ?= 2
 COVERAGE ?= --cov
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+ifeq ($(shell uname),Darwin)  # its make 3.81 looks programs up in the PATH of before, unless a shell does
+SHELL := /bin/bash
+endif
 # The installation compiles nothing: what Python is not let keep, each start would compile anew, in twice the time.
 export PYTHONDONTWRITEBYTECODE :=
 # The tools' telemetry stays off (see also prefect.toml, .dvc/config, .streamlit/config.toml).
@@ -110,7 +113,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: '$(PYTHON)' has no venv module. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps .venv  # an old pip takes longer to resolve
-	@echo "installing into .venv (about 2 GB; some minutes) ..."
+	@echo "installing into .venv (some minutes; about 2 GB, with CUDA several more) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'  # which knows groups
 	@# Not compiled now: Python compiles what it imports, which is a fraction of all, at its first import.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
