@@ -13,7 +13,7 @@ RUN useradd --uid 10001 --no-create-home pixelcnn && mkdir /srv/store /srv/artif
 FROM base AS service
 ENV BENTOML_HOME=/srv/store BENTOML_HOST=0.0.0.0
 COPY pixelcnn.bento ./
-RUN python -m tarfile -e pixelcnn.bento bento && \
+RUN python -m tarfile -e pixelcnn.bento bento && chmod -R a+rX bento && \
     pip install -r bento/env/python/requirements.txt -c bento/src/constraints.txt
 USER pixelcnn
 # A whole path: BentoML takes others from /

@@ -325,8 +325,10 @@ class Champions:
         for dataset, folder in folders.items():
             try:
                 version = (folder / POINTERS[self.role]).read_text(errors="replace").strip()
-            except OSError:  # no version yet
+            except FileNotFoundError:  # no version yet
                 continue
+            except OSError as error:  # it names none: the load then says so, and why
+                version = str(error)
             if not version:  # being rewritten
                 continue
             fingerprint: tuple[object, ...] = (version,)  # if its files cannot be listed: the load then says why

@@ -66,17 +66,17 @@ class Metrics:
         )
         self.drift = gauge(
             "pixelcnn_drift",
-            "1 while drawings are not distributed like the reference; NaN where there is none.",
+            "1 while drawings are not like the reference; NaN where there is none, or nobody has drawn yet.",
             ["dataset", "statistic"],
         )
         self.drift_watched = gauge(
             "pixelcnn_drift_watched",
-            "1 where drawings are compared with a reference, 0 where the champion has none, or too small a one.",
+            "1 where drawings are compared with a reference, 0 where there is none, or too small; NaN until one comes.",
             ["dataset"],
         )
         self.drift_distance = gauge(
             "pixelcnn_drift_distance",
-            "Kolmogorov-Smirnov distance of the last window to the reference; NaN where there is none.",
+            "Kolmogorov-Smirnov distance of the last window to the reference; NaN where either is not there.",
             ["dataset", "statistic"],
         )
         self.shadow = gauge(

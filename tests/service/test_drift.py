@@ -169,7 +169,7 @@ def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fas
     batcher.close()
 
 
-@pytest.mark.parametrize(("num", "is_watched"), [(0, False), (5, False), (200, True)])
+@pytest.mark.parametrize(("num", "is_watched"), [(0, False), (5, False), (7, False), (200, True)])
 def test_only_a_reference_from_which_drawings_can_differ_is_watched(model, reference, tmp_path, num, is_watched):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, {name: values[:num] for name, values in reference.items()})

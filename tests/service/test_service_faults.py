@@ -255,12 +255,15 @@ def test_a_damaged_pointer_keeps_no_other_model_from_being_served(tmp_path, monk
     assert "pixelcnn-grey/latest names no version" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["folder", "pointer"])
+@pytest.mark.parametrize("what", ["folder", "pointer", "pointer that is none"])
 def test_a_model_that_is_gone_is_refused_aloud_and_served_once_it_is_back(tmp_path, monkeypatch, caplog, what):
     champions, folder = champions_of(tmp_path, monkeypatch)
     tag, pointer = f"pixelcnn-grey:{folder.name}", folder.parent / "latest"
     if what == "folder":
         folder.rename(tmp_path / "gone")
+    elif what == "pointer that is none":
+        pointer.unlink()
+        pointer.mkdir()
     else:
         pointer.write_bytes(b"\xff")
     for _ in range(2):
@@ -271,6 +274,7 @@ def test_a_model_that_is_gone_is_refused_aloud_and_served_once_it_is_back(tmp_pa
     if what == "folder":
         (tmp_path / "gone").rename(folder)
     else:
+        pointer.rmdir() if pointer.is_dir() else pointer.unlink()
         store.serve(tag)
     champions.refresh()
     assert champions.get("grey").identity.version == "1"

@@ -38,10 +38,9 @@ class _Score(Job):
         super().__init__("drawings", object(), 1)
 
     def answer(self) -> list[float]:
-        models = [one.model for one in self.models]
-        labels = [self.label if model.config.num_labels else None for model in models]  # a challenger may know none
-        scored = zip(models, labels, strict=True)
-        return [drawing_bits_per_dim(model, self.levels, self.observed, label).item() for model, label in scored]
+        labels = [self.label if one.model.config.num_labels else None for one in self.models]  # some know none
+        scored = zip(self.models, labels, strict=True)
+        return [drawing_bits_per_dim(one.model, self.levels, self.observed, label).item() for one, label in scored]
 
 
 @dataclass

@@ -69,10 +69,10 @@ class Drift:
 
 
 def drifts_from(reference: dict[str, list[float]]) -> dict[str, Drift]:
-    """Return the test of each statistic of a reference that has enough values: a distance is 1 at most."""
+    """Return the test of each statistic of a reference; of none if one has too few values: a distance is 1 at most."""
     sizes = {"bits_per_dim": WINDOW // SCORE_EVERY}
     tests = {name: Drift(values, sizes.get(name, WINDOW)) for name, values in reference.items() if values}
-    return {name: drift for name, drift in tests.items() if limit(len(drift.reference), drift.size) < 1}
+    return tests if all(limit(len(drift.reference), drift.size) < 1 for drift in tests.values()) else {}
 
 
 @dataclass
