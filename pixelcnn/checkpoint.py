@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -110,7 +109,7 @@ def save_checkpoint(
 
 def _target(folder: Path) -> Path:
     """Return the folder that a link leads to, which is replaced in the link's place; any other folder as it is."""
-    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _swap(new: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
@@ -101,9 +101,13 @@ def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | 
     }
     temporary = path.with_name(f".{path.name}.new")
     try:
-        # Not `save_file`, which would keep the file from everybody else.
-        temporary.write_bytes(save(tensors, {"dataset": json.dumps(description, sort_keys=True)}))
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would keep the file from everybody else
+        save_file(tensors, temporary, metadata={"dataset": json.dumps(description, sort_keys=True)})
+        temporary.chmod(mode)
         temporary.replace(path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} could not be saved ({error}). Make room on its disk.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

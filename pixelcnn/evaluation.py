@@ -43,7 +43,7 @@ def in_batches(
     score: Callable[..., Tensor], model: AutoregressiveModel, levels: Tensor, *others: Tensor | None
 ) -> Tensor:
     """Return score(model, levels, *others), (B,), in batches of `SCORED_BATCH`, so that memory does not grow with B."""
-    parts = [slice(i, i + SCORED_BATCH) for i in range(0, len(levels), SCORED_BATCH)]
+    parts = [slice(i, i + SCORED_BATCH) for i in range(0, max(len(levels), 1), SCORED_BATCH)]
     return torch.cat([score(model, levels[p], *(None if x is None else x[p] for x in others)) for p in parts])
 
 

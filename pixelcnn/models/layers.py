@@ -50,6 +50,8 @@ class Convolution(Block):
 
     def described(self, x: Map) -> Map:
         taps = self.taps()
+        if x.op == "context" and taps.shape[3] > 1:
+            raise ValueError("no sampler follows from a kernel of several columns on the map of a drawing.")
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right
         used = taps.any(dim=1).any(dim=0)  # (kh, kw)
         offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]

@@ -59,7 +59,7 @@ class _Keys:
 
     def add(self, made: Tensor, y: Tensor) -> None:
         """Add the blocks of the two rows above row y, (B, columns, channels)."""
-        is_whole = (y > 0) & (y % BLOCK == 0)
+        is_whole = y % BLOCK == 0
         first = 1 + torch.where(is_whole, (y // BLOCK - 1) * self.columns, self.num)
         self.kept.index_copy_(1, first + torch.arange(self.columns, device=y.device), made)
 

@@ -26,7 +26,7 @@ MOST_INPUTS = 96  # of a row's product: so much of a panel stays in the first-le
 class Engine(Program):
     """A model's weights laid out for sampling."""
 
-    def new_state(self, context: Array | None = None) -> Array:
+    def new_state(self, context: Array | None) -> Array:
         """Return an image's state before its first row, given the flat map of its drawing."""
         state = self.fresh.copy()
         if context is not None and self.context:

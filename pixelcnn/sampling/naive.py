@@ -29,7 +29,7 @@ class Canvas:
     levels: Tensor  # (B, C, H, W) int64, contiguous, 0 where missing: completed in place
     missing: Tensor  # (B, H, W) bool
     on_row: OnRow | None = None
-    label_log_probs: Tensor | None = None  # (B, 1 + num_labels) float64, labels were drawn from it; None if given
+    label_log_probs: Tensor | None = None  # (B, 1 + num_labels) float64, what a label network's labels were drawn from
 
     def part(self, index: Tensor | slice, on_row: OnRow | None) -> "Canvas":
         """Return some of the images: the same memory for a slice, a copy for indices."""

@@ -148,7 +148,7 @@ class Plan:
         inputs = {map_.op: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
         self.image, self.context = inputs["image"], inputs.get("context")
         if self.context is not None and (self.context.left or self.context.right):
-            raise ValueError("no sampler follows from a kernel wider than 1x1 on the map of a drawing.")
+            raise ValueError("no sampler follows from a kernel of several columns on the map of a drawing.")
         self.buffers = list(self.places.values())
         # From the draws back to the image: where and how far up each map is needed.
         for buffer in reversed(self.buffers):

@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 # Settings that may change when a run goes on, and are kept with the step from which they count.
 PHASE_SETTINGS = (
     *("batch_size", "label_dropout", "context_share", "redrawn_share", "precision", "compiled"),
-    *("optimizer", "learning_rate", "ema_decay"),
+    *("optimizer", "learning_rate", "decay_fraction", "ema_decay"),
 )
 # What may change without a trace.
 BUDGET_SETTINGS = (
-    *("max_epochs", "max_minutes", "decay_fraction", "num_validations", "save_minutes"),
+    *("max_epochs", "max_minutes", "num_validations", "save_minutes"),
     *("completer_features", "label_features"),
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -222,6 +222,7 @@ def test_proposals_are_scored_in_batches():
     assert sizes == [50, 50, 20] * 2, "the joint model's score of each, and that by which it was proposed"
     assert torch.equal(again[0], levels)
     torch.testing.assert_close(again[1], effective)
+    assert resample(model, *(x[:0] for x in given))[0].shape == (0, *SHAPE)
 
 
 def test_a_choice_needs_noise_of_its_own():

@@ -273,7 +273,7 @@ def test_a_wide_kernel_on_the_map_of_a_drawing_is_refused() -> None:
 
     model = Wide(RandomConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, context_features=4, seed=0))
     model.wide = MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)
-    with pytest.raises(ValueError, match="no sampler follows from a kernel wider than 1x1 on the map of a drawing"):
+    with pytest.raises(ValueError, match="no sampler follows from a kernel of several columns on the map of a drawing"):
         Plan(model)
 
 

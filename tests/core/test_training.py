@@ -285,8 +285,8 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimizer": "adam"}
     then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimizer": "muon"}
     both = {"redrawn_share": 0.0, "compiled": False}
-    first |= {"learning_rate": 0.01, "ema_decay": 0.9, "batch_size": 8, **both}
-    then |= {"learning_rate": 0.002, "ema_decay": 0.8, "batch_size": 4, **both}
+    first |= {"learning_rate": 0.01, "decay_fraction": 0.3, "ema_decay": 0.9, "batch_size": 8, **both}
+    then |= {"learning_rate": 0.002, "decay_fraction": 0.2, "ema_decay": 0.8, "batch_size": 4, **both}
     losses, done = [], []
     for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
