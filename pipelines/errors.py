@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from urllib.request import getproxies_environment
 
 from typer import Typer
 from typer.main import get_command
@@ -11,7 +12,7 @@ from typer.main import get_command
 # Settings, data, a diverging training, files. A LookupError of ours says what is missing; its subclasses, KeyError and
 # IndexError, are bugs.
 _USER_ERRORS = (ValueError, FloatingPointError, OSError)
-# What is wrong with a store or server; their own exceptions are no part of ours.
+# What is wrong with a store, a server or a file; their own exceptions are no part of ours.
 _OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy", "sqlite3", "safetensors")
 _SHOWN = ("pipelines.stages", "pixelcnn.evaluation")  # loggers
 _MAX_CHARACTERS = 400  # of a reason: MLflow's hold whole statements of SQL
@@ -64,6 +65,9 @@ def run(command: str, work: Callable[[], int | None]) -> int:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    if proxies := getproxies_environment():  # not for Prefect's own server, which is a neighbour
+        direct = [*filter(None, [proxies.get("no")]), "127.0.0.1", "localhost"]
+        os.environ["no_proxy"] = ",".join(dict.fromkeys(direct))
     # What the stages log, and how far a scoring is; inside a flow stages log by way of Prefect.
     loggers, handler = [logging.getLogger(name) for name in _SHOWN], logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -201,7 +201,7 @@ def compare() -> None:
     """Write reports/comparison.html: the trained pairs beside each other, from reports/."""
     from pipelines.reports.comparison import REPORTS_FOLDER, read_reports, write_comparison
 
-    print(f"wrote {write_comparison(read_reports(REPORTS_FOLDER))}")
+    print(f"wrote {write_comparison(read_reports(REPORTS_FOLDER, of_recorded_data=True))}")
 
 
 @app.command()

@@ -69,6 +69,7 @@ class Look:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width)
     labels: Counter[str] = field(default_factory=Counter)
     values: set[int] = field(default_factory=set)  # grey values
+    num_values: int = 0  # of each picture, summed: how much is seen
     num_coloured: int = 0
     num_two_valued: int = 0  # nearly black and nearly white alone
     num_light: int = 0  # with a light border
@@ -95,7 +96,9 @@ def look_at(source: Source, wishes: Wishes, ground: str) -> Look:
         if image.mode == "RGB":
             pixels = np.asarray(image).astype(np.int16)
             look.num_coloured += bool((np.ptp(pixels, axis=2) > 24).mean() > 0.01)
-        look.values.update(np.unique(grey).tolist())
+        values = np.unique(grey).tolist()
+        look.values.update(values)
+        look.num_values += len(values)
         look.num_two_valued += bool(((grey < 48) | (grey > 207)).mean() > 0.85)
         border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
         look.num_light += bool(border.mean() > 127)
@@ -243,7 +246,7 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
             raise ValueError(f"there is a dataset {name!r} already: {how}.")
         # Black ink on a transparent ground is seen on white alone. Only files have transparency.
         grounds = ("black", "white") if source.kind == "folder" else ("black",)
-        look = max((look_at(source, wishes, ground) for ground in grounds), key=lambda look: len(look.values))
+        look = max((look_at(source, wishes, ground) for ground in grounds), key=lambda look: look.num_values)
         spec = choose(source, look, wishes)
         found, twice = load_pictures(spec)
         num = len(found["train"][0]) if "train" in found else 0

@@ -304,7 +304,8 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         to: a version that was champion; None for the one before the present champion.
 
     Raises:
-        LookupError: there is no such earlier champion, or another registry feeds the store; nothing has moved.
+        LookupError: there is no such earlier champion, or another registry feeds the store; nothing has moved
+                but what was cut off before.
         ValueError: the version cannot be fetched whole; nothing has moved.
         UnfinishedMoveError: it was carried out in part.
     """

@@ -57,7 +57,7 @@ def backup(file: Path) -> str:
         )
     check_absent(file)
     artifacts = database.with_name(_ARTIFACTS)
-    if elsewhere := [root for root in _roots(database) if not root.is_relative_to(artifacts)]:
+    if elsewhere := [root for root in _roots(database) if root != artifacts]:
         raise ValueError(
             f"{database} says that its artifacts lie in {elsewhere[0]}, not in {artifacts}: nothing is backed up. If "
             "they were moved, put them there, and then: python -m pipelines.steps repair --take-over."
@@ -168,17 +168,18 @@ def follow_artifacts() -> list[str]:
     if database is None or not database.exists():
         return []
     artifacts = database.with_name(_ARTIFACTS)
-    moved = [root for root in _roots(database) if root.name == _ARTIFACTS and not root.exists() and artifacts.is_dir()]
+    moved = [root for root in _roots(database) if root != artifacts and artifacts.is_dir()]
     for root in moved:
         _relocate(database, root, artifacts)
-    return [f"the registry's artifacts are those in {artifacts} now: {root} is gone." for root in moved]
+    return [f"the registry's artifacts are those in {artifacts} now, not those in {root}." for root in moved]
 
 
 def _roots(database: Path) -> list[Path]:
-    """Return the folders where a database says that artifacts lie; MLflow's own `Default` holds none of ours."""
-    query = "SELECT DISTINCT artifact_location FROM experiments WHERE name != 'Default'"
+    """Return the folders where a database says that our artifacts lie; other experiments' have other names."""
     with closing(sqlite3.connect(database)) as connection:
-        return [Path(unquote(urlsplit(location).path)) for (location,) in connection.execute(query)]
+        found = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+    roots = [Path(unquote(urlsplit(location).path)) for (location,) in found]
+    return [root for root in roots if root.name == _ARTIFACTS]
 
 
 def _relocate(database: Path, old: Path, new: Path) -> None:

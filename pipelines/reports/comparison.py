@@ -45,16 +45,15 @@ class PairReport:
         return [(caption, base64.b64encode(path.read_bytes()).decode()) for path, caption in found if path.exists()]
 
 
-def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport]:
+def read_reports(folder: Path, without: Collection[str] = (), of_recorded_data: bool = False) -> list[PairReport]:
     """Read the reports of pairs, `folder/MODEL-DATASET/`: by dataset, the best test score first.
-
-    Those of other data than DVC recorded are left out: what stands in params.yaml now does not hold of them.
 
     Args:
         without: pairs whose report, if there is one, may be half written.
+        of_recorded_data: leave out those of other data than DVC recorded: params.yaml does not hold of them any more.
 
     Raises:
-        ValueError: the metrics of one are damaged.
+        ValueError: the metrics of one are damaged, or a `dvc.lock` is.
     """
     reports, datasets = [], load_params().datasets
     for path in folder.glob("*/metrics.json"):
@@ -62,8 +61,9 @@ def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport
         if dataset not in datasets or pair in without:
             continue
         spec = datasets[dataset]
+        now = recorded_hash(dataset) if of_recorded_data else None
         try:
-            metrics, now = json.loads(path.read_text()), recorded_hash(dataset)
+            metrics = json.loads(path.read_text())
             if now is not None and metrics.get("data_hash", now) != now:
                 logger.warning(
                     "%s is left out: it was scored on other data than those of now. Train it again: %s",

@@ -174,7 +174,8 @@ def _fit_all(
         return {
             "train_minutes": minutes,
             "num_parameters": num_parameters,
-            # Those of steps that were taken: a finished run that is taken up with others has used none of them.
+            # Those of steps that were taken: a finished run that is taken up with others has used none of them. What
+            # params.yaml says is in `settings`, and in MLflow's parameters.
             "train_settings": {k: phases[-1].get(k, v) for k, v in asdict(config).items()} | _changed_settings(phases),
         }
 

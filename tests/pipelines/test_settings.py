@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from urllib.request import getproxies, proxy_bypass
 
 import pytest
 
+from pipelines.errors import run
 from pipelines.settings import Settings
 
 
@@ -21,6 +23,15 @@ def test_what_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().data == Path("/mirror")
     assert Settings().token == "secret"
     assert "secret" not in repr(Settings())
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "127.0.0.1,localhost"), ("a.b", "a.b,127.0.0.1,localhost")])
+def test_neighbours_are_not_reached_by_way_of_a_proxy(monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:
+    for name, value in (("http_proxy", "http://proxy:8080"), ("no_proxy", before)):
+        monkeypatch.setenv(name, value)
+    assert run("test", lambda: 0) == 0
+    assert getproxies()["no"] == after
+    assert proxy_bypass("127.0.0.1:4200")
 
 
 def test_no_other_module_reads_our_variables() -> None:

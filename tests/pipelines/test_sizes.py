@@ -27,17 +27,23 @@ def test_a_row_for_each_variant(project: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_was_measured_of_other_pairs_stays(project: Path) -> None:
-    Path("variants.yaml").write_text(f"minutes: 0.01\nnum_images: 8\npairs: {{a: [{{}}], {PAIR}: [{{}}], b: [{{}}]}}\n")
+    words = [PAIR, "--variants", "variants.yaml", "--out", "table.md"]
+
+    def measured(minutes: float) -> str:
+        variants = f"minutes: {minutes}\nnum_images: 8\npairs: {{a: [{{}}], {PAIR}: [{{}}], b: [{{}}]}}\n"
+        Path("variants.yaml").write_text(variants)
+        assert main(words) == 0
+        return Path("table.md").read_text()
+
+    head, _, own = measured(0.01).partition("## ")
+    assert "`ema_decay` is 0.99 at most, and `head_features`, context, completer and label networks are left" in head
     of_a, of_b = "## a\n\n| 1 |\n\nA note.\n", "## b\n\n| 2 |\n"
-    Path("table.md").write_text(f"# Old\n\n{of_a}\n## {PAIR}\n\n| 3 |\n\n{of_b}")
-    assert main([PAIR, "--variants", "variants.yaml", "--out", "table.md"]) == 0
-    head, rest = Path("table.md").read_text().split(of_a)
-    assert (
-        "`ema_decay` is 0.99 at most, and `head_features`, context, completer and label networks are left out" in head
-    )
-    assert rest.startswith(f"\n## {PAIR}\n\n| changed |")
-    assert rest.endswith(f" nats |\n\n{of_b}")
-    assert "| 3 |" not in rest
+    Path("table.md").write_text(f"{head}{of_a}\n## {own.replace('nats', 'old')}\n{of_b}")
+    again = measured(0.01)
+    assert again.startswith(f"{head}{of_a}\n## {PAIR}\n\n| changed |")
+    assert again.endswith(f" nats |\n\n{of_b}")
+    assert " old |" not in again
+    assert of_a not in measured(0.02)  # of other settings
 
 
 def test_its_mistakes_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -317,7 +317,7 @@ def test_a_training_is_not_lost_with_the_store(trained, monkeypatch: pytest.Monk
         with pytest.raises(mlflow.exceptions.MlflowException, match="no route to host"):
             train_pair(PAIR, "models/lost", "reports/lost")
     reports: list[object] = []
-    monkeypatch.setattr(train_stage, "format_progress", lambda report, data: reports.append(report) or "")
+    monkeypatch.setattr(train_stage, "format_progress", lambda report, *_: reports.append(report) or "")
     assert train_pair(PAIR, "models/lost", "reports/lost")["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert Path("reports/lost/curve.csv").read_bytes() == (REPORT / "curve.csv").read_bytes()
@@ -342,7 +342,7 @@ def test_a_training_whose_end_prefect_did_not_hear_of_is_not_done_again(
     training_flow._finished.clear()  # the process has ended
     num_runs = len(runs())
     reports: list[object] = []
-    monkeypatch.setattr(train_stage, "format_progress", lambda report, data: reports.append(report) or "")
+    monkeypatch.setattr(train_stage, "format_progress", lambda report, *_: reports.append(report) or "")
     assert train_pair(PAIR, "models/unheard", "reports/unheard", reuse=reuse)["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert len(runs()) == num_runs
@@ -355,7 +355,7 @@ def test_a_training_that_dvc_did_not_record_is_not_done_again(project: Path, mon
     weights, num_runs = Path(f"trained/{PAIR}/model.safetensors").read_bytes(), len(runs())
     shutil.rmtree(f"trained/{PAIR}")
     reports: list[object] = []
-    monkeypatch.setattr(train_stage, "format_progress", lambda report, data: reports.append(report) or "")
+    monkeypatch.setattr(train_stage, "format_progress", lambda report, *_: reports.append(report) or "")
     assert steps.main(["train", PAIR]) == 0
     assert reports == [], "no step was done again"
     assert Path(f"trained/{PAIR}/model.safetensors").read_bytes() == weights
