@@ -768,7 +768,8 @@ def test_start_from_half_a_generated_picture(
     page.get_by_role("button", name="Make a picture").click()
     choose_half(page, "Upper")
     page.get_by_role("button", name="Put it on the grid").click()
-    made = np.array(service.generated(service.requests[-1][1])["images"][0])
+    asked = next(body for path, body in service.requests if path == "/generate")  # live, the grid is sent after it
+    made = np.array(service.generated(asked)["images"][0])
     until(lambda: (grid_pixels(page)[16:, :, :3] == made[16:]).all(), "the picture did not come")
     assert (grid_pixels(page)[:16, :, 3] == 0).all()
     page.screenshot(path=tmp_path / "half.png", full_page=True)
