@@ -79,6 +79,15 @@ def test_stream_without_an_end_is_an_error(service: StubService) -> None:
         list(ServiceClient(service.url).complete_stream("mnist5k", IMAGE, OBSERVED))
 
 
+def asked(server: socket.socket) -> socket.socket:
+    """Accept a connection, and read the request of an empty drawing that comes by it."""
+    connection, _ = server.accept()
+    connection.settimeout(10)
+    while b"[]" not in connection.recv(65536):
+        pass
+    return connection
+
+
 @pytest.mark.parametrize("is_reset", [False, True])
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_a_stream_that_is_cut_off_is_told_from_a_service_that_does_not_answer(has_begun: bool, is_reset: bool) -> None:
@@ -88,11 +97,7 @@ def test_a_stream_that_is_cut_off_is_told_from_a_service_that_does_not_answer(ha
             lambda _: ServiceClient(f"http://127.0.0.1:{server.getsockname()[1]}").complete_stream("mnist", [], [])
         )
         assert next(answers) is None
-        connection, _ = server.accept()
-        connection.settimeout(10)
-        with connection:
-            while b"[]" not in connection.recv(65536):
-                pass
+        with asked(server) as connection:
             if has_begun:
                 rows = b'event: rows\ndata: {"start": 0, "rows": [[[0]]]}\n\n'
                 head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -305,11 +310,7 @@ def test_a_stream_that_is_left_while_it_waits_is_hung_up_at_once(has_come: bool)
         client = ServiceClient(f"http://127.0.0.1:{server.getsockname()[1]}")
         answers = in_background(lambda on_open: client.complete_stream("mnist", [], [], on_open))
         assert next(answers) is None
-        connection, _ = server.accept()
-        connection.settimeout(10)
-        with connection:
-            while b"[]" not in connection.recv(65536):
-                pass
+        with asked(server) as connection:
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: drawing\n\n")
             for _ in range(10 * has_come):  # the client has read so far, or not
                 next(answers)
