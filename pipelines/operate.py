@@ -186,15 +186,19 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
     except KeyboardInterrupt:
         print("ending ...", flush=True)
     finally:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         stop(list(processes.values()))
 
 
-def interrupt(*_: object) -> None:
-    """Raise KeyboardInterrupt, once: what ends the processes must not be interrupted itself."""
+def ignore_signals() -> None:
+    """What ends the processes must not be interrupted itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt, once."""
+    ignore_signals()
     raise KeyboardInterrupt
 
 
