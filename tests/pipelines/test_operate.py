@@ -168,8 +168,14 @@ def test_a_worker_that_was_stopped_is_none(prefect_server: str, monkeypatch: pyt
 
         live()
         assert not operate.has_worker()
-        threading.Timer(0.5, live).start()
+        monkeypatch.setattr(operate, "SIGN_OF_LIFE_S", 20)
+        beats = [threading.Timer(seconds, live) for seconds in (0.5, 2, 4, 8)]  # a slow server tells of the first late
+        for beat in beats:
+            beat.start()
         assert operate.has_worker()
+        for beat in beats:
+            beat.cancel()
+            beat.join()
 
 
 def test_a_run_that_has_ended_is_not_a_silent_one() -> None:
