@@ -27,10 +27,11 @@ class Engine(Program):
     """A model's weights laid out for sampling."""
 
     def new_state(self, context: Array | None) -> Array:
-        """Return an image's state before its first row, given the flat map of its drawing."""
+        """Return an image's state before its first row, given the flat map of its drawing; `joined` copies it."""
+        if context is None or not self.context:
+            return self.fresh
         state = self.fresh.copy()
-        if context is not None and self.context:
-            state[self.context : self.context + len(context)] = context
+        state[self.context : self.context + len(context)] = context
         return state
 
     def joined(self, states: list[Array]) -> Array:

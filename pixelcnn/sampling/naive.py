@@ -107,6 +107,8 @@ def sample_by_network(
         (B, C, H, W) int64 levels; and what the sampler returned, (B,).
     """
     levels, scores, parts = canvas.levels, list[Any](), model.networks(~canvas.missing[:, None])
+    if len(parts) == 1:
+        return levels, sampler(parts[0][0], canvas)
 
     def hand_out(row: int, values: Tensor) -> None:  # of the last network's images
         levels[parts[-1][1], :, row] = values

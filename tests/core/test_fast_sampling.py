@@ -1,5 +1,6 @@
 """The compiled cached sampler is the naive one: the same levels, the same logits, only sooner."""
 
+import itertools
 import logging
 import os
 import sys
@@ -225,12 +226,17 @@ def test_a_callback_can_stop_between_rows() -> None:
 
 def test_changed_weights_are_noticed() -> None:
     model, u = tiny()
-    before = sample(model, u)
+    seen = [sample(model, u)]
     with torch.no_grad():
         model.logits.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
-    after = sample(model, u)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, naive_sample(model, u))
+    seen.append(sample(model, u))
+    model.logits.bias = torch.nn.Parameter(model.logits.bias.new_tensor([0.0, 9.0, 0.0]))
+    seen.append(sample(model, u))
+    model.head.weight.data = torch.zeros_like(model.head.weight)
+    model.logits.bias.data = model.logits.bias.new_tensor([0.0, 0.0, 9.0])
+    seen.append(sample(model, u))
+    assert torch.equal(seen[-1], naive_sample(model, u))
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
 
 
 @pytest.mark.parametrize("config", [*configs()[::3], *WIDE], ids=name)
