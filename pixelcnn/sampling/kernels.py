@@ -381,17 +381,18 @@ def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
 def _prob_of_mixture(scratch, level, num_mixtures, num_levels):
     """The probability of a level, by products alone: s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)) of sigmoids s."""
     means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
-    for i in range(num_mixtures):
-        half, centre = inverses[i] / (num_levels - 1), (level * (2.0 / (num_levels - 1)) - 1.0 - means[i]) * inverses[i]
-        terms[i], terms[num_mixtures + i] = centre + half, half - centre
+    x, n = level * (2.0 / (num_levels - 1)) - 1.0, _u(num_mixtures)
+    for i in range(n):
+        half, centre = inverses[i] / (num_levels - 1), (x - means[i]) * inverses[i]
+        terms[i] = centre + half
+        terms[n + i] = half - centre
     _to_sigmoids(terms, 2 * num_mixtures)
-    is_first, is_last = level == 0, level == num_levels - 1
-    for i in range(num_mixtures):
+    is_first, is_last = 1.0 * (level == 0), 1.0 * (level == num_levels - 1)  # nothing lies beyond these
+    for i in range(n):
         width = 2.0 * inverses[i] / (num_levels - 1)
         inside = width * (1.0 - 0.5 * width) if width < 1e-5 else 1.0 - _exp64(max(-width, -1400.0))
-        prob = 1.0 if is_last else terms[i]
-        prob *= 1.0 if is_first else terms[num_mixtures + i]
-        terms[i] = weights[i] * max(prob * (1.0 if is_first or is_last else inside), 1e-280)
+        prob = max(terms[i], is_last) * max(terms[n + i], is_first) * max(inside, is_first, is_last)
+        terms[i] = weights[i] * max(prob, 1e-280)
     return max(_sum(terms, num_mixtures), 1e-300)
 
 
