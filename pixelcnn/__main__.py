@@ -27,12 +27,19 @@ from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_w
 from pixelcnn.completion import complete, resample
 from pixelcnn.config import checked_config
 from pixelcnn.data import load_dataset
-from pixelcnn.evaluation import check_fit, evaluate, evaluate_completion, format_nll, in_batches
+from pixelcnn.evaluation import (
+    CHECKED_IMAGES,
+    CHECKED_SCORE,
+    check_fit,
+    evaluate,
+    evaluate_completion,
+    format_nll,
+    in_batches,
+)
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
-from pixelcnn.packing import pack, rank, unpack
 from pixelcnn.sampling.fast import compile_sampler, sample
 from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
 
@@ -145,10 +152,14 @@ def train_command(
         dist.destroy_process_group()
     if rank != 0:
         return
-    scores: dict[str, Any] = evaluate(model, dataset)
+    per_image: dict[str, Tensor] = {}
+    scores: dict[str, Any] = evaluate(model, dataset, per_image=per_image)
     if config.context_features:
         scores |= evaluate_completion(model, dataset)
     scores |= {"dataset": dataset.name, "protocol": dataset.protocol, "data_hash": dataset.data_hash}
+    # What the pipeline's `register` wants of a checkpoint, too.
+    first = per_image["test"][:CHECKED_IMAGES]
+    scores |= {"label_names": dataset.label_names, CHECKED_SCORE: first.mean().item()}
     save_checkpoint(out, model, scores)
     print(json.dumps(scores, indent=2))
     print(f"wrote {out}; {state_file} lets a longer run go on from here")
@@ -320,6 +331,8 @@ def pack_command(
     block_images: Annotated[int | None, Option(help="images per block; for about 24 KiB if left out")] = None,
 ) -> None:
     """Pack images without loss into a file that the same checkpoint unpacks (docs/packing.md)."""
+    from pixelcnn.packing import pack  # it needs constriction, which a machine for training need not have
+
     on_progress = _progress_printer("packed")
     made = pack(checkpoint, images, out, labels=labels, split=split, block_images=block_images, on_progress=on_progress)
     if made.num_left_out:
@@ -334,6 +347,8 @@ def unpack_command(
     images: Annotated[str | None, Option(help="some of them, counted from 0: 17, or 100:200; all if left out")] = None,
 ) -> None:
     """Unpack what `pack` has packed."""
+    from pixelcnn.packing import unpack
+
     some = None
     if images is not None:
         if not re.fullmatch(r"\d+(:\d+)?", images):
@@ -354,6 +369,8 @@ def rank_command(
 
     The sheet has the strangest pictures above, the most usual ones below.
     """
+    from pixelcnn.packing import rank
+
     if not out.parent.is_dir():  # said before any work
         raise ValueError(f"--out must be a .png in a folder that exists, got {out}.")
     ranked = rank(checkpoint, images, split=split, on_progress=_progress_printer("scored"))

@@ -15,6 +15,8 @@ from pixelcnn.likelihood import bits_per_dim, completion_log_prob, log_prob, pix
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.observed import SCORED, scored_masks
 
+CHECKED_IMAGES = 200  # the first of the test split: their score is quick to measure again, and finds a wrong file
+CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
 SCORED_BATCH = 50  # images at once: larger ones spend more time in getting memory than in computing, on a CPU
 PROGRESS_S = 30.0  # between lines of the log
 

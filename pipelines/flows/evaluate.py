@@ -18,11 +18,11 @@ from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import prepared_file
-from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE, TOLERANCE_NATS, check_scores
+from pipelines.registry.stated import TOLERANCE_NATS, check_scores
 from pipelines.settings import Settings
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
-from pixelcnn.evaluation import evaluate, format_nll
+from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, evaluate, format_nll
 
 EXPERIMENT = "evaluations"
 SERVICE_VARIABLE = "PIXELCNN_SERVICE_URL"

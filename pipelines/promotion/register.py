@@ -18,13 +18,14 @@ from pipelines.registry import versions as registry
 from pipelines.registry.backup import follow_artifacts
 from pipelines.registry.decisions import KEPT, PROMOTED, RELEASED, Report
 from pipelines.registry.provenance import prepared_file
-from pipelines.registry.stated import CHECKED_IMAGES, check_scores
+from pipelines.registry.stated import check_scores
 from pipelines.registry.versions import Version
 from pipelines.settings import Settings, environment
 from pipelines.stages import register as stage
 from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER
 from pixelcnn.checkpoint import CONFIG_FILE
 from pixelcnn.data import load_dataset
+from pixelcnn.evaluation import CHECKED_IMAGES
 
 WEIGHTS_FOLDER = Path("weights")
 

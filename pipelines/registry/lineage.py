@@ -21,10 +21,11 @@ from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import LOCK_FILES, prepared_file, recorded_hash
-from pipelines.registry.stated import CHECKED_IMAGES, check_scores
+from pipelines.registry.stated import check_scores
 from pipelines.registry.versions import Version
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.evaluation import CHECKED_IMAGES
 
 MIN_HASH = 6  # the shortest beginning of a data hash that is looked up
 
@@ -51,6 +52,15 @@ def find_version(text: str) -> Version:
     model = answer.get("model", answer) if isinstance(answer, dict) else None
     if not isinstance(model, dict) or not {"name", "version"} <= model.keys():
         raise ValueError(f"{text} names no model and version. Save an answer of the service, or its `model`.")
+    if model["version"] == "released":  # it was served before a registry knew it
+        known = registry.versions(str(model["name"]).removeprefix(tracking.registered_name("")))
+        same = [one for one in known if one.identity == (model.get("weights_sha256"), model.get("data_hash"))]
+        if not same:
+            raise LookupError(
+                f"{text} is an answer of released weights, which {tracking.location()} does not know. "
+                "Register them first: python -m pipelines.steps release"
+            )
+        return same[0]
     version = _registered(str(model["name"]), str(model["version"]))
     for key, value in version.lineage().items():
         if str(model.get(key, value)) != value:

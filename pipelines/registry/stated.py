@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixelcnn.data import Dataset
-from pixelcnn.evaluation import per_image_nll
+from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, per_image_nll
 from pixelcnn.models.base import AutoregressiveModel
 
-CHECKED_IMAGES = 200  # the first of the test split
-CHECKED_SCORE = f"test/nll_nats_first_{CHECKED_IMAGES}"
 TOLERANCE_NATS = 0.05  # rounding differs between processors; another file differs by whole nats
 
 

@@ -13,14 +13,20 @@ from pipelines.files import atomic_write
 from pipelines.judging.acceptance import KNOWN, acceptance, judged_images
 from pipelines.judging.judge import JUDGES, load_judge
 from pipelines.params import load_params
-from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
 from pipelines.stages.train import TRAINED_FOLDER, Log, load, set_torch_threads
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
+from pixelcnn.evaluation import (
+    CHECKED_IMAGES,
+    CHECKED_SCORE,
+    evaluate_completion,
+    format_nll,
+    per_image_marginal_nll,
+    per_image_nll,
+)
 from pixelcnn.evaluation import evaluate as evaluate_model
-from pixelcnn.evaluation import evaluate_completion, format_nll, per_image_marginal_nll, per_image_nll
 from pixelcnn.models.registry import config_to_dict
 
 MODELS_FOLDER, REPORTS_FOLDER = Path("models"), Path("reports")

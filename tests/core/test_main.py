@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
 from pixelcnn.images import to_png
 from pixelcnn.models.registry import architectures
+from tests.local import run
 
 NETWORK = ["--num-features", "4", "--num-blocks", "1"]
 SCHEDULE = ["--batch-size", "8", "--learning-rate", "0.01", "--max-epochs", "1", "--warmup-steps", "0"]
@@ -47,6 +49,16 @@ def test_train_writes_a_checkpoint_with_its_scores(checkpoint: Path, data_file: 
     assert scores["data_hash"] == data.data_hash
     nll = -log_prob(model, data.images["test"].long()).mean().item()
     assert scores["test/nll_nats"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_only_packing_needs_its_coder() -> None:
+    code = """
+import sys
+sys.modules["constriction"] = None  # as if it were not installed
+from pixelcnn.__main__ import main
+assert main(["sample", "--help"]) == main(["train", "pixelcnn", "--help"]) == 0
+"""
+    assert run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_train_goes_on_from_its_state(checkpoint: Path, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

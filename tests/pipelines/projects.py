@@ -7,10 +7,9 @@ import torch
 import yaml
 
 from pipelines.params import load_params
-from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn import build_model, evaluate, load_dataset, save_checkpoint
 from pixelcnn.data import Dataset
-from pixelcnn.evaluation import per_image_nll
+from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, per_image_nll
 
 PAIR = "pixelcnn-mnist5k"
 ROOT = Path(__file__).parents[2]

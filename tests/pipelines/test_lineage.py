@@ -122,6 +122,16 @@ def test_back_from_an_answer_of_the_service(
     code, out, err = ask(capsys, "--version", str(path))
     assert (code, out) == (1, "")
     assert "answer.json says weights_sha256 beef, but pixelcnn-mnist5k version 1 has " in err
+    # Of released weights, which the service served before this registry had them.
+    released = found.lineage() | {"version": "released", "run_id": "of another registry"}
+    path.write_text(json.dumps({"model": released}))
+    assert ask(capsys, "--version", str(path)) == by_number
+    for key in ("weights_sha256", "data_hash"):
+        path.write_text(json.dumps({"model": released | {key: "beef"}}))
+        code, out, err = ask(capsys, "--version", str(path))
+        assert (code, out) == (1, "")
+        assert "answer.json is an answer of released weights, which " in err
+        assert "python -m pipelines.steps release" in err
 
 
 def test_decisions_that_concern_a_version(found: registry.Version, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from pipelines.promotion.register import register_trained, release, release_all
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
+from pixelcnn.__main__ import main as core
 from tests.pipelines.projects import PAIR, write_weights
 
 DATA = Path("data/mnist5k.safetensors")
@@ -56,6 +57,22 @@ def test_a_checkpoint_is_registered_once(weights: Path, capsys: pytest.CaptureFi
     (weights / "scores.json").write_text(json.dumps(scores))
     assert steps.main(["register", str(weights)]) == 1
     assert "scores.json of weights/pixelcnn-mnist5k lacks data_hash, label_names." in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_the_core_trained_is_registered(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network, schedule = (
+        ["--num-features", "3", "--num-blocks", "1"],
+        ["--batch-size", "500", "--learning-rate", "0.01", "--max-epochs", "1"],
+    )
+    words = ["--data", str(DATA), "--out", "ours", *network, *schedule, "--warmup-steps", "0"]
+    assert core(["train", "pixelcnn", *words]) == 0
+    capsys.readouterr()
+    for _ in range(2):
+        assert steps.main(["register", "ours"]) == 0
+        said = "ours is version 1 of pixelcnn-mnist5k (checksum checked, scored afresh on 200 test images).\n"
+        assert capsys.readouterr().out == said
+    (version,) = registry.versions("mnist5k")
+    assert version.tags["pair"] == PAIR
 
 
 def test_released_weights_need_no_entry_of_their_dataset(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

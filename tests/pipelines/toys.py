@@ -12,9 +12,8 @@ from pipelines.registry import runs as tracking
 from pipelines.registry import store
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import Report
-from pipelines.registry.stated import CHECKED_IMAGES, CHECKED_SCORE
 from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
-from pixelcnn.evaluation import per_image_nll
+from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, per_image_nll
 
 PARAMS = PromoteParams(confidence=0.95, batch_size=50, max_sample_s=60)
 INK = 0.1  # of the toy images: a model that says so is the best there is

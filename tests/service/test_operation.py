@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime
 
 import httpx
+import psutil
 import pytest
 
 from app.service.champions import Champions
@@ -63,6 +64,14 @@ def post(served, **headers: str) -> httpx.Response:
 def metric(served, start: str) -> float:
     lines = get(served, "/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
+
+
+def test_only_this_machine_reaches_it(served):
+    processes = [served.process.pid, *served.workers()]
+    sockets = [one for process in processes for one in psutil.Process(process).net_connections("tcp")]
+    listening = {one.laddr for one in sockets if one.status == psutil.CONN_LISTEN}
+    assert served.port in {port for _, port in listening}
+    assert {address for address, _ in listening} == {"127.0.0.1"}
 
 
 @pytest.fixture
