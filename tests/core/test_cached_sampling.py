@@ -123,4 +123,7 @@ def test_on_cuda_the_captured_rows_are_the_naive_ones(caplog: pytest.LogCaptureF
 
 def test_bfloat16_weights_are_sampled_too() -> None:
     model, u = tiny()
-    assert cached_sample(model.bfloat16(), u).shape == u.shape
+    levels = cached_sample(model.bfloat16(), u)
+    assert levels.shape == u.shape
+    assert sorted(levels.unique().tolist()) == list(range(model.config.num_levels))
+    assert torch.equal(levels, cached_sample(model, u))

@@ -63,6 +63,13 @@ def test_saving_again_replaces_the_whole_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_that_is_there_comes_before_released_weights_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = next(iter(checkpoint.released()))
+    saved(Path(name))
+    assert load_checkpoint(name)[1] == SCORES
+
+
 def test_a_link_to_a_folder_stays_one(tmp_path):
     link, target = tmp_path / "model", tmp_path / "elsewhere" / "real"
     saved(target)

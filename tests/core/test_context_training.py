@@ -316,4 +316,5 @@ def test_completions_are_validated_given_the_labels_that_training_gives():
     assert given == pytest.approx(nlls.sum().item() / len(levels), rel=1e-5)
     unlabelled, without = validated(0.8)
     assert without != given
+    assert validated(0.5)[1] == without
     assert unlabelled.objective() != trainer.objective(), "the two scores do not compare"

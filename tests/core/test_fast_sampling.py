@@ -181,6 +181,7 @@ def test_a_thread_that_is_held_up_holds_up_its_batch_alone(monkeypatch: pytest.M
     monkeypatch.setattr(fast_sampling, "_num_threads", 2)
     monkeypatch.setattr(fast_sampling, "MAX_BATCH_IMAGES", 1)
     model, u = tiny()
+    warm_up(model)  # or the other thread would wait for a compiler
     done, ended = [], threading.Event()
     advance = compiled.Engine.rows
 

@@ -11,6 +11,7 @@ from pixelcnn import TrainConfig, build_model, complete, completion_log_prob, na
 from pixelcnn.completion import complete_and_score
 from pixelcnn.evaluation import per_image_completion_nll
 from pixelcnn.sampling.cached import cached_sample
+from pixelcnn.sampling.naive import new_canvas
 from pixelcnn.training import fit
 from tests.core.tiny import ARCHITECTURES, all_images, exactly, random_levels, tiny_config, tiny_model, toy_dataset
 
@@ -123,6 +124,22 @@ def test_labels_come_as_often_as_the_network_says():
     expected = completion_log_prob(model, kinds, observed.expand(len(kinds), -1, -1, -1)).exp()
     error = (expected * (1 - expected) / num).sqrt()
     assert ((counts / num - expected).abs() < 5 * error + 1e-9).all()
+
+
+def test_temperature_divides_the_log_probabilities_of_labels():
+    model, num = label_model(), 1000
+    drawing, observed = random_levels(SHAPE, 2, 1), masks(1, seed=3) | torch.tensor([True, False, False])
+    log_probs = model.label_log_probs(drawing, observed, torch.tensor([-1]))[0, 1:]
+    u = torch.full((num, *SHAPE), 0.5, dtype=torch.float64)
+    u[:, 0, 0, 0] = torch.arange(num) / num  # the noise that decides about the label
+
+    def shares(temperature):
+        some = (x.expand(num, -1, -1, -1) for x in (drawing, observed))
+        return new_canvas(model, u, None, temperature, *some).label.bincount(minlength=3) / num
+
+    for temperature in (0.5, 1.0, 3.0):
+        assert (shares(temperature) - (log_probs / temperature).softmax(dim=0)).abs().max() < 0.002
+    assert shares(0.0)[log_probs.argmax()] == 1
 
 
 def test_a_drawing_is_looked_at_by_itself():

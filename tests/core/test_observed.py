@@ -1,5 +1,7 @@
 """Masks: what each kind shows, and that the generator and the levels alone decide."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,12 @@ def test_the_share_of_images_that_are_shown_in_part(share):
     assert share - 0.08 < shown <= (share + 0.04 if share else 0)  # some masks happen to be empty
     # Nearly all of them leave something to be completed.
     assert masks.flatten(1).all(dim=1).double().mean() < 0.05
+
+
+def test_training_masks_are_those_that_they_were():
+    """Rectangles, single pixels and strokes among them. Others are another training, and another end of one begun."""
+    masks = training_masks(generator(), crosses(200), 2, 0.75)
+    assert hashlib.md5(masks.numpy().tobytes()).hexdigest()[:8] == "0dd85209"
 
 
 def test_training_masks_are_of_every_kind():
@@ -174,6 +182,13 @@ def test_scored_masks_hide_what_their_name_says():
     ink = levels[:, 0].sum(dim=(1, 2))
     assert torch.equal(masks["beginnings"].sum(dim=(1, 2)), (ink * 0.3).ceil().long())
     assert levels[:, 0][masks["beginnings"]].all()
+
+
+def test_scored_masks_are_those_that_the_published_scores_were_measured_on():
+    """Others give other figures, which do not compare with those of the released weights."""
+    found = {name: scored_masks(name, crosses(20), 2, first=990).numpy().tobytes() for name in SCORED[3:]}
+    digests = {name: hashlib.md5(mask).hexdigest()[:8] for name, mask in found.items()}
+    assert digests == {"rectangles": "7c50c756", "pixels50": "0503007a", "beginnings": "6b8994b5"}
 
 
 @pytest.mark.parametrize("name", SCORED)

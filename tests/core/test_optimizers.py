@@ -34,6 +34,20 @@ def test_a_gradient_of_nearly_nothing_moves_next_to_nothing(norm):
     assert (found.abs() < 1e-3).all()
 
 
+def test_muon_looks_ahead_by_nesterovs_momentum():
+    weight = torch.nn.Parameter(torch.zeros(2, 3, 1, 1, dtype=torch.float64))
+    optimizer = Optimizer(torch.nn.ParameterList([weight, torch.zeros(2)]), "muon", {})
+    gradients = torch.randn(2, *weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected, momentum = torch.zeros_like(weight), torch.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient
+        ahead = 0.95 * momentum + 0.05 * gradient
+        expected -= 0.01 * 0.2 * 3**0.5 * orthogonalise(ahead.flatten(1)[None]).view_as(weight)
+        weight.grad = gradient.clone()
+        optimizer.step(0.01)
+    torch.testing.assert_close(weight.detach(), expected.detach())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_weight_is_followed_by_one_part(architecture):
     model = tiny_model(architecture, (1, 3, 3), 2, num_labels=2)

@@ -328,6 +328,20 @@ def test_what_is_there_is_never_replaced(checkpoint, tmp_path) -> None:
         unpack(checkpoint, tmp_path / "x.pxl", absent)
 
 
+def test_labels_that_are_there_are_never_replaced(checkpoint, tmp_path) -> None:
+    """They go beside the images, under a name that nobody has typed."""
+    array_of(tmp_path / "in.npy", 4)
+    np.save(tmp_path / "labels.npy", np.array([0, 1, -1, 0]))
+    pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / "labels.npy")
+    theirs = tmp_path / "out.labels.npy"
+    theirs.write_bytes(b"theirs")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=exactly(f"{theirs} is there already. Name another one, or remove it.")):
+        unpack(checkpoint, tmp_path / "x.pxl", tmp_path / "out.npy")
+    assert theirs.read_bytes() == b"theirs"
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_another_model_version_or_machine_is_refused(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     array_of(tmp_path / "in.npy", 4)
     file = tmp_path / "x.pxl"

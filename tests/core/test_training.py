@@ -244,13 +244,6 @@ def test_a_state_older_than_a_setting_is_gone_on_with_at_its_default(tmp_path):
         fit(toy_model(data), data, config(max_epochs=3, clip_norm=2.0), state_file=state)
 
 
-def test_a_longer_budget_goes_on_from_a_finished_run(tmp_path):
-    data, state = toy_dataset(), tmp_path / "state"
-    fit(toy_model(data), data, config(max_epochs=2), state_file=state)
-    _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
-    assert [report.step for report in reports] == [7, 8, 9]
-
-
 @pytest.mark.parametrize("decay_fraction", [0, 0.5])
 def test_a_schedule_changed_before_the_decay_gives_the_run_that_had_it_from_the_start(tmp_path, decay_fraction):
     """Without a time limit epochs alone decide: half of a run, resumed with twice the epochs, is the whole run.
@@ -356,6 +349,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_path, w
     assert all(math.isfinite(report.train_nll_nats) for report in rest)
 
 
+def test_a_validation_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_path, monkeypatch):
+    data, state, looked = toy_dataset(), tmp_path / "state", []
+    monkeypatch.setattr(training.Trainer, "mean_nll", lambda *_: math.nan)
+    message = r"^the validation loss is not finite at step 3 \(nan nats\): lower learning_rate\. "
+    with pytest.raises(FloatingPointError, match=message):
+        fit(toy_model(data), data, CONFIG, state_file=state, on_validation=looked.append)
+    assert state_module.read_state(state)[0].step == 2
+    assert looked == []
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5, 0.9])
 def test_the_averaged_weights_are_the_ones_scored_and_kept(ema_decay):
     data = toy_dataset()
@@ -372,6 +375,8 @@ def test_the_averaged_weights_are_the_ones_scored_and_kept(ema_decay):
         if report.validation_nll_nats is not None:
             expected.append(evaluate(scored, data)["validation/nll_nats"])
             assert report.validation_nll_nats == pytest.approx(expected[-1], rel=1e-12)
+            on_train = evaluate(scored, data, ("train",))["train/nll_nats"]
+            assert report.train_subset_nll_nats == pytest.approx(on_train, rel=1e-12)
             if ema_decay:  # and scoring the average left the weights in training alone
                 raw = evaluate(model, data)["validation/nll_nats"]
                 assert raw != pytest.approx(expected[-1], rel=1e-4)
@@ -538,6 +543,24 @@ def test_the_time_left_follows_the_speed_since_the_resume(monkeypatch, tmp_path)
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=Clock(2.0).monotonic))
     _, reports = run(toy_model(toy_dataset()), toy_dataset(), CONFIG, state_file=tmp_path / "state")
     assert [r.remaining_s for r in reports][-3:] == pytest.approx([4.0, 2.0, 0.0])
+
+
+def test_the_clock_goes_on_where_a_stopped_run_left_it(monkeypatch, tmp_path):
+    """The time limit, and the minutes that are told of a training, are those of all its runs together."""
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=Clock(6.0).monotonic))
+    data, state = toy_dataset(), tmp_path / "state"
+    settings = config(max_epochs=100, max_minutes=1, save_minutes=0.3)
+
+    def stop(report: StepReport) -> None:
+        if report.step == 5:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(toy_model(data), data, settings, stop, state)
+    assert training_history(state)[0] == pytest.approx(0.4)  # saved after 24 seconds, the first that are more than 18
+    _, rest = run(toy_model(data), data, settings, state_file=state)
+    assert [report.step for report in rest] == list(range(5, 11))  # six seconds each
+    assert training_history(state)[0] == pytest.approx(1.0)
 
 
 def test_num_validation_images():

@@ -21,12 +21,12 @@ from PIL import Image
 
 from pipelines import steps
 from pipelines.datasets import own
-from pipelines.datasets.checks import CheckParams, changes
+from pipelines.datasets.checks import CheckParams, changes, summary_of
 from pipelines.datasets.letters import write_letters
 from pipelines.files import file_lock
 from pipelines.params import load_params
 from pixelcnn.checkpoint import load_checkpoint
-from pixelcnn.data import load_dataset
+from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.models.registry import build_model
 from tests.local import run
 from tests.pipelines.projects import ROOT, copy_project, tiny_params, write_params
@@ -458,6 +458,20 @@ def test_other_formats(folder: Path, tmp_path: Path) -> None:
         own.add("p", tmp_path / "p.npy", own.Wishes())
 
 
+def test_a_test_set_stays_one_and_holds_no_picture_that_is_learned(folder: Path, tmp_path: Path) -> None:
+    """Twice in a source, and on both sides of its own split, a picture would flatter every score."""
+    pictures = np.stack([np.asarray(picture(i)) for i in range(40)])
+    (tmp_path / "idx").mkdir()
+    for part, images in (("train", pictures[:30]), ("t10k", pictures[25:])):
+        raw = struct.pack(">4B3i", 0, 0, 8, 3, *images.shape) + images.tobytes()
+        (tmp_path / f"idx/{part}-images-idx3-ubyte").write_bytes(raw)
+    assert add(tmp_path / "idx", "--levels", "256") == 0
+    data = load_dataset(f"data/{NAME}.safetensors")
+    train, validation, test = ([image.numpy().tobytes() for image in data.images[split]] for split in data.images)
+    assert sorted(train + validation) == sorted(image.tobytes() for image in pictures[:30])
+    assert sorted(test) == sorted(image.tobytes() for image in pictures[30:])
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -516,6 +530,19 @@ def test_few_greys_are_levels_of_their_own(folder: Path) -> None:
     assert add(folder) == 0
     data = load_dataset(f"data/{NAME}.safetensors")
     assert (data.num_levels, data.protocol) == (4, "quantized")
+
+
+def test_what_is_compared_is_that_of_the_training_images() -> None:
+    images = {"train": torch.tensor([[0, 3], [1, 3]]), "validation": torch.tensor([[0, 0]]), "test": torch.zeros(3, 2)}
+    labels = {"train": torch.tensor([1, -1]), "validation": torch.tensor([0]), "test": torch.zeros(3).long()}
+    shaped = {split: part.to(torch.uint8).view(-1, 1, 1, 2) for split, part in images.items()}
+    words = {"name": "toy", "num_levels": 4, "protocol": "quantized", "label_names": ["a", "b"]}
+    summary = summary_of(Dataset(**words, images=shaped, labels=labels))
+    assert summary["images"] == {"train": 2, "validation": 1, "test": 3}
+    assert summary["image_shape"] == [1, 1, 2]
+    assert summary["labels"] == {"a": 0.5, "b": 0.5}
+    assert summary["mean_image"] == pytest.approx([1 / 6, 1.0])
+    assert [share for share in summary["strengths"] if share] == [0.25, 0.25, 0.5]
 
 
 def test_each_kind_of_change_has_its_limit() -> None:

@@ -7,6 +7,7 @@ import http.server
 import io
 import lzma
 import pickle
+import re
 import socket
 import tarfile
 import threading
@@ -24,8 +25,9 @@ from pipelines import steps
 from pipelines.datasets import prepare as stage
 from pipelines.datasets import sources
 from pipelines.params import DataParams, load_params
-from pixelcnn.data import SPLITS, Dataset, load_dataset
-from tests.pipelines.projects import ROOT
+from pipelines.stages.train import load
+from pixelcnn.data import SPLITS, Dataset, load_dataset, save_dataset
+from tests.pipelines.projects import ROOT, tiny_dataset
 
 PARAMS = load_params(ROOT / "params.yaml")
 ENTRIES, OFFICIAL_SEEDS = dict(PARAMS.datasets), PARAMS.data
@@ -311,6 +313,20 @@ def test_a_download_from_a_silent_server_is_given_up(
         with pytest.raises(ValueError, match=r"mnist could not be downloaded .*Try again"):
             prepare("mnist", tmp_path / "data/mnist.safetensors", SEEDS)
     assert socket.getdefaulttimeout() is None
+
+
+def test_a_prepared_file_that_was_changed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, data = Path("data/mnist5k.safetensors"), tiny_dataset()
+    save_dataset(path, data)
+    recorded = md5(path)
+    Path("dvc.lock").write_text(f"stages: {{prepare@mnist5k: {{outs: [{{md5: {recorded}}}]}}}}")
+    assert load("mnist5k").data_hash == recorded
+    data.images["test"][:] = 1 - data.images["test"]
+    save_dataset(path, data)
+    message = f"{path} was changed since it was prepared: its MD5 is {md5(path)}, DVC recorded {recorded}. "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load("mnist5k")
 
 
 def test_unknown_dataset(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from pipelines.promotion.move import run_rollback
 from pipelines.registry import lineage, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
+from pipelines.registry.backup import restore
 from tests.pipelines.toys import INK, Toy
 from tools.faults.check import in_process
 
@@ -315,6 +316,19 @@ def test_a_backup_does_not_feed_the_store_of_another_registry(toy, tmp_path, new
     assert steps.main(["restore", "../backup"]) == 1
     assert "is fed by another registry than that of ../backup: nothing is restored." in capsys.readouterr().err
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_journal_of_the_old_registry_does_not_come_to_the_restored_one(toy):
+    """SQLite would put pages of the one back into the other."""
+    assert steps.main(["backup", "../backup"]) == 0
+    beside = [Path(f"mlflow.db{end}") for end in ("-journal", "-wal", "-shm")]
+    for path in beside:
+        path.write_text("of the old one")
+    restore(Path("../backup"), replace=True)
+    assert not any(path.exists() for path in beside)
+    for path in beside:
+        (kept,) = Path().glob(f"{path}.before-*")
+        assert kept.read_text() == "of the old one"
 
 
 def test_a_registry_on_a_server_is_backed_up_there(monkeypatch, capsys):
