@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -52,7 +53,7 @@ def is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2):
             return True
-    except OSError:
+    except (OSError, HTTPException):  # nobody, or another program
         return False
 
 
@@ -139,7 +140,7 @@ def automate() -> None:
 @app.command()
 def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_API_URL if left out")] = None) -> None:
     """Keep the pipeline running here."""
-    url = url or Settings().prefect_url or DEFAULT_URL
+    url = (url or Settings().prefect_url or DEFAULT_URL).rstrip("/")
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
     pool = in_prefect(POOL)

@@ -43,9 +43,12 @@ def environments() -> dict[str, Environment]:
             f"{ENVIRONMENTS_FILE} must give each environment a registry, a store and, if there is one, a service: {why}"
         ) from None
     for field in _VARIABLES:
-        values = [value for one in found.values() if (value := getattr(one, field))]
-        if shared := {value for value in values if values.count(value) > 1}:
-            raise LookupError(f"{ENVIRONMENTS_FILE}: two environments share {field} {min(shared)}. Give each its own.")
+        users: dict[str, list[str]] = {}  # the environments of each value, which may have a password
+        for name, one in found.items():
+            users.setdefault(getattr(one, field) or f"none of {name}", []).append(name)
+        for names in users.values():
+            if len(names) > 1:
+                raise LookupError(f"{ENVIRONMENTS_FILE}: {' and '.join(names)} share a {field}. Give each its own.")
     return found
 
 

@@ -38,15 +38,16 @@ def watch_drift(
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         answer = httpx.get(f"{url}/drawings", timeout=TIMEOUT_S, trust_env=False, headers=headers).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        drawn = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # a page that is no JSON is not the service's
         raise ConnectionError(f"the service at {url} does not tell of drawings ({error})") from error
-    drawn = answer.json()
     tag_run(*drawn)
     for dataset, told in drawn.items():
         if action != "nothing" and not told["watched"]:
             text = "drawings of %s are not watched: version %s came without a reference, or with too small a one"
             get_run_logger().warning(text, dataset, told["version"])
     drifted = {dataset: told for dataset, told in drawn.items() if told["drifted_since"]}
+    unknown: list[str] = []
     for dataset, told in drifted.items():
         if action != "nothing":
             get_run_logger().warning("drawings of %s have drifted since %s", dataset, told["drifted_since"])
@@ -54,7 +55,12 @@ def watch_drift(
             text = f"Drawings against the reference of version {told['version']}, since {told['drifted_since']}."
             create_table_artifact(rows, key=f"drift-{dataset.replace('_', '-')}", description=text)
         if action == "retrain":
-            _retrain(dataset, told)
+            try:
+                _retrain(dataset, told)
+            except LookupError as error:  # the others are told of and trained
+                unknown.append(str(error))
+    if unknown:
+        raise LookupError(" ".join(unknown))
     return {
         dataset: [name for name, one in told["drift"].items() if one["drifted"]] for dataset, told in drifted.items()
     }

@@ -13,6 +13,7 @@ import httpx
 from prefect import flow, get_run_logger
 from pydantic import Field
 
+from pipelines.errors import is_for_user, reason
 from pipelines.flows.shown import show_scores, tag_run
 from pipelines.params import load_params
 from pipelines.registry import runs as tracking
@@ -76,8 +77,10 @@ def evaluate_champions(
     for name, number in champions.items():
         try:
             scores[name] = _evaluate(name, number, url, num_images)
-        except (ValueError, OSError) as error:  # one damaged champion does not hide the others
-            failures.append(f"{name} version {number} ({error})")
+        except Exception as error:  # one damaged champion does not hide the others
+            if not is_for_user(error):
+                raise
+            failures.append(f"{name} version {number} ({reason(error)})")
     if failures:
         raise RuntimeError(
             f"these champions do not score what was registered, or could not be scored: {'; '.join(failures)}"

@@ -26,7 +26,7 @@ def results_text(weights: Path) -> str:
         try:
             config, scores = (json.loads((folder / name).read_text()) for name in (CONFIG_FILE, SCORES_FILE))
             released.setdefault(scores["dataset"], []).append((config, {**scores, "pair": folder.name}))
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} has no readable scores ({error!r}). Fetch the weights again.") from None
     # By dataset, its protocol and levels: those of params.yaml, and then those that are known by their weights alone.
     datasets = {name: (spec.protocol, spec.num_levels) for name, spec in load_params().datasets.items()}

@@ -1,7 +1,9 @@
 """A champion's reference of drawings, its challenger, and what follows from drift."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,9 +116,9 @@ def test_beginnings_of_held_out_images_sent_as_the_canvas_does_are_no_drift(
 
 
 class Other(LocalServer):
-    """A service that tells of drift, and a webhook: what it was sent."""
+    """A service that tells of drift to whoever sends its token, and a webhook: what it was sent."""
 
-    def __init__(self, drifted_since: str | None) -> None:
+    def __init__(self, drifted_since: str | None, token: str | None = None) -> None:
         drift = {"ink_share": {"drifted": True, "distance": 0.5, "limit": 0.29, "windows": 3, "in_window": 0}}
         told = {"mnist5k": {"version": "1", "drifted_since": drifted_since, "drift": drift, "shadow": None}}
         told["mnist5k"]["watched"] = drifted_since is not None
@@ -125,6 +127,8 @@ class Other(LocalServer):
 
         class Telling(Handler):
             def do_GET(self) -> None:
+                if token and self.headers["Authorization"] != f"Bearer {token}":
+                    return self.reply(401)
                 self.reply(200, json.dumps(told).encode())
 
             def do_POST(self) -> None:
@@ -132,6 +136,13 @@ class Other(LocalServer):
                 self.reply(200, b"{}")
 
         super().__init__(Telling)
+
+
+class Page(Handler):
+    """Of another program."""
+
+    def do_GET(self) -> None:
+        self.reply(200, b"<html>")
 
 
 def test_drift_triggers_what_was_chosen(
@@ -157,6 +168,8 @@ def test_drift_triggers_what_was_chosen(
         assert "drawings of mnist5k are not watched: version 1 came without a reference" in caplog.text
     with pytest.raises(ConnectionError, match="does not tell of drawings"):
         drift.watch_drift("report", "http://127.0.0.1:9")
+    with LocalServer(Page) as server, pytest.raises(ConnectionError, match="does not tell of drawings"):
+        drift.watch_drift("report", server.url)
     with pytest.raises(LookupError, match="no service is named: set service_url"):
         drift.watch_drift()
     with Other("2030-01-01T00:00:00+00:00") as other:
@@ -165,6 +178,56 @@ def test_drift_triggers_what_was_chosen(
         monkeypatch.setattr(drift.registry, "versions", lambda _: [])
         with pytest.raises(LookupError, match=r"version 1 of mnist5k, which this registry has not: .* was asked for\."):
             drift.watch_drift("retrain", other.url)
+
+
+def test_a_service_is_asked_with_its_token_and_by_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "tag_run", lambda *_: None)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY", "PIXELCNN_TOKEN"):
+        monkeypatch.setenv(name, "")
+    with Other("2030-01-01T00:00:00+00:00", token="secret") as other:
+        with pytest.raises(ConnectionError, match=r"does not tell of drawings \(.*401"):
+            drift.watch_drift.fn("nothing", other.url)
+        monkeypatch.setenv("PIXELCNN_TOKEN", "secret")
+        assert drift.watch_drift.fn("nothing", other.url) == {"mnist5k": ["ink_share"]}
+
+
+def test_each_time_that_drift_begins_the_champions_pair_is_trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict] = []
+    versions = [SimpleNamespace(version=number, tags={"pair": f"pair {number}"}) for number in ("1", "2", "3")]
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(drift, "run_deployment", lambda name, **values: asked.append(values))
+    monkeypatch.setattr(drift, "get_run_logger", logging.getLogger)
+    monkeypatch.setattr(drift.registry, "versions", lambda _: versions)
+    for dataset, since in (("a", "monday"), ("a", "monday"), ("a", "tuesday"), ("b", "monday")):
+        drift._retrain(dataset, {"version": "2", "drifted_since": since})
+    first, again, *others = (values["idempotency_key"] for values in asked)
+    assert first == again
+    assert len({first, *others}) == 3, "of a key Prefect never makes a second run"
+    assert [values["parameters"]["pair"] for values in asked] == ["pair 2"] * 4
+    assert [values["timeout"] for values in asked] == [0] * 4, "it is not waited for"
+
+
+def test_a_dataset_that_the_registry_lacks_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def retrain(dataset: str, _: dict) -> None:
+        if dataset == "b":
+            raise LookupError("which this registry has not.")
+        trained.append(dataset)
+
+    told = {"version": "1", "watched": True, "drifted_since": "monday", "drift": {}}
+    trained: list[str] = []
+    monkeypatch.setattr(drift, "tag_run", lambda *_: None)
+    monkeypatch.setattr(drift, "get_run_logger", logging.getLogger)
+    monkeypatch.setattr(drift, "create_table_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(drift, "_retrain", retrain)
+
+    class Telling(Handler):
+        def do_GET(self) -> None:
+            self.reply(200, json.dumps({"b": told, "a": told}).encode())
+
+    with LocalServer(Telling) as server, pytest.raises(LookupError, match=r"^which this registry has not\.$"):
+        drift.watch_drift.fn("retrain", server.url)
+    assert trained == ["a"]
 
 
 def test_which_schedules_are_on_is_asked_of_the_server(prefect_server: str) -> None:

@@ -214,21 +214,32 @@ def test_production_gets_what_staging_served_by_hash(two_environments, without_p
     assert "is damaged. Restore a backup, or promote another version.\n" in capsys.readouterr().err
 
 
+def test_a_copy_is_of_what_is_served_and_of_no_version_that_is_named(two_environments, without_prefect, capsys):
+    for words in (["--version", "3"], ["--dry-run"]):
+        assert steps.main(["promote", "mnist5k", "--to", "production", *words]) == 1
+        assert "it takes neither --version nor --dry-run." in capsys.readouterr().err
+    for words in ({"version": 3}, {"dry_run": True}):
+        with pytest.raises(ValueError, match="it takes neither `version` nor `dry_run`"):
+            promote.fn("mnist5k", to="production", **words)
+
+
 @pytest.mark.parametrize(
     ("text", "variables", "said"),
     [
         (None, {"PIXELCNN_ENVIRONMENT": "tests"}, r"'tests', which environments\.yaml .*Known: staging, production\."),
         (None, {"BENTOML_HOME": "/elsewhere"}, r"BENTOML_HOME is set, but not to the store of staging\. Unset it, or "),
-        ("staging: {registry: x}", {}, r"a store and, if there is one, a service: staging\.store: Field required"),
-        ("a: {registry: x, store: y}\nb: {registry: z, store: y}", {}, "two environments share store y"),
-        ("a: [", {}, "it is no YAML"),
+        ("staging: {registry: s3cret}", {}, r"a store and, if there is one, a service: staging\.store: Field required"),
+        ("a: {registry: x, store: y}\nb: {registry: z, store: y}", {}, "a and b share a store. Give each its own"),
+        ("a: {registry: s3cret, store: x}\nb: {registry: s3cret, store: y}", {}, "a and b share a registry"),
+        ("a: [s3cret", {}, "it is no YAML$"),
     ],
-    ids=["unknown", "mixed", "lacking", "shared", "no YAML"],
+    ids=["unknown", "mixed", "lacking", "shared store", "shared registry", "no YAML"],
 )
 def test_environments_are_not_mixed(two_environments, monkeypatch, capsys, text, variables, said):
     if text is not None:
         Path("environments.yaml").write_text(text)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    with pytest.raises(LookupError, match=said):
+    with pytest.raises(LookupError, match=said) as raised:
         Settings()
+    assert "s3cret" not in str(raised.value), "passwords stand in that file"

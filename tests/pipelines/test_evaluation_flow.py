@@ -2,35 +2,40 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from prefect import tags
 
 from pipelines.flows import evaluate as evaluation_flow
 from pipelines.flows.evaluate import EXPERIMENT, evaluate_champions, score_through_service
 from pipelines.promotion.register import release
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
-from pixelcnn import evaluate, load_checkpoint, load_dataset, log_prob
+from pixelcnn import evaluate, load_checkpoint, load_dataset, log_prob, save_dataset
 from tests.local import Handler, LocalServer
-from tests.pipelines.projects import write_weights
+from tests.pipelines.projects import tiny_dataset, write_weights
 from tests.pipelines.sites import tags_of_last_run
 
 
 def test_champions_are_scored_and_the_others_passed_over(weights: Path, prefect_server: str) -> None:
     release("pixelcnn-mnist5k")
-    scores = evaluate_champions()
+    with tags("nightly"):  # as a deployment's run has some
+        scores = evaluate_champions(num_images=5)
     model, _ = load_checkpoint(weights)
     data = load_dataset("data/mnist5k.safetensors")
-    assert scores == {"mnist5k": pytest.approx(evaluate(model, data, num_images=8, batch_size=8))}
+    assert scores == {"mnist5k": pytest.approx(evaluate(model, data, num_images=5, batch_size=8))}
     client = tracking.client()
     (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert run.data.metrics["test/nll_nats"] == pytest.approx(scores["mnist5k"]["test/nll_nats"])
     assert run.data.tags["version"] == "1"
     assert run.data.tags["evaluated_data_hash"] == data.data_hash
-    assert tags_of_last_run("evaluate-champions") == {"mnist5k"}, "of what was scored"
+    assert tags_of_last_run("evaluate-champions") == {"nightly", "mnist5k"}, "of what was scored, too"
 
 
 def test_a_champion_that_cannot_be_scored_is_named(
@@ -47,6 +52,39 @@ def test_a_champion_that_cannot_be_scored_is_named(
     said = r"do not score what was registered, or could not be scored: mnist5k version 1 \(it holds other weights\)"
     with pytest.raises(RuntimeError, match=said):
         evaluate_champions(["mnist5k"])
+
+
+@pytest.mark.parametrize("error", [OSError("no disk"), MlflowException("no disk")], ids=type)
+def test_one_that_cannot_be_scored_does_not_hide_the_others(
+    project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    asked: list[str] = []
+
+    def score(name: str, *_: object) -> dict[str, float]:
+        asked.append(name)
+        if name == "mnist":
+            raise error
+        return {}
+
+    monkeypatch.setattr(registry, "aliases", lambda _: {"champion": "1"})
+    monkeypatch.setattr(evaluation_flow, "prepared_file", lambda _: Path("params.yaml"))
+    monkeypatch.setattr(evaluation_flow, "_evaluate", score)
+    with pytest.raises(RuntimeError, match=r"could not be scored: mnist version 1 \(no disk\)$"):
+        evaluate_champions(["mnist", "mnist5k"])
+    assert asked == ["mnist", "mnist5k"]
+
+
+def test_other_data_or_none_are_no_failure(
+    weights: Path, prefect_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    release("pixelcnn-mnist5k")
+    path = Path("data/mnist5k.safetensors")
+    data = load_dataset(path)
+    save_dataset(path, replace(data, images={**data.images, "test": 1 - data.images["test"]}))
+    assert set(evaluate_champions(["mnist5k"], "http://127.0.0.1:9")) == {"mnist5k"}
+    assert "the data are not those it was registered with: not compared" in caplog.text
+    path.unlink()
+    assert evaluate_champions(["mnist5k"]) == {}
 
 
 def test_a_night_has_an_end(weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +106,7 @@ class Service(LocalServer):
 
     Args:
         token: that callers must send.
-        busy: how many requests are refused with 429, which asks to wait for 7 s.
+        busy: how many requests are refused with 429 or 503, in turn, which ask to wait for 7 s.
     """
 
     def __init__(self, folder: Path, version: str = "1", token: str | None = None, busy: int = 0) -> None:
@@ -82,7 +120,7 @@ class Service(LocalServer):
                 if token and self.headers["Authorization"] != f"Bearer {token}":
                     return self.refuse(401)
                 if len(refused) < busy:
-                    return self.refuse(429)
+                    return self.refuse((503, 429)[len(refused) % 2])
                 answers.append(body)
                 nats = log_prob(model, torch.tensor(body["image"])[None, None]).item()
                 text = json.dumps({"log_prob": nats, "model": {"version": version}}).encode()
@@ -124,18 +162,33 @@ def test_a_token_is_sent_and_a_busy_service_waited_for(weights: Path, monkeypatc
     data, waited = load_dataset("data/mnist5k.safetensors"), []
     clock = SimpleNamespace(monotonic=lambda: float(sum(waited)), sleep=waited.append)
     monkeypatch.setattr(evaluation_flow, "time", clock)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a neighbour is asked by no proxy
+    for name in ("no_proxy", "NO_PROXY", "PIXELCNN_TOKEN"):
+        monkeypatch.setenv(name, "")
     with Service(weights, token="secret", busy=3) as service:
         with pytest.raises(ConnectionError, match="asks for a token: set PIXELCNN_TOKEN to its own"):
             score_through_service(service.url, "mnist5k", "1", data, "test", 2)
         monkeypatch.setenv("PIXELCNN_TOKEN", "secret")
         assert score_through_service(service.url, "mnist5k", "1", data, "test", 2) > 0
-        assert (service.refused, waited) == ([401, 429, 429], [7, 7])
+        assert (service.refused, waited) == ([401, 429, 503], [7, 7])
     with (
         Service(weights, token="secret", busy=10_000) as service,
-        pytest.raises(ConnectionError, match="answered 429"),
+        pytest.raises(ConnectionError, match=r"answered (429|503)"),
     ):
         score_through_service(service.url, "mnist5k", "1", data, "test", 2)
     assert sum(waited) <= 14 + evaluation_flow.MAX_BUSY_S, "within bounds"
+
+
+def test_colours_come_last_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, sent = tiny_dataset("cifar10", 256, (3, 2, 4)), []
+
+    def answer(http: httpx.Client, path: str, body: dict) -> httpx.Response:
+        sent.append(body["image"])
+        return httpx.Response(200, json={"log_prob": -len(sent), "model": {"version": "1"}})
+
+    monkeypatch.setattr(evaluation_flow, "_post", answer)
+    assert score_through_service("http://service", "cifar10", "1", data, "test", 3) == 2, "the mean of 1, 2, 3"
+    assert torch.equal(torch.tensor(sent), data.levels("test", slice(0, 3)).permute(0, 2, 3, 1))
 
 
 def test_a_champion_that_scores_something_else_is_named(

@@ -1,12 +1,13 @@
 """Judges: they know digits from what is none, and acceptance counts what they take."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from pipelines.judging.acceptance import KNOWN, acceptance, judged_images, known_part
+from pipelines.judging.acceptance import KNOWN, NUM_SHOWN, SEED, acceptance, judged_images, known_part
 from pipelines.judging.judge import JUDGES, JudgeConfig, load_judge, save_judge, train_judge
 from pipelines.judging.spoiled import Spoiler
 from pipelines.stages import judge as stage
@@ -52,10 +53,18 @@ def test_released_judges_take_digits_and_few_of_what_is_none(which: str, monkeyp
 def test_a_judge_is_trained_the_same_twice_and_read_back(
     tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """From every second image alone: the other judge learns from the others."""
     monkeypatch.chdir(tmp_path)
     data, config = digits(), JudgeConfig(4, 3, 0, seed=0, epochs=2.0)
     monkeypatch.setitem(JUDGES, "judge", config)
-    one, two = (train_judge(data, config, print) for _ in range(2))
+    half = data.images["train"].clone()
+    half[1::2] = 0
+    one, two = (
+        train_judge(replace(data, images={**data.images, "train": images}), config, print)
+        for images in (data.images["train"], half)
+    )
+    accepted, _ = one.look(data.levels("validation", slice(None)), 2)
+    assert accepted.float().mean().item() == pytest.approx(0.95, abs=0.01), "of real images, as its threshold wants"
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, two.state_dict()[name])
     save_judge(tmp_path / "judges" / "mnist5k-judge.safetensors", one.half().float())
@@ -82,8 +91,10 @@ def test_what_is_known_of_a_drawing() -> None:
     share = part.sum(dim=(1, 2, 3)) / ink.sum(dim=(1, 2, 3))
     assert ((share > 0.44) & (share < 0.5)).all()
     assert known_part("nothing", levels, 2, 0).sum() == 0
-    assert known_part("right", levels, 2, 0)[..., 14:].all()
-    assert known_part("top", levels, 2, 0)[..., :14, :].all()
+    right, top = (known_part(known, levels, 2, 0) for known in ("right", "top"))
+    assert right[..., 14:].all()
+    assert top[..., :14, :].all()
+    assert right.sum() == top.sum() == right.numel() / 2
 
 
 def test_acceptance_of_a_network_that_has_learned_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,3 +109,18 @@ def test_acceptance_of_a_network_that_has_learned_nothing(monkeypatch: pytest.Mo
     assert scores["test/accepted_nothing"] == 0.0
     assert scores["test/accepted_top"] < 0.1
     assert 0 <= scores["test/labels_among_nine"] <= 9
+    drawn = data.levels("test", slice(40))
+    part = known_part("ink45", drawn, 2, SEED)[:, None]
+    several = images["several"].view(40, NUM_SHOWN, 1, 28, 28)
+    assert (several == drawn[:, None])[part.expand_as(several)].all(), "nine endings of each drawing, in a row"
+
+
+def test_acceptance_by_hand() -> None:
+    def look(images: torch.Tensor, num_levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return images > 0, images.abs()  # an image is its label here, and less than 0 if it is refused
+
+    images = {name: torch.tensor([1, 2, -3, -4]) for name in KNOWN} | {"real": torch.tensor([1, 2, 3, -4])}
+    images["several"] = torch.tensor([*[5, 5, 6, -7, -8, -9, 5, 6, 5], *[1, -2, 1, 1, 1, 1, 1, 1, 1]])
+    scores = acceptance(images, 2, SimpleNamespace(look=look))
+    assert scores.pop("test/labels_among_nine") == 1.5, "5 and 6 of the first drawing, 1 of the second"
+    assert scores == {"test/accepted_real": 0.75} | {f"test/accepted_{known}": 0.5 for known in KNOWN}

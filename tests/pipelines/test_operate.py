@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -46,9 +48,11 @@ if words[0] == "deploy":
 if words[:2] == ["work-pool", "create"]:
     Path("pools").open("a").write(words[2] + " ")
 if words[:2] == ["server", "start"]:
+    Path("listens").write_text(" ".join(words[2:]))
     threading.Timer(float(os.environ["SERVER_S"]), lambda: os._exit(7)).start()
     http.server.HTTPServer(("127.0.0.1", int(words[-1])), Handler).serve_forever()
 if words[:2] == ["worker", "start"]:
+    Path("heartbeat").write_text(os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     while True:
         urllib.request.urlopen(os.environ["PREFECT_API_URL"] + "/health", timeout=1)
         time.sleep(0.1)
@@ -103,6 +107,9 @@ def test_a_server_that_dies_again_and_again_ends_it_with_one_sentence(
     pids = started()
     assert 2 <= len(pids["server start"]) <= 1 + operate.MAX_RESTARTS
     assert len(pids["server start"]) + len(pids["worker start"]) == 2 + operate.MAX_RESTARTS
+    port = url.rpartition(":")[2].removesuffix("/api")
+    assert Path("listens").read_text() == f"--host 127.0.0.1 --port {port}", "it asks nobody for a password"
+    assert Path("heartbeat").read_text() == str(operate.HEARTBEAT_S)
     assert not any(is_alive(pid) for group in pids.values() for pid in group)
 
 
@@ -154,6 +161,58 @@ def test_under_nohup_a_closed_terminal_ends_nothing(url: str, monkeypatch: pytes
     assert found == [signal.SIG_IGN]
 
 
+def test_what_ends_now_and_then_is_started_again_each_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+
+    def ended(*words: object, **_: object) -> SimpleNamespace:
+        started.append(words)
+        if len(started) > 2 + operate.MAX_RESTARTS:
+            raise KeyboardInterrupt
+        return SimpleNamespace(poll=lambda: 1)
+
+    monkeypatch.setattr(operate, "is_healthy", lambda _: True)
+    monkeypatch.setattr(operate, "deploy", lambda _: None)
+    monkeypatch.setattr(operate, "RESTARTS_S", 0)  # as if more time than that had passed
+    monkeypatch.setattr(subprocess, "Popen", ended)
+    assert operate.main(["--url", url]) == 0
+    assert len(started) == 3 + operate.MAX_RESTARTS
+
+
+def test_another_program_is_no_prefect_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-other\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert not operate.is_healthy(f"http://127.0.0.1:{listening.getsockname()[1]}/api")
+        thread.join()
+
+
+def test_a_worker_ends_before_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it tells what became of its runs. Who hears nothing is killed."""
+    sent: list[tuple[str, signal.Signals]] = []
+
+    class Deaf:
+        def __init__(self, pid: str) -> None:
+            self.pid = pid
+
+        def poll(self) -> int | None:
+            return 1 if (self.pid, signal.SIGKILL) in sent else None
+
+        def wait(self, seconds: float) -> int:
+            raise subprocess.TimeoutExpired(self.pid, seconds)
+
+    monkeypatch.setattr(os, "killpg", lambda pid, number: sent.append((pid, number)))
+    operate.stop([Deaf("server"), Deaf("worker")])
+    each = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
+    assert sent == [(name, number) for name in ("worker", "server") for number in each]
+
+
 def test_a_worker_that_was_stopped_is_none(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To Prefect it is ONLINE for a minute and a half more."""
     monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
@@ -183,6 +242,9 @@ def test_a_run_that_has_ended_is_not_a_silent_one() -> None:
     (silent,) = [one["trigger"] for one in automations if one["name"] == "a silent run has crashed"]
     ended = {state.value.title() for state in TERMINAL_STATES} | {"TimedOut"}  # a state FAILED of another name
     assert {f"prefect.flow-run.{name}" for name in ended} <= set(silent["expect"])
+    assert silent["within"] >= 3 * operate.HEARTBEAT_S, "else one that lives is declared dead"
+    variable = f"export PREFECT_FLOWS_HEARTBEAT_FREQUENCY={operate.HEARTBEAT_S}\n"
+    assert variable in (ROOT / "docs/operations.md").read_text(), "so do workers of other machines"
 
 
 def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +271,13 @@ def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: py
         assert asked[-1].removeprefix("train-pair/") in names[-len(deployments) :], "by the environment's own name"
     assert {"pixelcnn", "promote", "pixelcnn-staging", "promote-staging", "promote-production"} <= set(names)
     assert len(set(names)) == len(names)
+
+
+def test_deployments_that_could_not_be_made_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(operate, "PREFECT", "false")  # the command, which fails
+    with pytest.raises(OSError, match="`prefect work-pool create pixelcnn --type process --overwrite` failed"):
+        operate.deploy(os.environ)
 
 
 def test_a_schedule_stays_as_somebody_switched_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,14 @@ def test_an_interrupted_quick_start_goes_on_from_a_state_of_seconds_ago() -> Non
         assert params.pair(name).train.save_minutes <= 0.25, name  # it trains for about a minute in all
 
 
+def test_a_mistake_in_ones_own_entry_is_named_with_its_file(tmp_path: Path, values: dict) -> None:
+    (tmp_path / "own").mkdir()
+    own = {"datasets": {"glyphs": values["datasets"]["mnist"] | {"num_levels": 1}}}
+    (tmp_path / "own/params.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(ValueError, match=r"^own/params\.yaml: datasets\.glyphs\.num_levels must be .* got 1"):
+        load(tmp_path, values)
+
+
 def test_no_name_stands_in_both_files(tmp_path: Path, values: dict) -> None:
     (tmp_path / "own").mkdir()
     text = yaml.safe_dump({"datasets": {"mnist": values["datasets"]["mnist"]}})

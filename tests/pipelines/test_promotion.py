@@ -684,6 +684,22 @@ def test_flow(mnist5k, prefect_server, capsys):
     assert len(lines) == 5
 
 
+def test_what_a_command_or_a_deployment_is_told_reaches_the_decision(mnist5k, without_prefect, monkeypatch):
+    monkeypatch.setattr(promotion_flow, "promote", promotion_flow.promote.fn)  # the command's, too
+    for ink in (0.3, 0.2, INK):
+        mnist5k.register(ink)
+    for number in ("1", "2"):
+        assert steps.main(["promote", "mnist5k", "--version", number, "--why", f"try {number}"]) == 0
+        assert mnist5k.aliases["champion"] == number
+    assert promotion_flow.promote("mnist5k", version=1, why="again")["decision"] == "kept"
+    assert promotion_flow.promote("mnist5k", why="the best")["new"] == "3"
+    assert steps.main(["rollback", "mnist5k", "--to", "1", "--why", "blots"]) == 0
+    assert mnist5k.aliases["champion"] == "1"
+    assert promotion_flow.rollback.fn("mnist5k", to=3, why="no blots")["new"] == "3"
+    whys = ["try 1", "try 2", "again", "the best", "blots", "no blots"]
+    assert [report["why"] for report in decisions.decisions("mnist5k")] == whys
+
+
 def test_history_before_any_decision(mnist5k, capsys):
     assert steps.main(["history", "mnist5k"]) == 1
     error = capsys.readouterr().err

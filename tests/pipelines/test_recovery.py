@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy
 
 from pipelines import steps
+from pipelines.flows.promote import promote
 from pipelines.promotion.move import run_rollback
 from pipelines.registry import lineage, store
 from pipelines.registry import runs as tracking
@@ -143,6 +144,19 @@ def test_one_command_after_each_loss(toy, lost, command, num_versions):
     check(served, num_versions)
     aside = [path.name.partition(".before-")[0] for path in Path().glob("*.before-*")]
     assert sorted(aside) == sorted(set(REGISTRY) - {*lost} if command[0] == "restore" else [])
+
+
+def test_a_promotion_in_a_registry_begun_anew_goes_on_with_what_is_served(toy, without_prefect, new_database):
+    served = toy.served()
+    remove(*REGISTRY)
+    shutil.copy(new_database, "mlflow.db")
+    shutil.copytree("models/1", "models/gated_pixelcnn-mnist5k")  # a worse one
+
+    def work() -> None:
+        assert promote.fn("mnist5k")["decision"] == "kept"
+
+    afresh(work)
+    check(served, 2)
 
 
 @pytest.mark.slow

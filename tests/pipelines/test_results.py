@@ -9,7 +9,7 @@ import pytest
 
 from pipelines import steps
 from pipelines.reports.card import model_card
-from pipelines.reports.results import results_text, write_results
+from pipelines.reports.results import results_text
 from pixelcnn.observed import SCORED
 from tests.pipelines.projects import PAIR, ROOT, write_weights
 
@@ -68,14 +68,6 @@ def test_a_dataset_that_is_known_by_its_weights_alone_has_a_table(scored: Path) 
     text = results_text(Path("weights"))
     assert "## letters, protocol threshold, nats" in text
     assert "`dvc repro own/dvc.yaml:evaluate@pixelcnn-letters`" in text
-
-
-def test_the_table_follows_the_scores(scored: Path) -> None:
-    write_results()
-    before = Path("RESULTS.md").read_text()
-    scores = json.loads((scored / "scores.json").read_text())
-    (scored / "scores.json").write_text(json.dumps(scores | {"test/nll_nats": scores["test/nll_nats"] - 1}))
-    assert results_text(Path("weights")) != before
 
 
 def test_without_weights_the_published_figures_stand_alone(project: Path) -> None:
@@ -157,6 +149,7 @@ def test_the_card_says_what_holds_of_this_dataset_and_this_training(scored: Path
 
 def test_damaged_scores_are_named(weights: Path) -> None:
     write_weights(seed=0)
-    (weights / "scores.json").write_text("{")
-    with pytest.raises(ValueError, match=r"weights/pixelcnn-mnist5k has no readable scores .* Fetch the weights again"):
-        results_text(Path("weights"))
+    for damaged in ("{", "[]"):
+        (weights / "scores.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"^weights/pixelcnn-mnist5k has no readable scores .* Fetch the weights"):
+            results_text(Path("weights"))

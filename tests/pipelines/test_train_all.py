@@ -12,6 +12,7 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from pipelines import steps
+from pipelines.flows import train as training_flow
 from pipelines.flows import train_all as train_all_flow
 from pipelines.flows.train_all import run_apart, train_all
 from pipelines.registry import versions as registry
@@ -141,10 +142,37 @@ def test_a_cancelled_run_stops_its_trainings(project: Path, prefect_server: str)
 
 
 def test_a_run_has_the_tags_of_its_pairs(project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_all_flow, "run_apart", lambda commands, *_: dict.fromkeys(commands, "not here"))
-    with pytest.raises(ChildProcessError, match="not here"):
-        train_all([PAIR, GATED, "pixelcnn-nope"])
-    assert tags_of_last_run("train-all") == {PAIR, GATED, "mnist5k"}
+    asked: list[dict[str, list[str]]] = []
+
+    def not_here(commands: dict[str, list[str]], *_: object) -> dict[str, str]:
+        asked.append(commands)
+        return dict.fromkeys(commands, "not here")
+
+    monkeypatch.setattr(train_all_flow, "run_apart", not_here)
+    for words in ({"pairs": [PAIR, GATED, "pixelcnn-nope"]}, {"again": True}):
+        with pytest.raises(ChildProcessError, match="not here"):
+            train_all(**words)
+        assert tags_of_last_run("train-all") == {PAIR, GATED, "mnist5k"}, "those of the quick start, if none is named"
+    assert [{"--reuse" in command for command in commands.values()} for commands in asked] == [{True}, {False}]
+
+
+def test_the_words_of_a_command_reach_its_flow(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple] = []
+    monkeypatch.setattr(training_flow, "train_pair", lambda *words: told.append(words))
+    monkeypatch.setattr(train_all_flow, "train_all", lambda *words: told.append(words))
+    for words in (
+        f"train-pair {PAIR} --out o --report r --state s --half",
+        f"train-pair {PAIR} --reuse",
+        "train-all",
+        f"train-all {PAIR} --at-once 2 --again",
+    ):
+        assert steps.main(words.split()) == 0
+    assert told == [
+        (PAIR, "o", "r", "s", True, False),
+        (PAIR, None, None, None, False, True),
+        (None, 1, False),
+        ([PAIR], 2, True),
+    ]
 
 
 def test_how_many_is_checked_before_anything_starts(

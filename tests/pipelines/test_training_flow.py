@@ -1,7 +1,6 @@
 """The training flow on a tiny dataset, with MLflow on SQLite: what it writes, records and registers, and what not."""
 
 import base64
-import contextlib
 import csv
 import json
 import logging
@@ -33,6 +32,7 @@ from pipelines.files import file_lock
 from pipelines.flows import shown
 from pipelines.flows import train as training_flow
 from pipelines.flows.train import train_pair
+from pipelines.flows.train_all import train_all
 from pipelines.params import load_params
 from pipelines.registry import provenance
 from pipelines.registry import runs as tracking
@@ -798,12 +798,16 @@ def test_how_settings_went_that_changed_on_the_way() -> None:
     assert train_stage._changed_settings(phases) == told
 
 
-def test_a_run_that_crashes_each_time_is_not_retried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count in (3, 4):
+@pytest.mark.parametrize(
+    ("attempt", "said"), [(lambda: train_pair.fn("nope"), "unknown pair"), (lambda: train_all.fn(at_once=0), "at_once")]
+)
+def test_a_run_that_crashes_each_time_is_not_retried_for_ever(
+    monkeypatch: pytest.MonkeyPatch, attempt: Callable[[], object], said: str
+) -> None:
+    for count, error in ((3, ValueError), (4, RuntimeError)):
         monkeypatch.setattr(training_flow, "flow_run", SimpleNamespace(get_run_count=lambda count=count: count))
-        crashed = pytest.raises(RuntimeError, match="this run has crashed 3 times")
-        with crashed if count == 4 else contextlib.nullcontext():
-            training_flow.check_attempts()
+        with pytest.raises(error, match=said if count == 3 else "this run has crashed 3 times"):
+            attempt()
 
 
 def test_baselines_of_two_levels_by_hand() -> None:
