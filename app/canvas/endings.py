@@ -141,7 +141,7 @@ def parse_seed(text: str) -> int | None:
     text = text.strip()
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and int(text) <= MAX_SEED):
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_SEED)) and int(text) <= MAX_SEED):
         raise ValueError(say("seed_wrong", most=MAX_SEED, text=text))
     return int(text)
 

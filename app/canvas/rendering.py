@@ -152,8 +152,8 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
             picture, caption = img(pixels, alt), "\N{HORIZONTAL ELLIPSIS}"
         else:
             score, bits = nats(ending.log_probs[i]), bits_per_dim(ending.log_probs[i], num_added)
-            name = html.escape(ending.names[i]) if ending.names else ""
-            caption = (f"<b>{name}</b>" if name else "") + f'<span title="{bits}">{score}</span>'
+            name = ending.names[i] if ending.names else ""
+            caption = (f"<b>{html.escape(name)}</b>" if name else "") + f'<span title="{bits}">{score}</span>'
             picture = img(pixels, f"{title}: {name} {score}" if name else f"{title}: {score}")
         if not sheet and ending.log_probs is not None:  # what is still drawn cannot be continued from
             label = html.escape(say("continue", rank=rank))

@@ -320,8 +320,10 @@ class Champions:
         for dataset in set(self._attempts) - set(folders):
             del self._attempts[dataset]
             metrics().refused.labels(dataset, self.role).set(0)
-            self._swap(dataset, None)
-            logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
+            served = self._by_dataset.get(dataset)
+            if served is not None and served.identity.version != RELEASED:
+                self._swap(dataset, None)
+                logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
         for dataset, folder in folders.items():
             try:
                 version = (folder / POINTERS[self.role]).read_text(errors="replace").strip()

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from bentoml.exceptions import BentoMLConfigException
 from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -38,6 +39,13 @@ class Settings(BaseSettings):
     released: bool = False  # serve the weights that were released with this code, until a dataset's first promotion
     drain_s: NonNegativeInt = 0  # after SIGTERM it still answers, though /readyz says no; then it refuses, and ends
     watch: bool = True  # log lines, metrics and what is told of drawings; off to measure what they cost
+
+    @field_validator("token")
+    @classmethod
+    def _is_no_blank(cls, value: SecretStr) -> SecretStr:
+        if value and not value.get_secret_value().strip():  # it would leave the service open
+            raise PydanticCustomError("blank", "Input should be a token that is not blank")
+        return value
 
     @field_validator("datasets", mode="before")
     @classmethod

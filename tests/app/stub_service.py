@@ -49,6 +49,7 @@ class StubService:
     def __init__(self, port: int = 0, row_s: float = 0.0) -> None:
         self.models: dict[str, Any] = dict(MODELS)
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.clients: list[str | None] = []  # the names by which they came
         self.answers: list[dict[str, Any]] = []
         self.num_listed = 0  # times that somebody asked what is served
         self.refusal: tuple[int, str] | None = None  # (status, body) of the next POSTs
@@ -64,6 +65,7 @@ class StubService:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.requests.append((self.path, body))
+                stub.clients.append(self.headers["X-Client"])
                 if stub.refusal:
                     self._send(stub.refusal[0], "application/json", stub.refusal[1].encode())
                 elif self.path == "/generate":

@@ -526,14 +526,15 @@ def test_link_and_reload(open_page: OpenPage, service: StubService, page_url: st
     until(lambda: (ink(page) == other).all(), "the link was not followed")
 
 
-def test_a_stroke_before_the_address_changes_outlives_a_reload(open_page: OpenPage) -> None:
-    page = open_page()
+def test_a_stroke_before_the_address_changes_outlives_a_reload(open_page: OpenPage, page_url: str) -> None:
+    page = open_page(url=f"{page_url}/?token=s3cret")
     draw(page, HALF_DIGIT)
     press_complete(page)
     wait_for_endings(page)
     draw(page, [(20, 3), (22, 5)])
     drawn = ink(page)
     page.wait_for_url("**seed=**")  # of the endings, so of the drawing before
+    assert "token=s3cret" in page.url  # whoever is given the link can open it
     page.reload()
     grid(page).wait_for()
     until(lambda: (ink(page) == drawn).all(), "the last stroke was lost")

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import string
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -21,7 +23,9 @@ from streamlit.util import calc_hash
 
 from app.canvas import waiting, widgets
 from app.canvas.drawing import HOLE, TOUCHED, Drawing, decode_drawing, drawing_text
+from app.canvas.grid import drawing_grid
 from app.canvas.session import Visit
+from app.canvas.texts import TEXTS
 from tests.app.stub_service import StubService
 
 PAGE = Path(__file__).parents[2] / "app" / "canvas" / "main.py"
@@ -196,12 +200,13 @@ def test_endings_that_come_live_are_waited_for(
     assert len(service.requests) == len(stopped) == 1
 
 
-def test_wrong_seed_is_said_and_nothing_is_sent(service: StubService, open_page: OpenPage) -> None:
+@pytest.mark.parametrize("text", ["-1", "9" * 19, "1" * 5000], ids=len)  # of so many digits Python makes no number
+def test_wrong_seed_is_said_and_nothing_is_sent(service: StubService, open_page: OpenPage, text: str) -> None:
     page = open_page()
-    page.text_input(key="typed_seed").set_value("-1").run()
+    page.text_input(key="typed_seed").set_value(text).run()
     complete(page)
     assert page.warning[0].value == (
-        "The seed must be a whole number from 0 to 9223372036854775807, got '-1'. Empty means a new one."
+        f"The seed must be a whole number from 0 to 9223372036854775807, got '{text}'. Empty means a new one."
     )
     assert service.requests == []
     page.text_input(key="typed_seed").set_value("12").run()
@@ -242,6 +247,21 @@ def test_service_refuses(service: StubService, open_page: OpenPage) -> None:
     complete(page)
     assert not page.warning
     assert len(pictures(page)) == 9
+
+
+def test_what_is_refused_is_not_asked_for_again_and_again(service: StubService, open_page: OpenPage) -> None:
+    """Neither the endings of what is drawn live, nor their names."""
+    refusal = (400, '{"error": "temperature must be at most 2."}')
+    page, service.refusal = open_page(), refusal
+    page.toggle(key="live").set_value(True).run()
+    page.run()
+    assert [warning.value[:27] for warning in page.warning] == ["The model cannot take this "]
+    service.refusal = None
+    complete(page)
+    service.refusal = refusal
+    page.toggle(key="named").set_value(True).run()
+    page.run()
+    assert [path for path, _ in service.requests] == ["/complete_stream", "/complete_stream", "/likelihood"]
 
 
 def test_stream_that_breaks_keeps_the_last_endings(service: StubService, open_page: OpenPage) -> None:
@@ -461,9 +481,19 @@ def test_broken_link_is_a_blank_page(service: StubService, open_page: OpenPage, 
     page.session_state["live"] = False
     page.query_params["seed"] = seed
     page.query_params["d"] = drawing
+    for name in ("dataset", "known", "label", "temperature", "n"):  # no longer, or never, on offer
+        page.query_params[name] = seed
     page.run()
     assert not page.exception
     assert service.requests == []
+
+
+def test_the_service_can_take_turns_between_visits(service: StubService, open_page: OpenPage) -> None:
+    for _ in range(2):
+        complete(complete(open_page()))
+    first, again, second, _ = service.clients
+    assert all(service.clients)
+    assert first == again != second
 
 
 def test_visit_keeps_a_gallery(service: StubService, open_page: OpenPage) -> None:
@@ -500,6 +530,20 @@ def test_generate(service: StubService, open_page: OpenPage) -> None:
     assert page.warning[0].value.startswith("Many are drawing just now")
 
 
+def test_the_link_to_a_sheet_draws_it_again(service: StubService, open_page: OpenPage) -> None:
+    link = dict(parse_qsl(at(open_page, "Generate").session_state["visit"].generated.link))
+    again = AppTest.from_file(str(PAGE), default_timeout=20)
+    for name, value in link.items():
+        again.query_params[name] = value
+    go_to(again, "Generate")
+    assert not again.exception
+    assert again.session_state["visit"].generated.seed == int(link["seed"])
+    first, second = (body for _, body in service.requests)
+    assert second == first | {"seed": int(link["seed"])}
+    press(again, "Generate")
+    assert "seed" not in service.requests[-1][1]  # the next ones are others
+
+
 def test_a_french_page_says_in_french_what_keeps_an_answer_away(
     service: StubService, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +565,7 @@ def test_surprise_of_the_drawing(service: StubService, open_page: OpenPage) -> N
     metrics = {metric.label: metric.value for metric in page.metric}
     assert metrics["log-probability"] == f"\N{MINUS SIGN}{INK.sum()}.0 nats"
     assert metrics["per dimension"] == f"{INK.sum() / 784 / math.log(2):.3f} bits/dim"
+    assert metrics["a usual test image"] == "\N{MINUS SIGN}98.8 nats"
     size = int(re.search(r"without loss: 11 bytes; as a PNG: (\d+)", " ".join(c.value for c in page.caption)).group(1))
     assert 67 < size < 200, "of one bit per pixel"
     heat = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(re.findall(r"base64,([^\"]+)", html_text(page))[1]))))
@@ -529,6 +574,8 @@ def test_surprise_of_the_drawing(service: StubService, open_page: OpenPage) -> N
     press(page, "Which label explains it best?")
     assert [request[1]["label"] for request in service.requests[1:]] == list(range(10))
     assert re.findall(r"<th>(\d)</th>", html_text(page))[0] == "4"
+    shares = [f"{100 / (1 + 9 * math.exp(-INK.sum() / 2)):.0f} %", *["0 %"] * 9]
+    assert re.findall(r"<td>(\d+ %)</td>", html_text(page)) == shares
 
 
 def test_a_promoted_model_is_asked_for_its_own_surprise(service: StubService, open_page: OpenPage) -> None:
@@ -555,10 +602,12 @@ def test_models(open_page: OpenPage, service: StubService) -> None:
         assert value in text
     assert "2025-01-01T00:00:00+00:00" in text
     assert page.metric[0].label == "test NLL (dynamic)"  # digits first
+    assert [metric.value for metric in page.metric] == ["98.77 nats", "3.210 bits/dim", "3.210 bits/dim"]
     service.close()
     page.session_state["visit"].retry()
     page.run()
     assert not page.exception
+    assert len(page.header) == 3  # as last heard of
 
 
 def test_other_pages_without_a_service(open_page: OpenPage, service: StubService) -> None:
@@ -622,6 +671,9 @@ def test_a_shared_page_admits_who_has_the_token(
     assert 'alt="The link as a QR code"' in html_text(page)
     del page.query_params["token"]  # the page changes its address
     assert not page.run().error
+    for kept, refused in (("s3cret", []), ("s3cre", [refusal])):  # by the browser, where an address has lost it
+        monkeypatch.setattr("streamlit.runtime.context.ContextProxy.cookies", {"pixelcnn_token": kept})
+        assert [error.value for error in opened(None).error] == refused
     assert len(service.requests) == asked
 
 
@@ -633,6 +685,27 @@ def test_the_grid_serves_other_apps() -> None:
     page.run()
     assert not page.exception
     assert page.markdown[0].value == "9 cells of ink, 18 known"
+
+
+def test_a_picture_of_another_shape_does_not_take_the_place_of_a_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a change of the dataset."""
+    given: dict[str, Any] = {}
+
+    def mount(**options: Any) -> SimpleNamespace:
+        given.update(options["data"])
+        return SimpleNamespace(**options["default"])
+
+    monkeypatch.setattr("streamlit.components.v2.component", lambda *_, **__: mount)
+    load = {"revision": "1", "ink": grid_text(INK)}
+    for shape, expected in (((28, 28), load), ((32, 32, 3), None)):
+        drawing_grid(shape, key="grid", load=load)
+        assert given["load"] == expected
+
+
+def test_each_text_has_the_same_places_in_both_languages() -> None:
+    for key, texts in TEXTS.items():
+        english, french = ({place for _, place, *_ in string.Formatter().parse(text) if place} for text in texts)
+        assert english == french, key
 
 
 def test_surprise_beside_the_grid_and_named_endings(service: StubService, open_page: OpenPage) -> None:

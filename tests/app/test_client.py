@@ -176,6 +176,14 @@ def test_service_back_after_a_restart(service: StubService) -> None:
         again.close()
 
 
+def test_the_service_is_never_reached_by_way_of_a_proxy(service: StubService, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert ServiceClient(service.url).models()
+
+
 def test_slow_service() -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         raise httpx.ReadTimeout("timed out", request=request)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from app.canvas.views.demo import status_text
-from app.demo import main, own_steps, port_of
+from app.demo import Beside, main, own_steps, port_of
 from pixelcnn.training import StepReport, format_progress
 from tests.local import free_port
 
@@ -224,6 +224,21 @@ raise SystemExit(1)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=10) == 0
+
+
+def test_a_quick_start_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], environment: dict[str, str], **options: Any) -> Any:
+        options["stdout"].write(b"Running stage 'train@pixelcnn-mnist5k':\n")
+        return SimpleNamespace(pid=0, args=command, returncode=0, poll=lambda: 0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("app.demo.start", run)
+    status = tmp_path / "status.json"
+    beside = Beside({}, status, [["dvc", "repro"]])
+    beside.poll()
+    assert not status.exists()
+    beside.poll()
+    assert json.loads(status.read_text()) == {"doing": "done"}
 
 
 def test_the_released_weights_are_served_before_they_are_registered(demo: Demo) -> None:

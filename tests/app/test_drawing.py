@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +18,14 @@ from app.canvas.drawing import (
     encode_drawing,
     fit_picture,
     known_cells,
+    levels_of,
     parse_drawing,
+    strength_of,
     without,
 )
 from app.canvas.endings import Endings, Request, record, undrawn
 from app.canvas.rendering import INK, PAPER, endings_html, saved_picture
+from app.canvas.views.surprise import labels_html
 from tests.app.stub_service import StubService
 
 
@@ -99,7 +103,21 @@ def test_what_is_no_drawing_in_an_address_is_blank(text: str) -> None:
 
 
 def test_an_address_cannot_unpack_to_gigabytes() -> None:
-    assert not decode_drawing(encode_drawing(Drawing(np.full((999, 999), 9), np.ones((999, 999)))), (8, 8)).mark.any()
+    text = encode_drawing(Drawing(np.full((999, 999), 9), np.ones((999, 999))))
+    tracemalloc.start()
+    drawing = decode_drawing(text, (8, 8))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not drawing.mark.any()
+    assert most < 500_000  # bytes, of the two million that are packed
+
+
+def test_a_strength_counts_as_its_nearest_level() -> None:
+    assert levels_of(Drawing(np.array([[127, 128]]), np.ones((1, 2))), 2).tolist() == [[0, 1]]
+    for num_levels in (2, 8, 17, 256):
+        levels = np.arange(num_levels)[None]
+        drawing = Drawing(strength_of(levels, num_levels), np.ones(levels.shape))
+        assert np.array_equal(levels_of(drawing, num_levels), levels)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -133,6 +151,16 @@ def test_endings_are_continued_from_once_they_are_scored() -> None:
     for shown, number in ((ending, 0), (finished, 0), (replace(finished, log_probs=[-1.0, -2.0], seed=5), 2)):
         text = endings_html(shown, coloured=True, order="drawn")
         assert (text.count("data-ink"), text.count("<img")) == (number, 2)
+
+
+def test_a_label_is_text_whatever_it_holds() -> None:
+    """Those of pictures of one's own are names of folders."""
+    ending = undrawn(Request("own", [[0]], [[0]], 1, None, 1.0, 5), 2, {})
+    text = endings_html(replace(ending, log_probs=[-1.0], seed=5, names=["<i>a"]), coloured=True, order="drawn")
+    assert "<b>&lt;i&gt;a</b>" in text
+    assert ": &lt;i&gt;a " in text, "in the picture's words, too, once"
+    assert "&amp;lt;" not in text
+    assert "<th>&lt;i&gt;a</th>" in labels_html(["<i>a"], [-1.0])
 
 
 def test_saved_sheet_is_large_and_crisp() -> None:

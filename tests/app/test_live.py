@@ -19,7 +19,8 @@ from starlette.routing import Route
 from app.canvas.drawing import TOUCHED, Drawing, drawing_text
 from app.canvas.endings import Endings, Settings, asked_of
 from app.canvas.live import LIVE_PATH, MAX_BYTES, answer_live
-from app.canvas.session import VISITS, Visit
+from app.canvas.session import GALLERY, VISITS, Visit
+from app.canvas.waiting import drawn
 from app.client import ServedModel, ServiceClient
 from tests.app.stub_service import MODELS, StubService
 
@@ -61,7 +62,7 @@ def events_of(response: httpx.Response) -> Iterator[dict[str, object]]:
 
 
 def test_a_stroke_is_answered_row_by_row_and_kept_for_the_page(url: str, visit: Visit, service: StubService) -> None:
-    service.row_s = 0.02
+    service.row_s, visit.language = 0.2, "fr"
     with httpx.stream("POST", url, json=body(STROKE)) as response:
         assert response.status_code == 200
         events = events_of(response)
@@ -69,9 +70,11 @@ def test_a_stroke_is_answered_row_by_row_and_kept_for_the_page(url: str, visit: 
         assert 'data-drawn="0"' in str(first["html"])
         assert visit.live is None
         assert visit.live_for  # so that the page does not ask for the same
+        service.row_s = 0.0
         *_, last = events
     assert last["finished"]
     assert str(last["html"]).count("nats</span>") == 9
+    assert 'alt="Fin 9: ' in str(last["html"])
     assert not visit.live_for
     [(path, sent)] = service.requests
     assert path == "/complete_stream"
@@ -99,7 +102,10 @@ def test_endings_of_another_drawing_are_not_taken(visit: Visit, service: StubSer
     assert visit.gallery == []
     visit.take_live(drawing_text(STROKE), replace(visit.settings, temperature=1.0))
     visit.take_live(drawing_text(STROKE), replace(visit.settings, seed=5))
+    visit.pending = True  # other ones are wanted, of another seed
+    visit.take_live(drawing_text(STROKE), visit.settings)
     assert visit.gallery == []
+    visit.pending = False
     visit.take_live(drawing_text(STROKE), visit.settings)
     assert len(visit.gallery) == 1
 
@@ -127,6 +133,20 @@ def test_an_earlier_answer_leaves_what_came_live(visit: Visit) -> None:
     assert visit.live is None
 
 
+def test_a_visit_keeps_its_last_endings_alone(visit: Visit) -> None:
+    for seed in range(GALLERY + 2):
+        visit.keep(replace(answered(visit, STROKE), seed=seed))
+    assert [ending.seed for ending in visit.gallery] == list(range(GALLERY + 1, 1, -1))
+
+
+def test_all_rows_are_shown_before_their_probabilities(visit: Visit) -> None:
+    """However soon they follow one another."""
+    assert visit.settings is not None
+    *_, whole, scored = drawn(visit.client, asked_of(STROKE, visit.settings, seed=5), lambda end: None)
+    assert whole.log_probs is None
+    assert np.array_equal(whole.images, scored.images)
+
+
 def test_there_may_be_nothing_to_show(url: str, visit: Visit, service: StubService) -> None:
     nothing = np.zeros((28, 28), dtype=np.int64)
     assert httpx.post(url, json=body(Drawing(nothing, nothing))).status_code == 204
@@ -142,10 +162,11 @@ def test_there_may_be_nothing_to_show(url: str, visit: Visit, service: StubServi
         (b"{}", 400),
         (b"\xff", 400),
         (b"0" * (MAX_BYTES + 1), 413),
+        (iter([b"{}"]), 413),  # in chunks, of whatever length they are
     ],
 )
 def test_what_is_wrong_is_refused_by_one_sentence(
-    url: str, visit: Visit, service: StubService, sent: bytes, status: int
+    url: str, visit: Visit, service: StubService, sent: bytes | Iterator[bytes], status: int
 ) -> None:
     response = httpx.post(url, content=sent)
     assert response.status_code == status
@@ -179,9 +200,14 @@ def test_the_next_stroke_ends_the_last(url: str, visit: Visit, service: StubServ
         older = events_of(response)
         assert not next(older)["finished"]
         other = Drawing(INK.T, np.where(INK.T > 0, TOUCHED, 0))
-        with httpx.stream("POST", url, json=body(other)) as newer:
-            assert list(events_of(newer))[-1]["finished"]
-        assert not any(event["finished"] for event in older)
+        service.row_s = 0.5
+        with httpx.stream("POST", url, json=body(other)) as response_to_other:
+            newer = events_of(response_to_other)
+            assert not next(newer)["finished"]
+            assert not any(event["finished"] for event in older)
+            assert visit.live_for  # the end of the last is not that of this one
+            service.row_s = 0.0
+            assert list(newer)[-1]["finished"]
     assert visit.live is not None
     assert visit.live.drawing == drawing_text(other)
     assert not visit.live_for

@@ -78,6 +78,10 @@ def test_a_photo_is_turned_as_its_camera_says() -> None:
     assert agreement(find_ink(saved(lying, "JPEG", exif=exif), SHAPE, Layout()), CLEAN) >= 0.85
 
 
+def test_a_photo_of_more_pixels_than_a_picture_may_have_is_read_at_a_smaller_size() -> None:
+    assert open_picture(saved(PIL.Image.new("L", (6400, 4800)), "JPEG")).size == (800, 600)
+
+
 def test_grey_of_16_bits_is_read_in_full() -> None:
     gradient = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     opened = np.asarray(open_picture(saved(PIL.Image.fromarray(gradient))))

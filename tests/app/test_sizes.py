@@ -92,3 +92,4 @@ def test_a_photo_is_laid_as_the_model_lays_its_ink(service: StubService, monkeyp
     assert [warning.value for warning in page.warning] == [
         "No ink was found in this picture. Take it nearer, on plain paper."
     ]
+    assert [path for path, _ in service.requests] == ["/generate"]  # a model's images are measured once

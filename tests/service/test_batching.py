@@ -491,7 +491,20 @@ def test_endings_drawn_live_are_scored_once_the_hand_rests():
     jobs.SamplingJob.run_together([streamed, awaited])
     assert streamed.not_before >= start + jobs.REST_S
     assert awaited.not_before == 0
+    assert streamed.key != awaited.key  # each is scored in a call of its own
     assert not any(job.done.done() for job in (streamed, awaited))
+
+
+def test_no_call_is_shared_where_the_bits_would_depend_on_it(monkeypatch):
+    """Torch promises no equal bits in a larger batch."""
+    champion = SimpleNamespace(model=build_model(GREY), config=GREY)
+
+    def keys() -> set:
+        return {jobs.SamplingJob(champion, wire.GenerateRequest(dataset="grey")).key for _ in range(2)}
+
+    assert len(keys()) == 1
+    monkeypatch.setattr(jobs, "engine_name", lambda model: "cached, in torch: numba is not installed")
+    assert len(keys()) == 2
 
 
 def test_a_call_is_for_one_network():

@@ -169,6 +169,37 @@ def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fas
     batcher.close()
 
 
+def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, reference, tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion = Champion(model, Identity(**lineage), {}, reference)
+    busy: Any = SimpleNamespace(num_waiting=1)  # nothing is scored
+    watch = Drawings(busy, Champions(tmp_path))
+    levels, known = drawings(WINDOW, seed=3)
+    draw(watch, champion, levels[:1], torch.zeros_like(known[:1]))
+    assert watch.describe() == {}
+    draw(watch, champion, torch.zeros_like(levels), known)
+    assert watch.describe()["strokes"]["drifted_since"]
+    draw(watch, champion, levels, known)
+    assert watch.describe()["strokes"]["drifted_since"] is None
+
+
+def test_two_challengers_are_not_mixed_and_one_difference_has_no_interval(model, reference, tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion, *others = (Champion(model, Identity(**lineage | {"version": v}), {}, reference) for v in "123")
+    bits, challengers = {"1": 1.0, "2": 0.5, "3": 2.0}, Champions(tmp_path)
+    batcher: Any = SimpleNamespace(num_waiting=0)
+    batcher.submit = lambda job: job.done.set_result([bits[one.identity.version] for one in job.models])
+    watch = Drawings(batcher, challengers)
+    for other in others:
+        challengers._by_dataset["strokes"] = other
+        draw(watch, champion, *drawings(SCORE_EVERY, seed=3))
+        assert watch.describe()["strokes"]["shadow"] is None, "infinity is no JSON"
+        draw(watch, champion, *drawings(SCORE_EVERY, seed=4))
+        told, difference = watch.describe()["strokes"]["shadow"], bits[other.identity.version] - 1
+        assert (told["version"], told["drawings"]) == (other.identity.version, 2)
+        assert set(told["bits_per_dim_difference"].values()) == {difference}
+
+
 @pytest.mark.parametrize(("num", "is_watched"), [(0, False), (5, False), (7, False), (200, True)])
 def test_only_a_reference_from_which_drawings_can_differ_is_watched(model, reference, tmp_path, num, is_watched):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")

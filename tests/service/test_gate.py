@@ -12,6 +12,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from app.client import ServiceClient, ServiceError
 from app.service import api as service
 from app.service import gate, wire
+from app.service.operation.requests import RequestLog
 from app.service.settings import settings
 from tests.service.test_metrics import read
 
@@ -204,8 +205,37 @@ def test_a_client_that_leaves_ends_its_request():
         await asyncio.wait_for(task, 5)
         assert ended == [True]
         assert app.num_active == 0
+        assert connection.sent[0]["status"] == 499, "or the log would call it a failure of the service"
 
     asyncio.run(run())
+
+
+def test_a_request_whose_time_is_up_ends_and_counts_as_one_that_failed(caplog):
+    """BentoML cancels it, and answers by itself."""
+    caplog.set_level(logging.INFO, "bentoml.pixelcnn.requests")
+    counted, ended = {"path": "/complete", "status": "504"}, []
+    before = read("pixelcnn_requests_total", **counted)
+
+    async def work(scope, receive, send) -> None:
+        await receive()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def run() -> None:
+        app, connection = RequestLog(gate.Gate(work), ["/complete"]), Connection()
+        connection.body.set()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await app(connection.scope, connection.receive, connection.send)
+        await asyncio.sleep(0.01)
+        assert ended == [True]
+        assert not connection.sent
+
+    asyncio.run(run())
+    assert caplog.records[-1].line["status"] == 504
+    assert read("pixelcnn_requests_total", **counted) == before + 1
 
 
 def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch, caplog):
@@ -255,6 +285,20 @@ def test_beyond_the_queue_requests_are_refused_at_once(client, monkeypatch):
         assert response.status_code == 429
         assert 3 <= int(response.headers["retry-after"]) <= 8
         assert "send this one again in a few seconds" in response.json()["error"]
+
+
+def test_a_request_waits_for_its_clients_turn(client, monkeypatch):
+    submit, clients = service.Batcher.submit, []
+
+    def note(self, job) -> None:
+        clients.extend([job.client] if job.lane == "grey" else [])  # a drawing that is scored is nobody's
+        submit(self, job)
+
+    monkeypatch.setattr(service.Batcher, "submit", note)
+    for name in ("one", "two", "one"):
+        assert client.post("/generate", json={"dataset": "grey"}, headers={"X-Client": name}).status_code == 200
+    one, two, again = clients
+    assert one == again != two
 
 
 def test_a_stream_ends_in_time(client, monkeypatch):

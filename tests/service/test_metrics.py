@@ -68,13 +68,14 @@ def test_what_people_draw_is_told_as_bits_per_dim(client):
     assert abs(after[1] - before[1] - bits) < 1e-6
 
 
-def test_what_is_known_of_a_completion_is_scored(client, grey, monkeypatch):
+@pytest.mark.parametrize("endpoint", ["complete", "complete_stream"])
+def test_what_is_known_of_a_completion_is_scored(client, grey, monkeypatch, endpoint):
     """With the upper part known it is the likelihood of those rows, whatever was drawn below them."""
     monkeypatch.setattr(drawings, "SCORE_EVERY", 1)
-    labels = {"dataset": "grey", "endpoint": "complete"}
+    labels = {"dataset": "grey", "endpoint": endpoint}
     before = read("pixelcnn_drawn_bits_per_dim_sum", **labels)
     count = read("pixelcnn_drawn_bits_per_dim_count", **labels)
-    client.post("/complete", json={"dataset": "grey", "image": IMAGE, "observed": OBSERVED})
+    client.post(f"/{endpoint}", json={"dataset": "grey", "image": IMAGE, "observed": OBSERVED})
     wait_until(lambda: read("pixelcnn_drawn_bits_per_dim_count", **labels) == count + 1)
     nats = -pixel_log_prob(grey, torch.tensor([[IMAGE]]))[:, :, :2].sum().item()
     found = read("pixelcnn_drawn_bits_per_dim_sum", **labels) - before

@@ -1,6 +1,7 @@
 """The service as a platform and an operator see it: two real ones over one store, in processes of their own."""
 
 import json
+import os
 import signal
 import sys
 from datetime import UTC, datetime
@@ -130,6 +131,7 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     for link in ("models", "docs.json", "readyz"):
         assert f'href="{link}"' in answer.text
         assert client.get(f"/{link}").status_code == 200
+    assert client.get("/docs").status_code == 404, "FastAPI's page is another server's script"
 
 
 def lines_of(served) -> list[dict]:
@@ -174,10 +176,17 @@ def test_traces_are_sent_where_an_endpoint_is_set(served):
     wait_until(lambda: b"POST /generate" in b"".join(served.traces), 20)
 
 
-def test_without_an_endpoint_nothing_that_sends_traces_is_loaded():
-    code = "import sys, app.service; print([name for name in sys.modules if 'opentelemetry.exporter' in name])"
-    done = run([sys.executable, "-c", code])
-    assert done.stdout.strip() == "[]"
+def test_its_variables_reach_gate_and_timer_and_without_an_endpoint_nothing_that_sends_traces_is_loaded():
+    code = """
+import sys
+from app.service import PixelCNNService as service
+from app.service.gate import Gate
+print([name for name in sys.modules if "opentelemetry.exporter" in name])
+print(dict(service.middlewares)[Gate], service.config["traffic"])
+"""
+    variables = {"PIXELCNN_TOKEN": " s3cret\n", "PIXELCNN_TIMEOUT_S": "7"}
+    done = run([sys.executable, "-c", code], env={**os.environ, **variables})
+    assert done.stdout.splitlines() == ["[]", "{'token': 's3cret'} {'timeout': 7}"], done.stderr
 
 
 @pytest.mark.usefixtures("champions")

@@ -23,6 +23,7 @@ import app.service
 from app.service import api as service
 from app.service import jobs, wire
 from app.service.champions import Champions, released_by_dataset
+from app.service.operation.requests import JsonFormatter, line_of_request
 from app.service.settings import settings
 from pipelines.registry import store
 from pixelcnn import (
@@ -267,6 +268,7 @@ def test_stream_that_fails_ends_with_an_error_event(client, monkeypatch, caplog)
     assert event == {"error": "the completion failed: the service's log says why."}
     # On call it is a failure, though its first byte was sent with status 200.
     assert caplog.records[-1].line["status"] == 500
+    assert "secret details" in caplog.text
     assert read("pixelcnn_requests_total", path="/complete_stream", status="500") == failed + 1
     assert read("pixelcnn_request_seconds_count", **labels) == before + 1
 
@@ -453,12 +455,25 @@ def test_paths_and_methods(client):
     assert client.get("/readyz").status_code == 200
 
 
-def test_our_own_failure_tells_no_details(client, monkeypatch):
+def test_our_own_failure_tells_no_details(client, monkeypatch, caplog):
     def fail(*arguments, **more):
         raise RuntimeError("secret details")
 
     monkeypatch.setattr(jobs, "complete_and_score", fail)
     assert "secret" not in error_of(client.post("/generate", json={"dataset": "grey"}), 500)
+    assert "secret details" in caplog.text
+
+
+def test_the_cause_of_a_failure_is_logged_beside_the_id_of_its_request():
+    error = RuntimeError("no space left")
+    record = logging.makeLogRecord({"levelname": "ERROR", "msg": "it failed", "exc_info": (RuntimeError, error, None)})
+    token = line_of_request.set({"request_id": "id-1", "path": "/complete"})
+    try:
+        told = json.loads(JsonFormatter().format(record))
+    finally:
+        line_of_request.reset(token)
+    known = {"level": "ERROR", "message": "it failed", "request_id": "id-1", "exception": "RuntimeError: no space left"}
+    assert told == {"time": told["time"], **known}
 
 
 def test_too_many_at_once(client, monkeypatch):
@@ -630,10 +645,20 @@ def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, mo
         champions.stop()
     store.serve(put(tmp_path, "grey", GREY, "1", seed=0))
     champions.refresh()
-    assert {name: told["model"]["version"] for name, told in champions.describe().items()} == {
-        "grey": "1",
-        "other": "released",
-    }
+    expected = {"grey": "1", "other": "released"}
+    assert {name: told["model"]["version"] for name, told in champions.describe().items()} == expected
+    again = Champions(tmp_path / "bentoml/models", released=released)
+    again.start()
+    again.stop()
+    assert {name: told["model"]["version"] for name, told in again.describe().items()} == expected
+    # A model that is refused, and then removed, takes nothing away that it has never replaced.
+    store.serve(put(tmp_path, "other", GREY, "2", seed=0))
+    folder = tmp_path / "bentoml/models/pixelcnn-other"
+    (folder / (folder / "latest").read_text() / "model.safetensors").write_bytes(b"")
+    again.refresh()
+    shutil.rmtree(folder)
+    again.refresh()
+    assert again.get("other").identity.version == "released"
 
 
 def test_the_best_released_weights_of_each_dataset_those_wanted_first(tmp_path, monkeypatch):

@@ -210,7 +210,7 @@ def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
 
 
 REFUSED = {"pickle": "does not belong into its folder", "symlink": "is no plain file", "folder": "is no plain file"}
-REFUSED |= {"linked folder": "its folder is a link"}
+REFUSED |= dict.fromkeys(("linked folder", "linked name"), "its folder is a link")
 REFUSED |= dict.fromkeys(("absolute", "outside", "pointer"), "is no name of a version")
 
 
@@ -232,6 +232,9 @@ def test_a_model_of_anything_but_plain_files_in_its_folder_is_refused(tmp_path, 
     elif what == "linked folder":
         folder.rename(tmp_path / "moved")
         folder.symlink_to(tmp_path / "moved")
+    elif what == "linked name":
+        folder.parent.rename(tmp_path / "moved")
+        folder.parent.symlink_to(tmp_path / "moved")
     else:
         name = {"absolute": str(folder), "outside": f"../pixelcnn-grey/{folder.name}", "pointer": f"{folder.name}\0"}
         (champions.folder / "pixelcnn-grey/latest").write_text(name[what])
@@ -304,6 +307,24 @@ def test_a_swap_that_failed_once_is_tried_again_though_no_file_changed(tmp_path,
     now[0] += 60
     champions.refresh()
     assert champions.get("grey").identity.version == "2"
+
+
+def test_a_look_at_the_store_that_fails_is_not_the_last(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("app.service.champions.POLL_S", 0.01)
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(len(looks))
+        if len(looks) == 2:  # the first is that of the start
+            raise RuntimeError("out of order")
+
+    champions = Champions(tmp_path, look, role="challenger")  # which compiles nothing
+    champions.start()
+    try:
+        wait_until(lambda: len(looks) > 2)
+    finally:
+        champions.stop()
+    assert "out of order" in caplog.text
 
 
 def test_the_last_good_champion_outlives_its_store(tmp_path, monkeypatch):

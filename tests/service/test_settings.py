@@ -39,6 +39,12 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_variable(monkeypatch, field
     )
 
 
+def test_a_blank_token_does_not_leave_the_service_open(monkeypatch):
+    monkeypatch.setenv("PIXELCNN_TOKEN", "  ")
+    with pytest.raises(BentoMLConfigException, match=r"^PIXELCNN_TOKEN must be a token that is not blank, got '  '\."):
+        load_settings()
+
+
 @pytest.mark.parametrize("text", ["many", "-0.1", "1.5", "nan"])
 def test_a_share_of_traced_requests_is_one(monkeypatch, text):
     monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:4318")

@@ -291,7 +291,7 @@ def show_endings(
     if settings.coloured and ending.images.ndim == 3:
         legend = f'<span><i style="background: rgb{INK}"></i>{say("yours")}</span>'
         legend += f'<span><i style="background: rgb{ADDED_INK}"></i>{say("added")}</span>'
-    named = ", ".join(ending.names[i] for i in order_of(ending, order)) if ending.names else ""
+    named = ", ".join(filter(None, (ending.names[i] for i in order_of(ending, order)))) if ending.names else ""
     came = html.escape(say("came_named" if named else "came", number=len(ending.images), names=named))
     by = html.escape(say("by", model=version_of(ending.model)))
     note.html(
