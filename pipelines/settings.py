@@ -45,7 +45,8 @@ def environments() -> dict[str, Environment]:
     for field in _VARIABLES:
         users: dict[str, list[str]] = {}  # the environments of each value, which may have a password
         for name, one in found.items():
-            users.setdefault(getattr(one, field) or f"none of {name}", []).append(name)
+            if value := getattr(one, field):
+                users.setdefault(value, []).append(name)
         for names in users.values():
             if len(names) > 1:
                 raise LookupError(f"{ENVIRONMENTS_FILE}: {' and '.join(names)} share a {field}. Give each its own.")

@@ -185,8 +185,8 @@ def test_what_fails_is_answered_at_once(caplog):
     assert "secret details" in caplog.text
 
 
-def test_a_client_that_leaves_ends_its_request():
-    ended = []
+def working(ended: list[bool]):
+    """Return an application that never answers, and notes when it is ended."""
 
     async def work(scope, receive, send) -> None:
         await receive()
@@ -195,8 +195,14 @@ def test_a_client_that_leaves_ends_its_request():
         finally:
             ended.append(True)
 
+    return work
+
+
+def test_a_client_that_leaves_ends_its_request():
+    ended: list[bool] = []
+
     async def run() -> None:
-        app, connection = gate.Gate(work), Connection()
+        app, connection = gate.Gate(working(ended)), Connection()
         connection.body.set()
         task = asyncio.create_task(app(connection.scope, connection.receive, connection.send))
         await asyncio.sleep(0.01)
@@ -213,18 +219,11 @@ def test_a_client_that_leaves_ends_its_request():
 def test_a_request_whose_time_is_up_ends_and_counts_as_one_that_failed(caplog):
     """BentoML cancels it, and answers by itself."""
     caplog.set_level(logging.INFO, "bentoml.pixelcnn.requests")
-    counted, ended = {"path": "/complete", "status": "504"}, []
+    counted, ended = {"path": "/complete", "status": "504"}, list[bool]()
     before = read("pixelcnn_requests_total", **counted)
 
-    async def work(scope, receive, send) -> None:
-        await receive()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append(True)
-
     async def run() -> None:
-        app, connection = RequestLog(gate.Gate(work), ["/complete"]), Connection()
+        app, connection = RequestLog(gate.Gate(working(ended)), ["/complete"]), Connection()
         connection.body.set()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
