@@ -39,7 +39,7 @@ def webp_bytes(image: Tensor) -> int:
 
 
 def measures_of(model: AutoregressiveModel, levels: Tensor) -> Tensor:
-    """Return (N, 4) float64: nats, bytes as PNG and as WebP, and bytes of the image turned by a quarter as PNG."""
+    """Return (N, 4) float64: nats, bytes as PNG and as WebP, and bytes of the transposed image as PNG."""
     with torch.inference_mode():
         nats = -torch.cat([log_prob(model, part) for part in torch.split(levels, 50)]).double()
     sizes = [
@@ -56,7 +56,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "nats less the PNG's bits": lambda m: m[:, 0] - NATS_PER_BYTE * m[:, 1],
     "nats less the WebP's bits": lambda m: m[:, 0] - NATS_PER_BYTE * m[:, 2],
     "beyond the line by WebP": lambda m: beyond_complexity(m[:, 0], m[:, 2]),
-    "beyond the line by PNG of the turned image": lambda m: beyond_complexity(m[:, 0], m[:, 3]),
+    "beyond the line by PNG of the transposed image": lambda m: beyond_complexity(m[:, 0], m[:, 3]),
     "**beyond the line by PNG** (`corrected`)": lambda m: beyond_complexity(m[:, 0], m[:, 1]),
 }
 
@@ -70,7 +70,7 @@ def measure(folder: str) -> None:
         "clothes, threshold": (things > 127).long(),
         "clothes, Bernoulli": binarize(things, torch.Generator().manual_seed(0)),
         "turned by a quarter": digits[NUM_DIGITS:][: len(things)].rot90(1, dims=(2, 3)),
-        "upside down": digits[NUM_DIGITS:][: len(things)].flip(2),
+        "mirrored top to bottom": digits[NUM_DIGITS:][: len(things)].flip(2),
     }
     usual = measures_of(model, digits[:NUM_DIGITS])
     strange = {kind: torch.split(measures_of(model, levels), NUM_STRANGERS) for kind, levels in kinds.items()}

@@ -101,7 +101,10 @@ def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[
     run_id = tracking.log_evaluation(EXPERIMENT, f"{name}-v{number}", scores, tags)
     found = format_nll(scores["validation/nll_nats"], data.image_shape, data.num_levels)
     then = format_nll(version.recorded_nll, data.image_shape, data.num_levels)
-    get_run_logger().info("%s version %s: validation %s, recorded in training %s", name, number, found, then)
+    get_run_logger().info(
+        "%s version %s: validation %s, of the first %d images; registered with %s",
+        *(name, number, found, scores["validation/num_images"], then),
+    )
     if data.data_hash != version.lineage()["data_hash"]:
         get_run_logger().warning("%s: the data are not those it was registered with: not compared", name)
         return scores

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import PIL.Image
 import pytest
+import yaml
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
@@ -27,6 +28,8 @@ from app.canvas.grid import drawing_grid
 from app.canvas.session import Visit
 from app.canvas.texts import TEXTS
 from tests.app.stub_service import StubService
+
+ROOT = Path(__file__).parents[2]
 
 PAGE = Path(__file__).parents[2] / "app" / "canvas" / "main.py"
 INK = np.zeros((28, 28), dtype=int)
@@ -151,7 +154,7 @@ def test_ink_of_a_grey_dataset_is_its_highest_level(service: StubService, open_p
     page.selectbox(key="dataset").set_value("fashion_mnist").run()
     complete(page)
     assert service.requests[-1][1]["image"] == (255 * INK).tolist()
-    assert "test NLL 3.21 bits/dim (protocol: 8-bit" in page.caption[-1].value
+    assert "test NLL 3.2100 bits/dim (protocol: 8-bit" in page.caption[-1].value
 
 
 def test_one_colour_when_asked(open_page: OpenPage) -> None:
@@ -602,7 +605,7 @@ def test_models(open_page: OpenPage, service: StubService) -> None:
         assert value in text
     assert "2025-01-01T00:00:00+00:00" in text
     assert page.metric[0].label == "test NLL (dynamic)"  # digits first
-    assert [metric.value for metric in page.metric] == ["98.77 nats", "3.210 bits/dim", "3.210 bits/dim"]
+    assert [metric.value for metric in page.metric] == ["98.77 nats", "3.2100 bits/dim", "3.2100 bits/dim"]
     service.close()
     page.session_state["visit"].retry()
     page.run()
@@ -706,6 +709,16 @@ def test_each_text_has_the_same_places_in_both_languages() -> None:
     for key, texts in TEXTS.items():
         english, french = ({place for _, place, *_ in string.Formatter().parse(text) if place} for text in texts)
         assert english == french, key
+
+
+def test_a_figure_that_is_approximate_is_called_so() -> None:
+    published = yaml.safe_load((ROOT / "pipelines" / "reports" / "published.yaml").read_text())
+    figures = [str(row[0]) for entry in published.values() for row in entry["figures"]]
+    approximate = [figure.split()[0] for figure in figures if figure.endswith("(approximate)")]
+    said = [text for key, texts in TEXTS.items() if key.startswith("papers_") for text in texts]
+    assert any(figure in text for figure in approximate for text in said)
+    for figure in approximate:
+        assert all("approximat" in text for text in said if f"{figure} " in text), figure
 
 
 def test_surprise_beside_the_grid_and_named_endings(service: StubService, open_page: OpenPage) -> None:

@@ -83,6 +83,7 @@ def test_other_data_or_none_are_no_failure(
     save_dataset(path, replace(data, images={**data.images, "test": 1 - data.images["test"]}))
     assert set(evaluate_champions(["mnist5k"], "http://127.0.0.1:9")) == {"mnist5k"}
     assert "the data are not those it was registered with: not compared" in caplog.text
+    assert f"of the first {min(500, len(data.images['validation']))} images; registered with" in caplog.text
     path.unlink()
     assert evaluate_champions(["mnist5k"]) == {}
 

@@ -337,14 +337,14 @@ TEXTS: dict[str, tuple[str, str]] = {
         "static, donc une autre tâche que dynamic.",
     ),
     "papers_mnist5k": (
-        "No paper uses these 5,000 digits. The PixelRNN paper's PixelCNN has 81.30 nats on all of MNIST, with "
-        "55,000 digits to learn from; protocol static.",
-        "aucun article n'utilise ces 5 000 chiffres. Le PixelCNN de l'article PixelRNN a 81.30 nats sur tout MNIST, "
-        "avec 55 000 chiffres pour apprendre ; protocole static.",
+        "No paper uses these 5,000 digits. The PixelRNN paper's PixelCNN learned from all of MNIST and has 81.30 nats; "
+        "protocol static.",
+        "aucun article n'utilise ces 5 000 chiffres. Le PixelCNN de l'article PixelRNN a appris de tout MNIST et a "
+        "81.30 nats ; protocole static.",
     ),
     "papers_fashion_mnist": (
-        "No autoregressive figure is published. Glow has 2.958 bits/dim; protocol 8-bit.",
-        "aucune valeur autorégressive n'est publiée. Glow a 2.958 bits/dim ; protocole 8-bit.",
+        "No autoregressive figure is published. Glow has 2.958 bits/dim (approximate); protocol 8-bit.",
+        "aucune valeur autorégressive n'est publiée. Glow a 2.958 bits/dim (valeur approximative) ; protocole 8-bit.",
     ),
     "papers_cifar10": (
         "PixelCNN 3.14, PixelRNN 3.00 (arXiv:1601.06759), Gated PixelCNN 3.03 (arXiv:1606.05328) bits/dim; "

@@ -262,11 +262,14 @@ def model_line(served: ServedModel) -> str:
     """Say in one line which version serves and how good it is, with the protocol."""
     model, scores = served.model, served.scores
     parts = [say("version", name=f"**{model.get('name')}**", version=model.get("version"))]
-    key, unit = ("test/bits_per_dim", "bits/dim") if served.levels > 2 else ("test/nll_nats", say("nats_per_image"))
+    if served.levels > 2:
+        key, unit, digits = "test/bits_per_dim", "bits/dim", 4
+    else:
+        key, unit, digits = "test/nll_nats", say("nats_per_image"), 2
     if key in scores:
         number = scores.get("test/num_images")
         images = "" if number is None else say("line_images", number=f"{number:.0f}")
-        parts.append(say("line_nll", nll=f"{scores[key]:.2f} {unit}", protocol=served.protocol, images=images))
+        parts.append(say("line_nll", nll=f"{scores[key]:.{digits}f} {unit}", protocol=served.protocol, images=images))
     if model.get("git_commit"):
         parts.append(f"commit {str(model['git_commit'])[:7]}")
     return " · ".join(parts)

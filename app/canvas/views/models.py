@@ -25,7 +25,7 @@ def models_page(visit: Visit) -> None:
             if model.levels == 2 and "test/nll_nats" in scores:
                 st.metric(test_nll, f"{scores['test/nll_nats']:.2f} nats")
             elif model.levels > 2 and "test/bits_per_dim" in scores:
-                st.metric(test_nll, f"{scores['test/bits_per_dim']:.3f} bits/dim")
+                st.metric(test_nll, f"{scores['test/bits_per_dim']:.4f} bits/dim")
             if (papers := f"papers_{dataset}") in TEXTS:
                 st.caption(say("beside", papers=say(papers)))
             lineage = {say(key): model.model[key] for key in ("data_hash", "git_commit", "run_id", "weights_sha256")}
