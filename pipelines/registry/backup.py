@@ -114,6 +114,7 @@ def restore(file: Path, replace: bool = False) -> str:
             )
         artifacts = database.with_name(_ARTIFACTS)
         _relocate(folder / _DATABASE, Path(told["artifacts"]), artifacts)
+        store.put_back(folder / _STORE)  # first: its disk may be full
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         old = [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
         kept = [path for path in (artifacts, *old) if path.exists()]
@@ -121,7 +122,6 @@ def restore(file: Path, replace: bool = False) -> str:
             path.rename(path.with_name(f"{path.name}.before-{stamp}"))
         (folder / _ARTIFACTS).rename(artifacts)
         (folder / _DATABASE).rename(database)
-        store.put_back(folder / _STORE)
     aside = f" What was there is kept: {', '.join(f'{path.name}.before-{stamp}' for path in kept)}." if kept else ""
     return f"{database}, its artifacts and the models of {store.home()} are those of {file}.{aside}"
 

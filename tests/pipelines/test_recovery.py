@@ -1,5 +1,6 @@
 """What is lost comes back: registry, model store or both are removed for good, and one command each restores them."""
 
+import errno
 import gc
 import io
 import itertools
@@ -330,6 +331,18 @@ def test_a_backup_does_not_feed_the_store_of_another_registry(toy, tmp_path, new
     assert steps.main(["restore", "../backup"]) == 1
     assert "is fed by another registry than that of ../backup: nothing is restored." in capsys.readouterr().err
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_store_whose_disk_is_full_leaves_the_registry_as_it_was(toy, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device", ".bentoml")
+
+    assert steps.main(["backup", "../backup"]) == 0
+    before = Path("mlflow.db").stat().st_ino
+    monkeypatch.setattr(store, "put_back", full)
+    assert steps.main(["restore", "../backup", "--replace"]) == 1
+    assert capsys.readouterr().err == "restore: .bentoml: No space left on device.\n"
+    assert (Path("mlflow.db").stat().st_ino, list(Path().glob("*.before-*"))) == (before, [])
 
 
 def test_a_journal_of_the_old_registry_does_not_come_to_the_restored_one(toy):
