@@ -322,6 +322,12 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         before = [number for number in decisions.champions(made) if number in earlier]
         number = str(to) if to is not None else next(reversed(before), "")
         target = found[number] if number in earlier else None
+        if champion is None and earlier:
+            raise LookupError(
+                f"{registered_name(dataset)} has no champion to roll back from, for its alias or version was removed: "
+                "nothing moved. Make what is served the champion again, and roll back then: python -m pipelines.steps "
+                "repair."
+            )
         if champion is None or target is None:
             wanted = "no previous champion" if to is None else f"no earlier champion of version {to}"
             raise LookupError(

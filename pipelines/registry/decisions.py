@@ -53,7 +53,10 @@ def decision_run(dataset: str, kind: str, why: str | None = None) -> Iterator[st
         why: somebody asked for it; recorded beside who did.
     """
     tags = {"dataset": dataset, "kind": kind, "who": _who(), **({"why": why} if why else {})}
-    run_id = tracking.create_run(DECISIONS_EXPERIMENT, f"{kind}-{dataset}", tags)
+    # Their order is that of their times: a clock that was put back must not change it.
+    last_ms = max((run.info.start_time for run in _decision_runs(dataset)), default=0)
+    start_ms = max(int(time.time() * 1000), last_ms + 1)
+    run_id = tracking.create_run(DECISIONS_EXPERIMENT, f"{kind}-{dataset}", tags, start_ms)
     try:
         yield run_id
     except BaseException:

@@ -132,10 +132,11 @@ def find_run(run_id: str) -> Run | None:
         raise
 
 
-def create_run(experiment: str, name: str, tags: Mapping[str, str]) -> str:
+def create_run(experiment: str, name: str, tags: Mapping[str, str], start_ms: int | None = None) -> str:
     """Create a run in an experiment, with who ran what among its tags as `mlflow.start_run` does; return its ID."""
     commit = {MLFLOW_GIT_COMMIT: tags["git_commit"]} if "git_commit" in tags else {}
-    run = client().create_run(experiment_id(experiment), run_name=name, tags={**resolve_tags(), **commit, **tags})
+    tags = {**resolve_tags(), **commit, **tags}
+    run = client().create_run(experiment_id(experiment), start_time=start_ms, run_name=name, tags=tags)
     return str(run.info.run_id)
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.params import load_params
 from pipelines.registry import runs as tracking
@@ -15,6 +16,20 @@ from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_o
 ROLLED_BACK_TAG = "rolled_back"
 VALIDATION_METRIC = "validation/nll_nats"
 RESTORE = "Promote another version, or restore the whole registry: python -m pipelines.steps restore FILE --replace."
+
+
+class _Tags(dict[str, str]):
+    """The tags of a version; MLflow's own pages register one without those that a training gives it."""
+
+    def __init__(self, version: ModelVersion) -> None:
+        super().__init__(version.tags)
+        self._of = f"{version.name} version {version.version}"
+
+    def __missing__(self, key: str) -> str:
+        raise ValueError(
+            f"{self._of} was not registered by this pipeline: it has no tag {key!r}. Name another version, or point "
+            "its alias in MLflow at one."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +72,7 @@ def versions(dataset: str) -> list[Version]:
     """Return every version of a dataset's registered model, the oldest first; none if nothing was registered."""
     name = tracking.registered_name(dataset)
     found = sorted(tracking.client().search_model_versions(f"name='{name}'"), key=lambda v: int(v.version))
-    return [Version(name=name, version=str(v.version), run_id=v.run_id or "unknown", tags=dict(v.tags)) for v in found]
+    return [Version(name=name, version=str(v.version), run_id=v.run_id or "unknown", tags=_Tags(v)) for v in found]
 
 
 def datasets() -> list[str]:

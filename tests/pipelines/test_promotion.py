@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from pipelines import steps
 from pipelines.flows import promote as promotion_flow
 from pipelines.promotion import decide, register, score
-from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback
+from pipelines.promotion.move import UnfinishedMoveError, explained, run_promotion, run_rollback, run_shadow
 from pipelines.promotion.rule import Candidate, Choice
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
@@ -594,6 +594,45 @@ def test_temporary_files_may_lie_on_another_disk(toy, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
     toy.register(INK)
     assert toy.promote()["decision"] == "promoted"
+
+
+def test_a_rollback_from_a_champion_whose_alias_is_gone_says_what_brings_it_back(mnist5k):
+    for ink in (0.3, INK):
+        mnist5k.promote(mnist5k.register(ink))
+    registry.remove_alias("mnist5k", "champion", "2")
+    for to in (None, 1):
+        with pytest.raises(
+            LookupError, match=r"no champion to roll back from.*: nothing moved\..* pipelines\.steps repair\."
+        ):
+            run_rollback("mnist5k", to)
+    register.repair("mnist5k")
+    assert run_rollback("mnist5k")["new"] == "1"
+
+
+def test_a_clock_that_is_put_back_keeps_the_order(toy, monkeypatch):
+    for ink in (0.3, 0.2):
+        toy.promote(toy.register(ink))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 3600)
+    assert run_rollback(toy.name)["new"] == "1"
+    with pytest.raises(LookupError, match="no previous champion to roll back to"):
+        run_rollback(toy.name)
+
+
+def test_a_champion_without_our_tags_is_named(toy):
+    first = toy.register(0.3)
+    toy.promote()
+    toy.register(INK)
+    client = tracking.client()
+    strange = client.create_model_version(toy.model_name, "elsewhere").version
+    registry.set_alias(toy.name, "champion", strange)
+    said = f"{toy.model_name} version {strange} was not registered by this pipeline: it has no tag "
+    report = toy.promote()
+    assert (report["decision"], toy.served()["version"]) == ("kept", first)
+    assert f"champion version {strange} cannot be scored: {said}'weights_sha256'" in report["reason"]
+    for work in (lambda: register.repair(toy.name), lambda: run_shadow(toy.name, int(strange))):
+        with pytest.raises(ValueError, match=f"{said}'dataset'"):
+            work()
 
 
 def test_rollback_without_a_previous_champion(toy):
