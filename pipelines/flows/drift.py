@@ -7,7 +7,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.deployments import run_deployment
 
-from pipelines.flows.shown import tag_run
+from pipelines.flows.shown import artifact_key, tag_run
 from pipelines.registry import versions as registry
 from pipelines.settings import Settings, in_prefect
 
@@ -53,7 +53,7 @@ def watch_drift(
             get_run_logger().warning("drawings of %s have drifted since %s", dataset, told["drifted_since"])
             rows = [{"statistic": name, **values} for name, values in told["drift"].items()]
             text = f"Drawings against the reference of version {told['version']}, since {told['drifted_since']}."
-            create_table_artifact(rows, key=f"drift-{dataset.replace('_', '-')}", description=text)
+            create_table_artifact(rows, key=artifact_key("drift", dataset), description=text)
         if action == "retrain":
             try:
                 _retrain(dataset, told)

@@ -22,7 +22,7 @@ DEPLOYMENTS_FOLDER = Path("models/deployments")
 PICTURES = ("samples.png", "completions.png", "curve.png")
 
 
-def _key(kind: str, name: str) -> str:
+def artifact_key(kind: str, name: str) -> str:
     """Return the key of an artifact: small letters, digits and hyphens."""
     return re.sub("[^a-z0-9]+", "-", f"{kind}-{name}".lower())
 
@@ -36,7 +36,7 @@ def tag_run(*tags: str) -> None:
 def show_scores(name: str, scores: Mapping[str, Any]) -> None:
     """Show the numbers among scores as the table `scores-NAME` of the flow run under way."""
     rows = [{"score": key, "value": value} for key, value in scores.items() if isinstance(value, int | float)]
-    create_table_artifact(rows, key=_key("scores", name), description=f"Scores of {name}.")
+    create_table_artifact(rows, key=artifact_key("scores", name), description=f"Scores of {name}.")
 
 
 def show_training(pair: str, out: Path, report: Path, version: str) -> None:
@@ -45,7 +45,7 @@ def show_training(pair: str, out: Path, report: Path, version: str) -> None:
     for file in (report / name for name in PICTURES if (report / name).exists()):
         data = base64.b64encode(file.read_bytes()).decode()
         text = f"{file.stem} of {pair}, version {version} in MLflow"
-        create_image_artifact(f"data:image/png;base64,{data}", key=_key(file.stem, pair), description=text)
+        create_image_artifact(f"data:image/png;base64,{data}", key=artifact_key(file.stem, pair), description=text)
 
 
 def show_decision(report: Report) -> None:
@@ -55,7 +55,7 @@ def show_decision(report: Report) -> None:
         if found := report.get(name):
             lines.append(f"| {name} | {found['mean']:+.3f} | {found['low']:+.3f} | {found['high']:+.3f} |")
     text = "\n".join(lines if len(lines) > 4 else lines[:1])
-    create_markdown_artifact(text, key=_key("decision", report["dataset"]), description=report["decision"])
+    create_markdown_artifact(text, key=artifact_key("decision", report["dataset"]), description=report["decision"])
 
 
 def remove_cancelled(flow: Any, flow_run: Any, state: Any) -> None:
