@@ -49,7 +49,7 @@ class Metrics:
             "1 while the newest champion cannot be served.",
             ["dataset", "role"],
         )
-        self.store_readable = gauge("pixelcnn_store_readable", "1 while the model store is.")
+        self.store_readable = gauge("pixelcnn_store_readable", "1 while the model store is, 0 before any promotion.")
         self.ready = gauge("pixelcnn_ready", "1 while /readyz says so.")
         self.drawn = Histogram(
             "pixelcnn_drawn_bits_per_dim",
