@@ -193,8 +193,11 @@ def carry_out(run_id: str, report: Report) -> None:
         (f"champion is version {new.version}", lambda: registry.set_alias(dataset, CHAMPION, new.version)),
         ("the new champion is no challenger", lambda: registry.remove_alias(dataset, CHALLENGER, new.version)),
         serve,
-        ("the record says that it is done", lambda: decisions.end_decision(run_id)),
     ]
+    if previous in found and store.latest(new.name, "challenger") == store.tag_of(found[previous].lineage()):
+        # Its challenge ended when it became champion, and is not to begin again now that it is none.
+        moves.append(("the champion has no challenger", lambda: store.serve(tag, "challenger")))
+    moves.append(("the record says that it is done", lambda: decisions.end_decision(run_id)))
     done: list[str] = []
     for what, move in moves:
         try:
@@ -366,6 +369,7 @@ def run_shadow(dataset: str, number: int | None = None) -> str:
 
     Raises:
         LookupError: there is no such version; nothing has changed.
+        ValueError: it is for other images or labels than the champion; no challenge has begun.
     """
     wanted = str(number) if number is not None else registry.aliases(dataset).get(CHALLENGER)
     found = {version.version: version for version in registry.versions(dataset)}
@@ -375,7 +379,14 @@ def run_shadow(dataset: str, number: int | None = None) -> str:
         asked = f"version {wanted}" if wanted else "challenger"
         raise LookupError(f"{registered_name(dataset)} has no {asked}: name one, --version N. Known: {known}.")
     with champion_lock(dataset):
-        tag = export(version)
+        tag, served = export(version), store.latest(version.name)
+        own, of_served = (load_checkpoint(store.folder_of(one))[0].config for one in (tag, served or tag))
+        labels = {own.num_labels, of_served.num_labels} - {0}
+        if (own.image_shape, own.num_levels) != (of_served.image_shape, of_served.num_levels) or len(labels) > 1:
+            raise ValueError(
+                f"{tag} is for other images or labels than {served}, which is served: no challenge has begun. Name a "
+                "version that was trained on the same data: --version N."
+            )
         store.serve(tag, "challenger")
     if registry.aliases(dataset).get(CHAMPION) == version.version:
         return f"{tag} is the champion of {dataset}: no other version scores its drawings from now on."

@@ -47,10 +47,10 @@ def tag_of(lineage: Mapping[str, Any]) -> str:
     return f"{lineage['name']}:v{lineage['version']}-{lineage['weights_sha256'][:8]}"
 
 
-def latest(name: str) -> str | None:
-    """Return the tag that is served of a name, or None."""
+def latest(name: str, pointer: str = "latest") -> str | None:
+    """Return the tag that is served of a name, or that of another pointer of `serve`; None if there is none."""
     try:
-        version = (folder_of(name) / "latest").read_text().strip()
+        version = (folder_of(name) / pointer).read_text().strip()
     except FileNotFoundError:
         return None
     return f"{name}:{version}" if version and folder_of(f"{name}:{version}").is_dir() else None

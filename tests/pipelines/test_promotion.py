@@ -324,6 +324,18 @@ def test_a_champion_for_other_images_gives_way(toy):
         "(1, 4, 8) of 2; no version has a lower mean NLL"
     )
     assert toy.aliases["champion"] == second
+    with pytest.raises(ValueError, match=r"is for other images or labels than .*: no challenge has begun"):
+        run_shadow(toy.name, int(first))
+    assert store.latest(toy.model_name, "challenger") is None
+
+
+def test_a_past_challenger_does_not_challenge_again(toy):
+    for ink in (0.3, 0.2, INK):
+        version = toy.register(ink)
+        if ink == 0.2:
+            run_shadow(toy.name, int(version))
+        toy.promote(version)
+    assert store.latest(toy.model_name, "challenger") == store.latest(toy.model_name)
 
 
 def test_again_changes_nothing_and_repairs_the_store(toy):

@@ -142,6 +142,21 @@ def test_a_challenger_without_labels_scores_drawings_that_have_one(tmp_path):
     assert difference == pytest.approx(bits[1] - bits[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("other", [{"image_shape": (1, 5, 5)}, {"num_levels": 3}, {"num_labels": 2}], ids=str)
+def test_a_challenger_for_other_images_or_labels_scores_nothing(model, reference, tmp_path, other):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    config, submitted, challengers = dataclasses.replace(model.config, num_labels=3), [], Champions(tmp_path)
+    networks: list[Any] = [SimpleNamespace(config=c) for c in (config, dataclasses.replace(config, **other))]
+    champion, challenger = (
+        Champion(network, Identity(**lineage | {"version": str(i)}), {}, reference)
+        for i, network in enumerate(networks)
+    )
+    challengers._by_dataset["strokes"] = challenger
+    batcher: Any = SimpleNamespace(num_waiting=0, submit=submitted.append)
+    draw(Drawings(batcher, challengers), champion, *drawings(SCORE_EVERY, seed=3))
+    assert [score.models for score in submitted] == [[champion]], "its own score is not lost"
+
+
 def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fast(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, reference)

@@ -66,7 +66,7 @@ class Drawings:
 
     Args:
         batcher: computes the scores, in a lane of its own.
-        challengers: at most one of each dataset; one that is the champion itself does not count.
+        challengers: at most one of each dataset; one that is the champion itself, or for other images, does not count.
     """
 
     def __init__(self, batcher: Batcher, challengers: Champions) -> None:
@@ -88,7 +88,7 @@ class Drawings:
             watched.num_drawings += 1
             if watched.num_drawings % SCORE_EVERY == 0:
                 found = self._challengers.find(dataset)
-                others = [found] if found and found.identity != job.champion.identity else []
+                others = [found] if found and _can_challenge(found, job.champion) else []
                 watched.unscored.append(_Score(endpoint, job, [job.champion, *others]))
         self._score_next()
 
@@ -180,6 +180,14 @@ class Drawings:
                         metrics().shadow.labels(dataset, bound).set(value)
                     metrics().shadow_drawings.labels(dataset).set(watched.paired.num)
         self._score_next()
+
+
+def _can_challenge(challenger: Champion, champion: Champion) -> bool:
+    """Say whether it is another version, for the same images, and for the same labels if both know some."""
+    one, other = challenger.model.config, champion.model.config
+    if challenger.identity == champion.identity or len({one.num_labels, other.num_labels} - {0}) > 1:
+        return False
+    return (one.image_shape, one.num_levels) == (other.image_shape, other.num_levels)
 
 
 def _description(watched: _Watched) -> dict[str, Any]:
