@@ -85,32 +85,42 @@ def has_worker() -> bool:
     return False
 
 
-def schedules_there() -> dict[str, list[bool]]:
-    """Return which schedules of the server's deployments are on, by the deployment's name."""
+def read_server() -> tuple[set[str], dict[str, dict[str, Any]]]:
+    """Return the server's work pools, and what somebody may have set of its deployments, by their names."""
     with get_client(sync_client=True) as client:
-        return {one.name: [schedule.active for schedule in one.schedules] for one in client.read_deployments()}
+        pools, deployments = client.read_work_pools(), client.read_deployments()
+    known: dict[str, dict[str, Any]] = {}
+    for one in deployments:
+        limit: Any = one.global_concurrency_limit and one.global_concurrency_limit.limit
+        if limit and one.concurrency_options:
+            limit = {"limit": limit, **one.concurrency_options.model_dump(mode="json", exclude_none=True)}
+        active = [schedule.active for schedule in one.schedules]
+        known[one.name] = {"paused": one.paused, "concurrency_limit": limit, "active": active}
+    return {pool.name for pool in pools}, known
 
 
 def deploy(environment: Mapping[str, str]) -> None:
     """Make the work pool and the deployments of prefect.yaml, under this environment's own names, or raise OSError.
 
-    A schedule that somebody has switched on or off stays so.
+    A pool that is there stays as it is; a deployment stays paused, limited, and with its schedules on or off, as
+    somebody has set it.
     """
     settings, pool = yaml.safe_load(Path("prefect.yaml").read_text()), in_prefect(POOL)
     # Whichever worker takes a run: it acts on the registry and the store of this environment.
     variables = {"env": {"PIXELCNN_ENVIRONMENT": Settings().environment}}
-    switched = schedules_there()
+    pools, known = read_server()
     for deployment in settings["deployments"]:
         deployment["name"] = in_prefect(deployment["name"])
         deployment["work_pool"] |= {"name": pool, "job_variables": variables}
-        there = switched.get(deployment["name"], ())
-        for schedule, active in zip(deployment.get("schedules", ()), there, strict=False):
+        there = known.get(deployment["name"], {"active": ()})
+        for schedule, active in zip(deployment.get("schedules", ()), there.pop("active"), strict=False):
             schedule["active"] = active
+        deployment |= there
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings, file)
         file.flush()
-        make_pool = ("work-pool", "create", pool, "--type", "process", "--overwrite")
-        for words in (make_pool, ("deploy", "--all", "--prefect-file", file.name)):
+        make_pool = [] if pool in pools else [("work-pool", "create", pool, "--type", "process")]
+        for words in (*make_pool, ("deploy", "--all", "--prefect-file", file.name)):
             if subprocess.run([PREFECT, "--no-prompt", *words], env=dict(environment), check=False).returncode != 0:
                 raise OSError(f"`prefect {' '.join(words)}` failed; its message stands above.")
 

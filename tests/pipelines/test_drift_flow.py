@@ -11,7 +11,9 @@ import torch
 from prefect.automations import Automation
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from streamlit.testing.v1 import AppTest
 
 from app.canvas.drawing import TOUCHED, Drawing, known_cells, levels_of, per_cell, strength_of
@@ -230,9 +232,18 @@ def test_a_dataset_that_the_registry_lacks_does_not_hide_the_others(monkeypatch:
     assert trained == ["a"]
 
 
-def test_which_schedules_are_on_is_asked_of_the_server(prefect_server: str) -> None:
+def test_what_somebody_has_set_is_asked_of_the_server(prefect_server: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="there", type="process"))
     drift.watch_drift.to_deployment(name="switched-on", cron="*/15 * * * *").apply()
-    assert operate.schedules_there()["switched-on"] == [True]
+    limit = ConcurrencyLimitConfig(limit=2, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    for name, set_limit in (("limited", 3), ("cancelling", limit)):
+        drift.watch_drift.to_deployment(name=name, paused=True, concurrency_limit=set_limit).apply()
+    pools, known = operate.read_server()
+    assert "there" in pools
+    assert known["switched-on"] == {"paused": False, "concurrency_limit": None, "active": [True]}
+    assert known["limited"] == {"paused": True, "concurrency_limit": 3, "active": []}
+    assert known["cancelling"]["concurrency_limit"] == {"limit": 2, "collision_strategy": "CANCEL_NEW"}
 
 
 def test_a_failure_is_told_where_somebody_is_on_call(

@@ -71,7 +71,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(operate, "POLL_S", 0.1)
     monkeypatch.setattr(operate, "automate", lambda: None)
     monkeypatch.setattr(operate, "has_worker", lambda: False)
-    monkeypatch.setattr(operate, "schedules_there", dict)
+    monkeypatch.setattr(operate, "read_server", lambda: (set(), {}))
     handlers = {number: signal.getsignal(number) for number in operate.SIGNALS}
     yield f"http://127.0.0.1:{free_port()}/api"
     for number, handler in handlers.items():
@@ -276,19 +276,23 @@ def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: py
 def test_deployments_that_could_not_be_made_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
     monkeypatch.setattr(operate, "PREFECT", "false")  # the command, which fails
-    with pytest.raises(OSError, match="`prefect work-pool create pixelcnn --type process --overwrite` failed"):
+    with pytest.raises(OSError, match="`prefect work-pool create pixelcnn --type process` failed"):
         operate.deploy(os.environ)
 
 
-def test_a_schedule_stays_as_somebody_switched_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_somebody_has_set_in_prefect_stays(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
     for there in ({}, {"watch-drift": [True], "evaluate-champions": [False]}):
-        monkeypatch.setattr(operate, "schedules_there", lambda there=there: there)
+        known = {name: {"active": active, "paused": True, "concurrency_limit": 1} for name, active in there.items()}
+        monkeypatch.setattr(operate, "read_server", lambda known=known: ({operate.POOL} if known else set(), known))
         operate.deploy(os.environ)
         deployments = yaml.safe_load(Path("deployed.yaml").read_text())["deployments"]
         made = {one["name"]: [each.get("active", True) for each in one.get("schedules", ())] for one in deployments}
         assert made["watch-drift"] == there.get("watch-drift", [False])
         assert made["evaluate-champions"] == there.get("evaluate-champions", [True])
+        kept = {one["name"]: one["concurrency_limit"] for one in deployments if one.get("paused")}
+        assert kept == dict.fromkeys(there, 1)
+    assert Path("pools").read_text().split() == [operate.POOL], "one that is there keeps its limit and its pause"
 
 
 def test_an_unknown_environment_is_one_sentence(
