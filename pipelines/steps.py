@@ -133,10 +133,10 @@ def remove(
     from pipelines.registry.runs import registered_name
 
     own_pairs(name)  # first: nobody gives up a served model for a dataset that stays
-    served = store.latest(registered_name(name))
-    if served and not force:
+    model = registered_name(name)
+    if (served := store.latest(model)) and not force:
         raise ValueError(
-            f"{served} is served: `BENTOML_HOME={store.home()} bentoml models delete {served}` ends that; or remove "
+            f"{served} is served: `BENTOML_HOME={store.home()} bentoml models delete {model}` ends that; or remove "
             "the dataset alone: --force."
         )
     print(*remove_dataset(name), sep="\n")

@@ -364,8 +364,9 @@ def test_a_dataset_that_is_served_stays(folder: Path, capsys: pytest.CaptureFixt
     (served / "v1-0123").mkdir(parents=True)
     (served / "latest").write_text("v1-0123")
     assert steps.main(["remove", NAME]) == 1
-    tag, home = f"pixelcnn-{NAME}:v1-0123", os.environ["BENTOML_HOME"]
-    assert f"{tag} is served: `BENTOML_HOME={home} bentoml models delete {tag}` ends that" in capsys.readouterr().err
+    model, home = f"pixelcnn-{NAME}", os.environ["BENTOML_HOME"]
+    said = f"{model}:v1-0123 is served: `BENTOML_HOME={home} bentoml models delete {model}` ends that"
+    assert said in capsys.readouterr().err, "of all its versions: without the newest, the one before would be served"
     assert NAME in load_params().datasets
     assert steps.main(["remove", NAME, "--force"]) == 0
     assert NAME not in load_params().datasets
