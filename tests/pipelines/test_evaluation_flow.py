@@ -159,6 +159,21 @@ def test_the_service_is_asked_and_must_agree(
         evaluate_champions(["mnist5k"], "http://127.0.0.1:9")
 
 
+def test_a_promotion_meanwhile_is_no_failure(
+    weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release("pixelcnn-mnist5k")
+
+    def promoted(*_: object) -> httpx.Response:
+        version = tracking.client().create_model_version("pixelcnn-mnist5k", "elsewhere").version
+        registry.set_alias("mnist5k", "champion", version)
+        return httpx.Response(200, json={"log_prob": -1.0, "model": {"version": version}})
+
+    monkeypatch.setattr(evaluation_flow, "_post", promoted)
+    assert set(evaluate_champions(["mnist5k"], "http://service", 5)) == {"mnist5k"}
+    assert "version 1 is champion no more: the service is not compared" in caplog.text
+
+
 def test_a_token_is_sent_and_a_busy_service_waited_for(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, waited = load_dataset("data/mnist5k.safetensors"), []
     clock = SimpleNamespace(monotonic=lambda: float(sum(waited)), sleep=waited.append)
