@@ -12,7 +12,8 @@ RUN useradd --uid 10001 --no-create-home pixelcnn && mkdir /srv/store /srv/artif
 
 FROM base AS service
 ENV BENTOML_HOME=/srv/store BENTOML_HOST=0.0.0.0
-COPY pixelcnn.bento ./
+# Owned by who reads it: where the host's umask is strict, others may not.
+COPY --chown=pixelcnn pixelcnn.bento ./
 RUN python -m tarfile -e pixelcnn.bento bento && chmod -R a+rX bento && \
     pip install -r bento/env/python/requirements.txt -c bento/src/constraints.txt
 USER pixelcnn
@@ -24,12 +25,12 @@ HEALTHCHECK --start-period=60s CMD python -c "from urllib.request import urlopen
 CMD ["bentoml", "serve", "/srv/pixelcnn/bento"]
 
 FROM base AS canvas
-COPY pyproject.toml constraints.txt ./
+COPY --chown=pixelcnn pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['app'], sep='\n')" \
     > app.txt && pip install -r app.txt -c constraints.txt
-COPY .streamlit .streamlit
-COPY app/__init__.py app/client.py app/environment.py app/
-COPY app/canvas app/canvas
+COPY --chown=pixelcnn .streamlit .streamlit
+COPY --chown=pixelcnn app/__init__.py app/client.py app/environment.py app/
+COPY --chown=pixelcnn app/canvas app/canvas
 ENV PYTHONPATH=/srv/pixelcnn
 USER pixelcnn
 EXPOSE 8501
@@ -37,7 +38,7 @@ HEALTHCHECK CMD python -c "from urllib.request import urlopen; urlopen('http://1
 CMD ["streamlit", "run", "app/canvas/main.py", "--server.address", "0.0.0.0"]
 
 FROM base AS pipeline
-COPY . .
+COPY --chown=pixelcnn . .
 RUN pip install -e '.[pipelines,cluster]' -c constraints.txt
 # Adding a dataset records it with DVC, which otherwise looks for git: an image has neither the program nor the history.
 RUN dvc config --local core.no_scm true && chown -R pixelcnn .

@@ -17,7 +17,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export STREAMLIT_BROWSER_GATHER_USAGE_STATS := false
 
-.PHONY: demo own test test-slow check audit bench pictures serve app pipeline operate install clean
+.PHONY: demo own test test-slow check audit bench pictures serve app pipeline operate install fits clean
 .DEFAULT_GOAL := help
 help:
 	@echo "make demo      everything from a fresh clone: install, serve, show the canvas; train the quick start beside"
@@ -80,7 +80,10 @@ audit: install
 	@.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3' 'cyclonedx-bom>=7,<8'
 	@mkdir -p reports/audit
 	.venv/audit/bin/cyclonedx-py environment $(BIN)/python --output-file reports/audit/sbom.json
-	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	@# Those two are not in constraints.txt; of a build such as 2.9.0+cpu an index knows 2.9.0.
+	@$(BIN)/python -c 'from importlib.metadata import version; \
+	  [print(name, version(name).partition("+")[0], sep="==") for name in ("torch", "torchvision")]' > .venv/audit/torch.txt
+	.venv/audit/bin/pip-audit --requirement constraints.txt --requirement .venv/audit/torch.txt --no-deps --disable-pip
 
 bench: install
 	@for pair in $(notdir $(wildcard weights/*)); do \
@@ -107,7 +110,13 @@ operate: install
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+# Its programs name their folder and its Python: those of one that was copied would run the other's code.
+fits:
+	@[ ! -e .venv/installed ] || \
+	  case "$$(cat .venv/installed)" in "" | "$(CURDIR)") $(BIN)/python -c "" 2>/dev/null;; *) false;; esac || \
+	  { echo "error: .venv was made in another folder, or its Python is gone. Run make clean, then this again."; exit 1; }
+
+.venv/installed: pyproject.toml constraints.txt | fits
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "error: Python 3.11 to 3.13 is needed, '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -118,7 +127,7 @@ install: .venv/installed
 	@# Not compiled now: Python compiles what it imports, which is a fraction of all, at its first import.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	  -e '.[pipelines,service,app]' --group dev -c constraints.txt
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 clean:
 	rm -rf .venv build *.egg-info

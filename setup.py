@@ -9,6 +9,8 @@ from setuptools.command.build_py import build_py
 
 class BuildWithWeights(build_py):
     def run(self) -> None:
+        if not self.editable_mode:  # a wheel takes all that lies there, also of a build before
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         if not self.editable_mode:  # a clone has them beside the code
             names = ("config.json", "model.safetensors", "scores.json", "README.md")

@@ -1,8 +1,10 @@
-"""Container and workflow files: what can be held to without Docker and GitHub. docs/packages.md says what was run."""
+"""Make, container and workflow files: what is held to without Docker and GitHub. docs/packages.md says what was run."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import requires
 from pathlib import Path
@@ -14,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
-from tests.local import Webhook, free_port, stop
+from tests.local import Webhook, free_port, run, stop
 from tests.pipelines.projects import copy_project
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,64 @@ def test_the_bento_takes_what_the_service_does() -> None:
     packages = yaml.safe_load((ROOT / "bentofile.yaml").read_text())["python"]["packages"]
     wanted = {*EXTRAS["service"], *EXTRAS["tracing"]}
     assert wanted <= set(packages) <= wanted | set(PROJECT["project"]["dependencies"])
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """Return a folder in which `make install` has nothing to do; its Python is this one."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    write_program(tmp_path / ".venv/bin/python", f'exec {sys.executable} "$@"')
+    (tmp_path / ".venv/installed").write_text(f"{tmp_path}\n")
+    return tmp_path
+
+
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_an_environment_of_another_folder_or_without_python_is_refused(installed: Path) -> None:
+    def made() -> subprocess.CompletedProcess[str]:
+        return run(["make", "--silent", "install"], cwd=installed)
+
+    assert made().returncode == 0
+    sentence = "error: .venv was made in another folder, or its Python is gone. Run make clean, then this again.\n"
+    (installed / ".venv/bin/python").rename(installed / ".venv/bin/python3")
+    assert (made().returncode, made().stdout) == (2, sentence)
+    (installed / ".venv/bin/python3").rename(installed / ".venv/bin/python")
+    (installed / ".venv/installed").write_text("/elsewhere\n")
+    assert (made().returncode, made().stdout) == (2, sentence)
+
+
+def test_the_audit_asks_about_torch_too(installed: Path) -> None:
+    (installed / ".venv/audit/bin").mkdir(parents=True)
+    for name in ("python", "cyclonedx-py"):
+        write_program(installed / ".venv/audit/bin" / name, "")
+    write_program(installed / ".venv/audit/bin/pip-audit", 'cat "$2" "$4"  # those that it requires')
+    done = run(["make", "--silent", "audit", "PYTHON=true"], cwd=installed)
+    asked = dict(line.split("==") for line in done.stdout.splitlines() if re.fullmatch(r"[\w.-]+==[\w.]+", line))
+    assert asked.keys() >= {"numpy", *UNLOCKED}, done.stderr
+
+
+def test_a_release_is_of_the_version_that_its_tag_names() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())
+    check = next(step["run"] for step in workflow["jobs"]["release"]["steps"] if "run" in step)
+    version = PROJECT["project"]["version"]
+    for tag, code in ((f"v{version}", 0), (f"v{version}1", 1)):
+        assert run(["bash", "-c", check], cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": tag}).returncode == code
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+
+
+def test_what_an_image_copies_is_its_users_to_read() -> None:
+    """Under a strict umask files are their owner's alone, and Docker keeps that."""
+    assert re.findall(r"^COPY (?!--chown=pixelcnn ).*", (ROOT / "Dockerfile").read_text(), re.MULTILINE) == []
+
+
+def test_a_database_is_not_ready_before_it_is_reached_by_tcp() -> None:
+    check = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["postgres"]["healthcheck"]["test"]
+    assert check[check.index("--host") + 1] == "127.0.0.1"
 
 
 def test_containers_are_closed() -> None:

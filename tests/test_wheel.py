@@ -28,6 +28,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = folder / "source" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(ROOT / name)
+    # Of a build before, a file that is gone since.
+    removed = folder / "source/build/lib/pixelcnn/removed.py"
+    removed.parent.mkdir(parents=True)
+    removed.touch()
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
     done = subprocess.run([sys.executable, "-c", build], cwd=folder / "source", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -49,6 +53,7 @@ def test_it_holds_code_assets_and_weights(wheel: Path) -> None:
         for name in ("config.json", "model.safetensors", "scores.json", "README.md")
     }
     assert wanted | weights <= names
+    assert "pixelcnn/removed.py" not in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"app", "pipelines", "pixelcnn"}
 
 

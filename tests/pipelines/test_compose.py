@@ -215,7 +215,6 @@ def test_all_services_together(network: list[str], tmp_path: Path, monkeypatch: 
             done = run([*user, "psql", "-h", str(socket), "-c", line], cwd="/")
             assert done.returncode == 0, done.stderr
         try:
-            told["PGHOST"] = str(socket)  # which that image has at its usual place
             all_of_it.wait_for("postgres")
             for command in (all_of_it.unpacking(), f"bentoml {all_of_it.of_stage('service', 'RUN bentoml')}"):
                 done = all_of_it.run("service", "sh", "-c", command)
