@@ -24,7 +24,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Return every benchmark of a folder, by its pair.
 
     Raises:
-        ValueError: the folder has no benchmark, or one that cannot be read.
+        ValueError: the folder has no benchmark, one that cannot be read, or those of several machines.
     """
     results: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -34,6 +34,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} is no JSON. Make it again: make bench") from None
     if not results:
         raise ValueError(f"{folder} holds no benchmark. Make one: make bench")
+    if len({(one["processor"], one["num_threads"], one["torch"]) for one in results.values()}) > 1:
+        raise ValueError(f"{folder} holds figures of several machines or versions of torch. Empty it, then: make bench")
     return results
 
 

@@ -1,5 +1,6 @@
 """The picture and the tables of the samplers' benchmark."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
 def test_its_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"plot: {tmp_path} holds no benchmark. Make one: make bench\n"
+    for torch_version in ("2.7.0", "2.8.0"):
+        result = {"processor": "x", "num_threads": 2, "torch": torch_version}
+        (tmp_path / f"{torch_version}.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"holds figures of several machines or versions of torch\. Empty it"):
+        read(tmp_path)
     (tmp_path / "half.json").write_text("{")
     with pytest.raises(ValueError, match=r"half\.json is no JSON. Make it again: make bench"):
         read(tmp_path)
