@@ -26,18 +26,8 @@ from pipelines.errors import run
 from pipelines.operate import PREFECT, await_server, stop
 from pipelines.params import PARAMS_FILE, load_params
 from tests.local import free_port
+from tests.pipelines.projects import copy_project, write_params
 
-COPIED = (
-    "pipelines",
-    "pixelcnn",
-    "judges",
-    "dvc.yaml",
-    "full/dvc.yaml",
-    ".dvc/config",
-    ".dvcignore",
-    "prefect.toml",
-    PARAMS_FILE,
-)
 TRAINING_S = 60.0  # what the percentage is of
 
 FIT = """
@@ -110,7 +100,7 @@ def measure(pair: str, epochs: float | None) -> list[tuple[str, float, float]]:
     with tempfile.TemporaryDirectory() as top, running_server(Path(top)) as url:
         for number, (name, words) in enumerate(lines):
             folder = Path(top) / str(number)
-            _copy_project(folder, pair, dataset, epochs)
+            _write_project(folder, pair, dataset, epochs)
             environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": "", "PREFECT_API_URL": url}
             environment |= {"PREFECT_HOME": str(folder / "prefect"), "GIT_CEILING_DIRECTORIES": top}
             if number == FRESH:
@@ -130,18 +120,15 @@ def _python(folder: Path, environment: dict[str, str], *words: str) -> None:
         raise OSError(f"a measured command failed: {done.stderr.strip()[-1000:]}")
 
 
-def _copy_project(folder: Path, pair: str, dataset: str, epochs: float | None) -> None:
-    for name in COPIED:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, target)
+def _write_project(folder: Path, pair: str, dataset: str, epochs: float | None) -> None:
+    copy_project(folder)
     (folder / "data").mkdir()
     shutil.copy(f"data/{dataset}.safetensors", folder / "data")
-    values = yaml.safe_load((folder / PARAMS_FILE).read_text())
+    values = yaml.safe_load(Path(PARAMS_FILE).read_text())
     train = values["pairs"][pair]["train"]
     train.pop("max_minutes", None)  # the same steps in each, however busy the machine is
     train |= {"max_epochs": epochs} if epochs else {}
-    (folder / PARAMS_FILE).write_text(yaml.safe_dump(values, sort_keys=False))
+    write_params(folder, values)
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 
 

@@ -5,8 +5,10 @@ import json
 import random
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from tests.local import Handler
 
 MODEL = {
     "name": "pixelcnn-mnist5k",
@@ -57,7 +59,7 @@ class StubService:
         self.row_s = row_s
         stub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Stub(Handler):
             def do_GET(self) -> None:
                 stub.num_listed += self.path == "/models"
                 self._json(200 if self.path == "/models" else 404, stub.models)
@@ -67,7 +69,9 @@ class StubService:
                 stub.requests.append((self.path, body))
                 stub.clients.append(self.headers["X-Client"])
                 if stub.refusal:
-                    self._send(stub.refusal[0], "application/json", stub.refusal[1].encode())
+                    status, sentence = stub.refusal
+                    # Or a client that asks again would wait for seconds.
+                    self.reply(status, sentence.encode(), Content_Type="application/json", Retry_After="0")
                 elif self.path == "/generate":
                     self._json(200, stub.generated(body))
                 elif self.path == "/likelihood":
@@ -90,26 +94,14 @@ class StubService:
                 self.wfile.write(f"event: result\ndata: {json.dumps(answer)}\n\n".encode())
 
             def _json(self, status: int, values: Any) -> None:
-                self._send(status, "application/json", json.dumps(values).encode())
-
-            def _send(self, status: int, content_type: str, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", content_type)
-                self.send_header("Content-Length", str(len(body)))
-                if status == 429:
-                    self.send_header("Retry-After", "0")  # or a client that asks again would wait for seconds
-                self.end_headers()
-                self.wfile.write(body)
+                self.reply(status, json.dumps(values).encode(), Content_Type="application/json")
 
             def handle(self) -> None:
                 # The client may go away in mid-answer, as a page does when it is redrawn.
                 with contextlib.suppress(ConnectionError):
                     super().handle()
 
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Stub)
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()

@@ -19,6 +19,7 @@ import pytest
 
 from app.canvas.views.demo import status_text
 from app.demo import Beside, main, own_steps, port_of
+from benchmarks.interrupts import marked_processes
 from pixelcnn.training import StepReport, format_progress
 from tests.local import free_port
 
@@ -46,18 +47,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 socketserver.TCPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
 """
 PROGRAMS = ["make", "dvc", "python", "bentoml", "streamlit"]
-
-
-def marked_processes(mark: str) -> list[int]:
-    """Find processes by a variable of their environment, which all that the demo starts inherit."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environ.read_bytes():
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 class Demo:
@@ -148,7 +137,7 @@ def test_interrupted_in_any_step_it_leaves_nothing(demo: Demo, program: str, sen
     os.killpg(process.pid, sent)  # as a terminal does
     said, _ = process.communicate(timeout=10)
     assert time.monotonic() - start < 5
-    assert marked_processes(demo.mark) == []
+    assert marked_processes(demo.mark) == {}
     # On a busy machine the canvas can be ready before the signal comes.
     lines = [line for line in said.splitlines() if line and not line.startswith("Ready: draw at ")]
     assert lines == ["Stopped. The next `make demo` goes on from here."]
@@ -185,7 +174,7 @@ def test_a_part_that_fails_ends_all(demo: Demo, program: str) -> None:
     assert sentence.startswith("error: ")
     assert sentence.endswith("; its message stands above.")
     assert process.returncode == 1
-    assert marked_processes(demo.mark) == []
+    assert marked_processes(demo.mark) == {}
 
 
 @pytest.mark.timeout(400)  # a loaded machine is no failure
