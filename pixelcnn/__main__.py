@@ -51,7 +51,7 @@ Checkpoint = Annotated[Path, Option(help="folder of a checkpoint, or the name of
 Data = Annotated[Path, Option(help="prepared dataset, e.g. data/mnist.safetensors")]
 Device = Annotated[Literal["cpu", "cuda"], Option()]
 Seed = Annotated[int, Option(min=0, max=2**63 - 1)]
-Label = Annotated[int | None, Option(help="class to draw; left out for none")]
+Label = Annotated[int | None, Option(min=-1, max=2**63 - 1, help="class to draw; left out for none")]
 
 
 def _png(path: Path) -> Path:
@@ -371,8 +371,11 @@ def rank_command(
     """
     from pixelcnn.packing import rank
 
-    if not out.parent.is_dir():  # said before any work
-        raise ValueError(f"--out must be a .png in a folder that exists, got {out}.")
+    # Said before any work.
+    if not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"--out must be a .png in a folder that exists and that you may write to, got {out}.")
+    if out.resolve().is_relative_to(images.resolve()):
+        raise ValueError(f"--out must be a .png that is not among --images {images}, got {out}.")
     ranked = rank(checkpoint, images, split=split, on_progress=_progress_printer("scored"))
     _write_sheet(ranked.ends, ranked.config.num_levels, out)
     place = ranked.nats.argsort(descending=True, stable=True).argsort() + 1

@@ -9,7 +9,6 @@ import math
 import os
 import tempfile
 import warnings
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipelines.datasets.entry import QUANTIZED_PROTOCOL, THRESHOLD_PROTOCOL, DatasetParams, Source
-from pixelcnn.packing.pictures import check_absent
+from pixelcnn.packing.pictures import DAMAGED, check_absent
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 MIN_PICTURE, MAX_PICTURE = 4, 4096  # pixels on a side
@@ -263,7 +262,7 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
         arrays = {"images": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
         if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
             raise ValueError(f"{odd[0]!r} is none")
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} holds no plain arrays of numpy ({error}). Save it by numpy.savez.") from None
     if "images" not in arrays:
         raise ValueError(f"{path} has no array 'images', only {', '.join(arrays) or 'nothing'}.")

@@ -3,6 +3,9 @@
 import io
 import os
 import shutil
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ from pixelcnn.images import from_png, to_png
 from pixelcnn.packing.container import is_plain
 
 LABELS_FILE = "labels.npy"
+# What np.load raises of a file that is damaged, or none.
+DAMAGED = (ValueError, EOFError, SyntaxError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _read_pngs(files: list[Path], config: ModelConfig, exact: bool) -> Tensor:
 def _load_npy(path: Path) -> Any:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is no .npy array ({error}).") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is no .npy array: it holds several.")
@@ -149,7 +154,9 @@ def _levels(path: Path, values: Any, config: ModelConfig) -> Tensor:
 
 def check_absent(path: Path, empty_folder: bool = False) -> None:
     """Raise ValueError if something is there (but for an empty folder, if told so), or nothing can be written there."""
-    if path.exists() and not (empty_folder and path.is_dir() and not any(path.iterdir())):
+    # Nothing can be renamed onto `.`, a link to a folder, or a mount.
+    is_plain_folder = path.is_dir() and path.name and not path.is_symlink() and not path.is_mount()
+    if os.path.lexists(path) and not (empty_folder and is_plain_folder and not any(path.iterdir())):
         raise ValueError(f"{path} is there already. Name another one, or remove it.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: {path.parent} is no folder that you may write to.")

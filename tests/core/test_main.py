@@ -175,6 +175,11 @@ def test_bench_prints_and_writes_its_figures(
     assert printed.endswith(f"wrote {out}\n")
 
 
+def test_a_label_beyond_64_bits_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--checkpoint", str(checkpoint), "--out", "x.png", "--label", str(2**63)]) == 2
+    assert "Invalid value for '--label'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

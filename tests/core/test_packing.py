@@ -284,10 +284,13 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
             pack(checkpoint, tmp_path / name, tmp_path / "x.pxl")
     np.savez(tmp_path / "several.npz", array)
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
-    for name in ("broken.npy", "pickle.npy", "several.npy"):
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "several.npy").read_bytes()[:-9])
+    (tmp_path / "flipped.npy").write_bytes((tmp_path / "in.npy").read_bytes().replace(b"(4", b"((", 1))
+    for name in ("broken.npy", "pickle.npy", "several.npy", "cut.npy", "flipped.npy"):
         with pytest.raises(ValueError, match=f"{name} is no .npy array"):
             pack(checkpoint, tmp_path / name, tmp_path / "x.pxl")
-    (tmp_path / "several.npy").unlink()
+    for name in ("several.npy", "cut.npy", "flipped.npy"):
+        (tmp_path / name).unlink()
     np.save(tmp_path / "labels.npy", np.array([0, 1, 2, 0]))
     np.save(tmp_path / "few.npy", np.array([0, 1]))
     for name, message in {
@@ -308,7 +311,7 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
         pack(unlabelled, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / "in.npy")
 
 
-def test_what_is_there_is_never_replaced(checkpoint, tmp_path) -> None:
+def test_what_is_there_is_never_replaced(checkpoint, tmp_path, monkeypatch) -> None:
     array_of(tmp_path / "in.npy", 4)
     pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl")
     (tmp_path / "folder").mkdir()
@@ -320,6 +323,14 @@ def test_what_is_there_is_never_replaced(checkpoint, tmp_path) -> None:
     for name in ("in.npy", "folder", "empty.npy"):
         with pytest.raises(ValueError, match=exactly(message.format(tmp_path / name))):
             unpack(checkpoint, tmp_path / "x.pxl", tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "hollow")
+    for name in ("", "hollow"):  # a link to nothing, and to an empty folder
+        (tmp_path / name).mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=exactly(message.format(tmp_path / "link"))):
+            unpack(checkpoint, tmp_path / "x.pxl", tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "hollow")
+    with pytest.raises(ValueError, match=exactly(message.format("."))):
+        unpack(checkpoint, tmp_path / "x.pxl", Path())
     absent = tmp_path / "absent" / "x"
     message = f"{absent} cannot be written: {absent.parent} is no folder that you may write to."
     with pytest.raises(ValueError, match=exactly(message)):

@@ -1,6 +1,7 @@
 """Ranking: the scores are what they are said to be, strangers come first, and what does not fit is named."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,14 @@ def test_pictures_that_cannot_be_ranked_are_named(checkpoint, tmp_path, capsys, 
     assert "--out must be a .png in a folder that exists" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "out.jpg")]) == 2
     assert "out.jpg must end in .png." in capsys.readouterr().err
+
+
+def test_a_sheet_that_cannot_be_written_is_said_before_any_work(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.setattr("pixelcnn.packing.rank", None)
+    command = ["rank", "--checkpoint", "any", "--images", str(tmp_path / "in"), "--out"]
+    assert main([*command, str(tmp_path / "in" / "ranking.png")]) == 1
+    assert "--out must be a .png that is not among --images" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    assert main([*command, str(tmp_path / "ranking.png")]) == 1
+    assert "in a folder that exists and that you may write to" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import os
 import shutil
 import struct
@@ -492,11 +493,18 @@ def test_odd_arrays(folder: Path, tmp_path: Path, arrays: dict[str, np.ndarray],
         own.add("x", tmp_path / "x.npz", own.Wishes())
 
 
-def test_a_damaged_archive_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_arrays_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.npz"
     np.savez_compressed(path, images=np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8))
     whole, half = path.read_bytes(), path.stat().st_size // 2
-    for damaged in (whole[:half], whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((30, 8, 8), np.uint8))
+    for damaged in (
+        whole[:half],
+        whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :],
+        whole.replace(b"\x00\x00\x08\x00", b"\x00\x00\x63\x00"),  # as if of another compression
+        buffer.getvalue().replace(b"(30", b"((0"),
+    ):
         path.write_bytes(damaged)
         assert add(path) == 1
         assert "holds no plain arrays of numpy" in capsys.readouterr().err
