@@ -1,6 +1,7 @@
 """Each process of the tests, of which there may be several at a time, keeps to folders of its own."""
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 
 _folder = Path(tempfile.mkdtemp(prefix="pixelcnn-tests-"))
-# Before any tool is imported: what these hold of the person's is neither read nor written.
+# Before any tool is imported: what is the person's is neither read nor written, no service of theirs is asked or told.
+for _name in list(os.environ):
+    if re.match("PIXELCNN_(?!TEST_|KILLS)|MLFLOW_TRACKING_URI|PREFECT_API_URL", _name):
+        del os.environ[_name]
 os.environ |= {"PREFECT_HOME": str(_folder / "prefect"), "BENTOML_HOME": str(_folder / "bentoml")}
 
 

@@ -1,6 +1,8 @@
 """The environment's settings, in one class."""
 
+import os
 import re
+import sys
 from pathlib import Path
 from urllib.request import getproxies, proxy_bypass
 
@@ -8,6 +10,8 @@ import pytest
 
 from pipelines.errors import run
 from pipelines.settings import Settings
+from tests import local
+from tests.pipelines.projects import ROOT
 
 
 def test_what_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +45,10 @@ def test_no_other_module_reads_our_variables() -> None:
         if path.name != "settings.py":
             text = path.read_text()
             assert not any(re.search(rf'(get|getenv)\("{name}"|environ\["{name}"\]', text) for name in names), path
+
+
+def test_a_persons_settings_do_not_reach_the_tests(tmp_path: Path) -> None:
+    theirs = {"PIXELCNN_TOKEN": "a", "PIXELCNN_TEST_CASES": "9", "MLFLOW_TRACKING_URI": "b", "PREFECT_API_URL": "c"}
+    command = [sys.executable, "-c", "import os, tests.conftest; print(*os.environ)"]
+    done = local.run(command, cwd=ROOT, env={**os.environ, **theirs, "TMPDIR": str(tmp_path)})
+    assert theirs.keys() & set(done.stdout.split()) == {"PIXELCNN_TEST_CASES"}
