@@ -121,7 +121,8 @@ fits:
 	  { echo "error: Python 3.11 to 3.13 is needed, '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: '$(PYTHON)' has no venv module. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps .venv  # an old pip takes longer to resolve
+	@# An old pip takes longer to resolve. A venv whose making was interrupted has none.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear --upgrade-deps .venv
 	@echo "installing into .venv (some minutes; about 2 GB, with CUDA several more) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'  # which knows groups
 	@# Not compiled now: Python compiles what it imports, which is a fraction of all, at its first import.

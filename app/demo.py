@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ ANYWHERE = "0.0.0.0"
 INSTALL = ["make", "--silent", "install"]
 STEPS = ["python", "-m", "pipelines.steps"]
 BESIDE = [[*STEPS, "release"], ["dvc", "repro"], [*STEPS, "promote", "mnist5k"]]
+WISHES = ("IMAGES", "NAME", "SIDE", "COLOUR", "LEVELS", "MINUTES")  # of pictures of one's own
 LOG = Path(".logs/quick-start.log")
 STAGE = re.compile(r"Running stage '(\w+)@([\w-]+)'")  # as DVC says it
 PROGRESS = re.compile(r": train .*?(?:, validation ([\d.]+ [^ ,]+).*)?, (\d+:\d+) left")  # as `format_progress` says it
@@ -199,11 +201,10 @@ class Beside:
 
 
 def own_steps(wishes: dict[str, str]) -> tuple[str, list[list[str]]]:
-    """Return the name of a dataset of one's own, and what comes before it can be drawn, by what `make own` was given:
-    IMAGES, without which it is letters, NAME, SIDE, COLOUR, LEVELS, MINUTES."""
+    """Return the name of a dataset of one's own, without IMAGES letters, and what comes before it can be drawn."""
     name = wishes.get("NAME") or ("glyphs" if wishes.get("IMAGES") else "letters")
     images = wishes.get("IMAGES") or "data/raw/letters.npz"
-    options = [("--" + key.lower(), wishes[key]) for key in ("SIDE", "COLOUR", "LEVELS", "MINUTES") if wishes.get(key)]
+    options = [("--" + key.lower(), wishes[key]) for key in WISHES[2:] if wishes.get(key)]
     add = [*STEPS, "add", name, "--images", images, "--keep", *(word for option in options for word in option)]
     letters = [] if wishes.get("IMAGES") else [[*STEPS, "letters", images]]
     pair = f"own/dvc.yaml:evaluate@gated_pixelcnn-{name}"
@@ -266,7 +267,9 @@ def main(words: list[str]) -> None:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         kill_descendants()
-        print(f"\nStopped. The next `make {'own' if name else 'demo'}` goes on from here.", flush=True)
+        wished = [f"{key}={shlex.quote(os.environ[key])}" for key in WISHES if os.environ.get(key)]
+        again = " ".join(["own", *wished]) if name else "demo"
+        print(f"\nStopped. The next `make {again}` goes on from here.", flush=True)
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def test_every_requirement_is_locked_but_those_whose_builds_differ() -> None:
                 todo += [(Requirement(line), asked[1]) for line in requires(asked[0]) or []]
     locked = re.findall(r"^([^#=]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert {name for name, _ in needed} - {canonicalize_name(name) for name in locked} == UNLOCKED
+
+
+def test_an_installation_that_was_interrupted_begins_anew(tmp_path: Path) -> None:
+    """A virtual environment has its Python at once, and pip seconds later."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    venv.create(tmp_path / ".venv", with_pip=False)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >>asked\n[ "$2" != venv ]\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "install", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode != 0
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "-m venv --clear --upgrade-deps .venv"
 
 
 def test_the_bento_takes_what_the_service_does() -> None:

@@ -152,7 +152,8 @@ def test_own_pictures_are_learned_before_they_are_served(demo: Demo) -> None:
     demo.await_line(f"Ready: draw at http://127.0.0.1:{demo.ports['CANVAS_PORT']}/?dataset=glyphs (")
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=10)
-    assert said.strip() == "Stopped. The next `make own` goes on from here."
+    again = "make own IMAGES='my pictures' NAME=glyphs SIDE=48x32 MINUTES=2"
+    assert said.strip() == f"Stopped. The next `{again}` goes on from here."
     assert (demo.folder / "ran").read_text().splitlines() == [
         "python -m pipelines.steps add glyphs --images my pictures --keep --side 48x32 --minutes 2",
         "dvc repro own/dvc.yaml:evaluate@gated_pixelcnn-glyphs",
