@@ -56,7 +56,7 @@ class Visit:
     example_wanted: bool = False
     example: tuple[str, np.ndarray] | None = None  # (dataset, strengths) of the last picture made to start from
     layouts: dict[str, Layout] = field(default_factory=dict)  # by the SHA-256 of the weights
-    load: dict[str, str] | None = None  # what the grid is to take over: {revision, ink}
+    load: dict[tuple[int, ...], dict[str, str]] = field(default_factory=dict)  # {revision, ink} for the grid of a shape
     generate_wanted: bool = True
     generated: Endings | None = None  # the last sheet
     surprise: tuple[Any, Likelihood, list[float] | None] | None = None  # (question, answer, log_probs by label)

@@ -17,7 +17,7 @@ from streamlit.runtime.scriptrunner_utils.script_run_context import ThreadState
 
 from app.canvas.endings import Endings
 from app.canvas.texts import say
-from app.client import OnOpen, Rows, ServiceClient
+from app.client import OnOpen, Rows, ServiceClient, ServiceError
 
 Event = TypeVar("Event")
 WAIT_S = 0.01  # how often a page that waits looks whether it is to be redrawn
@@ -174,6 +174,9 @@ def drawn(client: ServiceClient, asked: Endings, on_open: OnOpen) -> Generator[E
         for event in events:
             if isinstance(event, Rows):
                 rows: np.ndarray = np.array(event.rows)  # (N, rows, W) or (N, rows, W, 3)
+                if rows.max() >= asked.levels:
+                    text = "A champion of more levels has just taken this one's place. Ask again in a few seconds."
+                    raise ServiceError(text, away=True)
                 images[:, event.start : event.start + rows.shape[1]] = rows
                 now = time.monotonic()
                 if now - shown_at >= SHOW_S or event.start + rows.shape[1] == images.shape[1]:

@@ -55,6 +55,10 @@ def choose_label(names: list[str], text: str) -> int | None:
     if not names:
         st.selectbox(text, [say("anything")], key="no_label", disabled=True)
         return None
+    state = st.session_state
+    if state.setdefault("label_of", names) != names:  # the index kept, or linked to, would be another label's
+        state.label_of, state.label = names, -1
+        state.pop("linked_label", None)
     offered = [-1, *range(len(names))]
     label: int = st.selectbox(
         text,

@@ -27,7 +27,7 @@ from app.canvas.drawing import HOLE, TOUCHED, Drawing, decode_drawing, drawing_t
 from app.canvas.grid import drawing_grid
 from app.canvas.session import Visit
 from app.canvas.texts import TEXTS
-from tests.app.stub_service import StubService
+from tests.app.stub_service import StubService, served
 
 ROOT = Path(__file__).parents[2]
 
@@ -286,6 +286,20 @@ def test_unfinished_endings_of_an_undone_stroke_are_not_shown(open_page: OpenPag
     assert [pixels.tolist() for pixels in pictures(page)] == before
 
 
+def test_a_champion_of_more_levels_is_asked_anew(service: StubService, open_page: OpenPage) -> None:
+    """Where a stroke was sent in the levels of the one before."""
+    page = open_page()
+    page.session_state["visit"].models_at = math.inf  # has just been asked
+    service.models["mnist5k"] = {**service.models["mnist5k"], "levels": 16, "protocol": "quantized"}
+    page.toggle(key="live").set_value(True).run()
+    assert page.warning[0].value == "The model does not answer just now. Your drawing is kept."
+    assert page.session_state["visit"].gallery == []
+    press(page, "Try again now")
+    assert not page.warning
+    assert service.requests[-1][1]["image"] == (15 * INK).tolist()
+    assert page.session_state["visit"].gallery[0].levels == 16
+
+
 def test_service_down_then_up_keeps_drawing_and_endings(service: StubService, open_page: OpenPage) -> None:
     page = complete(open_page())
     service.close()
@@ -378,8 +392,8 @@ def test_start_from_a_half_that_the_model_made(service: StubService, open_page: 
     assert (pixels[:, :half, 3] == 255).all()
     assert (pixels[:, half:, 3] == 0).all()
     press(page, "Put it on the grid")
-    load = page.session_state["visit"].load["ink"]
-    page.session_state["grid-28x28" if dataset == "mnist5k" else "grid-32x32x3"] = {"ink": load}  # as the grid does
+    [load] = page.session_state["visit"].load.values()
+    page.session_state["grid-28x28" if dataset == "mnist5k" else "grid-32x32x3"] = {"ink": load["ink"]}  # as it does
     complete(page)
     body = service.requests[-1][1]
     assert body["observed"] == [[int(column < half) for column in range(made.shape[1])]] * made.shape[0]
@@ -508,6 +522,25 @@ def test_visit_keeps_a_gallery(service: StubService, open_page: OpenPage) -> Non
     assert seeds[1] == "5"
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_label_is_not_kept_where_its_number_means_another(
+    service: StubService, open_page: OpenPage, linked: bool
+) -> None:
+    page = open_page()
+    if linked:
+        page = AppTest.from_file(str(PAGE), default_timeout=20)
+        page.session_state["live"], page.query_params["label"] = False, "1"
+        page.session_state["grid-28x28"] = {"ink": grid_text(INK)}
+        page.run()
+    else:
+        page.selectbox(key="label").set_value(1)
+    complete(page)
+    page.selectbox(key="dataset").set_value("fashion_mnist").run()
+    complete(page)
+    sent = [(body["dataset"], body["label"]) for _, body in service.requests]
+    assert sent == [("mnist5k", 1), ("fashion_mnist", -1)]
+
+
 def test_generate(service: StubService, open_page: OpenPage) -> None:
     page = at(open_page, "Generate")
     assert [body["dataset"] for _, body in service.requests] == ["mnist5k"]  # at once
@@ -613,6 +646,13 @@ def test_models(open_page: OpenPage, service: StubService) -> None:
     assert len(page.header) == 3  # as last heard of
 
 
+def test_a_dataset_of_any_name_is_shown(service: StubService, open_page: OpenPage) -> None:
+    service.models = dict.fromkeys(("model", "mnist5k"), service.models["mnist5k"])
+    page = open_page()
+    assert not page.exception
+    assert "model" in page.selectbox(key="dataset").options
+
+
 def test_other_pages_without_a_service(open_page: OpenPage, service: StubService) -> None:
     service.close()
     page = at(open_page, "Generate")
@@ -703,6 +743,27 @@ def test_a_picture_of_another_shape_does_not_take_the_place_of_a_drawing(monkeyp
     for shape, expected in (((28, 28), load), ((32, 32, 3), None)):
         drawing_grid(shape, key="grid", load=load)
         assert given["load"] == expected
+
+
+def test_a_picture_put_on_one_grid_leaves_others_of_as_many_cells(
+    service: StubService, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.models = {"tall": served((1, 48, 32), 2, [], "threshold"), "wide": served((1, 32, 48), 2, [], "threshold")}
+    loads: dict[tuple[int, ...], object] = {}
+
+    def grid(shape: tuple[int, ...], **options: Any) -> Drawing:
+        loads[shape] = options["load"]
+        return drawing_grid(shape, **options)
+
+    monkeypatch.setattr("app.canvas.views.draw.drawing_grid", grid)
+    page = open_page()
+    page.button_group(key="source").set_value("model").run()
+    press(page, "Make a picture")
+    press(page, "Put it on the grid")
+    page.selectbox(key="dataset").set_value("wide").run()
+    assert not page.exception
+    assert loads[48, 32] is not None
+    assert loads[32, 48] is None
 
 
 def test_each_text_has_the_same_places_in_both_languages() -> None:

@@ -312,7 +312,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "One champion per dataset. A better version takes its place without a restart.",
         "Un champion par jeu de données. Une meilleure version le remplace sans redémarrage.",
     ),
-    "about_model": (
+    "model_facts": (
         "{architecture} · {height} x {width}{colour}, {levels} levels · protocol: {protocol}",
         "{architecture} · {height} x {width}{colour}, {levels} niveaux · protocole : {protocol}",
     ),

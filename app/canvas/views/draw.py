@@ -214,7 +214,7 @@ def show_grid(visit: Visit, settings: Settings, live: bool, beginnings: list[Dra
         known=settings.mode,
         value=decode_drawing(visit.linked, shape) if kept is None else parse_drawing(kept, shape),
         demonstration=beginnings[0] if beginnings else None,
-        load=visit.load,
+        load=visit.load.get(shape),
         live=live,
     )
     visit.drawn[shape] = drawing_text(drawing)

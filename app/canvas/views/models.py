@@ -20,7 +20,7 @@ def models_page(visit: Visit) -> None:
             channels, height, width = model.shape
             colour = " x 3" if channels == 3 else ""
             facts = {"levels": model.levels, "architecture": model.architecture, "protocol": model.protocol}
-            st.markdown(say("about_model", height=height, width=width, colour=colour, **facts))
+            st.markdown(say("model_facts", height=height, width=width, colour=colour, **facts))
             scores, test_nll = model.scores, say("test_nll", protocol=model.protocol)
             if model.levels == 2 and "test/nll_nats" in scores:
                 st.metric(test_nll, f"{scores['test/nll_nats']:.2f} nats")

@@ -44,7 +44,7 @@ def start_from_picture(visit: Visit, dataset: str, model: ServedModel, label: in
             st.caption(say("cells_keep", height=shape[0], width=shape[1]), width="stretch")
 
             def put() -> None:
-                visit.load = {"revision": uuid.uuid4().hex, "ink": drawing_text(drawing)}
+                visit.load = {shape: {"revision": uuid.uuid4().hex, "ink": drawing_text(drawing)}}
                 if part and len(shape) == 2:
                     # The other half counts as a whole, its blanks too.
                     st.session_state[known_key(False, sees_all)] = "touched"
