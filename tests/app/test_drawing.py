@@ -139,12 +139,6 @@ def test_uploaded_picture_is_whole_and_centred() -> None:
     assert (fit_picture(png(colour), (32, 32, 3), dark_ink=False) == (0, 200, 0)).all()
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_what_is_no_picture_is_said(data: bytes) -> None:
-    with pytest.raises(ValueError, match="no picture that can be read"):
-        fit_picture(data, (28, 28), dark_ink=True)
-
-
 def test_endings_are_continued_from_once_they_are_scored() -> None:
     ending = undrawn(Request("mnist5k", [[0, 1], [0, 0]], [[1, 1], [0, 0]], 2, None, 1.0, 5), 2, {})
     finished = replace(ending, images=np.maximum(ending.images, 0))

@@ -144,6 +144,7 @@ def test_the_layout_is_measured() -> None:
     [
         (saved(PIL.Image.new("1", (8000, 8000))), "This picture is too large. Upload one of at most 25 million"),
         (b"", "This file is no picture that can be read. Upload a PNG or a JPEG."),
+        (b"no picture", "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (saved(photo(200, 200)), "No ink was found in this picture. Take it nearer, on plain paper."),
         (
