@@ -93,8 +93,10 @@ def client() -> mlflow.MlflowClient:
     mlflow.set_tracking_uri(uri)
     if not uri.startswith("http") and (uri not in _ready or (database is not None and not database.exists())):
         # Two processes that create the schema of one database at once would break it.
-        name = f"mlflow-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
-        with file_lock(Path(tempfile.gettempdir()) / name, "the making of MLflow's database", logger.info):
+        lock = Path(tempfile.gettempdir(), f"mlflow-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock")
+        if database is not None:  # not by TMPDIR: each demo has one of its own
+            lock = database.with_name(f"{database.name}.lock")
+        with file_lock(lock, "the making of MLflow's database", logger.info):
             if database is not None and not database.exists():
                 # Made aside: a process killed during the migrations, which take seconds, leaves what nobody can open.
                 with tempfile.TemporaryDirectory(prefix=f"{database.name}.", dir=database.parent) as folder:
