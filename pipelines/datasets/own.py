@@ -23,7 +23,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from pipelines.datasets.checks import DATA_FOLDER, REPORTS_FOLDER, forget
 from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetParams, Source
-from pipelines.datasets.pictures import MIN_PICTURE, Left, load_pictures, read_pictures
+from pipelines.datasets.pictures import FORMATS, MIN_PICTURE, Left, load_pictures, read_pictures
 from pipelines.datasets.prepare import write
 from pipelines.files import atomic_write, file_lock
 from pipelines.params import OWN_FILE, PARAMS_FILE, load_params, repro_command
@@ -32,6 +32,7 @@ from pixelcnn.images import to_sheet
 
 LOCK_FILE = Path("own/dvc.lock")
 CHANGES_LOCK = Path("own/.changes.lock")  # of who adds or removes a dataset: each reads and writes the same files
+EXPERIMENTS = ("promotions", "evaluations")  # of MLflow's: a dataset's trainings lie in the one of its name
 MODEL = "gated_pixelcnn"  # of the pair that comes with a dataset
 MIN_PICTURES, MIN_OF_LABEL = 20, 3
 MAX_LABEL = 60  # characters
@@ -214,7 +215,8 @@ def source_of(images: Path) -> Source:
     kinds = {
         "arrays": path.is_file(),
         "idx": any(name.startswith("train-images-idx3-ubyte") for name in names),
-        "cifar": any(name.endswith(".bin") for name in names),
+        "cifar": any(name.endswith(".bin") for name in names)
+        and not any(file.suffix.lower() in FORMATS for file in path.rglob("*")),  # of which one may be anything
         "folder": True,
     }
     shown = path.relative_to(here) if path.is_relative_to(here) else path
@@ -238,6 +240,8 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         params = load_params()
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a dataset: {NAMES}.")
+        if name in EXPERIMENTS:
+            raise ValueError(f"{name!r} is an experiment of MLflow's that holds no trainings: choose another name.")
         source = source_of(images)
         if keep and name in params.datasets and params.datasets[name].source == source:
             return [f"{name} is there already, with its entry in {OWN_FILE}; remove it to choose anew"]

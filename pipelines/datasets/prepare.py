@@ -1,5 +1,6 @@
 """The prepare stage: official images, or somebody's own -> one file with fixed splits, `data/DATASET.safetensors`."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,15 @@ def write(
             f"{name} has {num_found} different images to train on, and sets {sum(held_out)} aside: give it more, or "
             "lower num_validation in its entry."
         )
-    # RandomState: its streams are frozen for ever, unlike those of newer generators.
     train_images, train_labels = found["train"]
-    permutation = torch.from_numpy(np.random.RandomState(params.split_seed).permutation(num_found))
+    if spec.source.kind == "folder":
+        # By content: as pictures are added, none that a model has learned is set aside, where it would flatter it.
+        seed, levels = str(params.split_seed).encode(), fixed_levels(train_images, spec)
+        keys = [hashlib.sha256(seed + image.numpy().tobytes()).digest() for image in levels]
+        permutation = torch.tensor(sorted(range(num_found), key=keys.__getitem__))
+    else:
+        # RandomState: its streams are frozen for ever, unlike those of newer generators.
+        permutation = torch.from_numpy(np.random.RandomState(params.split_seed).permutation(num_found))
     index = dict(zip(SPLITS, torch.split(permutation, [num_found - sum(held_out), *held_out]), strict=False))
     parts = {**found, **{s: (train_images[i], train_labels[i]) for s, i in index.items()}}
     images = {s: part[0] for s, part in parts.items()}

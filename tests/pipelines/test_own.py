@@ -184,6 +184,8 @@ def test_a_bad_folder_is_one_sentence(folder: Path, kind: str, capsys: pytest.Ca
         ("Glyphs", "'Glyphs' is no name"),
         ("a-b", "'a-b' is no name"),
         ("mnist", "there is a dataset 'mnist' already: choose another name"),
+        ("promotions", "'promotions' is an experiment of MLflow's that holds no trainings: choose another name"),
+        ("evaluations", "'evaluations' is an experiment of MLflow's"),
     ],
 )
 def test_a_name_that_is_taken_or_none(folder: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,6 +462,26 @@ def test_other_formats(folder: Path, tmp_path: Path) -> None:
         own.add("p", tmp_path / "p.npy", own.Wishes())
 
 
+def test_pictures_beside_a_bin_file_are_no_cifar(folder: Path) -> None:
+    (folder / "x.bin").write_bytes(b"x")
+    assert own.source_of(folder).kind == "folder"
+    fill(folder.parent / "labelled" / "a", 1)
+    (folder.parent / "labelled" / "x.bin").write_bytes(b"x")
+    assert own.source_of(folder.parent / "labelled").kind == "folder"
+
+
+def test_a_picture_that_is_added_sets_none_aside_that_was_learned(folder: Path) -> None:
+    """Or a champion would be scored on images that it has seen."""
+    assert add(folder) == 0
+    learned = load_dataset(f"data/{NAME}.safetensors").images["train"]
+    picture(99).save(folder / "-1.png")  # the first by name
+    assert steps.main(["prepare", NAME]) == 0
+    images = load_dataset(f"data/{NAME}.safetensors").images
+    assert sum(map(len, images.values())) == 31
+    held_out = {image.numpy().tobytes() for split in ("validation", "test") for image in images[split]}
+    assert not held_out & {image.numpy().tobytes() for image in learned}
+
+
 def test_a_test_set_stays_one_and_holds_no_picture_that_is_learned(folder: Path, tmp_path: Path) -> None:
     """Twice in a source, and on both sides of its own split, a picture would flatter every score."""
     pictures = np.stack([np.asarray(picture(i)) for i in range(40)])
@@ -685,3 +707,8 @@ def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Pat
     call("pipelines.steps", "remove", "second")
     assert stale() == set()
     assert "prepare@second" not in (project / "own/dvc.lock").read_text()
+    before = (project / "data/first.safetensors").read_bytes()
+    few(folder)
+    refused = run([sys.executable, "-m", "dvc", "repro", "own/dvc.yaml:prepare@first"], cwd=project, env=environment)
+    assert "first has changed too much since it was prepared last" in refused.stdout + refused.stderr
+    assert (project / "data/first.safetensors").read_bytes() == before, "what is refused takes nothing away"
