@@ -70,7 +70,7 @@ def save_checkpoint(
 
     Args:
         folder: the folder to write; its parent is made if missing.
-        model: as `build_model` makes it.
+        model: as `build_model` makes it, also after `torch.compile`.
         scores: JSON-ready values, e.g. of `evaluate`.
         dtype: of the stored weights, e.g. torch.float16; None for the model's own. They are float32 again when loaded.
         card: text of a model card to keep with them, as `README.md`.
@@ -80,6 +80,7 @@ def save_checkpoint(
         OSError: the folder cannot be written; one that was there before is left as it was.
     """
     check_replaceable(folder)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: the names of its weights are loaded
     folder = _target(Path(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new")
@@ -108,8 +109,8 @@ def save_checkpoint(
 
 
 def _target(folder: Path) -> Path:
-    """Return the folder that a link leads to, which is replaced in the link's place; any other folder as it is."""
-    return folder.resolve() if folder.is_symlink() else folder
+    """Return the folder that a link leads to, which is replaced in the link's place; any other one by its own name."""
+    return folder.resolve() if folder.is_symlink() or not folder.name else folder
 
 
 def _swap(new: Path, folder: Path) -> None:

@@ -70,6 +70,18 @@ def test_a_folder_that_is_there_comes_before_released_weights_of_its_name(tmp_pa
     assert load_checkpoint(name)[1] == SCORES
 
 
+def test_a_checkpoint_is_loaded_from_within_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(saved(tmp_path / "model"))
+    assert load_checkpoint(".")[1] == SCORES
+
+
+def test_a_compiled_model_is_saved_as_the_one_that_it_wraps(tmp_path):
+    model = tiny_model("pixelcnn", SHAPE, 2, num_labels=2).float()
+    save_checkpoint(tmp_path / "compiled", torch.compile(model), SCORES)
+    assert content(tmp_path / "compiled") == content(saved(tmp_path / "plain"))
+    load_checkpoint(tmp_path / "compiled")
+
+
 def test_a_link_to_a_folder_stays_one(tmp_path):
     link, target = tmp_path / "model", tmp_path / "elsewhere" / "real"
     saved(target)
