@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+MAX_SIDE = 256  # of an image: attention's mask grows with the fourth power of it
+
 
 def check_int(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -14,7 +16,7 @@ class ModelConfig:
     """What all architectures share.
 
     Args:
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images, each at most 256.
         num_levels: K, the values 0..K-1 that each sub-pixel can take.
         num_features: width of the network; a multiple of C, so that the maps split evenly into colour groups.
         num_labels: number of classes that the network can be told; 0 for a network without labels.
@@ -53,6 +55,8 @@ class ModelConfig:
             raise ValueError(f"image_shape must be three whole numbers (C, H, W), got {shape!r}.")
         for name, size in zip("CHW", shape, strict=True):
             check_int(f"{name} in image_shape", size, 1)
+            if size > MAX_SIDE:
+                raise ValueError(f"{name} in image_shape must be at most {MAX_SIDE}, got {size}.")
         object.__setattr__(self, "image_shape", tuple(shape))
         for name, least in {"num_levels": 2, "num_features": 1, "num_labels": 0}.items():
             check_int(name, getattr(self, name), least)

@@ -15,6 +15,7 @@ BAD = [
     ({"image_shape": (4, 4)}, "image_shape must be three whole numbers (C, H, W), got (4, 4)."),
     ({"image_shape": 28}, "image_shape must be three whole numbers (C, H, W), got 28."),
     ({"image_shape": (3, 0, 4)}, "H in image_shape must be a whole number of at least 1, got 0."),
+    ({"image_shape": (3, 4, 257)}, "W in image_shape must be at most 256, got 257."),
     ({"image_shape": (3, 4, 4.0)}, "W in image_shape must be a whole number of at least 1, got 4.0."),
     ({"num_levels": 1}, "num_levels must be a whole number of at least 2, got 1."),
     ({"num_levels": True}, "num_levels must be a whole number of at least 2, got True."),
