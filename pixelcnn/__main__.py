@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -393,25 +393,36 @@ def _field_options(config_class: type, leave_out: tuple[str, ...] = ()) -> Itera
     """Yield each field of a config dataclass as an option, with its sentence of the docstring."""
     docs = "\n\n".join(inspect.getdoc(c) or "" for c in config_class.__mro__ if dataclasses.is_dataclass(c))
     meanings = dict(re.findall(r"^    (\w+): (.+?)(?=\n    \w|\n\n|\Z)", docs, re.MULTILINE | re.DOTALL))
+    kinds = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if field.name in leave_out:
             continue
-        meaning = " ".join(meanings.get(field.name, "").split())
-        # Named in full: typer would add --no-... to a flag.
-        option = Option(f"--{field.name.replace('_', '-')}", help=meaning)
+        meaning, kind = " ".join(meanings.get(field.name, "").split()), kinds[field.name]
+        # Named in full: typer would add --no-... to a flag that is off, too.
+        name = field.name.replace("_", "-")
+        option = Option(f"--{name}/--no-{name}" if field.default is True else f"--{name}", help=meaning)
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        kind = inspect.Parameter.KEYWORD_ONLY
-        yield inspect.Parameter(field.name, kind, default=default, annotation=Annotated[field.type, option])
+        if get_origin(kind) is tuple and get_args(kind)[1:] == (...,):  # an option that may be given several times
+            kind = list.__class_getitem__(get_args(kind)[0])
+            default = list(default) if isinstance(default, tuple) else default
+        annotation = Annotated[kind, option]
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _trainer_of(architecture: str, config_class: type) -> Callable[..., None]:
     """Return the train command of an architecture, whose options are its config's and TrainConfig's fields."""
 
     def command(**arguments: Any) -> None:
-        train_command(architecture, **arguments)
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        train_command(architecture, **settings)
 
     _, *common, _ = inspect.signature(train_command).parameters.values()
     options = [*common, *_field_options(config_class, NOT_BY_HAND), *_field_options(TrainConfig)]
+    names = ["architecture", *(option.name for option in options)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"{config_class.__name__} has a field {twice[0]!r}, which is an option of training: rename it."
+        )
     command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     command.__doc__ = train_command.__doc__
     return command

@@ -3,9 +3,13 @@
 Importing that file is enough, wherever it lies: `build_model`, checkpoints and the command line know it from then on.
 """
 
+import hashlib
+import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pixelcnn.config import ModelConfig, checked_config
@@ -17,19 +21,35 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="AutoregressiveModel")
 # Name: the config class, and what makes the module of such a config.
 _ARCHITECTURES: dict[str, tuple[type[ModelConfig], Callable[[Any], "AutoregressiveModel"]]] = {}
+# It becomes a command, and a part of file names.
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Return whether two classes are of one definition, run twice: a notebook's cell, a reload, a file run as main."""
+    if one is other or one.__qualname__ != other.__qualname__:
+        return one is other
+    try:
+        return one.__module__ == other.__module__ or inspect.getfile(one) == inspect.getfile(other)
+    except (OSError, TypeError):  # a notebook's has no file
+        return False
 
 
 def register(name: str, config_class: type[ModelConfig]) -> Callable[[type[M]], type[M]]:
     """Register the decorated module class under a name, to be built from configs of `config_class`.
 
+    The same definition may be run again: the new classes take the old ones' place.
+
     Raises:
-        ValueError: the name, or the config class, is already another architecture's.
+        ValueError: the name is none; it, or the config class, is already another architecture's.
     """
 
     def add(model_class: type[M]) -> type[M]:
-        if name in _ARCHITECTURES:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of an architecture: use letters, digits, _ and -, a letter first.")
+        if name in _ARCHITECTURES and not _is_same(_ARCHITECTURES[name][1], model_class):
             raise ValueError(f"an architecture named {name!r} exists already: choose another name.")
-        if any(config_class is known for known, _ in _ARCHITECTURES.values()):
+        if any(config_class is known for other, (known, _) in _ARCHITECTURES.items() if other != name):
             raise ValueError(f"{config_class.__name__} already belongs to an architecture: give {name!r} its own.")
         _ARCHITECTURES[name] = (config_class, model_class)
         return model_class
@@ -49,10 +69,24 @@ def model_name(config: ModelConfig) -> str:
         ValueError: it is registered under none.
     """
     for name, (config_class, _) in _ARCHITECTURES.items():
-        if type(config) is config_class:
+        if _is_same(type(config), config_class):
             return name
     known = ", ".join(sorted(config_class.__name__ for config_class, _ in _ARCHITECTURES.values()))
     raise ValueError(f"config must be one of {known}, got {type(config).__name__}.")
+
+
+def unknown_model(name: Any) -> str:
+    """Return what to say of a name that no architecture is registered under."""
+    known, own = ", ".join(sorted(_ARCHITECTURES)), "import its file, or name it in PIXELCNN_ARCHITECTURES"
+    return f"unknown model {name!r}. Known: {known}. One of your own: {own} (docs/architectures.md)."
+
+
+def code_beside(name: str) -> list[str]:
+    """Return the SHA-256 of the files outside of this package that define an architecture; none for one of ours."""
+    classes: tuple[Any, ...] = _ARCHITECTURES[name]
+    files = {Path(inspect.getfile(one)).resolve() for one in classes}
+    beside = sorted(file for file in files if not file.is_relative_to(Path(__file__).resolve().parents[1]))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in beside]
 
 
 def build_model(config: ModelConfig) -> "AutoregressiveModel":
@@ -85,6 +119,6 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     values = dict(values)
     name = values.pop("model", None)
     if not isinstance(name, str) or name not in _ARCHITECTURES:
-        raise ValueError(f"unknown model {name!r}. Known: {', '.join(sorted(_ARCHITECTURES))}.")
+        raise ValueError(unknown_model(name))
     config: ModelConfig = checked_config(_ARCHITECTURES[name][0], values, where=name)
     return config

@@ -67,6 +67,43 @@ def test_the_benchmark_and_the_command_line_know_it(folder: Path) -> None:
     assert "--num-layers" in run(folder, "-m", "pixelcnn", "train", "stacked", "--help")
 
 
+def test_its_file_may_run_again(folder: Path) -> None:
+    run(folder, "stacked.py")  # as the main program, which the environment names, too
+    code = """
+import importlib, stacked
+from pixelcnn import build_model
+config = stacked.StackedConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, num_layers=1)
+importlib.reload(stacked)
+assert type(build_model(config)) is stacked.Stacked
+"""
+    run(folder, "-c", code)
+
+
+def test_another_version_of_its_file_is_told_apart(folder: Path) -> None:
+    code = """
+import stacked
+from pixelcnn.models.registry import code_beside
+print(code_beside("stacked"), code_beside("pixelcnn"))
+"""
+    before = run(folder, "-c", code)
+    assert re.fullmatch(r"\['[0-9a-f]{64}'\] \[\]\n", before)
+    text = (folder / "stacked.py").read_text()
+    (folder / "stacked.py").write_text(text.replace("gate(y)", "F.relu(gate(y))"))
+    assert run(folder, "-c", code) != before
+    (folder / "stacked.py").write_text(text)
+    assert run(folder, "-c", code) == before
+
+
+def test_a_file_that_imports_the_package_itself_is_told_what_to_import(tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text("from pixelcnn import ModelConfig, build_model\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PIXELCNN_ARCHITECTURES": "early"}
+    words = [sys.executable, "-c", "import pixelcnn"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith(
+        "): there import from pixelcnn.models and the other modules, not from pixelcnn itself.\n"
+    )
+
+
 def test_an_architecture_that_is_not_there_is_named() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PIXELCNN_ARCHITECTURES": " stakced"}
     words = [sys.executable, "-c", "import pixelcnn"]

@@ -14,7 +14,9 @@ from pixelcnn import TrainConfig, load_checkpoint, load_dataset, log_prob, save_
 from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
 from pixelcnn.images import to_png
-from pixelcnn.models.registry import architectures
+from pixelcnn.models import registry
+from pixelcnn.models.pixelcnn import PixelCNN, PixelCNNConfig
+from pixelcnn.models.registry import architectures, build_model
 from tests.local import run
 
 NETWORK = ["--num-features", "4", "--num-blocks", "1"]
@@ -262,6 +264,36 @@ def test_the_options_of_train_are_the_settings_with_their_meaning(
             assert (f"--{field.name.replace('_', '-')}" in printed) == by_hand
     assert "width of the network; a multiple of C" in printed
     assert "largest norm of the gradient of the loss in nats per sub-pixel. [default: 1.0]" in printed
+
+
+def test_fields_of_ones_own_architecture_are_options(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class OwnConfig(PixelCNNConfig):
+        dilations: tuple[int, ...] = (1, 2, 4)
+        residual: bool = True
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class SeededConfig(PixelCNNConfig):
+        seed: int = 0
+
+    built = []
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    monkeypatch.setattr("pixelcnn.__main__.build_model", lambda config: built.append(config) or build_model(config))
+    registry.register("own", OwnConfig)(PixelCNN)
+    train = ["train", "own", "--data", str(data_file), *NETWORK, *SCHEDULE]
+    assert main([*train, "--out", str(tmp_path / "as it is")]) == 0
+    assert (
+        main([*train, "--out", str(tmp_path / "other"), "--dilations", "3", "--dilations", "5", "--no-residual"]) == 0
+    )
+    assert [(config.dilations, config.residual) for config in built] == [((1, 2, 4), True), ((3, 5), False)]
+    capsys.readouterr()
+    registry.register("seeded", SeededConfig)(PixelCNN)
+    assert main(["train", "own", "--help"]) == 1
+    assert capsys.readouterr().err == (
+        "error: SeededConfig has a field 'seed', which is an option of training: rename it.\n"
+    )
 
 
 def test_ctrl_c_ends_a_command_and_a_bug_of_ours_keeps_its_traceback(
