@@ -9,7 +9,7 @@ from pydantic import Field, InstanceOf, ValidationError, ValidationInfo, field_v
 from pipelines.datasets.checks import CheckParams
 from pipelines.datasets.entry import NAME, NAMES, OFFICIAL, DatasetParams, Frozen
 from pixelcnn.config import ModelConfig, checked_config
-from pixelcnn.models.registry import architectures
+from pixelcnn.models.registry import architectures, unknown_model
 from pixelcnn.training import TrainConfig
 
 PARAMS_FILE = "params.yaml"
@@ -23,8 +23,10 @@ _NumImages = Annotated[int, Field(ge=0, le=1_000_000)]
 
 def repro_command(stage: str, name: str) -> str:
     """Return what makes the outputs of a dataset or pair, e.g. `dvc repro full/dvc.yaml:train@pixelcnn-mnist`."""
-    dataset = name.rpartition("-")[2]
-    file = "" if dataset == QUICK_START else "full/dvc.yaml:" if dataset in OFFICIAL else "own/dvc.yaml:"
+    model, _, dataset = name.rpartition("-")
+    staged = ("", "pixelcnn", "gated_pixelcnn", *(() if dataset == QUICK_START else ("attentive_pixelcnn",)))
+    is_own = dataset not in OFFICIAL or model not in staged  # the others stand in the matrix of a stage
+    file = "own/dvc.yaml:" if is_own else "" if dataset == QUICK_START else "full/dvc.yaml:"
     return f"dvc repro {file}{stage}@{name}"
 
 
@@ -56,12 +58,14 @@ class PairParams(Frozen):
         if not isinstance(values, dict) or not {"model", "dataset", "network", "train"} <= set(values):
             return values
         datasets: dict[str, DatasetParams] = (info.context or {}).get("datasets", {})
-        for key, known in (("model", architectures()), ("dataset", datasets)):
-            if values[key] not in known:
-                raise ValueError(f"{key}: unknown {key} {values[key]!r}. Known: {', '.join(known)}.")
-        spec = datasets[values["dataset"]]
+        model, dataset = values["model"], values["dataset"]
+        if not isinstance(model, str) or model not in architectures():
+            raise ValueError(f"model: {unknown_model(model)}")
+        if not isinstance(dataset, str) or dataset not in datasets:
+            raise ValueError(f"dataset: unknown dataset {dataset!r}. Known: {', '.join(datasets)}.")
+        spec = datasets[dataset]
         fixed = {"image_shape": spec.image_shape, "num_levels": spec.num_levels, "num_labels": len(spec.label_names)}
-        network = _config(architectures()[values["model"]], values["network"], "network", fixed)
+        network = _config(architectures()[model], values["network"], "network", fixed)
         built = {**values, "network": network, "train": _config(TrainConfig, values["train"], "train")}
         features_of = {"context": "completer_features", "completer": "completer_features", "labels": "label_features"}
         for part, features in features_of.items():

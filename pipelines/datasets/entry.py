@@ -59,6 +59,9 @@ class DatasetParams(Frozen):
             raise ValueError(f"protocol {self.protocol!r} has {least} levels, got num_levels {self.num_levels}.")
         if len(set(self.label_names)) < len(self.label_names):
             raise ValueError("label_names holds one twice.")
-        if self.source.kind == "official" and self.source.path not in OFFICIAL:
-            raise ValueError(f"source.path must be one of {', '.join(OFFICIAL)}, got {self.source.path!r}.")
+        if self.source.kind == "official":
+            if self.source.path not in OFFICIAL:
+                raise ValueError(f"source.path must be one of {', '.join(OFFICIAL)}, got {self.source.path!r}.")
+            if unused := self.model_fields_set & {"fit", "ground", "invert", "skip_broken"}:
+                raise ValueError(f"{min(unused)} must not be set: official images are taken as they are.")
         return self

@@ -23,7 +23,14 @@ def prepare(name: str, spec: DatasetParams, raw: Path, out: Path, params: DataPa
     Raises:
         ValueError: the images are missing or damaged, too few for the splits, or have changed beyond the limits.
     """
-    found = read(spec.source.path, raw) if spec.source.kind == "official" else load_pictures(spec)[0]
+    if spec.source.kind == "official":
+        # A second dataset of the same files has a folder of its own, which no stage of DVC's fills.
+        advice = "" if name == spec.source.path else f"fetch it again: python -m pipelines.steps fetch {name}"
+        found = read(spec.source.path, raw, advice)
+        if (shape := found["train"][0].shape[1:]) != spec.image_shape:
+            raise ValueError(f"{name} has images of shape {list(shape)}: set image_shape in its entry to that.")
+    else:
+        found = load_pictures(spec)[0]
     write(name, spec, found, out, params, limits)
 
 

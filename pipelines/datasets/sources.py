@@ -169,6 +169,8 @@ def _read_cifar10(cls: Any, folder: Path) -> dict[str, Images]:
                 wanted = [m for m in tar if m.isfile() and m.name in {f"{cls.base_folder}/{name}" for name in md5s}]
                 tar.extractall(root, wanted, filter="data")
         except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the machine's, such as a full disk
+                raise
             raise ValueError(f"{archive} is damaged ({' '.join(str(error).split())})") from None
         for name, md5 in md5s.items():
             inside = f"{cls.base_folder}/{name}"

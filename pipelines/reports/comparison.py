@@ -57,7 +57,7 @@ def read_reports(folder: Path, without: Collection[str] = (), of_recorded_data: 
     """
     reports, datasets = [], load_params().datasets
     for path in folder.glob("*/metrics.json"):
-        pair, dataset = path.parent.name, path.parent.name.partition("-")[2]
+        pair, dataset = path.parent.name, path.parent.name.rpartition("-")[2]
         if dataset not in datasets or pair in without:
             continue
         spec = datasets[dataset]

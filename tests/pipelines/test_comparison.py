@@ -40,7 +40,7 @@ def test_the_page_has_everything_in_one_file(folder: Path, capsys: pytest.Captur
     better = write_report(Path("reports"), "gated_pixelcnn-mnist", 81.25, 20)
     judged = {**json.loads((better / "metrics.json").read_text()), "test/accepted_nothing_by_judge": 0.75}
     (better / "metrics.json").write_text(json.dumps(judged))
-    write_report(Path("reports"), "gated_pixelcnn-cifar10", 3000.0, 30)
+    write_report(Path("reports"), "dilated-net-cifar10", 3000.0, 30)
     (folder / "reports/bench").mkdir()
     (folder / "reports/promotions").mkdir()
     decision = {"decision": "promoted", "text": "mnist (dynamic): version 2 is the new champion: a < b."}
@@ -61,7 +61,7 @@ def test_the_page_has_everything_in_one_file(folder: Path, capsys: pytest.Captur
     assert [row[:4] for row in cells] == [
         ["gated_pixelcnn-mnist", "dynamic", "81.25 ± 0.50 nats", "81.25 ± 0.50 nats"],
         ["pixelcnn-mnist", "dynamic", "87.50 ± 0.50 nats", "87.50 ± 0.50 nats"],
-        ["gated_pixelcnn-cifar10", "8-bit", "3.0000 ± 0.0005 bits/dim", "3.0000 ± 0.0005 bits/dim"],
+        ["dilated-net-cifar10", "8-bit", "3.0000 ± 0.0005 bits/dim", "3.0000 ± 0.0005 bits/dim"],
     ], "the best of a dataset first, each score with its protocol"
     assert cells[0][4:] == ["0.75", "1,234", "2.5 min", "dvc repro full/dvc.yaml:evaluate@gated_pixelcnn-mnist"]
     assert cells[1][4] == "", "not judged"

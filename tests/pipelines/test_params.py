@@ -1,12 +1,13 @@
 """params.yaml: the project's own file is right, and every mistake in it is a sentence that names the key."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines.datasets.entry import OFFICIAL
-from pipelines.params import QUICK_START, load_params
+from pipelines.params import QUICK_START, load_params, repro_command
 from pixelcnn.models.registry import architectures
 from tests.pipelines.projects import ROOT, tiny_params, write_params
 
@@ -76,8 +77,17 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         (
             "pairs.pixelcnn-mnist.model",
             "vae",
-            r"pairs\.pixelcnn-mnist\.model: unknown model 'vae'\. Known: gated_pixel",
+            r"pairs\.pixelcnn-mnist\.model: unknown model 'vae'\. Known: attentive_pixelcnn, gated_pixelcnn, "
+            r"pixelcnn\. One of your own: import its file, or name it in PIXELCNN_ARCHITECTURES \(docs/arch",
         ),
+        (
+            "pairs.pixelcnn-mnist.model",
+            ["x"],
+            r"pairs\.pixelcnn-mnist\.model: unknown model \['x'\]\. Known: attentive",
+        ),
+        ("pairs.pixelcnn-mnist.dataset", ["x"], r"mnist\.dataset: unknown dataset \['x'\]\. Known: mnist5k"),
+        ("datasets.mnist.invert", True, r"datasets\.mnist\.invert must not be set: official images are taken as they"),
+        ("datasets.mnist.fit", "crop", r"datasets\.mnist\.fit must not be set: official images are taken as they are"),
         (
             "pairs.pixelcnn-mnist.dataset",
             "svhn",
@@ -147,6 +157,16 @@ def test_a_part_that_cannot_learn_so_is_named_before_any_is_trained(tmp_path: Pa
     values["pairs"]["gated_pixelcnn-mnist"]["labels"]["joint_share"] = 0.1
     with pytest.raises(ValueError, match=r"gated_pixelcnn-mnist\.labels: joint_share must be 1: the network sees no"):
         load(tmp_path, values)
+
+
+def test_the_command_that_makes_something_names_the_file_of_its_stage() -> None:
+    for file in ("dvc.yaml", "full/dvc.yaml"):
+        for stage, values in yaml.safe_load((ROOT / file).read_text())["stages"].items():
+            for parts in itertools.product(*values["matrix"].values()):
+                expected = f"dvc repro {'' if file == 'dvc.yaml' else f'{file}:'}{stage}@{'-'.join(parts)}"
+                assert repro_command(stage, "-".join(parts)) == expected
+    for own in ("stacked-mnist5k", "attentive_pixelcnn-mnist5k", "dilated-net-mnist", "pixelcnn-letters", "letters"):
+        assert repro_command("train", own) == f"dvc repro own/dvc.yaml:train@{own}"
 
 
 def test_missing_keys_are_named(tmp_path: Path, values: dict) -> None:

@@ -1,5 +1,6 @@
 """Prepared files: splits, fixed binarisation, equal bytes; and what is said of missing or damaged sources."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -236,6 +237,28 @@ def test_missing_and_damaged_files_are_named(
     with pytest.raises(ValueError, match=rf"{file} is missing: {advice}\.$"):
         prepare(name, tmp_path / "out", SEEDS)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_dataset_of_official_files(mirror: Path, tmp_path: Path) -> None:
+    grey = ENTRIES["mnist"].model_copy(update={"protocol": "8-bit", "num_levels": 256})
+    raw, out = tmp_path / "raw/mnist_grey", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"is missing: fetch it again: python -m pipelines\.steps fetch mnist_grey\.$"):
+        stage.prepare("mnist_grey", grey, raw, out, SEEDS, PARAMS.checks)
+    sources.fetch("mnist", raw)
+    small = grey.model_copy(update={"image_shape": (1, 14, 14)})
+    with pytest.raises(ValueError, match=r"mnist_grey has images of shape \[1, 28, 28\]: set image_shape in its entry"):
+        stage.prepare("mnist_grey", small, raw, out, SEEDS, PARAMS.checks)
+    stage.prepare("mnist_grey", grey, raw, out, SEEDS, PARAMS.checks)
+    assert load_dataset(out).images["test"].max() == 128
+
+
+def test_a_full_disk_is_not_a_damaged_archive(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare("cifar10", tmp_path / "out", SEEDS)
 
 
 def test_a_damaged_archive_of_the_official_name_is_named(mirror: Path, tmp_path: Path) -> None:
