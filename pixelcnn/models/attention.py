@@ -143,7 +143,7 @@ class BlockAttention(Block):
         # Queries that see rows above alone are known before the pixel's first turn.
         turns = torch.zeros(maps, dtype=torch.int64) if query.turns is None else query.turns
         by_head = turns.view(self.heads, -1)
-        if (query.turns is None and query.lead > -1) or v.lead > 0 or bool((by_head != by_head[:, :1]).any()):
+        if (query.turns is None and query.lead > -1) or bool((by_head != by_head[:, :1]).any()):
             raise ValueError("the queries of an attention head must be known at the same turn of their pixel.")
         return Map("attend", (query, v), self, maps, 0, turns)
 

@@ -50,6 +50,8 @@ class Convolution(Block):
 
     def described(self, x: Map) -> Map:
         taps = self.taps()
+        if x.num_channels != taps.shape[1]:
+            raise ValueError(f"{type(self).__name__} of {taps.shape[1]} channels got a map of {x.num_channels}.")
         if x.op == "context" and taps.shape[3] > 1:
             raise ValueError("no sampler follows from a kernel of several columns on the map of a drawing.")
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right

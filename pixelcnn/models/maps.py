@@ -47,9 +47,8 @@ class Map:
 
     def __add__(self, other: "Map") -> "Map":
         if not isinstance(other, Map) or other.num_channels != self.num_channels:
-            raise ValueError(
-                f"a map of {self.num_channels} channels can only be added to another one, got {type(other).__name__}."
-            )
+            found = f"one of {other.num_channels}" if isinstance(other, Map) else type(other).__name__
+            raise ValueError(f"a map of {self.num_channels} channels can only be added to another one, got {found}.")
         return combined("add", (self, other))
 
     def _refuse(self, *_: object) -> Any:

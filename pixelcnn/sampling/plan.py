@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pixelcnn.models.attention import BLOCK, Attention
-from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.maps import Map, row_matrix
 
 
@@ -132,7 +132,7 @@ class Plan:
     lies, None for a network that reads none; from `logits` those of the colour in turn are drawn.
 
     Raises:
-        ValueError: no sampler follows from the network.
+        ValueError: no sampler follows from the network, or a weight is not a finite number.
     """
 
     def __init__(self, model: AutoregressiveModel) -> None:
@@ -141,7 +141,10 @@ class Plan:
         self.pixel_steps: list[Step] = []
         self.uses: Counter[Map] = Counter()
         # Maps say where things lie in tensors on the CPU: the weights come there, too.
-        result = (model if model.head.weight.device.type == "cpu" else copy.deepcopy(model).cpu()).described()
+        model = model if model.head.weight.device.type == "cpu" else copy.deepcopy(model).cpu()
+        if not all(bool(p.isfinite().all()) for p in joint_parameters(model)):
+            raise ValueError("the model's weights are not finite numbers: its training diverged. Use an earlier model.")
+        result = model.described()
         self.count_uses(result)
         self.logits = self.stored(result)
         self.pixel_steps.sort(key=lambda step: step.turn or 0)
@@ -255,11 +258,11 @@ class Plan:
         terms = self.summed(map_.inputs[0]) if is_rectified else self.summed(map_, is_top=True)
         bias, bias_of, base, products = torch.zeros(1, map_.num_channels), "", None, []
         for term in terms:
-            if term.op == "label":
+            if term.op == "label" and bias_of != "place":
                 bias, bias_of = bias + torch.nn.functional.pad(term.block.table, (0, 0, 1, 0)), "label"
-            elif term.op == "constant":
+            elif term.op == "constant" and bias_of != "label":
                 bias, bias_of = bias + term.block().flatten(1).T, "place"
-            else:
+            else:  # also a bias of another kind than the first, which becomes a map of its own
                 products.append(self.product(term, is_top=term is map_))
                 if not products[-1].is_copy and term.block.bias is not None:
                     bias = bias + term.block.bias

@@ -194,10 +194,13 @@ CONFIG = ModelConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
         (lambda x: x[:, :2], "no sampler follows from other arithmetic than"),
         (lambda x: nn.Parameter(torch.zeros(4, 4, 4)) + x, "no sampler follows from add|can only be added"),
         (lambda x: x + torch.zeros(4, 4, 4), "can only be added to another one, got Tensor"),
+        (Pointwise(8, 4), "Pointwise of 8 channels got a map of 4"),
+        (lambda x: x + gate(x), "a map of 4 channels can only be added to another one, got one of 2"),
     ],
     ids=[
         *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
         *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part", "to a tensor", "a tensor"),
+        *("a layer of other channels", "a sum of other channels"),
     ],
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:
@@ -256,6 +259,47 @@ def test_what_a_network_may_add_up_is_sampled_exactly(layer) -> None:
     for images in (u, u[:1]):
         assert torch.equal(sample(model, images), naive_sample(model, images))
         assert torch.equal(cached_sample(model, images), naive_sample(model, images))
+
+
+@pytest.mark.parametrize("is_by_row", [True, False])
+def test_biases_by_label_and_by_place_may_be_added_at_once(is_by_row: bool) -> None:
+    class Biased(Refused):
+        def features(self, x, label, context):
+            h = self.first(x)
+            y = (self.layer(h) if is_by_row else h) + self.place(h) + self.label_bias(label)
+            return h + shift_down(y) if is_by_row else y
+
+    torch.manual_seed(0)
+    for num_labels in (2, 15):  # as many rows as there are cells, too
+        config = replace(CONFIG, num_features=8, num_labels=num_labels)
+        model = Biased(config, vertical())
+        model.place, model.label_bias = Place(), LabelBias(num_labels, 8)
+        with torch.no_grad():
+            for parameter in model.double().eval().parameters():
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+        u = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        label = torch.arange(64) % (num_labels + 1) - 1
+        assert torch.equal(sample(model, u, label), naive_sample(model, u, label))
+        assert torch.equal(cached_sample(model, u, label), naive_sample(model, u, label))
+
+
+def test_weights_that_are_no_numbers_are_not_sampled() -> None:
+    model, u = random_network(0), torch.zeros(1, *random_network(0).config.image_shape)
+    with torch.no_grad():
+        model.logits.bias[0] = torch.nan
+    for sampler in (sample, cached_sample):
+        with pytest.raises(ValueError, match="the model's weights are not finite numbers"):
+            sampler(model, u)
+
+
+def test_a_name_is_registered_once_and_fits_into_a_file_name() -> None:
+    for name, message in (
+        ("pixelcnn", "named 'pixelcnn' exists already"),
+        ("a b", "'a b' is no name"),
+        ("a/b", "no name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            registry.register(name, ModelConfig)(RandomNetwork)
 
 
 def test_a_gate_of_halves_that_are_known_at_different_turns_is_refused() -> None:
