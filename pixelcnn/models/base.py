@@ -48,10 +48,9 @@ def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> N
 
 def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
     """Raise ValueError unless `label` is (B,) int64 in [-1, num_labels)."""
-    if label.shape != (batch_size,) or label.dtype != torch.int64:
-        raise ValueError(
-            f"label must have shape ({batch_size},) and dtype int64, got {tuple(label.shape)} and {label.dtype}."
-        )
+    if not isinstance(label, Tensor) or label.shape != (batch_size,) or label.dtype != torch.int64:
+        found = f"{tuple(label.shape)} and {label.dtype}" if isinstance(label, Tensor) else repr(label)
+        raise ValueError(f"label must have shape ({batch_size},) and dtype int64, got {found}.")
     if label.numel() and (label.min() < -1 or label.max() >= config.num_labels):
         if config.num_labels == 0:
             raise ValueError("label must be None or -1: this model was built without labels.")

@@ -1,4 +1,4 @@
-"""Cached sampling in plain torch: the same function of (model, u) as `naive_sample`, on any device.
+"""Cached sampling in plain torch: the same function of (model, u) as `naive_sample`, on any device with float64.
 
 The naive sampler runs the whole network for each sub-pixel, though hardly anything changed. Here nothing is computed
 twice: each step of the plan (plan.py) is a call of torch. The map of a drawing is made once. Only the rows that a

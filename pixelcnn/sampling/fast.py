@@ -64,11 +64,11 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
     """Return the compiled engine with the model's present weights."""
     from pixelcnn.sampling.compiled import build_engine
 
-    # Training changes weights in place: their version counters tell. Walked by hand: torch's own walk over all
-    # parameters takes a quarter of the time of a digit.
+    # Training changes weights in place, and somebody a mask: their version counters tell. Walked by hand: torch's own
+    # walk over all parameters takes a quarter of the time of a digit.
     key, modules = list[Any](), list[torch.nn.Module]([model])
     for module in modules:
-        weights = [p for p in module._parameters.values() if p is not None]
+        weights = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
         key += [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
         modules += [x for name, x in module._modules.items() if x is not None and name not in OTHER_NETWORKS]
     if model not in _engines or _engines[model][0] != key:
@@ -166,6 +166,7 @@ def sample(
     """Sample images in raster order: the arguments and the result are those of `naive_sample`.
 
     Equal to it in float64; in float32 a level can differ where `u` lies within rounding of a boundary between two.
+    Weights may have changed since the last call, in place under `torch.no_grad()`; a change of `.data` goes unnoticed.
 
     Args:
         on_row: called with each finished row's index and (B, C, W) levels, in order; what it raises stops the sampling.

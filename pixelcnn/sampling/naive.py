@@ -50,7 +50,11 @@ def new_canvas(
 
     Labels that are not given are drawn here, where the model has a label network and something is known.
     """
-    config = model.config
+    config, device = model.config, model.head.weight.device
+    if device.type == "mps":
+        raise ValueError("mps has no float64, in which levels are drawn: move the model to the CPU.")
+    if u.device != device:
+        raise ValueError(f"u must be on the model's device, {device}, got {u.device}.")
     if u.dim() != 4 or tuple(u.shape[1:]) != config.image_shape:
         raise ValueError(f"u must have shape (B, {', '.join(map(str, config.image_shape))}), got {tuple(u.shape)}.")
     if not u.is_floating_point():
@@ -74,7 +78,9 @@ def new_canvas(
         if model.label_network is not None:
             label_log_probs = model.label_log_probs(levels, observed, label)
             label, u = _drawn_labels(label_log_probs, u, temperature)
-    return Canvas(u, label, temperature, levels.contiguous(), missing.contiguous(), on_row, label_log_probs)
+    # In memory all alike: compiled code is compiled anew for other strides.
+    label, levels, missing = label.contiguous(), levels.contiguous(), missing.contiguous()
+    return Canvas(u, label, temperature, levels, missing, on_row, label_log_probs)
 
 
 def _drawn_labels(log_probs: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -225,9 +225,19 @@ def test_a_callback_can_stop_between_rows() -> None:
     assert seen == [0, 1, 2]
 
 
+def test_nothing_is_compiled_anew_for_a_label_that_is_expanded() -> None:
+    model = model_of(configs()[0], torch.float64)
+    u = torch.rand(3, *model.config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected, known = sample(model, u, torch.tensor([1, 1, 1])), list(compiled.kernels._rows.signatures)
+    assert torch.equal(sample(model, u, torch.tensor(1).expand(3)), expected)
+    assert compiled.kernels._rows.signatures == known
+
+
 def test_changed_weights_are_noticed() -> None:
     model, u = tiny()
     seen = [sample(model, u)]
+    model.head.mask.zero_()
+    seen.append(sample(model, u))
     with torch.no_grad():
         model.logits.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     seen.append(sample(model, u))

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +140,7 @@ OBSERVED = torch.ones(2, 1, 2, 3, dtype=torch.bool)
 BAD = [
     ({"u": GOOD[0]}, "u must have shape (B, 1, 2, 3), got (1, 2, 3)."),
     ({"u": GOOD.transpose(2, 3)}, "u must have shape (B, 1, 2, 3), got (2, 1, 3, 2)."),
+    ({"u": GOOD.to("meta")}, "u must be on the model's device, cpu, got meta."),
     ({"u": GOOD.long()}, "u must be uniform noise of a float dtype, got torch.int64."),
     ({"u": GOOD + 0.5}, "u must lie in [0, 1), as torch.rand gives it."),
     ({"u": GOOD - 0.51}, "u must lie in [0, 1), as torch.rand gives it."),
@@ -147,6 +149,7 @@ BAD = [
     ({"temperature": math.nan}, "temperature must be 0 (the most likely level) or a positive number, got nan."),
     ({"temperature": math.inf}, "temperature must be 0 (the most likely level) or a positive number, got inf."),
     ({"label": torch.tensor([0, 2])}, "label must lie in -1..1 (-1 for none), got 0..2."),
+    ({"label": 3}, "label must have shape (2,) and dtype int64, got 3."),
     ({"label": torch.tensor([0])}, "label must have shape (2,) and dtype int64, got (1,) and torch.int64."),
     (
         {"drawing": IMAGE},
@@ -169,3 +172,11 @@ def test_bad_arguments_are_named(sampler, bad, message):
     model = tiny_model("pixelcnn", (1, 2, 3), 2, num_labels=2)
     with pytest.raises(ValueError, match=exactly(message)):
         sampler(model, **{"u": GOOD, **bad})
+
+
+@SAMPLERS
+def test_a_device_without_float64_is_refused(sampler, monkeypatch):
+    model = tiny_model("pixelcnn", (1, 2, 3), 2)
+    monkeypatch.setattr(type(model.head), "weight", SimpleNamespace(device=torch.device("mps")), raising=False)
+    with pytest.raises(ValueError, match="mps has no float64, in which levels are drawn: move the model to the CPU"):
+        sampler(model, GOOD)
