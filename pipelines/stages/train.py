@@ -31,7 +31,7 @@ from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.registry import build_model, config_to_dict
+from pixelcnn.models.registry import build_model, code_beside, config_to_dict
 from pixelcnn.sampling.fast import warm_up
 from pixelcnn.training import ContextPredictor, Network, StepReport, TrainConfig, fit, format_progress, training_history
 
@@ -283,6 +283,7 @@ def weights_key(name: str, pair: PairParams, data: Dataset) -> str:
     """Return the SHA-256 of all that a pair's weights follow from: settings, data, and the code that decides them."""
     learning = [config_to_dict(pair.network), *(asdict(one) if one else {} for one in _trainings(pair).values())]
     every = [name, pair.num_threads, *learning, data.data_hash, core_sha256(*DECIDES)]
+    every += code_beside(pair.model)
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
 
 

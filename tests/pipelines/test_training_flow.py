@@ -575,6 +575,9 @@ def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch:
     others = {train_stage.inputs_of(PAIR, params, data, True)}
     others.add(train_stage.inputs_of(PAIR, params, replace(data, data_hash="0" * 32), False))
     others.add(train_stage.inputs_of("gated_pixelcnn-mnist5k", params, data, False))
+    with monkeypatch.context() as patch:  # the file of an architecture of one's own
+        patch.setattr(train_stage, "code_beside", lambda model: {"pixelcnn": ["its SHA-256"]}[model])
+        others.add(train_stage.inputs_of(PAIR, params, data, False))
     others.add(
         train_stage.inputs_of(
             PAIR, params.model_copy(update={"sample": params.sample.model_copy(update={"seed": 5})}), data, False
@@ -597,7 +600,7 @@ def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch:
             source.write("\n")
         assert (train_stage.weights_key(PAIR, params.pair(PAIR), data) != before) == decides
         others.add(train_stage.inputs_of(PAIR, params, data, False))
-    assert len(others) == 8
+    assert len(others) == 9
     assert same not in others
 
 
