@@ -23,9 +23,8 @@ _NumImages = Annotated[int, Field(ge=0, le=1_000_000)]
 
 def repro_command(stage: str, name: str) -> str:
     """Return what makes the outputs of a dataset or pair, e.g. `dvc repro full/dvc.yaml:train@pixelcnn-mnist`."""
-    model, _, dataset = name.rpartition("-")
-    staged = ("", "pixelcnn", "gated_pixelcnn", *(() if dataset == QUICK_START else ("attentive_pixelcnn",)))
-    is_own = dataset not in OFFICIAL or model not in staged  # the others stand in the matrix of a stage
+    dataset, own = name.rpartition("-")[2], Path(OWN_FILE)
+    is_own = dataset not in (QUICK_START, *OFFICIAL) or (own.exists() and name in (_read(own).get("pairs") or {}))
     file = "own/dvc.yaml:" if is_own else "" if dataset == QUICK_START else "full/dvc.yaml:"
     return f"dvc repro {file}{stage}@{name}"
 
