@@ -405,7 +405,7 @@ def _field_options(config_class: type, leave_out: tuple[str, ...] = ()) -> Itera
         if get_origin(kind) is tuple and get_args(kind)[1:] == (...,):  # an option that may be given several times
             kind = list.__class_getitem__(get_args(kind)[0])
             default = list(default) if isinstance(default, tuple) else default
-        annotation = Annotated[kind, option]
+        annotation: Any = Annotated[kind, option]
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -413,7 +413,9 @@ def _trainer_of(architecture: str, config_class: type) -> Callable[..., None]:
     """Return the train command of an architecture, whose options are its config's and TrainConfig's fields."""
 
     def command(**arguments: Any) -> None:
-        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()
+        }
         train_command(architecture, **settings)
 
     _, *common, _ = inspect.signature(train_command).parameters.values()
