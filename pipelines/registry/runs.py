@@ -94,7 +94,8 @@ def client() -> mlflow.MlflowClient:
     if not uri.startswith("http") and (uri not in _ready or (database is not None and not database.exists())):
         # Two processes that create the schema of one database at once would break it.
         lock = Path(tempfile.gettempdir(), f"mlflow-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock")
-        if database is not None:  # not by TMPDIR: each demo has one of its own
+        # Not by TMPDIR, of which each demo has its own; but where nothing can be written, one may still read.
+        if database is not None and os.access(database.parent, os.W_OK):
             lock = database.with_name(f"{database.name}.lock")
         with file_lock(lock, "the making of MLflow's database", logger.info):
             if database is not None and not database.exists():
