@@ -15,7 +15,7 @@ for _name in filter(None, map(str.strip, os.environ.get("PIXELCNN_ARCHITECTURES"
         importlib.import_module(_name)
     except ImportError as error:
         advice = "unset it, or set PYTHONPATH to the folder of that file"
-        if "partially initialized" in str(error):  # this package, which is being imported
+        if error.name == "pixelcnn":  # which is being imported
             advice = "there import from pixelcnn.models and the other modules, not from pixelcnn itself"
         raise ImportError(
             f"PIXELCNN_ARCHITECTURES names {_name!r}, which cannot be imported ({error}): {advice}."

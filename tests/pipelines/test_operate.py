@@ -139,6 +139,7 @@ def test_whatever_ends_it_ends_all_that_was_started(
             os.kill(os.getpid(), number)
 
     def work() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
         threading.Thread(target=send, daemon=True).start()
         assert operate.main(["--url", url]) == 0
 
