@@ -32,6 +32,7 @@ class TrainConfig:
         learning_rate: peak learning rate.
         joint_share: factor on the learning rate of those weights of a completer that the joint model has, too; below 1
             it forgets less of what it began with.
+        context_network_share: the same factor for the weights of its context network, which may have learned before.
         optimizer: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimizers.py).
         max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.
         max_minutes: minutes of training, for quick trials; 0 for no limit. The schedule is fitted to whichever ends
@@ -62,6 +63,7 @@ class TrainConfig:
     learning_rate: float
     max_epochs: float
     joint_share: float = 1.0
+    context_network_share: float = 1.0
     optimizer: str = "adam"
     max_minutes: float = 0
     warmup_steps: int = 100
@@ -89,7 +91,8 @@ class TrainConfig:
             _check(name, getattr(self, name), float, 0, {"learning_rate": 1.0}.get(name, 1e9), above=True)
         for name in ("max_minutes", "save_minutes"):
             _check(name, getattr(self, name), float, 0, 1e9)
-        for name in ("decay_fraction", "ema_decay", "label_dropout", "context_share", "redrawn_share", "joint_share"):
+        shares = ("label_dropout", "context_share", "redrawn_share", "joint_share", "context_network_share")
+        for name in ("decay_fraction", "ema_decay", *shares):
             _check(name, getattr(self, name), float, 0, 1)
         for name, choices in (("precision", (*PRECISIONS, "auto")), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in choices:
@@ -117,6 +120,8 @@ class TrainConfig:
             )
         if self.joint_share < 1 and not sees_drawings:
             raise ValueError("joint_share must be 1: the network sees no drawings, so all of it is the joint model's.")
+        if self.context_network_share < 1 and not sees_drawings:
+            raise ValueError("context_network_share must be 1: the network sees no drawings, so it has no such part.")
 
 
 def _check(name: str, value: Any, kind: type, least: float, most: float, above: bool = False) -> None:

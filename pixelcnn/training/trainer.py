@@ -115,8 +115,11 @@ class Trainer:
         config.check_for(data.protocol, sees_drawings)
         if config.compiled:
             check_compiler()
-        joint = self.joint_indices() if config.joint_share < 1 else []
-        shares = {self.parameters[i]: config.joint_share for i in joint}
+        shares = {}
+        if config.joint_share < 1:
+            shares = {self.parameters[i]: config.joint_share for i in self.joint_indices()}
+        if config.context_network_share < 1:
+            shares |= dict.fromkeys(self.model.context_network.parameters(), config.context_network_share)
         self.optimizer = Optimizer(model, config.optimizer, config.learning_rate, shares)
         self.step = 0
         self.elapsed_s = 0.0
