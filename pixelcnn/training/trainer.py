@@ -51,6 +51,7 @@ PHASE_SETTINGS = (
 BUDGET_SETTINGS = (
     "max_epochs",
     "max_minutes",
+    "decay_fraction",
     "num_validations",
     "save_minutes",
     "completer_features",
