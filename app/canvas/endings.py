@@ -173,6 +173,12 @@ def bits_per_dim(log_prob: float, num: int) -> str:
     return f"{abs(log_prob) / (max(num, 1) * math.log(2)):.3f} bits/dim"
 
 
+def nll_of(served: ServedModel, nats: str = "nats") -> str | None:
+    """Write a model's NLL on the test split in the unit of its levels, `nats` for two of them; None without a score."""
+    key, unit = ("test/bits_per_dim", "bits/dim") if served.levels > 2 else ("test/nll_nats", nats)
+    return f"{served.scores[key]:.{4 if served.levels > 2 else 2}f} {unit}" if key in served.scores else None
+
+
 def order_of(ending: Endings, order: str) -> list[int]:
     """Return the endings' indices in the order to show: "likely" or "rare" first, or as "drawn"."""
     found = list(range(len(ending.images)))

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from pipelines.errors import is_for_user, reason
 from pipelines.flows.shown import show_scores, tag_run
-from pipelines.params import load_params
+from pipelines.params import EVALUATIONS_EXPERIMENT, load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import prepared_file
@@ -25,7 +25,6 @@ from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, evaluate, format_nll
 
-EXPERIMENT = "evaluations"
 SERVICE_VARIABLE = "PIXELCNN_SERVICE_URL"
 SERVICE_TIMEOUT_S = 60.0
 BUSY = (429, 503)
@@ -98,7 +97,7 @@ def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[
     )
     tags = {**version.lineage(), "dataset": name, "protocol": data.protocol, "evaluated_data_hash": data.data_hash}
     show_scores(name, scores)
-    run_id = tracking.log_evaluation(EXPERIMENT, f"{name}-v{number}", scores, tags)
+    run_id = tracking.log_evaluation(EVALUATIONS_EXPERIMENT, f"{name}-v{number}", scores, tags)
     found = format_nll(scores["validation/nll_nats"], data.image_shape, data.num_levels)
     then = format_nll(version.recorded_nll, data.image_shape, data.num_levels)
     get_run_logger().info(

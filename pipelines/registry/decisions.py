@@ -16,10 +16,10 @@ from typing import Any
 import mlflow
 from mlflow.entities import Metric, RunTag
 
+from pipelines.params import DECISIONS_EXPERIMENT
 from pipelines.registry import runs as tracking
 from pipelines.registry.versions import utc
 
-DECISIONS_EXPERIMENT = "promotions"
 PROMOTED, KEPT, FAILED, ROLLED_BACK, RELEASED = "promoted", "kept", "failed", "rolled back", "released"
 _MOVES_TAG = "moves"  # of a decision's run: begun, then ended
 _COMPARED_TAG = "compared"  # the versions, with commas between them

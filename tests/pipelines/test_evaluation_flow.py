@@ -13,7 +13,8 @@ from mlflow.exceptions import MlflowException
 from prefect import tags
 
 from pipelines.flows import evaluate as evaluation_flow
-from pipelines.flows.evaluate import EXPERIMENT, evaluate_champions, score_through_service
+from pipelines.flows.evaluate import evaluate_champions, score_through_service
+from pipelines.params import EVALUATIONS_EXPERIMENT
 from pipelines.promotion.register import release
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
@@ -31,7 +32,7 @@ def test_champions_are_scored_and_the_others_passed_over(weights: Path, prefect_
     data = load_dataset("data/mnist5k.safetensors")
     assert scores == {"mnist5k": pytest.approx(evaluate(model, data, num_images=5, batch_size=8))}
     client = tracking.client()
-    (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name(EVALUATIONS_EXPERIMENT).experiment_id])
     assert run.data.metrics["test/nll_nats"] == pytest.approx(scores["mnist5k"]["test/nll_nats"])
     assert run.data.tags["version"] == "1"
     assert run.data.tags["evaluated_data_hash"] == data.data_hash
@@ -142,7 +143,7 @@ def test_the_service_is_asked_and_must_agree(
         scores = evaluate_champions(["mnist5k"], service.url)
         assert [body["dataset"] for body in service.answers] == ["mnist5k"] * 8
         client = tracking.client()
-        (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+        (run,) = client.search_runs([client.get_experiment_by_name(EVALUATIONS_EXPERIMENT).experiment_id])
         served = run.data.metrics["service/test_nll_nats_first_200"]
         assert served == pytest.approx(scores["mnist5k"]["test/nll_nats"], rel=1e-5)
         monkeypatch.setenv("PIXELCNN_SERVICE_URL", service.url)

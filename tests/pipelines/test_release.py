@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import steps
+from pipelines.params import DECISIONS_EXPERIMENT
 from pipelines.promotion.register import register_trained, release, release_all
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
@@ -32,7 +33,7 @@ def test_released_weights_become_the_first_champion_once(weights: Path) -> None:
     assert version.lineage()["git_commit"] == "0123abc"
     assert release(PAIR).endswith("; champion already.")
     assert len(registry.versions("mnist5k")) == 1
-    experiment = tracking.client().get_experiment_by_name(decisions.DECISIONS_EXPERIMENT)
+    experiment = tracking.client().get_experiment_by_name(DECISIONS_EXPERIMENT)
     (decision,) = tracking.client().search_runs([experiment.experiment_id])
     assert decision.data.tags["decision"] == "released"
 

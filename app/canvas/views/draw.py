@@ -11,7 +11,7 @@ import streamlit as st
 from app.canvas import widgets
 from app.canvas.companion import companion
 from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
-from app.canvas.endings import Endings, Settings, asked_of, order_of, version_of
+from app.canvas.endings import Endings, Settings, asked_of, nll_of, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
@@ -262,14 +262,10 @@ def model_line(served: ServedModel) -> str:
     """Say in one line which version serves and how good it is, with the protocol."""
     model, scores = served.model, served.scores
     parts = [say("version", name=f"**{model.get('name')}**", version=model.get("version"))]
-    if served.levels > 2:
-        key, unit, digits = "test/bits_per_dim", "bits/dim", 4
-    else:
-        key, unit, digits = "test/nll_nats", say("nats_per_image"), 2
-    if key in scores:
+    if nll := nll_of(served, say("nats_per_image")):
         number = scores.get("test/num_images")
         images = "" if number is None else say("line_images", number=f"{number:.0f}")
-        parts.append(say("line_nll", nll=f"{scores[key]:.{digits}f} {unit}", protocol=served.protocol, images=images))
+        parts.append(say("line_nll", nll=nll, protocol=served.protocol, images=images))
     if model.get("git_commit"):
         parts.append(f"commit {str(model['git_commit'])[:7]}")
     return " · ".join(parts)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import streamlit as st
 
-from app.canvas.endings import version_of
+from app.canvas.endings import nll_of, version_of
 from app.canvas.session import Visit
 from app.canvas.texts import TEXTS, say
 
@@ -21,17 +21,14 @@ def models_page(visit: Visit) -> None:
             colour = " x 3" if channels == 3 else ""
             facts = {"levels": model.levels, "architecture": model.architecture, "protocol": model.protocol}
             st.markdown(say("model_facts", height=height, width=width, colour=colour, **facts))
-            scores, test_nll = model.scores, say("test_nll", protocol=model.protocol)
-            if model.levels == 2 and "test/nll_nats" in scores:
-                st.metric(test_nll, f"{scores['test/nll_nats']:.2f} nats")
-            elif model.levels > 2 and "test/bits_per_dim" in scores:
-                st.metric(test_nll, f"{scores['test/bits_per_dim']:.4f} bits/dim")
+            if nll := nll_of(model):
+                st.metric(say("test_nll", protocol=model.protocol), nll)
             if (papers := f"papers_{dataset}") in TEXTS:
                 st.caption(say("beside", papers=say(papers)))
             lineage = {say(key): model.model[key] for key in ("data_hash", "git_commit", "run_id", "weights_sha256")}
             st.html(facts_html(lineage | {say("promoted"): model.promoted_at}))
             with st.expander(say("all_scores")):
-                numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+                numbers = {name: value for name, value in model.scores.items() if isinstance(value, int | float)}
                 st.html(facts_html({name: f"{value:,.4g}" for name, value in sorted(numbers.items())}))
 
 
