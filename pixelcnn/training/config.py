@@ -32,7 +32,7 @@ class TrainConfig:
         batch_size: images per optimizer step.
         learning_rate: peak learning rate.
         joint_share: factor on the learning rate of those weights of a completer that the joint model has, too; below 1
-            it forgets less of what it began with.
+            it forgets less of what it began with. At 0 they stay as they are, and a step takes less time.
         context_network_share: the same for the weights of its context network, which may have learned before.
         optimizer: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimizers.py).
         max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.

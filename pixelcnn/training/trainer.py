@@ -143,6 +143,8 @@ class Trainer:
             shares = {w: config.joint_share for name, w in model.named_parameters() if name in joint}
         if context_network is not None and config.context_network_share < 1:
             shares |= dict.fromkeys(context_network.parameters(), config.context_network_share)
+        for weight in self.parameters:
+            weight.requires_grad_(shares.get(weight, 1.0) > 0)
         self.optimizer = Optimizer(model, config.optimizer, shares)
         self.step = 0
         self.extra_steps = 0.0  # epochs of earlier batch sizes, as steps of this one, less the steps that they took

@@ -286,6 +286,8 @@ def test_a_completer_learns_what_it_begins_with_at_a_share_of_the_rate(setting, 
         before = {name: w.detach().clone() for name, w in model.named_parameters()}
         settings = config(batch_size=64, optimizer=optimizer, ema_decay=0, clip_norm=1e9, **{setting: share})
         training.Trainer(model, data, settings).train_step()
+        if share == 0:
+            assert begins_with <= {name for name, w in model.named_parameters() if w.grad is None}
         return {name: w.detach() - before[name] for name, w in model.named_parameters()}
 
     whole, slowed = moved(1.0), moved(share)
