@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -403,7 +404,7 @@ def _field_options(config_class: type, leave_out: tuple[str, ...] = ()) -> Itera
         option = Option(f"--{name}/--no-{name}" if field.default is True else f"--{name}", help=meaning)
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         if get_origin(kind) is tuple and get_args(kind)[1:] == (...,):  # an option that may be given several times
-            kind = list.__class_getitem__(get_args(kind)[0])
+            kind = GenericAlias(list, get_args(kind)[:1])
             default = list(default) if isinstance(default, tuple) else default
         annotation: Any = Annotated[kind, option]
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

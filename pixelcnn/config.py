@@ -96,6 +96,11 @@ class ModelConfig:
         """Return how many groups the maps of all layers divide into: one for each colour with logits of its own."""
         return self.image_shape[0] if self.output == "categorical" else 1
 
+    def for_same_images(self, other: "ModelConfig") -> bool:
+        """Say whether both are for the same images, and for the same labels if both know some."""
+        same = (self.image_shape, self.num_levels) == (other.image_shape, other.num_levels)
+        return same and len({self.num_labels, other.num_labels} - {0}) < 2
+
     def without_context(self) -> Self:
         """Return the same network without context network, completer and label network."""
         plain = replace(self, completer_features=0, label_features=0)

@@ -58,8 +58,8 @@ def write(
     train_images, train_labels = found["train"]
     if spec.source.kind == "folder":
         # By content: as pictures are added, none that a model has learned is set aside, where it would flatter it.
-        seed, levels = str(params.split_seed).encode(), fixed_levels(train_images, spec)
-        keys = [hashlib.sha256(seed + image.numpy().tobytes()).digest() for image in levels]
+        seed = str(params.split_seed).encode()
+        keys = [hashlib.sha256(seed + image.numpy().tobytes()).digest() for image in fixed_levels(train_images, spec)]
         permutation = torch.tensor(sorted(range(num_found), key=keys.__getitem__))
     else:
         # RandomState: its streams are frozen for ever, unlike those of newer generators.

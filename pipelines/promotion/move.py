@@ -381,8 +381,7 @@ def run_shadow(dataset: str, number: int | None = None) -> str:
     with champion_lock(dataset):
         tag, served = export(version), store.latest(version.name)
         own, of_served = (load_checkpoint(store.folder_of(one))[0].config for one in (tag, served or tag))
-        labels = {own.num_labels, of_served.num_labels} - {0}
-        if (own.image_shape, own.num_levels) != (of_served.image_shape, of_served.num_levels) or len(labels) > 1:
+        if not own.for_same_images(of_served):
             raise ValueError(
                 f"{tag} is for other images or labels than {served}, which is served: no challenge has begun. Name a "
                 "version that was trained on the same data: --version N."

@@ -183,11 +183,9 @@ class Drawings:
 
 
 def _can_challenge(challenger: Champion, champion: Champion) -> bool:
-    """Say whether it is another version, for the same images, and for the same labels if both know some."""
-    one, other = challenger.model.config, champion.model.config
-    if challenger.identity == champion.identity or len({one.num_labels, other.num_labels} - {0}) > 1:
-        return False
-    return (one.image_shape, one.num_levels) == (other.image_shape, other.num_levels)
+    """Say whether it is another version, for the same images and labels."""
+    is_other = challenger.identity != champion.identity
+    return is_other and challenger.model.config.for_same_images(champion.model.config)
 
 
 def _description(watched: _Watched) -> dict[str, Any]:
