@@ -296,6 +296,16 @@ def test_what_somebody_has_set_in_prefect_stays(url: str, monkeypatch: pytest.Mo
     assert Path("pools").read_text().split() == [operate.POOL], "one that is there keeps its limit and its pause"
 
 
+def test_of_the_scheduled_runs_that_were_missed_one_starts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(operate, "read_server", lambda: (set(), {}))
+    operate.deploy(os.environ)
+    deployments = yaml.safe_load(Path("deployed.yaml").read_text())["deployments"]
+    limits = {one["name"]: one.get("concurrency_limit") for one in deployments if one.get("schedules")}
+    one_alone = {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert limits == {"evaluate-champions": one_alone, "watch-drift": one_alone}
+
+
 def test_an_unknown_environment_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
