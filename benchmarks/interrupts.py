@@ -43,19 +43,9 @@ def marked_processes(mark: str) -> dict[int, str]:
 def step_of(processes: dict[int, str]) -> str:
     """Say what a demo was doing, by the command lines of its processes."""
     lines = " ".join(processes.values())
-    for word, step in (
-        ("promote", "promote"),
-        ("steps train", "train"),
-        ("steps evaluate", "evaluate"),
-        ("steps prepare", "prepare"),
-        ("dvc", "dvc"),
-        ("release", "release"),
-        ("bentoml", "service"),
-        ("install", "install"),
-    ):
-        if word in lines:
-            return step
-    return "start"
+    steps = {"promote": "promote", "steps train": "train", "steps evaluate": "evaluate", "steps prepare": "prepare"}
+    steps |= {"dvc": "dvc", "release": "release", "bentoml": "service", "install": "install"}
+    return next((step for word, step in steps.items() if word in lines), "start")
 
 
 def clone(folder: Path, venv: Path | None) -> None:

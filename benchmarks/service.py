@@ -19,9 +19,9 @@ import json
 import math
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPSConnection
 from statistics import median, quantiles
@@ -124,11 +124,8 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
                 i += clients
 
     start = time.perf_counter()
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(ask, range(clients)))
     took = time.perf_counter() - start
     return {"per_s": len(answered) / took, "answered": answered, "refused": refused, "others": others}
 
@@ -195,11 +192,8 @@ def canvases(
             except ServiceError as error:
                 lost.append(str(error))
 
-    threads = [threading.Thread(target=visit, args=(number,)) for number in range(num)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(num) as pool:
+        list(pool.map(visit, range(num)))
     return drawn, scored, lost
 
 

@@ -8,6 +8,7 @@ are left out unless a row names one: they share the training with what is compar
 import argparse
 import re
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,12 +66,8 @@ def measure(
     # The average looks back over a tenth of the run at most: these runs are short.
     train = replace(train, ema_decay=min(train.ema_decay, 0.99))
     warm_up(model)
-    last: list[StepReport] = []
-
-    def remember(report: StepReport) -> None:
-        last[:] = [report]
-
-    nll = fit(model, data, train, remember)
+    last: deque[StepReport] = deque(maxlen=1)
+    nll = fit(model, data, train, last.append)
     num = sum(p.numel() for p in model.parameters())
     words = [f"{key} {value}" for part in changes.values() for key, value in part.items()]
     score = format_nll(nll, data.image_shape, data.num_levels)

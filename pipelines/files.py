@@ -43,6 +43,7 @@ def file_lock(path: Path, what: str, log: Callable[[str], object]) -> Iterator[b
 
 def atomic_write(path: Path, text: str) -> None:
     """Replace a file's content in one step: a process that is killed meanwhile leaves the old text or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(text)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,10 @@ def environments() -> dict[str, Environment]:
         raise LookupError(
             f"{ENVIRONMENTS_FILE} must give each environment a registry, a store and, if there is one, a service: {why}"
         ) from None
-    for field in _VARIABLES:
-        users: dict[str, list[str]] = {}  # the environments of each value, which may have a password
-        for name, one in found.items():
-            if value := getattr(one, field):
-                users.setdefault(value, []).append(name)
-        for names in users.values():
-            if len(names) > 1:
-                raise LookupError(f"{ENVIRONMENTS_FILE}: {' and '.join(names)} share a {field}. Give each its own.")
+    for (name, one), (other, another) in combinations(found.items(), 2):
+        for field in _VARIABLES:
+            if getattr(one, field) and getattr(one, field) == getattr(another, field):  # it may hold a password
+                raise LookupError(f"{ENVIRONMENTS_FILE}: {name} and {other} share a {field}. Give each its own.")
     return found
 
 

@@ -201,7 +201,7 @@ def compare() -> None:
     """Write reports/comparison.html: the trained pairs beside each other, from reports/."""
     from pipelines.reports.comparison import REPORTS_FOLDER, read_reports, write_comparison
 
-    print(f"wrote {write_comparison(read_reports(REPORTS_FOLDER, of_recorded_data=True))}")
+    print(f"wrote {write_comparison(read_reports(REPORTS_FOLDER))}")
 
 
 @app.command()
@@ -244,8 +244,7 @@ def history(dataset: _Dataset) -> None:
     _check_known(dataset)
     from pipelines.registry.decisions import history as lines
 
-    for line in lines(dataset):
-        print(line)
+    print(*lines(dataset), sep="\n")
 
 
 @app.command()
@@ -313,8 +312,7 @@ def release(why: _Why = None) -> None:
     """Register the weights of weights/PAIR/; they serve where a dataset has no champion yet."""
     from pipelines.promotion.register import release_all
 
-    for text in release_all(why):
-        print(text)
+    print(*release_all(why), sep="\n")
 
 
 @app.command()
@@ -329,9 +327,10 @@ def judge(dataset: _Dataset) -> None:
 @app.command()
 def results() -> None:
     """Write RESULTS.md from the scores in weights/PAIR/."""
-    from pipelines.reports.results import RESULTS_FILE, write_results
+    from pipelines.files import atomic_write
+    from pipelines.reports.results import RESULTS_FILE, results_text
 
-    write_results()
+    atomic_write(RESULTS_FILE, results_text(Path("weights")))
     print(f"wrote {RESULTS_FILE}")
 
 

@@ -12,9 +12,7 @@ MAX_PNG_BYTES = 1_000_000
 def to_picture(levels: Tensor, num_levels: int) -> Image.Image:
     """Return one image, (C, H, W) int64 levels, as a grey or RGB picture: level 0 is black, level K-1 is white."""
     pixels = (levels * 255 / (num_levels - 1)).round().to(torch.uint8)  # (C, H, W)
-    if len(pixels) == 1:
-        return Image.fromarray(pixels[0].numpy())
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())  # grey has no third axis
 
 
 def to_png(levels: Tensor, num_levels: int, optimize: bool = False) -> bytes:

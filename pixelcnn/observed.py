@@ -125,8 +125,7 @@ def surroundings(rng: np.random.Generator, drawn: Mask) -> Mask:
     near = _spread(drawn)
     near = np.where(rng.random((num, 1, 1)) < 0.5, near, _spread(near))
     box = (after(rows) & until(rows))[:, :, None] & (after(columns) & until(columns))[:, None]
-    above = np.broadcast_to(until(rows)[:, :, None], drawn.shape)
-    return np.select([kind == 1, kind == 2, kind == 3], [near, box, above], drawn)
+    return np.choose(kind, [drawn, near, box, until(rows)[:, :, None]])
 
 
 def _training_parts(rng: np.random.Generator, num: int, height: int, width: int) -> Mask:
@@ -134,9 +133,7 @@ def _training_parts(rng: np.random.Generator, num: int, height: int, width: int)
     side = rng.integers(0, 4, num)[:, None, None]
     share = np.where(rng.random((num, 1, 1)) < 0.5, 0.5, rng.random((num, 1, 1)))
     y, x = (np.arange(height)[:, None] + 0.5) / height, (np.arange(width) + 0.5) / width
-    shape = (num, height, width)
-    parts = [np.broadcast_to(part, shape) for part in (y < share, y > share, x < share, x > share)]
-    return np.select([side == 0, side == 1, side == 2, side == 3], parts)
+    return np.choose(side, [y < share, y > share, x < share, x > share])
 
 
 def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> Tensor:

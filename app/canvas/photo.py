@@ -165,9 +165,7 @@ def _stroke(ink: np.ndarray) -> float:
 
 def _placed(ink: np.ndarray, shape: tuple[int, int], by_mass: bool) -> np.ndarray:
     """Put ink onto an empty grid, centred; no ink leaves the grid."""
-    grid = np.zeros(shape, dtype=np.int64)
     size, room = np.array(ink.shape), np.array(shape) - ink.shape
     middle = (np.indices(ink.shape) * ink).sum(axis=(1, 2)) / max(ink.sum(), 1) if by_mass else (size - 1) / 2
-    top, left = np.clip(np.rint((np.array(shape) - 1) / 2 - middle), 0, room).astype(int)
-    grid[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-    return grid
+    before = np.clip(np.rint((np.array(shape) - 1) / 2 - middle), 0, room).astype(int)
+    return np.pad(ink, np.stack([before, room - before], axis=1))

@@ -63,7 +63,7 @@ def whole_pixels(image: np.ndarray, levels: int) -> np.ndarray:
 def png_size(image: np.ndarray, levels: int) -> int:
     """Return the bytes of an image, (H, W) or (H, W, 3) levels, as the smallest PNG that Pillow makes of it."""
     picture, buffer = Image.fromarray(strength_of(image, levels).astype(np.uint8)), io.BytesIO()
-    (picture.convert("1") if levels == 2 else picture).save(buffer, "PNG", optimize=True)
+    (picture.convert("1") if levels == 2 and image.ndim == 2 else picture).save(buffer, "PNG", optimize=True)
     return buffer.tell()
 
 

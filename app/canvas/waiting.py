@@ -144,6 +144,7 @@ def wait_for(
         show: is given each answer; none is returned then.
     """
     found: list[Event] = []
+    take = show or found.append
     place = st.empty()
     with place:
         busy_line(what, text, on_stop)
@@ -152,10 +153,7 @@ def wait_for(
         with contextlib.closing(in_background(ask_for)) as answers:
             for answer in answers:
                 if answer is not None:
-                    if show:
-                        show(answer)
-                    else:
-                        found.append(answer)
+                    take(answer)
                 look_up()
     finally:
         place.empty()

@@ -142,14 +142,11 @@ class PixelCNNService:
     @contextlib.contextmanager
     def _measured(self, endpoint: str, dataset: str) -> Iterator[None]:
         """Record the seconds of an answer, be it a failure, or that its client disconnected."""
-        start, has_left = time.perf_counter(), False
+        start = time.perf_counter()
         try:
             yield
-        except (asyncio.CancelledError, GeneratorExit):
-            has_left = True
-            raise
         finally:
-            if has_left:
+            if isinstance(sys.exception(), asyncio.CancelledError | GeneratorExit):
                 self.metrics.disconnects.labels(endpoint, dataset).inc()
             else:
                 self.metrics.seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)

@@ -5,12 +5,11 @@ BENTOML_PORT; where traces are sent, for OpenTelemetry's.
 """
 
 import importlib.util
-import math
 import os
 from typing import Annotated, Any
 
 from bentoml.exceptions import BentoMLConfigException
-from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr, TypeAdapter, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -84,11 +83,9 @@ def tracing() -> dict[str, Any]:
         )
     text = os.environ.get(SHARE) or "1"
     try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise BentoMLConfigException(f"{SHARE} must be a number from 0 to 1, got {text!a}. Set it anew.")
+        share = TypeAdapter(Annotated[float, Field(ge=0, le=1)]).validate_python(text)
+    except ValidationError:
+        raise BentoMLConfigException(f"{SHARE} must be a number from 0 to 1, got {text!a}. Set it anew.") from None
     return {"exporter_type": "otlp", "sample_rate": share, "excluded_urls": [*QUIET], "otlp": {"protocol": "http"}}
 
 

@@ -75,7 +75,6 @@ def compared(data: Dataset, folder: Path, limits: CheckParams) -> Iterator[None]
     if last.exists():
         found = changes(json.loads(last.read_text()), summary, limits)
         rows = [f"| {what} | {text} | {'**beyond**' if beyond else 'within'} |" for what, text, beyond in found]
-        REPORTS_FOLDER.mkdir(parents=True, exist_ok=True)
         head = f"# {data.name}: this version beside the last\n\n| what | change | limit |\n| --- | --- | --- |\n"
         atomic_write(REPORTS_FOLDER / f"{data.name}.md", head + "\n".join(rows) + "\n")
         if beyond := [f"{what} {text}" for what, text, is_beyond in found if is_beyond]:
@@ -85,7 +84,6 @@ def compared(data: Dataset, folder: Path, limits: CheckParams) -> Iterator[None]
                 f"({REPORTS_FOLDER / data.name}.md). If that is right: python -m pipelines.steps confirm {data.name}"
             )
     yield
-    last.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(last, json.dumps(summary))
     new.unlink(missing_ok=True)
 

@@ -66,13 +66,11 @@ def write(
         permutation = torch.from_numpy(np.random.RandomState(params.split_seed).permutation(num_found))
     index = dict(zip(SPLITS, torch.split(permutation, [num_found - sum(held_out), *held_out]), strict=False))
     parts = {**found, **{s: (train_images[i], train_labels[i]) for s, i in index.items()}}
-    images = {s: part[0] for s, part in parts.items()}
+    images = {s: fixed_levels(part[0], spec) for s, part in parts.items()}
     if spec.protocol == DYNAMIC_PROTOCOL:
         for stream, s in enumerate(("validation", "test")):
             u = np.random.RandomState([params.binarization_seed, stream]).random_sample(tuple(images[s].shape))
             images[s] = torch.from_numpy((u * 255 < images[s].numpy()).astype(np.uint8))
-    else:
-        images = {s: fixed_levels(part, spec) for s, part in images.items()}
     dataset = Dataset(
         name=name,
         num_levels=spec.num_levels,

@@ -4,9 +4,7 @@ The model is scored twice: as the registry has it, in this process; and as the s
 address is set. Whatever differs from the registered score is a failed run.
 """
 
-import tempfile
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -21,7 +19,6 @@ from pipelines.registry import versions as registry
 from pipelines.registry.provenance import prepared_file
 from pipelines.registry.stated import TOLERANCE_NATS, check_scores
 from pipelines.settings import Settings
-from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, evaluate, format_nll
 
@@ -34,9 +31,7 @@ MAX_BUSY_S = 120.0  # that one request waits for a busy service, in all
 
 @flow(name="evaluate-champions", persist_result=False, timeout_seconds=MAX_S)
 def evaluate_champions(
-    datasets: list[str] | None = None,
-    service_url: str | None = None,
-    num_images: Annotated[int, Field(ge=1)] = 500,
+    datasets: list[str] | None = None, service_url: str | None = None, num_images: Annotated[int, Field(ge=1)] = 500
 ) -> dict[str, dict[str, float]]:
     """Score the champion of each dataset on its validation and test images; each is a run in experiment `evaluations`.
 
@@ -90,8 +85,7 @@ def evaluate_champions(
 def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[str, float]:
     version = next(v for v in registry.versions(name) if v.version == number)
     data, params = load_dataset(prepared_file(name)), load_params().evaluate
-    with tempfile.TemporaryDirectory() as folder:
-        model, recorded = load_checkpoint(registry.download(version, Path(folder)))
+    model, recorded = registry.load(version)
     scores = evaluate(
         model, data, num_images=min(params.num_images or num_images, num_images), batch_size=params.batch_size
     )

@@ -27,7 +27,6 @@ REPORTS_FOLDER = Path("reports/promotions")
 
 def write_report(report: Report) -> None:
     """Write a report as reports/promotions/DATASET.json, in one step."""
-    REPORTS_FOLDER.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, allow_nan=False)
     atomic_write(REPORTS_FOLDER / f"{report['dataset']}.json", text + "\n")
 

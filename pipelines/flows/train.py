@@ -4,7 +4,6 @@ It calls the functions that DVC's stages call (`pipelines/stages/`), and writes 
 """
 
 import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.stages import evaluate, register, train
-from pixelcnn.checkpoint import CARD_FILE, SCORES_FILE, check_replaceable, load_checkpoint, save_checkpoint
+from pixelcnn.checkpoint import CARD_FILE, SCORES_FILE, check_replaceable, save_checkpoint
 
 MAX_ATTEMPTS = 3  # of a deployment's run that crashes: its checkpoint brings nothing if the cause is still there
 
@@ -51,17 +50,16 @@ def register_task(out: Path, report: Path) -> dict[str, str]:
 @task(name="find", **_RETRIED)
 def find_task(inputs: str, dataset: str, out: Path, report: Path) -> dict[str, str] | None:
     """Write the checkpoint and the reports of a version from the same inputs; return None if there is none."""
-    number = tracking.version_of_inputs(dataset, inputs)
-    if number is None:
+    done = tracking.runs_of_inputs(dataset, inputs)
+    version = next((one for one in reversed(registry.versions(dataset)) if one.run_id in done), None)
+    if version is None:
         return None
-    version = next(one for one in registry.versions(dataset) if one.version == number)
-    with tempfile.TemporaryDirectory() as folder:
-        model, scores = load_checkpoint(registry.download(version, Path(folder)))
-        tracking.download_files(version.run_id, report)
-        card = (report / CARD_FILE).read_text()
-        for file in (CARD_FILE, SCORES_FILE):
-            (report / file).unlink()
-        save_checkpoint(out, model, scores, getattr(torch, scores["weights_dtype"]), card)
+    model, scores = registry.load(version)
+    tracking.download_files(version.run_id, report)
+    card = (report / CARD_FILE).read_text()
+    for file in (CARD_FILE, SCORES_FILE):
+        (report / file).unlink()
+    save_checkpoint(out, model, scores, getattr(torch, scores["weights_dtype"]), card)
     get_run_logger().info(
         "not trained again: %s version %s, run %s, followed from the same data, settings and code",
         *(version.name, version.version, version.run_id),

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,9 +137,8 @@ def load_judge(dataset: str, which: str, data: Dataset) -> Judge:
     path = judge_file(dataset, which)
     judge = Judge(data.image_shape[0], len(data.label_names), JUDGES[which])
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        judge.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{path} is no judge of {data.name} ({error}). Make it: python -m pipelines.steps judge {dataset}"
         ) from None

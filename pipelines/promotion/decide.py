@@ -35,14 +35,7 @@ class Decision:
         scorer: `pipelines.promotion.score.score`, or the same as a task of Prefect's.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        data: Dataset,
-        params: PromoteParams,
-        only: int | None,
-        scorer: Scorer,
-    ) -> None:
+    def __init__(self, dataset: str, data: Dataset, params: PromoteParams, only: int | None, scorer: Scorer) -> None:
         self.dataset, self.data, self.params, self.scorer = dataset, data, params, scorer
         self.by_number = {version.version: version for version in registry.versions(dataset)}
         self.champion = champion = self.by_number.get(registry.aliases(dataset).get(CHAMPION, ""))

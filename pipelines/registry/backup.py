@@ -10,7 +10,7 @@ import sqlite3
 import tarfile
 import tempfile
 import zlib
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
@@ -73,10 +73,8 @@ def backup(file: Path) -> str:
             # After the snapshot: all that it names is there, and what came since does no harm.
             for top, name in ((artifacts, _ARTIFACTS), (store.home() / "models", _STORE)):
                 for path in (path for path in top.rglob("*") if path.is_file()):
-                    try:
+                    with suppress(FileNotFoundError):  # a temporary file of somebody's
                         archive.add(path, f"{name}/{path.relative_to(top)}")
-                    except FileNotFoundError:  # a temporary file of somebody's
-                        continue
         new.replace(file)
     return f"{file} holds {database}, its artifacts, and the model store {store.home()}."
 

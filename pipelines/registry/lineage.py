@@ -23,7 +23,6 @@ from pipelines.registry import versions as registry
 from pipelines.registry.provenance import LOCK_FILES, prepared_file, recorded_hash
 from pipelines.registry.stated import check_scores
 from pipelines.registry.versions import Version
-from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import CHECKED_IMAGES
 
@@ -216,9 +215,7 @@ def _verify_store(version: Version) -> str:
 
 def _verify_score(version: Version) -> str:
     data = _load_same(version)
-    with tempfile.TemporaryDirectory() as folder:
-        model, scores = load_checkpoint(registry.download(version, Path(folder)))
-    check_scores(str(version), model, scores, data)
+    check_scores(str(version), *registry.load(version), data)
     return f"the first {CHECKED_IMAGES} test images score what its training recorded"
 
 

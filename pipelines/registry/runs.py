@@ -348,13 +348,10 @@ def _only_version(c: mlflow.MlflowClient, name: str, known_by: Mapping[str, str]
     return same[0] if same else None
 
 
-def version_of_inputs(dataset: str, inputs: str) -> str | None:
-    """Return the version whose training followed from these inputs; None if none was registered."""
-    c = client()
+def runs_of_inputs(dataset: str, inputs: str) -> set[str]:
+    """Return the IDs of the runs that are done and whose training followed from these inputs."""
     query = f"tags.{INPUTS_TAG} = '{inputs}' and attributes.status = 'FINISHED'"
-    done = {run.info.run_id for run in c.search_runs([experiment_id(dataset)], query)}
-    every = c.search_model_versions(f"name='{registered_name(dataset)}'")
-    return next((str(v.version) for v in every if v.run_id in done), None)
+    return {run.info.run_id for run in client().search_runs([experiment_id(dataset)], query)}
 
 
 def download_files(run_id: str, folder: Path) -> None:

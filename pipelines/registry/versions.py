@@ -2,16 +2,19 @@
 
 import math
 import shutil
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.params import load_params
 from pipelines.registry import runs as tracking
-from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_of
+from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, load_checkpoint, sha256_of
+from pixelcnn.models.base import AutoregressiveModel
 
 ROLLED_BACK_TAG = "rolled_back"
 VALIDATION_METRIC = "validation/nll_nats"
@@ -146,3 +149,9 @@ def download(version: Version, folder: Path) -> Path:
     for name in (CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE):
         shutil.copyfile(checkpoint / name, clean / name)
     return clean
+
+
+def load(version: Version) -> tuple[AutoregressiveModel, dict[str, Any]]:
+    """Fetch a version, checked as `download` does; return its model and scores."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load_checkpoint(download(version, Path(folder)))

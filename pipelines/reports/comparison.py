@@ -45,12 +45,13 @@ class PairReport:
         return [(caption, base64.b64encode(path.read_bytes()).decode()) for path, caption in found if path.exists()]
 
 
-def read_reports(folder: Path, without: Collection[str] = (), of_recorded_data: bool = False) -> list[PairReport]:
+def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport]:
     """Read the reports of pairs, `folder/MODEL-DATASET/`: by dataset, the best test score first.
+
+    Those of other data than DVC recorded are left out: params.yaml does not hold of them any more.
 
     Args:
         without: pairs whose report, if there is one, may be half written.
-        of_recorded_data: leave out those of other data than DVC recorded: params.yaml does not hold of them any more.
 
     Raises:
         ValueError: the metrics of one are damaged, or a `dvc.lock` is.
@@ -60,16 +61,12 @@ def read_reports(folder: Path, without: Collection[str] = (), of_recorded_data: 
         pair, dataset = path.parent.name, path.parent.name.rpartition("-")[2]
         if dataset not in datasets or pair in without:
             continue
-        spec = datasets[dataset]
-        now = recorded_hash(dataset) if of_recorded_data else None
+        spec, now, again = datasets[dataset], recorded_hash(dataset), repro_command("evaluate", pair)
         try:
             metrics = json.loads(path.read_text())
             if now is not None and metrics.get("data_hash", now) != now:
-                logger.warning(
-                    "%s is left out: it was scored on other data than those of now. Train it again: %s",
-                    pair,
-                    repro_command("evaluate", pair),
-                )
+                text = "%s is left out: it was scored on other data than those of now. Train it again: %s"
+                logger.warning(text, pair, again)
                 continue
             accepted = metrics.get("test/accepted_nothing_by_judge")
             row = {
@@ -81,13 +78,11 @@ def read_reports(folder: Path, without: Collection[str] = (), of_recorded_data: 
                 "whole samples accepted": f"{accepted:.2f}" if accepted is not None else "",
                 "parameters": f"{metrics['num_parameters']:,}",
                 "trained": f"{metrics['train_minutes']:.1f} min",
-                "command": repro_command("evaluate", pair),
+                "command": again,
             }
             nats = metrics["test/nll_nats"]
         except (AttributeError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} has no readable scores ({error!r}). Train the pair again: {repro_command('evaluate', pair)}"
-            ) from None
+            raise ValueError(f"{path} has no readable scores ({error!r}). Train the pair again: {again}") from None
         reports.append(PairReport(pair=pair, dataset=dataset, test_nats=nats, row=row, folder=path.parent))
     order = list(datasets)
     return sorted(reports, key=lambda report: (order.index(report.dataset), report.test_nats, report.pair))
@@ -115,7 +110,6 @@ def write_comparison(reports: Sequence[PairReport], failures: Mapping[str, str] 
         failures=failures or {},
         promotions=[_read_promotion(path) for path in sorted(PROMOTIONS_FOLDER.glob("*.json"))],
     )
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(PAGE, text)
     return PAGE
 

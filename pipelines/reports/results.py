@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from pipelines.files import atomic_write
 from pipelines.params import load_params
 from pipelines.reports.card import render
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE
@@ -35,8 +34,3 @@ def results_text(weights: Path) -> str:
         datasets[dataset] = scores["protocol"], config["num_levels"]
     published = yaml.safe_load(PUBLISHED_FILE.read_text())
     return render("results.md.j2", released=released, datasets=datasets, published=published).rstrip() + "\n"
-
-
-def write_results() -> None:
-    """Write RESULTS.md."""
-    atomic_write(RESULTS_FILE, results_text(Path("weights")))

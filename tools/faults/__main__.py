@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 from pipelines.registry import runs as tracking
@@ -26,16 +26,11 @@ from tools.faults.check import DATASET, check
 @contextmanager
 def fresh_folder(database: Path) -> Iterator[None]:
     """Work in an empty folder, with a new database and a new model store."""
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        shutil.copy(database, Path(folder) / "mlflow.db")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, chdir(folder):
+        shutil.copy(database, "mlflow.db")
         os.environ |= {"BENTOML_HOME": f"{folder}/bentoml", "MLFLOW_TRACKING_URI": ""}
         os.environ["GIT_CEILING_DIRECTORIES"] = str(Path(folder).parent)
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(before)
+        yield
 
 
 def new_database(folder: Path) -> Path:

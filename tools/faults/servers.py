@@ -17,17 +17,8 @@ from tools.faults.check import DATASET, check, fine
 
 WAIT_S = 400
 AWAY_S = 30  # a server is away for
-TRAIN = [
-    sys.executable,
-    "-m",
-    "pipelines.steps",
-    "train-pair",
-    PAIR,
-    "--out",
-    f"models/{PAIR}",
-    "--report",
-    f"reports/{PAIR}",
-]
+TRAIN = [sys.executable, "-m", "pipelines.steps", "train-pair", PAIR]
+TRAIN += ["--out", f"models/{PAIR}", "--report", f"reports/{PAIR}"]
 
 
 def wait_for(what: Callable[[], object], why: str) -> None:

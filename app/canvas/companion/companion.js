@@ -119,38 +119,27 @@ function createCompanion(root) {
     gone.abort();
   };
   observer.observe(document.body, { subtree: true, childList: true });
-  const options = { capture: true, signal: gone.signal };
-  for (const type of ["paste", "drop"]) document.addEventListener(type, upload, options);
-  document.addEventListener(
-    "dragover",
-    (event) => {
-      if (root.isConnected && event.dataTransfer?.types.includes("Files")) event.preventDefault(); // it may be dropped
-    },
-    options,
-  );
-  document.addEventListener(
-    "click",
-    (event) => {
-      const key = event.target.closest?.("[data-key]")?.dataset.key;
-      if (!key || !root.isConnected) return;
-      // The grid hears the same click, before or after.
-      chosen = { key, text: document.drawing?.text };
-      choosing = key;
-      setTimeout(() => (choosing = null));
-      queueMicrotask(sync);
-    },
-    options,
-  );
-  document.addEventListener(
-    "drawing",
-    ({ detail }) => {
-      if (!root.isConnected) return leave();
-      if (choosing) chosen = { key: choosing, text: detail.text };
-      sync();
-      rest();
-    },
-    options,
-  );
+  const onPage = (type, listener) => document.addEventListener(type, listener, { capture: true, signal: gone.signal });
+  onPage("paste", upload);
+  onPage("drop", upload);
+  onPage("dragover", (event) => {
+    if (root.isConnected && event.dataTransfer?.types.includes("Files")) event.preventDefault(); // it may be dropped
+  });
+  onPage("click", (event) => {
+    const key = event.target.closest?.("[data-key]")?.dataset.key;
+    if (!key || !root.isConnected) return;
+    // The grid hears the same click, before or after.
+    chosen = { key, text: document.drawing?.text };
+    choosing = key;
+    setTimeout(() => (choosing = null));
+    queueMicrotask(sync);
+  });
+  onPage("drawing", ({ detail }) => {
+    if (!root.isConnected) return leave();
+    if (choosing) chosen = { key: choosing, text: detail.text };
+    sync();
+    rest();
+  });
 
   return {
     update(newData) {

@@ -77,9 +77,7 @@ function createGrid(root, data) {
   }
 
   function toText() {
-    let text = "";
-    for (const value of cells) text += HEX[value];
-    return text;
+    return Array.from(cells, (value) => HEX[value]).join("");
   }
 
   function fromText(text) {

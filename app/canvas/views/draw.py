@@ -44,7 +44,8 @@ def draw_page(visit: Visit) -> None:
             st.markdown(say("keys_table"))
     with left:
         settings = choose_settings(visit)
-    rows = " two-rows" if settings.levels > 2 else ""  # of tools: page.css leaves room for them
+    # Of tools: page.css leaves room for them.
+    rows = " two-rows" if settings.levels > 2 or len(settings.shape) == 3 else ""
     intro.html(f'<p class="intro{rows}">{html.escape(introduction(settings))}</p>')
     gallery_place = st.empty()
     if settings.model:
