@@ -97,6 +97,7 @@ class LogisticMixture:
         inside = torch.where(levels == 0, F.logsigmoid(upper), inside)
         return torch.where(levels == self.num_levels - 1, F.logsigmoid(-lower), inside)
 
+    @torch.compiler.disable  # compiled for a CPU, expm1 is exp less 1: of wide components nothing would be left
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
         # Each component's log-probability of the colours so far; what a colour adds to their sum is its own.
         total = parameters[:, : self.num_mixtures].log_softmax(dim=1)

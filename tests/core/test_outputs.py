@@ -100,6 +100,19 @@ def test_float32_is_stable_at_the_ends_and_far_from_the_means():
             torch.testing.assert_close(pixel_log_prob(model, levels).double(), exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_compiled_loss_of_wide_components_is_the_same():
+    model = mixture_model("gated_pixelcnn", (3, 5, 5), 256).float()
+    parameters = torch.full((2, model.output.num_parameters, 5, 5), 12.0)  # some ten million levels wide
+    levels = random_levels((3, 5, 5), 256, num=2)
+    losses = [lambda p: model.output.log_prob(p, levels).sum()] * 2
+    losses[1] = torch.compile(losses[0])
+    found = [torch.autograd.functional.vjp(loss, parameters) for loss in losses]
+    for plain, compiled in zip(*found, strict=True):
+        assert plain.isfinite().all()
+        assert torch.allclose(plain, compiled)
+
+
 def mixture_copy(model):
     copied = build_model(model.config).double().eval()
     copied.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
