@@ -34,6 +34,7 @@ from pipelines.params import (
     load_params,
     repro_command,
 )
+from pipelines.registry.provenance import recorded_hash
 from pixelcnn.data import BYTES_PROTOCOL, SPLITS, Dataset
 from pixelcnn.images import to_sheet
 
@@ -307,10 +308,11 @@ def remove(name: str) -> list[str]:
         What was removed, and what stays.
 
     Raises:
-        ValueError: it is none of the datasets that somebody added.
+        ValueError: it is none of the datasets that somebody added, or a `dvc.lock` cannot be read; all stays.
     """
     with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
         pairs = own_pairs(name)
+        recorded_hash(name)  # or its ValueError, of a lock in conflict: before anything is taken out
         _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
         if LOCK_FILE.exists():  # or data of another dataset of this name would not be those that DVC recorded
             lock = YAML(typ="safe").load(LOCK_FILE.read_text())  # YAML 1.2, as DVC writes it

@@ -88,6 +88,13 @@ def truncated(folder: Path) -> None:
     (folder / "x.png").write_bytes((folder / "7.png").read_bytes()[:120])
 
 
+def short_chunk(folder: Path) -> None:
+    """A PNG whose gamma, after its pixels, has two bytes instead of four."""
+    head, end = (folder / "7.png").read_bytes()[:-12], (folder / "7.png").read_bytes()[-12:]
+    chunk = b"gAMA" + bytes(2)
+    (folder / "x.png").write_bytes(head + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + end)
+
+
 def tiny_picture(folder: Path) -> None:
     picture(1, 1, 1).save(folder / "x.png")
 
@@ -148,6 +155,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero bytes": (write("x.png", b""), "'x.png' is empty. Mend or remove it, or leave such pictures out"),
     "text": (write("x.png", b"hello"), "'x.png' is no picture of PNG, JPEG, WebP or BMP"),
     "truncated": (truncated, "'x.png' is damaged ("),
+    "short chunk": (short_chunk, "'x.png' is damaged ("),
     "newline": (write("a\nb ü.png", b""), r"'a\nb ü.png' is empty"),
     "not utf-8": (lambda folder: Path(os.fsdecode(bytes(folder) + b"/\xff.png")).touch(), "is no name in UTF-8"),
     "1 x 1": (tiny_picture, "'x.png' is 1 x 1 pixels: sides of 4 to 4096 can be read"),
@@ -342,7 +350,11 @@ def test_names_that_yaml_takes_for_something_else(folder: Path, tmp_path: Path) 
     datasets = load_params().datasets
     assert datasets[NAME].label_names == ("1:30", "?", "no", "yes")
     assert datasets["on"].source.path == "off"
-    Path("own/dvc.lock").write_text(f"stages: {{prepare@on: {{}}, prepare@{NAME}: {{label_names: [no]}}}}\n")
+    lock = f"stages: {{prepare@on: {{}}, prepare@{NAME}: {{label_names: [no]}}}}\n"
+    Path("own/dvc.lock").write_text(f"<<<<<<< HEAD\n{lock}=======\n{lock}>>>>>>> theirs\n")
+    assert steps.main(["remove", "on"]) == 1
+    assert load_params().datasets.keys() >= {"on", NAME}, "nothing is taken out where the rest could not follow"
+    Path("own/dvc.lock").write_text(lock)
     assert steps.main(["remove", "on"]) == 0
     assert load_params().datasets[NAME] == datasets[NAME]
     assert "'no'" in Path("own/dvc.lock").read_text(), "what is recorded of others stays"
