@@ -110,7 +110,7 @@ def one_line(version: Version) -> str:
     aliases = registry.aliases(_dataset(version)).items()
     roles = sorted(alias for alias, number in aliases if number == version.version)
     roles += [f"served as {tag}"] if store.latest(version.name) == tag else []
-    score = f"validation {version.recorded_nll:.2f} nats per image"
+    score = f"validation {version.recorded_nll:.2f} nats per image, protocol {version.tags.get('protocol', 'unknown')}"
     return f"{version}: {pair}, {score}, {', '.join(roles) or 'not served'}"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipelines.files import file_lock
+from pipelines.files import atomic_write, file_lock
 from pipelines.judging.judge import JUDGES, judge_file
 from pipelines.params import PairParams, Params, load_params, repro_command
 from pipelines.registry.provenance import core_sha256, git_state, prepared_file, recorded_hash
@@ -155,6 +155,11 @@ def _fit_all(
 
     def fit_part(part: Network, config: TrainConfig, curve: Curve, state_file: Path) -> dict[str, Any]:
         """Train one of the networks; return the record of that."""
+        origin_file = state_file.with_suffix(".json")  # of a state that is taken up it says what began it
+        origin = {"git_commit": code["git_commit"], "hardware": _hardware(model)}
+        if not state_file.exists():
+            atomic_write(origin_file, json.dumps(origin))
+        origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
         num_parameters = sum(p.numel() for p in part.parameters())
         log(f"training {num_parameters} parameters on {device}")
         last_line = 0.0
@@ -174,6 +179,7 @@ def _fit_all(
         return {
             "train_minutes": minutes,
             "num_parameters": num_parameters,
+            **origin,
             # Those of steps that were taken: a finished run that is taken up with others has used none of them. What
             # params.yaml says is in `settings`, and in MLflow's parameters.
             "train_settings": {k: phases[-1].get(k, v) for k, v in asdict(config).items()} | _changed_settings(phases),
@@ -181,6 +187,7 @@ def _fit_all(
 
     try:
         record = fit_part(model, pair.train, Curve(work / CURVE_FILES[0], CURVE_COLUMNS), work / "state.safetensors")
+        record["train_git_commit"] = record.pop("git_commit")
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
             whole.begin_completer()
@@ -203,7 +210,6 @@ def _fit_all(
         **code,
         "protocol": data.protocol,
         "label_names": data.label_names,
-        "hardware": _hardware(model),
         "settings": settings,
     }
     return model, record

@@ -76,7 +76,7 @@ def test_back_from_a_version(found: registry.Version, capsys: pytest.CaptureFixt
     commit = subprocess.run(["git", "log", "--format=%h of %cs"], capture_output=True, text=True, check=True).stdout
     run = tracking.client().get_run(found.run_id)
     expected = [
-        f"{NAME} version 1: {PAIR}, validation {found.recorded_nll:.2f} nats per image, champion, "
+        f"{NAME} version 1: {PAIR}, validation {found.recorded_nll:.2f} nats per image, protocol dynamic, champion, "
         f"served as {NAME}:v1-{sha256[:8]}",
         f"MD5 {data_hash} of data/mnist5k.safetensors, protocol dynamic",
         "prepare@mnist5k of dvc.lock in this folder records it; first recorded in revision " + commit,

@@ -37,6 +37,7 @@ from pipelines.params import load_params
 from pipelines.registry import provenance
 from pipelines.registry import runs as tracking
 from pipelines.reports import curve as training_report
+from pipelines.reports.card import model_card
 from pipelines.stages import evaluate as evaluate_stage
 from pipelines.stages import live_run
 from pipelines.stages import register as register_stage
@@ -46,6 +47,7 @@ from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import log_prob
+from pixelcnn.models.registry import config_to_dict
 from tests.local import run
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
 
@@ -113,7 +115,7 @@ def test_the_folders_that_it_was_told(trained) -> None:
     assert scores["train_minutes"] > 0
     metrics = json.loads((REPORT / "metrics.json").read_text())
     numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
-    assert metrics == numbers | {"data_hash": data.data_hash}
+    assert metrics == numbers | {"data_hash": data.data_hash, "protocol": data.protocol}
     assert metrics["test/nll_nats_uniform"] == pytest.approx(784 * math.log(2))
     with open(REPORT / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -560,7 +562,12 @@ def test_what_followed_from_the_same_inputs_is_not_trained_again(trained, monkey
 
     before = {run.info.run_id for run in runs()}
     monkeypatch.setattr(train_stage, "fit", never)
+    foreign = Path("reports/reused/README.md")
+    foreign.parent.mkdir()
+    foreign.write_text("somebody's")
     result = train_pair(PAIR, "models/reused", "reports/reused", reuse=True)
+    assert foreign.read_text() == "somebody's"
+    foreign.unlink()
     assert result == {**trained[1], "out": "models/reused"}
     assert {run.info.run_id for run in runs()} == before
     for made, again in ((OUT, Path("models/reused")), (REPORT, Path("reports/reused"))):
@@ -571,7 +578,7 @@ def test_what_followed_from_the_same_inputs_is_not_trained_again(trained, monkey
 def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params, data = load_params(), load_dataset("data/mnist5k.safetensors")
     same = train_stage.inputs_of(PAIR, params, data, False)
-    assert tracking.version_of_inputs("mnist5k", same) == trained[1]["version"]
+    assert trained[1]["run_id"] in tracking.runs_of_inputs("mnist5k", same)
     others = {train_stage.inputs_of(PAIR, params, data, True)}
     others.add(train_stage.inputs_of(PAIR, params, replace(data, data_hash="0" * 32), False))
     others.add(train_stage.inputs_of("gated_pixelcnn-mnist5k", params, data, False))
@@ -713,7 +720,9 @@ def test_the_code_of_a_training_is_that_of_its_start(trained, monkeypatch: pytes
     assert load_checkpoint("models/committed")[1]["git_commit"] == "a"
 
 
-def test_context_completer_and_label_network_are_trained_after_the_joint_model(project: Path) -> None:
+def test_context_completer_and_label_network_are_trained_after_the_joint_model(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_stage.train(PAIR, Path("models/joint"))
     values = tiny_params()
     pair = values["pairs"][PAIR]
@@ -751,10 +760,18 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(p
     assert [m.step for m in client.get_metric_history(run_id, "curve/labels_validation_nats")] == [3, 6]
     assert [m.step for m in client.get_metric_history(run_id, "curve/context_validation_nats")] == [4, 8]
     assert client.get_run(run_id).data.params["completer.learning_rate"] == "0.02"
-    # With larger budgets both go on.
+    # With larger budgets both go on, and the record says by which code each began.
+    monkeypatch.setattr(train_stage, "git_state", lambda: {"git_commit": "later", "git_dirty": "false"})
     pair["train"]["max_epochs"], pair["completer"]["max_epochs"] = 0.06, 0.07
     write_params(Path(), values)
+    (state / "labels.safetensors").unlink()
     train_stage.train(PAIR, Path("models/longer"), state)
+    longer = load_checkpoint("models/longer")[1]
+    began = {part: longer[f"{part}_git_commit"] for part in ("train", "context", "completer", "labels")}
+    assert began == {"train": "unknown", "context": "unknown", "completer": "unknown", "labels": "later"}
+    assert longer["git_commit"] == "later"
+    card = model_card(config_to_dict(model.config), scores | longer)
+    assert card.count(", by the code of commit `unknown`") == 3
     last = {name: (state / name).read_text().splitlines()[-1].split(",")[0] for name in ("curve.csv", "completer.csv")}
     assert last == {"curve.csv": "8", "completer.csv": "9"}
 
