@@ -105,7 +105,7 @@ class EvaluateParams(Frozen):
     num_images: _NumImages  # the first so many images of each split; 0 for all
     # By dataset, test images whose completion is scored, six masks each; all where it says none.
     completion_images: dict[str, _NumImages] = Field(default_factory=dict)
-    judged_images: _NumImages = 600  # test images whose endings the judges look at, one for each known part; 0 for all
+    judged_images: _NumImages  # test images whose endings the judges look at, one for each known part; 0 for all
     # By dataset, the one whose judges know its images; the others' are not judged.
     judges: dict[str, str] = Field(default_factory=dict)
 

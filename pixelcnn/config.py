@@ -7,6 +7,7 @@ MAX_SIDE = 256  # of an image: attention's mask grows with the fourth power of i
 
 
 def check_int(name: str, value: Any, least: int) -> None:
+    """Raise ValueError, which calls the value by `name`, unless it is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
@@ -118,6 +119,7 @@ class ModelConfig:
 
 
 def check_odd(name: str, value: Any) -> None:
+    """Raise ValueError unless a kernel's size is odd, so that it has a centre, and at least 3."""
     check_int(name, value, 3)
     if value % 2 == 0:
         raise ValueError(f"{name} must be odd, so that it has a centre, got {value}.")

@@ -90,13 +90,13 @@ def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[
         model, data, num_images=min(params.num_images or num_images, num_images), batch_size=params.batch_size
     )
     tags = {**version.lineage(), "dataset": name, "protocol": data.protocol, "evaluated_data_hash": data.data_hash}
-    show_scores(name, scores)
+    show_scores(name, data.protocol, scores)
     run_id = tracking.log_evaluation(EVALUATIONS_EXPERIMENT, f"{name}-v{number}", scores, tags)
     found = format_nll(scores["validation/nll_nats"], data.image_shape, data.num_levels)
     then = format_nll(version.recorded_nll, data.image_shape, data.num_levels)
     get_run_logger().info(
-        "%s version %s: validation %s, of the first %d images; registered with %s",
-        *(name, number, found, scores["validation/num_images"], then),
+        "%s version %s, protocol %s: validation %s, of the first %d images; registered with %s",
+        *(name, number, data.protocol, found, scores["validation/num_images"], then),
     )
     if data.data_hash != version.lineage()["data_hash"]:
         get_run_logger().warning("%s: the data are not those it was registered with: not compared", name)

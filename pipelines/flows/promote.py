@@ -35,7 +35,7 @@ def write_report(report: Report) -> None:
 def _score(version: Version, data: Dataset, batch_size: int) -> Candidate:
     scores = score(version, data, batch_size)
     mean = format_nll(scores.joint_nats.mean().item(), data.image_shape, data.num_levels)
-    get_run_logger().info("version %s: validation %s", version.version, mean)
+    get_run_logger().info("version %s: validation %s, protocol %s", version.version, mean, data.protocol)
     return scores
 
 

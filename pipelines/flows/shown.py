@@ -33,15 +33,16 @@ def tag_run(*tags: str) -> None:
         client.update_flow_run(UUID(this_run.get_id()), tags={*this_run.get_tags(), *tags})
 
 
-def show_scores(name: str, scores: Mapping[str, Any]) -> None:
+def show_scores(name: str, protocol: str, scores: Mapping[str, Any]) -> None:
     """Show the numbers among scores as the table `scores-NAME` of the flow run under way."""
     rows = [{"score": key, "value": value} for key, value in scores.items() if isinstance(value, int | float)]
-    create_table_artifact(rows, key=artifact_key("scores", name), description=f"Scores of {name}.")
+    create_table_artifact(rows, key=artifact_key("scores", name), description=f"Scores of {name}, protocol {protocol}.")
 
 
 def show_training(pair: str, out: Path, report: Path, version: str) -> None:
     """Show what a training came to in the flow run under way: its scores, and those of `PICTURES` that are there."""
-    show_scores(pair, json.loads((out / SCORES_FILE).read_text()))
+    scores = json.loads((out / SCORES_FILE).read_text())
+    show_scores(pair, scores["protocol"], scores)
     for file in (report / name for name in PICTURES if (report / name).exists()):
         data = base64.b64encode(file.read_bytes()).decode()
         text = f"{file.stem} of {pair}, version {version} in MLflow"

@@ -4,6 +4,7 @@ It calls the functions that DVC's stages call (`pipelines/stages/`), and writes 
 """
 
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,11 @@ def find_task(inputs: str, dataset: str, out: Path, report: Path) -> dict[str, s
     if version is None:
         return None
     model, scores = registry.load(version)
-    tracking.download_files(version.run_id, report)
-    card = (report / CARD_FILE).read_text()
-    for file in (CARD_FILE, SCORES_FILE):
-        (report / file).unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        tracking.download_files(version.run_id, Path(folder))
+        card = (Path(folder) / CARD_FILE).read_text()
+        beside = shutil.ignore_patterns(CARD_FILE, SCORES_FILE)
+        shutil.copytree(folder, report, ignore=beside, dirs_exist_ok=True)
     save_checkpoint(out, model, scores, getattr(torch, scores["weights_dtype"]), card)
     get_run_logger().info(
         "not trained again: %s version %s, run %s, followed from the same data, settings and code",

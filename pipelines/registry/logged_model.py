@@ -18,9 +18,11 @@ class LoggedModel(PythonModel):
     _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
+        """Read the checkpoint among the artifacts."""
         self.model, self.scores = load_checkpoint(context.artifacts["checkpoint"])
 
     def predict(self, context, model_input, params=None):
+        """Return (N,) float32 log-probabilities, nats, of (N, C, H, W) int64 levels."""
         with torch.inference_mode():
             return log_prob(self.model, torch.as_tensor(np.asarray(model_input))).numpy()
 

@@ -79,6 +79,7 @@ def evaluate(
         raise ValueError(f"{trained} was trained on other data than data/{data.name}.safetensors. Train it again.")
     set_torch_threads(pair)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    log(f"scoring {name} on {next(model.parameters()).device}")
     num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
     per_image: dict[str, torch.Tensor] = {}
     scores: dict[str, Any] = evaluate_model(
@@ -122,7 +123,8 @@ def evaluate(
         )
     card = model_card(config_to_dict(model.config), scores)
     report.mkdir(parents=True, exist_ok=True)
-    told = {key: value for key, value in scores.items() if isinstance(value, int | float) or key == "data_hash"}
+    words_told = ("protocol", "data_hash")
+    told = {key: value for key, value in scores.items() if isinstance(value, int | float) or key in words_told}
     atomic_write(report / "metrics.json", json.dumps(told, indent=2) + "\n")
     curves = {}
     for file in training_report.CURVE_FILES:

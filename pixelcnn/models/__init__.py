@@ -5,11 +5,10 @@ So it does those of further modules, named with commas between them in the envir
 
 import importlib
 import os
+import pkgutil
 
-from pixelcnn.models import attentive_pixelcnn as attentive_pixelcnn
-from pixelcnn.models import gated_pixelcnn as gated_pixelcnn
-from pixelcnn.models import pixelcnn as pixelcnn
-
+for _found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_found.name}")
 for _name in filter(None, map(str.strip, os.environ.get("PIXELCNN_ARCHITECTURES", "").split(","))):
     try:
         importlib.import_module(_name)

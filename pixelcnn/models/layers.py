@@ -137,7 +137,7 @@ class ResidualBlock(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) -> the same."""
+        """Return the sum of the input and what the convolutions make of it: (B, width, H, W) -> the same."""
         changed: Tensor = self.second(F.relu(self.first(F.relu(x))))
         return x + changed
 
@@ -160,7 +160,7 @@ class UNet(nn.Module):
             self.after = nn.Sequential(*(ResidualBlock(width) for _ in range(scale)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) -> the same; sides that are odd are rounded up below."""
+        """Return features that have seen all scales: (B, width, H, W) -> the same; below, odd sides are rounded up."""
         x = self.before(x)
         if self.inner is None:
             return x

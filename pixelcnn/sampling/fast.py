@@ -77,7 +77,7 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
 
 
 @cache
-def _say_once(name: str) -> None:
+def _log_once(name: str) -> None:
     logger.log(logging.DEBUG if name == "cached, compiled" else logging.WARNING, "sampling %s", name)
 
 
@@ -89,7 +89,7 @@ def draw(model: AutoregressiveModel, canvas: Canvas) -> tuple[Tensor, Tensor | N
         of what was drawn, given its label; None from the other one.
     """
     name = engine_name(model)
-    _say_once(name)
+    _log_once(name)
     sampler = _sample_missing if name == "cached, compiled" else cached.sample_missing
     return sample_by_network(sampler, model, canvas)
 
@@ -116,7 +116,7 @@ def warm_up(model: AutoregressiveModel) -> float:
         The seconds it took: some the first time on a machine, less than one later.
     """
     start, name = time.perf_counter(), engine_name(model)
-    _say_once(name)
+    _log_once(name)
     if name == "cached, compiled":
         for network in filter(None, (model, model.completer)):
             canvas = new_canvas(network, torch.zeros(1, *model.config.image_shape))

@@ -326,7 +326,7 @@ def test_what_a_known_row_leaves_out_nobody_misses(kind: type, kernel_size: int)
 
 def notices_of(model, caplog: pytest.LogCaptureFixture) -> list[str]:
     """Sample twice; return what the log says."""
-    fast_sampling._say_once.cache_clear()
+    fast_sampling._log_once.cache_clear()
     u = torch.rand(2, *model.config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows: list[int] = []
     with caplog.at_level(logging.WARNING):

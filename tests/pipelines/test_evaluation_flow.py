@@ -213,7 +213,7 @@ def test_a_champion_that_scores_something_else_is_named(
 ) -> None:
     release("pixelcnn-mnist5k")
     other = load_checkpoint(write_weights(seed=1))[0]
-    monkeypatch.setattr(evaluation_flow, "load_checkpoint", lambda folder: (other, load_checkpoint(folder)[1]))
+    monkeypatch.setattr(registry, "load_checkpoint", lambda folder: (other, load_checkpoint(folder)[1]))
     with pytest.raises(RuntimeError, match="version 1 does not score what it says"):
         evaluate_champions(["mnist5k"])
 
