@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.datasets.entry import OFFICIAL
 from pipelines.params import QUICK_START, load_params
+from pipelines.registry.provenance import recorded_hash
 from tests.local import run
 from tests.pipelines.projects import ROOT, copy_project, tiny_params, write_params
 
@@ -25,6 +26,14 @@ QUICK_START_STAGES = {
     *("fetch@mnist5k", "prepare@mnist5k"),
     *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in QUICK_PAIRS),
 }
+
+
+def test_the_locks_record_the_data_of_released_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    of_weights = [json.loads(file.read_text()) for file in Path("weights").glob("*/scores.json")]
+    hashes = {scores["dataset"]: scores["data_hash"] for scores in of_weights if scores["dataset"] in OFFICIAL}
+    assert hashes.keys() == set(OFFICIAL) - {"mnist5k"}
+    assert {name: recorded_hash(name) for name in hashes} == hashes
 
 
 def imported(path: Path) -> set[Path]:
