@@ -37,7 +37,10 @@ class Engine(Program):
     def joined(self, states: list[Array]) -> Array:
         """Return images' states, all before the same row, as the state of a batch; products read whole chunks."""
         parts = [*(state[: self.fresh.size] for state in states), np.zeros(CHUNK, self.weights.dtype)]
-        return torch.cat([torch.from_numpy(part) for part in parts]).numpy()  # as aligned as vectors are
+        # Torch's memory, as aligned as vectors are; but no work for its threads, which would wait for more at full
+        # speed, for tens of milliseconds, on processors that the sampler's threads need.
+        joined = torch.from_numpy(self.weights).new_empty(sum(part.size for part in parts))
+        return np.concatenate(parts, out=joined.numpy())
 
     def rows(self, state: Array, work: Work, index: Array, temperature: float, y0: int, y1: int) -> None:
         """Sample rows y0..y1-1 of the images `index` of `work` in place; `state` is theirs."""
@@ -47,11 +50,11 @@ class Engine(Program):
 
     def work(self, canvas: Canvas) -> Work:
         """Return what `rows` works on: the canvas, and where it adds up the nats of what it draws."""
-        num, tensors = len(canvas.u), (canvas.levels, canvas.missing, canvas.u.double().contiguous(), canvas.label)
-        arrays: list[Any] = [tensor.numpy() for tensor in tensors]
-        drawn = {"has_context": ~arrays[1].all(axis=(1, 2)), "nats": np.zeros(num)}
+        num, missing = len(canvas.u), canvas.missing.numpy()
+        u = np.array([image.double().numpy() for image in canvas.u]).reshape(canvas.u.shape)  # by image: see `joined`
+        seen: list[Any] = [canvas.levels.numpy(), missing, u, canvas.label.numpy(), ~missing.all(axis=(1, 2))]
         probs, coded = np.empty((num, self.num_levels), np.float32), np.zeros(num, np.int32)
-        return Work(*arrays, **drawn, coder=0, probs=probs, coded=coded)
+        return Work(*seen, nats=np.zeros(num), coder=0, probs=probs, coded=coded)
 
 
 class _Layout:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,8 @@ def new_canvas(
         raise ValueError(f"u must have shape (B, {', '.join(map(str, config.image_shape))}), got {tuple(u.shape)}.")
     if not u.is_floating_point():
         raise ValueError(f"u must be uniform noise of a float dtype, got {u.dtype}.")
-    if not bool(((u >= 0) & (u < 1)).all()):
+    # Image by image, and zeros by numpy: nothing here is for torch's threads, for which a compiled sampler would pay.
+    if not all(bool(((image >= 0) & (image < 1)).all()) for image in u):
         raise ValueError("u must lie in [0, 1), as torch.rand gives it.")
     if not math.isfinite(temperature) or temperature < 0:
         raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
@@ -68,7 +70,7 @@ def new_canvas(
     check_label(label, len(u), config)
     if (drawing is None) != (observed is None):
         raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
-    label_log_probs, levels = None, torch.zeros_like(u, dtype=torch.int64)
+    label_log_probs, levels = None, torch.from_numpy(np.zeros(u.shape, np.int64)).to(device)
     missing = torch.ones_like(u[:, 0], dtype=torch.bool)
     if drawing is not None and observed is not None:
         if len(drawing) != len(u):
