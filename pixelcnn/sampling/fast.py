@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,9 +69,11 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
     # walk over all parameters takes a quarter of the time of a digit.
     key, modules = list[Any](), list[torch.nn.Module]([model])
     for module in modules:
-        weights = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
-        key += [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
-        modules += [x for name, x in module._modules.items() if x is not None and name not in OTHER_NETWORKS]
+        for tensors in filter(None, (module._parameters, module._buffers)):
+            weights = (p for p in tensors.values() if p is not None)
+            key += [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
+        if module._modules:
+            modules += [x for name, x in module._modules.items() if x is not None and name not in OTHER_NETWORKS]
     if model not in _engines or _engines[model][0] != key:
         _engines[model] = key, build_engine(model)
     return _engines[model][1]
@@ -248,9 +251,10 @@ def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
     batches, states = list[tuple[list[int], int, int]](), dict[int, Any]()
     for start in sorted({*begins}):
         images = sorted((i for i in range(num) if begins[i] == start), key=stops.__getitem__)
-        num_parts = num_threads * math.ceil(len(images) / num_threads / MAX_BATCH_IMAGES)
-        parts = np.array_split(images, min(num_parts, len(images)))
-        batches += [(part.tolist(), start, max(stops[i] for i in part)) for part in parts]
+        num_parts = min(num_threads * math.ceil(len(images) / num_threads / MAX_BATCH_IMAGES), len(images))
+        ends = [k * len(images) // num_parts for k in range(num_parts + 1)]
+        parts = [images[first:end] for first, end in pairwise(ends)]
+        batches += [(part, start, max(stops[i] for i in part)) for part in parts]
 
     def sample_rows(state: Any, images: list[int], start: int, stop: int) -> None:
         engine.rows(state, work, np.array(images), float(canvas.temperature), start, stop)

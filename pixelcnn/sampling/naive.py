@@ -67,7 +67,8 @@ def new_canvas(
         raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
     if label is None:
         label = torch.full((len(u),), -1, device=u.device)
-    check_label(label, len(u), config)
+    else:
+        check_label(label, len(u), config)
     if (drawing is None) != (observed is None):
         raise ValueError("drawing and observed must be given together: one says what is known, the other where.")
     label_log_probs, levels = None, torch.from_numpy(np.zeros(u.shape, np.int64)).to(device)
