@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPSConnection
 from statistics import median, quantiles
+from typing import Any
 
 import httpx
 import numpy as np
@@ -87,7 +88,7 @@ def first_rows(http: httpx.Client, body: bytes) -> None:
         next(line for line in response.iter_lines() if line == "event: rows")
 
 
-def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, seconds: float) -> dict:
+def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
     """Let many clients ask for one completion after the other; return what came of it.
 
     They share this machine with the service, so each is the leanest there is. They come within the first second, and

@@ -88,7 +88,7 @@ def cache_bandwidth() -> float:
     """Measure the bytes per second at which one thread's dot product reads half a megabyte, again and again."""
     with _threads(1):
         a, b = torch.rand(2, 1 << 16)
-        return (a.nbytes + b.nbytes) / min(timeit.repeat(partial(torch.dot, a, b), number=1, repeat=300))
+        return float(a.nbytes + b.nbytes) / min(timeit.repeat(partial(torch.dot, a, b), number=1, repeat=300))
 
 
 def _resized(model: AutoregressiveModel, height: int, width: int) -> AutoregressiveModel:

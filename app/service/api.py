@@ -222,7 +222,9 @@ class PixelCNNService:
     @bentoml.api
     async def generate(self, request: wire.GenerateRequest, /) -> wire.GenerateAnswer:
         """Sample whole images."""
-        return await self._answer("generate", request.dataset, SamplingJob(self._champion(request.dataset), request))
+        job = SamplingJob(self._champion(request.dataset), request)
+        answer: wire.GenerateAnswer = await self._answer("generate", request.dataset, job)
+        return answer
 
     @bentoml.api
     async def likelihood(self, request: wire.LikelihoodRequest, /) -> wire.LikelihoodAnswer:

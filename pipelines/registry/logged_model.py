@@ -21,7 +21,7 @@ class LoggedModel(PythonModel):
         """Read the checkpoint among the artifacts."""
         self.model, self.scores = load_checkpoint(context.artifacts["checkpoint"])
 
-    def predict(self, context, model_input, params=None):
+    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
         """Return (N,) float32 log-probabilities, nats, of (N, C, H, W) int64 levels."""
         with torch.inference_mode():
             return log_prob(self.model, torch.as_tensor(np.asarray(model_input))).numpy()

@@ -52,9 +52,10 @@ class Engine(Program):
         """Return what `rows` works on: the canvas, and where it adds up the nats of what it draws."""
         num, missing = len(canvas.u), canvas.missing.numpy()
         u = np.array([image.double().numpy() for image in canvas.u]).reshape(canvas.u.shape)  # by image: see `joined`
-        seen: list[Any] = [canvas.levels.numpy(), missing, u, canvas.label.numpy(), ~missing.all(axis=(1, 2))]
+        has_context: Any = ~missing.all(axis=(1, 2))
         probs, coded = np.empty((num, self.num_levels), np.float32), np.zeros(num, np.int32)
-        return Work(*seen, nats=np.zeros(num), coder=0, probs=probs, coded=coded)
+        levels, labels = canvas.levels.numpy(), canvas.label.numpy()
+        return Work(levels, missing, u, labels, has_context, nats=np.zeros(num), coder=0, probs=probs, coded=coded)
 
 
 class _Layout:

@@ -69,9 +69,9 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
     # walk over all parameters takes a quarter of the time of a digit.
     key, modules = list[Any](), list[torch.nn.Module]([model])
     for module in modules:
-        for tensors in filter(None, (module._parameters, module._buffers)):
-            weights = (p for p in tensors.values() if p is not None)
-            key += [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
+        for p in (*module._parameters.values(), *module._buffers.values()):
+            if p is not None:
+                key.append((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype))
         if module._modules:
             modules += [x for name, x in module._modules.items() if x is not None and name not in OTHER_NETWORKS]
     if model not in _engines or _engines[model][0] != key:

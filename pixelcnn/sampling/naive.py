@@ -121,7 +121,8 @@ def sample_by_network(
 
     def hand_out(row: int, values: Tensor) -> None:  # of the last network's images
         levels[parts[-1][1], :, row] = values
-        canvas.on_row(row, levels[:, :, row])
+        if canvas.on_row is not None:
+            canvas.on_row(row, levels[:, :, row])
 
     for network, index in parts:
         part = canvas.part(index, hand_out if canvas.on_row is not None and network is parts[-1][0] else None)
