@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from pipelines.datasets.checks import DATA_FOLDER, REPORTS_FOLDER, forget
@@ -34,7 +35,6 @@ from pipelines.params import (
     load_params,
     repro_command,
 )
-from pipelines.registry.provenance import recorded_hash
 from pixelcnn.data import BYTES_PROTOCOL, SPLITS, Dataset
 from pixelcnn.images import to_sheet
 
@@ -308,14 +308,18 @@ def remove(name: str) -> list[str]:
         What was removed, and what stays.
 
     Raises:
-        ValueError: it is none of the datasets that somebody added, or a `dvc.lock` cannot be read; all stays.
+        ValueError: it is none of the datasets that somebody added, or own/dvc.lock cannot be read; all stays.
     """
     with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
         pairs = own_pairs(name)
-        recorded_hash(name)  # or its ValueError, of a lock in conflict: before anything is taken out
+        try:
+            lock = YAML(typ="safe").load(LOCK_FILE.read_text()) if LOCK_FILE.exists() else None  # 1.2, as DVC writes it
+        except YAMLError:
+            raise ValueError(
+                f"{LOCK_FILE} cannot be read: resolve its git conflict, or wait until dvc has ended."
+            ) from None
         _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
-        if LOCK_FILE.exists():  # or data of another dataset of this name would not be those that DVC recorded
-            lock = YAML(typ="safe").load(LOCK_FILE.read_text())  # YAML 1.2, as DVC writes it
+        if lock:  # or data of another dataset of this name would not be those that DVC recorded
             gone = {f"prepare@{name}", *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs)}
             lock["stages"] = {stage: told for stage, told in lock["stages"].items() if stage not in gone}
             atomic_write(LOCK_FILE, yaml.safe_dump(lock, sort_keys=False))
