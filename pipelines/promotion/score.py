@@ -12,6 +12,7 @@ from pipelines.promotion.rule import Candidate
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import core_sha256
 from pipelines.registry.versions import Version
+from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import check_fit, per_image_completion_nll, per_image_nll
 from pixelcnn.observed import SCORED
@@ -39,22 +40,24 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
     """
     key = (version.tags["weights_sha256"], data.data_hash, core_sha256())
     kept = SCORES_FOLDER / f"{'-'.join(part[:16] for part in key)}.safetensors"
-    model, _ = registry.load(version)
-    try:
-        nats = load_file(kept)
-    except (FileNotFoundError, SafetensorError):
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = registry.download(version, Path(folder))  # checked, also where its scores are kept
         try:
-            check_fit(model.config, data)
-        except ValueError as error:
-            raise MisfitError(str(error)) from None
-        by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size)
-        completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
-        nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        # On the same disk, which a file can be moved within.
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as beside:
-            save_file(nats, Path(beside) / "nats")
-            (Path(beside) / "nats").replace(kept)
+            nats = load_file(kept)
+        except (FileNotFoundError, SafetensorError):
+            model, _ = load_checkpoint(checkpoint)
+            try:
+                check_fit(model.config, data)
+            except ValueError as error:
+                raise MisfitError(str(error)) from None
+            by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size)
+            completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
+            nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            # On the same disk, which a file can be moved within.
+            with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as beside:
+                save_file(nats, Path(beside) / "nats")
+                (Path(beside) / "nats").replace(kept)
     return Candidate(version.version, nats["joint"], nats["completion"])
 
 

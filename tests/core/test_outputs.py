@@ -105,9 +105,11 @@ def test_a_compiled_loss_of_wide_components_is_the_same():
     model = mixture_model("gated_pixelcnn", (3, 5, 5), 256).float()
     parameters = torch.full((2, model.output.num_parameters, 5, 5), 12.0)  # some ten million levels wide
     levels = random_levels((3, 5, 5), 256, num=2)
-    losses = [lambda p: model.output.log_prob(p, levels).sum()] * 2
-    losses[1] = torch.compile(losses[0])
-    found = [torch.autograd.functional.vjp(loss, parameters) for loss in losses]
+
+    def loss(parameters):
+        return model.output.log_prob(parameters, levels).sum()
+
+    found = [torch.autograd.functional.vjp(function, parameters) for function in (loss, torch.compile(loss))]
     for plain, compiled in zip(*found, strict=True):
         assert plain.isfinite().all()
         assert torch.allclose(plain, compiled)

@@ -227,7 +227,8 @@ def test_a_leak_is_passed_over_however_well_it_scores(toy, monkeypatch):
         return found if version.version != leaking else replace(found, joint_nats=found.joint_nats * 0.1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "load_checkpoint", load)
+        for module in (registry, score):
+            patch.setattr(module, "load_checkpoint", load)
         report = run_promotion(toy.name, toy.data, PARAMS, scorer)
         (skipped,) = report["skipped"]
         assert skipped["version"] == leaking
