@@ -36,8 +36,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_never_more_at_once_than_allowed(folder: Path, at_once: int) -> None:
-    seconds = 0.1 if at_once == 1 else 1  # long enough to meet
-    work = f"import time; print(time.time()); time.sleep({seconds}); print(time.time())"
+    work = f"""
+import os, pathlib, time
+print(time.time())
+pathlib.Path(f"begun-{{os.getpid()}}").touch()
+time.sleep(0.1)
+while len(list(pathlib.Path().glob("begun-*"))) < {at_once}:  # as many as may
+    time.sleep(0.01)
+print(time.time())
+"""
     assert apart(dict.fromkeys("abcd", work), at_once) == {}
     times = {name: [float(line) for line in Path(f"logs/{name}.log").read_text().split()] for name in "abcd"}
     changes = sorted([(begin, 1) for begin, _ in times.values()] + [(end, -1) for _, end in times.values()])
