@@ -4,7 +4,6 @@ import contextlib
 import json
 import random
 import threading
-import time
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -57,6 +56,7 @@ class StubService:
         self.refusal: tuple[int, str] | None = None  # (status, body) of the next POSTs
         self.break_stream = False  # end streams after some rows, without a result
         self.row_s = row_s
+        self.hurry = threading.Event()  # set: no more pauses
         stub = self
 
         class Stub(Handler):
@@ -75,7 +75,7 @@ class StubService:
                 elif self.path == "/generate":
                     self._json(200, stub.generated(body))
                 elif self.path == "/likelihood":
-                    time.sleep(stub.row_s)
+                    stub.hurry.wait(stub.row_s)
                     self._json(200, stub.likelihood(body))
                 elif self.path == "/complete_stream":
                     self._stream(stub.answer(body))
@@ -88,7 +88,7 @@ class StubService:
                 for row in range(len(answer["completions"][0])):
                     if stub.break_stream and row == 20:
                         return
-                    time.sleep(stub.row_s)
+                    stub.hurry.wait(stub.row_s)
                     rows = {"start": row, "rows": [[image[row]] for image in answer["completions"]]}
                     self.wfile.write(f"event: rows\ndata: {json.dumps(rows)}\n\n".encode())
                 self.wfile.write(f"event: result\ndata: {json.dumps(answer)}\n\n".encode())

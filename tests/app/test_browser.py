@@ -111,6 +111,7 @@ def service(services: dict[str, StubService]) -> StubService:
     stub.requests.clear()
     stub.answers.clear()
     stub.row_s = 0.0
+    stub.hurry.clear()
     return stub
 
 
@@ -399,10 +400,11 @@ def test_an_order_that_is_chosen_while_endings_come_is_taken(open_page: OpenPage
     draw(page, HALF_DIGIT)
     wait_for_endings(page)
     wait_until_still(page)
-    service.row_s = 0.1
+    service.row_s = 1.0
     draw(page, [(14, 12), (16, 15)])
     expect(page.locator('.live .endings[data-drawn="0"]')).to_be_visible()
     page.get_by_role("radio", name="Likely first").click()
+    service.hurry.set()
     captions = page.locator(f'.endings[data-known="{28 * 16}"]:visible figcaption').filter(has_text="nats")
     expect(captions).to_have_count(9)
     values = [float(text[1:].split()[0]) for text in captions.all_inner_texts()]

@@ -656,6 +656,7 @@ def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a C++ compiler at work
 def test_compiled_training_follows_the_same_losses(tmp_path, monkeypatch):
     data, compiled = toy_dataset(), []
     compile_it = torch.compile
