@@ -9,8 +9,9 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
+from pixelcnn.data import save_tensors
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import build_model, config_from_dict, config_to_dict
 
@@ -87,22 +88,16 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        weights = {
-            name: w.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
-            for name, w in model.state_dict().items()
-        }
+        # Copies: layers may share their weights, which safetensors refuses.
+        weights = {name: weight.to("cpu", dtype, copy=True) for name, weight in model.state_dict().items()}
         if dtype is not None and not all(bool(weight.isfinite().all()) for weight in weights.values()):
             raise ValueError(f"a weight is too large for {dtype}. Store the model as it is.")
-        try:
-            save_file(weights, new / WEIGHTS_FILE)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{folder} could not be saved ({error}). Make room on its disk.") from None
+        save_tensors(new / WEIGHTS_FILE, weights)
         if card is not None:
             (new / CARD_FILE).write_text(card)
         config = {**config_to_dict(model.config), "weights_sha256": sha256_of(new / WEIGHTS_FILE)}
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (new / SCORES_FILE).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
-        shutil.copymode(new / SCORES_FILE, new / WEIGHTS_FILE)  # safetensors would keep it from everybody else
         _swap(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -7,19 +7,21 @@ protocol all images are stored as levels.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
 DYNAMIC_PROTOCOL = "dynamic"  # Bernoulli sample at each read in training, one fixed sample for validation and test
 BYTES_PROTOCOL = "8-bit"
+DAMAGED = (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError)  # what `load_tensors` raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,32 +86,44 @@ def binarize(intensities: Tensor, generator: torch.Generator | None) -> Tensor:
     return (u * 255 < intensities).long()
 
 
-def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | None = None) -> None:
-    """Write a dataset and `extra` tensors (e.g. the permutation behind its splits), by way of a file beside `path`."""
-    path = Path(path)
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], kind: str = "", values: Mapping[str, Any] | None = None
+) -> None:
+    """Write a safetensors file, by way of one beside it; JSON-ready values go into its metadata, under `kind`.
+
+    Raises:
+        OSError: it could not be written; what was there before is left as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = dict(extra or {})
-    for split in SPLITS:
-        tensors[f"{split}/images"] = dataset.images[split].contiguous()
-        tensors[f"{split}/labels"] = dataset.labels[split].contiguous()
+    new = path.with_name(f".{path.name}.new")
     # One metadata entry: safetensors writes several in no fixed order, and equal data must be equal bytes.
-    description = {
-        "name": dataset.name,
-        "num_levels": dataset.num_levels,
-        "protocol": dataset.protocol,
-        "label_names": dataset.label_names,
-    }
-    temporary = path.with_name(f".{path.name}.new")
+    metadata = {kind: json.dumps(values, sort_keys=True)} if kind else None
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would keep the file from everybody else
-        save_file(tensors, temporary, metadata={"dataset": json.dumps(description, sort_keys=True)})
-        temporary.chmod(mode)
-        temporary.replace(path)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path} could not be saved ({error}). Make room on its disk.") from None
+        # Not `save_file`, which would keep the file from everybody else.
+        new.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+        new.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be saved ({error}). Make room on its disk, then run the same command again: what was "
+            "saved before is untouched."
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the values and the tensors that `save_tensors` wrote; one of `DAMAGED` is raised where it did not."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()[kind])
+        return values, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+
+
+def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | None = None) -> None:
+    """Write a dataset and `extra` tensors (e.g. the permutation behind its splits), as `save_tensors` does."""
+    images = {f"{split}/images": dataset.images[split] for split in SPLITS}
+    labels = {f"{split}/labels": dataset.labels[split] for split in SPLITS}
+    values = {name: getattr(dataset, name) for name in ("name", "num_levels", "protocol", "label_names")}
+    save_tensors(Path(path), {**(extra or {}), **images, **labels}, "dataset", values)
 
 
 def load_dataset(path: str | Path) -> Dataset:
@@ -120,16 +134,14 @@ def load_dataset(path: str | Path) -> Dataset:
     """
     path = Path(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            description = json.loads(file.metadata()["dataset"])
-            images = {split: file.get_tensor(f"{split}/images") for split in SPLITS}
-            labels = {split: file.get_tensor(f"{split}/labels") for split in SPLITS}
+        values, tensors = load_tensors(path, "dataset")
+        images, labels = ({s: tensors[f"{s}/{part}"] for s in SPLITS} for part in ("images", "labels"))
         with open(path, "rb") as raw:
             data_hash = hashlib.file_digest(raw, "md5").hexdigest()
-        return Dataset(**description, images=images, labels=labels, data_hash=data_hash)
+        return Dataset(**values, images=images, labels=labels, data_hash=data_hash)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Make it: python -m pipelines.steps prepare {path.stem}") from None
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path} is no prepared dataset ({error}). Make it again: python -m pipelines.steps prepare {path.stem}"
         ) from None

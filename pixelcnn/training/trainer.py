@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelcnn.data import Dataset, generator_for
+from pixelcnn.data import Dataset, generator_for, save_tensors
 from pixelcnn.evaluation import check_fit, format_nll, per_image_nll
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
@@ -35,7 +35,7 @@ from pixelcnn.observed import training_masks
 from pixelcnn.training.config import TrainConfig, check_compiler, resolved_precision
 from pixelcnn.training.optimizers import Optimizer
 from pixelcnn.training.redrawn import redrawn
-from pixelcnn.training.state import RunState, read_state, write_state
+from pixelcnn.training.state import RunState, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -367,7 +367,7 @@ class Trainer:
         return {name: values[name] for name in PHASE_SETTINGS if name in values}
 
     def save(self, path: Path) -> None:
-        """Write the run's state (`write_state`): weights, EMA, best, optimizer, step and clock."""
+        """Write the run's state (`RunState`): weights, EMA, best, optimizer, step and clock."""
         tensors = {}
         best_is_ema = all(torch.equal(a, b) for a, b in zip(self.best, self.ema, strict=True))
         for i, parameter in enumerate(self.parameters):
@@ -381,11 +381,11 @@ class Trainer:
             description=self.description(),
             step=self.step,
             elapsed_s=self.elapsed_s,
-            best_nll=self.best_nll,
+            best_nll=self.best_nll if math.isfinite(self.best_nll) else None,  # JSON has no infinity
             phases=self.phases,
             objective=self.objective(),
         )
-        write_state(path, state, tensors)
+        save_tensors(path, tensors, "state", asdict(state))
 
     def resume(self, path: Path) -> None:
         """Go on from a saved state: the budget and the settings of a phase may differ from those of the saved run.
@@ -413,7 +413,8 @@ class Trainer:
         shapes = {f"weights/{i}": parameter.shape for i, parameter in enumerate(self.parameters)}
         if {key: tensor.shape for key, tensor in tensors.items() if key.startswith("weights/")} != shapes:
             raise ValueError(f"{path} is the state of a network of other weights. Delete it to start afresh.")
-        self.best_nll = state.best_nll if state.objective == self.objective() else math.inf
+        if state.best_nll is not None and state.objective == self.objective():
+            self.best_nll = state.best_nll
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):
                 ema = tensors[f"ema/{i}"]

@@ -115,7 +115,7 @@ def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, fai
     rename = Path.rename
     with monkeypatch.context() as patch:
         if failure == "weights":
-            patch.setattr(checkpoint, "save_file", fail)
+            patch.setattr(Path, "write_bytes", fail)
         if failure == "rename":  # of the new folder; others go through
             patch.setattr(Path, "rename", lambda self, to: fail() if ".new" in self.name else rename(self, to))
         scores = {"test/nll_nats": float("nan")} if failure == "scores" else SCORES

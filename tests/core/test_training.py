@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, naive_sample, sample
+from pixelcnn.data import save_tensors
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
 from pixelcnn.models import registry
 from pixelcnn.models.pixelcnn import PixelCNN, PixelCNNConfig
@@ -236,10 +238,10 @@ def test_a_state_older_than_a_setting_is_gone_on_with_at_its_default(tmp_path):
         for name in names:
             del saved.description[key][name]
     saved.phases[-1]["head_features"] = saved.description["model"].pop("head_features")  # it was one that may change
-    state_module.write_state(state, saved, tensors)
+    save_tensors(state, tensors, "state", dataclasses.asdict(saved))
     _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
     assert [report.step for report in reports] == [7, 8, 9]
-    state_module.write_state(state, saved, tensors)
+    save_tensors(state, tensors, "state", dataclasses.asdict(saved))
     with pytest.raises(ValueError, match="differs in its train settings"):
         fit(toy_model(data), data, config(max_epochs=3, clip_norm=2.0), state_file=state)
 
@@ -312,11 +314,11 @@ def test_a_failure_while_saving_leaves_the_old_state(tmp_path, monkeypatch):
     fit(toy_model(data), data, config(max_epochs=1), state_file=state)
     before = state.read_bytes()
 
-    def fail(_tensors, temporary, _metadata):
-        temporary.write_bytes(b"half")
+    def fail(self, _content):
+        self.touch()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(state_module, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space left"):
         fit(toy_model(data), data, CONFIG, state_file=state)
     assert state.read_bytes() == before

@@ -209,7 +209,7 @@ def test_without_permission(folder: Path, capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == f"add: {folder} may not be read: change its permissions.\n"
 
 
-@pytest.mark.parametrize("at", ["pixelcnn.data.save_file", "pipelines.datasets.own._record"])
+@pytest.mark.parametrize("at", ["pixelcnn.data.save", "pipelines.datasets.own._record"])
 def test_a_full_disk(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
