@@ -319,9 +319,10 @@ def release(why: _Why = None) -> None:
 def judge(dataset: _Dataset) -> None:
     """Train the judges of a dataset, who say what passes for one of its images, into `judges/`."""
     load_params().dataset(dataset)
-    from pipelines.stages.judge import judge as run_stage
+    from pipelines.judging.judge import write_judges
+    from pipelines.stages.train import load
 
-    run_stage(dataset)
+    write_judges(load(dataset), print)
 
 
 @app.command()

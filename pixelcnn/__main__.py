@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import GenericAlias
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -29,9 +30,9 @@ from pixelcnn.completion import complete, resample
 from pixelcnn.config import checked_config
 from pixelcnn.data import load_dataset
 from pixelcnn.evaluation import (
-    CHECKED_IMAGES,
     CHECKED_SCORE,
     check_fit,
+    checked_score,
     evaluate,
     evaluate_completion,
     format_nll,
@@ -42,7 +43,7 @@ from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, 
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
 from pixelcnn.sampling.fast import compile_sampler, sample
-from pixelcnn.training import StepReport, TrainConfig, fit, format_progress
+from pixelcnn.training import TrainConfig, fit, tell_progress
 
 # What the dataset fixes; and the completer and the label network, which the pipeline trains as parts of their own.
 NOT_BY_HAND = ("image_shape", "num_levels", "num_labels", "completer_features", "label_features")
@@ -136,31 +137,21 @@ def train_command(
     num_parameters = sum(p.numel() for p in model.parameters())
     if rank == 0:
         print(f"{architecture} on {dataset.name} ({dataset.protocol}): {num_parameters:,} parameters")
-    last_line = 0.0
-
-    def print_progress(report: StepReport) -> None:
-        nonlocal last_line
-        if time.monotonic() - last_line > 5 or report.validation_nll_nats is not None:
-            last_line = time.monotonic()
-            print(format_progress(report, dataset), flush=True)
-
     out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
     if init_from is not None and state_file.exists() and rank == 0:
         print(f"goes on from {state_file}: --init-from counts only at a start. Delete that file to start afresh.")
-    fit(model, dataset, train_config, print_progress, state_file=state_file)
+    fit(model, dataset, train_config, tell_progress(partial(print, flush=True), dataset), state_file=state_file)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank != 0:
         return
-    per_image: dict[str, Tensor] = {}
-    scores: dict[str, Any] = evaluate(model, dataset, per_image=per_image)
+    scores: dict[str, Any] = evaluate(model, dataset)
     if config.context_features:
         scores |= evaluate_completion(model, dataset)
     scores |= {"dataset": dataset.name, "protocol": dataset.protocol, "data_hash": dataset.data_hash}
     # What the pipeline's `register` wants of a checkpoint, too.
-    first = per_image["test"][:CHECKED_IMAGES]
-    scores |= {"label_names": dataset.label_names, CHECKED_SCORE: first.mean().item()}
+    scores |= {"label_names": dataset.label_names, CHECKED_SCORE: checked_score(model, dataset)}
     save_checkpoint(out, model, scores)
     print(json.dumps(scores, indent=2))
     print(f"wrote {out}; {state_file} lets a longer run go on from here")

@@ -106,6 +106,11 @@ def per_image_marginal_nll(
     return torch.cat(nlls).cpu()
 
 
+def checked_score(model: AutoregressiveModel, data: Dataset, batch_size: int = SCORED_BATCH) -> float:
+    """Return the mean nats of the first test images, the score named `CHECKED_SCORE`."""
+    return per_image_nll(model, data, "test", num_images=CHECKED_IMAGES, batch_size=batch_size).mean().item()
+
+
 @contextmanager
 def _scoring(model: AutoregressiveModel, data: Dataset) -> Iterator[None]:
     """Put a model that fits the data into eval mode for the time of a `with` block."""

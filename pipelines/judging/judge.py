@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.judging.spoiled import Spoiler
-from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, generator_for
+from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, generator_for, save_tensors
 from pixelcnn.training.config import resolved_precision
 from pixelcnn.training.redrawn import by_another_hand
 
@@ -121,11 +121,18 @@ def judge_file(dataset: str, which: str) -> Path:
     return JUDGES_FOLDER / f"{dataset}-{which}.safetensors"
 
 
-def save_judge(path: Path, judge: Judge) -> None:
-    """Write a judge's weights in half precision."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not `save_file`, which would keep the file from everybody else.
-    path.write_bytes(save({name: weight.half() for name, weight in judge.state_dict().items()}))
+def write_judges(data: Dataset, log: Callable[[str], object]) -> None:
+    """Train the judges of a dataset, and write their weights in half precision. It is done once: they lie in git.
+
+    Raises:
+        ValueError: it has no labels.
+    """
+    if not data.label_names:
+        raise ValueError(f"{data.name} has no labels, and a judge learns what is an image of it by telling them apart.")
+    for which, config in JUDGES.items():
+        judge, file = train_judge(data, config, log), judge_file(data.name, which)
+        save_tensors(file, {name: weight.half() for name, weight in judge.state_dict().items()})
+        log(f"wrote {file}")
 
 
 def load_judge(dataset: str, which: str, data: Dataset) -> Judge:

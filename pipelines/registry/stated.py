@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixelcnn.data import Dataset
-from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, per_image_nll
+from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, checked_score
 from pixelcnn.models.base import AutoregressiveModel
 
 TOLERANCE_NATS = 0.05  # rounding differs between processors; another file differs by whole nats
@@ -23,7 +23,7 @@ def check_scores(what: str, model: AutoregressiveModel, scores: Mapping[str, Any
     recorded = scores.get(CHECKED_SCORE)
     if recorded is None:
         raise ValueError(f"the scores.json of {what} states no score of the first few images. Train the pair again.")
-    found = per_image_nll(model, data, "test", num_images=CHECKED_IMAGES).mean().item()
+    found = checked_score(model, data)
     if not abs(found - recorded) <= TOLERANCE_NATS:
         raise ValueError(
             f"{what} does not score what it says: {found:.2f} nats on the first {CHECKED_IMAGES} test images, "

@@ -21,6 +21,7 @@ from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
 from pixelcnn.evaluation import (
     CHECKED_IMAGES,
     CHECKED_SCORE,
+    checked_score,
     evaluate_completion,
     format_nll,
     per_image_marginal_nll,
@@ -91,10 +92,7 @@ def evaluate(
         num_completed = min((limit for limit in limits if limit), default=None)
         scores.update(evaluate_completion(model, data, num_images=num_completed, batch_size=batch_size))
     scores.update(baseline_scores(data))
-    checked = per_image["test"]
-    if len(checked) < min(CHECKED_IMAGES, len(data.images["test"])):  # fewer were scored than are to be checked
-        checked = per_image_nll(model, data, "test", num_images=CHECKED_IMAGES, batch_size=batch_size)
-    scores[CHECKED_SCORE] = checked[:CHECKED_IMAGES].mean().item()
+    scores[CHECKED_SCORE] = checked_score(model, data, batch_size)
     if model.config.num_labels:
         given = per_image_nll(model, data, "test", True, CHECKED_IMAGES, batch_size)
         marginal = per_image_marginal_nll(model, data, "test", CHECKED_IMAGES, batch_size)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -33,12 +32,11 @@ from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import build_model, code_beside, config_to_dict
 from pixelcnn.sampling.fast import warm_up
-from pixelcnn.training import ContextPredictor, Network, StepReport, TrainConfig, fit, format_progress, training_history
+from pixelcnn.training import ContextPredictor, Network, StepReport, TrainConfig, fit, tell_progress, training_history
 
 TRAINED_FOLDER = Path("trained")
 # The part of the package pixelcnn that decides the weights; dvc.yaml lists the same.
 DECIDES = ("config.py", "data.py", "evaluation.py", "likelihood.py", "observed.py", "models", "training")
-PROGRESS_S = 5.0  # between lines of the log
 HALF_TOLERANCE = 0.001  # bits/dim that the validation score may change when weights are stored in half precision
 HALF_IMAGES = 1000  # of the validation split: the change hardly varies between images
 _DONE_FILE = "done"  # in the folder of a state: the result was written
@@ -162,17 +160,13 @@ def _fit_all(
         origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
         num_parameters = sum(p.numel() for p in part.parameters())
         log(f"training {num_parameters} parameters on {device}")
-        last_line = 0.0
+        tell = tell_progress(log, data, part is whole.label_network)
 
         def on_step(report: StepReport) -> None:
-            nonlocal last_line
             curve.add(report)
-            now = time.monotonic()
             if report.validation_nll_nats is not None:
                 live.show(curve.rows, sheets / f"step-{report.step:07d}.png" if part is model else None)
-            if report.validation_nll_nats is not None or now - last_line > PROGRESS_S:
-                log(format_progress(report, data, part is whole.label_network))
-                last_line = now
+            tell(report)
 
         fit(part, data, config, on_step, state_file, draw if part is model else None)
         minutes, phases = training_history(state_file)

@@ -2,7 +2,7 @@
 
 from pixelcnn.training.config import TrainConfig
 from pixelcnn.training.state import training_history
-from pixelcnn.training.trainer import ContextPredictor, Network, StepReport, Trainer, fit, format_progress
+from pixelcnn.training.trainer import ContextPredictor, Network, StepReport, Trainer, fit, tell_progress
 
 __all__ = [
     "ContextPredictor",
@@ -11,6 +11,6 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "fit",
-    "format_progress",
+    "tell_progress",
     "training_history",
 ]

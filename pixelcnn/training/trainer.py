@@ -50,6 +50,7 @@ BUDGET_SETTINGS = (
     *("completer_features", "label_features"),
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+PROGRESS_S = 5.0  # between lines for a person
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
 
 
@@ -71,6 +72,9 @@ class StepReport:
     validation_completion_nats: float | None = None
 
 
+OnStep = Callable[[StepReport], None]
+
+
 def format_progress(report: StepReport, data: Dataset, of_labels: bool = False) -> str:
     """Return one line for a person: how far, how good, how fast, how long still; `of_labels`: of a label network."""
     minutes, seconds = divmod(round(report.remaining_s), 60)
@@ -82,6 +86,19 @@ def format_progress(report: StepReport, data: Dataset, of_labels: bool = False) 
     if report.validation_completion_nats is not None:
         line += f" (completion {report.validation_completion_nats:.2f} nats)"
     return f"{line}, {report.images_per_s:.0f} images/s, {minutes}:{seconds:02d} left"
+
+
+def tell_progress(tell: Callable[[str], object], data: Dataset, of_labels: bool = False) -> OnStep:
+    """Return an `on_step` for `fit` that tells a person how far it is: every few seconds, and of each validation."""
+    last = -math.inf
+
+    def on_step(report: StepReport) -> None:
+        nonlocal last
+        if report.validation_nll_nats is not None or time.monotonic() - last > PROGRESS_S:
+            tell(format_progress(report, data, of_labels))
+            last = time.monotonic()
+
+    return on_step
 
 
 class ContextPredictor(nn.Module):
@@ -486,7 +503,7 @@ def fit(
     model: Network,
     data: Dataset,
     config: TrainConfig,
-    on_step: Callable[[StepReport], None] | None = None,
+    on_step: OnStep | None = None,
     state_file: str | Path | None = None,
     on_validation: Callable[[int], None] | None = None,
 ) -> float:

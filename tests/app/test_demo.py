@@ -20,7 +20,7 @@ import pytest
 from app.canvas.views.demo import status_text
 from app.demo import Beside, main, own_steps, port_of
 from benchmarks.interrupts import marked_processes
-from pixelcnn.training import StepReport, format_progress
+from pixelcnn.training.trainer import StepReport, format_progress
 from tests.local import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -18,11 +18,12 @@ from pixelcnn.data import save_tensors
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
 from pixelcnn.models import registry
 from pixelcnn.models.pixelcnn import PixelCNN, PixelCNNConfig
-from pixelcnn.training import StepReport, format_progress, training_history
+from pixelcnn.training import StepReport, training_history
 from pixelcnn.training import config as training_config
 from pixelcnn.training import state as state_module
 from pixelcnn.training import trainer as training
 from pixelcnn.training.optimizers import OPTIMIZERS
+from pixelcnn.training.trainer import format_progress
 from tests.core.tiny import ARCHITECTURES, beginning, exactly, tiny_config, tiny_model, toy_dataset
 
 CONFIG = TrainConfig(

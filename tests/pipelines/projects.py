@@ -9,7 +9,7 @@ import yaml
 from pipelines.params import load_params
 from pixelcnn import build_model, evaluate, load_dataset, save_checkpoint
 from pixelcnn.data import Dataset
-from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, per_image_nll
+from pixelcnn.evaluation import CHECKED_SCORE, checked_score
 
 PAIR = "pixelcnn-mnist5k"
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def write_weights(seed: int, pair: str = PAIR) -> Path:
     model = build_model(load_params().pair(pair).network).eval()
     scores = {
         **evaluate(model, data),
-        CHECKED_SCORE: per_image_nll(model, data, "test", num_images=CHECKED_IMAGES).mean().item(),
+        CHECKED_SCORE: checked_score(model, data),
         "dataset": "mnist5k",
         "protocol": data.protocol,
         "label_names": data.label_names,

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from pipelines.judging.acceptance import KNOWN, NUM_SHOWN, SEED, acceptance, judged_images, known_part
-from pipelines.judging.judge import JUDGES, JudgeConfig, load_judge, save_judge, train_judge
+from pipelines.judging.judge import JUDGES, JudgeConfig, load_judge, train_judge, write_judges
 from pipelines.judging.spoiled import Spoiler
-from pipelines.stages import judge as stage
 from pixelcnn import PixelCNNConfig, build_model
 from pixelcnn.data import Dataset
 from pixelcnn.observed import ink_of
@@ -57,6 +56,7 @@ def test_a_judge_is_trained_the_same_twice_and_read_back(
     monkeypatch.chdir(tmp_path)
     data, config = digits(), JudgeConfig(4, 3, 0, seed=0, epochs=2.0)
     monkeypatch.setitem(JUDGES, "judge", config)
+    monkeypatch.delitem(JUDGES, "held_back")
     half = data.images["train"].clone()
     half[1::2] = 0
     one, two = (
@@ -67,20 +67,19 @@ def test_a_judge_is_trained_the_same_twice_and_read_back(
     assert accepted.float().mean().item() == pytest.approx(0.95, abs=0.01), "of real images, as its threshold wants"
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, two.state_dict()[name])
-    save_judge(tmp_path / "judges" / "mnist5k-judge.safetensors", one.half().float())
+    write_judges(data, print)
     (tmp_path / "file").touch()
     assert (tmp_path / "judges" / "mnist5k-judge.safetensors").stat().st_mode == (tmp_path / "file").stat().st_mode
     again = load_judge("mnist5k", "judge", data)
-    levels = data.levels("test", slice(None))
+    levels, one = data.levels("test", slice(None)), one.half().float()
     assert all(torch.equal(a, b) for a, b in zip(one.look(levels, 2), again.look(levels, 2), strict=True))
     with pytest.raises(ValueError, match=r"Make it: python -m pipelines\.steps judge mnist"):
         load_judge("mnist", "judge", data)
 
 
-def test_a_dataset_without_labels_has_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "load", lambda _: replace(digits(), label_names=[]))
+def test_a_dataset_without_labels_has_no_judge() -> None:
     with pytest.raises(ValueError, match="mnist5k has no labels"):
-        stage.judge("mnist5k")
+        write_judges(replace(digits(), label_names=[]), print)
 
 
 def test_what_is_known_of_a_drawing() -> None:

@@ -48,6 +48,7 @@ from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import log_prob
 from pixelcnn.models.registry import config_to_dict
+from pixelcnn.training import trainer
 from tests.local import run
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
 
@@ -65,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, new_d
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
-        patch.setattr(train_stage, "PROGRESS_S", 0.0)
+        patch.setattr(trainer, "PROGRESS_S", 0.0)
         shutil.copy(new_database, folder / "mlflow.db")
         write_params(folder, tiny_params())
         save_dataset(folder / "data/mnist5k.safetensors", tiny_dataset())
@@ -338,7 +339,7 @@ def test_a_training_is_not_lost_with_the_store(trained, monkeypatch: pytest.Monk
         with pytest.raises(mlflow.exceptions.MlflowException, match="no route to host"):
             train_pair(PAIR, "models/lost", "reports/lost")
     reports: list[object] = []
-    monkeypatch.setattr(train_stage, "format_progress", lambda report, *_: reports.append(report) or "")
+    monkeypatch.setattr(trainer, "format_progress", lambda report, *_: reports.append(report) or "")
     assert train_pair(PAIR, "models/lost", "reports/lost")["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert Path("reports/lost/curve.csv").read_bytes() == (REPORT / "curve.csv").read_bytes()
@@ -363,7 +364,7 @@ def test_a_training_whose_end_prefect_did_not_hear_of_is_not_done_again(
     training_flow._finished.clear()  # the process has ended
     num_runs = len(runs())
     reports: list[object] = []
-    monkeypatch.setattr(train_stage, "format_progress", lambda report, *_: reports.append(report) or "")
+    monkeypatch.setattr(trainer, "format_progress", lambda report, *_: reports.append(report) or "")
     assert train_pair(PAIR, "models/unheard", "reports/unheard", reuse=reuse)["version"] == trained[1]["version"]
     assert reports == [], "no step was done again"
     assert len(runs()) == num_runs
@@ -376,7 +377,7 @@ def test_a_training_that_dvc_did_not_record_is_not_done_again(project: Path, mon
     weights, num_runs = Path(f"trained/{PAIR}/model.safetensors").read_bytes(), len(runs())
     shutil.rmtree(f"trained/{PAIR}")
     reports: list[object] = []
-    monkeypatch.setattr(train_stage, "format_progress", lambda report, *_: reports.append(report) or "")
+    monkeypatch.setattr(trainer, "format_progress", lambda report, *_: reports.append(report) or "")
     assert steps.main(["train", PAIR]) == 0
     assert reports == [], "no step was done again"
     assert Path(f"trained/{PAIR}/model.safetensors").read_bytes() == weights
@@ -449,7 +450,7 @@ def test_a_stopped_training_shows_its_curve_and_goes_on_as_the_same_run(
         return ""
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_stage, "format_progress", stop_after_first_row)
+        patch.setattr(trainer, "format_progress", stop_after_first_row)
         patch.setattr(live_run.LiveRun, "end", lambda live, error=None: None)
         with pytest.raises(Stopped):
             train_stage.train(PAIR, Path("models/stopped-trained"), state)

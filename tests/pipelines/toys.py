@@ -13,7 +13,7 @@ from pipelines.registry import store
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import Report
 from pixelcnn import Dataset, GatedPixelCNNConfig, build_model, evaluate, load_dataset, save_checkpoint, save_dataset
-from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, per_image_nll
+from pixelcnn.evaluation import CHECKED_SCORE, checked_score
 
 PARAMS = PromoteParams(confidence=0.95, batch_size=50, max_sample_s=60)
 INK = 0.1  # of the toy images: a model that says so is the best there is
@@ -57,7 +57,7 @@ class Toy:
         model = self.model(ink)
         scores = {
             **evaluate(model, data),
-            CHECKED_SCORE: per_image_nll(model, data, "test", num_images=CHECKED_IMAGES).mean().item(),
+            CHECKED_SCORE: checked_score(model, data),
             **{"dataset": self.name, "protocol": data.protocol, "label_names": data.label_names},
             "data_hash": data.data_hash,
         }

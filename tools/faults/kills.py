@@ -27,6 +27,7 @@ from pipelines.stages import evaluate as evaluate_stage
 from pipelines.stages import live_run
 from pipelines.stages import train as train_stage
 from pixelcnn.data import save_dataset
+from pixelcnn.training import trainer
 from tests.pipelines.projects import PAIR, tiny_dataset, tiny_params, write_params
 from tests.pipelines.toys import INK, Toy
 from tools.faults.check import DATASET, check, fine, in_process, killed
@@ -75,7 +76,7 @@ ROLLBACK = [
 ]
 TRAINER = [
     Fault("before the ID of its run is known", (tracking, "start_training_run")),
-    Fault("in the middle of the training", (train_stage, "format_progress")),
+    Fault("in the middle of the training", (trainer, "format_progress")),
     Fault("after the training", (train_stage, "fit")),
     Fault("before the checkpoint is written", (evaluate_stage, "save_checkpoint"), after=False),
     Fault("while the reports are written", (training_report, "draw_extremes")),
