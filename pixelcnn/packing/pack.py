@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pixelcnn.checkpoint import load_with_hash
-from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.packing.coder import ENGINE, Coder, OnImages
 from pixelcnn.packing.container import MAX_BLOCK_IMAGES, Block, DamagedError, Header, Reader, block_bytes
 from pixelcnn.packing.pictures import Unpacked, check_absent, load_labels, number_name, open_images
@@ -187,7 +186,12 @@ def unpack(
     with open(file, "rb") as opened:
         reader = Reader(opened, str(file))
         header = reader.header
-        _check_model(file, header, model, checkpoint, weights_sha256)
+        if header.weights_sha256 != weights_sha256 or (header.has_labels and not model.config.num_labels):
+            raise ValueError(
+                f"{file} holds images {header.image_shape} of {header.num_levels} levels, packed by the weights "
+                f"{header.weights_sha256[:12]}..., those in {checkpoint} are {weights_sha256[:12]}.... Name the "
+                "checkpoint that packed it."
+            )
         first, stop = images or (0, header.num_images)
         if not 0 <= first < stop <= header.num_images:
             raise ValueError(f"{file} holds the images 0 to {header.num_images - 1}, got {first} to {stop - 1}.")
@@ -239,18 +243,3 @@ def unpack(
         finally:
             unpacked.discard()
     return unpacked.num
-
-
-def _check_model(file: Path, header: Header, model: AutoregressiveModel, checkpoint: Path, weights_sha256: str) -> None:
-    """Raise ValueError unless a file was packed by this model."""
-    config = model.config
-    if (header.image_shape, header.num_levels) != (config.image_shape, config.num_levels):
-        raise ValueError(
-            f"{file} holds images {header.image_shape} of {header.num_levels} levels, the model in {checkpoint} is for "
-            f"{config.image_shape} of {config.num_levels}. Name the checkpoint that packed it."
-        )
-    if header.weights_sha256 != weights_sha256 or (header.has_labels and not config.num_labels):
-        raise ValueError(
-            f"{file} was packed by the weights {header.weights_sha256[:12]}..., those in {checkpoint} are "
-            f"{weights_sha256[:12]}.... Name the checkpoint that packed it."
-        )

@@ -7,7 +7,6 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,22 +65,34 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
     if path.suffix == ".png":
         kept = [path.name] if is_plain(path.name) else None
         return Images(1, lambda start, stop: _read_pngs([path], config, exact), kept)
+    data = None
     if path.suffix == ".npy":
         array = _load_npy(path)
-        return Images(_check_shape(path, array, config), lambda start, stop: _levels(path, array[start:stop], config))
-    if path.suffix != ".safetensors":
+    elif path.suffix == ".safetensors":
+        data = _split_of(path, split)
+        array = data.images[split].numpy()
+    else:
         raise ValueError(f"{path} must be a folder of PNG files, a .png, a .npy or a prepared dataset (.safetensors).")
-    data = _split_of(path, split)
-    images = data.images[split].numpy()
-    num = _check_shape(path, images, config)
-    if exact:
-        return Images(num, lambda start, stop: _levels(path, images[start:stop], config))
+    shapes = [config.image_shape, config.image_shape[1:]] if config.image_shape[0] == 1 else [config.image_shape]
+    if array.shape[1:] not in shapes or len(array) == 0 or array.dtype.kind not in "biu":
+        raise ValueError(
+            f"{path} must hold at least one image {config.image_shape} of whole numbers, as an array (N, C, H, W), "
+            f"got {array.dtype} {array.shape}."
+        )
 
     def read(start: int, stop: int) -> Tensor:
-        drawn = [data.levels(split, slice(i, i + 1), generator_for(i)) for i in range(start, stop)]
-        return _levels(path, torch.cat(drawn).numpy(), config)
+        values = array[start:stop]
+        if data is not None and not exact:
+            drawn = [data.levels(split, slice(i, i + 1), generator_for(i)) for i in range(start, stop)]
+            values = torch.cat(drawn).numpy()
+        if values.min() < 0 or values.max() >= config.num_levels:
+            raise ValueError(
+                f"{path} does not fit the model: its levels are 0 to {config.num_levels - 1}, got {values.min()} to "
+                f"{values.max()}."
+            )
+        return torch.from_numpy(values.astype(np.int64)).view(-1, *config.image_shape)
 
-    return Images(num, read)
+    return Images(len(array), read)
 
 
 def load_labels(path: Path, split: str, num_images: int, config: ModelConfig) -> Tensor:
@@ -92,12 +103,7 @@ def load_labels(path: Path, split: str, num_images: int, config: ModelConfig) ->
     """
     if config.num_labels == 0:
         raise ValueError("the model knows no labels. Leave --labels out.")
-    if path.suffix == ".safetensors":
-        labels = _split_of(path, split).labels[split].numpy()
-    elif path.exists():
-        labels = _load_npy(path)
-    else:
-        raise ValueError(f"{path} does not exist.")
+    labels = _split_of(path, split).labels[split].numpy() if path.suffix == ".safetensors" else _load_npy(path)
     if labels.shape != (num_images,) or labels.dtype.kind not in "iu":
         raise ValueError(f"{path} must hold {num_images} whole numbers, got {labels.dtype} {labels.shape}.")
     if labels.min() < -1 or labels.max() >= config.num_labels:
@@ -124,32 +130,11 @@ def _read_pngs(files: list[Path], config: ModelConfig, exact: bool) -> Tensor:
 
 def _load_npy(path: Path) -> Any:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist.") from None
     except DAMAGED as error:
         raise ValueError(f"{path} is no .npy array ({error}).") from None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is no .npy array: it holds several.")
-    return array
-
-
-def _check_shape(path: Path, array: Any, config: ModelConfig) -> int:
-    """Return the number of images of an array, (N, C, H, W), or (N, H, W) where C is 1."""
-    shapes = [config.image_shape, config.image_shape[1:]] if config.image_shape[0] == 1 else [config.image_shape]
-    if array.shape[1:] not in shapes or len(array) == 0 or array.dtype.kind not in "biu":
-        raise ValueError(
-            f"{path} must hold at least one image {config.image_shape} of whole numbers, as an array (N, C, H, W), "
-            f"got {array.dtype} {array.shape}."
-        )
-    return len(array)
-
-
-def _levels(path: Path, values: Any, config: ModelConfig) -> Tensor:
-    if values.min() < 0 or values.max() >= config.num_levels:
-        raise ValueError(
-            f"{path} does not fit the model: its levels are 0 to {config.num_levels - 1}, got {values.min()} to "
-            f"{values.max()}."
-        )
-    return torch.from_numpy(values.astype(np.int64)).view(-1, *config.image_shape)
 
 
 def check_absent(path: Path, empty_folder: bool = False) -> None:
@@ -163,7 +148,7 @@ def check_absent(path: Path, empty_folder: bool = False) -> None:
 
 
 class Unpacked:
-    """Writes unpacked images beside `out`, and puts them in its place when told to.
+    """Writes unpacked images into a folder beside `out`, and puts them in its place when told to.
 
     Args:
         out: a `.npy` file, (N, C, H, W) uint8; a `.png`, for a single image; or a folder, for a PNG of each. Labels go
@@ -172,75 +157,59 @@ class Unpacked:
     """
 
     def __init__(self, out: Path, config: ModelConfig, names: Callable[[int], str]) -> None:
-        self.out, self.config, self.names = out, config, names
-        self.num = 0
+        self.out, self.config, self.num = out, config, 0
         self.labels: list[Tensor] = []
         self.is_folder = out.suffix not in (".npy", ".png")
+        self.names = names if self.is_folder else lambda i: out.name
+        self.labels_name = LABELS_FILE if self.is_folder else f"{out.stem}.labels.npy"
         check_absent(out, empty_folder=self.is_folder)
+        if not self.is_folder:
+            check_absent(out.with_name(self.labels_name))
         self.new = out.with_name(f".{out.name}.new")
-        self.labels_out = self.new / LABELS_FILE if self.is_folder else out.with_suffix(".labels.npy")
-        self.labels_new = self.labels_out.with_name(f".{self.labels_out.name}.new")
-        if self.is_folder:
-            shutil.rmtree(self.new, ignore_errors=True)
-            self.new.mkdir()
-        else:
-            check_absent(self.labels_out)
-            self.file = open(self.new, "wb")  # noqa: SIM115 -- until `commit` or `discard`
-        self._write_npy_header()
-
-    def _write_npy_header(self) -> None:
-        """Write it for the images so far: it is of the same length for any number."""
-        if self.out.suffix == ".npy":
-            self.file.seek(0)
-            shape = (self.num, *self.config.image_shape)
-            np.lib.format.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        shutil.rmtree(self.new, ignore_errors=True)
+        self.new.mkdir()
+        if out.suffix == ".npy":
+            (self.new / out.name).touch()
 
     def write(self, levels: Tensor, labels: Tensor | None) -> None:
         """Write images, (N, C, H, W) int64, and their labels."""
         if self.out.suffix == ".npy":
-            self.file.write(levels.byte().numpy().tobytes())
+            shape = (self.num + len(levels), *self.config.image_shape)
+            with open(self.new / self.out.name, "r+b") as file:
+                # Of the same length for any number of images.
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                file.seek(0, os.SEEK_END)
+                file.write(levels.byte().numpy().tobytes())
         else:
-            for i, image in enumerate(levels):
-                png = to_png(image, self.config.num_levels)
-                if self.is_folder:
-                    file = self.new / self.names(self.num + i)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    self._write_new(file, png)
-                else:
-                    self.file.write(png)
+            for i, image in enumerate(levels, start=self.num):
+                self._write_png(self.names(i), image)
         self.num += len(levels)
         if labels is not None:
             self.labels.append(labels)
 
-    def _write_new(self, file: Path, png: bytes) -> None:
+    def _write_png(self, name: str, image: Tensor) -> None:
+        file = self.new / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with file.open("xb") as opened:
-                opened.write(png)
+                opened.write(to_png(image, self.config.num_levels))
         except FileExistsError:
             raise ValueError(
-                f"{self.out} cannot hold a second {file.relative_to(self.new)}: on its disk capitals make no other "
-                "name. Name a .npy file."
+                f"{self.out} cannot hold a second {name}: on its disk capitals make no other name. Name a .npy file."
             ) from None
 
     def commit(self) -> None:
         """Put what was written in its place."""
-        self._write_npy_header()
-        if not self.is_folder:
-            self.file.close()
         if self.labels:
             buffer = io.BytesIO()  # into a file np.save cuts them off, and says nothing, where the disk is full
             np.save(buffer, torch.cat(self.labels).numpy())
-            self.labels_new.write_bytes(buffer.getvalue())
-            self.labels_new.rename(self.labels_out)
-        self.new.rename(self.out)
+            (self.new / self.labels_name).write_bytes(buffer.getvalue())
+        if self.is_folder:
+            self.new.rename(self.out)
+        else:
+            for file in self.new.iterdir():
+                file.rename(self.out.with_name(file.name))
 
     def discard(self) -> None:
         """Remove what was written and not put in its place."""
-        if self.is_folder:
-            shutil.rmtree(self.new, ignore_errors=True)
-            return
-        with suppress(OSError):  # a full disk does not take what is still in the buffer
-            self.file.close()
-        if self.new.exists():
-            for path in (self.labels_out, self.labels_new, self.new):
-                path.unlink(missing_ok=True)
+        shutil.rmtree(self.new, ignore_errors=True)
