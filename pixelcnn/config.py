@@ -1,15 +1,18 @@
 """Settings of any architecture: frozen, keyword-only, checked when they are made."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 MAX_SIDE = 256  # of an image: attention's mask grows with the fourth power of it
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise ValueError, which calls the value by `name`, unless it is a whole number of at least `least`."""
+def check_int(name: str, value: Any, least: int, most: float = math.inf) -> None:
+    """Raise ValueError, which calls the value by `name`, unless it is a whole number between `least` and `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,28 +58,17 @@ class ModelConfig:
         if not isinstance(shape, (tuple, list)) or len(shape) != 3:
             raise ValueError(f"image_shape must be three whole numbers (C, H, W), got {shape!r}.")
         for name, size in zip("CHW", shape, strict=True):
-            check_int(f"{name} in image_shape", size, 1)
-            if size > MAX_SIDE:
-                raise ValueError(f"{name} in image_shape must be at most {MAX_SIDE}, got {size}.")
+            check_int(f"{name} in image_shape", size, 1, MAX_SIDE)
         object.__setattr__(self, "image_shape", tuple(shape))
-        for name, least in {"num_levels": 2, "num_features": 1, "num_labels": 0}.items():
-            check_int(name, getattr(self, name), least)
-        for name in ("head_features", "context_features", "completer_features", "label_features"):
+        check_int("num_levels", self.num_levels, 2)
+        check_int("num_features", self.num_features, 1)
+        seeing = ("context_width", "context_scales", "completer_features", "label_features")
+        for name in ("num_labels", "head_features", "context_features", *seeing):
             check_int(name, getattr(self, name), 0)
-        for name in ("context_width", "context_scales"):
-            check_int(name, getattr(self, name), 0)
-            if getattr(self, name) and not self.context_features:
-                raise ValueError(f"{name} must be 0 where context_features is 0, got {getattr(self, name)}.")
-        if self.completer_features and not self.context_features:
-            raise ValueError(
-                f"completer_features must be 0 where context_features is 0, got {self.completer_features}: "
-                "it would see no drawing."
-            )
-        if self.label_features and not (self.context_features and self.num_labels):
-            raise ValueError(
-                f"label_features must be 0 where context_features or num_labels is 0, got {self.label_features}: "
-                "no drawing would be given a label."
-            )
+        needed = [(name, "context_features") for name in seeing] + [("label_features", "num_labels")]
+        for name, other in needed:
+            if getattr(self, name) and not getattr(self, other):
+                raise ValueError(f"{name} must be 0 where {other} is 0, got {getattr(self, name)}.")
         if self.context_width == 0:
             object.__setattr__(self, "context_width", self.context_features)
         if self.head_features == 0:

@@ -16,18 +16,9 @@ from pipelines.params import load_params
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
 from pipelines.stages.train import TRAINED_FOLDER, Log, load, set_torch_threads
+from pixelcnn import evaluation
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
-from pixelcnn.evaluation import (
-    CHECKED_IMAGES,
-    CHECKED_SCORE,
-    checked_score,
-    evaluate_completion,
-    format_nll,
-    per_image_marginal_nll,
-    per_image_nll,
-)
-from pixelcnn.evaluation import evaluate as evaluate_model
 from pixelcnn.models.registry import config_to_dict
 
 MODELS_FOLDER, REPORTS_FOLDER = Path("models"), Path("reports")
@@ -83,25 +74,26 @@ def evaluate(
     log(f"scoring {name} on {next(model.parameters()).device}")
     num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
     per_image: dict[str, torch.Tensor] = {}
-    scores: dict[str, Any] = evaluate_model(
+    scores: dict[str, Any] = evaluation.evaluate(
         model, data, num_images=num_images, batch_size=batch_size, per_image=per_image
     )
     scores["test/nll_nats_max"] = per_image["test"].max().item()
     if model.config.context_features:
         limits = (params.evaluate.completion_images.get(data.name), num_images)
         num_completed = min((limit for limit in limits if limit), default=None)
-        scores.update(evaluate_completion(model, data, num_images=num_completed, batch_size=batch_size))
-    scores.update(baseline_scores(data))
-    scores[CHECKED_SCORE] = checked_score(model, data, batch_size)
+        scores |= evaluation.evaluate_completion(model, data, num_images=num_completed, batch_size=batch_size)
+    scores |= baseline_scores(data)
+    first, name_of_first = evaluation.CHECKED_IMAGES, evaluation.CHECKED_SCORE
+    scores[name_of_first] = evaluation.checked_score(model, data, batch_size)
     if model.config.num_labels:
-        given = per_image_nll(model, data, "test", True, CHECKED_IMAGES, batch_size)
-        marginal = per_image_marginal_nll(model, data, "test", CHECKED_IMAGES, batch_size)
-        scores[f"{CHECKED_SCORE}_given_label"] = given.mean().item()
-        scores[f"{CHECKED_SCORE}_label_summed_out"] = marginal.mean().item()
+        given = evaluation.per_image_nll(model, data, "test", True, first, batch_size)
+        marginal = evaluation.per_image_marginal_nll(model, data, "test", first, batch_size)
+        scores[f"{name_of_first}_given_label"] = given.mean().item()
+        scores[f"{name_of_first}_label_summed_out"] = marginal.mean().item()
     scores |= record
 
     def words(key: str) -> str:
-        return format_nll(scores[key], data.image_shape, data.num_levels)
+        return evaluation.format_nll(scores[key], data.image_shape, data.num_levels)
 
     for split in ("validation", "test"):
         log(f"{split}: {words(f'{split}/nll_nats')} ({data.name} {data.protocol})")

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from pixelcnn.likelihood import bits_per_dim
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import build_model, code_beside, config_to_dict
 from pixelcnn.sampling.fast import warm_up
-from pixelcnn.training import ContextPredictor, Network, StepReport, TrainConfig, fit, tell_progress, training_history
+from pixelcnn.training import ContextPredictor, Network, StepReport, TrainConfig, fit, read_state, tell_progress
 
 TRAINED_FOLDER = Path("trained")
 # The part of the package pixelcnn that decides the weights; dvc.yaml lists the same.
@@ -106,7 +107,7 @@ def train(
     with ExitStack() as held:
         for folder in (out, *([state] if state else [])):
             held.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), f"the training of {name}", log))
-        work = state or _work_folder(out, name, pair, data, log)
+        work = state or _work_folder(out, name, params, data, log)
         work.mkdir(parents=True, exist_ok=True)
         model, record = _fit_all(name, params, data, work, log)
         dtype = torch.float16 if half and _round_to_half(model, data, log) else torch.float32
@@ -169,14 +170,14 @@ def _fit_all(
             tell(report)
 
         fit(part, data, config, on_step, state_file, draw if part is model else None)
-        minutes, phases = training_history(state_file)
+        done, _ = read_state(state_file)
         return {
-            "train_minutes": minutes,
+            "train_minutes": done.elapsed_s / 60,
             "num_parameters": num_parameters,
             **origin,
             # Those of steps that were taken: a finished run that is taken up with others has used none of them. What
             # params.yaml says is in `settings`, and in MLflow's parameters.
-            "train_settings": {k: phases[-1].get(k, v) for k, v in asdict(config).items()} | _changed_settings(phases),
+            "train_settings": _settings_taken(config, done.phases),
         }
 
     try:
@@ -223,13 +224,13 @@ def _trainings(pair: PairParams) -> dict[str, TrainConfig | None]:
     return {part: getattr(pair, part) for part in ("train", *PARTS)}
 
 
-def _changed_settings(phases: list[dict[str, Any]]) -> dict[str, str]:
-    """Return how the settings went that changed on the way, by name."""
-    found = {}
-    for name in dict.fromkeys(name for phase in phases for name in phase):
+def _settings_taken(config: TrainConfig, phases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings of the steps that were taken; of one that changed on the way, how it went."""
+    found = {name: phases[-1].get(name, value) for name, value in asdict(config).items()}
+    for name in found:
         values = [(phase["from_step"], phase[name]) for phase in phases if name in phase]
-        changes = [one for before, one in zip([(0, None), *values], values, strict=False) if one[1] != before[1]]
-        if name != "from_step" and (len(changes) > 1 or changes[0][0] > 0):
+        changes = [(step, value) for (_, before), (step, value) in pairwise([(0, None), *values]) if value != before]
+        if len(changes) > 1 or (changes and changes[0][0] > 0):
             found[name] = ", then ".join(f"{value} from step {step}" for step, value in changes)
     return found
 
@@ -261,9 +262,9 @@ def _hardware(model: AutoregressiveModel) -> str:
     return f"{num} CPU thread{'s' if num > 1 else ''} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _work_folder(out: Path, name: str, pair: PairParams, data: Dataset, log: Log) -> Path:
+def _work_folder(out: Path, name: str, params: Params, data: Dataset, log: Log) -> Path:
     """Return the folder of this training's state; say which states of other settings, data or code are beside it."""
-    work = out.with_name(f".{out.name}.run-{weights_key(name, pair, data)[:12]}")
+    work = out.with_name(f".{out.name}.run-{weights_key(name, params, data)[:12]}")
     for other in sorted(out.parent.glob(f".{out.name}.run-*")):
         if other != work and not (other / _DONE_FILE).exists():
             log(
@@ -279,11 +280,11 @@ def remove_finished_states(out: Path) -> None:
         shutil.rmtree(mark.parent, ignore_errors=True)
 
 
-def weights_key(name: str, pair: PairParams, data: Dataset) -> str:
+def weights_key(name: str, params: Params, data: Dataset) -> str:
     """Return the SHA-256 of all that a pair's weights follow from: settings, data, and the code that decides them."""
-    learning = [config_to_dict(pair.network), *(asdict(one) if one else {} for one in _trainings(pair).values())]
-    every = [name, pair.num_threads, *learning, data.data_hash, core_sha256(*DECIDES)]
-    every += code_beside(pair.model)
+    pair = params.pair(name)
+    code = [core_sha256(*DECIDES), *code_beside(pair.model)]
+    every = [name, pair.num_threads, _settings(name, params), data.data_hash, *code]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
 
 
@@ -296,6 +297,5 @@ def inputs_of(name: str, params: Params, data: Dataset, half: bool) -> str:
     settings |= {key: settings[key].get(of_data) for key in ("completion_images", "judges")}
     files = [judge_file(settings["judges"], which) for which in JUDGES] if settings["judges"] else []
     judges = [sha256_of(file) for file in files if file.exists()]
-    key = weights_key(name, params.pair(name), data)
-    every = [key, half, settings, judges, params.sample.model_dump(), core_sha256()]
+    every = [weights_key(name, params, data), half, settings, judges, params.sample.model_dump(), core_sha256()]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()

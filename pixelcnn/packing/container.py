@@ -52,11 +52,10 @@ class Header:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
-        for name in ("num_levels", "num_images", "block_images", "batch_images"):
-            check_int(name, getattr(self, name), 1)
-        for name, most in {"block_images": MAX_BLOCK_IMAGES, "batch_images": MAX_BATCH_IMAGES}.items():
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}.")
+        check_int("num_levels", self.num_levels, 1)
+        check_int("num_images", self.num_images, 1)
+        check_int("block_images", self.block_images, 1, MAX_BLOCK_IMAGES)
+        check_int("batch_images", self.batch_images, 1, MAX_BATCH_IMAGES)
         for name in ("weights_sha256", "engine", "arithmetic", "probe"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a text.")

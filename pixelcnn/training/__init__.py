@@ -1,7 +1,7 @@
 """Training: `fit`, what it takes, and what it reports."""
 
 from pixelcnn.training.config import TrainConfig
-from pixelcnn.training.state import training_history
+from pixelcnn.training.state import read_state
 from pixelcnn.training.trainer import ContextPredictor, Network, StepReport, Trainer, fit, tell_progress
 
 __all__ = [
@@ -11,6 +11,6 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "fit",
+    "read_state",
     "tell_progress",
-    "training_history",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pixelcnn.config import check_int
 from pixelcnn.data import DYNAMIC_PROTOCOL
 from pixelcnn.training.optimizers import OPTIMIZERS
 
@@ -85,16 +86,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "num_validations"):
-            _check(name, getattr(self, name), int, 1, 1_000_000)
+            check_int(name, getattr(self, name), 1, 1_000_000)
         for name in ("warmup_steps", "num_validation_images", "seed"):
-            _check(name, getattr(self, name), int, 0, 2**63 - 1)
-        for name in ("learning_rate", "max_epochs", "clip_norm"):
-            _check(name, getattr(self, name), float, 0, {"learning_rate": 1.0}.get(name, 1e9), above=True)
-        for name in ("max_minutes", "save_minutes"):
-            _check(name, getattr(self, name), float, 0, 1e9)
+            check_int(name, getattr(self, name), 0, 2**63 - 1)
         shares = ("label_dropout", "context_share", "redrawn_share", "joint_share", "context_network_share")
-        for name in ("decay_fraction", "ema_decay", *shares):
-            _check(name, getattr(self, name), float, 0, 1)
+        for name in ("learning_rate", "decay_fraction", "ema_decay", *shares):
+            _check_number(name, getattr(self, name), 1)
+        for name in ("max_epochs", "clip_norm", "max_minutes", "save_minutes"):
+            _check_number(name, getattr(self, name), 1e9)
+        for name in ("learning_rate", "max_epochs", "clip_norm"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
         for name, choices in (("precision", (*PRECISIONS, "auto")), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
@@ -119,13 +121,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 1: the network sees no drawings, so all of it is the joint model's.")
 
 
-def _check(name: str, value: Any, kind: type, least: float, most: float, above: bool = False) -> None:
-    kinds = (int,) if kind is int else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not (least <= value <= most):
-        word = "whole number" if kind is int else "number"
-        raise ValueError(f"{name} must be a {word} from {least} to {most}, got {value!r}.")
-    if above and value == least:
-        raise ValueError(f"{name} must be above {least}, got {value!r}.")
+def _check_number(name: str, value: Any, most: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{name} must be a number from 0 to {most}, got {value!r}.")
 
 
 def check_compiler() -> None:

@@ -32,13 +32,3 @@ def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:
         return RunState(**values), tensors
     except DAMAGED as error:
         raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
-
-
-def training_history(state_file: str | Path) -> tuple[float, list[dict[str, Any]]]:
-    """Return the minutes of training behind a state file, over all runs that resumed it, and the phases (`RunState`).
-
-    Raises:
-        ValueError: the file is damaged, or no state of a run.
-    """
-    state, _ = read_state(Path(state_file))
-    return state.elapsed_s / 60, state.phases

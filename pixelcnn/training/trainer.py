@@ -67,7 +67,7 @@ class StepReport:
     # Of the averaged weights, where they were scored after this step: on whole validation images, on the first
     # `TRAIN_SUBSET` training images without labels, and, for models with a context network, on what is missing of
     # validation images given the rest, as a mean over masks as in training.
-    validation_nll_nats: float | None
+    validation_nll_nats: float | None = None
     train_subset_nll_nats: float | None = None
     validation_completion_nats: float | None = None
 
@@ -308,15 +308,14 @@ class Trainer:
         given = " given the label" if share and self.completes_given_labels else ""
         return f"validation nats per image, of {share:g} of the images those of the missing part{given}"
 
-    def validate(self, on_validation: Callable[[int], None] | None) -> tuple[float, float, float | None]:
+    def validate(self, on_validation: Callable[[int], None] | None) -> dict[str, Any]:
         """Score the averaged weights on validation and some training images; keep them if they are the best so far.
 
         The best are those of the lowest loss, the images with and without a mask in the proportion of the training.
         `on_validation` is called with the step while the model has the averaged weights.
 
         Returns:
-            The nats of whole validation images; of whole training images; and of the missing part of masked validation
-            images, for models with a context network.
+            What a `StepReport` says of it, by field.
 
         Raises:
             FloatingPointError: the score is not finite.
@@ -341,7 +340,11 @@ class Trainer:
         if score < self.best_nll:
             self.best_nll = score
             self.best = [w.clone() for w in self.ema]
-        return nll, train_nll, completion
+        return {
+            "validation_nll_nats": nll,
+            "train_subset_nll_nats": train_nll,
+            "validation_completion_nats": completion,
+        }
 
     def mean_nll(self, split: str, num_images: int | None) -> float:
         """Return the mean nats of the first images of a split, whole and without label."""
@@ -555,12 +558,12 @@ def fit(
         now = time.monotonic()
         trainer.elapsed_s = trainer.broadcast(elapsed_before + now - start)
         progress = trainer.progress()
-        validation = train_subset = completion = None
+        validated: dict[str, Any] = {}
         if math.floor(progress * config.num_validations) > trainer.num_validations:
             trainer.num_validations = math.floor(progress * config.num_validations)
             if trainer.rank == 0:
                 model.eval()
-                validation, train_subset, completion = trainer.validate(on_validation)
+                validated = trainer.validate(on_validation)
         if trainer.rank != 0:
             continue
         if state_path is not None and (now - last_save > 60 * config.save_minutes or progress >= 1):
@@ -576,9 +579,7 @@ def fit(
                     learning_rate=rate,
                     images_per_s=steps * config.batch_size / (now - start),
                     remaining_s=(1 - progress) / (progress - start_progress) * (now - start),
-                    validation_nll_nats=validation,
-                    train_subset_nll_nats=train_subset,
-                    validation_completion_nats=completion,
+                    **validated,
                 )
             )
     model.eval()

@@ -221,14 +221,14 @@ def test_a_label_network_learns_from_what_is_known_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"label_features": 2}, "label_features must be 0 where context_features is 0, got 2."),
         (
-            {"label_features": 2},
-            "label_features must be 0 where context_features or num_labels is 0, got 2: "
-            "no drawing would be given a label.",
+            {"label_features": 2, "context_features": 2, "num_labels": 0},
+            "label_features must be 0 where num_labels is 0, got 2.",
         ),
         ({"label_features": -1}, "label_features must be a whole number of at least 0, got -1."),
     ],
 )
 def test_impossible_label_networks_are_refused(changes, message):
     with pytest.raises(ValueError, match=exactly(message)):
-        tiny_config("gated_pixelcnn", SHAPE, 2, 3, **changes)
+        tiny_config("gated_pixelcnn", SHAPE, 2, **{"num_labels": 3, **changes})

@@ -18,11 +18,11 @@ from pixelcnn.data import save_tensors
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
 from pixelcnn.models import registry
 from pixelcnn.models.pixelcnn import PixelCNN, PixelCNNConfig
-from pixelcnn.training import StepReport, training_history
+from pixelcnn.training import StepReport
 from pixelcnn.training import config as training_config
-from pixelcnn.training import state as state_module
 from pixelcnn.training import trainer as training
 from pixelcnn.training.optimizers import OPTIMIZERS
+from pixelcnn.training.state import read_state
 from pixelcnn.training.trainer import format_progress
 from tests.core.tiny import ARCHITECTURES, beginning, exactly, tiny_config, tiny_model, toy_dataset
 
@@ -234,7 +234,7 @@ def test_an_architecture_with_a_tuple_among_its_settings_goes_on(tmp_path, monke
 def test_a_state_older_than_a_setting_is_gone_on_with_at_its_default(tmp_path):
     data, state = toy_dataset(), tmp_path / "state"
     fit(toy_model(data), data, config(max_epochs=2), state_file=state)
-    saved, tensors = state_module.read_state(state)
+    saved, tensors = read_state(state)
     for key, names in (("model", ("output", "num_mixtures")), ("train settings", ("clip_norm", "horizontal_flips"))):
         for name in names:
             del saved.description[key][name]
@@ -288,7 +288,7 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
         done.append((reports[0].epoch, reports[-1].epoch, reports[-1].step))
         losses.append([report.validation_nll_nats for report in reports if report.validation_nll_nats is not None])
-    assert training_history(state)[1] == [{"from_step": 0, **first}, {"from_step": 60, **then}]
+    assert read_state(state)[0].phases == [{"from_step": 0, **first}, {"from_step": 60, **then}]
     assert losses[2][0] < losses[0][0], "it went on from the weights that it found"
     # An epoch takes 3 steps of 8 images, 6 of 4.
     expected = [(0 + 1 / 3, 10, 30), (10 + 1 / 3, 20, 60), (20 + 1 / 6, 30, 120), (30 + 1 / 6, 40, 180)]
@@ -358,7 +358,7 @@ def test_a_validation_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_p
     message = r"^the validation loss is not finite at step 3 \(nan nats\): lower learning_rate\. "
     with pytest.raises(FloatingPointError, match=message):
         fit(toy_model(data), data, CONFIG, state_file=state, on_validation=looked.append)
-    assert state_module.read_state(state)[0].step == 2
+    assert read_state(state)[0].step == 2
     assert looked == []
 
 
@@ -462,7 +462,7 @@ def test_a_run_that_goes_on_may_draw_more_images_anew(tmp_path):
     data, state = toy_dataset((1, 8, 8), num_levels=2, protocol="dynamic"), tmp_path / "state"
     for epochs, share in ((2, 0.0), (4, 0.5)):
         fit(toy_model(data), data, config(max_epochs=epochs, redrawn_share=share), state_file=state)
-    assert [phase["redrawn_share"] for phase in training_history(state)[1]] == [0.0, 0.5]
+    assert [phase["redrawn_share"] for phase in read_state(state)[0].phases] == [0.0, 0.5]
 
 
 def test_only_binary_images_can_be_drawn_anew():
@@ -560,10 +560,10 @@ def test_the_clock_goes_on_where_a_stopped_run_left_it(monkeypatch, tmp_path):
 
     with pytest.raises(Interrupted):
         fit(toy_model(data), data, settings, stop, state)
-    assert training_history(state)[0] == pytest.approx(0.4)  # saved after 24 seconds, the first that are more than 18
+    assert read_state(state)[0].elapsed_s == pytest.approx(24)  # the first that are more than 18
     _, rest = run(toy_model(data), data, settings, state_file=state)
     assert [report.step for report in rest] == list(range(5, 11))  # six seconds each
-    assert training_history(state)[0] == pytest.approx(1.0)
+    assert read_state(state)[0].elapsed_s == pytest.approx(60)
 
 
 def test_num_validation_images():
@@ -655,7 +655,7 @@ def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(tmp_path, 
         _, reports = run(toy_model(data).float(), data, config(precision=name), state_file=tmp_path / name)
         losses.append([report.train_nll_nats for report in reports])
     assert losses[0] == losses[1]
-    assert training_history(tmp_path / "auto")[1][0]["precision"] == precision
+    assert read_state(tmp_path / "auto")[0].phases[0]["precision"] == precision
 
 
 @pytest.mark.slow
@@ -670,7 +670,7 @@ def test_compiled_training_follows_the_same_losses(tmp_path, monkeypatch):
         _, reports = run(model, data, config(compiled=setting), state_file=tmp_path / str(setting))
         losses[setting] = [report.train_nll_nats for report in reports]
         assert len(compiled) == setting
-        assert training_history(tmp_path / str(setting))[1][0]["compiled"] is setting
+        assert read_state(tmp_path / str(setting))[0].phases[0]["compiled"] is setting
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
@@ -754,17 +754,17 @@ def test_a_batch_larger_than_the_split_is_refused():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number from 1 to 1000000, got 0."),
-        ({"batch_size": 1.5}, "batch_size must be a whole number from 1 to 1000000, got 1.5."),
-        ({"batch_size": True}, "batch_size must be a whole number from 1 to 1000000, got True."),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0."),
+        ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1, got 1.5."),
+        ({"batch_size": True}, "batch_size must be a whole number of at least 1, got True."),
         ({"learning_rate": 0}, "learning_rate must be above 0, got 0."),
-        ({"learning_rate": 2}, "learning_rate must be a number from 0 to 1.0, got 2."),
-        ({"learning_rate": math.nan}, "learning_rate must be a number from 0 to 1.0, got nan."),
-        ({"learning_rate": "0.1"}, "learning_rate must be a number from 0 to 1.0, got '0.1'."),
+        ({"learning_rate": 2}, "learning_rate must be a number from 0 to 1, got 2."),
+        ({"learning_rate": math.nan}, "learning_rate must be a number from 0 to 1, got nan."),
+        ({"learning_rate": "0.1"}, "learning_rate must be a number from 0 to 1, got '0.1'."),
         ({"max_epochs": 0}, "max_epochs must be above 0, got 0."),
         ({"max_epochs": math.inf}, "max_epochs must be a number from 0 to 1000000000.0, got inf."),
         ({"max_minutes": -1}, "max_minutes must be a number from 0 to 1000000000.0, got -1."),
-        ({"warmup_steps": -1}, "warmup_steps must be a whole number from 0 to 9223372036854775807, got -1."),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1."),
         ({"decay_fraction": 1.1}, "decay_fraction must be a number from 0 to 1, got 1.1."),
         ({"ema_decay": -0.1}, "ema_decay must be a number from 0 to 1, got -0.1."),
         ({"clip_norm": 0}, "clip_norm must be above 0, got 0."),
@@ -772,12 +772,14 @@ def test_a_batch_larger_than_the_split_is_refused():
         ({"horizontal_flips": 1}, "horizontal_flips must be true or false, got 1."),
         ({"compiled": 1}, "compiled must be true or false, got 1."),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, auto, got 'float16'."),
-        ({"accumulate": 0}, "accumulate must be a whole number from 1 to 1000000, got 0."),
+        ({"accumulate": 0}, "accumulate must be a whole number of at least 1, got 0."),
         ({"accumulate": 9}, "accumulate must be at most batch_size (8), got 9."),
-        ({"num_validations": 0}, "num_validations must be a whole number from 1 to 1000000, got 0."),
-        ({"num_validation_images": -1}, "num_validation_images must be a whole number from 0 to"),
+        ({"num_validations": 0}, "num_validations must be a whole number of at least 1, got 0."),
+        ({"num_validation_images": -1}, "num_validation_images must be a whole number of at least 0, got -1."),
         ({"save_minutes": -2}, "save_minutes must be a number from 0 to 1000000000.0, got -2."),
-        ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807, got -1."),
+        ({"batch_size": 10**6 + 1}, "batch_size must be at most 1000000, got 1000001."),
+        ({"seed": 2**63}, "seed must be at most 9223372036854775807, got 9223372036854775808."),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1."),
     ],
 )
 def test_impossible_settings_are_named(bad, message):

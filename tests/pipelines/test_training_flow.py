@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -603,10 +603,10 @@ def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(provenance.pixelcnn, "__file__", str(tmp_path / "pixelcnn/__init__.py"))
     # The one decides the weights: a state of the code before is not gone on with. The other decides scores alone.
     for file, decides in (("models/layers.py", True), ("completion.py", False)):
-        before = train_stage.weights_key(PAIR, params.pair(PAIR), data)
+        before = train_stage.weights_key(PAIR, params, data)
         with open(tmp_path / "pixelcnn" / file, "a") as source:
             source.write("\n")
-        assert (train_stage.weights_key(PAIR, params.pair(PAIR), data) != before) == decides
+        assert (train_stage.weights_key(PAIR, params, data) != before) == decides
         others.add(train_stage.inputs_of(PAIR, params, data, False))
     assert len(others) == 9
     assert same not in others
@@ -782,7 +782,7 @@ def test_the_state_of_other_settings_stays_beside(project: Path) -> None:
     data = load_dataset("data/mnist5k.safetensors")
 
     def work_folder() -> Path:
-        return train_stage._work_folder(OUT, PAIR, load_params().pair(PAIR), data, said.append)
+        return train_stage._work_folder(OUT, PAIR, load_params(), data, said.append)
 
     first = work_folder()
     assert work_folder() == first
@@ -815,8 +815,9 @@ def test_weights_of_other_data_are_not_scored(trained, tmp_path: Path, monkeypat
 def test_how_settings_went_that_changed_on_the_way() -> None:
     phases = [{"from_step": 0, "learning_rate": 0.01, "batch_size": 8}]
     phases += [{"from_step": 6, "learning_rate": 0.02, "batch_size": 8, "ema_decay": 0.9}]
-    told = {"learning_rate": "0.01 from step 0, then 0.02 from step 6", "ema_decay": "0.9 from step 6"}
-    assert train_stage._changed_settings(phases) == told
+    config = load_params(ROOT / "params.yaml").pair(PAIR).train
+    told = {"learning_rate": "0.01 from step 0, then 0.02 from step 6", "ema_decay": "0.9 from step 6", "batch_size": 8}
+    assert train_stage._settings_taken(config, phases) == asdict(config) | told
 
 
 @pytest.mark.parametrize(
