@@ -62,6 +62,9 @@ def _png(path: Path) -> Path:
     return path
 
 
+NumSamples = Annotated[int, Option(min=1, max=1024)]
+Images = Annotated[Path, Option(help="folder of PNG files, one PNG, .npy array (N, C, H, W), or prepared dataset")]
+Split = Annotated[str, Option(help="images of a dataset: train, validation or test")]
 PngOut = Annotated[Path, Option(help="PNG to write", dir_okay=False, callback=_png)]
 
 
@@ -77,8 +80,6 @@ def _load_with_noise(
     """Return the model, (N, C, H, W) noise for the samples that are asked for, and their (N,) label."""
     device = _device(device_name)
     model, _ = load_checkpoint(checkpoint)
-    if not 1 <= num <= 1024:
-        raise ValueError(f"--num-samples must be from 1 to 1024, got {num}.")
     # Drawn on the CPU, so that a seed means the same noise on every device.
     u = torch.rand(num, *model.config.image_shape, generator=torch.Generator().manual_seed(seed))
     return model.to(device), u.to(device), None if label is None else torch.full((num,), label, device=device)
@@ -134,8 +135,8 @@ def train_command(
     if init_from is not None:
         load_joint_weights(model, init_from)
     model = model.to(place)
-    num_parameters = sum(p.numel() for p in model.parameters())
     if rank == 0:
+        num_parameters = sum(p.numel() for p in model.parameters())
         print(f"{architecture} on {dataset.name} ({dataset.protocol}): {num_parameters:,} parameters")
     out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
@@ -207,7 +208,7 @@ def sample_command(
     checkpoint: Checkpoint,
     out: PngOut,
     device: Device = "cpu",
-    num_samples: int = 8,
+    num_samples: NumSamples = 8,
     label: Label = None,
     temperature: float = 1.0,
     seed: Seed = 0,
@@ -230,8 +231,10 @@ def complete_command(
     out: PngOut,
     device: Device = "cpu",
     known: Annotated[Literal["top", "left", "bottom", "right"], Option(help="the half that is known")] = "top",
-    proposals: Annotated[int, Option(help="choose each completion from so many, by the joint model")] = 1,
-    num_samples: int = 8,
+    proposals: Annotated[
+        int, Option(help="choose each completion from so many, by the joint model", min=1, max=1024)
+    ] = 1,
+    num_samples: NumSamples = 8,
     label: Label = None,
     temperature: float = 1.0,
     seed: Seed = 0,
@@ -257,8 +260,8 @@ def complete_command(
     if proposals == 1:
         levels = complete(model, images, observed, u, labels, temperature)
     else:
-        if not 1 <= proposals <= 1024 or temperature != 1:
-            raise ValueError("--proposals must be from 1 to 1024, and needs --temperature 1.")
+        if temperature != 1:
+            raise ValueError("--proposals needs --temperature 1.")
         generator = torch.Generator().manual_seed(seed)
         proposed = torch.rand(len(u), proposals, *config.image_shape, generator=generator).to(u.device)
         choice = torch.rand(len(u), generator=generator).to(u.device)
@@ -278,18 +281,14 @@ def compile_command() -> None:
 
 def bench_command(
     checkpoint: Checkpoint,
-    batch_sizes: list[int] = [1, 4, 16, 64],  # noqa: B006 -- typer shows it as the default
+    batch_sizes: Annotated[list[int], Option(min=1)] = [1, 4, 16, 64],  # noqa: B006 -- typer shows it as the default
     samplers: Annotated[list[str], Option(help=f"all if left out: {', '.join(map(repr, SAMPLERS))}")] = [],  # noqa: B006
-    seconds: Annotated[float, Option(help="how long to measure each figure, about")] = 3.0,
-    exact_images: Annotated[int, Option(help="images to compare with the model; 0 for none")] = 16,
-    sides: Annotated[list[int], Option(help="image sides at which to time a pixel; none if left out")] = [],  # noqa: B006
+    seconds: Annotated[float, Option(help="how long to measure each figure, about", min=0.01, max=600)] = 3.0,
+    exact_images: Annotated[int, Option(help="images to compare with the model; 0 for none", min=0)] = 16,
+    sides: Annotated[list[int], Option(help="image sides at which to time a pixel", min=1)] = [],  # noqa: B006
     out: Annotated[Path | None, Option(help="JSON file to write, too")] = None,
 ) -> None:
     """Time the samplers on a checkpoint."""
-    if min(batch_sizes) < 1 or min(sides or [1]) < 1 or exact_images < 0:
-        raise ValueError("--batch-sizes and --sides must be at least 1 and --exact-images at least 0.")
-    if not 0 < seconds <= 600:
-        raise ValueError(f"--seconds must be above 0 and at most 600, got {seconds}.")
     if unknown := set(samplers) - set(SAMPLERS):
         raise ValueError(f"--samplers must be out of {', '.join(map(repr, SAMPLERS))}, got {min(unknown)!r}.")
     model, _ = load_checkpoint(checkpoint)
@@ -316,10 +315,10 @@ def _progress_printer(verb: str, noun: str = "images") -> Callable[[int, int], N
 
 def pack_command(
     checkpoint: Checkpoint,
-    images: Annotated[Path, Option(help="folder of PNG files, one PNG, .npy array (N, C, H, W), or prepared dataset")],
+    images: Images,
     out: Annotated[Path, Option(help="file to write, e.g. images.pxl")],
     labels: Annotated[Path | None, Option(help=".npy array or dataset: labels to keep, and to tell the model")] = None,
-    split: Annotated[str, Option(help="images of a dataset: train, validation or test")] = "test",
+    split: Split = "test",
     block_images: Annotated[int | None, Option(help="images per block; for about 24 KiB if left out")] = None,
 ) -> None:
     """Pack images without loss into a file that the same checkpoint unpacks (docs/packing.md)."""
@@ -352,10 +351,7 @@ def unpack_command(
 
 
 def rank_command(
-    checkpoint: Checkpoint,
-    images: Annotated[Path, Option(help="folder of PNG files, one PNG, .npy array (N, C, H, W), or prepared dataset")],
-    out: PngOut = Path("ranking.png"),
-    split: Annotated[str, Option(help="images of a dataset: train, validation or test")] = "test",
+    checkpoint: Checkpoint, images: Images, out: PngOut = Path("ranking.png"), split: Split = "test"
 ) -> None:
     """Rank pictures by how strange a model finds them: a table (CSV) to standard output, and a sheet.
 
@@ -429,17 +425,8 @@ def _app() -> Typer:
     for name, config_class in architectures().items():
         train.command(name)(_trainer_of(name, config_class))
     app.add_typer(train, name="train")
-    for command in (
-        evaluate_command,
-        check_command,
-        sample_command,
-        complete_command,
-        compile_command,
-        bench_command,
-        pack_command,
-        unpack_command,
-        rank_command,
-    ):
+    of_models = [evaluate_command, check_command, sample_command, complete_command, compile_command, bench_command]
+    for command in (*of_models, pack_command, unpack_command, rank_command):
         app.command(command.__name__.removesuffix("_command"))(command)
     return app
 

@@ -67,10 +67,9 @@ def save_checkpoint(
 
     The new folder `.NAME.new` is written first; then the old one is renamed to `.NAME.old`, the new one to NAME, and
     the old one removed. Killed between the two renames, a save leaves no NAME: `load_checkpoint` then reads
-    `.NAME.old`. At any moment the old or the new checkpoint is whole.
+    `.NAME.old`.
 
     Args:
-        folder: the folder to write; its parent is made if missing.
         model: as `build_model` makes it, also after `torch.compile`.
         scores: JSON-ready values, e.g. of `evaluate`.
         dtype: of the stored weights, e.g. torch.float16; None for the model's own. They are float32 again when loaded.
@@ -98,7 +97,18 @@ def save_checkpoint(
         config = {**config_to_dict(model.config), "weights_sha256": sha256_of(new / WEIGHTS_FILE)}
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (new / SCORES_FILE).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
-        _swap(new, folder)
+        old = _set_aside(folder)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        # Otherwise `old`, if it is there, is the only checkpoint: a save was killed between its renames.
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -106,21 +116,6 @@ def save_checkpoint(
 def _target(folder: Path) -> Path:
     """Return the folder that a link leads to, which is replaced in the link's place; any other one by its own name."""
     return folder.resolve() if folder.is_symlink() or not folder.name else folder
-
-
-def _swap(new: Path, folder: Path) -> None:
-    old = _set_aside(folder)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    # Otherwise `old`, if it is there, is the only checkpoint: a save was killed between its renames.
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> Path:
@@ -139,13 +134,10 @@ def _current(folder: Path) -> tuple[Path, int, int]:
 
 
 def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
-    """Start a model from a checkpoint that differs from it in context network and completer at most.
+    """Start a model from a checkpoint; ValueError if it differs in more than context network and completer.
 
     What the checkpoint has not, the context network and its projections, stays as it is; `build_model` makes the
     projections zero. A completer of the same width starts from the same weights.
-
-    Raises:
-        ValueError: the folder is no checkpoint, or its network differs in more.
     """
     source, _ = load_checkpoint(folder)
     found, weights = config_to_dict(source.config), source.state_dict()
@@ -190,13 +182,9 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
 
 
 def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
-    """Read what `save_checkpoint` wrote, also while or after it was interrupted.
+    """Read what `save_checkpoint` wrote, even if it was interrupted: the model, in eval mode on the CPU, and its scores.
 
-    Args:
-        folder: of the checkpoint; or, where there is no such folder, the name of released weights.
-
-    Returns:
-        The model, in eval mode, on the CPU; and its scores.
+    Where there is no such folder, it is the name of released weights.
 
     Raises:
         ValueError: a file is missing, damaged, of another architecture, or not the one that was saved.
