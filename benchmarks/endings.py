@@ -46,7 +46,7 @@ def main(folder: str) -> None:
     data = load(scores["dataset"])
     judge = load_judge(load_params().evaluate.judges[data.name], "judge", data)
     images = data.levels("validation", slice(NUM_DRAWINGS))
-    observed = known_part("ink45", images, data.num_levels, seed=0)
+    observed = known_part("ink45", images, data.num_levels)
     u = torch.rand(NUM_DRAWINGS, NUM_DRAWN, *data.image_shape, generator=generator_for(0), dtype=torch.float64)
     print(f"{folder}: of nine endings of {NUM_DRAWINGS} drawings\n")
     print("| temperature | shown | accepted | different labels among the accepted |\n| --- | --- | --- | --- |")

@@ -30,7 +30,7 @@ def shown(model: AutoregressiveModel, data: Dataset, images: Tensor) -> Iterator
     """Yield what is judged: its name, and (N, C, H, W) int64 levels."""
     yield "the test images themselves", images
     for known in ("top", "ink45"):
-        observed = known_part(known, images, data.num_levels, seed=0)
+        observed = known_part(known, images, data.num_levels)
         yield f"{KNOWN[known].removeprefix('endings of ')}, without an ending", images * observed
         u = torch.rand(images.shape, generator=generator_for(0), dtype=torch.float64)
         yield KNOWN[known], complete(model, images * observed, observed, u, temperature=TEMPERATURE)

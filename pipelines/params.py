@@ -67,19 +67,17 @@ class PairParams(Frozen):
         spec = datasets[dataset]
         fixed = {"image_shape": spec.image_shape, "num_levels": spec.num_levels, "num_labels": len(spec.label_names)}
         network = _config(architectures()[model], values["network"], "network", fixed)
-        built = {**values, "network": network, "train": _config(TrainConfig, values["train"], "train")}
-        features_of = {"context": "completer_features", "completer": "completer_features", "labels": "label_features"}
-        for part, features in features_of.items():
-            if not getattr(network, features):
-                if part in values:
-                    raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
-            elif part in values or part != "context":  # which alone may be left out
-                built[part] = _config(TrainConfig, values.get(part, {}), part)
-        joint_sees = network.of_joint().context_features > 0
-        for part, sees_drawings in (("train", joint_sees), ("context", False), ("completer", True), ("labels", False)):
-            config = built.get(part)
-            if config is None:
+        built = {**values, "network": network}
+        # Of each part, the size of what it trains, and whether that sees drawings by a context network of its own.
+        parts = {"train": ("num_features", network.of_joint().context_features > 0)}
+        parts |= {"context": ("completer_features", False), "completer": ("completer_features", True)}
+        parts |= {"labels": ("label_features", False)}
+        for part, (features, sees_drawings) in parts.items():
+            if part in values and not getattr(network, features):
+                raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
+            if part not in values and (part == "context" or not getattr(network, features)):  # it alone may be left out
                 continue
+            config = built[part] = _config(TrainConfig, values.get(part, {}), part)
             if config.horizontal_flips and not spec.flips:
                 raise ValueError(f"{part}: horizontal_flips mirrors images whose dataset has no `flips: true`.")
             try:

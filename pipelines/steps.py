@@ -71,9 +71,7 @@ def add(
     flips: Annotated[bool, Option("--flips", help="a mirrored picture is one of the same kind")] = False,
     no_labels: Annotated[bool, Option("--no-labels", help="sub-folders are no labels")] = False,
     skip_broken: Annotated[bool, Option("--skip-broken", help="leave out pictures that cannot be read")] = False,
-    keep: Annotated[
-        bool, Option("--keep", help="keep the dataset of this name if it was added from the same path")
-    ] = False,
+    keep: Annotated[bool, Option("--keep", help="keep one of this name that was added from the same path")] = False,
 ) -> None:
     """Make a dataset of pictures, and a pair that suits it; what is not said is chosen after a look at them."""
     from pipelines.datasets.own import Wishes, side_of
@@ -164,14 +162,10 @@ def evaluate(pair: _Pair) -> None:
 def train_pair(
     pair: _Pair,
     out: Annotated[str | None, Option(help="folder of the checkpoint; a fresh one if left out")] = None,
-    report: Annotated[
-        str | None, Option(help="folder of metrics, curve and pictures; beside --out if left out")
-    ] = None,
+    report: Annotated[str | None, Option(help="folder of metrics and pictures; beside --out if left out")] = None,
     state: Annotated[str | None, Option(help="folder of a training that is carried over days; it is kept")] = None,
     half: Annotated[bool, Option("--half", help="store half-precision weights where they score alike")] = False,
-    reuse: Annotated[
-        bool, Option("--reuse", help="take a registered version of the same inputs instead of training")
-    ] = False,
+    reuse: Annotated[bool, Option("--reuse", help="do not train if a version has the same inputs: take it")] = False,
 ) -> None:
     """Train, evaluate and register a pair, in one run of the flow."""
     from pipelines.stages.train import load
@@ -262,9 +256,7 @@ def rollback(
 
 @app.command()
 def repair(
-    take_over: Annotated[
-        bool, Option("--take-over", help="feed the store from now on, whichever registry did; follow moved artifacts")
-    ] = False,
+    take_over: Annotated[bool, Option("--take-over", help="feed the store from now; follow moved artifacts")] = False,
     why: _Why = None,
 ) -> None:
     """After a loss: export champions that are not served; make champion what is served where the registry has none."""

@@ -111,9 +111,7 @@ def train_command(
     *,
     data: Data,
     out: Annotated[Path, Option(help="folder for the checkpoint")],
-    init_from: Annotated[
-        Path | None, Option(help="checkpoint to start from: the same network, with or without a context network")
-    ] = None,
+    init_from: Annotated[Path | None, Option(help="checkpoint of the same network, to start from")] = None,
     device: Device = "cpu",
     **settings: Any,
 ) -> None:
@@ -227,13 +225,11 @@ def sample_command(
 
 def complete_command(
     checkpoint: Checkpoint,
-    image: Annotated[Path, Option(help="PNG of exactly the model's size")],
+    image: Annotated[Path, Option(help="PNG of exactly the model's size", exists=True, dir_okay=False)],
     out: PngOut,
     device: Device = "cpu",
     known: Annotated[Literal["top", "left", "bottom", "right"], Option(help="the half that is known")] = "top",
-    proposals: Annotated[
-        int, Option(help="choose each completion from so many, by the joint model", min=1, max=1024)
-    ] = 1,
+    proposals: Annotated[int, Option(help="choose each from so many, by the joint model", min=1, max=1024)] = 1,
     num_samples: NumSamples = 8,
     label: Label = None,
     temperature: float = 1.0,
@@ -243,18 +239,9 @@ def complete_command(
     model, u, labels = _load_with_noise(checkpoint, device, num_samples, label, seed)
     config = model.config
     _, height, width = config.image_shape
-    try:
-        png = image.read_bytes()
-    except OSError as error:
-        raise ValueError(f"--image {image} cannot be read: {error.strerror}.") from None
-    row, column = torch.arange(height)[:, None], torch.arange(width)
-    half = {
-        "top": row < height // 2,
-        "bottom": row >= height // 2,
-        "left": column < width // 2,
-        "right": column >= width // 2,
-    }[known]
-    given = from_png(png, config.image_shape, config.num_levels, observed=half)
+    top, left = torch.arange(height)[:, None] < height // 2, torch.arange(width) < width // 2
+    half = {"top": top, "bottom": ~top, "left": left, "right": ~left}[known]
+    given = from_png(image.read_bytes(), config.image_shape, config.num_levels, observed=half)
     observed = half.expand(len(u), 1, height, width).to(u.device)
     images = given.expand(len(u), -1, -1, -1).to(u.device)
     if proposals == 1:

@@ -182,7 +182,7 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
 
 
 def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
-    """Read what `save_checkpoint` wrote, even if it was interrupted: the model, in eval mode on the CPU, and its scores.
+    """Read the model, in eval mode on the CPU, and the scores that `save_checkpoint` wrote, even if it was cut off.
 
     Where there is no such folder, it is the name of released weights.
 

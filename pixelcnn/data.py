@@ -55,9 +55,7 @@ class Dataset:
     def levels(self, split: str, index: Tensor | slice, generator: torch.Generator | None = None) -> Tensor:
         """Return images of a split as levels, (B, C, H, W) int64 in [0, K).
 
-        Args:
-            index: which images, in any form that indexes a tensor.
-            generator: draws the Bernoulli sample of the training split, protocol dynamic alone.
+        The generator draws the Bernoulli sample of the training split, protocol dynamic alone.
         """
         images = self.images[split][index]
         if self._has_intensities(split):
@@ -86,10 +84,8 @@ def binarize(intensities: Tensor, generator: torch.Generator | None) -> Tensor:
     return (u * 255 < intensities).long()
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], kind: str = "", values: Mapping[str, Any] | None = None
-) -> None:
-    """Write a safetensors file, by way of one beside it; JSON-ready values go into its metadata, under `kind`.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[str, Any]) -> None:
+    """Write a safetensors file, by way of one beside it; JSON-ready values of one kind go into its metadata.
 
     Raises:
         OSError: it could not be written; what was there before is left as it was.
@@ -97,7 +93,7 @@ def save_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     # One metadata entry: safetensors writes several in no fixed order, and equal data must be equal bytes.
-    metadata = {kind: json.dumps(values, sort_keys=True)} if kind else None
+    metadata = {kind: json.dumps(some, sort_keys=True) for kind, some in values.items()} or None
     try:
         # Not `save_file`, which would keep the file from everybody else.
         new.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
@@ -123,7 +119,7 @@ def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | 
     images = {f"{split}/images": dataset.images[split] for split in SPLITS}
     labels = {f"{split}/labels": dataset.labels[split] for split in SPLITS}
     values = {name: getattr(dataset, name) for name in ("name", "num_levels", "protocol", "label_names")}
-    save_tensors(Path(path), {**(extra or {}), **images, **labels}, "dataset", values)
+    save_tensors(Path(path), {**(extra or {}), **images, **labels}, dataset=values)
 
 
 def load_dataset(path: str | Path) -> Dataset:

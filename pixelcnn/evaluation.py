@@ -73,16 +73,12 @@ def per_image_nll(
     num_images: int | None = None,
     batch_size: int = SCORED_BATCH,
 ) -> Tensor:
-    """Score images one by one.
+    """Return the nats of a split's images one by one, (N,) float64.
 
     Args:
-        split: `train`, `validation` or `test`.
         with_label: tell the model the true label.
         num_images: the first so many; None for all.
         batch_size: images at once: a matter of speed, not of the scores.
-
-    Returns:
-        (N,) float64, nats per image.
     """
     batches = _batches(model, data, split, batch_size, num_images, "given the label" if with_label else "whole")
     nlls = [-log_prob(model, levels, label if with_label else None) for levels, label in batches]
@@ -93,10 +89,10 @@ def per_image_nll(
 def per_image_marginal_nll(
     model: AutoregressiveModel, data: Dataset, split: str, num_images: int | None = None, batch_size: int = SCORED_BATCH
 ) -> Tensor:
-    """Score images one by one with the label summed out: -log of the mean of p(x | y) over the labels y.
+    """Do what `per_image_nll` does with the label summed out: -log of the mean of p(x | y) over the labels y.
 
     It is an exact likelihood, too, of as many passes as there are labels. No label can gain more than log(num_labels)
-    over it, whatever the network makes of images without a label. Arguments and result are `per_image_nll`'s.
+    over it, whatever the network makes of images without a label.
     """
     num_labels = model.config.num_labels
     nlls = []
@@ -139,7 +135,6 @@ def evaluate(
     """Measure the exact likelihood of a model on a dataset, whose `protocol` belongs beside every figure.
 
     Args:
-        splits: which splits.
         num_images, batch_size: as `per_image_nll` takes them, for each split.
         per_image: filled, if given, with each split's (N,) nats of the images one by one, without label.
 
@@ -168,21 +163,13 @@ def evaluate(
 
 @torch.inference_mode()
 def per_image_completion_nll(
-    model: AutoregressiveModel,
-    data: Dataset,
-    split: str,
-    num_images: int | None = None,
-    batch_size: int = SCORED_BATCH,
+    model: AutoregressiveModel, data: Dataset, split: str, num_images: int | None = None, batch_size: int = SCORED_BATCH
 ) -> dict[str, Tensor]:
-    """Score completion image by image: -log p(missing | observed), without label.
+    """Return the nats of the missing parts of a split's images one by one: -log p(missing | observed), without label.
 
-    Args:
-        split, num_images, batch_size: as `per_image_nll` takes them.
-
-    Returns:
-        For each mask of `observed.SCORED`, (N,) float64 nats as e.g. `top`; and as `top_raster` those of raster
-        clamping on the same masks: the joint model, in which a missing pixel sees of the known ones only those that
-        come before it. A model without a context network has that alone: both are the same.
+    For each mask of `observed.SCORED` that is (N,) float64 as e.g. `top`; and as `top_raster` for raster clamping on
+    the same masks: the joint model, in which a missing pixel sees of the known ones only those that come before it. A
+    model without a context network has that alone: both are the same. Arguments are those of `per_image_nll`.
     """
     found: dict[str, list[Tensor]] = {}
     first = 0
@@ -206,9 +193,6 @@ def evaluate_completion(
     batch_size: int = SCORED_BATCH,
 ) -> dict[str, float]:
     """Measure -log p(missing | observed), without label, and beside each figure that of raster clamping.
-
-    Args:
-        split, num_images, batch_size: as `per_image_completion_nll` takes them.
 
     Returns:
         Scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),

@@ -13,7 +13,7 @@ from pipelines.judging.judge import Judge
 from pixelcnn.completion import complete
 from pixelcnn.data import Dataset, generator_for
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.observed import beginnings, ink_of, pen_noise
+from pixelcnn.observed import beginnings, ink_of, pen_noise, scored_masks
 
 # What is known of each drawing, and what is judged then.
 KNOWN = {
@@ -26,19 +26,15 @@ NUM_SHOWN, NUM_SEVERAL = 9, 60  # endings of a drawing beside each other; drawin
 SEED = 0  # of what is known, and of the endings
 
 
-def known_part(known: str, levels: Tensor, num_levels: int, seed: int) -> Tensor:
+def known_part(known: str, levels: Tensor, num_levels: int) -> Tensor:
     """Return what is known of each drawing: (B, C, H, W) int64 -> (B, 1, H, W) bool."""
     num, _, height, width = levels.shape
-    observed = torch.zeros(num, 1, height, width, dtype=torch.bool)
-    if known == "right":
-        observed[..., width // 2 :] = True
-    elif known == "top":
-        observed[..., : height // 2, :] = True
-    elif known == "ink45":
-        noise = pen_noise(np.random.default_rng(seed), num, height, width)
-        part = beginnings(noise, ink_of(levels, num_levels), np.full(num, 0.45))
-        observed = torch.from_numpy(part)[:, None]
-    return observed
+    if known == "ink45":
+        noise = pen_noise(np.random.default_rng(SEED), num, height, width)
+        return torch.from_numpy(beginnings(noise, ink_of(levels, num_levels), np.full(num, 0.45)))[:, None]
+    if known == "nothing":
+        return torch.zeros(num, 1, height, width, dtype=torch.bool)
+    return scored_masks({"right": "left", "top": "bottom"}[known], levels, num_levels)  # which names what is missing
 
 
 def judged_images(model: AutoregressiveModel, data: Dataset, num_images: int | None) -> dict[str, Tensor]:
@@ -60,21 +56,20 @@ def judged_images(model: AutoregressiveModel, data: Dataset, num_images: int | N
         return complete(model, drawings * observed, observed, u)
 
     several = levels[:NUM_SEVERAL]
-    part = known_part("ink45", several, data.num_levels, SEED)
+    part = known_part("ink45", several, data.num_levels)
     return {
         "real": levels,
-        **{known: ended(levels, known_part(known, levels, data.num_levels, SEED)) for known in KNOWN},
+        **{known: ended(levels, known_part(known, levels, data.num_levels)) for known in KNOWN},
         "several": ended(*(x.repeat_interleave(NUM_SHOWN, dim=0) for x in (several, part))),
     }
 
 
 def acceptance(images: Mapping[str, Tensor], num_levels: int, judge: Judge) -> dict[str, float]:
-    """Let a judge look at what `judged_images` returned.
+    """Return the shares of what `judged_images` returned that a judge accepts.
 
-    Returns:
-        The accepted shares `test/accepted_real`, `test/accepted_nothing` (of whole images: nothing was known),
-        `test/accepted_ink45`, ..., for each of `KNOWN`; and `test/labels_among_nine`: how many different labels the
-        judge sees, on average, in those that it accepts of nine endings of a drawing's first 45 % of ink.
+    They are `test/accepted_real` and, for each of `KNOWN`, e.g. `test/accepted_nothing` (of whole images: nothing was
+    known); and `test/labels_among_nine`: how many different labels the judge sees, on average, in those that it accepts
+    of nine endings of a drawing's first 45 % of ink.
     """
     shares = {name: judge.look(images[name], num_levels)[0].float().mean().item() for name in ("real", *KNOWN)}
     accepted, label = (found.view(-1, NUM_SHOWN) for found in judge.look(images["several"], num_levels))

@@ -65,11 +65,7 @@ class Judge(nn.Module):
         return torch.cat([self(part.float() / (num_levels - 1)).softmax(dim=1) for part in torch.split(levels, 500)])
 
     def look(self, levels: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
-        """Judge images: (B, C, H, W) int64 in [0, K).
-
-        Returns:
-            (B,) bool, whether an image passes for one of the dataset's; and (B,) int64, as which label.
-        """
+        """Return (B,) bool, whether an image passes for one of the dataset's; and (B,) int64, as which label."""
         probs = self.probs(levels, num_levels)
         return probs[:, -1] <= self.threshold, probs[:, :-1].argmax(dim=1)
 
@@ -122,11 +118,7 @@ def judge_file(dataset: str, which: str) -> Path:
 
 
 def write_judges(data: Dataset, log: Callable[[str], object]) -> None:
-    """Train the judges of a dataset, and write their weights in half precision. It is done once: they lie in git.
-
-    Raises:
-        ValueError: it has no labels.
-    """
+    """Train the judges of a dataset, and write their weights in half precision. It is done once: they lie in git."""
     if not data.label_names:
         raise ValueError(f"{data.name} has no labels, and a judge learns what is an image of it by telling them apart.")
     for which, config in JUDGES.items():
@@ -136,11 +128,7 @@ def write_judges(data: Dataset, log: Callable[[str], object]) -> None:
 
 
 def load_judge(dataset: str, which: str, data: Dataset) -> Judge:
-    """Read a dataset's judge, for images and labels such as those of `data`.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
+    """Read a dataset's judge, for images and labels such as those of `data`; ValueError if it is missing or damaged."""
     path = judge_file(dataset, which)
     judge = Judge(data.image_shape[0], len(data.label_names), JUDGES[which])
     try:

@@ -29,9 +29,8 @@ class LiveRun:
         if not key.exists():
             atomic_write(key, uuid.uuid4().hex)
         self._key = key.read_text()
-        self._started = False
+        self._started, self._silent_until = False, 0.0
         self._monitor: Any = None
-        self._silent_until = 0.0
         self._try(self._start)
 
     def _start(self) -> str:

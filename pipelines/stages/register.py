@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_evaluated(folder: Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
-    """Load a checkpoint whose scores say what it is and how good.
-
-    Raises:
-        ValueError: it is damaged, or its scores lack something.
-    """
+    """Load a checkpoint; ValueError if it is damaged, or its scores do not say what it is and how good."""
     model, scores = load_checkpoint(folder)
     needed = ("dataset", "protocol", "data_hash", "label_names", VALIDATION_METRIC)
     if missing := [key for key in needed if key not in scores]:
@@ -48,34 +44,30 @@ def register(
         folder: the checkpoint that `evaluate` wrote, `models/PAIR` say.
         report: its folder of reports, whose curves and pictures the run keeps; None where there is none.
         released: say so in the run's tags.
-        scores: those of the checkpoint if it was loaded and found whole already.
+        scores: those of the checkpoint if `load_evaluated` has returned them already.
 
     Returns:
         `run_id`, `version` and `out`, the checkpoint's folder.
-
-    Raises:
-        ValueError: the folder holds no evaluated checkpoint.
     """
     scores = scores or load_evaluated(folder)[1]
     config = json.loads((folder / CONFIG_FILE).read_text())
     known = ("git_commit", "git_dirty", "protocol", tracking.INPUTS_TAG)
+    tags = {key: scores[key] for key in known if key in scores} | {"weights_sha256": config["weights_sha256"]}
+    if released:
+        tags["released"] = "true"
     training = Training(
         pair=scores.get("pair", f"{config['model']}-{scores['dataset']}"),
         dataset=scores["dataset"],
         data_hash=scores["data_hash"],
         params=scores.get("settings") or {f"network.{key}": str(value) for key, value in config.items()},
-        tags={
-            **{key: scores[key] for key in known if key in scores},
-            "weights_sha256": config["weights_sha256"],
-            **({"released": "true"} if released else {}),
-        },
+        tags=tags,
     )
     key = f"registered-{config['weights_sha256']}-{training.data_hash}"
     run_id = tracking.start_training_run(training, key, scores.get("run_id"))
     files = [*sorted(folder.glob("*.png")), folder / CARD_FILE, *(sorted(report.glob("*")) if report else [])]
     curves = [read_curve(report / name) for name in CURVE_FILES if report and (report / name).exists()]
-    pictures = [file for file in files if file.is_file()]
-    model_id = tracking.log_training_run(run_id, training, folder, scores, curves, pictures)
+    kept = [file for file in files if file.is_file()]
+    model_id = tracking.log_training_run(run_id, training, folder, scores, curves, kept)
     version = tracking.register(run_id, model_id, folder, training.pair, training.dataset)
     log(f"{tracking.registered_name(training.dataset)} version {version}, run {run_id}")
     return {"run_id": run_id, "version": version, "out": str(folder)}

@@ -48,11 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def load(dataset: str) -> Dataset:
-    """Read the prepared file of a dataset, and check that it is the one that DVC recorded.
-
-    Raises:
-        ValueError: it is missing, damaged, or was changed since it was prepared.
-    """
+    """Read the prepared file of a dataset; ValueError if it is missing, damaged, or not the one that DVC recorded."""
     path = prepared_file(dataset)
     if not path.exists():
         raise ValueError(f"{path} does not exist. Make it: {repro_command('prepare', dataset)}")
@@ -73,7 +69,6 @@ def check_apart(out: Path, state: Path | None) -> None:
 
 
 def set_torch_threads(pair: PairParams) -> None:
-    """Set torch's number of CPU threads to that of the pair."""
     torch.set_num_threads(pair.num_threads or _NUM_THREADS)
 
 
@@ -85,10 +80,10 @@ def train(
     Two trainings that would write the same folder do not run at once: the second waits, and finds the work done.
 
     Args:
-        out: folder to write: a checkpoint whose `scores.json` is the record of the training, and its curves. None for
+        out: folder for a checkpoint whose `scores.json` is the record of the training, and its curves; None for
             `trained/PAIR`.
-        state: folder of the training's state, taken up if it is there and kept at the end: a larger budget in
-            params.yaml goes on from it. None for a hidden one beside `out`.
+        state: folder of the training's state, which is kept: a larger budget in params.yaml goes on from it. None for
+            a hidden one beside `out`.
         half: store the weights in half precision, where the validation score changes by 0.001 bits/dim at most.
 
     Raises:
@@ -129,8 +124,8 @@ def _fit_all(
 ) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Train the joint model, the completer, which begins with the same weights, and the label network, each by itself.
 
-    The completer's context network may have learned before it. States that are in the folder `work` are taken up, and
-    their run gone on with. The record of the training, which is returned beside the model, is JSON-ready.
+    The completer's context network may have learned before it. States in the folder `work` are taken up, and their run
+    gone on with. Return the model, and the record of its training, JSON-ready.
     """
     pair = params.pair(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,14 +194,9 @@ def _fit_all(
         live.end(error)
         raise
     live.end()
-    record |= {
-        **({"run_id": live.run_id} if live.run_id else {}),
-        **identity,
-        **code,
-        "protocol": data.protocol,
-        "label_names": data.label_names,
-        "settings": settings,
-    }
+    if live.run_id:
+        record["run_id"] = live.run_id
+    record |= {**identity, **code, "protocol": data.protocol, "label_names": data.label_names, "settings": settings}
     return model, record
 
 
@@ -254,7 +244,6 @@ def _round_to_half(model: AutoregressiveModel, data: Dataset, log: Log) -> bool:
 
 
 def _hardware(model: AutoregressiveModel) -> str:
-    """Return what the model was trained on."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -30,18 +30,14 @@ OnImages = Callable[[int], None]
 
 
 def code(engine: "Engine", levels: Tensor, labels: list[int], exchange: Callable[[Any, Any], None]) -> Tensor:
-    """Go through whole images as a sampler does, while a coder takes or says each level.
+    """Go through whole images as a sampler does, while a coder takes or says each level; return their (B,) nats.
 
     Args:
-        engine: of the model.
         levels: (B, C, H, W) int64, contiguous: those to be coded; or any, which are then replaced.
         labels: B numbers, -1 for none.
         exchange: called for each sub-pixel of the batch in turn, with the (B, K) float32 probabilities of its
             levels and the (B,) int32 levels themselves, which it may replace. They are of the same bits whatever
             levels come later, and however many images there are.
-
-    Returns:
-        (B,) float64, the images' nats.
     """
     missing = torch.ones_like(levels[:, 0], dtype=torch.bool)
     work = engine.work(Canvas(torch.zeros(levels.shape), torch.tensor(labels), 1.0, levels, missing))
@@ -65,14 +61,11 @@ def code(engine: "Engine", levels: Tensor, labels: list[int], exchange: Callable
 
 
 class Coder:
-    """Codes blocks of images with a model's weights as they are now.
+    """Codes blocks of images with a model's weights as they are now; ValueError where no compiled sampler can run it.
 
     Args:
         model: on the CPU.
         batch_images: images that are coded in turns, sub-pixel by sub-pixel; a part of the format.
-
-    Raises:
-        ValueError: no compiled sampler can run this model here.
     """
 
     def __init__(self, model: AutoregressiveModel, batch_images: int) -> None:
@@ -105,11 +98,9 @@ class Coder:
     def decode(
         self, block: bytes, num_images: int, has_labels: bool, on_images: OnImages
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the levels and labels of a block that `encode` made.
+        """Return the levels and labels of a block that `encode` made with this model and arithmetic.
 
-        Raises:
-            ValueError: the bytes are none that `encode` makes with this model and arithmetic. That is not always
-                noticed: compare a checksum.
+        Other bytes are a ValueError, but not always noticed: compare a checksum.
         """
         levels, labels = torch.zeros(num_images, *self.config.image_shape, dtype=torch.int64), None
 

@@ -75,11 +75,7 @@ class Header:
         return range(block * self.block_images, min((block + 1) * self.block_images, self.num_images))
 
     def to_bytes(self) -> bytes:
-        """Return the beginning of a file.
-
-        Raises:
-            ValueError: the names are too long to be read again.
-        """
+        """Return the beginning of a file; ValueError if the names are too long to be read again."""
         text = json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
         packed = zlib.compress(text, 9)
         if len(text) > most_text(len(packed)):
@@ -110,11 +106,7 @@ def _crc(header: bytes, number: int, code: bytes, images_crc: int) -> int:
 
 
 class Reader:
-    """Reads a packed file, which errors call `name`.
-
-    Raises:
-        ValueError: it is no packed file, of another version, or its header is damaged.
-    """
+    """Reads a packed file, which errors call `name`; ValueError if its header is damaged, or of another version."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file = file
@@ -129,8 +121,6 @@ class Reader:
         if version != VERSION:
             raise ValueError(f"{name} is of format version {version}, this program reads version {VERSION}.")
         packed = file.read(min(length, self.size))
-        if len(packed) < length:
-            raise ValueError(f"{name} is damaged: it ends in its header.")
         if zlib.crc32(packed) != crc:
             raise ValueError(f"{name} is damaged: its header's checksum is wrong. Nothing can be recovered.")
         self._start += packed

@@ -90,10 +90,9 @@ def pack(
     """Pack images without loss into one file, which only the same checkpoint can unpack.
 
     Args:
-        images: a folder of PNG files, one PNG, a `.npy` array (N, C, H, W), or a prepared dataset.
+        images: a folder of PNG files, one PNG, a `.npy` array (N, C, H, W), or a `split` of a prepared dataset.
         out: the file; it must not be there yet. It comes into being when all is packed.
         labels: a `.npy` array of whole numbers, or a dataset: they are kept, and told to the model.
-        split: which images of a dataset.
         block_images: images per block: one of them costs the decoding of all; None for about 24 KiB per block.
         on_progress: called now and then, in any thread.
 
@@ -101,8 +100,6 @@ def pack(
         ValueError: something does not fit; nothing was written.
     """
     check_absent(out)
-    if block_images is not None and not 1 <= block_images <= MAX_BLOCK_IMAGES:
-        raise ValueError(f"--block-images must be from 1 to {MAX_BLOCK_IMAGES}, got {block_images}.")
     model, _, weights_sha256 = load_with_hash(checkpoint)
     config = model.config
     source = open_images(images, split, config)
@@ -118,7 +115,7 @@ def pack(
         code, _ = coder.encode(source.read(0, first.stop), labels_of(first), lambda num: None)
         batches = math.ceil(BLOCK_BYTES / len(code) * len(first) / BATCH_IMAGES)
         block_images = min(batches * BATCH_IMAGES, MAX_BLOCK_IMAGES)
-    is_numbered = all(name == number_name(i, source.num) for i, name in enumerate(source.names or []))
+    is_numbered = source.names == [number_name(i, source.num) for i in range(source.num)]
     header = Header(
         image_shape=config.image_shape,
         num_levels=config.num_levels,
@@ -174,7 +171,7 @@ def unpack(
     Args:
         out: a `.npy` file, a folder for PNG files, or a `.png` for one image; it must not be there yet, or be empty.
         images: (start, stop) of the wanted ones; None for all. Only their blocks are read.
-        on_progress: called now and then, in any thread.
+        on_progress: as of `pack`.
 
     Raises:
         ValueError: it cannot be unpacked here; nothing was written. Or it is damaged: what comes in whole blocks

@@ -39,24 +39,17 @@ class Ranking:
 
 
 def beyond_complexity(nats: Tensor, png_bytes: Tensor) -> Tensor:
-    """Return by how many nats each picture exceeds what one of so many bytes usually costs.
+    """Return by how many nats each picture exceeds what one of so many bytes usually costs; all are (N,) float64.
 
     What is usual is a line through all pictures, by Huber's robust regression, so that the strange ones hardly move it.
-
-    Args:
-        nats, png_bytes: (N,) float64.
-
-    Returns:
-        (N,) float64: nats - (a + b * png_bytes), one a and b for all.
 
     Source: Huber, Robust Statistics, 1981, section 7.8: iteratively reweighted least squares.
     """
     columns = torch.stack([torch.ones_like(png_bytes), png_bytes], dim=1)
     weights, excess = torch.ones_like(nats), nats
     for _ in range(FIT_STEPS):
-        line: Tensor = torch.linalg.lstsq(
-            columns * weights[:, None], nats[:, None] * weights[:, None], driver="gelsd"
-        ).solution
+        weighted = columns * weights[:, None], nats[:, None] * weights[:, None]
+        line: Tensor = torch.linalg.lstsq(*weighted, driver="gelsd").solution
         excess = nats - (columns @ line)[:, 0]
         far = excess.abs() / (TUNING * MAD_TO_STDEV * excess.abs().median()).clamp_min(1e-9)
         weights = far.clamp_min(1).rsqrt()
@@ -71,14 +64,11 @@ def rank(
     split: str = "test",
     on_progress: Callable[[int, int], None] = lambda done, num: None,
 ) -> Ranking:
-    """Rank pictures by how strange a model finds them.
+    """Rank pictures by how strange a model finds them; ValueError if there are none, or one does not fit the model.
 
     Args:
         images, split: as `pixelcnn.packing.pack` takes them; here levels that the model does not have are rounded.
         on_progress: called with the number of images done, and of all.
-
-    Raises:
-        ValueError: there are none, or one does not fit the model.
     """
     model, _ = load_checkpoint(checkpoint)
     config = model.config

@@ -107,10 +107,7 @@ class TrainConfig:
             raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
 
     def check_for(self, protocol: str, sees_drawings: bool) -> None:
-        """Raise ValueError unless a network can learn so from images of this protocol (data.py).
-
-        It sees drawings if it has a context network.
-        """
+        """Raise ValueError unless a network, with a context network or not, can learn so from images of a protocol."""
         if self.redrawn_share and protocol != DYNAMIC_PROTOCOL:
             raise ValueError(
                 f"redrawn_share must be 0 with protocol {protocol!r}: only images kept as intensities (protocol "

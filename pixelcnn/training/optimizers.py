@@ -17,8 +17,7 @@ OPTIMIZERS = ("adam", "muon")
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
 RMS = 0.2  # of a step at learning rate 1, per weight
 MOMENTUM = 0.95  # share of Muon's that stays from step to step; Nesterov's
-# Added to the norm: the vanishing momentum of a dead network is not scaled up to a full step.
-LEAST_NORM = 1e-9
+LEAST_NORM = 1e-9  # added to the norm: the vanishing momentum of a dead network is not scaled up to a full step
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -56,11 +55,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """One of `OPTIMIZERS` for a model: its steps, its learning rate, and its state weight by weight.
+    """One of `OPTIMIZERS` for a model: Adam, or Muon for the 4-dimensional weights and Adam for the others.
 
-    Args:
-        name: `adam`, or `muon` for the 4-dimensional weights and Adam for the others.
-        shares: of the learning rate, for those of the model's parameters that learn at less than all of it.
+    `shares` are those of the learning rate, for parameters that learn at less than all of it.
     """
 
     def __init__(self, model: nn.Module, name: str, shares: Mapping[Tensor, float]) -> None:
@@ -85,8 +82,7 @@ class Optimizer:
 
     def state(self, weight: Tensor) -> dict[str, Any]:
         """Return a weight's momenta and step count by name; empty before the first step."""
-        state: dict[str, Any] = self._part_of[weight].state[weight]
-        return state
+        return dict(self._part_of[weight].state[weight])
 
     def restore(self, weight: Tensor, state: dict[str, Tensor]) -> None:
         """Set what `state` once returned; nothing where that is of another optimizer."""

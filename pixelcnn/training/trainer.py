@@ -104,14 +104,10 @@ def tell_progress(tell: Callable[[str], object], data: Dataset, of_labels: bool 
 class ContextPredictor(nn.Module):
     """Predicts each missing sub-pixel by itself, whatever the others are, from the map of a context network.
 
-    A step costs a fifth of one of the completer, which then begins with a map that tells something of the drawing.
+    It is that of a completer, and learns in place; ValueError if there is none. A step costs a fifth of one of the
+    completer, which then begins with a map that tells something of the drawing.
+
     Source: masked prediction, as of words in BERT, arXiv:1810.04805.
-
-    Args:
-        completer: whose context network learns, in place.
-
-    Raises:
-        ValueError: it has none.
     """
 
     def __init__(self, completer: AutoregressiveModel) -> None:
@@ -166,18 +162,13 @@ class Trainer:
         self.step = 0
         self.extra_steps = 0.0  # epochs of earlier batch sizes, as steps of this one, less the steps that they took
         self.elapsed_s = 0.0
-        self.num_validations = 0
         self.phases = [{"from_step": 0, **self.phase()}]
         self.rank, self.num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if config.batch_size < self.num_processes * config.accumulate:
+        num_train, least = len(data.images["train"]), self.num_processes * config.accumulate
+        if not least <= config.batch_size <= num_train:
             raise ValueError(
-                f"batch_size must be at least accumulate times the {self.num_processes} processes, "
-                f"got {config.batch_size} for {config.accumulate} times {self.num_processes}."
-            )
-        num_train = len(data.images["train"])
-        if config.batch_size > num_train:
-            raise ValueError(
-                f"batch_size must be at most the {num_train} training images of {data.name}, got {config.batch_size}."
+                f"batch_size must be from {least} (accumulate times processes) to the {num_train} training images of "
+                f"{data.name}, got {config.batch_size}."
             )
         self.steps_per_epoch = num_train // config.batch_size
         self.max_steps = max(1, round(config.max_epochs * self.steps_per_epoch))
@@ -200,10 +191,7 @@ class Trainer:
         return config.learning_rate * warm_up * decay
 
     def batch(self) -> tuple[Tensor, Tensor | None]:
-        """Return the batch of the step to come.
-
-        (B, C, H, W) int64 levels, and (B,) int64 labels, -1 where withheld; None for a model without labels.
-        """
+        """Return the levels of the step to come and their (B,) int64 labels, -1 where withheld; None without labels."""
         config = self.config
         epoch, position = divmod(self.step, self.steps_per_epoch)
         if self._epoch != epoch:
@@ -245,8 +233,7 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Take one optimizer step; return the batch's loss, nats per image, and the learning rate.
 
-        Raises:
-            FloatingPointError: the loss or its gradient is not finite; the weights are left as they were.
+        Raise FloatingPointError, and leave the weights as they were, where the loss or its gradient is not finite.
         """
         config = self.config
         levels, label = self.batch()
@@ -265,11 +252,7 @@ class Trainer:
         if self.num_processes > 1:
             nats = self.all_reduce_gradients(nats)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
-        if not (math.isfinite(nats) and bool(torch.isfinite(norm))):
-            raise FloatingPointError(
-                f"the loss or its gradient is not finite at step {self.step + 1} (loss {nats} nats): "
-                "lower learning_rate. The last saved state is untouched."
-            )
+        check_finite("loss or its gradient", self.step + 1, nats, float(norm))
         rate = self.learning_rate()
         self.optimizer.step(rate)
         self.step += 1
@@ -312,13 +295,7 @@ class Trainer:
         """Score the averaged weights on validation and some training images; keep them if they are the best so far.
 
         The best are those of the lowest loss, the images with and without a mask in the proportion of the training.
-        `on_validation` is called with the step while the model has the averaged weights.
-
-        Returns:
-            What a `StepReport` says of it, by field.
-
-        Raises:
-            FloatingPointError: the score is not finite.
+        Return what a `StepReport` says of it, by field; raise FloatingPointError where the score is not finite.
         """
         num_images = self.config.num_validation_images or None
         trained = [p.detach().clone() for p in self.parameters]
@@ -332,31 +309,22 @@ class Trainer:
                 on_validation(self.step)
         finally:
             self.set_weights(trained)
-        if not math.isfinite(score):
-            raise FloatingPointError(
-                f"the validation loss is not finite at step {self.step} ({score} nats): lower learning_rate. "
-                "The last saved state is untouched."
-            )
+        check_finite("validation loss", self.step, score)
         if score < self.best_nll:
             self.best_nll = score
             self.best = [w.clone() for w in self.ema]
-        return {
-            "validation_nll_nats": nll,
-            "train_subset_nll_nats": train_nll,
-            "validation_completion_nats": completion,
-        }
+        report = {"validation_nll_nats": nll, "train_subset_nll_nats": train_nll}
+        return {**report, "validation_completion_nats": completion}
 
     def mean_nll(self, split: str, num_images: int | None) -> float:
         """Return the mean nats of the first images of a split, whole and without label."""
         return per_image_nll(self.model, self.data, split, num_images=num_images).mean().item()
 
     def completion_nll(self, num_images: int | None) -> float | None:
-        """Return the mean nats of what is missing of validation images, one fixed mask each; None without a context.
-
-        Labels are given if the training withholds few of them: then a label network will say which.
-        """
+        """Return the mean nats of what is missing of validation images, one fixed mask each; None without a context."""
         if not self.model.config.context_features:
             return None
+        # Labels are given if the training withholds few of them: then a label network will say which.
         return self.masked_nll("validation", num_images, self.completes_given_labels)
 
     @torch.inference_mode()
@@ -388,15 +356,12 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write the run's state (`RunState`): weights, EMA, best, optimizer, step and clock."""
-        tensors = {}
-        best_is_ema = all(torch.equal(a, b) for a, b in zip(self.best, self.ema, strict=True))
+        kept = {"weights": self.parameters, "ema": self.ema, "best": self.best}
+        if all(torch.equal(a, b) for a, b in zip(self.best, self.ema, strict=True)):
+            del kept["best"]  # as mostly after a run's last validation, in the file that is kept
+        tensors = {f"{name}/{i}": w.detach() for name, weights in kept.items() for i, w in enumerate(weights)}
         for i, parameter in enumerate(self.parameters):
-            tensors[f"weights/{i}"] = parameter.detach()
-            tensors[f"ema/{i}"] = self.ema[i]
-            if not best_is_ema:  # they mostly are equal after a run's last validation, in the file that is kept
-                tensors[f"best/{i}"] = self.best[i]
-            for key, value in self.optimizer.state(parameter).items():
-                tensors[f"optimizer/{i}/{key}"] = value
+            tensors |= {f"optimizer/{i}/{key}": value for key, value in self.optimizer.state(parameter).items()}
         state = RunState(
             description=self.description(),
             step=self.step,
@@ -405,15 +370,12 @@ class Trainer:
             phases=self.phases,
             objective=self.objective(),
         )
-        save_tensors(path, tensors, "state", asdict(state))
+        save_tensors(path, tensors, state=asdict(state))
 
     def resume(self, path: Path) -> None:
-        """Go on from a saved state: the budget and the settings of a phase may differ from those of the saved run.
+        """Go on from a saved state; ValueError if its run differs in more than the budget and the settings of a phase.
 
         If the two runs validate by different objectives, the best score so far is dropped.
-
-        Raises:
-            ValueError: the file is no state, or of a run that differs in more.
         """
         state, tensors = read_state(path)
         defaults = {f.name: f.default for c in (type(self.model.config), TrainConfig) for f in fields(c)}
@@ -454,7 +416,6 @@ class Trainer:
             its_steps_per_epoch = len(self.data.images["train"]) // {**known, **phase}["batch_size"]
             steps = following["from_step"] - phase["from_step"]
             self.extra_steps += steps * (self.steps_per_epoch / its_steps_per_epoch - 1)
-        self.num_validations = math.floor(self.progress() * self.config.num_validations)
 
 
 class DrawingTrainer(Trainer):
@@ -494,6 +455,15 @@ class LabelTrainer(DrawingTrainer):
 TRAINERS: dict[type, type[Trainer]] = {ContextPredictor: ContextTrainer, LabelNetwork: LabelTrainer}
 
 
+def check_finite(what: str, step: int, nats: float, gradient_norm: float = 0.0) -> None:
+    """Raise FloatingPointError unless a step's numbers are finite."""
+    if not (math.isfinite(nats) and math.isfinite(gradient_norm)):
+        raise FloatingPointError(
+            f"the {what} is not finite at step {step} ({nats} nats): lower learning_rate. The last saved state is "
+            "untouched."
+        )
+
+
 def keep_memory() -> None:
     """Let glibc keep freed memory: a step that gets its tensors from the system each time is 6 % slower."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -512,24 +482,20 @@ def fit(
 ) -> float:
     """Train a model in place; it ends in eval mode, with the averaged weights that validated best.
 
-    Args:
-        model: as `build_model` makes it, for images of this dataset; on the device to train on. A completer is trained
-            by itself: as `model.completer`, the joint model as that of `config.of_joint()`. So is a label
-            network: as `model.label_network`, its nats are those of the label. A context network may learn before its
-            completer does, as part of a `ContextPredictor`.
-        data: a prepared dataset.
-        config: how to train.
-        on_step: called after every step.
-        state_file: where the run's state is saved now and then, by way of a temporary file; a run that finds one goes
-            on from it. None saves nothing.
-        on_validation: called with the step whenever the model was scored, while it has the averaged weights.
-
     Where torch.distributed is initialised, every process of it must call this with the same arguments: each takes its
     share of every batch. The callbacks are called in process 0 alone; the others end with the same model.
 
+    Args:
+        model: as `build_model` makes it, on the device to train on. A completer is trained by itself, as
+            `model.completer`, and so is a label network; the joint model as that of `config.of_joint()`. A context
+            network may learn before its completer does, as part of a `ContextPredictor`.
+        on_step: called after every step.
+        state_file: where the run's state is saved now and then; a run that finds one goes on from it. None saves none.
+        on_validation: called with the step whenever the model was scored, while it has the averaged weights.
+
     Returns:
         The best validation score, nats per image: of whole images; for a model with a context network, the mean over
-        whole images and images shown in part, in the proportion `context_share`.
+        whole images and images shown in part, in the proportion `context_share`. A label network's are of the label.
 
     Raises:
         ValueError: model and dataset do not fit, the model has a completer or a label network, the batch is larger than
@@ -549,23 +515,22 @@ def fit(
     if state_path is not None and state_path.exists():
         trainer.resume(state_path)
         logger.info("resumed from %s at step %d", state_path, trainer.step)
-    start, start_step, elapsed_before = time.monotonic(), trainer.step, trainer.elapsed_s
-    start_progress = trainer.progress()
-    last_save = start
-    while trainer.progress() < 1:
+    start_step, elapsed_before = trainer.step, trainer.elapsed_s
+    progress = start_progress = trainer.progress()
+    start = last_save = time.monotonic()
+    while progress < 1:
+        validations_before = math.floor(progress * config.num_validations)
         model.train()
         nats, rate = trainer.train_step()
         now = time.monotonic()
         trainer.elapsed_s = trainer.broadcast(elapsed_before + now - start)
         progress = trainer.progress()
         validated: dict[str, Any] = {}
-        if math.floor(progress * config.num_validations) > trainer.num_validations:
-            trainer.num_validations = math.floor(progress * config.num_validations)
-            if trainer.rank == 0:
-                model.eval()
-                validated = trainer.validate(on_validation)
         if trainer.rank != 0:
             continue
+        if math.floor(progress * config.num_validations) > validations_before:
+            model.eval()
+            validated = trainer.validate(on_validation)
         if state_path is not None and (now - last_save > 60 * config.save_minutes or progress >= 1):
             trainer.save(state_path)
             last_save = now

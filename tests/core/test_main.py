@@ -113,7 +113,8 @@ def test_a_model_and_data_that_do_not_fit_are_named(
     out = tmp_path / "model"
     train = ["train", "pixelcnn", "--data", str(other), "--out", str(out)]
     assert main([*train, *NETWORK, "--batch-size", "9", *SCHEDULE[2:]]) == 1
-    assert capsys.readouterr().err == "error: batch_size must be at most the 8 training images of other, got 9.\n"
+    message = "batch_size must be from 1 (accumulate times processes) to the 8 training images of other, got 9."
+    assert capsys.readouterr().err == f"error: {message}\n"
     assert main([*train, *NETWORK, *SCHEDULE]) == 0
     assert main([*train, "--num-features", "5", "--num-blocks", "1", *SCHEDULE]) == 1
     said = "differs in its model (num_features, head_features). "
@@ -192,7 +193,6 @@ def test_a_label_beyond_64_bits_is_named(checkpoint: Path, capsys: pytest.Captur
         (["evaluate", "--checkpoint", "nowhere", "--data", "no"], "nowhere is no checkpoint: config.json is missing."),
         (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--label", "7"], "label must lie in -1..1"),
         (["sample", "--checkpoint", "{checkpoint}", "--out", "x.png", "--temperature", "-1"], "temperature must be 0"),
-        (["complete", "--checkpoint", "{checkpoint}", "--out", "x.png", "--image", "no.png"], "no.png cannot be read"),
         (["bench", "--checkpoint", "{checkpoint}", "--samplers", "fast"], "got 'fast'."),
     ],
 )
@@ -260,9 +260,14 @@ def test_words_that_are_no_command_are_named(words: list[str], capsys: pytest.Ca
 def test_a_number_out_of_range_is_named(
     command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"sample": ["--out", "x.png"], "complete": ["--out", "x.png", "--image", "x.png"], "bench": []}[command]
+    needed = {"sample": ["--out", "x.png"], "complete": ["--out", "x.png", "--image", __file__], "bench": []}[command]
     assert main([command, "--checkpoint", "x", *needed, option, value]) == 2
     assert f"Invalid value for '{option}': " in capsys.readouterr().err
+
+
+def test_an_image_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["complete", "--checkpoint", "x", "--out", "x.png", "--image", "no.png"]) == 2
+    assert "'no.png' does not exist." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", architectures())

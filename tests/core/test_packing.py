@@ -303,7 +303,7 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
         (tmp_path / name).unlink(missing_ok=True)
     with pytest.raises(ValueError, match=exactly("--split must be one of train, validation, test, got 'tset'.")):
         pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / "data.safetensors", split="tset")
-    with pytest.raises(ValueError, match=exactly("--block-images must be from 1 to 4096, got 0.")):
+    with pytest.raises(ValueError, match=exactly("block_images must be a whole number of at least 1, got 0.")):
         pack(checkpoint, tmp_path / "in.npy", tmp_path / "x.pxl", block_images=0)
     assert sorted(tmp_path.iterdir()) == before
     unlabelled = checkpoint_of(tmp_path / "model", num_labels=0)

@@ -127,5 +127,5 @@ def test_a_batch_smaller_than_the_processes_is_refused(
     for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     assert main(command(data_file, tmp_path / "model", 4, **{"batch-size": 1})) == 1
-    message = "error: batch_size must be at least accumulate times the 2 processes, got 1 for 1 times 2.\n"
+    message = "error: batch_size must be from 2 (accumulate times processes) to the 24 training images of toy, got 1.\n"
     assert capsys.readouterr().err == message

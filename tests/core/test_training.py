@@ -239,10 +239,10 @@ def test_a_state_older_than_a_setting_is_gone_on_with_at_its_default(tmp_path):
         for name in names:
             del saved.description[key][name]
     saved.phases[-1]["head_features"] = saved.description["model"].pop("head_features")  # it was one that may change
-    save_tensors(state, tensors, "state", dataclasses.asdict(saved))
+    save_tensors(state, tensors, state=dataclasses.asdict(saved))
     _, reports = run(toy_model(data), data, config(max_epochs=3), state_file=state)
     assert [report.step for report in reports] == [7, 8, 9]
-    save_tensors(state, tensors, "state", dataclasses.asdict(saved))
+    save_tensors(state, tensors, state=dataclasses.asdict(saved))
     with pytest.raises(ValueError, match="differs in its train settings"):
         fit(toy_model(data), data, config(max_epochs=3, clip_norm=2.0), state_file=state)
 
@@ -746,7 +746,8 @@ def test_a_model_of_other_images_is_refused():
 
 def test_a_batch_larger_than_the_split_is_refused():
     data = toy_dataset()
-    with pytest.raises(ValueError, match=exactly("batch_size must be at most the 24 training images of toy, got 25.")):
+    message = "batch_size must be from 1 (accumulate times processes) to the 24 training images of toy, got 25."
+    with pytest.raises(ValueError, match=exactly(message)):
         fit(toy_model(data), data, config(batch_size=25))
     assert len(run(toy_model(data), data, config(batch_size=24))[1]) == 4
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.judging.acceptance import KNOWN, NUM_SHOWN, SEED, acceptance, judged_images, known_part
+from pipelines.judging.acceptance import KNOWN, NUM_SHOWN, acceptance, judged_images, known_part
 from pipelines.judging.judge import JUDGES, JudgeConfig, load_judge, train_judge, write_judges
 from pipelines.judging.spoiled import Spoiler
 from pixelcnn import PixelCNNConfig, build_model
@@ -85,12 +85,12 @@ def test_a_dataset_without_labels_has_no_judge() -> None:
 def test_what_is_known_of_a_drawing() -> None:
     levels = digits().levels("test", slice(20))
     ink = torch.from_numpy(ink_of(levels, 2))[:, None]
-    part = known_part("ink45", levels, 2, seed=0)
+    part = known_part("ink45", levels, 2)
     assert not (part & ~ink).any()
     share = part.sum(dim=(1, 2, 3)) / ink.sum(dim=(1, 2, 3))
     assert ((share > 0.44) & (share < 0.5)).all()
-    assert known_part("nothing", levels, 2, 0).sum() == 0
-    right, top = (known_part(known, levels, 2, 0) for known in ("right", "top"))
+    assert known_part("nothing", levels, 2).sum() == 0
+    right, top = (known_part(known, levels, 2) for known in ("right", "top"))
     assert right[..., 14:].all()
     assert top[..., :14, :].all()
     assert right.sum() == top.sum() == right.numel() / 2
@@ -109,7 +109,7 @@ def test_acceptance_of_a_network_that_has_learned_nothing(monkeypatch: pytest.Mo
     assert scores["test/accepted_top"] < 0.1
     assert 0 <= scores["test/labels_among_nine"] <= 9
     drawn = data.levels("test", slice(40))
-    part = known_part("ink45", drawn, 2, SEED)[:, None]
+    part = known_part("ink45", drawn, 2)[:, None]
     several = images["several"].view(40, NUM_SHOWN, 1, 28, 28)
     assert (several == drawn[:, None])[part.expand_as(several)].all(), "nine endings of each drawing, in a row"
 
