@@ -24,20 +24,13 @@ from torch import Tensor
 from typer import Argument, BadParameter, Option, Typer
 from typer.main import get_command
 
+from pixelcnn import evaluation
 from pixelcnn.bench import SAMPLERS, bench, write_json
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_weights, save_checkpoint
 from pixelcnn.completion import complete, resample
 from pixelcnn.config import checked_config
 from pixelcnn.data import load_dataset
-from pixelcnn.evaluation import (
-    CHECKED_SCORE,
-    check_fit,
-    checked_score,
-    evaluate,
-    evaluate_completion,
-    format_nll,
-    in_batches,
-)
+from pixelcnn.evaluation import evaluate, in_batches
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
@@ -136,7 +129,6 @@ def train_command(
     if rank == 0:
         num_parameters = sum(p.numel() for p in model.parameters())
         print(f"{architecture} on {dataset.name} ({dataset.protocol}): {num_parameters:,} parameters")
-    out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
     if init_from is not None and state_file.exists() and rank == 0:
         print(f"goes on from {state_file}: --init-from counts only at a start. Delete that file to start afresh.")
@@ -147,10 +139,10 @@ def train_command(
         return
     scores: dict[str, Any] = evaluate(model, dataset)
     if config.context_features:
-        scores |= evaluate_completion(model, dataset)
+        scores |= evaluation.evaluate_completion(model, dataset)
     scores |= {"dataset": dataset.name, "protocol": dataset.protocol, "data_hash": dataset.data_hash}
     # What the pipeline's `register` wants of a checkpoint, too.
-    scores |= {"label_names": dataset.label_names, CHECKED_SCORE: checked_score(model, dataset)}
+    scores |= {"label_names": dataset.label_names, evaluation.CHECKED_SCORE: evaluation.checked_score(model, dataset)}
     save_checkpoint(out, model, scores)
     print(json.dumps(scores, indent=2))
     print(f"wrote {out}; {state_file} lets a longer run go on from here")
@@ -169,7 +161,7 @@ def evaluate_command(
     model = model.to(_device(device))
     scores = evaluate(model, dataset, num_images=num_images)
     if completion:
-        scores |= evaluate_completion(model, dataset, num_images=num_images)
+        scores |= evaluation.evaluate_completion(model, dataset, num_images=num_images)
     print(json.dumps({"protocol": dataset.protocol, **scores}, indent=2))
 
 
@@ -188,7 +180,7 @@ def check_command(
         levels = torch.randint(config.num_levels, config.image_shape, generator=torch.Generator().manual_seed(seed))
     else:
         dataset = load_dataset(data)
-        check_fit(config, dataset)
+        evaluation.check_fit(config, dataset)
         levels = dataset.levels("test", slice(0, 1))[0]
     num = levels.numel()
     for name, network in (("", model), ("completer: ", model.completer)):
@@ -218,7 +210,7 @@ def sample_command(
     with torch.inference_mode():
         nats = -in_batches(log_prob, model, levels, labels)
     for value in nats.tolist():
-        print(format_nll(value, config.image_shape, config.num_levels))
+        print(evaluation.format_nll(value, config.image_shape, config.num_levels))
     _write_sheet(levels, config.num_levels, out)
     print(f"wrote {out}")
 
@@ -412,8 +404,9 @@ def _app() -> Typer:
     for name, config_class in architectures().items():
         train.command(name)(_trainer_of(name, config_class))
     app.add_typer(train, name="train")
-    of_models = [evaluate_command, check_command, sample_command, complete_command, compile_command, bench_command]
-    for command in (*of_models, pack_command, unpack_command, rank_command):
+    commands: list[Callable[..., None]] = [evaluate_command, check_command, sample_command, complete_command]
+    commands += [compile_command, bench_command, pack_command, unpack_command, rank_command]
+    for command in commands:
         app.command(command.__name__.removesuffix("_command"))(command)
     return app
 

@@ -45,10 +45,7 @@ def check_replaceable(folder: str | Path) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["other things"]
     own = {CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE, CARD_FILE}
     foreign = [name for name in names if name not in own and not name.endswith(_BESIDE)]
-    try:
-        is_ours = "weights_sha256" in json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError, TypeError):
-        is_ours = False
+    is_ours = CONFIG_FILE in names and b'"weights_sha256"' in (folder / CONFIG_FILE).read_bytes()
     if foreign or (names and not is_ours):
         raise ValueError(
             f"{folder} is no checkpoint that may be replaced: it holds {(foreign or names)[0]}, which would be lost. "

@@ -26,8 +26,7 @@ class ModelConfig:
         num_labels: number of classes that the network can be told; 0 for a network without labels.
         context_features: maps that the context network makes of a drawing; 0 for a network without one.
         context_width: width of the context network's own layers; 0 means `context_features`.
-        context_scales: resolutions that the context network works at, each half of the one before and twice as wide
-            (`layers.UNet`); 0 for one resolution and dilated convolutions.
+        context_scales: resolutions of the context network, each twice as wide as the last (`layers.UNet`); 0 for one.
         head_features: width of the head's 1x1 layer; 0 means twice `num_features`.
         output: the distribution of a sub-pixel, `categorical` or `logistic_mixture` (models/outputs.py).
         num_mixtures: components of a logistic mixture; 0 for other outputs.
@@ -118,11 +117,7 @@ def check_odd(name: str, value: Any) -> None:
 
 
 def checked_config(config_class: type, values: dict[str, Any], where: str) -> Any:
-    """Make a dataclass, whose `__post_init__` checks its values, from a mapping; `where` names that in errors.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value is impossible.
-    """
+    """Make a dataclass from a mapping; ValueError, begun with `where`, for a wrong or missing key, or a wrong value."""
     known = {f.name for f in fields(config_class)}
     for key in values:
         if key not in known:

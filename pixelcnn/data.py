@@ -85,11 +85,7 @@ def binarize(intensities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[str, Any]) -> None:
-    """Write a safetensors file, by way of one beside it; JSON-ready values of one kind go into its metadata.
-
-    Raises:
-        OSError: it could not be written; what was there before is left as it was.
-    """
+    """Write a safetensors file, with JSON-ready values of one kind; where it cannot be, what was there stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     # One metadata entry: safetensors writes several in no fixed order, and equal data must be equal bytes.
@@ -123,11 +119,7 @@ def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | 
 
 
 def load_dataset(path: str | Path) -> Dataset:
-    """Read what `save_dataset` wrote.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """Read what `save_dataset` wrote; ValueError if the file is missing or damaged."""
     path = Path(path)
     try:
         values, tensors = load_tensors(path, "dataset")

@@ -194,13 +194,9 @@ def evaluate_completion(
 ) -> dict[str, float]:
     """Measure -log p(missing | observed), without label, and beside each figure that of raster clamping.
 
-    Returns:
-        Scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),
-        `test/completion_top_nats_stderr` (its standard error), `test/completion_top_raster_nats` and its standard
-        error; and `test/completion_num_images`.
-
-    Raises:
-        ValueError: model and dataset do not fit.
+    Return scores by name, for each mask of `observed.SCORED`: e.g. `test/completion_top_nats` (mean per image),
+    `test/completion_top_nats_stderr` (its standard error), `test/completion_top_raster_nats` and its standard error;
+    and `test/completion_num_images`. ValueError if model and dataset do not fit.
     """
     scores: dict[str, float] = {}
     with _scoring(model, data):

@@ -20,7 +20,7 @@ from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.stages import evaluate, register, train
-from pixelcnn.checkpoint import CARD_FILE, SCORES_FILE, check_replaceable, save_checkpoint
+from pixelcnn.checkpoint import CARD_FILE, SCORES_FILE, save_checkpoint
 
 MAX_ATTEMPTS = 3  # of a deployment's run that crashes: its checkpoint brings nothing if the cause is still there
 
@@ -128,8 +128,7 @@ def train_pair(
     tag_run(pair, dataset)
     out_folder = Path(out) if out else DEPLOYMENTS_FOLDER / str(flow_run.get_id()) / pair
     report_folder = Path(report) if report else out_folder.with_name(f"{out_folder.name}-report")
-    check_replaceable(out_folder)
-    train.check_apart(out_folder, Path(state) if state else None)
+    train.check_folders(out_folder, Path(state) if state else None)
     # A state that is carried over has a history of its own.
     inputs = None if state else train.inputs_of(pair, params, train.load(dataset), half)
     lock = out_folder.with_name(f".{out_folder.name}.lock")

@@ -91,14 +91,9 @@ def evaluate(
         scores[f"{name_of_first}_given_label"] = given.mean().item()
         scores[f"{name_of_first}_label_summed_out"] = marginal.mean().item()
     scores |= record
-
-    def words(key: str) -> str:
-        return evaluation.format_nll(scores[key], data.image_shape, data.num_levels)
-
-    for split in ("validation", "test"):
-        log(f"{split}: {words(f'{split}/nll_nats')} ({data.name} {data.protocol})")
-    uniform, independent = words("test/nll_nats_uniform"), words("test/nll_nats_independent")
-    log(f"for comparison, test: uniform {uniform}, independent pixels {independent}")
+    for key in ("validation/nll_nats", "test/nll_nats", "test/nll_nats_uniform", "test/nll_nats_independent"):
+        nll = evaluation.format_nll(scores[key], data.image_shape, data.num_levels)
+        log(f"{key}: {nll} ({data.name} {data.protocol})")
     model.cpu()  # where sampling is fast
     if judges_of := params.evaluate.judges.get(data.name):
         judges = {which: load_judge(judges_of, which, data) for which in JUDGES}
@@ -107,14 +102,11 @@ def evaluate(
             shares = acceptance(images, data.num_levels, judge)
             scores |= {f"{name_of_share}_by_{which}": share for name_of_share, share in shares.items()}
         scores["judges_of"] = judges_of
-        log(
-            "accepted by the judge: "
-            + ", ".join(f"{scores[f'test/accepted_{k}_by_judge']:.2f} of {KNOWN[k]}" for k in KNOWN)
-        )
+        accepted = [f"{scores[f'test/accepted_{known}_by_judge']:.2f} of {what}" for known, what in KNOWN.items()]
+        log(f"accepted by the judge: {', '.join(accepted)}")
     card = model_card(config_to_dict(model.config), scores)
-    report.mkdir(parents=True, exist_ok=True)
-    words_told = ("protocol", "data_hash")
-    told = {key: value for key, value in scores.items() if isinstance(value, int | float) or key in words_told}
+    texts = ("protocol", "data_hash")
+    told = {key: value for key, value in scores.items() if isinstance(value, int | float) or key in texts}
     atomic_write(report / "metrics.json", json.dumps(told, indent=2) + "\n")
     curves = {}
     for file in training_report.CURVE_FILES:

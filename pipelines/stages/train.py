@@ -62,8 +62,9 @@ def load(dataset: str) -> Dataset:
     return data
 
 
-def check_apart(out: Path, state: Path | None) -> None:
-    """Raise ValueError if a training's state is to lie where its result does: the one is kept, the other replaced."""
+def check_folders(out: Path, state: Path | None) -> None:
+    """Raise ValueError unless a training may replace the folder `out`, and its state, which is kept, lies elsewhere."""
+    check_replaceable(out)
     if state is not None and state.resolve() == out.resolve():
         raise ValueError(f"state and out are the same folder, {out}: name another for the state.")
 
@@ -80,8 +81,7 @@ def train(
     Two trainings that would write the same folder do not run at once: the second waits, and finds the work done.
 
     Args:
-        out: folder for a checkpoint whose `scores.json` is the record of the training, and its curves; None for
-            `trained/PAIR`.
+        out: folder for a checkpoint, with the record of the training as its scores; None for `trained/PAIR`.
         state: folder of the training's state, which is kept: a larger budget in params.yaml goes on from it. None for
             a hidden one beside `out`.
         half: store the weights in half precision, where the validation score changes by 0.001 bits/dim at most.
@@ -93,8 +93,7 @@ def train(
     params = load_params()
     pair = params.pair(name)
     out = out or TRAINED_FOLDER / name
-    check_replaceable(out)
-    check_apart(out, state)
+    check_folders(out, state)
     data = load(pair.dataset)
     num = {split: len(images) for split, images in data.images.items()}
     log(f"{data.name}: {num} images, data hash {data.data_hash}")

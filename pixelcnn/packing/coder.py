@@ -82,10 +82,9 @@ class Coder:
         self._label_model = _models.Uniform(max(model.config.num_labels, 1) + 1)  # one more for none
 
     def encode(self, levels: Tensor, labels: Tensor | None, on_images: OnImages) -> tuple[bytes, float]:
-        """Return a block of images as bytes, and their nats given the labels.
+        """Return a block of images, (N, C, H, W) int64 in [0, K), as bytes, and their nats given the labels.
 
         Args:
-            levels: (N, C, H, W) int64 in [0, K).
             labels: (N,) int64, -1 for none; None if no labels are to be kept.
             on_images: called with the number of images that are done since the last call.
         """

@@ -41,15 +41,13 @@ def number_name(i: int, num: int) -> str:
 
 
 def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True) -> Images:
-    """Find the images that a path names: a folder of PNG files, one PNG, a `.npy` array or a prepared dataset.
+    """Find the images that a path names: a folder of PNG files, one PNG, a `.npy` array or a split of a dataset.
+
+    ValueError if there are none of the model's shape.
 
     Args:
-        split: of a dataset.
         exact: refuse what is not all levels of the model. If not, PNG files are rounded to them, and intensities, the
             training images of a binary dataset, become one Bernoulli sample, always the same.
-
-    Raises:
-        ValueError: there are none, or they are not of the model's shape.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -96,11 +94,7 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
 
 
 def load_labels(path: Path, split: str, num_images: int, config: ModelConfig) -> Tensor:
-    """Return the (N,) int64 labels in a `.npy` array or a dataset's split.
-
-    Raises:
-        ValueError: there are none, or they are not one for each image that the model knows.
-    """
+    """Return the (N,) int64 labels in a `.npy` array or a dataset's split; ValueError unless the model knows them."""
     if config.num_labels == 0:
         raise ValueError("the model knows no labels. Leave --labels out.")
     labels = _split_of(path, split).labels[split].numpy() if path.suffix == ".safetensors" else _load_npy(path)

@@ -32,8 +32,7 @@ class TrainConfig:
     Args:
         batch_size: images per optimizer step.
         learning_rate: peak learning rate.
-        joint_share: factor on the learning rate of those weights of a completer that the joint model has, too; below 1
-            it forgets less of what it began with. At 0 they stay as they are, and a step takes less time.
+        joint_share: factor on the learning rate of a completer's weights that the joint model has, too; 0 spares time.
         context_network_share: the same for the weights of its context network, which may have learned before.
         optimizer: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimizers.py).
         max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.
@@ -41,16 +40,14 @@ class TrainConfig:
             first, so a limit makes the result depend on the machine's speed.
         warmup_steps: steps of linear warm-up.
         decay_fraction: last part of the run in which the learning rate falls linearly to zero.
-        ema_decay: decay per step of the weights' exponential moving average, which is what is scored and kept; 0 for
-            the weights themselves.
+        ema_decay: decay per step of the averaged weights, which are scored and kept; 0 for the weights themselves.
         clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
         label_dropout: share of the images whose label is withheld, so that one network serves with and without.
         context_share: share of the images that are shown in part, for models with a context network.
         redrawn_share: share of the images that are drawn anew, as people draw (redrawn.py); protocol dynamic alone.
         horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
         precision: `float32`, or `bfloat16` for autocast of the matrix work; `auto` for the one that is faster here.
-        compiled: run the network by way of torch.compile, which makes one pass over memory of many: 1.2 times as fast
-            on two CPU threads, after up to a minute for a C++ compiler's work.
+        compiled: run the network by torch.compile: 1.2 times as fast on two CPU threads, after a minute of compiling.
         accumulate: parts that a batch is split into, to save memory.
         num_validations: how often the validation split is scored, evenly over the run.
         num_validation_images: how many of its images are scored then; 0 for all.

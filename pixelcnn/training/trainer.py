@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelcnn.data import Dataset, generator_for, save_tensors
+from pixelcnn.data import DAMAGED, Dataset, generator_for, load_tensors, save_tensors
 from pixelcnn.evaluation import check_fit, format_nll, per_image_nll
 from pixelcnn.likelihood import pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
@@ -35,20 +35,15 @@ from pixelcnn.observed import training_masks
 from pixelcnn.training.config import TrainConfig, check_compiler, resolved_precision
 from pixelcnn.training.optimizers import Optimizer
 from pixelcnn.training.redrawn import redrawn
-from pixelcnn.training.state import RunState, read_state
 
 logger = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on, and are kept with the step from which they count.
-PHASE_SETTINGS = (
-    *("batch_size", "label_dropout", "context_share", "redrawn_share", "precision", "compiled"),
-    *("optimizer", "learning_rate", "decay_fraction", "ema_decay"),
-)
+PHASE_SETTINGS = ("batch_size", "label_dropout", "context_share", "redrawn_share", "precision", "compiled")
+PHASE_SETTINGS += ("optimizer", "learning_rate", "decay_fraction", "ema_decay")
 # What may change without a trace.
-BUDGET_SETTINGS = (
-    *("max_epochs", "max_minutes", "num_validations", "save_minutes"),
-    *("completer_features", "label_features"),
-)
+BUDGET_SETTINGS = ("max_epochs", "max_minutes", "num_validations", "save_minutes")
+BUDGET_SETTINGS += ("completer_features", "label_features")  # of networks that are trained by themselves
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PROGRESS_S = 5.0  # between lines for a person
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
@@ -101,6 +96,27 @@ def tell_progress(tell: Callable[[str], object], data: Dataset, of_labels: bool 
     return on_step
 
 
+@dataclass(kw_only=True)
+class RunState:
+    """What a run needs to go on, beside its tensors: the metadata of its state file."""
+
+    description: dict[str, Any]  # what the run that resumes it must share with it
+    step: int  # optimizer steps done
+    elapsed_s: float  # seconds of training, all resumed runs together
+    best_nll: float | None  # lowest validation score so far, nats per image; None before the first
+    phases: list[dict[str, Any]]  # settings that may change when a run goes on, each with its first step: `from_step`
+    objective: str = ""  # what `best_nll` measures; scores of different objectives do not compare
+
+
+def read_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:
+    """Read a state file, and its tensors by name; ValueError if it is damaged, or no state of a run."""
+    try:
+        values, tensors = load_tensors(path, "state")
+        return RunState(**values), tensors
+    except DAMAGED as error:
+        raise ValueError(f"{path} is no state of a training run ({error}). Delete it to start afresh.") from None
+
+
 class ContextPredictor(nn.Module):
     """Predicts each missing sub-pixel by itself, whatever the others are, from the map of a context network.
 
@@ -131,10 +147,7 @@ class Trainer:
 
     Started by torchrun, each process takes its share of every batch and gradients are summed over all: the processes
     hold the same weights at each step. Rank 0 alone has the clock, validates and saves. The model is trained in place.
-
-    Raises:
-        ValueError: the network cannot learn so (`TrainConfig.check_for`); the batch is larger than the training split,
-            or too small for `accumulate` and the processes.
+    ValueError if it cannot learn so (`TrainConfig.check_for`), or the batch is too large or too small.
     """
 
     def __init__(self, model: Network, data: Dataset, config: TrainConfig) -> None:

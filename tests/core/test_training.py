@@ -22,8 +22,7 @@ from pixelcnn.training import StepReport
 from pixelcnn.training import config as training_config
 from pixelcnn.training import trainer as training
 from pixelcnn.training.optimizers import OPTIMIZERS
-from pixelcnn.training.state import read_state
-from pixelcnn.training.trainer import format_progress
+from pixelcnn.training.trainer import format_progress, read_state
 from tests.core.tiny import ARCHITECTURES, beginning, exactly, tiny_config, tiny_model, toy_dataset
 
 CONFIG = TrainConfig(

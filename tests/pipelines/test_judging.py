@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pipelines.judging.acceptance import KNOWN, NUM_SHOWN, acceptance, judged_images, known_part
-from pipelines.judging.judge import JUDGES, JudgeConfig, load_judge, train_judge, write_judges
-from pipelines.judging.spoiled import Spoiler
+from pipelines.judging.judge import JUDGES, JudgeConfig, Spoiler, load_judge, train_judge, write_judges
 from pixelcnn import PixelCNNConfig, build_model
 from pixelcnn.data import Dataset
 from pixelcnn.observed import ink_of
