@@ -1,4 +1,4 @@
-"""Prepared datasets: one safetensors file each, written by the prepare stage; and the only preprocessing.
+"""Tensor files; and prepared datasets, one such file each, written by the prepare stage: the only preprocessing.
 
 With protocol `dynamic` (K = 2) the training images are intensities 0..255, of which a Bernoulli sample is drawn at
 each read; validation and test are one fixed Bernoulli sample, drawn when the file was written. With every other

@@ -74,9 +74,8 @@ def evaluate(
     log(f"scoring {name} on {next(model.parameters()).device}")
     num_images, batch_size = params.evaluate.num_images or None, params.evaluate.batch_size
     per_image: dict[str, torch.Tensor] = {}
-    scores: dict[str, Any] = evaluation.evaluate(
-        model, data, num_images=num_images, batch_size=batch_size, per_image=per_image
-    )
+    scores: dict[str, Any] = {}
+    scores |= evaluation.evaluate(model, data, num_images=num_images, batch_size=batch_size, per_image=per_image)
     scores["test/nll_nats_max"] = per_image["test"].max().item()
     if model.config.context_features:
         limits = (params.evaluate.completion_images.get(data.name), num_images)

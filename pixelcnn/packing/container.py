@@ -26,7 +26,6 @@ MAX_RATIO, MIN_HEADER_BYTES = 64, 2**16  # names that differ are compressed by l
 MAX_BLOCK_IMAGES = 4096
 MAX_BATCH_IMAGES = 64  # whose states are in memory at once
 
-
 Block = tuple[int, bytes, int]  # its number, the code, and the CRC of the images
 
 
