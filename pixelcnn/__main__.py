@@ -104,7 +104,7 @@ def train_command(
     *,
     data: Data,
     out: Annotated[Path, Option(help="folder for the checkpoint")],
-    init_from: Annotated[Path | None, Option(help="checkpoint of the same network, to start from")] = None,
+    init_from: Annotated[Path | None, Option(help="the same network to start from, with or without context")] = None,
     device: Device = "cpu",
     **settings: Any,
 ) -> None:
