@@ -6,7 +6,6 @@
 - `benchmarks.canvas`: the running page, as a hand feels it.
 - `benchmarks.interrupts`: how long `make demo` takes to end after Ctrl-C.
 - `benchmarks.overhead`: what MLflow, Prefect and DVC add to a training.
-- `benchmarks.train_all`: several trainings at once.
 - `benchmarks.sizes`: sizes and settings of pairs, compared at equal time: docs/sizes.md.
 - `benchmarks.endings`, `.drawings`, `.letters`: which endings judges accept: pages of these names, own_pictures.md.
 - `benchmarks.own`: what `make own` makes of several kinds of pictures.

@@ -8,17 +8,18 @@ their probabilities; and how long the frames are that a live stroke is drawn in.
     python -m benchmarks.canvas --clone --venv .venv # with packages that are there, not yet compiled to bytecode
 """
 
-import argparse
 import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from playwright.sync_api import Page
+from typer import Option, run
 
 from benchmarks import interrupts
-from tests.app.browsing import HALF_DIGIT, draw, grid, points_on_screen, tool, wait_for_endings
+from tests.app.browsing import HALF_DIGIT, draw, grid, tool, wait_for_endings
 from tools.pictures import chromium, clean_page
 
 # The browser's own clock; what Playwright adds on its way is not counted.
@@ -76,12 +77,7 @@ def time_ink(page: Page, num_strokes: int) -> list[float]:
     """Return the milliseconds from each move of a pressed pointer to the frame with its ink."""
     grid(page).evaluate(WATCH)
     for i in range(num_strokes):
-        (x, y), *rest = points_on_screen(page, [(a + i % 5, b + i % 7) for a, b in HALF_DIGIT])
-        page.mouse.move(x, y)
-        page.mouse.down()
-        for x, y in rest:
-            page.mouse.move(x, y, steps=4)
-        page.mouse.up()
+        draw(page, [(a + i % 5, b + i % 7) for a, b in HALF_DIGIT], steps=4)
     page.wait_for_timeout(100)
     times: list[float] = page.evaluate("window.times.ink")
     return times
@@ -93,13 +89,7 @@ def time_frames(page: Page, num_strokes: int) -> list[float]:
     for i in range(num_strokes):
         if i:
             tool(page, "Clear").click()
-        (x, y), *rest = points_on_screen(page, [(a, b + i % 6) for a, b in HALF_DIGIT])
-        page.mouse.move(x, y)
-        page.mouse.down()
-        for x, y in rest:
-            page.mouse.move(x, y, steps=8)
-            page.wait_for_timeout(120)
-        page.mouse.up()
+        draw(page, [(a, b + i % 6) for a, b in HALF_DIGIT], steps=8, pause_ms=120)
     frames: list[float] = page.evaluate("window.times.frames")
     return frames
 
@@ -124,55 +114,40 @@ def time_endings(page: Page, num_strokes: int) -> dict[str, list[float]]:
 
 def time_first_endings(venv: Path | None) -> None:
     """Print how long a fresh clone takes to show nine endings, a browser being open already."""
-    with tempfile.TemporaryDirectory(prefix="clone-") as top, chromium() as browser:
-        folder, log = Path(top) / "clone", Path(top) / "log.txt"
-        interrupts.clone(folder, venv)
-        os.environ["PYTHONPYCACHEPREFIX"] = f"{top}/bytecode"
-        begun = time.time()
-        process, mark = interrupts.start(folder, log)
-        try:
-            address = interrupts.wait_until_ready(process, log)
-            ready = time.time()
-            if not address:
-                raise SystemExit(log.read_text())
+    with tempfile.TemporaryDirectory() as bytecode, chromium() as browser:
+        os.environ["PYTHONPYCACHEPREFIX"] = bytecode
+        with interrupts.ready(venv) as (address, installed, _):
             page = browser.new_page()
             page.goto(address)
             # Of the example that draws itself. In its caption each then has how probable it is.
             page.wait_for_selector('.endings[data-drawn="1"]', timeout=120_000)
-            drawn = time.time()
+            print(f"installation to nine endings: {time.time() - installed:.1f} s", flush=True)
             wait_for_endings(page, timeout_s=120)
-            done = time.time()
-            installed = (folder / ".venv" / "installed").stat().st_mtime
-        finally:
-            interrupts.interrupt(process, mark, log)
-    print(f"installed after {max(installed - begun, 0):.0f} s; ready {ready - max(installed, begun):.1f} s later")
-    print(f"installation to nine endings: {drawn - max(installed, begun):.1f} s")
-    print(f"to their probabilities: {done - max(installed, begun):.1f} s")
+            print(f"to their probabilities: {time.time() - installed:.1f} s", flush=True)
 
 
-def main() -> None:
+def main(
+    url: Annotated[str, Option(help="of the running canvas")] = "http://127.0.0.1:8501",
+    strokes: int = 30,
+    clone: Annotated[bool, Option("--clone", help="time the way from a fresh clone, nothing else")] = False,
+    venv: Annotated[Path | None, Option(help="for --clone: an environment that `make install` has made")] = None,
+) -> None:
     """Print the timings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8501", help="of the running canvas")
-    parser.add_argument("--strokes", type=int, default=30)
-    parser.add_argument("--clone", action="store_true", help="time the way from a fresh clone, nothing else")
-    parser.add_argument("--venv", type=Path, help="for --clone: an environment that `make install` has made")
-    arguments = parser.parse_args()
-    if arguments.clone:
-        return time_first_endings(arguments.venv)
+    if clone:
+        return time_first_endings(venv)
     with chromium() as browser:
-        page = clean_page(browser, arguments.url, seed=1)
+        page = clean_page(browser, url, seed=1)
         grid(page).hover()
-        print("stroke to ink:", percentiles(time_ink(page, arguments.strokes)))
-        page = clean_page(browser, arguments.url, seed=1)
+        print("stroke to ink:", percentiles(time_ink(page, strokes)))
+        page = clean_page(browser, url, seed=1)
         page.get_by_text("As I draw").click()
-        frames = time_frames(page, arguments.strokes)
+        frames = time_frames(page, strokes)
         print(f"frames while drawing live: {percentiles(frames)}, longest {max(frames):.0f} ms")
-        found = time_endings(page, arguments.strokes)
+        found = time_endings(page, strokes)
         print("end of a stroke to the model's first pixels:", percentiles(found["first"]))
         print("end of a stroke to nine endings:", percentiles(found["drawn"]))
         print("end of a stroke to their probabilities:", percentiles(found["done"]))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,15 +5,16 @@
 As on the canvas: a square pen, all else unknown, nine endings at temperature 0.9.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+from typer import Argument, Option, run
 
 from pipelines.judging.judge import load_judge
 from pipelines.params import load_params
@@ -65,7 +66,7 @@ def ink(pen: int, strokes: Sequence[Stroke]) -> Tensor:
     return cells
 
 
-def sheet(drawings: Tensor, endings: Tensor) -> PIL.Image.Image:
+def picture(drawings: Tensor, endings: Tensor) -> PIL.Image.Image:
     """Return a row for each drawing with its endings behind it: (N, 1, H, W) bool, (N, 9, 1, H, W) int64."""
     known = drawings[:, None].expand_as(endings).numpy()[..., 0, :, :, None]
     ended = np.where(known, INK, np.where(endings.numpy()[..., 0, :, :, None] > 0, MODEL, PAPER))
@@ -77,17 +78,17 @@ def sheet(drawings: Tensor, endings: Tensor) -> PIL.Image.Image:
     return PIL.Image.fromarray(rows.reshape(rows.shape[0] * rows.shape[1], -1, 3))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="the folder of a model of binary digits")
-    parser.add_argument("--sheet", type=Path, help="PNG to write")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    model, scores = load_checkpoint(arguments.checkpoint)
+def main(
+    checkpoint: Annotated[str, Argument(help="the folder of a model of binary digits")],
+    sheet: Annotated[Path | None, Option(help="PNG to write")] = None,
+    seed: int = 0,
+) -> None:
+    """End the drawings, and print what judges accept."""
+    model, scores = load_checkpoint(checkpoint)
     data = load(scores["dataset"])
     drawings = torch.stack([ink(pen, strokes) for _, pen, strokes in DRAWINGS])
     observed = drawings.repeat_interleave(NUM_ENDINGS, dim=0)
-    u = torch.rand(observed.shape, generator=generator_for(arguments.seed), dtype=torch.float64)
+    u = torch.rand(observed.shape, generator=generator_for(seed), dtype=torch.float64)
     endings, score = complete_and_score(model, observed.long(), observed, u, temperature=TEMPERATURE)
     order = score().view(-1, NUM_ENDINGS).argsort(dim=1, descending=True)  # the likely ones first
     shown = endings.view(len(drawings), NUM_ENDINGS, *drawings.shape[1:])[torch.arange(len(drawings))[:, None], order]
@@ -103,9 +104,9 @@ def main() -> None:
         print(f"| {name} | {counts} | {', '.join(data.label_names[d] for d in digits)} |")
     shares = " | ".join(f"{look[0].float().mean():.2f}" for look in looks.values())
     print(f"| all | {shares} | |")
-    if arguments.sheet:
-        sheet(drawings, shown).quantize(8).save(arguments.sheet, optimize=True)
+    if sheet:
+        picture(drawings, shown).quantize(8).save(sheet, optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,13 +2,12 @@
 
     python -m benchmarks.interrupts                    # twenty moments from 1 s to 240 s; installs first
     python -m benchmarks.interrupts --venv .venv       # with an environment that is installed already
-    python -m benchmarks.interrupts --moments 2 40 90
+    python -m benchmarks.interrupts --moments 2 --moments 40 --moments 90
 
 All in one clone of this repository's last commit, with a model store of its own: each start goes on from where the one
 before was interrupted, and the last one must come to *Ready*. Linux alone: processes are found by their environment.
 """
 
-import argparse
 import contextlib
 import os
 import re
@@ -17,13 +16,16 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+from typer import Option, run
 
 from tests.local import free_port
 
 ROOT = Path(__file__).parents[1]
-NUM_MOMENTS, LAST_S = 20, 240
+MOMENTS = [1 + i * 239 / 19 for i in range(20)]
 WAIT_S = 3600  # for a start to be ready
 GIVE_UP_S = 60  # what is left then does not end by itself
 
@@ -108,18 +110,39 @@ def interrupt(process: subprocess.Popen[bytes], mark: str, log: Path) -> str:
     return f"| {step_of(before)} | {len(before)} | {seconds:.1f} | {len(left)} | {' / '.join(said)[:200]} |"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@contextlib.contextmanager
+def ready(venv: Path | None, *words: str) -> Iterator[tuple[str, float, str]]:
+    """Run `make demo`, or `make` with other words, in a fresh clone; interrupt it in the end.
+
+    Yields:
+        Once it is ready, which is printed: the canvas's address, when all was installed, and the log so far.
+    """
+    with tempfile.TemporaryDirectory(prefix="clone-") as top:
+        folder, log = Path(top) / "clone", Path(top) / "log.txt"
+        clone(folder, venv)
+        begun = time.time()
+        process, mark = start(folder, log, *words)
+        try:
+            address, said = wait_until_ready(process, log), log.read_text()
+            if not address:
+                raise SystemExit(f"error: it did not come to the canvas:\n{said}")
+            installed = max((folder / ".venv" / "installed").stat().st_mtime, begun)
+            print(f"installed after {installed - begun:.0f} s; ready {time.time() - installed:.1f} s later", flush=True)
+            yield address, installed, said
+        finally:
+            interrupt(process, mark, log)
+
+
+def main(
+    venv: Annotated[Path | None, Option(help="an environment that `make install` has made")] = None,
+    moments: Annotated[list[float], Option(help="seconds from a start")] = MOMENTS,
+) -> None:
     """Print a table of all interruptions, and whether the last start came to its end."""
-    moments = [1 + i * (LAST_S - 1) / (NUM_MOMENTS - 1) for i in range(NUM_MOMENTS)]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.interrupts", description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", type=Path, help="an environment that `make install` has made")
-    parser.add_argument("--moments", type=float, nargs="+", default=moments, help="seconds from a start")
-    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="interrupts-") as top:
         folder, log = Path(top) / "clone", Path(top) / "log.txt"
-        clone(folder, arguments.venv)
+        clone(folder, venv)
         print("| after s | in | processes | ended after s | left | it said |\n| --- | --- | --- | --- | --- | --- |")
-        for moment in arguments.moments:
+        for moment in moments:
             process, mark = start(folder, log)
             time.sleep(moment)
             print(f"| {moment:.0f} {interrupt(process, mark, log)}", flush=True)
@@ -130,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,6 @@ those of the clock where a machine has other work. Prefect's server runs and MLf
 work; the last line is the first training on a fresh machine, which has to make both.
 """
 
-import argparse
 import os
 import resource
 import shutil
@@ -19,10 +18,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from typer import Argument, Option
 
-from pipelines.errors import run
+from benchmarks.command import command
 from pipelines.operate import PREFECT, await_server, stop
 from pipelines.params import PARAMS_FILE, load_params
 from tests.local import free_port
@@ -149,14 +150,13 @@ def report(found: Sequence[tuple[str, float, float]]) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description="What the tools cost.")
-    parser.add_argument("pair", nargs="?", default="pixelcnn-mnist5k", help="a pair of params.yaml with prepared data")
-    parser.add_argument("--epochs", type=float, help="of the training; those of params.yaml if it is left out")
-    arguments = parser.parse_args(argv)
-    return run("overhead", lambda: print("\n".join(report(measure(arguments.pair, arguments.epochs)))))
+def main(
+    pair: Annotated[str, Argument(help="of params.yaml, with prepared data")] = "pixelcnn-mnist5k",
+    epochs: Annotated[float | None, Option(help="of the training; those of params.yaml if it is left out")] = None,
+) -> None:
+    """Say what the tools cost."""
+    print("\n".join(report(measure(pair, epochs))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

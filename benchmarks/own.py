@@ -8,7 +8,6 @@ Writes a picture of the page for each kind, and all of them as one sheet. Icons 
 (`apt-get install oxygen-icon-theme`); the other kinds are made here.
 """
 
-import argparse
 import os
 import shutil
 import string
@@ -16,10 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 from playwright.sync_api import Browser
+from typer import Argument, Option, run
 
 from benchmarks import interrupts
 from pipelines.datasets import letters
@@ -44,7 +45,7 @@ def write_icons(folder: Path, _: Random, images: Path) -> None:
     for kind in images.iterdir():
         files = [file for file in kind.glob("*.png") if not file.is_symlink()]
         if len(files) >= 3:
-            (folder / kind.name).mkdir(parents=True)
+            (folder / kind.name).mkdir()
             for file in files:
                 shutil.copy(file, folder / kind.name)
 
@@ -83,9 +84,8 @@ def write_scans(folder: Path, random: Random, _: Path) -> None:
     fonts = letters.fonts()
     for i in range(NUM):
         font = letters.random_font(fonts[random.randint(len(fonts))], random)
-        pair = [
-            letters.random_letter(text, font, random)[:, 3:-4] for text in random.choice([*string.ascii_lowercase], 2)
-        ]
+        texts = random.choice([*string.ascii_lowercase], 2)
+        pair = [letters.random_letter(text, font, random)[:, 3:-4] for text in texts]
         ink = np.asarray(Image.fromarray(np.hstack(pair)).resize((48, 32), Image.Resampling.BICUBIC))
         light = random.uniform(200, 245) + np.linspace(0, random.uniform(-30, 30), 48) + random.normal(0, 6, (32, 48))
         save(folder, "", i, np.clip(light * (1 - 0.85 * ink / 255), 0, 255).astype(np.uint8))
@@ -118,53 +118,39 @@ def draw_on(browser: Browser, address: str, picture: Path) -> None:
 
 def try_kind(kind: str, images: Path, minutes: float, venv: Path | None, out: Path) -> None:
     """Print how long a kind takes, and what the command said; write `out`/KIND.png."""
-    with tempfile.TemporaryDirectory(prefix="own-") as top, chromium() as browser:
-        folder, log, pictures = Path(top) / "clone", Path(top) / "log.txt", Path(top) / "pictures"
-        interrupts.clone(folder, venv)
-        write, wishes = KINDS[kind]
-        write(pictures, Random(letters.SEED), images)
-        words = {"IMAGES": str(pictures), "NAME": kind, "MINUTES": f"{minutes:g}", **wishes}
-        begun = time.time()
-        process, mark = interrupts.start(folder, log, "own", *(f"{key}={value}" for key, value in words.items()))
-        try:
-            address = interrupts.wait_until_ready(process, log)
-            print(f"## {kind}\n{log.read_text()[:HEAD]}", flush=True)
-            if not address:
-                raise SystemExit(f"error: {kind} did not come to the canvas:\n{log.read_text()[-HEAD:]}")
-            ready = time.time()
+    print(f"## {kind}", flush=True)
+    write, wishes = KINDS[kind]
+    with tempfile.TemporaryDirectory(prefix="own-") as folder, chromium() as browser:
+        write(Path(folder), Random(letters.SEED), images)
+        words = {"IMAGES": folder, "NAME": kind, "MINUTES": f"{minutes:g}", **wishes}
+        given = [f"{key}={value}" for key, value in words.items()]
+        with interrupts.ready(venv, "own", *given) as (address, installed, said):
             draw_on(browser, address, out / f"{kind}.png")
-            installed = max((folder / ".venv" / "installed").stat().st_mtime, begun)
-            print(
-                f"{kind}: installed after {installed - begun:.0f} s; then ready after {ready - installed:.0f} s, ",
-                end="",
-            )
-            print(f"nine endings of a drawing after {time.time() - installed:.0f} s", flush=True)
-        finally:
-            interrupts.interrupt(process, mark, log)
+            print(f"installation to nine endings of a drawing: {time.time() - installed:.0f} s", flush=True)
+            print(said[:HEAD], flush=True)
 
 
-def main() -> None:
+def main(
+    kinds: Annotated[list[str], Argument(help=f"of {', '.join(KINDS)}")],
+    minutes: Annotated[float, Option(help="of training")] = 4,
+    images: Annotated[Path, Option(help="the folder of icons")] = ICONS,
+    venv: Annotated[Path | None, Option(help="an environment that `make install` has made")] = None,
+    out: Annotated[Path, Option(help="where the pictures go")] = Path("reports/own"),
+) -> None:
     """Try the kinds that are named."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.own", description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="+", choices=KINDS)
-    parser.add_argument("--minutes", type=float, default=4, help="of training")
-    parser.add_argument("--images", type=Path, default=ICONS, help="the folder of icons")
-    parser.add_argument("--venv", type=Path, help="an environment that `make install` has made")
-    parser.add_argument("--out", type=Path, default=Path("reports/own"), help="where the pictures go")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if unknown := set(kinds) - set(KINDS):
+        raise SystemExit(f"error: unknown kind {min(unknown)!r}. Known: {', '.join(KINDS)}.")
+    out.mkdir(parents=True, exist_ok=True)
     os.environ.pop("PIXELCNN_DATA", None)  # nothing else is there on a fresh machine
-    for kind in arguments.kinds:
-        try_kind(kind, arguments.images.resolve(), arguments.minutes, arguments.venv, arguments.out)
-    shown = [Image.open(arguments.out / f"{kind}.png").convert("RGB") for kind in arguments.kinds]
+    for kind in kinds:
+        try_kind(kind, images.resolve(), minutes, venv, out)
+    shown = [Image.open(out / f"{kind}.png").convert("RGB") for kind in kinds]
     width, height = shown[0].size
     sheet = Image.new("RGB", (2 * width, -(-len(shown) // 2) * height), "white")
     for i, picture in enumerate(shown):
         sheet.paste(picture, (i % 2 * width, i // 2 * height))
-    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).quantize(128).save(
-        arguments.out / "sheet.png", optimize=True
-    )
+    sheet.reduce(2).quantize(128).save(out / "sheet.png", optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,7 +10,6 @@ that other work on the machine does not count, and of one thread; JPEG XL and op
 Needed beside the project: optipng, cjxl and djxl (Debian: optipng, libjxl-tools), zstd, xz.
 """
 
-import argparse
 import io
 import resource
 import shutil
@@ -19,14 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from typer import Argument, Option
 
-from pipelines.errors import run
+from benchmarks.command import command
 from pixelcnn.checkpoint import WEIGHTS_FILE, load_checkpoint
 from pixelcnn.data import load_dataset
 from pixelcnn.images import to_picture, to_sheet
@@ -36,11 +37,9 @@ from pixelcnn.sampling.fast import sample, warm_up
 
 PAGE, BEGIN, END = Path("docs/packing.md"), "<!-- python -m benchmarks.packing{} -->\n", "<!-- end -->\n"
 TOOLS = ("optipng", "cjxl", "djxl", "zstd")
-Levels = torch.Tensor
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What a codec makes of some images."""
 
     name: str
@@ -63,11 +62,7 @@ def timed(work: Callable[[], object]) -> float:
     return processor_s() - start
 
 
-def command(*words: object) -> None:
-    subprocess.run([str(word) for word in words], check=True, capture_output=True)
-
-
-def picture_of(levels: Levels, num_levels: int) -> Image.Image:
+def picture_of(levels: Tensor, num_levels: int) -> Image.Image:
     """Return the smallest form of an image that Pillow has: 1 bit per pixel for two levels."""
     picture = to_picture(levels, num_levels)
     return picture.convert("1", dither=Image.Dither.NONE) if num_levels == 2 else picture
@@ -77,7 +72,7 @@ def pixels_of(pictures: Sequence[Image.Image]) -> bytes:
     return b"".join(picture.convert("RGB").tobytes() for picture in pictures)
 
 
-def by_pillow(name: str, pictures: list[Image.Image], **options: object) -> Row:
+def by_pillow(name: str, pictures: list[Image.Image], **options: Any) -> Row:
     """Code each picture by Pillow."""
     files: list[bytes] = []
     decoded: list[Image.Image] = []
@@ -85,7 +80,7 @@ def by_pillow(name: str, pictures: list[Image.Image], **options: object) -> Row:
     def encode() -> None:
         for picture in pictures:
             buffer = io.BytesIO()
-            picture.save(buffer, **options)  # type: ignore[arg-type]
+            picture.save(buffer, **options)
             files.append(buffer.getvalue())
 
     pack_s = timed(encode)
@@ -110,20 +105,19 @@ def by_programs(name: str, pictures: list[Image.Image], encode: str, decode: str
 
         def call(words: str) -> None:
             for png, file in zip(pngs, files, strict=True):
-                command(*(word.format(png=png, file=file) for word in words.split()))
+                command = [word.format(png=png, file=file) for word in words.split()]
+                subprocess.run(command, check=True, capture_output=True)
 
         pack_s = timed(lambda: call(encode))
         num_bytes = sum(file.stat().st_size for file in files)
-        unpack_s = 0.0
-        if decode is not None:
-            unpack_s = timed(lambda: call(decode))
+        unpack_s = timed(lambda: call(decode)) if decode else 0.0
         decoded: list[Image.Image] = []
         read_s = timed(lambda: decoded.extend(Image.open(png).convert("RGB") for png in pngs))
         assert pixels_of(decoded) == pixels_of(pictures), name
         return Row(name, len(pictures), num_bytes, pack_s, unpack_s or read_s)
 
 
-def by_archiver(name: str, levels: Levels, num_levels: int, encode: str, decode: str) -> Row:
+def by_archiver(name: str, levels: Tensor, num_levels: int, encode: str, decode: str) -> Row:
     """Code the levels of all images as one file, by a program from standard input to standard output."""
     values = levels.byte().numpy()
     raw = np.packbits(values).tobytes() if num_levels == 2 else values.tobytes()
@@ -138,7 +132,7 @@ def by_archiver(name: str, levels: Levels, num_levels: int, encode: str, decode:
     return Row(name, len(levels), len(made[0]), pack_s, unpack_s)
 
 
-def by_model(checkpoint: Path, levels: Levels, num_alone: int) -> tuple[list[Row], float]:
+def by_model(checkpoint: Path, levels: Tensor, num_alone: int) -> tuple[list[Row], float]:
     """Pack by a model, and sample as many images as tell the time.
 
     Returns:
@@ -168,37 +162,29 @@ def by_model(checkpoint: Path, levels: Levels, num_alone: int) -> tuple[list[Row
     return rows, over
 
 
-def by_codecs(levels: Levels, num_levels: int, num_alone: int) -> list[Row]:
+def by_codecs(levels: Tensor, num_levels: int, num_alone: int) -> list[Row]:
     """Code images by general codecs: `num_alone` of them as a file each, all of them as one."""
     pictures = [picture_of(image, num_levels) for image in levels[:num_alone]]
     sheet = to_sheet(levels, num_levels, num_columns=int(np.ceil(np.sqrt(len(levels)))), zoom=1, gap=0)
     sheets = [sheet.convert("1", dither=Image.Dither.NONE) if num_levels == 2 else sheet]
-
-    def of_all(row: Row) -> Row:
-        return Row(row.name, len(levels), row.num_bytes, row.pack_s, row.unpack_s)
-
+    webp = {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}
+    cjxl, djxl = "cjxl -d 0 -e {} --num_threads=0 {{png}} {{file}}", "djxl --num_threads=0 {file} {png}"
+    by_sheet = [
+        by_pillow("all, one sheet, WebP lossless", sheets, **webp),
+        by_programs("all, one sheet, JPEG XL -e 7", sheets, cjxl.format(7), djxl),
+    ]
     return [
         by_pillow("PNG, Pillow optimized", pictures, format="PNG", optimize=True),
         by_programs("PNG, optipng -o7", pictures, "optipng -quiet -o7 {png}", None),
-        by_pillow("WebP lossless", pictures, format="WEBP", lossless=True, quality=100, method=6, exact=True),
-        by_programs(
-            "JPEG XL -e 9", pictures, "cjxl -d 0 -e 9 --num_threads=0 {png} {file}", "djxl --num_threads=0 {file} {png}"
-        ),
+        by_pillow("WebP lossless", pictures, **webp, exact=True),
+        by_programs("JPEG XL -e 9", pictures, cjxl.format(9), djxl),
         by_archiver("all, zstd -19", levels, num_levels, "zstd -19 --long -c", "zstd -d --long -c"),
         by_archiver("all, xz -9e", levels, num_levels, "xz -9e -T1 -c", "xz -d -c"),
-        of_all(by_pillow("all, one sheet, WebP lossless", sheets, format="WEBP", lossless=True, quality=100, method=6)),
-        of_all(
-            by_programs(
-                "all, one sheet, JPEG XL -e 7",
-                sheets,
-                "cjxl -d 0 -e 7 --num_threads=0 {png} {file}",
-                "djxl --num_threads=0 {file} {png}",
-            )
-        ),
+        *(row._replace(num_images=len(levels)) for row in by_sheet),
     ]
 
 
-def table(checkpoint: Path, images: str, levels: Levels, rows: list[Row], over: float) -> str:
+def table(checkpoint: Path, images: str, levels: Tensor, rows: list[Row], over: float) -> str:
     """Return the figures of a pair in Markdown, from the rows of `by_model`, then those of others."""
     ours, some, sampler, *others = rows
     dims = levels[0].numel()
@@ -236,7 +222,7 @@ def table(checkpoint: Path, images: str, levels: Levels, rows: list[Row], over: 
     return "\n".join(lines)
 
 
-def measured(checkpoint: Path, images: str, levels: Levels, num_alone: int) -> str:
+def measured(checkpoint: Path, images: str, levels: Tensor, num_alone: int) -> str:
     """Pack images, (N, C, H, W), by a model and by the codecs; return the table."""
     num_levels = load_checkpoint(checkpoint)[0].config.num_levels
     rows, over = by_model(checkpoint, levels, num_alone)
@@ -245,8 +231,14 @@ def measured(checkpoint: Path, images: str, levels: Levels, num_alone: int) -> s
     return made
 
 
-def measure(pairs: list[str], num_images: int, num_alone: int, folder: Path | None, checkpoint: Path | None) -> None:
-    """Measure some pairs, or all released ones, or a folder of PNG files, and write the tables into the page."""
+def measure(
+    pairs: Annotated[list[str] | None, Argument(help="released ones; all whose data are there if left out")] = None,
+    num_images: Annotated[int, Option("--images", help="the first so many of the test split")] = 10_000,
+    num_alone: Annotated[int, Option("--alone", help="images that picture codecs get as a file each")] = 1000,
+    folder: Annotated[Path | None, Option(help="PNG files to pack instead, of the model's size and levels")] = None,
+    checkpoint: Annotated[Path | None, Option(help="the model to pack them by")] = None,
+) -> None:
+    """Measure packing, and write the tables of docs/packing.md."""
     if (folder is None) != (checkpoint is None) or (folder is not None and pairs):
         raise ValueError("--folder and --checkpoint go together, and without pairs.")
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
@@ -273,17 +265,5 @@ def measure(pairs: list[str], num_images: int, num_alone: int, folder: Path | No
     print(f"wrote {PAGE}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description="Measure packing, and write the tables of docs/packing.md.")
-    parser.add_argument("pairs", nargs="*", help="released pairs; all whose data are there if left out")
-    parser.add_argument("--images", type=int, default=10_000, help="the first so many of the test split")
-    parser.add_argument("--alone", type=int, default=1000, help="images that picture codecs get as a file each")
-    parser.add_argument("--folder", type=Path, help="PNG files to pack instead, of the model's size and levels")
-    parser.add_argument("--checkpoint", type=Path, help="the model to pack them by")
-    args = parser.parse_args(argv)
-    return run("packing", lambda: measure(args.pairs, args.images, args.alone, args.folder, args.checkpoint))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(measure))

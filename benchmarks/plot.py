@@ -1,12 +1,13 @@
 """The figures of `make bench` as a picture and as tables: `python -m benchmarks.plot`, from reports/bench/*.json."""
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from typer import Argument
+
+from benchmarks.command import command
 from pipelines.files import atomic_write
 from pixelcnn.bench import CACHED, CACHED_TORCH, CROPPED, NAIVE, NAIVE_COMPILED, SAMPLERS
 
@@ -132,19 +133,11 @@ def _table(*heads: str) -> list[str]:
     return [_row(*heads), _row(*["---"] * len(heads))]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code. A mistake is one sentence on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Make a picture and tables.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("reports/bench"), help="what `make bench` wrote")
-    folder = parser.parse_args(argv).folder
-    try:
-        results = read(folder)
-    except ValueError as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 1
+def main(folder: Annotated[Path, Argument()] = Path("reports/bench")) -> None:
+    """Make a picture and tables of what `make bench` wrote."""
+    results = read(folder)
     print(f"wrote {plot(results, folder)} and {tabulate(results, folder)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -9,12 +9,14 @@ curve, the mean of the ten and the least of them: the share of pairs (a stranger
 import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
+from typer import Argument
 
-from pipelines.errors import run
+from benchmarks.command import command
 from pipelines.stages.train import load
 from pixelcnn import load_checkpoint, log_prob
 from pixelcnn.data import binarize
@@ -61,7 +63,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def measure(folder: str) -> None:
+def measure(folder: Annotated[str, Argument()] = "weights/gated_pixelcnn-mnist") -> None:
     """Print the table of one checkpoint."""
     model, _ = load_checkpoint(folder)
     digits = load("mnist").images["test"].long()
@@ -82,11 +84,5 @@ def measure(folder: str) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    folders = list(sys.argv[1:] if argv is None else argv) or ["weights/gated_pixelcnn-mnist"]
-    return run("ranking", lambda: measure(*folders))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(measure))

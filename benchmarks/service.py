@@ -12,23 +12,25 @@ endings of the whole, timed from the stroke's end; then two seconds of looking, 
 ending is. A stroke draws the upper half of one of the canvas's test images, each time elsewhere. No page is shown.
 """
 
-import argparse
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
 import random
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPSConnection
 from statistics import median, quantiles
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import numpy as np
+from typer import Option, run
 
 from app.canvas.drawing import TOUCHED, Drawing, known_cells, levels_of, per_cell, strength_of, without
 from app.canvas.examples import real_images
@@ -65,20 +67,13 @@ def body_of(dataset: str, served: ServedModel, num_samples: int, seed: int, draw
 
 def percentiles(seconds: list[float]) -> tuple[float, float]:
     """Return p50 and p99."""
-    if len(seconds) < 2:
-        return (seconds or [float("nan")])[0], (seconds or [float("nan")])[0]
-    cuts = quantiles(seconds, n=100, method="inclusive")
-    return cuts[49], cuts[98]
+    p50, p99 = np.percentile(seconds or [math.nan], [50, 99])
+    return p50, p99
 
 
-def time_of(work: Callable[[int], object], times: int) -> list[float]:
-    """Return the seconds of each call."""
-    taken = []
-    for i in range(times):
-        start = time.perf_counter()
-        work(i)
-        taken.append(time.perf_counter() - start)
-    return taken
+def time_of(ask: Callable[[bytes], object], bodies: list[bytes]) -> list[float]:
+    """Return the seconds of each request."""
+    return [timeit.timeit(functools.partial(ask, body), setup=gc.enable, number=1) for body in bodies]
 
 
 def first_rows(http: httpx.Client, body: bytes) -> None:
@@ -144,7 +139,7 @@ def parts_of_a_stroke(drawing: Drawing, num_levels: int) -> Iterator[tuple[Image
         yield (image * per_cell(drawn, image)).tolist(), drawn.tolist()
 
 
-def canvases(
+def visits(
     url: str, dataset: str, served: ServedModel, num: int, strokes: int
 ) -> tuple[list[float], list[float], list[str]]:
     """Do what canvases do at once.
@@ -198,26 +193,25 @@ def canvases(
     return drawn, scored, lost
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__.splitlines()[0])
-    parser.add_argument("--url", default=service_url())
-    parser.add_argument("--requests", type=int, default=30, help="per dataset and row of the first table")
-    parser.add_argument("--datasets", nargs="*", help="all that are served by default")
-    parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32, 128])
-    parser.add_argument("--seconds", type=float, default=10, help="per row of the second table")
-    parser.add_argument("--dataset", help="of the second table, and of canvases; mnist by default")
-    parser.add_argument("--same-drawing", action="store_true", help="let all clients of the second table send the same")
-    parser.add_argument("--canvases", type=int, help="time so many canvases at once, nothing else")
-    parser.add_argument("--strokes", type=int, default=20, help="of each canvas")
-    arguments = parser.parse_args()
-    served = ServiceClient(arguments.url).models()
+def main(
+    url: Annotated[str, Option()] = service_url(),
+    requests: Annotated[int, Option(help="per dataset and row of the first table")] = 30,
+    datasets: Annotated[list[str] | None, Option(help="all that are served by default")] = None,
+    clients: Annotated[list[int], Option(help="of a row of the second table")] = [1, 8, 32, 128],  # noqa: B006
+    seconds: Annotated[float, Option(help="per row of the second table")] = 10,
+    dataset: Annotated[str, Option(help="of the second table, and of canvases")] = "",
+    same_drawing: Annotated[bool, Option("--same-drawing", help="by all clients of the second table")] = False,
+    canvases: Annotated[int, Option(help="time so many canvases at once, nothing else")] = 0,
+    strokes: Annotated[int, Option(help="of each canvas")] = 20,
+) -> None:
+    """Print the tables, or what canvases see."""
+    served = ServiceClient(url).models()
     if not served:
         raise SystemExit("error: no dataset is served. Promote a model first.")
-    dataset = arguments.dataset or ("mnist" if "mnist" in served else min(served))
-    if arguments.canvases:
-        num = arguments.canvases
-        drawn, scored, lost = canvases(arguments.url, dataset, served[dataset], num, arguments.strokes)
-        print(f"{num} canvases, {dataset}: {len(drawn)} of {num * arguments.strokes} came; lost: {lost[:1] or 'none'}")
+    dataset = dataset or ("mnist" if "mnist" in served else min(served))
+    if canvases:
+        drawn, scored, lost = visits(url, dataset, served[dataset], canvases, strokes)
+        print(f"{canvases} canvases, {dataset}: {len(drawn)} of {canvases * strokes} came; lost: {lost[:1] or 'none'}")
         p50, p95 = (1000 * value for value in quantiles(drawn, n=20, method="inclusive")[9:19:9])
         print(f"nine endings: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
         before = sum(map(math.isfinite, scored))
@@ -225,36 +219,37 @@ def main() -> None:
         return
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    with httpx.Client(base_url=arguments.url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
+    with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
         print(f"| dataset | /complete, {NUM_CANDIDATES} candidates of a half: p50 | p99 | first rows: p50 | p99 |")
         print("| --- | --- | --- | --- | --- |")
-        for name in arguments.datasets or served:
+        for name in datasets or served:
+            asked = [body_of(name, served[name], NUM_CANDIDATES, i, i) for i in range(max(requests, 1))]
 
-            def body(i: int, name: str = name) -> bytes:
-                return body_of(name, served[name], NUM_CANDIDATES, i, i)
+            def complete(body: bytes) -> None:
+                http.post("/complete", content=body).raise_for_status()
 
-            http.post("/complete", content=body(0)).raise_for_status()
-            whole = time_of(lambda i: http.post("/complete", content=body(i)).raise_for_status(), arguments.requests)
-            rows = time_of(lambda i: first_rows(http, body(i)), arguments.requests)
+            complete(asked[0])
+            whole = time_of(complete, asked[:requests])
+            rows = time_of(lambda body: first_rows(http, body), asked[:requests])
             cells = [f"{1000 * value:.0f} ms" for value in (*percentiles(whole), *percentiles(rows))]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
     print(f"\n| clients, {dataset} | answers per second | against 1 | p50 | p99 | refused | refusal: p99 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     alone = None
-    bodies = [body_of(dataset, served[dataset], 1, i, 0 if arguments.same_drawing else i) for i in range(NUM_BODIES)]
-    for clients in arguments.clients:
-        found = crowd(arguments.url, headers, bodies, clients, arguments.seconds)
+    bodies = [body_of(dataset, served[dataset], 1, i, 0 if same_drawing else i) for i in range(NUM_BODIES)]
+    for num in clients:
+        found = crowd(url, headers, bodies, num, seconds)
         if found["others"]:
             raise SystemExit(f"error: {len(found['others'])} requests failed, the first with: {found['others'][0]}")
         alone = alone or found["per_s"]
         p50, p99 = percentiles(found["answered"])
         refusal = f"{1000 * percentiles(found['refused'])[1]:.0f} ms" if found["refused"] else ""
         print(
-            f"| {clients} | {found['per_s']:.1f} | {found['per_s'] / alone:.2f} x | {1000 * p50:.0f} ms | "
+            f"| {num} | {found['per_s']:.1f} | {found['per_s'] / alone:.2f} x | {1000 * p50:.0f} ms | "
             f"{1000 * p99:.0f} ms | {len(found['refused'])} | {refusal} |",
             flush=True,
         )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

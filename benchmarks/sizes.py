@@ -5,19 +5,18 @@ Short runs favour small networks and small batches: what they say holds for the 
 are left out unless a row names one: they share the training with what is compared here, whole images' likelihood.
 """
 
-import argparse
 import re
 import sys
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
+from typer import Argument
 
-from pipelines.errors import run
+from benchmarks.command import command
 from pipelines.files import atomic_write
 from pipelines.params import PairParams, load_params
 from pixelcnn.config import checked_config
@@ -31,18 +30,13 @@ VARIANTS_FILE = Path("docs/sizes.yaml")
 TABLE_FILE = Path("docs/sizes.md")
 
 
-def load_variants(path: Path) -> dict[str, Any]:
-    """Read what to compare: `minutes` and `num_images` of each run, and by pair a list of changed settings.
-
-    Raises:
-        ValueError: the file is missing or no such mapping.
-    """
+def load_variants(path: Path) -> tuple[float, int, dict[str, Any]]:
+    """Return what to compare: `minutes` and `num_images` of each run, and by pair a list of changed settings."""
     try:
         values = yaml.safe_load(path.read_text())
-        minutes, num_images, pairs = float(values["minutes"]), int(values["num_images"]), dict(values["pairs"])
+        return float(values["minutes"]), int(values["num_images"]), dict(values["pairs"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must hold minutes, num_images and pairs ({error}).") from None
-    return {"minutes": minutes, "num_images": num_images, "pairs": pairs}
 
 
 def measure(
@@ -75,26 +69,28 @@ def measure(
     return f"| {', '.join(words) or 'as in params.yaml'} | {num:,} | {last[0].images_per_s:.0f} | {seen:,} | {score} |"
 
 
-def compare(path: Path = VARIANTS_FILE, out: Path = TABLE_FILE, pairs: Sequence[str] = ()) -> None:
+def compare(
+    pairs: Annotated[list[str] | None, Argument()] = None, variants: Path = VARIANTS_FILE, out: Path = TABLE_FILE
+) -> None:
     """Measure every variant, one after another, and write the tables; a row is printed as soon as it is known.
 
-    Those of other pairs than `pairs`, if some are named, stay as they are.
+    Those of other pairs than PAIRS, if some are named, stay as they are.
     """
-    variants = load_variants(path)
+    minutes, num_images, compared = load_variants(variants)
     before = out.read_text() if out.exists() else ""
     measured = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", before, re.MULTILINE | re.DOTALL))
     lines = [
         "# Sizes and settings, compared at equal time",
         "",
-        f"Each row is one training of {variants['minutes']:g} minutes, from the settings of `params.yaml` with the "
+        f"Each row is one training of {minutes:g} minutes, from the settings of `params.yaml` with the "
         "changes named; but `ema_decay` is 0.99 at most, and `head_features`, context, completer and label networks "
-        f"are left out unless named. Scored on the first {variants['num_images']} validation images. Measured by "
-        f"`python -m benchmarks.sizes` from `{path}`, one run after another.",
+        f"are left out unless named. Scored on the first {num_images} validation images. Measured by "
+        f"`python -m benchmarks.sizes` from `{variants}`, one run after another.",
         "",
     ]
     if "\n".join(lines) not in before:
         measured = {}  # in another way
-    for pair, changed in variants["pairs"].items():
+    for pair, changed in compared.items():
         if pairs and pair not in pairs:
             lines += [f"## {pair}\n{measured[pair]}".rstrip(), ""] if pair in measured else []
             continue
@@ -103,22 +99,12 @@ def compare(path: Path = VARIANTS_FILE, out: Path = TABLE_FILE, pairs: Sequence[
         settings = load_params().pair(pair)
         data = load_dataset(Path("data") / f"{settings.dataset}.safetensors")
         for changes in changed:
-            lines.append(measure(pair, settings, data, changes or {}, variants["minutes"], variants["num_images"]))
+            lines.append(measure(pair, settings, data, changes or {}, minutes, num_images))
             print(pair, lines[-1], flush=True)
         lines.append("")
     atomic_write(out, "\n".join(lines))
     print(f"wrote {out}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; a mistake is one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sizes", description=compare.__doc__)
-    parser.add_argument("pairs", nargs="*", help="those of docs/sizes.yaml if left out")
-    parser.add_argument("--variants", type=Path, default=VARIANTS_FILE)
-    parser.add_argument("--out", type=Path, default=TABLE_FILE)
-    arguments = parser.parse_args(argv)
-    return run("sizes", lambda: compare(arguments.variants, arguments.out, arguments.pairs))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(compare))

@@ -4,25 +4,24 @@ The plain loop is what one writes first: float32, contiguous images, kernels sto
 masks, Adam. All are timed in turn, step by step in one run, so that other work on the machine slows all alike.
 """
 
-import argparse
 import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typer import Option, run
 
-from pixelcnn.bench import matrix_peak, processor_name, work_per_pixel
+from pixelcnn.bench import matrix_peak, processor_name, resized, work_per_pixel
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.layers import MaskedConv2d
-from pixelcnn.models.registry import build_model
 from pixelcnn.training import TrainConfig, Trainer
 from pixelcnn.training.config import PRECISIONS
 
@@ -74,9 +73,8 @@ def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int)
     Returns:
         Images per second, by name.
     """
-    joint = build_model(model.config.without_context())  # the plain loop shows it no drawings
-    joint.load_state_dict({name: model.state_dict()[name] for name in joint.state_dict()})
-    model, config = joint, joint.config
+    model = resized(model, *model.config.image_shape[1:])  # the plain loop shows it no drawings
+    config = model.config
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, *config.image_shape)
     images = torch.randint(config.num_levels, shape, generator=generator).to(torch.uint8)
@@ -116,20 +114,17 @@ def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int)
     return speed
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each loop; the median counts")
-    parser.add_argument("--threads", type=int, help="torch's own choice if left out")
-    arguments = parser.parse_args(argv)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+def main(
+    checkpoint: Annotated[str, Option()],
+    batch_size: int = 32,
+    rounds: Annotated[int, Option(help="steps of each loop; the median counts")] = 20,
+    threads: Annotated[int | None, Option(help="torch's own choice if left out")] = None,
+) -> None:
+    """Time the steps of a checkpoint's training."""
+    torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(0)
-    model, _ = load_checkpoint(arguments.checkpoint)
-    bench_training(model, arguments.batch_size, arguments.rounds)
+    bench_training(load_checkpoint(checkpoint)[0], batch_size, rounds)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

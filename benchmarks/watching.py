@@ -5,7 +5,6 @@ PIXELCNN_WATCH=0, are asked by turns for the same completions. Printed is each o
 differences with its 95 % interval (bootstrap): single times vary by far more than what is measured.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -15,8 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import httpx
+from typer import Option, run
 
 from app.client import ServiceClient
 from benchmarks.service import body_of
@@ -51,31 +52,30 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return medians[25], medians[974]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.watching", description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=1000, help="requests of each service")
-    parser.add_argument("--champion", default="gated_pixelcnn-mnist")
-    parser.add_argument("--challenger", default="pixelcnn-mnist")
-    arguments = parser.parse_args()
+def main(
+    pairs: Annotated[int, Option(help="requests of each service")] = 1000,
+    champion: str = "gated_pixelcnn-mnist",
+    challenger: str = "pixelcnn-mnist",
+) -> None:
+    """Print what the watch costs."""
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["BENTOML_HOME"] = str(home)
-        store.serve(put_champion(arguments.champion, "1"))
-        store.serve(put_champion(arguments.challenger, "2"), "challenger")
+        store.serve(put_champion(champion, "1"))
+        store.serve(put_champion(challenger, "2"), "challenger")
         services: dict[bool, httpx.Client] = {}
         for watch in (True, False):
             served = stack.enter_context(serving(home, home / f"log-{watch}", PIXELCNN_WATCH=str(int(watch))))
-            http = httpx.Client(base_url=served.url, timeout=60, trust_env=False)
+            json_body = {"Content-Type": "application/json"}
+            http = httpx.Client(base_url=served.url, headers=json_body, timeout=60, trust_env=False)
             services[watch] = stack.enter_context(http)
         model = ServiceClient(str(services[True].base_url)).models()[DATASET]
         taken: dict[bool, list[float]] = {True: [], False: []}
-        for i in range(WARM_UP + arguments.pairs):
+        for i in range(WARM_UP + pairs):
             body = body_of(DATASET, model, NUM_CANDIDATES, i, i)
             for watch in (True, False) if i % 2 else (False, True):
                 start = time.perf_counter()
-                services[watch].post(
-                    "/complete", content=body, headers={"Content-Type": "application/json"}
-                ).raise_for_status()
+                services[watch].post("/complete", content=body).raise_for_status()
                 taken[watch].append(time.perf_counter() - start)
         shadow = services[True].get("/drawings").json()[DATASET]["shadow"]
     on, off = taken[True][WARM_UP:], taken[False][WARM_UP:]
@@ -84,12 +84,11 @@ def main() -> None:
     base = median(off)
     print(f"| {DATASET}, {NUM_CANDIDATES} candidates of a half, {len(on)} requests by turns | p50 |\n| --- | --- |")
     print(f"| all off (PIXELCNN_WATCH=0) | {1000 * base:.2f} ms |")
-    print(
-        f"| logs, metrics, drift, shadow ({shadow['drawings']} drawings scored by both) | {1000 * median(on):.2f} ms |"
-    )
+    shown = f"logs, metrics, drift, shadow ({shadow['drawings']} drawings scored by both)"
+    print(f"| {shown} | {1000 * median(on):.2f} ms |")
     cells = [f"{1000 * value:.2f} ms ({100 * value / base:+.1f} %)" for value in (median(differences), low, high)]
     print(f"| paired difference: median, 95 % interval | {cells[0]}; {cells[1]} to {cells[2]} |")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

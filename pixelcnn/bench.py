@@ -91,13 +91,12 @@ def cache_bandwidth() -> float:
         return float(a.nbytes + b.nbytes) / min(timeit.repeat(partial(torch.dot, a, b), number=1, repeat=300))
 
 
-def _resized(model: AutoregressiveModel, height: int, width: int) -> AutoregressiveModel:
+def resized(model: AutoregressiveModel, height: int, width: int) -> AutoregressiveModel:
     """Return the same joint network for another image size: none of its weights depends on it."""
     shape = (model.config.image_shape[0], height, width)
-    resized = build_model(dataclasses.replace(model.config.without_context(), image_shape=shape))
-    weights = model.state_dict()
-    resized.load_state_dict({name: weights[name] for name in resized.state_dict()})
-    return resized.eval()
+    joint = build_model(dataclasses.replace(model.config.without_context(), image_shape=shape))
+    joint.load_state_dict({name: model.state_dict()[name] for name in joint.state_dict()})
+    return joint.eval()
 
 
 @dataclasses.dataclass
@@ -122,7 +121,7 @@ def time_naive(
     channels, height, width = model.config.image_shape
     levels = torch.zeros(batch_size, channels, height, width, dtype=torch.int64)
     u = torch.rand(batch_size)
-    cropped = [_resized(model, y + 1, width) for y in range(height)] if kind == CROPPED else []
+    cropped = [resized(model, y + 1, width) for y in range(height)] if kind == CROPPED else []
     network: Any = torch.compile(model, dynamic=False) if kind == NAIVE_COMPILED else model
 
     def step(place: int) -> None:
@@ -305,9 +304,9 @@ def _bench_sides(model: AutoregressiveModel, sides: list[int], seconds: float) -
     found = []
     print(f"{'side':>5} {'cached us/pixel':>16} {'naive us/pixel':>15} {'ratio':>9}")
     for side in sides:
-        resized = _resized(model, side, side)
-        cached = time_sampler(CACHED, resized, 1, seconds).seconds / side**2
-        timing = time_naive(resized, 1, seconds, passes=200)
+        network = resized(model, side, side)
+        cached = time_sampler(CACHED, network, 1, seconds).seconds / side**2
+        timing = time_naive(network, 1, seconds, passes=200)
         naive = timing.seconds / side**2
         found.append({"side": side, "cached_s_per_pixel": cached, "naive_s_per_pixel": naive})
         ratio = f"{naive / cached:>8.0f}x  (naive {timing.note})"

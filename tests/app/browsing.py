@@ -61,13 +61,15 @@ def points_on_screen(page: Page, points: list[tuple[float, float]]) -> list[tupl
     return [(box["x"] + x * box["width"] / columns, box["y"] + y * box["height"] / rows) for x, y in points]
 
 
-def draw(page: Page, points: list[tuple[float, float]]) -> None:
-    """Draw one stroke with the mouse, in as few moves as there are points: as fast as a hand can be."""
+def draw(page: Page, points: list[tuple[float, float]], steps: int = 1, pause_ms: float = 0) -> None:
+    """Draw one stroke with the mouse, in `steps` moves from point to point: with one as fast as a hand can be."""
     (x, y), *rest = points_on_screen(page, points)
     page.mouse.move(x, y)
     page.mouse.down()
     for x, y in rest:
-        page.mouse.move(x, y)
+        page.mouse.move(x, y, steps=steps)
+        if pause_ms:
+            page.wait_for_timeout(pause_ms)
     page.mouse.up()
 
 

@@ -1,6 +1,7 @@
 """The benchmark of packing measures a folder of one's own, into its place on the page."""
 
 from benchmarks import packing
+from benchmarks.command import command
 from benchmarks.packing import Row, table
 from pixelcnn.images import to_png
 from tests.core.test_packing import checkpoint_of
@@ -22,12 +23,12 @@ def test_a_folder_and_its_model(tmp_path, monkeypatch, capsys) -> None:
         return [packing.by_pillow("PNG", some, format="PNG") for some in (pictures[:num_alone], pictures)]
 
     monkeypatch.setattr(packing, "by_codecs", by_pillow_alone)
-    assert packing.main(["--folder", str(folder), "--checkpoint", str(checkpoint), "--alone", "2"]) == 0
+    assert command(packing.measure, ["--folder", str(folder), "--checkpoint", str(checkpoint), "--alone", "2"]) == 0
     before, after = packing.PAGE.read_text().split("<!-- python -m benchmarks.packing --folder -->\n")
     assert "### `own-mine`, 6 pictures of a folder, `mine`" in after
     assert "0 mismatches." in after
     assert "### `gated_pixelcnn-mnist`, 10,000 test images" in before
-    assert packing.main(["--folder", str(folder)]) == 1
+    assert command(packing.measure, ["--folder", str(folder)]) == 1
     assert "--folder and --checkpoint go together, and without pairs." in capsys.readouterr().err
 
 

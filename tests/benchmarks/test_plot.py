@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.command import command
 from benchmarks.plot import main, read
 from pixelcnn import PixelCNNConfig, build_model
 from pixelcnn.bench import SAMPLERS, bench, write_json
@@ -18,7 +19,7 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
     samplers = [name for name in SAMPLERS if "torch.compile" not in name]
     result = bench(build_model(config).eval(), [1, 2], samplers, 0.01, 0, [4, 8])
     write_json(tmp_path / "tiny.json", result)
-    assert main([str(tmp_path)]) == 0
+    assert command(main, [str(tmp_path)]) == 0
     path, table = tmp_path / "bench.png", (tmp_path / "bench.md").read_text().splitlines()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.md", "bench.png", "tiny.json"]
     heads, (of_two,) = table[2].split(" | "), [line for line in table if line.startswith("| `tiny` | 2 |")]
@@ -41,7 +42,7 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
 
 
 def test_its_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 1
+    assert command(main, [str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"plot: {tmp_path} holds no benchmark. Make one: make bench\n"
     for torch_version in ("2.7.0", "2.8.0"):
         result = {"processor": "x", "num_threads": 2, "torch": torch_version}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sizes import main
+from benchmarks.command import command
+from benchmarks.sizes import compare
 from tests.pipelines.projects import PAIR, tiny_params, write_params
 
 
@@ -15,7 +16,7 @@ def test_a_row_for_each_variant(project: Path, capsys: pytest.CaptureFixture[str
     write_params(Path(), params)
     text = f"minutes: 0.01\nnum_images: 8\npairs:\n  {PAIR}: [{{}}, {{network: {{num_features: 5}}}}]\n"
     Path("variants.yaml").write_text(text)
-    assert main(["--variants", "variants.yaml", "--out", "table.md"]) == 0
+    assert command(compare, ["--variants", "variants.yaml", "--out", "table.md"]) == 0
     rows = [line for line in Path("table.md").read_text().splitlines() if line.endswith(" nats |")]
     assert [row.split(" | ")[0] for row in rows] == ["| as in params.yaml", "| num_features 5"]
     printed = capsys.readouterr().out
@@ -32,7 +33,7 @@ def test_what_was_measured_of_other_pairs_stays(project: Path) -> None:
     def measured(minutes: float) -> str:
         variants = f"minutes: {minutes}\nnum_images: 8\npairs: {{a: [{{}}], {PAIR}: [{{}}], b: [{{}}]}}\n"
         Path("variants.yaml").write_text(variants)
-        assert main(words) == 0
+        assert command(compare, words) == 0
         return Path("table.md").read_text()
 
     head, _, own = measured(0.01).partition("## ")
@@ -47,9 +48,9 @@ def test_what_was_measured_of_other_pairs_stays(project: Path) -> None:
 
 
 def test_its_mistakes_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--variants", "nowhere.yaml"]) == 1
+    assert command(compare, ["--variants", "nowhere.yaml"]) == 1
     assert "sizes: nowhere.yaml must hold minutes, num_images and pairs" in capsys.readouterr().err
     Path("variants.yaml").write_text(f"minutes: 0.01\nnum_images: 8\npairs:\n  {PAIR}: [{{size: 3}}]\n")
-    assert main(["--variants", "variants.yaml", "--out", "table.md"]) == 1
+    assert command(compare, ["--variants", "variants.yaml", "--out", "table.md"]) == 1
     assert "unknown key 'size'. Known: network, train." in capsys.readouterr().err
     assert not Path("table.md").exists()
