@@ -64,8 +64,7 @@ def clone(folder: Path, venv: Path | None) -> None:
 def start(folder: Path, log: Path, *words: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start `make demo`, or `make` with other words, as a terminal does, in a process group of its own.
 
-    Returns:
-        The process, and the mark of all that it starts.
+    Returned are the process, and the mark of all that it starts.
     """
     mark = uuid.uuid4().hex
     stores = {name: str(folder.parent / name) for name in ("BENTOML_HOME", "PREFECT_HOME")}
@@ -114,8 +113,7 @@ def interrupt(process: subprocess.Popen[bytes], mark: str, log: Path) -> str:
 def ready(venv: Path | None, *words: str) -> Iterator[tuple[str, float, str]]:
     """Run `make demo`, or `make` with other words, in a fresh clone; interrupt it in the end.
 
-    Yields:
-        Once it is ready, which is printed: the canvas's address, when all was installed, and the log so far.
+    Once it is ready, which is printed, yield the canvas's address, when all was installed, and the log so far.
     """
     with tempfile.TemporaryDirectory(prefix="clone-") as top:
         folder, log = Path(top) / "clone", Path(top) / "log.txt"

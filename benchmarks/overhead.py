@@ -9,14 +9,14 @@ work; the last line is the first training on a fresh machine, which has to make 
 """
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,7 @@ import yaml
 from typer import Argument, Option
 
 from benchmarks.command import command
+from benchmarks.packing import timed
 from pipelines.operate import PREFECT, await_server, stop
 from pipelines.params import PARAMS_FILE, load_params
 from tests.local import free_port
@@ -86,8 +87,11 @@ def running_server(folder: Path) -> Iterator[str]:
         stop([server])
 
 
-def measure(pair: str, epochs: float | None) -> list[tuple[str, float, float]]:
-    """Train in five ways; return what each is, with its seconds by the clock and of the processor."""
+def main(
+    pair: Annotated[str, Argument(help="of params.yaml, with prepared data")] = "pixelcnn-mnist5k",
+    epochs: Annotated[float | None, Option(help="of the training; those of params.yaml if it is left out")] = None,
+) -> None:
+    """Train in five ways; say what each costs, and what it adds to the one before."""
     dataset = load_params().pair(pair).dataset
     flow = ("-m", "pipelines.steps", "train-pair", pair)
     lines = (
@@ -97,7 +101,8 @@ def measure(pair: str, epochs: float | None) -> list[tuple[str, float, float]]:
         ("with Prefect and MLflow: `train-pair`", flow),
         ("the same on a fresh machine", flow),
     )
-    found = []
+    print("| training | clock | processor | added, processor |\n| --- | --- | --- | --- |")
+    found: list[float] = []  # seconds of the processor
     with tempfile.TemporaryDirectory() as top, running_server(Path(top)) as url:
         for number, (name, words) in enumerate(lines):
             folder = Path(top) / str(number)
@@ -108,10 +113,14 @@ def measure(pair: str, epochs: float | None) -> list[tuple[str, float, float]]:
                 environment["PREFECT_API_URL"] = ""
             else:
                 _python(folder, environment, "-c", "from pipelines.registry import runs; runs.client()")
-            before, start = _processor_s(), time.monotonic()
-            _python(folder, environment, *words)
-            found.append((name, time.monotonic() - start, _processor_s() - before))
-    return found
+            start = time.monotonic()
+            _, spent_s = timed(partial(_python, folder, environment, *words))
+            added = f"{spent_s - found[-1]:+.1f} s" if found else ""
+            print(f"| {name} | {time.monotonic() - start:.1f} s | {spent_s:.1f} s | {added} |", flush=True)
+            found.append(spent_s)
+    for name, line in (("The tools", WITH_TOOLS), ("On a fresh machine", FRESH)):
+        tools_s = found[line] - found[WITHOUT_TOOLS]
+        print(f"{name}: {tools_s:.1f} processor seconds, {100 * tools_s / TRAINING_S:.0f} % of a 60 s training.")
 
 
 def _python(folder: Path, environment: dict[str, str], *words: str) -> None:
@@ -131,31 +140,6 @@ def _write_project(folder: Path, pair: str, dataset: str, epochs: float | None) 
     train |= {"max_epochs": epochs} if epochs else {}
     write_params(folder, values)
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
-
-
-def _processor_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def report(found: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Return the measurements as a table, each with what it adds to the one before."""
-    lines = ["| training | clock | processor | added, processor |", "| --- | --- | --- | --- |"]
-    for i, (name, clock_s, processor_s) in enumerate(found):
-        added = f"{processor_s - found[i - 1][2]:+.1f} s" if i else ""
-        lines.append(f"| {name} | {clock_s:.1f} s | {processor_s:.1f} s | {added} |")
-    for name, line in (("The tools", WITH_TOOLS), ("On a fresh machine", FRESH)):
-        tools_s = found[line][2] - found[WITHOUT_TOOLS][2]
-        lines.append(f"{name}: {tools_s:.1f} processor seconds, {100 * tools_s / TRAINING_S:.0f} % of a 60 s training.")
-    return lines
-
-
-def main(
-    pair: Annotated[str, Argument(help="of params.yaml, with prepared data")] = "pixelcnn-mnist5k",
-    epochs: Annotated[float | None, Option(help="of the training; those of params.yaml if it is left out")] = None,
-) -> None:
-    """Say what the tools cost."""
-    print("\n".join(report(measure(pair, epochs))))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,13 +30,14 @@ from typer import Argument, Option
 from benchmarks.command import command
 from pixelcnn.checkpoint import WEIGHTS_FILE, load_checkpoint
 from pixelcnn.data import load_dataset
-from pixelcnn.images import to_picture, to_sheet
+from pixelcnn.images import to_picture, to_sheet, with_fewest_bits
 from pixelcnn.packing import pack, unpack
 from pixelcnn.packing.pictures import open_images
 from pixelcnn.sampling.fast import sample, warm_up
 
 PAGE, BEGIN, END = Path("docs/packing.md"), "<!-- python -m benchmarks.packing{} -->\n", "<!-- end -->\n"
 TOOLS = ("optipng", "cjxl", "djxl", "zstd")
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -55,17 +56,10 @@ def processor_s() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Return the processor time of some work."""
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Return the result of some work, and its processor time."""
     start = processor_s()
-    work()
-    return processor_s() - start
-
-
-def picture_of(levels: Tensor, num_levels: int) -> Image.Image:
-    """Return the smallest form of an image that Pillow has: 1 bit per pixel for two levels."""
-    picture = to_picture(levels, num_levels)
-    return picture.convert("1", dither=Image.Dither.NONE) if num_levels == 2 else picture
+    return work(), processor_s() - start
 
 
 def pixels_of(pictures: Sequence[Image.Image]) -> bytes:
@@ -74,19 +68,16 @@ def pixels_of(pictures: Sequence[Image.Image]) -> bytes:
 
 def by_pillow(name: str, pictures: list[Image.Image], **options: Any) -> Row:
     """Code each picture by Pillow."""
-    files: list[bytes] = []
-    decoded: list[Image.Image] = []
 
-    def encode() -> None:
-        for picture in pictures:
-            buffer = io.BytesIO()
-            picture.save(buffer, **options)
-            files.append(buffer.getvalue())
+    def encoded(picture: Image.Image) -> io.BytesIO:
+        buffer = io.BytesIO()
+        picture.save(buffer, **options)
+        return buffer
 
-    pack_s = timed(encode)
-    unpack_s = timed(lambda: decoded.extend(Image.open(io.BytesIO(file)).convert("RGB") for file in files))
+    files, pack_s = timed(lambda: [encoded(picture) for picture in pictures])
+    decoded, unpack_s = timed(lambda: [Image.open(file).convert("RGB") for file in files])
     assert pixels_of(decoded) == pixels_of(pictures), name
-    return Row(name, len(pictures), sum(map(len, files)), pack_s, unpack_s)
+    return Row(name, len(pictures), sum(len(file.getvalue()) for file in files), pack_s, unpack_s)
 
 
 def by_programs(name: str, pictures: list[Image.Image], encode: str, decode: str | None) -> Row:
@@ -108,11 +99,10 @@ def by_programs(name: str, pictures: list[Image.Image], encode: str, decode: str
                 command = [word.format(png=png, file=file) for word in words.split()]
                 subprocess.run(command, check=True, capture_output=True)
 
-        pack_s = timed(lambda: call(encode))
+        _, pack_s = timed(lambda: call(encode))
         num_bytes = sum(file.stat().st_size for file in files)
-        unpack_s = timed(lambda: call(decode)) if decode else 0.0
-        decoded: list[Image.Image] = []
-        read_s = timed(lambda: decoded.extend(Image.open(png).convert("RGB") for png in pngs))
+        unpack_s = timed(lambda: call(decode))[1] if decode else 0.0
+        decoded, read_s = timed(lambda: [Image.open(png).convert("RGB") for png in pngs])
         assert pixels_of(decoded) == pixels_of(pictures), name
         return Row(name, len(pictures), num_bytes, pack_s, unpack_s or read_s)
 
@@ -121,15 +111,14 @@ def by_archiver(name: str, levels: Tensor, num_levels: int, encode: str, decode:
     """Code the levels of all images as one file, by a program from standard input to standard output."""
     values = levels.byte().numpy()
     raw = np.packbits(values).tobytes() if num_levels == 2 else values.tobytes()
-    made: list[bytes] = []
 
-    def call(words: str, content: bytes) -> None:
-        made.append(subprocess.run(words.split(), input=content, capture_output=True, check=True).stdout)
+    def call(words: str, content: bytes) -> bytes:
+        return subprocess.run(words.split(), input=content, capture_output=True, check=True).stdout
 
-    pack_s = timed(lambda: call(encode, raw))
-    unpack_s = timed(lambda: call(decode, made[0]))
-    assert made[1] == raw, name
-    return Row(name, len(levels), len(made[0]), pack_s, unpack_s)
+    made, pack_s = timed(lambda: call(encode, raw))
+    back, unpack_s = timed(lambda: call(decode, made))
+    assert back == raw, name
+    return Row(name, len(levels), len(made), pack_s, unpack_s)
 
 
 def by_model(checkpoint: Path, levels: Tensor, num_alone: int) -> tuple[list[Row], float]:
@@ -142,14 +131,12 @@ def by_model(checkpoint: Path, levels: Tensor, num_alone: int) -> tuple[list[Row
     warm_up(model)
     num = min(64, len(levels))
     u = torch.rand(num, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
-    sample_s = timed(lambda: sample(model, u)) / num * len(levels)
+    sample_s = timed(lambda: sample(model, u))[1] / num * len(levels)
     with tempfile.TemporaryDirectory() as name:
         given, file, back = (Path(name) / part for part in ("given.npy", "packed.pxl", "back.npy"))
         np.save(given, levels.byte().numpy())
-        start = processor_s()
-        made = pack(checkpoint, given, file)
-        pack_s = processor_s() - start
-        unpack_s = timed(lambda: unpack(checkpoint, file, back))
+        made, pack_s = timed(lambda: pack(checkpoint, given, file))
+        _, unpack_s = timed(lambda: unpack(checkpoint, file, back))
         assert back.read_bytes() == given.read_bytes(), checkpoint
         np.save(given, levels[:num_alone].byte().numpy())
         some = pack(checkpoint, given, file.with_name("some.pxl"))
@@ -164,9 +151,9 @@ def by_model(checkpoint: Path, levels: Tensor, num_alone: int) -> tuple[list[Row
 
 def by_codecs(levels: Tensor, num_levels: int, num_alone: int) -> list[Row]:
     """Code images by general codecs: `num_alone` of them as a file each, all of them as one."""
-    pictures = [picture_of(image, num_levels) for image in levels[:num_alone]]
+    pictures = [with_fewest_bits(to_picture(image, num_levels), num_levels) for image in levels[:num_alone]]
     sheet = to_sheet(levels, num_levels, num_columns=int(np.ceil(np.sqrt(len(levels)))), zoom=1, gap=0)
-    sheets = [sheet.convert("1", dither=Image.Dither.NONE) if num_levels == 2 else sheet]
+    sheets = [with_fewest_bits(sheet, num_levels)]
     webp = {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}
     cjxl, djxl = "cjxl -d 0 -e {} --num_threads=0 {{png}} {{file}}", "djxl --num_threads=0 {file} {png}"
     by_sheet = [

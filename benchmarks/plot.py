@@ -22,11 +22,7 @@ _COLOURS = {
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return every benchmark of a folder, by its pair.
-
-    Raises:
-        ValueError: the folder has no benchmark, one that cannot be read, or those of several machines.
-    """
+    """Return every benchmark of a folder, by its pair; refuse one that is no JSON, and those of several machines."""
     results: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         try:

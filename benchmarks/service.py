@@ -127,11 +127,7 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
 
 
 def parts_of_a_stroke(drawing: Drawing, num_levels: int) -> Iterator[tuple[Image, list[list[int]]]]:
-    """Yield what is on a canvas after each quarter of a stroke that draws a drawing's ink, from its top.
-
-    Yields:
-        An image, and `observed` with its ink known.
-    """
+    """Yield image and `observed` of a canvas after each quarter of a stroke that draws its ink, from the top."""
     image, ink = levels_of(drawing, num_levels), known_cells(drawing, "ink", num_levels)
     order = ink.cumsum().reshape(ink.shape)
     for part in range(1, 5):
@@ -144,9 +140,8 @@ def visits(
 ) -> tuple[list[float], list[float], list[str]]:
     """Do what canvases do at once.
 
-    Returns:
-        The seconds from each stroke's end to its endings, and to their probabilities, infinite where the next stroke
-        came before; and what went wrong.
+    Returned are the seconds from each stroke's end to its endings, and to their probabilities, infinite where the next
+    stroke came before; and what went wrong.
     """
     shared, drawn, scored, lost = ServiceClient(url), [], [], []
 

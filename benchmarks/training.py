@@ -63,15 +63,10 @@ def plain_step(model: AutoregressiveModel, optimizer: torch.optim.Optimizer, lev
 
 
 def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int) -> dict[str, float]:
-    """Print a table of images per second, with ratios to the plain loop and shares of the matrix peak.
+    """Print and return images per second, by name, with ratios to the plain loop and shares of the matrix peak.
 
-    Args:
-        model: on the CPU; copies of its joint model are trained on random images: time does not depend on what they
-            show.
-        num_rounds: steps of each loop; the median counts.
-
-    Returns:
-        Images per second, by name.
+    Copies of the joint model are trained on random images: time does not depend on what they show. Of the rounds, steps
+    of each loop, the median counts.
     """
     model = resized(model, *model.config.image_shape[1:])  # the plain loop shows it no drawings
     config = model.config

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,13 +38,13 @@ SAMPLERS = (NAIVE, CROPPED, NAIVE_COMPILED, CACHED_TORCH, CACHED)
 def work_per_pixel(model: AutoregressiveModel) -> tuple[float, int]:
     """Return the multiply-adds that a pixel needs, and how many of them are pixel work: alone in a batch, a pixel reads
     as many weights for them."""
-    plan, attended = Plan(model), 0.0
+    plan = Plan(model)
     by_row, by_pixel = (
         sum(step.matrix.numel() // step.stride**2 for step in steps if step.matrix is not None)
         for steps in (plan.row_steps, plan.pixel_steps)
     )
-    for attention in {step.attention for step in plan.row_steps if step.attention is not None}:
-        attended += attention.num_blocks * attention.heads * attention.key_features  # half of them are above
+    attentions = {step.attention for step in plan.row_steps if step.attention is not None}
+    attended = sum(one.num_blocks * one.heads * one.key_features for one in attentions)  # half of them are above
     return by_row + by_pixel + attended, by_pixel
 
 
@@ -99,8 +99,7 @@ def resized(model: AutoregressiveModel, height: int, width: int) -> Autoregressi
     return joint.eval()
 
 
-@dataclasses.dataclass
-class Timing:
+class Timing(NamedTuple):
     """Seconds per image (NaN where there are none), and a note on how they were found."""
 
     seconds: float
@@ -111,12 +110,9 @@ class Timing:
 def time_naive(
     model: AutoregressiveModel, batch_size: int, seconds: float, kind: str = NAIVE, passes: int | None = None
 ) -> Timing:
-    """Time one forward pass per sub-pixel: of the whole image, or of the rows so far (nothing below is read).
+    """Time one forward pass per sub-pixel: of the whole image, or (CROPPED) of the rows so far: nothing below is read.
 
-    Args:
-        seconds: passes beyond this time are extrapolated from the others.
-        kind: NAIVE, CROPPED or NAIVE_COMPILED.
-        passes: at most so many passes.
+    Passes beyond these seconds, or this number, are extrapolated from the others.
     """
     channels, height, width = model.config.image_shape
     levels = torch.zeros(batch_size, channels, height, width, dtype=torch.int64)
@@ -175,30 +171,22 @@ def count_differences(model: AutoregressiveModel, num_images: int, dtype: torch.
     the naive sampler's, step by step.
 
     Returns:
-        num_images, num_images_that_differ, num_levels_that_differ, and max_distance_to_boundary: how far `u` lies at
-        most from a boundary of the cumulative distribution where levels differ (0 if none do).
+        Counts, and max_distance_to_boundary: how far `u` lies at most from a boundary of the cumulative distribution
+        where levels differ (0 if none do).
     """
-    model = copy.deepcopy(model).to(dtype)
-    u = torch.rand(
-        num_images, *model.config.image_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
-    levels = sample(model, u)
-    images = differing = 0
+    model, generator = copy.deepcopy(model).to(dtype), torch.Generator().manual_seed(1)
+    u = torch.rand(num_images, *model.config.image_shape, generator=generator, dtype=torch.float64)
+    found = {"num_images": num_images, "num_images_that_differ": 0, "num_levels_that_differ": 0}
     distance = 0.0
-    for part, noise in zip(levels.split(8), u.split(8), strict=True):
+    for part, noise in zip(sample(model, u).split(8), u.split(8), strict=True):
         logits = level_probs(model, part).log().movedim(1, -1)  # (B, C, H, W, K)
         wrong = draw_level(logits, noise, 1.0) != part
-        images += int(wrong.flatten(1).any(dim=1).sum())
-        differing += int(wrong.sum())
+        found["num_images_that_differ"] += int(wrong.flatten(1).any(dim=1).sum())
+        found["num_levels_that_differ"] += int(wrong.sum())
         if wrong.any():
             boundaries = torch.softmax(logits[wrong].double(), dim=-1).cumsum(dim=-1)
             distance = max(distance, float((boundaries - noise[wrong][:, None]).abs().amin(dim=1).max()))
-    return {
-        "num_images": num_images,
-        "num_images_that_differ": images,
-        "num_levels_that_differ": differing,
-        "max_distance_to_boundary": distance,
-    }
+    return {**found, "max_distance_to_boundary": distance}
 
 
 def bench(
@@ -209,11 +197,9 @@ def bench(
     num_exact: int,
     sides: list[int],
 ) -> dict[str, Any]:
-    """Time the samplers on a model in float32 on the CPU, print tables, and return the figures.
+    """Time some of SAMPLERS on a model in float32 on the CPU, print tables, and return the figures.
 
     Args:
-        batch_sizes: images sampled together.
-        samplers: names out of SAMPLERS.
         seconds: how long to measure each figure, about.
         num_exact: images to compare with the model; 0 for none.
         sides: image sides at which to time a pixel; empty for none.
@@ -285,16 +271,13 @@ def bench(
     }
     if num_exact:
         result["exactness"] = {}
-        for dtype in (torch.float64, torch.float32):
-            counted = count_differences(model, num_exact, dtype)
-            result["exactness"][str(dtype).removeprefix("torch.")] = counted
-            line = (
-                f"{dtype}: {counted['num_images_that_differ']} of {num_exact} images differ from the naive sampler's, "
-                f"in {counted['num_levels_that_differ']} levels"
-            )
-            if counted["num_levels_that_differ"]:
+        for name in ("float64", "float32"):
+            counted = result["exactness"][name] = count_differences(model, num_exact, getattr(torch, name))
+            images, levels = counted["num_images_that_differ"], counted["num_levels_that_differ"]
+            line = f"{name}: {images} of {num_exact} images differ from the naive sampler's, in {levels} levels"
+            if levels:
                 line += f", each with u within {counted['max_distance_to_boundary']:.0e} of a boundary"
-            print(line.removeprefix("torch."))
+            print(line)
     if sides:
         result["sides"] = _bench_sides(model, sides, seconds)
     return result
@@ -306,11 +289,10 @@ def _bench_sides(model: AutoregressiveModel, sides: list[int], seconds: float) -
     for side in sides:
         network = resized(model, side, side)
         cached = time_sampler(CACHED, network, 1, seconds).seconds / side**2
-        timing = time_naive(network, 1, seconds, passes=200)
-        naive = timing.seconds / side**2
+        naive, note = time_naive(network, 1, seconds, passes=200)
+        naive /= side**2
         found.append({"side": side, "cached_s_per_pixel": cached, "naive_s_per_pixel": naive})
-        ratio = f"{naive / cached:>8.0f}x  (naive {timing.note})"
-        print(f"{side:>5} {cached * 1e6:>16.2f} {naive * 1e6:>15.0f} {ratio}")
+        print(f"{side:>5} {cached * 1e6:>16.2f} {naive * 1e6:>15.0f} {naive / cached:>8.0f}x  (naive {note})")
     return found
 
 

@@ -30,22 +30,17 @@ def complete(
     temperature: float = 1.0,
     on_row: OnRow | None = None,
 ) -> Tensor:
-    """Fill in the missing pixels of a batch of images, in raster order.
+    """Fill in the missing pixels of a batch of images, in raster order: `sample`, with the image as its drawing.
 
     Args:
         image: (B, C, H, W) int64 levels in [0, K); ignored where missing.
         observed: (B, 1, H, W) bool, True where the pixel is known.
-        u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
-        label: (B,) int64, -1 for none; None for no labels.
-        temperature: divides the logits, and with a label network the label's log-probabilities; 0 takes the most likely
-            level.
-        on_row: called after each finished row with its index and (B, C, W) levels.
 
     Returns:
         (B, C, H, W) int64 levels in [0, K), equal to `image` where observed.
 
     Raises:
-        ValueError: a shape, dtype or range differs from the above.
+        ValueError: a shape, dtype or range differs from what `sample` asks for.
     """
     return sample(model, u, label, temperature, drawing=image, observed=observed, on_row=on_row)
 
@@ -102,7 +97,7 @@ def complete_and_score(
 def resample(
     model: AutoregressiveModel, image: Tensor, observed: Tensor, u: Tensor, choice: Tensor, label: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Complete each image by one of M proposals, chosen by importance: the joint model's weight of it.
+    """Complete each image by one of M proposals, chosen by importance (Rubin 1987): the joint model's weight of it.
 
     A proposal, drawn by `complete`, is weighted by p(x) / q(missing | observed), with p the joint model and q the
     probability with which it was proposed. For many proposals the choice is a sample of the joint model's own
@@ -114,13 +109,11 @@ def resample(
         choice: (B,) uniform noise in [0, 1), that of the choice between them.
 
     Returns:
-        (B, C, H, W) int64 levels; and (B,) float64, the effective number of proposals, from 1 (one has all the weight)
-        to M (all weigh the same).
+        (B, C, H, W) int64 levels; and (B,) float64, the effective number of proposals (Kong 1992): 1 if one has all
+        the weight, M if all weigh the same.
 
     Raises:
         ValueError: a shape, dtype or range differs from the above.
-
-    Source: sampling importance resampling, Rubin 1987; the effective number is Kong's, 1992.
     """
     if u.dim() != 5 or len(u) != len(image) or choice.shape != image.shape[:1]:
         raise ValueError(
@@ -142,9 +135,7 @@ def resample(
 def shares_of_drawing(levels: Tensor, observed: Tensor, num_levels: int) -> dict[str, Tensor]:
     """Return `ink_share` and `known_share` of drawings, (B,) float64: what of the image is known ink, and known.
 
-    Args:
-        levels: (B, C, H, W) int64 in [0, num_levels).
-        observed: (B, 1, H, W) bool.
+    `levels` are (B, C, H, W) int64 in [0, num_levels), `observed` (B, 1, H, W) bool.
     """
     ink = torch.from_numpy(ink_of(levels, num_levels)) & observed[:, 0].cpu()
     return {"ink_share": ink.double().mean((1, 2)), "known_share": observed.double().mean((1, 2, 3))}
@@ -156,12 +147,8 @@ def drawing_bits_per_dim(
 ) -> Tensor:
     """Return what the known part of drawings costs, (B,) float64 bits per dimension; NaN where nothing is known.
 
-    Each known sub-pixel is scored by the joint model, given what lies before it: the drawing, and where that is not
-    known the completion.
-
-    Args:
-        completions: (B, C, H, W) int64, the drawings, completed.
-        observed: (B, 1, H, W) bool.
+    Each known sub-pixel is scored by the joint model, given what lies before it in `completions`, the drawings
+    completed: (B, C, H, W) int64. `observed` is (B, 1, H, W) bool.
     """
     nats = -pixel_log_prob(model, completions, label).double() * observed
     return nats.sum((1, 2, 3)) / (observed.sum((1, 2, 3)) * completions.shape[1] * math.log(2))

@@ -15,16 +15,16 @@ def to_picture(levels: Tensor, num_levels: int) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())  # grey has no third axis
 
 
-def to_png(levels: Tensor, num_levels: int, optimize: bool = False) -> bytes:
-    """Return one image, (C, H, W) int64 levels, as the bytes of a PNG.
+def with_fewest_bits(picture: Image.Image, num_levels: int) -> Image.Image:
+    """Return the smallest form of a picture that Pillow has: 1 bit per pixel for two levels of grey."""
+    return picture.convert("1", dither=Image.Dither.NONE) if num_levels == 2 and picture.mode == "L" else picture
 
-    Args:
-        optimize: make it small: 1 bit per pixel where there are two levels, and Pillow's most thorough compression.
-    """
-    picture = to_picture(levels, num_levels)
-    if optimize and num_levels == 2 and len(levels) == 1:
-        picture = picture.convert("1", dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
+
+def to_png(levels: Tensor, num_levels: int, optimize: bool = False) -> bytes:
+    """Return one image, (C, H, W) int64 levels, as a PNG; if optimized, of the fewest bytes that Pillow makes."""
+    picture, buffer = to_picture(levels, num_levels), io.BytesIO()
+    if optimize:
+        picture = with_fewest_bits(picture, num_levels)
     picture.save(buffer, format="PNG", optimize=optimize)
     return buffer.getvalue()
 
@@ -32,14 +32,11 @@ def to_png(levels: Tensor, num_levels: int, optimize: bool = False) -> bytes:
 def from_png(
     png: bytes, image_shape: tuple[int, int, int], num_levels: int, exact: bool = False, observed: Tensor | None = None
 ) -> Tensor:
-    """Read a PNG of exactly the size of an image as levels; it is never resized.
+    """Read a PNG of exactly the size of an image as levels, (C, H, W) int64 in [0, K); it is never resized.
 
     Args:
         exact: refuse a picture whose pixels are not all levels, in place of rounding them.
         observed: (..., H, W) bool, or what broadcasts to it: the pixels that count; None for all.
-
-    Returns:
-        (C, H, W) int64 in [0, K): grey values, or RGB, rounded to the nearest of the K levels.
 
     Raises:
         ValueError: it is no PNG, it is larger than 1 MB, of another size, of 16 bits, animated, transparent where it
@@ -81,13 +78,9 @@ def from_png(
 
 
 def to_sheet(levels: Tensor, num_levels: int, num_columns: int, zoom: int = 2, gap: int = 2) -> Image.Image:
-    """Return many images as one picture, row by row, on a mid-grey ground.
+    """Return images, (N, C, H, W) int64 in [0, K), as one picture, row by row, on a mid-grey ground.
 
-    Args:
-        levels: (N, C, H, W) int64 in [0, K).
-        num_columns: images per row.
-        zoom: side of each pixel.
-        gap: pixels of ground around each image.
+    `zoom` is the side of each pixel, `gap` the pixels of ground around each image.
     """
     num, channels, height, width = levels.shape
     cell_height, cell_width = height * zoom + gap, width * zoom + gap

@@ -25,11 +25,8 @@ def pixel_log_prob(
 ) -> Tensor:
     """Return log p(x_i | x_1, ..., x_{i-1}) of every sub-pixel, given the drawing too where one is given.
 
-    Args:
-        levels: (B, C, H, W) int64 in [0, K).
-        label: (B,) int64, -1 for none; None for no labels.
-        drawing, observed: as the model's forward pass takes them. What is observed is scored like the rest; only
-            the missing sub-pixels' values mean anything.
+    The arguments are those of the model's forward pass. Of images with a drawing only the missing sub-pixels' values
+    mean anything.
 
     Returns:
         (B, C, H, W) nats, in float32 or better.
@@ -44,13 +41,9 @@ def level_probs(
     drawing: Tensor | None = None,
     observed: Tensor | None = None,
 ) -> Tensor:
-    """Return the probability of every level of every sub-pixel given all earlier sub-pixels.
+    """Return the probability of every level of every sub-pixel given all earlier ones: (B, K, C, H, W).
 
-    Args:
-        levels, label, drawing, observed: as `pixel_log_prob` takes them.
-
-    Returns:
-        (B, K, C, H, W), the K of a sub-pixel summing to one.
+    The arguments are those of `pixel_log_prob`.
     """
     parameters = model(levels, label, drawing, observed)
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
@@ -59,19 +52,14 @@ def level_probs(
 
 
 def log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = None) -> Tensor:
-    """Return the exact log-probability of each image.
+    """Return the exact log-probability of each image, (B,) nats: van den Oord et al. 2016, arXiv:1601.06759, eq. 1.
 
     Args:
         levels: (B, C, H, W) int64 in [0, K).
         label: (B,) int64, -1 for none; None for no labels.
 
-    Returns:
-        (B,) nats.
-
     Raises:
         ValueError: a shape, dtype or range differs from the above.
-
-    Source: van den Oord et al. 2016, arXiv:1601.06759, eq. 1.
     """
     return pixel_log_prob(model, levels, label).sum(dim=(1, 2, 3))
 
@@ -80,7 +68,7 @@ def log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = 
 def completion_log_prob(
     model: AutoregressiveModel, levels: Tensor, observed: Tensor, label: Tensor | None = None
 ) -> Tensor:
-    """Return the log-probability with which `complete` (temperature 1) fills in these missing pixels.
+    """Return the log-probability with which `complete` (temperature 1) fills in these missing pixels: (B,) nats.
 
     It is the sum over the missing sub-pixels of log p(x_i | x_1, ..., x_{i-1}), given the drawing too if the model has
     a context network: a normalised distribution over them. With a label network, and no label given, it is that of the
@@ -90,9 +78,6 @@ def completion_log_prob(
         levels: (B, C, H, W) int64 in [0, K), the finished images.
         observed: (B, 1, H, W) bool, True where the pixel was known.
         label: (B,) int64, -1 for none; None for no labels.
-
-    Returns:
-        (B,) nats, log p(missing | observed); 0 where nothing was missing.
 
     Raises:
         ValueError: a shape, dtype or range differs from the above.
@@ -116,46 +101,30 @@ def completion_log_prob(
 
 
 def bits_per_dim(nats: float | Tensor, shape: Sequence[int]) -> float | Tensor:
-    """Convert nats per image into bits per dimension.
-
-    Args:
-        nats: negative log-likelihood of an image, or of many.
-        shape: (C, H, W) of the image.
-
-    Returns:
-        nats / (C * H * W * ln 2), of the same type as `nats`.
-    """
+    """Convert nats per image of shape (C, H, W) into bits per dimension: nats / (C * H * W * ln 2)."""
     return nats / (math.prod(shape) * math.log(2))
 
 
 def packed_bytes(log_prob: float) -> int:
-    """Return how many bytes an image of this log-probability takes in a packed file (docs/packing.md).
+    """Return how many bytes an image of this log-probability, in nats, takes in a packed file (docs/packing.md).
 
     Its share of the file's header and of its block's checksums, less than a thousandth in a large file, comes on top.
-
-    Args:
-        log_prob: nats, of the image.
     """
     return math.ceil(-log_prob / math.log(256))
 
 
 @torch.inference_mode()
 def logits_that_follow(model: AutoregressiveModel, levels: Tensor, changed: Tensor) -> Tensor:
-    """Change sub-pixels of an image and see which logits follow; all in raster order.
+    """Change sub-pixels of an image and see which logits follow, (B, H*W*C) bool; all in raster order.
 
     Args:
         model: in float64, on the CPU.
         levels: (C, H, W) int64 in [0, K).
         changed: (B, H*W*C) bool, what to change in each trial.
 
-    Returns:
-        (B, H*W*C) bool.
-
-    Raises:
-        ValueError: a logit is not a finite number.
+    Raises ValueError if a logit is not a finite number.
     """
-    channels, height, width = levels.shape
-    num_levels = model.config.num_levels
+    (channels, height, width), num_levels = levels.shape, model.config.num_levels
     where = changed.reshape(-1, height, width, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
     others = torch.where(where, (levels + num_levels // 2) % num_levels, levels)
     before, *after = model(torch.cat([levels[None], others]))
@@ -184,11 +153,9 @@ def count_leaks(
     batch_size: int = 32,
     on_progress: Callable[[int, int], None] = lambda done, num: None,
 ) -> tuple[int, int]:
-    """Change every sub-pixel of an image, one at a time, and see which logits follow.
+    """Change every sub-pixel of an image, (C, H, W) int64, one at a time, and see which logits follow, in float64.
 
     Args:
-        model: any; a float64 copy of it is asked.
-        levels: (C, H, W) int64 in [0, K).
         batch_size: changes per forward pass.
         on_progress: called with how many sub-pixels have been changed, and of how many.
 
@@ -196,8 +163,7 @@ def count_leaks(
         How many sub-pixels reach their own or an earlier logit: 0 for a correct model. And how many reach a later one:
         all but the last, unless its weights are dead there.
 
-    Raises:
-        ValueError: a logit is not a finite number.
+    Raises ValueError if a logit is not a finite number.
     """
     model = copy.deepcopy(model).cpu().double().eval()
     every = torch.arange(levels.numel())

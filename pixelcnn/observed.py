@@ -163,13 +163,11 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     ]
     for first, end, make in makers:
         chosen = (kind >= first) & (kind < end)
-        if chosen.any():
-            observed[chosen] = make(int(chosen.sum()))
+        observed[chosen] = make(int(chosen.sum()))
     chosen = kind >= 9
-    if chosen.any():
-        ink = ink_of(levels[torch.from_numpy(chosen).to(levels.device)], num_levels)
-        part = rng.uniform(0.1, 0.7, len(ink))
-        observed[chosen] = surroundings(rng, beginnings(pen_noise(rng, *ink.shape), ink, part))
+    ink = ink_of(levels[torch.from_numpy(chosen).to(levels.device)], num_levels)
+    part = rng.uniform(0.1, 0.7, len(ink))
+    observed[chosen] = surroundings(rng, beginnings(pen_noise(rng, *ink.shape), ink, part))
     return torch.from_numpy(observed)[:, None].to(levels.device)
 
 
@@ -186,20 +184,19 @@ def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> 
     """
     num, _, height, width = levels.shape
     missing = np.zeros((num, height, width), dtype=bool)
+    rngs = [np.random.default_rng([0, SCORED.index(name), first + i]) for i in range(num)]
     if name == "top":
         missing[:, : height // 2] = True
     elif name == "bottom":
         missing[:, height // 2 :] = True
     elif name == "left":
         missing[:, :, : width // 2] = True
+    elif name == "rectangles":
+        missing = np.concatenate([rectangles(rng, 1, height, width) for rng in rngs])
+    elif name == "pixels50":
+        missing = np.stack([rng.random((height, width)) < 0.5 for rng in rngs])
     else:
-        rngs = [np.random.default_rng([0, SCORED.index(name), first + i]) for i in range(num)]
-        if name == "rectangles":
-            missing = np.concatenate([rectangles(rng, 1, height, width) for rng in rngs])
-        elif name == "pixels50":
-            missing = np.stack([rng.random((height, width)) < 0.5 for rng in rngs])
-        else:
-            angles, orders = zip(*(pen_noise(rng, 1, height, width) for rng in rngs), strict=True)
-            noise = np.concatenate(angles), np.concatenate(orders)
-            missing = ~beginnings(noise, ink_of(levels, num_levels), np.full(num, SCORED_INK))
+        angles, orders = zip(*(pen_noise(rng, 1, height, width) for rng in rngs), strict=True)
+        noise = np.concatenate(angles), np.concatenate(orders)
+        missing = ~beginnings(noise, ink_of(levels, num_levels), np.full(num, SCORED_INK))
     return torch.from_numpy(~missing)[:, None].to(levels.device)

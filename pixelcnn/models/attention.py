@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.models.layers import Block, Pointwise, masked_1x1
-from pixelcnn.models.maps import NEVER_WAITS, Map, row_matrix
+from pixelcnn.models.maps import NEVER_WAITS, Map, check_window, row_matrix
 from pixelcnn.models.masks import colour_groups
 
 BLOCK = 2  # rows and columns of a block
@@ -18,10 +18,7 @@ NUM_FREQUENCIES = 4  # of the position code, per axis
 def position_code(rows: int, columns: int, height: int, width: int, step: int) -> Tensor:
     """Return where each cell's centre lies, as sines and cosines: (1, 4 * NUM_FREQUENCIES, rows, columns) float32.
 
-    Args:
-        rows, columns: how many cells.
-        height, width: of the image, in pixels: a quarter of the slowest wave.
-        step: pixels from cell to cell.
+    Cells are `step` pixels apart; `height` and `width`, in pixels, are a quarter of the slowest wave.
     """
     # Made in float64: rounded, it is the same on every machine.
     y = (torch.arange(rows, dtype=torch.float64) * step + (step - 1) / 2) / height
@@ -41,27 +38,13 @@ def _of_positions(layer: Pointwise, positions: Tensor) -> Tensor:
 
 @dataclass(eq=False, kw_only=True)
 class Attention:
-    """The weights of an attention block; an engine keeps the keys and values of all blocks of cells so far.
-
-    Channels are in a sampler's order.
-
-    Args:
-        heads, key_features: each head's queries, keys and values have so many channels.
-        null_key, null_value: (heads * key_features,), seen by every pixel.
-        matrices: per row of a block, (BLOCK * channels, 2 * heads * key_features), to keys and values.
-        table: (block rows, block columns, 2 * heads * key_features), the bias where each block lies.
-    """
+    """The weights of an attention block, channels in a sampler's order; an engine keeps all keys and values so far."""
 
     heads: int
-    key_features: int
-    null_key: Tensor
-    null_value: Tensor
-    matrices: list[Tensor]
-    table: Tensor
-
-    @property
-    def block_columns(self) -> int:
-        return self.table.shape[1]
+    key_features: int  # channels of each head's queries, keys and values
+    null: Tensor  # (2 * heads * key_features,), the key and the value that every pixel sees
+    matrices: list[Tensor]  # per row of a block, (BLOCK * channels, 2 * heads * key_features), to keys and values
+    table: Tensor  # (block rows, block columns, 2 * heads * key_features), the bias where each block lies
 
     @property
     def num_blocks(self) -> int:
@@ -103,11 +86,10 @@ class BlockAttention(Block):
         self.register_buffer("block_positions", blocks, persistent=False)
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
-        """Return what each pixel found: (B, heads * key_features, H, W), the heads in colour groups.
+        """Return what each pixel found, (B, heads * key_features, H, W), the heads in colour groups.
 
-        Args:
-            v: (B, p, H, W), the vertical stack's features: row r encodes rows up to and including r.
-            h: (B, p, H, W), the horizontal stack's, in colour groups.
+        `v` are the vertical stack's features, (B, p, H, W): row r encodes rows up to and including r; `h` are the
+        horizontal stack's, in colour groups.
         """
         batch, _, height, width = h.shape
         query = self.query(h) + self.query_position(self.positions)
@@ -138,6 +120,7 @@ class BlockAttention(Block):
         return found.transpose(2, 3).reshape(batch, -1, height, width).to(h.dtype)
 
     def described(self, v: Map, h: Map) -> Map:
+        check_window(v)
         maps = self.heads * self.key_features
         query = self.query(h) + Map("constant", (), self.query_positions, maps, NEVER_WAITS)
         # Queries that see rows above alone are known before the pixel's first turn.
@@ -160,8 +143,7 @@ class BlockAttention(Block):
         return Attention(
             heads=self.heads,
             key_features=self.key_features,
-            null_key=self.null_key.detach()[order],
-            null_value=self.null_value.detach()[order],
+            null=torch.cat([self.null_key, self.null_value]).detach()[both],
             matrices=[row_matrix(weight[:, :, row]) for row in range(BLOCK)],
             table=torch.cat([key, torch.zeros_like(key)], dim=-1) + self.keys_values.bias.detach()[both],
         )

@@ -29,6 +29,8 @@ from pixelcnn.models.maps import NEVER_WAITS, Map
 from pixelcnn.models.masks import colour_groups
 from pixelcnn.models.outputs import Categorical, LogisticMixture
 
+OTHER_NETWORKS = ("completer", "label_network")  # parts of a model beside its joint network
+
 # Labels less probable than this are dropped before one is drawn; of more than ten the limit is 1 / (2 num_labels).
 MIN_LABEL_PROB = 0.05
 
@@ -41,9 +43,8 @@ def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> N
     if levels.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 levels 0..{config.num_levels - 1}, got dtype {levels.dtype}.")
     if levels.numel() and (levels.min() < 0 or levels.max() >= config.num_levels):
-        raise ValueError(
-            f"{name} must lie in 0..{config.num_levels - 1}, got {int(levels.min())}..{int(levels.max())}."
-        )
+        found = f"{int(levels.min())}..{int(levels.max())}"
+        raise ValueError(f"{name} must lie in 0..{config.num_levels - 1}, got {found}.")
 
 
 def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
@@ -54,9 +55,8 @@ def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
     if label.numel() and (label.min() < -1 or label.max() >= config.num_labels):
         if config.num_labels == 0:
             raise ValueError("label must be None or -1: this model was built without labels.")
-        raise ValueError(
-            f"label must lie in -1..{config.num_labels - 1} (-1 for none), got {int(label.min())}..{int(label.max())}."
-        )
+        found = f"{int(label.min())}..{int(label.max())}"
+        raise ValueError(f"label must lie in -1..{config.num_labels - 1} (-1 for none), got {found}.")
 
 
 def check_observed(image: Tensor, observed: Tensor, config: ModelConfig, name: str = "image") -> None:
@@ -102,8 +102,7 @@ class AutoregressiveModel(nn.Module):
     def networks(self, observed: Tensor) -> list[tuple["AutoregressiveModel", Tensor]]:
         """Return each network that these images need, with the indices (n,) of those that it is for.
 
-        Args:
-            observed: (B, 1, H, W) bool; where anything is, the image is the completer's, if there is one.
+        An image of which anything is `observed`, (B, 1, H, W) bool, is the completer's, if there is one.
         """
         drawn = observed.flatten(1).any(dim=1)
         if self.completer is None or not bool(drawn.any()):
@@ -118,9 +117,8 @@ class AutoregressiveModel(nn.Module):
         without the unlikely ones (`MIN_LABEL_PROB`). Each drawing is looked at by itself: its figures do not depend
         on those beside it. All three are given, as `forward` takes them.
         """
-        found = torch.full(
-            (len(label), 1 + self.config.num_labels), -math.inf, dtype=torch.float64, device=label.device
-        )
+        num_labels = self.config.num_labels
+        found = torch.full((len(label), 1 + num_labels), -math.inf, dtype=torch.float64, device=label.device)
         found.scatter_(1, label[:, None] + 1, 0.0)
         asked = (label < 0) & observed.flatten(1).any(dim=1)
         if self.label_network is None or not bool(asked.any()):
@@ -129,20 +127,24 @@ class AutoregressiveModel(nn.Module):
         different, which = seen.unique(dim=0, return_inverse=True)
         logits = [self.label_network(one[None, :-1], one[None, -1:].bool()) for one in different]
         log_probs = torch.cat(logits).double().log_softmax(dim=1)
-        least = math.log(min(MIN_LABEL_PROB, 0.5 / self.config.num_labels))
+        least = math.log(min(MIN_LABEL_PROB, 0.5 / num_labels))
         log_probs = log_probs.masked_fill(log_probs < least, -math.inf).log_softmax(dim=1)
         found[asked] = F.pad(log_probs, (1, 0), value=-math.inf)[which]
         return found
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
-        """Return the head's input, (B, maps, H, W), from scaled levels and a map of the drawing."""
+        """Return the head's input, (B, maps, H, W), from scaled levels x.
+
+        Args:
+            label: (B,) int64, -1 for none; None for none at all.
+            context: (B, context_features, H, W), the map of a drawing; None without one.
+        """
         raise NotImplementedError
 
     def described(self) -> Map:
         """Return the logits as a symbolic map, (C * K channels), from which the samplers follow.
 
-        Raises:
-            ValueError: the network is not causal, or a part of it cannot be computed pixel by pixel; it is named.
+        Raises ValueError if the network is not causal, or names a part that cannot be computed pixel by pixel.
         """
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)
@@ -170,14 +172,13 @@ class AutoregressiveModel(nn.Module):
     ) -> Tensor:
         """Return the output's parameters for every sub-pixel given all earlier ones, and the drawing if there is one.
 
+        They are (B, K, C, H, W) logits in the dtype of the weights; (B, P, H, W) for a mixture of logistics.
+
         Args:
             levels: (B, C, H, W) int64 in [0, K).
             label: (B,) int64 in [-1, num_labels), -1 for no label; None for no labels at all.
             drawing: (B, C, H, W) int64 levels, ignored where not observed; only for models with a context network.
             observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.
-
-        Returns:
-            (B, K, C, H, W) logits in the dtype of the weights; (B, P, H, W) for a mixture of logistics.
 
         Raises:
             ValueError: a shape, dtype or range differs from the above.
@@ -215,5 +216,4 @@ class AutoregressiveModel(nn.Module):
 
 def joint_parameters(model: AutoregressiveModel) -> list[nn.Parameter]:
     """Return the parameters of a model without those of its completer and its label network."""
-    others = ("completer.", "label_network.")
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith(others)]
+    return [p for name, p in model.named_parameters() if name.partition(".")[0] not in OTHER_NETWORKS]

@@ -61,12 +61,9 @@ class GatedLayer(nn.Module):
         self.h_context = context_projection(context_features, 2 * p)
 
     def forward(self, v: Tensor, h: Tensor, label: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return both stacks' features after the layer, each (B, p, H, W).
+        """Return the vertical and the horizontal stack's features after the layer, each (B, p, H, W).
 
-        Args:
-            v, h: (B, p, H, W), the vertical and the horizontal stack's before it; the image itself in the first layer.
-            label: (B,) int64, -1 for none; None for none at all.
-            context: (B, context_features, H, W), the map of a drawing; None without one.
+        `v` and `h` are those before it; the image itself in the first layer. Label and context are those of `features`.
         """
         v_gates = self.v_conv(v)  # (B, 2p, H, W)
         h_gates = self.gates(v, h, v_gates)  # (B, 2p, H, W)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.models.maps import NEVER_WAITS, Map
+from pixelcnn.models.maps import NEVER_WAITS, Map, check_window
 from pixelcnn.models.masks import centre_mask
 
 
@@ -52,8 +52,8 @@ class Convolution(Block):
         taps = self.taps()
         if x.num_channels != taps.shape[1]:
             raise ValueError(f"{type(self).__name__} of {taps.shape[1]} channels got a map of {x.num_channels}.")
-        if x.op == "context" and taps.shape[3] > 1:
-            raise ValueError("no sampler follows from a kernel of several columns on the map of a drawing.")
+        if taps.shape[3] > 1:
+            check_window(x)
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right
         used = taps.any(dim=1).any(dim=0)  # (kh, kw)
         offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]
@@ -65,11 +65,9 @@ class Convolution(Block):
 
 
 class MaskedConv2d(Convolution):
-    """A convolution whose kernel is multiplied by a mask and only ever reaches up and left.
+    """A convolution whose kernel is multiplied by a mask, (out, in, kh, kw), and only ever reaches up and left.
 
-    Args:
-        mask: (out, in, kh, kw) as masks.py makes them; the centre is in the last row, `right` taps from the right end.
-        right: columns to the right of the centre that the kernel covers (in rows above the centre).
+    The centre is in the last row, `right` taps from the right end, which rows above it may cover: see masks.py.
     """
 
     mask: Tensor
@@ -172,12 +170,8 @@ class UNet(nn.Module):
 class ContextNetwork(nn.Module):
     """Makes a map of a drawing, every part of which can see all of it, by convolutions without a mask.
 
-    Args:
-        config: of the images.
-        width: maps of the hidden layers.
-        num_features: maps of the result.
-        num_scales: of a U-Net; 0 for residual 3x3 convolutions whose dilation doubles from layer to layer until they
-            reach across the image.
+    By a U-Net of `num_scales`; for 0 by residual 3x3 convolutions whose dilation doubles from layer to layer until they
+    reach across the image. Hidden layers have `width` maps.
     """
 
     def __init__(self, config: ModelConfig, width: int, num_features: int, num_scales: int = 0) -> None:
@@ -193,11 +187,9 @@ class ContextNetwork(nn.Module):
         self.last = Pointwise(width, num_features)
 
     def forward(self, drawing: Tensor, observed: Tensor) -> Tensor:
-        """Return (B, num_features, H, W), zero for an image of which nothing is observed.
+        """Return (B, num_features, H, W), zero for an image of which nothing is observed, (B, 1, H, W) bool.
 
-        Args:
-            drawing: (B, C, H, W) int64 levels in [0, K) where observed; ignored elsewhere.
-            observed: (B, 1, H, W) bool.
+        `drawing` is (B, C, H, W) int64 levels in [0, K) where observed, ignored elsewhere.
         """
         x = scaled(drawing, self.num_levels, self.first.weight.dtype)
         known = observed.to(x.dtype)
@@ -208,11 +200,7 @@ class ContextNetwork(nn.Module):
 
 
 class LabelNetwork(nn.Module):
-    """Says which labels a drawing may have: a context network, and what its maps come to over the image.
-
-    Args:
-        config: of the images and labels; its `label_features` are the maps.
-    """
+    """Says which labels a drawing may have: a context network of `label_features`, and what they come to in all."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

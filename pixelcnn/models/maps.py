@@ -22,23 +22,15 @@ NEVER_WAITS = -math.inf  # the lead of what is known from the start
 
 @dataclass(eq=False, repr=False)
 class Map:
-    """A map of features (channels, H, W) that is not computed, only described.
+    """A map of features (channels, H, W) that is not computed, only described."""
 
-    Args:
-        op: `image`, `context`, `constant`, `labels`, `label`, `conv`, `add`, `shift`, `relu`, `gate` or `attend`.
-        inputs: the maps that it is made of.
-        block: the module that makes it, if one does.
-        num_channels: its channels.
-        lead: a row of it is known once the image is known down to so many rows below that row (0: its own row).
-        turns: (channels,) int64 if it is known a pixel at a time: how many colours of the pixel must be known first.
-            None if it is known a row at a time.
-    """
-
-    op: str
-    inputs: tuple["Map", ...]
-    block: Any
+    op: str  # `image`, `context`, `constant`, `labels`, `label`, `conv`, `add`, `shift`, `relu`, `gate` or `attend`
+    inputs: tuple["Map", ...]  # that it is made of
+    block: Any  # the module that makes it, if one does
     num_channels: int
-    lead: float
+    lead: float  # a row of it is known once the image is, down to so many rows below that row (0: its own row)
+    # (channels,) int64 if it is known a pixel at a time: how many colours of the pixel must be known first. None if it
+    # is known a row at a time.
     turns: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +66,14 @@ class Map:
         raise refusal(" with ".join([getattr(function, "__name__", str(function)), *changed]))
 
 
+def check_window(x: Map) -> None:
+    """Refuse windows of several columns on the map of a drawing: samplers keep it without zeros beside it."""
+    while x.op == "shift":
+        x = x.inputs[0]
+    if x.op == "context":
+        raise ValueError("no sampler follows from a kernel of several columns on the map of a drawing.")
+
+
 def refusal(what: str) -> ValueError:
     """Return the error of a network that does with its maps what no sampler can follow."""
     return ValueError(
@@ -84,13 +84,10 @@ def refusal(what: str) -> ValueError:
 
 def combined(op: str, inputs: tuple[Map, ...]) -> Map:
     """Return the map that an operation makes of its inputs channel by channel."""
-    lead = max(x.lead for x in inputs)
-    turns = [x.turns for x in inputs if x.turns is not None]
-    if not turns or max((x.lead for x in inputs if x.turns is None), default=NEVER_WAITS) > -1:
-        together = None  # some row is needed as a whole
-    else:
-        together = torch.stack(turns).amax(dim=0)
-    return Map(op, inputs, None, inputs[0].num_channels, lead, together)
+    by_pixel = [x.turns for x in inputs if x.turns is not None]
+    needs_row = any(x.turns is None and x.lead > -1 for x in inputs)  # as a whole
+    turns = torch.stack(by_pixel).amax(dim=0) if by_pixel and not needs_row else None
+    return Map(op, inputs, None, inputs[0].num_channels, max(x.lead for x in inputs), turns)
 
 
 def row_matrix(kernel: Tensor) -> Tensor:

@@ -11,22 +11,15 @@ from torch import Tensor
 
 
 def colour_groups(num_maps: int, num_colours: int) -> Tensor:
-    """Return the colour that each of `num_maps` maps belongs to, in equal runs: 6 maps, 3 colours -> 0 0 1 1 2 2.
-
-    Returns:
-        (num_maps,) int64 in [0, num_colours).
-    """
+    """Return the colour of each map, (num_maps,) int64, in equal runs: 6 maps, 3 colours -> 0 0 1 1 2 2."""
     assert num_maps % num_colours == 0, (num_maps, num_colours)
     return torch.arange(num_colours).repeat_interleave(num_maps // num_colours)
 
 
 def centre_mask(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> Tensor:
-    """Return which input maps the centre tap of each output map may see.
+    """Return which input maps the centre tap of each output map may see: (out, in) float, 1 where allowed.
 
     Mask A: strictly earlier colours only. Mask B: the same colour too.
-
-    Returns:
-        (out, in) float, 1 where allowed.
     """
     assert mask_type in ("A", "B"), mask_type
     out, in_ = out_groups[:, None], in_groups[None, :]
@@ -36,8 +29,7 @@ def centre_mask(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> Tensor
 def raster_mask(mask_type: str, kernel_size: int, in_groups: Tensor, out_groups: Tensor) -> Tensor:
     """Return the mask of a cropped k x k kernel: the rows above in full, the current row up to the centre.
 
-    Returns:
-        (out, in, k // 2 + 1, k) float, 1 where allowed; the centre is the last row's middle tap.
+    It is (out, in, k // 2 + 1, k) float, 1 where allowed; the centre is the last row's middle tap.
     """
     half = kernel_size // 2
     mask = torch.ones(len(out_groups), len(in_groups), half + 1, kernel_size)
@@ -47,9 +39,5 @@ def raster_mask(mask_type: str, kernel_size: int, in_groups: Tensor, out_groups:
 
 
 def row_mask(mask_type: str, kernel_size: int, in_groups: Tensor, out_groups: Tensor) -> Tensor:
-    """Return the mask of a cropped 1 x k kernel: pixels to the left in full, then the centre.
-
-    Returns:
-        (out, in, 1, k // 2 + 1) float, 1 where allowed; the centre is the last tap.
-    """
+    """Return the last row of `raster_mask`, up to the centre: (out, in, 1, k // 2 + 1) float, 1 where allowed."""
     return raster_mask(mask_type, kernel_size, in_groups, out_groups)[:, :, -1:, : kernel_size // 2 + 1].contiguous()

@@ -43,9 +43,7 @@ class Categorical:
     def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
         """Return the log-probability of each level of a colour, up to a constant: (B, K, ...).
 
-        Args:
-            parameters: of all pixels or of some, (B, ..., ...).
-            earlier: (B, colour or more, ...) int64, the pixels' levels of the colours before this one.
+        Of all pixels or of some; `earlier` are their levels of the colours before this one, (B, colour or more, ...).
         """
         return parameters[:, :, colour]
 
@@ -74,12 +72,7 @@ class LogisticMixture:
         return levels.to(like.dtype) * (2 / (self.num_levels - 1)) - 1
 
     def components(self, parameters: Tensor, colour: int, earlier: Tensor) -> tuple[Tensor, Tensor]:
-        """Return means and inverse scales of a colour's components: each (B, M, ...).
-
-        Args:
-            parameters: (B, P, ...).
-            earlier: (B, colour or more, ...) int64.
-        """
+        """Return means and inverse scales of a colour's components: each (B, M, ...)."""
         maps = parameters.unflatten(1, (-1, self.num_mixtures))  # (B, 1 + 2C + pairs, M, ...)
         means = maps[:, 1 + colour]
         first = 1 + 2 * self.num_colours + colour * (colour - 1) // 2
@@ -131,15 +124,9 @@ class LogisticMixture:
 
 
 def draw_level(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Draw one level per row by inverting the cumulative distribution at `u`.
+    """Return the smallest level whose cumulative probability exceeds `u`: (..., K), (...) in [0, 1) -> (...) int64.
 
-    Args:
-        logits: (..., K).
-        u: (...) in [0, 1).
-        temperature: divides the logits; 0 takes the most likely level (the lowest one of a tie).
-
-    Returns:
-        (...) int64: the smallest level whose cumulative probability exceeds `u`.
+    `temperature` divides the logits; 0 takes the most likely level (the lowest one of a tie).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)

@@ -56,12 +56,9 @@ class ResidualBlock(nn.Module):
         self.context = context_projection(context_features, h)
 
     def forward(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after the block, (B, 2h, H, W), and what it adds to the head, (B, head, H, W).
+        """Return the residual stream x after the block, (B, 2h, H, W), and what it adds to the head, (B, head, H, W).
 
-        Args:
-            x: (B, 2h, H, W), the residual stream before it.
-            label: (B,) int64, -1 for none; None for none at all.
-            context: (B, context_features, H, W), the map of a drawing; None without one.
+        Label and context are those of `features`.
         """
         y = self.conv(F.relu(self.reduce(F.relu(x))))  # (B, h, H, W)
         if self.label_bias is not None and label is not None:

@@ -38,10 +38,8 @@ def _is_same(one: Any, other: Any) -> bool:
 def register(name: str, config_class: type[ModelConfig]) -> Callable[[type[M]], type[M]]:
     """Register the decorated module class under a name, to be built from configs of `config_class`.
 
-    The same definition may be run again: the new classes take the old ones' place.
-
-    Raises:
-        ValueError: the name is none; it, or the config class, is already another architecture's.
+    The same definition may be run again: the new classes take the old ones' place. Raises ValueError if the name is
+    none; or if it, or the config class, is already another architecture's.
     """
 
     def add(model_class: type[M]) -> type[M]:
@@ -63,11 +61,7 @@ def architectures() -> dict[str, type[ModelConfig]]:
 
 
 def model_name(config: ModelConfig) -> str:
-    """Return the name that a config's architecture is registered under.
-
-    Raises:
-        ValueError: it is registered under none.
-    """
+    """Return the name that a config's architecture is registered under. Raises ValueError if there is none."""
     for name, (config_class, _) in _ARCHITECTURES.items():
         if _is_same(type(config), config_class):
             return name
@@ -92,8 +86,7 @@ def code_beside(name: str) -> list[str]:
 def build_model(config: ModelConfig) -> "AutoregressiveModel":
     """Build the architecture that a config describes, with fresh weights.
 
-    Raises:
-        ValueError: the config is of no registered architecture, or no sampler follows from its network.
+    Raises ValueError if the config is of no registered architecture, or no sampler follows from its network.
     """
     model = _ARCHITECTURES[model_name(config)][1](config)
     model.described()
@@ -113,8 +106,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """Build a config from `config_to_dict`'s values.
 
-    Raises:
-        ValueError: the model, or a setting of it, is unknown, missing or impossible.
+    Raises ValueError if the model, or a setting of it, is unknown, missing or impossible.
     """
     values = dict(values)
     name = values.pop("model", None)

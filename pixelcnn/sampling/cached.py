@@ -52,10 +52,9 @@ class _Keys:
 
     def __init__(self, attention: Attention, like: Tensor, batch: int) -> None:
         # Beyond the image's blocks lies room for a row of blocks that are not whole yet.
-        self.num, self.columns, self.features = attention.num_blocks, attention.block_columns, attention.key_features
-        null = torch.cat([attention.null_key, attention.null_value])
-        self.kept = like.new_zeros(batch, 1 + self.num + self.columns, len(null))
-        self.kept[:, 0] = null
+        self.num, self.columns, self.features = attention.num_blocks, attention.table.shape[1], attention.key_features
+        self.kept = like.new_zeros(batch, 1 + self.num + self.columns, len(attention.null))
+        self.kept[:, 0] = attention.null
 
     def add(self, made: Tensor, y: Tensor) -> None:
         """Add the blocks of the two rows above row y, (B, columns, channels)."""

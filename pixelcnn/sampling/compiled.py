@@ -109,13 +109,13 @@ class _Layout:
             keys, values = self.take(heads * size), self.take(heads * size)
             self.attentions[attention] = {
                 **{"keys": keys, "values": values, "scores": self.take(capacity), "capacity": capacity},
-                **{"heads": heads, "features": features, "columns": attention.block_columns},
+                **{"heads": heads, "features": features, "columns": attention.table.shape[1]},
             }
-            for channel in range(heads * features):  # the constant that every pixel sees comes first
+            for channel, (key, value) in enumerate(attention.null.view(2, -1).T):  # they come first
                 head, d = divmod(channel, features)
-                self.fresh.append((keys + head * size + d * wide, attention.null_key[channel]))
+                self.fresh.append((keys + head * size + d * wide, key))
                 place = values + head * size + d // self.lanes * self.lanes * capacity + d % self.lanes
-                self.fresh.append((place, attention.null_value[channel]))
+                self.fresh.append((place, value))
         return self.attentions[attention]
 
     def new_step(self, kind: int, out: Any = None, base: Any = None, x: Any = None, **values: Any) -> Any:

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.gated_pixelcnn import GatedPixelCNNConfig
-from pixelcnn.models.registry import build_model
+from pixelcnn.config import ModelConfig
+from pixelcnn.models.base import OTHER_NETWORKS, AutoregressiveModel
+from pixelcnn.models.layers import shift_down
 from pixelcnn.sampling import cached
 from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas, sample_by_network
 
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_IMAGES = 4  # that a thread samples as one batch
-OTHER_NETWORKS = {"completer", "label_network", "context_network"}  # of a model: its engine has none of their weights
-
+_NOT_IN_ENGINE = {*OTHER_NETWORKS, "context_network"}  # parts of a model whose weights its engine does not have
 
 _engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
 _num_threads: int | None = None  # of the sampler; None: as many as torch has
@@ -73,7 +72,7 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
             if p is not None:
                 key.append((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype))
         if module._modules:
-            modules += [x for name, x in module._modules.items() if x is not None and name not in OTHER_NETWORKS]
+            modules += [x for name, x in module._modules.items() if x is not None and name not in _NOT_IN_ENGINE]
     if model not in _engines or _engines[model][0] != key:
         _engines[model] = key, build_engine(model)
     return _engines[model][1]
@@ -88,8 +87,8 @@ def draw(model: AutoregressiveModel, canvas: Canvas) -> tuple[Tensor, Tensor | N
     """Complete images by the fastest sampler at hand; say once in the log why it is not the compiled one.
 
     Returns:
-        (B, C, H, W) int64 levels; and (B,) float64 nats from the compiled sampler: of each image, the log-probability
-        of what was drawn, given its label; None from the other one.
+        (B, C, H, W) int64 levels; and (B,) float64 nats from the compiled sampler: the log-probability of what was
+        drawn, given its label; None from the other one.
     """
     name = engine_name(model)
     _log_once(name)
@@ -111,12 +110,9 @@ def set_sampler_threads(num: int) -> None:
 
 @torch.no_grad()
 def warm_up(model: AutoregressiveModel) -> float:
-    """Compile the model's sampler and lay out its weights, so that no first user waits for it.
+    """Compile the model's sampler and lay out its weights, so that no first user waits; return the seconds it took.
 
-    The compiled code is kept on disk, for the next process.
-
-    Returns:
-        The seconds it took: some the first time on a machine, less than one later.
+    Some the first time on a machine, later less than one: the compiled code is kept on disk.
     """
     start, name = time.perf_counter(), engine_name(model)
     _log_once(name)
@@ -130,10 +126,16 @@ def warm_up(model: AutoregressiveModel) -> float:
     return took
 
 
+class _RowAbove(AutoregressiveModel):
+    """The smallest network: each pixel sees the one above it."""
+
+    def features(self, x: Any, label: Any, context: Any) -> Any:
+        return shift_down(x)
+
+
 def compile_sampler() -> float:
     """Compile the sampler before there is a model, its code being the same for all; return what `warm_up` does."""
-    config = GatedPixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=8, num_layers=2, kernel_size=3)
-    return warm_up(build_model(config))
+    return warm_up(_RowAbove(ModelConfig(image_shape=(1, 4, 4), num_levels=2, num_features=8), in_maps=1))
 
 
 def compile_in_background() -> threading.Thread:
@@ -173,9 +175,6 @@ def sample(
 
     Args:
         on_row: called with each finished row's index and (B, C, W) levels, in order; what it raises stops the sampling.
-
-    Returns:
-        (B, C, H, W) int64 levels in [0, K).
 
     Raises:
         ValueError: a shape, dtype or range differs from what `naive_sample` asks for.
@@ -226,10 +225,7 @@ def _row_by_row(
 
 
 def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
-    """Sample what is missing in place, images in parallel: the compiled code runs without Python's lock.
-
-    See `sample_by_network`.
-    """
+    """Sample what is missing in place, as `sample_by_network` asks; compiled code runs without Python's lock."""
     levels, missing, on_row, (num, _, height, _) = canvas.levels, canvas.missing, canvas.on_row, canvas.levels.shape
     engine = _engine_of(model)
     work = engine.work(canvas)

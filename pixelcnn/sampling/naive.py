@@ -107,10 +107,8 @@ def sample_by_network(
 ) -> tuple[Tensor, Tensor | None]:
     """Let a sampler complete the images of each network that they need, one after the other.
 
-    Rows are handed out while the last network's images are sampled.
-
-    Args:
-        sampler: completes a canvas in place; returns (B,) float64 nats, the log-probability of what it drew, or None.
+    It completes a canvas in place and returns (B,) float64 nats, the log-probability of what it drew, or None. Rows are
+    handed out while the last network's images are sampled.
 
     Returns:
         (B, C, H, W) int64 levels; and what the sampler returned, (B,).

@@ -129,10 +129,8 @@ class Plan:
 
     Made by a walk through the maps of a model without its completer, from the image to the logits, with its present
     weights: `image` is where the levels lie, scaled as the network sees them; `context` where the map of a drawing
-    lies, None for a network that reads none; from `logits` those of the colour in turn are drawn.
-
-    Raises:
-        ValueError: no sampler follows from the network, or a weight is not a finite number.
+    lies, None for a network that reads none; from `logits` those of the colour in turn are drawn. Raises ValueError if
+    no sampler follows from the network, or a weight is not a finite number.
     """
 
     def __init__(self, model: AutoregressiveModel) -> None:
@@ -150,8 +148,6 @@ class Plan:
         self.pixel_steps.sort(key=lambda step: step.turn or 0)
         inputs = {map_.op: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
         self.image, self.context = inputs["image"], inputs.get("context")
-        if self.context is not None and (self.context.left or self.context.right):
-            raise ValueError("no sampler follows from a kernel of several columns on the map of a drawing.")
         self.buffers = list(self.places.values())
         # From the draws back to the image: where and how far up each map is needed.
         for buffer in reversed(self.buffers):

@@ -1,9 +1,11 @@
 """The benchmark of packing measures a folder of one's own, into its place on the page."""
 
+import pytest
+
 from benchmarks import packing
 from benchmarks.command import command
 from benchmarks.packing import Row, table
-from pixelcnn.images import to_png
+from pixelcnn.images import to_picture, to_png
 from tests.core.test_packing import checkpoint_of
 from tests.core.tiny import random_levels
 
@@ -19,7 +21,7 @@ def test_a_folder_and_its_model(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(packing, "TOOLS", ())
 
     def by_pillow_alone(levels, num_levels, num_alone):
-        pictures = [packing.picture_of(image, num_levels) for image in levels]
+        pictures = [to_picture(image, num_levels) for image in levels]
         return [packing.by_pillow("PNG", some, format="PNG") for some in (pictures[:num_alone], pictures)]
 
     monkeypatch.setattr(packing, "by_codecs", by_pillow_alone)
@@ -39,3 +41,19 @@ def test_the_best_of_a_file_each_is_none_of_all(tmp_path) -> None:
     text = table(checkpoint, "test images", levels, rows, 0.0)
     assert "Against the best other, all, xz: 14% smaller" in text
     assert "Against the best of a file each, PNG: 33% smaller" in text
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "1"), (3, "RGB")])
+def test_pictures_of_two_levels_keep_their_colours(monkeypatch, channels: int, mode: str) -> None:
+    coded = []
+
+    def by_nothing(name, pictures, *_, **__) -> Row:
+        coded.extend(pictures)
+        return Row(name, len(pictures), 0, 0.0, 0.0)
+
+    monkeypatch.setattr(packing, "by_pillow", by_nothing)
+    monkeypatch.setattr(packing, "by_programs", by_nothing)
+    monkeypatch.setattr(packing, "by_archiver", lambda name, *_: Row(name, 6, 0, 0.0, 0.0))
+    rows = packing.by_codecs(random_levels((channels, 4, 5), 2, 6), 2, num_alone=2)
+    assert {picture.mode for picture in coded} == {mode}
+    assert [row.num_images for row in rows] == [2, 2, 2, 2, 6, 6, 6, 6]

@@ -309,16 +309,25 @@ def test_a_gate_of_halves_that_are_known_at_different_turns_is_refused() -> None
         gate(first(image))
 
 
-def test_a_wide_kernel_on_the_map_of_a_drawing_is_refused() -> None:
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Layer(lambda x, wide: wide(x), MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)),
+        lambda: Layer(lambda x, wide: wide(shift_down(x)), MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)),
+        lambda: Layer(lambda x, attention: attention(x, x), BlockAttention(4, 1, 1, 4, 4, 4)),
+    ],
+    ids=["a kernel", "a kernel on rows above", "attention"],
+)
+def test_a_wide_window_on_the_map_of_a_drawing_is_refused(layer) -> None:
     class Wide(RandomNetwork):
         def features(self, x, label, context):
             h = super().features(x, label, context)
             return h if context is None else h + self.wide(context)
 
     model = Wide(RandomConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, context_features=4, seed=0))
-    model.wide = MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)
+    model.wide = layer()
     with pytest.raises(ValueError, match="no sampler follows from a kernel of several columns on the map of a drawing"):
-        Plan(model)
+        model.described()
 
 
 def test_a_network_that_sees_its_own_pixel_is_refused_when_it_is_built() -> None:
