@@ -5,7 +5,7 @@
     python -m benchmarks.interrupts --moments 2 --moments 40 --moments 90
 
 All in one clone of this repository's last commit, with a model store of its own: each start goes on from where the one
-before was interrupted, and the last one must come to *Ready*. Linux alone: processes are found by their environment.
+before was interrupted, and the last one must come to *Ready*. Processes are found by their environment.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 from typer import Option, run
 
 from tests.local import free_port
@@ -33,12 +34,10 @@ GIVE_UP_S = 60  # what is left then does not end by itself
 def marked_processes(mark: str) -> dict[int, str]:
     """Return the processes that inherited a mark in their environment, with their command lines."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except OSError:
-            continue  # it has just ended
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has just ended, or is somebody else's
+            if mark in process.environ().values():
+                found[process.pid] = " ".join(process.cmdline())
     return found
 
 

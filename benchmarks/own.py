@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 from PIL import Image
 from playwright.sync_api import Browser
 from typer import Argument, Option, run
 
 from benchmarks import interrupts
 from pipelines.datasets import letters
+from pixelcnn.images import to_sheet
 from tests.app.browsing import HALF_DIGIT, draw, grid, wait_for_endings, wait_until_still
 from tools.pictures import chromium
 
@@ -144,11 +146,8 @@ def main(
     os.environ.pop("PIXELCNN_DATA", None)  # nothing else is there on a fresh machine
     for kind in kinds:
         try_kind(kind, images.resolve(), minutes, venv, out)
-    shown = [Image.open(out / f"{kind}.png").convert("RGB") for kind in kinds]
-    width, height = shown[0].size
-    sheet = Image.new("RGB", (2 * width, -(-len(shown) // 2) * height), "white")
-    for i, picture in enumerate(shown):
-        sheet.paste(picture, (i % 2 * width, i // 2 * height))
+    shown = np.stack([np.asarray(Image.open(out / f"{kind}.png").convert("RGB")) for kind in kinds])  # (N, H, W, 3)
+    sheet = to_sheet(torch.from_numpy(shown).permute(0, 3, 1, 2), 256, num_columns=2, zoom=1, gap=0)
     sheet.reduce(2).quantize(128).save(out / "sheet.png", optimize=True)
 
 

@@ -59,7 +59,8 @@ def processor_s() -> float:
 def timed(work: Callable[[], T]) -> tuple[T, float]:
     """Return the result of some work, and its processor time."""
     start = processor_s()
-    return work(), processor_s() - start
+    result = work()
+    return result, processor_s() - start
 
 
 def pixels_of(pictures: Sequence[Image.Image]) -> bytes:
@@ -96,8 +97,8 @@ def by_programs(name: str, pictures: list[Image.Image], encode: str, decode: str
 
         def call(words: str) -> None:
             for png, file in zip(pngs, files, strict=True):
-                command = [word.format(png=png, file=file) for word in words.split()]
-                subprocess.run(command, check=True, capture_output=True)
+                filled = [word.format(png=png, file=file) for word in words.split()]
+                subprocess.run(filled, check=True, capture_output=True)
 
         _, pack_s = timed(lambda: call(encode))
         num_bytes = sum(file.stat().st_size for file in files)

@@ -52,8 +52,13 @@ def plot(results: dict[str, dict[str, Any]], folder: Path) -> Path:
     return temporary.replace(folder / PICTURE)
 
 
+def _bounds(result: dict[str, Any]) -> dict[int, float]:
+    """Return the seconds per image that arithmetic takes at least, by batch size."""
+    return {row["batch_size"]: row["bound_seconds_per_image"] for row in result["timings"]}
+
+
 def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
-    batch_sizes = sorted({row["batch_size"] for row in result["timings"]})
+    batch_sizes = sorted(_bounds(result))
     for k, (sampler, colour) in enumerate(_COLOURS.items()):
         rows = [r for r in result["timings"] if r["sampler"] == sampler and r["seconds_per_image"] is not None]
         places = [batch_sizes.index(row["batch_size"]) + (k - 2) * 0.16 for row in rows]
@@ -62,8 +67,7 @@ def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
         if sampler == CACHED:
             for place, height in zip(places, heights, strict=True):
                 axes.annotate(f"{height:.2g}", (place, height), ha="center", va="bottom", fontsize=7)
-    for place, size in enumerate(batch_sizes):
-        bound = next(r["bound_seconds_per_image"] for r in result["timings"] if r["batch_size"] == size)
+    for place, (_, bound) in enumerate(sorted(_bounds(result).items())):
         label = "bound by arithmetic" if place == 0 else None
         axes.hlines(1e3 * bound, place - 0.45, place + 0.45, colors="black", linestyles="dotted", label=label)
     axes.set_yscale("log")
@@ -95,17 +99,13 @@ def tabulate(results: dict[str, dict[str, Any]], folder: Path) -> Path:
     ratios = [f"{CACHED} against {base}" for base in (NAIVE, CROPPED)]
     lines += _table("pair", "batch", *SAMPLERS, *ratios, "times the bound")
     for name, result in results.items():
-        batches: dict[int, dict[str, dict[str, Any]]] = {}
-        for row in result["timings"]:
-            batches.setdefault(row["batch_size"], {})[row["sampler"]] = row
-        for batch_size, rows in batches.items():
-            seconds = {sampler: row["seconds_per_image"] for sampler, row in rows.items()}
+        for batch_size, bound in _bounds(result).items():
+            rows = [row for row in result["timings"] if row["batch_size"] == batch_size]
+            seconds = {row["sampler"]: row["seconds_per_image"] for row in rows}
             cells = [_short(1e3 * s) if (s := seconds.get(sampler)) else "" for sampler in SAMPLERS]
-            if own := seconds.get(CACHED):
-                cells += [f"{_short(base / own)}x" if (base := seconds.get(b)) else "" for b in (NAIVE, CROPPED)]
-                cells.append(f"{_short(own / rows[CACHED]['bound_seconds_per_image'])}x")
-            else:
-                cells += [""] * 3
+            own = seconds.get(CACHED)
+            pairs = [(seconds.get(NAIVE), own), (seconds.get(CROPPED), own), (own, bound)]
+            cells += [f"{_short(a / b)}x" if a and b else "" for a, b in pairs]
             lines.append(_row(f"`{name}`", batch_size, *cells))
     lines += ["", *_table("pair", "side", "cached, us per pixel", "naive, us per pixel")]
     for name, result in results.items():

@@ -168,11 +168,8 @@ def count_differences(model: AutoregressiveModel, num_images: int, dtype: torch.
 
     One full forward pass over a finished image gives every sub-pixel's logits given all earlier ones; the level drawn
     from them with the same noise must be the one that was sampled. Where that holds for all sub-pixels, the image is
-    the naive sampler's, step by step.
-
-    Returns:
-        Counts, and max_distance_to_boundary: how far `u` lies at most from a boundary of the cumulative distribution
-        where levels differ (0 if none do).
+    the naive sampler's, step by step. `max_distance_to_boundary` is how far `u` lies at most from a boundary of the
+    cumulative distribution where levels differ (0 if none do).
     """
     model, generator = copy.deepcopy(model).to(dtype), torch.Generator().manual_seed(1)
     u = torch.rand(num_images, *model.config.image_shape, generator=generator, dtype=torch.float64)

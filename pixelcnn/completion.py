@@ -30,14 +30,11 @@ def complete(
     temperature: float = 1.0,
     on_row: OnRow | None = None,
 ) -> Tensor:
-    """Fill in the missing pixels of a batch of images, in raster order: `sample`, with the image as its drawing.
+    """Return images with their missing pixels filled in, in raster order: `sample`, with the image as its drawing.
 
     Args:
-        image: (B, C, H, W) int64 levels in [0, K); ignored where missing.
+        image: (B, C, H, W) int64 levels in [0, K), kept where observed, ignored elsewhere.
         observed: (B, 1, H, W) bool, True where the pixel is known.
-
-    Returns:
-        (B, C, H, W) int64 levels in [0, K), equal to `image` where observed.
 
     Raises:
         ValueError: a shape, dtype or range differs from what `sample` asks for.

@@ -23,13 +23,10 @@ def pixel_log_prob(
     drawing: Tensor | None = None,
     observed: Tensor | None = None,
 ) -> Tensor:
-    """Return log p(x_i | x_1, ..., x_{i-1}) of every sub-pixel, given the drawing too where one is given.
+    """Return log p(x_i | x_1, ..., x_{i-1}) of every sub-pixel: (B, C, H, W) nats, in float32 or better.
 
-    The arguments are those of the model's forward pass. Of images with a drawing only the missing sub-pixels' values
-    mean anything.
-
-    Returns:
-        (B, C, H, W) nats, in float32 or better.
+    The arguments are those of the model's forward pass. Given a drawing, too, only the missing sub-pixels' values mean
+    anything.
     """
     return model.output.log_prob(model(levels, label, drawing, observed), levels)
 

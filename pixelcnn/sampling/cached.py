@@ -1,8 +1,7 @@
 """Cached sampling in plain torch: the same function of (model, u) as `naive_sample`, on any device with float64.
 
-The naive sampler runs the whole network for each sub-pixel, though hardly anything changed. Here nothing is computed
-twice: each step of the plan (plan.py) is a call of torch. The map of a drawing is made once. Only the rows that a
-kernel reaches are kept, so the cost of a pixel does not grow with the image.
+Nothing is computed twice: each step of the plan (plan.py) is a call of torch, the map of a drawing is made once. Only
+the rows that a kernel reaches are kept, so the cost of a pixel does not grow with the image.
 
 A row is drawn by the same calls as the one above it, on the same tensors. On CUDA, where starting a kernel takes longer
 than most of these kernels, the third row is captured as a graph, and the others replay it.

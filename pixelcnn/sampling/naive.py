@@ -139,7 +139,7 @@ def naive_sample(
     drawing: Tensor | None = None,
     observed: Tensor | None = None,
 ) -> Tensor:
-    """Sample images in raster order, with one full forward pass per sub-pixel.
+    """Sample images, (B, C, H, W) int64 levels in [0, K), in raster order, with a full forward pass per sub-pixel.
 
     Args:
         u: (B, C, H, W) uniform noise in [0, 1), the only randomness.
@@ -149,9 +149,6 @@ def naive_sample(
         drawing: (B, C, H, W) int64 levels that are kept where observed; ignored elsewhere. A model with a context
             network sees all of it at every pixel; one without sees of it what lies before the pixel.
         observed: (B, 1, H, W) bool, True where the pixel of `drawing` is known. Given together with `drawing`.
-
-    Returns:
-        (B, C, H, W) int64 levels in [0, K).
 
     Raises:
         ValueError: a shape, dtype or range differs from the above.
