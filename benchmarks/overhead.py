@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -25,10 +24,10 @@ from typer import Argument, Option
 
 from benchmarks.command import command
 from benchmarks.packing import timed
-from pipelines.operate import PREFECT, await_server, stop
 from pipelines.params import PARAMS_FILE, load_params
-from tests.local import free_port
+from tests.local import stop
 from tests.pipelines.projects import copy_project, write_params
+from tests.pipelines.sites import Site
 
 TRAINING_S = 60.0  # what the percentage is of
 
@@ -72,21 +71,6 @@ subprocess.run([sys.executable, "-m", "pipelines.steps", "register", pair], chec
 WITHOUT_TOOLS, WITH_TOOLS, FRESH = 1, 3, 4  # lines of the table
 
 
-@contextmanager
-def running_server(folder: Path) -> Iterator[str]:
-    """Run a Prefect server with a database of its own in a folder; yield its URL."""
-    port = free_port()
-    command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "PREFECT_HOME": str(folder / "server")}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        await_server(server, url)
-        yield url
-    finally:
-        stop([server])
-
-
 def main(
     pair: Annotated[str, Argument(help="of params.yaml, with prepared data")] = "pixelcnn-mnist5k",
     epochs: Annotated[float | None, Option(help="of the training; those of params.yaml if it is left out")] = None,
@@ -103,15 +87,17 @@ def main(
     )
     print("| training | clock | processor | added, processor |\n| --- | --- | --- | --- |")
     found: list[float] = []  # seconds of the processor
-    with tempfile.TemporaryDirectory() as top, running_server(Path(top)) as url:
+    with tempfile.TemporaryDirectory() as top, ExitStack() as stack:
+        site = Site(Path(top))  # whose Prefect server all but the last use
+        stack.callback(stop, site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port)))
+        site.wait_until_healthy()
         for number, (name, words) in enumerate(lines):
             folder = Path(top) / str(number)
             _write_project(folder, pair, dataset, epochs)
-            environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": "", "PREFECT_API_URL": url}
+            environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": ""}
             environment |= {"PREFECT_HOME": str(folder / "prefect"), "GIT_CEILING_DIRECTORIES": top}
-            if number == FRESH:
-                environment["PREFECT_API_URL"] = ""
-            else:
+            environment["PREFECT_API_URL"] = "" if number == FRESH else site.environment["PREFECT_API_URL"]
+            if number != FRESH:
                 _python(folder, environment, "-c", "from pipelines.registry import runs; runs.client()")
             start = time.monotonic()
             _, spent_s = timed(partial(_python, folder, environment, *words))

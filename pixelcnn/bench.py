@@ -14,13 +14,13 @@ import platform
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.benchmark.utils.common import set_torch_threads
 
 from pixelcnn.likelihood import level_probs
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
@@ -65,16 +65,6 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-@contextmanager
-def _threads(num: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def matrix_peak(dtype: torch.dtype = torch.float32) -> float:
     """Measure multiply-adds per second of the best matrix product that torch does, on its current threads."""
     best = 0.0
@@ -86,7 +76,7 @@ def matrix_peak(dtype: torch.dtype = torch.float32) -> float:
 
 def cache_bandwidth() -> float:
     """Measure the bytes per second at which one thread's dot product reads half a megabyte, again and again."""
-    with _threads(1):
+    with set_torch_threads(1):
         a, b = torch.rand(2, 1 << 16)
         return float(a.nbytes + b.nbytes) / min(timeit.repeat(partial(torch.dot, a, b), number=1, repeat=300))
 
@@ -129,12 +119,12 @@ def time_naive(
     num = channels * height * width
     trials = {}
     for threads in {1, torch.get_num_threads()}:
-        with _threads(threads):
+        with set_torch_threads(threads):
             step(num // 2)  # compile and warm up
             trials[threads] = max(min(timeit.repeat(partial(step, num // 2), number=1, repeat=2)), 1e-6)
     threads = min(trials, key=trials.__getitem__)
     count = min(num, max(8, int(seconds / trials[threads])), passes or num)
-    with _threads(threads):
+    with set_torch_threads(threads):
         start = time.perf_counter()
         for i in range(count):
             step(int((i + 0.5) * num / count))
@@ -155,7 +145,7 @@ def time_sampler(name: str, model: AutoregressiveModel, batch_size: int, seconds
     u = torch.rand(batch_size, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
     if name == CACHED:
         return Timing(median_s(lambda: sample(model, u), seconds) / batch_size)
-    with _threads(1):  # more threads make small products slower
+    with set_torch_threads(1):  # more threads make small products slower
         work = partial(cached_sample, model, u)
         once = timeit.timeit(work, setup=gc.enable, number=1)
         took = once if once > seconds else median_s(work, seconds)
@@ -205,7 +195,7 @@ def bench(
     num_threads, num_pixels = torch.get_num_threads(), height * width
     warm_up_s = warm_up(model)
     macs, in_order = work_per_pixel(model)
-    with _threads(1):
+    with set_torch_threads(1):
         peak = matrix_peak()
     bandwidth = cache_bandwidth()
     weights = buffers = 0  # bytes of the compiled sampler: of its weights, and of its buffers for one image

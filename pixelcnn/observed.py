@@ -76,10 +76,8 @@ def beginnings(noise: tuple[Mask, Mask], ink: Mask, part: Mask) -> Mask:
     search); from a stroke's end it jumps to the nearest ink that is left. An image's beginning depends on its own
     noise, ink and part alone.
 
-    Args:
-        noise: as `pen_noise` makes it: the direction, and the order of pixels of the same step of the search.
-        ink: (B, H, W) bool.
-        part: (B,) in [0, 1], how much of the ink to lay. At least one pixel is laid where there is ink.
+    `noise`, by `pen_noise`, are the direction and the order of pixels of the same step of the search; `ink` is
+    (B, H, W) bool; `part`, (B,) in [0, 1], is how much of it to lay: at least a pixel where there is ink.
     """
     angle, order = noise
     num, height, width = ink.shape
@@ -139,14 +137,10 @@ def _training_parts(rng: np.random.Generator, num: int, height: int, width: int)
 def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> Tensor:
     """Draw what is observed of each image of a training batch, (B, 1, H, W) bool on the device of `levels`.
 
-    Of the images that get a mask: six twelfths know a top, bottom, left or right part, every other time a half; one
-    the inside or the outside of a rectangle; one random pixels; one the inside or the outside of brush strokes; three
-    the beginning of their drawing, 10 to 70 % of the ink, alone or with what surrounds it. Nothing is known of the
-    others.
-
-    Args:
-        levels: (B, C, H, W) int64 in [0, num_levels).
-        share: of the images that get a mask.
+    Of the `share` of images that get a mask six twelfths know a top, bottom, left or right part, every other time a
+    half; one the inside or the outside of a rectangle; one random pixels; one the inside or the outside of brush
+    strokes; three the beginning of their drawing, 10 to 70 % of the ink, alone or with what surrounds it. Nothing is
+    known of the others. `levels` are (B, C, H, W) int64 in [0, num_levels).
     """
     num, _, height, width = levels.shape
     kind = np.where(rng.random(num) < share, rng.integers(0, 12, num), -1)

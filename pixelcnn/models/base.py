@@ -3,14 +3,13 @@
 p(x) is the product over rows, columns, then channels (raster order) of p(x_i | x_1, ..., x_{i-1}); each factor is a
 distribution over K levels, whose parameters (outputs.py) one forward pass gives for all sub-pixels at once.
 
-Sources: PixelCNN, van den Oord et al. 2016, arXiv:1601.06759; Gated PixelCNN, van den Oord et al. 2016,
-arXiv:1606.05328. Departures: labels in both architectures, Adam or Muon and EMA in training (pixelcnn/training), a
-softmax of two levels instead of a Bernoulli unit for binary images (the same distribution). Not implemented: the
-multi-scale PixelCNN, the autoencoder of the second paper.
+Sources, and what of them is not implemented: pixelcnn.py and gated_pixelcnn.py. Departures from both: labels in both
+architectures, Adam or Muon and EMA in training (pixelcnn/training), a softmax of two levels instead of a Bernoulli unit
+for binary images (the same distribution).
 
 With a context network the model also is p(missing | observed) for any observed part of an image, the product over the
 missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of the drawing enters every layer (section
-2.3 of the second paper). With nothing observed the map is zero, and the same weights are p(x). A model may also have a
+2.3 of arXiv:1606.05328). With nothing observed the map is zero, and the same weights are p(x). A model may also have a
 *completer*, a second network of the same kind, for all images of which something is observed; it alone sees drawings.
 With a *label network* p(missing | observed) is a mixture: the sum over labels of p(label | observed) p(missing |
 observed, label), of which a label is drawn first, and then all pixels given it.
