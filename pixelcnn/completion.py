@@ -35,9 +35,10 @@ def complete(
     Args:
         image: (B, C, H, W) int64 levels in [0, K), kept where observed, ignored elsewhere.
         observed: (B, 1, H, W) bool, True where the pixel is known.
+        u, label, temperature, on_row: as `naive_sample` and `sample` take them.
 
     Raises:
-        ValueError: a shape, dtype or range differs from what `sample` asks for.
+        ValueError: a shape, dtype or range differs from the above.
     """
     return sample(model, u, label, temperature, drawing=image, observed=observed, on_row=on_row)
 

@@ -98,7 +98,7 @@ def completion_log_prob(
 
 
 def bits_per_dim(nats: float | Tensor, shape: Sequence[int]) -> float | Tensor:
-    """Convert nats per image of shape (C, H, W) into bits per dimension: nats / (C * H * W * ln 2)."""
+    """Convert an image's negative log-likelihood in nats into bits per dimension: nats / (C * H * W * ln 2)."""
     return nats / (math.prod(shape) * math.log(2))
 
 

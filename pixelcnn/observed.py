@@ -178,7 +178,7 @@ def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> 
     """
     num, _, height, width = levels.shape
     missing = np.zeros((num, height, width), dtype=bool)
-    rngs = [np.random.default_rng([0, SCORED.index(name), first + i]) for i in range(num)]
+    rngs = (np.random.default_rng([0, SCORED.index(name), first + i]) for i in range(num))
     if name == "top":
         missing[:, : height // 2] = True
     elif name == "bottom":

@@ -143,7 +143,7 @@ class AutoregressiveModel(nn.Module):
     def described(self) -> Map:
         """Return the logits as a symbolic map, (C * K channels), from which the samplers follow.
 
-        Raises ValueError if the network is not causal, or names a part that cannot be computed pixel by pixel.
+        Raises ValueError if the network is not causal, or a part of it cannot be computed pixel by pixel; it is named.
         """
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)

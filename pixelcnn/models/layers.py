@@ -200,7 +200,7 @@ class ContextNetwork(nn.Module):
 
 
 class LabelNetwork(nn.Module):
-    """Says which labels a drawing may have: a context network of `label_features`, and what they come to in all."""
+    """Says which labels a drawing may have, by mean and maximum over the image of a context network's features."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -240,4 +240,4 @@ def shift_down(x: Any) -> Any:
     """Move every row down by one; the first row becomes zero, the last one falls out."""
     if isinstance(x, Map):
         return Map("shift", (x,), None, x.num_channels, x.lead - 1)
-    return F.pad(x, (0, 0, 1, -1))  # in one call: so memory keeps its layout, in the gradient, too
+    return F.pad(x, (0, 0, 1, -1))  # one call keeps the layout of memory, in the gradient too; slices would not

@@ -111,7 +111,7 @@ class _Layout:
                 **{"keys": keys, "values": values, "scores": self.take(capacity), "capacity": capacity},
                 **{"heads": heads, "features": features, "columns": attention.table.shape[1]},
             }
-            for channel, (key, value) in enumerate(attention.null.view(2, -1).T):  # they come first
+            for channel, (key, value) in enumerate(attention.null.view(2, -1).T):  # the constant comes first
                 head, d = divmod(channel, features)
                 self.fresh.append((keys + head * size + d * wide, key))
                 place = values + head * size + d // self.lanes * self.lanes * capacity + d % self.lanes
