@@ -26,9 +26,9 @@ def generate_page(visit: Visit) -> None:
     with left:
         dataset = widgets.choose_dataset(visit.models)
         model = visit.models[dataset]
-        label, temperature = widgets.choose_label(model.labels, say("draw_label")), widgets.choose_temperature()
+        label, temperature = widgets.choose_label(model.labels, say("draw")), widgets.choose_temperature()
         seed, wrong_seed = widgets.choose_seed("generate_seed")
-        if widgets.main_button(say("generate_button")):
+        if widgets.main_button(say("generate")):
             visit.generate_wanted = True
             visit.retry_at = math.inf  # at once
     with right:
