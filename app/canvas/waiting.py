@@ -45,17 +45,19 @@ class Leaving:
             end()
 
 
-def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> Generator[Event | None, None, None]:
-    """Yield the events of another thread, and None whenever nothing has come for a moment.
+def in_background(
+    ask_for: Callable[[OnOpen], Generator[Event, None, None]], leaving: Leaving | None = None
+) -> Generator[Event | None, None, None]:
+    """Yield the events of another thread, and None whenever nothing has come for a moment. Raises what they raise.
 
-    A page is redrawn, or stopped, when it next calls Streamlit: `look_up` at each None keeps it responsive while a
-    service is slow. Leaving the generator drops what still comes. Raises what the events raise.
+    Whoever waits can look up at each None while a service is slow. Leaving the generator drops what still comes.
 
     Args:
         ask_for: returns the events; it may tell what ends them while the other thread waits for one.
+        leaving: ends them, too.
     """
     answers: queue.Queue[Any] = queue.Queue()
-    leaving = Leaving()
+    leaving = leaving or Leaving()
 
     def ask() -> None:
         try:
