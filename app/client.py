@@ -38,9 +38,7 @@ _Kind = TypeVar("_Kind")
 class ServiceError(Exception):
     """The service could not be reached, refused the request or failed; the text is a sentence for the person.
 
-    Args:
-        away: whether the service, not the request, is at fault: trying again may help.
-        busy: whether it has too much to do just now, which is one way of being away.
+    It is `away` where not the request is at fault, so trying again may help; `busy` is one way of being away.
     """
 
     def __init__(self, text: str, away: bool = False, busy: bool = False) -> None:
@@ -113,8 +111,7 @@ class _Refusal(BaseModel):
 def service_url() -> str:
     """Return the service's address: the environment's, else the default.
 
-    Raises:
-        ServiceError: the environment that PIXELCNN_ENVIRONMENT names has none, or PIXELCNN_SERVICE_URL is another's.
+    Raises ServiceError: the environment that PIXELCNN_ENVIRONMENT names has none, or PIXELCNN_SERVICE_URL is another's.
     """
     try:
         return setting(URL_VARIABLE, "service").rstrip("/") or DEFAULT_URL
@@ -123,11 +120,7 @@ def service_url() -> str:
 
 
 class ServiceClient:
-    """Calls the service over HTTP. Safe to share between threads.
-
-    Args:
-        url: e.g. `http://127.0.0.1:3000`.
-        transport: how to send; for tests.
+    """Calls the service over HTTP. Safe to share between threads. `transport`, which sends, is for tests.
 
     Where the environment sets PIXELCNN_TOKEN, every request carries it.
 
@@ -226,36 +219,33 @@ class ServiceClient:
     @contextlib.contextmanager
     def _errors_told(self) -> Iterator[None]:
         """Turn whatever keeps an answer away into a ServiceError."""
-        away, busy = True, False
+        service = f"The service at {self.url}"
+        stranger = (
+            f"What answers at {self.url} does not speak like the completion service. "
+            f"Set {URL_VARIABLE} to the address that `make serve` prints."
+        )
         try:
             yield
-            return
         except (SSEError, ValidationError):
-            text = ""
+            raise ServiceError(stranger, away=True) from None
         except httpx.HTTPStatusError as error:
             busy = error.response.status_code in BUSY
             away = busy or error.response.status_code >= 500
             try:
                 text = _Refusal.model_validate_json(error.response.text).error
             except ValidationError:
-                text = ""
+                if not away:
+                    raise ServiceError(stranger) from None
+                text = f"{service} failed; its log says why. Your drawing is kept."
                 if busy:
-                    text = f"The service at {self.url} is busy. Try again in a moment; your drawing is kept."
-                elif away:
-                    text = f"The service at {self.url} failed; its log says why. Your drawing is kept."
-            text = text and _with_id(text, error.request)
+                    text = f"{service} is busy. Try again in a moment; your drawing is kept."
+            raise ServiceError(_with_id(text, error.request), away, busy) from None
         except httpx.ReadTimeout as error:
-            text = f"The service at {self.url} takes too long to answer. Try again; your drawing is kept."
-            text = _with_id(text, error.request)
+            text = f"{service} takes too long to answer. Try again; your drawing is kept."
+            raise ServiceError(_with_id(text, error.request), away=True) from None
         except (httpx.HTTPError, UnicodeError):  # the latter of a name that no network knows
-            text = f"The service at {self.url} does not answer. Start it with `make serve`; your drawing is kept."
-        raise ServiceError(
-            text
-            or f"What answers at {self.url} does not speak like the completion service. "
-            f"Set {URL_VARIABLE} to the address that `make serve` prints.",
-            away,
-            busy,
-        )
+            text = f"{service} does not answer. Start it with `make serve`; your drawing is kept."
+            raise ServiceError(text, away=True) from None
 
 
 def _with_id(text: str, request: httpx.Request) -> str:
