@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -134,70 +135,64 @@ def start(command: list[str], environment: dict[str, str], **options: Any) -> su
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **options)
 
 
-class Beside:
-    """What goes on beside the canvas, one step after the other: releasing the weights, then the quick start.
+def beside(environment: dict[str, str], status: Path, steps: list[list[str]]) -> Iterator[None]:
+    """Do what goes on beside the canvas, one step after the other, as far as it has come at each `next`.
 
-    All that it says goes into `LOG`. The file `status` tells the canvas, as JSON: `doing` and `what`, of a training
+    All that they say goes into `LOG`. The file `status` tells the canvas, as JSON: `doing` and `what`, of a training
     `left` and the last `validation`, too; at the end of a quick start `doing` is "done" or "failed".
     """
-
-    def __init__(self, environment: dict[str, str], status: Path, steps: list[list[str]]) -> None:
-        LOG.parent.mkdir(exist_ok=True)
-        LOG.write_bytes(b"")
-        self._environment = {**environment, "PYTHONUNBUFFERED": "1"}
-        self._status = status
-        self._said: dict[str, str] = {}
-        self._num_read = 0  # bytes of the log
-        self._todo = iter(steps)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def poll(self) -> None:
-        """Tell of what has come, and begin the next step if one has ended."""
-        is_running = self._process is not None and self._process.poll() is None  # asked first: its last lines count
-        with LOG.open("rb") as log:
-            log.seek(self._num_read)
-            for line in log:
-                if line.endswith(b"\n"):
-                    self._num_read += len(line)
-                    self._read(line.decode(errors="replace").strip())
-        if is_running:
-            return
-        if self._process and self._process.returncode:
-            self._tell(doing="failed")
-            step: Any = self._process.args
-            print(f"The canvas stays, without the quick start: `{' '.join(step)}` failed: {LOG} says why.", flush=True)
-            self._process, self._todo = None, iter(())
-        elif command := next(self._todo, None):
-            with LOG.open("ab") as output:
-                # From the first moment on, and so for all that it starts.
-                self._process = start(
-                    command,
-                    self._environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=lambda: os.nice(19),
-                )
+    LOG.parent.mkdir(exist_ok=True)
+    said: dict[str, str] = {}
+    line = b""
+    with LOG.open("wb", buffering=0) as output, LOG.open("rb") as log:
+        for step in steps:
+            process = start(
+                step,
+                {**environment, "PYTHONUNBUFFERED": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: os.nice(19),  # from the first moment on, and so for all that it starts
+            )
             # Where Linux shares processors between sessions first. The process does not do it itself before it begins:
             # this program would wait for it as long as others are busy.
             with contextlib.suppress(OSError):
-                Path(f"/proc/{self._process.pid}/autogroup").write_text("19")
-        elif self._said.get("doing") not in (None, "done", "failed"):
-            self._tell(doing="done")
+                Path(f"/proc/{process.pid}/autogroup").write_text("19")
+            is_running = True
+            while is_running:
+                yield
+                is_running = process.poll() is None  # asked first: its last lines count
+                for part in log:
+                    line += part
+                    if line.endswith(b"\n"):
+                        said = hear(line.decode(errors="replace").strip(), said, status)
+                        line = b""
+            if process.returncode != 0:
+                tell(status, {"doing": "failed"})
+                failed = f"`{' '.join(step)}` failed: {LOG} says why."
+                print(f"The canvas stays, without the quick start: {failed}", flush=True)
+                return
+    if said:
+        tell(status, {"doing": "done"})
 
-    def _read(self, line: str) -> None:
-        if found := STAGE.search(line):
-            self._tell(doing=found[1], what=found[2])
-        elif found := PROGRESS.search(line):
-            self._tell(**{**self._said, **({"validation": found[1]} if found[1] else {}), "left": found[2]})
-        else:
-            return
-        print(f"beside: {line}", flush=True)
 
-    def _tell(self, **said: str) -> None:
-        self._said = said
-        written = self._status.with_suffix(".new")
-        written.write_text(json.dumps(said))
-        written.replace(self._status)
+def hear(line: str, said: dict[str, str], status: Path) -> dict[str, str]:
+    """Tell of what a line of the log says, after what was said before; return that."""
+    if found := STAGE.search(line):
+        said = {"doing": found[1], "what": found[2]}
+    elif found := PROGRESS.search(line):
+        said = {**said, **({"validation": found[1]} if found[1] else {}), "left": found[2]}
+    else:
+        return said
+    print(f"beside: {line}", flush=True)
+    tell(status, said)
+    return said
+
+
+def tell(status: Path, said: dict[str, str]) -> None:
+    """Write the file that tells the canvas, which never sees a part of it."""
+    written = status.with_suffix(".new")
+    written.write_text(json.dumps(said))
+    written.replace(status)
 
 
 def own_steps(wishes: dict[str, str]) -> tuple[str, list[list[str]]]:
@@ -248,14 +243,14 @@ def main(words: list[str]) -> None:
             "service": start([*SERVICE, str(service_port)], {**environment, **at_once}),
             "canvas": start(canvas, environment),
         }
-        beside = Beside(environment, status, [] if name else BESIDE)
+        quick_start = beside(environment, status, [] if name else BESIDE)
         is_ready, deadline = False, time.monotonic() + START_S
         while True:
             for what, process in servers.items():
                 if process.poll() is not None:
                     raise SystemExit(f"error: the {what} ended by itself; its message stands above.")
             if is_ready:  # not before: what is shown first comes first
-                beside.poll()
+                next(quick_start, None)
             elif answers(canvas_port, "/_stcore/health") and answers(service_port, "/readyz"):
                 is_ready = True
                 print(f"\nReady: draw at {canvas_url}{path} (service: {service_url}). Ctrl-C ends all.\n", flush=True)
@@ -266,15 +261,15 @@ def main(words: list[str]) -> None:
                 raise SystemExit(f"error: nothing could be shown within {START_S} s.")
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        kill_descendants()
-        wished = [f"{key}={shlex.quote(os.environ[key])}" for key in WISHES if os.environ.get(key)]
-        again = " ".join(["own", *wished]) if name else "demo"
-        print(f"\nStopped. The next `make {again}` goes on from here.", flush=True)
+        pass  # it is what ends the demo
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         kill_descendants()
         shutil.rmtree(temporary, ignore_errors=True)
+    wished = [f"{key}={shlex.quote(os.environ[key])}" for key in WISHES if os.environ.get(key)]
+    again = " ".join(["own", *wished]) if name else "demo"
+    print(f"\nStopped. The next `make {again}` goes on from here.", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from app.canvas.views.demo import status_text
-from app.demo import Beside, main, own_steps, port_of
+from app.demo import beside, main, own_steps, port_of
 from benchmarks.interrupts import marked_processes
 from pixelcnn.training.trainer import StepReport, format_progress
 from tests.local import free_port
@@ -224,10 +224,10 @@ def test_a_quick_start_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("app.demo.start", run)
     status = tmp_path / "status.json"
-    beside = Beside({}, status, [["dvc", "repro"]])
-    beside.poll()
+    steps = beside({}, status, [["dvc", "repro"]])
+    next(steps)
     assert not status.exists()
-    beside.poll()
+    assert next(steps, "ended") == "ended"
     assert json.loads(status.read_text()) == {"doing": "done"}
 
 
