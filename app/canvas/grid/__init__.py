@@ -64,9 +64,7 @@ def drawing_grid(
     result = component(
         key=key,
         data={
-            "height": shape[0],
-            "width": shape[1],
-            "channels": 1 if len(shape) == 2 else shape[2],
+            "shape": list(shape),
             "levels": levels,
             "known": known,
             "live": live,

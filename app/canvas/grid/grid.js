@@ -3,14 +3,10 @@
 // ff full), in colour its red, green and blue; then row by row each cell's mark: 00 none, 01 touched (inked, or made known
 // blank), 02 hole (left to the model).
 //
-// data: {height, width: cells; channels: 1 for ink, 3 for paint of any colour; levels: K of the images; known: the mode,
-// see isKnown; live: tell of a stroke while it is drawn; brush: its width at first; shortcuts: whether the page's keys are
-// the grid's; ink: what a new grid shows; demonstration: what it then draws by itself, or ""; load: {revision, ink}
-// replaces the drawing, once, as one step that can be undone; texts: those that are spoken}.
-// Known cells are opaque, unknown ones transparent (hatched). Anything on the page with `data-ink` (cells, with or without
-// their marks) takes the place of the drawing when it is clicked. `document` gets an event `drawing`, whose detail is
-// {text, blank}, whenever what is shown changes, and `document.drawing` is the last such detail. Before the page is told of a
-// change there is an event `drawn`; whoever cancels it tells the page later, by `detail.tell()`.
+// data: what `drawing_grid` in __init__.py is given, with drawings as such text (`ink` is what a new grid shows), and `texts`
+// that are spoken. `load` is one step that can be undone. The detail of the event `drawing` stays in `document.drawing`.
+// Before the page is told of a change there is an event `drawn`; whoever cancels it tells the page later, by
+// `detail.tell()`. Known cells are opaque, unknown ones transparent (hatched).
 //
 // The drawing is kept in sessionStorage: a reload, or another page and back, does not lose it. A link's drawing, `d` in
 // the address, comes first if the address is another one than when the kept drawing was made. A page that changes its own
@@ -35,7 +31,8 @@ const HEX = Array.from({ length: 256 }, (_, value) => value.toString(16).padStar
 const linked = () => new URLSearchParams(location.search).get("d");
 
 function createGrid(root, data) {
-  const { height, width, channels, demonstration } = data;
+  const [height, width, channels = 1] = data.shape;
+  const { demonstration } = data;
   let { brush, ink: given } = data;
   const canvas = root.querySelector("canvas");
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -140,6 +137,7 @@ function createGrid(root, data) {
     context.putImageData(picture, 0, 0);
     document.drawing = { text: toText(), blank: cells.every((value) => value === 0) };
     document.dispatchEvent(new CustomEvent("drawing", { detail: document.drawing }));
+    showTools();
   }
 
   function showTools() {
@@ -161,11 +159,7 @@ function createGrid(root, data) {
   }
 
   function changed(before) {
-    if (before.every((value, i) => value === cells[i])) {
-      draw();
-      showTools();
-      return;
-    }
+    if (before.every((value, i) => value === cells[i])) return draw();
     done.push(before);
     if (done.length > MAX_UNDO) done.shift();
     undone = [];
@@ -174,7 +168,6 @@ function createGrid(root, data) {
 
   function report() {
     draw();
-    showTools();
     keep();
     const { text } = document.drawing;
     sentAt = performance.now();
@@ -312,14 +305,20 @@ function createGrid(root, data) {
     }
   }
 
-  function place(event) {
-    const box = canvas.getBoundingClientRect();
-    return [((event.clientX - box.left) / box.width) * width, ((event.clientY - box.top) / box.height) * height];
+  // A place on the screen as shares of an element's width and height.
+  function within(element, x, y) {
+    const box = element.getBoundingClientRect();
+    return [(x - box.left) / box.width, (y - box.top) / box.height];
   }
 
-  function endStroke(event) {
-    fingers.delete(event.pointerId);
-    if (stroke?.id !== event.pointerId) return;
+  function place(event) {
+    const [x, y] = within(canvas, event.clientX, event.clientY);
+    return [x * width, y * height];
+  }
+
+  function endStroke(id) {
+    fingers.delete(id);
+    if (stroke?.id !== id) return;
     const { last } = stroke;
     stroke = null;
     changed(last);
@@ -332,10 +331,7 @@ function createGrid(root, data) {
     ({ last: cells, demonstrated } = stroke);
     stroke = null;
     if (isNews) report();
-    else {
-      draw();
-      showTools();
-    }
+    else draw();
   }
 
   // Show a part of a large grid: `scale` times as large, the point at (x, y) of the paper, 0 to 1, where it is or moved.
@@ -347,15 +343,10 @@ function createGrid(root, data) {
     root.querySelector(".sheet").style.transform = `translate(${100 * view.x}%, ${100 * view.y}%) scale(${scale})`;
   }
 
-  function onPaper(x, y) {
-    const box = paper.getBoundingClientRect();
-    return [(x - box.left) / box.width, (y - box.top) / box.height];
-  }
-
   function pinch(event) {
     const spread = () => {
       const [[ax, ay], [bx, by]] = fingers.values();
-      return [Math.hypot(ax - bx, ay - by), ...onPaper((ax + bx) / 2, (ay + by) / 2)];
+      return [Math.hypot(ax - bx, ay - by), ...within(paper, (ax + bx) / 2, (ay + by) / 2)];
     };
     const [distance, x, y] = spread();
     fingers.set(event.pointerId, [event.clientX, event.clientY]);
@@ -372,7 +363,6 @@ function createGrid(root, data) {
     begin(event.pointerId, x, y);
     lineTo(x, y);
     draw();
-    showTools();
   });
   canvas.addEventListener("pointermove", (event) => {
     if (isLarge && fingers.size === 2 && fingers.has(event.pointerId)) pinch(event);
@@ -382,28 +372,21 @@ function createGrid(root, data) {
     drawSoon();
   });
   // Otherwise the browser takes a quick stroke for a fling, and the next tap, on a button, only ends that.
-  canvas.addEventListener(
-    "touchmove",
-    (event) => {
-      if (event.touches.length === 1) event.preventDefault();
-    },
-    { passive: false },
-  );
-  canvas.addEventListener("pointerup", endStroke);
-  canvas.addEventListener("lostpointercapture", endStroke);
+  canvas.addEventListener("touchmove", (event) => {
+    if (event.touches.length === 1) event.preventDefault();
+  });
+  for (const type of ["pointerup", "lostpointercapture"]) {
+    canvas.addEventListener(type, (event) => endStroke(event.pointerId));
+  }
   canvas.addEventListener("pointercancel", (event) => {
     fingers.delete(event.pointerId);
     if (stroke?.id === event.pointerId) dropStroke(); // the browser took it for a gesture of its own
   });
-  canvas.addEventListener(
-    "wheel",
-    (event) => {
-      if (!isLarge) return;
-      event.preventDefault();
-      look(view.scale * Math.exp(-event.deltaY / WHEEL), ...onPaper(event.clientX, event.clientY));
-    },
-    { passive: false },
-  );
+  canvas.addEventListener("wheel", (event) => {
+    if (!isLarge) return;
+    event.preventDefault();
+    look(view.scale * Math.exp(-event.deltaY / WHEEL), ...within(paper, event.clientX, event.clientY));
+  });
 
   // By keyboard: arrows go, with Shift they draw on the way; Space draws where one is.
   canvas.addEventListener("keydown", (event) => {
@@ -415,9 +398,7 @@ function createGrid(root, data) {
     if (event.key === " " || event.shiftKey) {
       begin(null, column + 0.5, row + 0.5);
       lineTo(cursor[0] + 0.5, cursor[1] + 0.5);
-      const { last } = stroke;
-      stroke = null;
-      changed(last);
+      endStroke(null);
     }
     showCursor();
   });
@@ -434,23 +415,19 @@ function createGrid(root, data) {
   }
 
   const actions = {
-    undo() {
-      if (stroke || done.length === 0) return;
-      demonstrated = null;
-      undone.push(cells);
-      cells = done.pop();
-      report();
-    },
-    redo() {
-      if (stroke || undone.length === 0) return;
-      done.push(cells);
-      cells = undone.pop();
-      report();
-    },
-    clear() {
-      replace(blank());
-    },
+    undo: () => retrace(done, undone),
+    redo: () => retrace(undone, done),
+    clear: () => replace(blank()),
   };
+
+  // To the drawing before, or after: each list holds those that the other one leads back to.
+  function retrace(from, to) {
+    if (stroke || from.length === 0) return;
+    demonstrated = null;
+    to.push(cells);
+    cells = from.pop();
+    report();
+  }
 
   function replace(next) {
     if (stroke) return;
@@ -533,7 +510,6 @@ function createGrid(root, data) {
       grey.min = grey.step = Math.floor(255 / Math.min(data.levels - 1, MAX_GREYS));
       send = (text) => setStateValue("ink", text);
       draw();
-      showTools();
       if (given !== null && toText() !== given) report(); // what was kept is news to the page
       given = null;
       if (data.load && !stroke && data.load.revision !== loaded) { // else the stroke's own end brings it again
