@@ -17,15 +17,10 @@ NO_MARK, TOUCHED, HOLE = 0, 1, 2  # a cell's mark, as in app/canvas/grid/grid.js
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is on the grid, int64.
+    """What is on the grid, int64."""
 
-    Args:
-        strength: (H, W), of the ink, 0 to 255; or (H, W, 3), the colour of the paint.
-        mark: (H, W), NO_MARK, TOUCHED or HOLE.
-    """
-
-    strength: np.ndarray
-    mark: np.ndarray
+    strength: np.ndarray  # (H, W), of the ink, 0 to 255; or (H, W, 3), the colour of the paint
+    mark: np.ndarray  # (H, W), NO_MARK, TOUCHED or HOLE
 
 
 def blank_drawing(shape: tuple[int, ...]) -> Drawing:
@@ -94,10 +89,8 @@ def strength_of(levels: np.ndarray, num_levels: int) -> np.ndarray:
 def known_cells(drawing: Drawing, mode: str, num_levels: int) -> np.ndarray:
     """Return (H, W) int64, 1 where a cell counts as known; `isKnown` in `app/canvas/grid/grid.js` shows the same.
 
-    Ink is what is not 0; paint is ink of any colour, black too.
-
-    Args:
-        mode: "above": every row down to the lowest ink; "ink"; "touched": ink and known blanks; "mask": all but holes.
+    By mode: "above": every row down to the lowest ink; "ink": what is not 0, or paint of any colour, black too;
+    "touched": ink and known blanks; "mask": all but holes.
     """
     ink: np.ndarray = drawing.mark == TOUCHED if drawing.strength.ndim == 3 else levels_of(drawing, num_levels) > 0
     if mode == "mask":
@@ -125,11 +118,8 @@ def without(drawing: Drawing, part: str) -> Drawing:
 def fit_picture(data: bytes, shape: tuple[int, ...], dark_ink: bool) -> np.ndarray:
     """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
 
-    Args:
-        dark_ink: whether a grey picture shows dark ink on light paper, as photographs do; then dark becomes high.
-
-    Raises:
-        ValueError: it is no picture that can be read, or too large a one.
+    With `dark_ink` a grey one shows dark ink on light paper, as photographs do: dark becomes high. Raises ValueError as
+    `open_picture`.
     """
     height, width = shape[:2]
     colour = len(shape) == 3

@@ -133,11 +133,7 @@ def asked_of(drawing: Drawing, settings: Settings, seed: int | None) -> Endings:
 
 
 def parse_seed(text: str) -> int | None:
-    """Return the seed that a person typed, None for an empty field.
-
-    Raises:
-        ValueError: it is no seed; the text says what is.
-    """
+    """Return the seed that a person typed, None for an empty field. Raises ValueError, which says what is a seed."""
     text = text.strip()
     if not text:
         return None

@@ -24,27 +24,16 @@ DUST = 0.002  # share of the ink at each side that a box may leave out
 
 @dataclass(frozen=True)
 class Layout:
-    """How ink lies in a model's images.
+    """How ink lies in a model's images; by default as in MNIST."""
 
-    Args:
-        fill: share of the grid's height or width, whichever is larger, that the ink's box takes: 20/28 in MNIST.
-        by_mass: whether the middle of the grid is the ink's centre of mass, as in MNIST, or the middle of its box.
-        stroke: width of a stroke, in cells, as `_stroke` measures it.
-        has_paper: whether there is ink on an empty ground at all, and not a picture up to its edges.
-    """
-
-    fill: float = 20 / 28
-    by_mass: bool = True
-    stroke: float = 2.0
-    has_paper: bool = True
+    fill: float = 20 / 28  # share of the grid's height or width, whichever is larger, that the ink's box takes
+    by_mass: bool = True  # whether the middle of the grid is the ink's centre of mass, or that of its box
+    stroke: float = 2.0  # width of a stroke, in cells, as `_stroke` measures it
+    has_paper: bool = True  # whether there is ink on an empty ground at all, and not a picture up to its edges
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Return an uploaded picture, upright, as RGBA.
-
-    Raises:
-        ValueError: it is no picture that can be read, or too large a one.
-    """
+    """Return an uploaded picture, upright, as RGBA. Raises ValueError: it cannot be read, or is too large."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as file:
             file.draft("RGB", (WORK_SIDE, WORK_SIDE))
@@ -87,10 +76,7 @@ def find_ink(data: bytes, shape: tuple[int, int], layout: Layout) -> np.ndarray:
 
     Paper may be lit unevenly, and ink dark on light or light on dark: the light is fitted, a threshold (Otsu's) parts
     ink from paper, and what differs is the ink. It is cropped, thickened to the images' strokes if it is thinner, and
-    scaled and centred as `layout` says.
-
-    Raises:
-        ValueError: it is no picture that can be read, or holds no ink.
+    scaled and centred as `layout` says. Raises ValueError as `open_picture`, and where there is no ink.
     """
     picture = open_picture(data)
     picture.thumbnail((WORK_SIDE, WORK_SIDE))

@@ -44,12 +44,7 @@ def live_path() -> str:
 
 
 def live_endings(visit: Visit, settings: Settings, last: Endings | None, is_on: bool) -> None:
-    """Show the endings that come without the page, in place of the page's, as long as they are newer.
-
-    Args:
-        last: those that the page shows.
-        is_on: whether a stroke is to be answered so.
-    """
+    """Show the endings that come without the page, in place of `last`, the page's, as long as they are newer."""
     component = st.components.v2.component("live_endings", js=(HERE / "live.js").read_text(), isolate_styles=False)
     component(
         key="live_endings",
