@@ -36,10 +36,10 @@ def freeze_garbage() -> None:
 
 def show_page(name: str, show: Callable[[Visit], None], visit: Visit) -> None:
     """Show a page; each but the first needs a model."""
+    st.title(say(f"{name}_title"), anchor=False)
     if name == "draw" or visit.models:
         show(visit)
     else:
-        st.title(say(f"{name}_title"), anchor=False)
         show_trouble(visit)
 
 

@@ -34,12 +34,10 @@ def as_png(pixels: np.ndarray) -> bytes:
 
 
 def ending_pixels(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> np.ndarray:
-    """Return one ending as (H, W, 4) uint8 pixels.
+    """Return one ending, (H, W) or (H, W, 3) levels, -1 where not drawn yet, as (H, W, 4) uint8 pixels.
 
-    Args:
-        image: (H, W) or (H, W, 3) levels in 0..levels-1, -1 where not drawn yet (transparent).
-        known: (H, W), 1 where the person drew it.
-        coloured: whether what the model added has a colour of its own; an image in colour keeps its own.
+    `known`, (H, W), is 1 where the person drew it. With `coloured` what the model added has a colour of its own, but in
+    an image in colour.
     """
     strength = np.clip(image, 0, None) / (levels - 1)
     pixels = np.empty((*image.shape[:2], 4), dtype=np.uint8)
@@ -125,9 +123,10 @@ def _address_of(raw: bytes, shape: tuple[int, ...]) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _continue_button(ink: str, attributes: str, picture: str) -> str:
+def _continue_button(ink: str, picture: str, label: str, title: str = "", state: str = "") -> str:
     """Return a picture as a button that puts something on the grid: grid.js takes over its `data-ink`."""
-    return f'<button type="button" data-ink="{ink}" {attributes}>{picture}</button>'
+    names = f'aria-label="{html.escape(label)}" title="{html.escape(title or label)}"'
+    return f'<button type="button" data-ink="{ink}" {names}{state}>{picture}</button>'
 
 
 def _ink(ending: Endings, i: int) -> str:
@@ -137,9 +136,8 @@ def _ink(ending: Endings, i: int) -> str:
 def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = False, sheet: bool = False) -> str:
     """Return the endings as a grid of figures, in `order` once they are scored.
 
-    Args:
-        stale: whether other settings are chosen by now; companion.js does the same when the drawing is another.
-        sheet: whether they are whole images, on a page without a grid to continue them on.
+    They are `stale` where other settings are chosen by now (companion.js does the same for another drawing), and a
+    `sheet` where they are whole images, on a page without a grid to continue them on.
     """
     known, kind = ending.known, "image" if sheet else "ending"
     is_drawn = bool((ending.images >= 0).all())
@@ -156,10 +154,8 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
             caption = (f"<b>{html.escape(name)}</b>" if name else "") + f'<span title="{bits}">{score}</span>'
             picture = img(pixels, f"{title}: {name} {score}" if name else f"{title}: {score}")
         if not sheet and ending.log_probs is not None:  # what is still drawn cannot be continued from
-            label = html.escape(say("continue", rank=rank))
-            key = f'data-key="{ending.seed}-{i}" aria-pressed="false"'
-            attributes = f'{key} aria-label="{label}" title="{html.escape(say("continue_help"))}"'
-            picture = _continue_button(_ink(ending, i), attributes, picture)
+            label, title = say("continue", rank=rank), say("continue_help")
+            picture = _continue_button(_ink(ending, i), picture, label, title, ' aria-pressed="false"')
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     css_class = "endings" + " sheet" * sheet + " stale" * stale
     told = ""
@@ -175,9 +171,9 @@ def gallery_html(endings: list[Endings]) -> str:
     buttons = []
     for ending in endings:
         likeliest = order_of(ending, "likely")[0]
-        title = html.escape(say("continue_seed", seed=ending.seed))
         picture = img(ending_pixels(ending.images[likeliest], ending.known, ending.levels, True), "")
-        buttons.append(_continue_button(_ink(ending, likeliest), f'title="{title}" aria-label="{title}"', picture))
+        label = say("continue_seed", seed=ending.seed)
+        buttons.append(_continue_button(_ink(ending, likeliest), picture, label))
     return f'<div class="gallery">{"".join(buttons)}</div>'
 
 
@@ -187,7 +183,6 @@ def examples_html(beginnings: list[Drawing], num_levels: int) -> str:
     for number, drawing in enumerate(beginnings, start=1):
         levels = levels_of(drawing, num_levels)
         shown = np.where(per_cell(drawing.mark == NO_MARK, levels), -1 if levels.ndim == 3 else 0, levels)
-        label = html.escape(say("example", number=number))
         picture = img(whole_pixels(shown, num_levels), "")
-        buttons.append(_continue_button(drawing_text(drawing), f'aria-label="{label}" title="{label}"', picture))
+        buttons.append(_continue_button(drawing_text(drawing), picture, say("example", number=number)))
     return f'<div class="gallery examples"><span>{html.escape(say("examples"))}</span>{"".join(buttons)}</div>'

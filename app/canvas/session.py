@@ -21,6 +21,7 @@ from app.client import Likelihood, ServedModel, ServiceClient, ServiceError, ser
 
 MODELS_TTL_S = 5.0  # how long the list of served models is taken as current
 RETRY_S = 5.0  # a service that does not answer is asked again after so long
+KNOWN_KEYS = ("known", "known_all", "known_paint")  # of the widgets that hold the mode of `known_cells`
 NUM_MEASURED = 9  # images
 GALLERY = 12  # past requests of a visit that are kept
 NEW_SEEDS = 10**6  # short enough to be read out; a person may type longer ones
@@ -30,8 +31,8 @@ NEW_SEEDS = 10**6  # short enough to be read out; a person may type longer ones
 class Visit:
     """The state of a visit, beside the grid's ink, which is the component's, and what the widgets keep."""
 
-    client: ServiceClient  # of this visit
-    name: str = field(default_factory=lambda: secrets.token_hex(8))  # for the service, which takes turns between visits
+    name: str  # for the service, which takes turns between visits
+    client: ServiceClient  # by this name
     models: dict[str, ServedModel] = field(default_factory=dict)  # what is served, in the order to offer it
     models_at: float = -math.inf  # when it was asked
     models_missing: bool = False  # the service then had none to name, or gave no answer
@@ -45,7 +46,6 @@ class Visit:
     gallery: list[Endings] = field(default_factory=list)  # the endings of this visit, the last ones first
     unfinished: Endings | None = None  # of a request that the next stroke has ended: shown until there is more
     settings: Settings | None = None  # last chosen to draw with
-    chosen: dict[str, Any] = field(default_factory=dict)  # what their widgets held then
     order: str = "drawn"  # of the endings that are shown, see `order_of`
     language: str = field(default_factory=language)
     live: Endings | None = None  # endings that the browser got without the page: it has not shown them yet
@@ -168,34 +168,20 @@ VISITS: WeakValueDictionary[str, Visit] = WeakValueDictionary()
 def this_visit() -> Visit:
     """Return the state of this visit. A new one takes up the address: with a seed, it is the link to a picture.
 
-    Raises:
-        ServiceError: the service's address is none.
+    Raises ServiceError where the service's address is none.
     """
-    state, client = st.session_state, client_of(service_url())
-    if "visit" not in state:
-        visit = state.visit = Visit(client)
-        VISITS[visit.name] = visit
-        query = st.query_params
-        visit.linked = query.get("d", "")
-        for name, kind in (("dataset", str), ("known", str), ("label", int), ("temperature", float), ("n", int)):
-            with contextlib.suppress(ValueError, KeyError):  # the widgets forget what they do not offer
-                state[f"linked_{name}"] = kind(query[name])
-        with contextlib.suppress(ValueError):
-            visit.seed = parse_seed(query.get("seed", ""))
-        visit.pending = visit.seed is not None and bool(visit.linked)  # the picture is drawn at once
-    visit = cast(Visit, state.visit)
-    visit.client = client.named(visit.name)
+    state, query = st.session_state, st.query_params
+    if "visit" in state:
+        return cast(Visit, state.visit)
+    name = secrets.token_hex(8)
+    visit = state.visit = VISITS[name] = Visit(name, client_of(service_url()).named(name), linked=query.get("d", ""))
+    for key, kind in (("dataset", str), ("label", int), ("temperature", float), ("n", int)):
+        with contextlib.suppress(ValueError, KeyError):
+            state[key] = kind(query[key])  # which the widget of this key drops if it does not offer it
+    if "known" in query:
+        for key in KNOWN_KEYS:
+            state[key] = query["known"]
+    with contextlib.suppress(ValueError):
+        visit.seed = parse_seed(query.get("seed", ""))
+    visit.pending = visit.seed is not None and bool(visit.linked)  # the picture is drawn at once
     return visit
-
-
-def linked_default(name: str, key: str, offered: Any, default: Any) -> Any:
-    """Return what a widget shows first: the address's value if it is on offer, else the default.
-
-    Args:
-        key: of the widget, whose kept value is dropped where it is not on offer.
-    """
-    state = st.session_state
-    if key in state and state[key] not in offered:
-        del state[key]
-    linked = state.get(f"linked_{name}", default)
-    return linked if linked in offered else default

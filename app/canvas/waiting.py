@@ -50,11 +50,8 @@ def in_background(
 ) -> Generator[Event | None, None, None]:
     """Yield the events of another thread, and None whenever nothing has come for a moment. Raises what they raise.
 
-    Whoever waits can look up at each None while a service is slow. Leaving the generator drops what still comes.
-
-    Args:
-        ask_for: returns the events; it may tell what ends them while the other thread waits for one.
-        leaving: ends them, too.
+    Whoever waits can look up at each None while a service is slow. `ask_for` returns the events, and may tell what ends
+    them while the other thread waits for one: leaving the generator does so, and whoever has `leaving`.
     """
     answers: queue.Queue[Any] = queue.Queue()
     leaving = leaving or Leaving()
@@ -89,24 +86,17 @@ def in_background(
 def busy_line(what: str, text: str, on_stop: Callable[[], None]) -> None:
     """Show that the model works, and a button that stops it, both unseen in the first moment.
 
-    Args:
-        what: it does; one run of a page may wait for several things.
-        text: that says so.
+    `what` it does tells them apart: one run of a page may wait for several things. `text` says so.
     """
     with st.container(key=f"busy-{what}", horizontal=True, vertical_alignment="center"):
         st.markdown(text)
         st.button(say("stop"), on_click=on_stop, key=f"stop-{what}", width="content")
 
 
-def is_of_fragment() -> bool:
-    """Return whether this run is one of a fragment alone, not of the page."""
-    run = get_script_run_ctx()
-    return run is not None and bool(run.fragment_ids_this_run)
-
-
 def redraw() -> NoReturn:
     """Leave this run here, and run the fragment again, or the page if it is the page that runs."""
-    st.rerun(scope="fragment" if is_of_fragment() else "app")
+    run = get_script_run_ctx()
+    st.rerun(scope="fragment" if run and run.fragment_ids_this_run else "app")
 
 
 def look_up() -> None:
@@ -138,12 +128,8 @@ def wait_for(
     """Return what the service answers, or give it to `show` as it comes. Raises ServiceError.
 
     Meanwhile the page says that it takes a while. It may leave this at any moment, also after the last answer: what
-    must not be lost is for `show` to keep.
-
-    Args:
-        ask_for: see `in_background`; requests that it sends one by one end once the page has left.
-        what, text, on_stop: see `busy_line`.
-        show: is given each answer; none is returned then.
+    must not be lost is for `show` to keep; then none is returned. For `ask_for` see `in_background`: requests that it
+    sends one by one end once the page has left; for `what`, `text` and `on_stop` see `busy_line`.
     """
     found: list[Event] = []
     take = show or found.append
@@ -163,12 +149,7 @@ def wait_for(
 
 
 def drawn(client: ServiceClient, asked: Endings, on_open: OnOpen) -> Generator[Endings, None, None]:
-    """Have endings drawn; yield them as their rows come, the finished ones last. Raises ServiceError.
-
-    Args:
-        asked: as nothing of them is drawn yet.
-        on_open: see `complete_stream`.
-    """
+    """Have the endings drawn that are asked for; yield them as rows come, finished at last. Raises ServiceError."""
     images, shown_at = asked.images.copy(), -math.inf  # (N, H, W) or (N, H, W, 3)
     with contextlib.closing(client.complete_stream(**vars(asked.request), on_open=on_open)) as events:
         for event in events:

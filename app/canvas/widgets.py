@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from app.canvas.drawing import fit_picture
 from app.canvas.endings import Endings, order_of, parse_seed, record, shape_of
 from app.canvas.photo import find_ink
 from app.canvas.rendering import large_image, saved_animation, saved_picture
-from app.canvas.session import Visit, linked_default
-from app.canvas.texts import TEXTS, say, say_label
+from app.canvas.session import KNOWN_KEYS, Visit
+from app.canvas.texts import TEXTS, language, say, say_label
 from app.client import ServedModel, ServiceError
 
+HERE = Path(__file__).parent
 MAX_UPLOAD_MB = 10
-KNOWN_KEYS = ("known", "known_all", "known_paint")  # where the mode is kept
 TEMPERATURE = 0.9  # more endings hold together than at 1, and as many differ: docs/endings.md
 
 
@@ -35,6 +36,12 @@ def main_button(label: str, on_click: Callable[[], None] | None = None) -> bool:
     return st.button(label, on_click=on_click, key="main", shortcut="F", type="primary", icon=icon, width="stretch")
 
 
+def drop_unoffered(key: str, offered: Container[object]) -> None:
+    """Have a widget begin with its default where what it held last, or the address tells, is not on offer."""
+    if key in st.session_state and st.session_state[key] not in offered:
+        del st.session_state[key]
+
+
 def name_of(dataset: str) -> str:
     """Return a dataset's name and what its images are."""
     return f"{dataset}: {say(f'about_{dataset}')}" if f"about_{dataset}" in TEXTS else dataset
@@ -46,8 +53,8 @@ def choose_dataset(served: Mapping[str, ServedModel]) -> str:
         st.selectbox(say("dataset"), [], key="no_dataset", placeholder=say("none_yet"))
         return ""
     offered = list(served)
-    first = offered.index(linked_default("dataset", "dataset", offered, offered[0]))
-    return st.selectbox(say("dataset"), offered, first, format_func=name_of, key="dataset", persist_state="session")
+    drop_unoffered("dataset", offered)
+    return st.selectbox(say("dataset"), offered, format_func=name_of, key="dataset", persist_state="session")
 
 
 def choose_label(names: list[str], text: str) -> int | None:
@@ -58,12 +65,11 @@ def choose_label(names: list[str], text: str) -> int | None:
     state = st.session_state
     if state.setdefault("label_of", names) != names:  # the index kept, or linked to, would be another label's
         state.label_of, state.label = names, -1
-        state.pop("linked_label", None)
     offered = [-1, *range(len(names))]
+    drop_unoffered("label", offered)
     label: int = st.selectbox(
         text,
         offered,
-        offered.index(linked_default("label", "label", offered, -1)),
         format_func=lambda index: say("anything") if index < 0 else say_label(names[index]),
         key="label",
         persist_state="session",
@@ -79,14 +85,14 @@ def known_key(painting: bool, sees_all: bool) -> str:
 def choose_known(painting: bool, sees_all: bool) -> str:
     """Show what may count as known, and what that means; return the chosen mode of `known_cells`.
 
-    Args:
-        sees_all: the model takes into account what is known below a cell, too: then no rows need to be above others.
+    A model that `sees_all` takes into account what is known below a cell, too: no rows need to be above others.
     """
     # In colour no cell is blank: painted black, or not painted.
     modes = ("ink", "above", "mask") if painting else ("above", "ink", "touched", "mask")
     names = {mode: say("known_paint" if painting and mode == "ink" else f"known_{mode}") for mode in modes}
     key = known_key(painting, sees_all)
-    default = linked_default("known", key, modes, "ink" if painting or sees_all else "above")
+    drop_unoffered(key, modes)
+    default = "ink" if painting or sees_all else "above"
     mode = choose(say("known"), names, default, width="stretch", wrap=True, key=key, persist_state="session")
     if painting:
         st.caption(say("help_paint" if mode == "ink" else f"help_paint_{mode}"))
@@ -97,11 +103,10 @@ def choose_known(painting: bool, sees_all: bool) -> str:
 
 def choose_temperature() -> float:
     """Show the temperature; return it."""
-    offered = [round(0.05 * i, 2) for i in range(31)]
-    first = linked_default("temperature", "temperature", offered, TEMPERATURE)
+    drop_unoffered("temperature", [round(0.05 * i, 2) for i in range(31)])
     text, help_text = say("temperature"), say("temperature_help")
     temperature: float = st.slider(
-        text, 0.0, 1.5, first, 0.05, key="temperature", persist_state="session", help=help_text
+        text, 0.0, 1.5, TEMPERATURE, 0.05, key="temperature", persist_state="session", help=help_text
     )
     return temperature
 
@@ -173,8 +178,7 @@ def _count_down(visit: Visit) -> None:
 def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:
     """Offer to keep endings: all as a large picture, and as JSON that reproduces them; one, and how it came about.
 
-    Args:
-        chosen: the one, the likeliest by default; not offered by itself on a sheet of whole images.
+    The one is `chosen`, or the likeliest; it is not offered by itself on a sheet of whole images.
     """
     one = order_of(ending, "likely")[0] if chosen is None else chosen
     image, known, levels = ending.images[one], ending.known, ending.levels
@@ -190,3 +194,30 @@ def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: 
             if known.any() or what in ("all", "animation", "record"):
                 name = f"{ending.request.dataset}-{ending.seed}-{what}.{kind}"
                 st.download_button(say(f"save_{what}"), data, name, mime, key=f"save_{what}", on_click="ignore")
+
+
+def companion(ending: Endings | None) -> None:
+    """Show a button that copies the link to endings, or to the page; keep the address that of the last ones.
+
+    Endings of a drawing can be compared with it.
+    """
+    buttons = (
+        f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
+        f'<button type="button" class="copy">{say("copy_link")}</button><span role="status"></span>'
+    )
+    component = st.components.v2.component(
+        f"companion_{language()}",
+        html=f'<div class="companion">{buttons}</div>',
+        css=(HERE / "companion.css").read_text(),
+        js=(HERE / "companion.js").read_text(),
+    )
+    component(
+        key="companion",
+        data={
+            "query": ending.link if ending else "",
+            "drawing": ending.drawing if ending else "",
+            "copy": say("copy_link"),
+            "copied": say("copied"),
+            "language": language(),
+        },
+    )

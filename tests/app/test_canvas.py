@@ -371,7 +371,7 @@ def test_endings_of_another_shape_wait_until_it_is_drawn_again(open_page: OpenPa
     page = complete(open_page())
     page.selectbox(key="dataset").set_value("cifar10").run()
     assert "Endings appear here" in html_text(page)
-    assert "data-key" not in html_text(page)
+    assert "Continue from ending" not in html_text(page)
     page.selectbox(key="dataset").set_value("mnist5k").run()
     assert len(pictures(page)) == 9
 

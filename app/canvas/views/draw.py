@@ -9,30 +9,28 @@ import numpy as np
 import streamlit as st
 
 from app.canvas import widgets
-from app.canvas.companion import companion
 from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
 from app.canvas.endings import Endings, Settings, asked_of, nll_of, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
 from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, gallery_html
-from app.canvas.session import Visit, linked_default
+from app.canvas.session import KNOWN_KEYS, Visit
 from app.canvas.texts import say, say_label
 from app.canvas.views.picture import start_from_picture
 from app.canvas.views.surprise import likelihoods, surprise_beside
-from app.canvas.waiting import busy_line, drawn, is_of_fragment, redraw, wait_for
+from app.canvas.waiting import busy_line, drawn, redraw, wait_for
 from app.client import ServedModel, ServiceError
 
 NUM_ENDINGS = 9
 MAX_ENDINGS = 16
 COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
-SETTINGS_KEYS = ("dataset", "label", *widgets.KNOWN_KEYS, "temperature", "n", "typed_seed", "named", "coloured")
+SETTINGS_KEYS = ("dataset", "label", *KNOWN_KEYS, "temperature", "n", "typed_seed", "named", "coloured")
 ORDERS = ("drawn", "likely", "rare")  # as drawn: in fixed places, while they bend with the pen
 
 
 def draw_page(visit: Visit) -> None:
     """Show the grid, the endings and the settings; ask for new endings when they are wanted."""
-    st.title(say("draw_title"), anchor=False)
     # In the order of a phone: grid, button, endings, settings. What needs the settings is filled last. Above the grid
     # nothing may be `st.empty`, which vanishes for a moment at each redrawing: the grid would move under the hand.
     intro = st.container(key="intro")
@@ -51,16 +49,16 @@ def draw_page(visit: Visit) -> None:
     if settings.model:
         st.caption(say("serving", model=model_line(settings.model)))
     with board_place:
-        board(visit, settings, gallery_place)
+        board(visit, settings, chosen_now(), gallery_place)
     if settings.model:
         with picture_place:
             start_from_picture(visit, settings.dataset, settings.model, settings.label, settings.sees_all)
 
 
 @st.fragment
-def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
+def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_place: Any) -> None:
     """Show the grid, and what comes of a drawing: after a stroke this alone runs."""
-    if is_of_fragment() and chosen_now() != visit.chosen:
+    if chosen_now() != chosen:
         st.rerun()  # a setting was changed at the same moment as the drawing
     with st.container(key="board"):
         left, right = st.columns(2, gap="medium")
@@ -146,7 +144,7 @@ def board(visit: Visit, settings: Settings, gallery_place: Any) -> None:
     if settings.named and unnamed and model.labels and not visit.is_waiting:
         name_endings(visit, unnamed, model)
         redraw()
-    if is_of_fragment() and visit.refresh_models():
+    if visit.refresh_models():
         st.rerun()
     if visit.trouble:
         with away_place:
@@ -163,7 +161,7 @@ def show_actions(last: Endings | None, drawing: Drawing, settings: Settings, ord
         shown = levels_of(drawing, settings.levels)
         chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
         widgets.download(last, settings.coloured, order, 3, chosen)
-    companion(last)
+    widgets.companion(last)
     return st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
 
 
@@ -243,12 +241,11 @@ def choose_settings(visit: Visit) -> Settings:
         with first:
             temperature = widgets.choose_temperature()
         with second:
-            default = linked_default("n", "n", range(1, MAX_ENDINGS + 1), NUM_ENDINGS)
-            num_samples = st.slider(say("endings"), 1, MAX_ENDINGS, default, key="n", persist_state="session")
+            widgets.drop_unoffered("n", range(1, MAX_ENDINGS + 1))
+            num_samples = st.slider(say("endings"), 1, MAX_ENDINGS, NUM_ENDINGS, key="n", persist_state="session")
         seed, trouble = widgets.choose_seed("typed_seed")
         named = st.toggle(say("named"), key="named", help=say("named_help"), persist_state="session")
         coloured = painting or st.toggle(say("coloured"), value=True, key="coloured", persist_state="session")
-    visit.chosen = chosen_now()
     return Settings(dataset, model, mode, num_samples, label, temperature, seed, trouble, sees_all, named, coloured)
 
 
@@ -275,11 +272,7 @@ def model_line(served: ServedModel) -> str:
 def show_endings(
     place: Any, note: Any, ending: Endings | None, unfinished: Endings | None, settings: Settings, order: str
 ) -> None:
-    """Show the last endings, or what to do to get some.
-
-    Args:
-        unfinished: what came since then for a drawing that has changed meanwhile, in place of endings older still.
-    """
+    """Show the last endings, or `unfinished` ones that came since for a changed drawing, or what to do to get some."""
     shown = unfinished or ending
     if shown is None:
         place.html(f'<div class="endings waiting"><p>{html.escape(say("waiting"))}</p></div>')

@@ -7,7 +7,6 @@ import numpy as np
 import streamlit as st
 
 from app.canvas import widgets
-from app.canvas.companion import companion
 from app.canvas.endings import Endings, Request, shape_of, undrawn, version_of
 from app.canvas.rendering import endings_html
 from app.canvas.session import Visit
@@ -20,7 +19,6 @@ NUM_IMAGES = 16
 
 def generate_page(visit: Visit) -> None:
     """Generate a sheet of images at first, and when asked to; show the last one."""
-    st.title(say("generate_title"), anchor=False)
     st.markdown(say("generate_intro"))
     left, right = st.columns([9, 21], gap="medium")
     with left:
@@ -74,4 +72,4 @@ def generate_page(visit: Visit) -> None:
             st.code(str(visit.generated.seed), language=None, width="content")
         st.caption(say("likeliest_first", model=version_of(visit.generated.model)), width="stretch")
         widgets.download(visit.generated, coloured=False, order="likely", columns=4)
-        companion(visit.generated)
+        widgets.companion(visit.generated)

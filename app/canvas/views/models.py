@@ -12,7 +12,6 @@ from app.canvas.texts import TEXTS, say
 
 def models_page(visit: Visit) -> None:
     """Show what is served, dataset by dataset."""
-    st.title(say("models_title"), anchor=False)
     st.markdown(say("models_intro"))
     for dataset, model in visit.models.items():
         with st.container(border=True):

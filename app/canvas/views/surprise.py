@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 import streamlit as st
 
-from app.canvas.companion import companion
 from app.canvas.drawing import TOUCHED, Drawing, levels_of, parse_drawing
 from app.canvas.endings import bits_per_dim, nats, shape_of, version_of
 from app.canvas.examples import real_images
@@ -15,13 +14,12 @@ from app.canvas.rendering import heat_pixels, img, png_size, whole_pixels
 from app.canvas.session import Visit
 from app.canvas.texts import say, say_label
 from app.canvas.waiting import wait_for
-from app.canvas.widgets import choose_dataset, choose_label, in_words, show_trouble, upload_picture
+from app.canvas.widgets import choose_dataset, choose_label, companion, in_words, show_trouble, upload_picture
 from app.client import Likelihood, ServedModel, ServiceError
 
 
 def surprise_page(visit: Visit) -> None:
     """Show where an image surprises the model, and which label explains it best."""
-    st.title(say("surprise_title"), anchor=False)
     st.markdown(say("surprise_intro"))
     left, right = st.columns([9, 21], gap="medium")
     with left:
@@ -89,8 +87,7 @@ def likelihoods(
 ) -> list[Likelihood]:
     """Return how likely images are, (H, W) or (H, W, 3) levels, each given each label. Raises ServiceError.
 
-    Args:
-        what: see `busy_line`; a toggle of this key is off once that was stopped.
+    For `what` see `busy_line`; a toggle of this key is off once that was stopped.
     """
     asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for image in images for label in labels)
     switch_off = functools.partial(st.session_state.update, {what: False})
@@ -98,11 +95,7 @@ def likelihoods(
 
 
 def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
-    """Show, beside the grid, which label explains what is on it and where it surprises; of each pixel how likely it is.
-
-    Args:
-        image: (H, W) or (H, W, 3) levels.
-    """
+    """Show beside the grid which label explains its levels, and where they surprise; of each pixel how likely it is."""
     question = (dataset, model.model.get("weights_sha256"), image.tolist(), None)
     if not visit.surprise or visit.surprise[0] != question or (model.labels and visit.surprise[2] is None):
         if visit.is_waiting:

@@ -1,7 +1,7 @@
 // What the page does in the browser beside the grid, whose event `drawing` it hears:
 //
 // - Endings (`.endings[data-for]`, the text of the drawing that they end) are dimmed while the grid shows another
-//   drawing, and hidden while it shows none. The one that was clicked looks chosen as long as the grid shows it.
+//   drawing, and hidden while it shows none. One that was put on the grid looks chosen as long as it is there.
 // - The address becomes that of the last answered request once the pen rests. It replaces the history's entry: neither
 //   Streamlit's query parameters nor anything else here makes one. The grid hears of it by the event `address`.
 // - A picture that is pasted, or dropped anywhere, goes to the page's uploader, whose part of the page opens. The uploader
@@ -18,8 +18,6 @@ function createCompanion(root) {
   const button = root.querySelector(".copy");
   const compare = root.querySelector(".compare");
   let data = {};
-  let chosen = { key: null, text: null }; // the ending that was clicked, and the drawing that it made
-  let choosing = null;
   let timer = null;
 
   function improveUploader() {
@@ -47,13 +45,11 @@ function createCompanion(root) {
     const drawing = document.drawing;
     if (!drawing) return;
     for (const endings of document.querySelectorAll(".endings[data-for]")) {
-      let isCurrent = endings.dataset.for === drawing.text;
-      for (const ending of endings.querySelectorAll("[data-key]")) {
-        const isChosen = ending.dataset.key === chosen.key && drawing.text === chosen.text;
-        if (ending.getAttribute("aria-pressed") !== `${isChosen}`) ending.setAttribute("aria-pressed", isChosen);
-        isCurrent ||= isChosen;
-      }
-      endings.classList.toggle("earlier", !isCurrent);
+      const isCurrent = endings.dataset.for === drawing.text; // even if one of them adds nothing to it
+      const buttons = [...endings.querySelectorAll("[data-ink]")];
+      const chosen = buttons.find(({ dataset }) => !isCurrent && drawing.text.startsWith(dataset.ink));
+      for (const button of buttons) button.setAttribute("aria-pressed", button === chosen);
+      endings.classList.toggle("earlier", !isCurrent && !chosen);
       endings.classList.toggle("gone", drawing.blank);
     }
   }
@@ -125,18 +121,8 @@ function createCompanion(root) {
   onPage("dragover", (event) => {
     if (root.isConnected && event.dataTransfer?.types.includes("Files")) event.preventDefault(); // it may be dropped
   });
-  onPage("click", (event) => {
-    const key = event.target.closest?.("[data-key]")?.dataset.key;
-    if (!key || !root.isConnected) return;
-    // The grid hears the same click, before or after.
-    chosen = { key, text: document.drawing?.text };
-    choosing = key;
-    setTimeout(() => (choosing = null));
-    queueMicrotask(sync);
-  });
-  onPage("drawing", ({ detail }) => {
+  onPage("drawing", () => {
     if (!root.isConnected) return leave();
-    if (choosing) chosen = { key: choosing, text: detail.text };
     sync();
     rest();
   });
