@@ -109,10 +109,7 @@ class _Refusal(BaseModel):
 
 
 def service_url() -> str:
-    """Return the service's address: the environment's, else the default.
-
-    Raises ServiceError: the environment that PIXELCNN_ENVIRONMENT names has none, or PIXELCNN_SERVICE_URL is another's.
-    """
+    """Return the service's address: the environment's, else the default. Raises ServiceError where `setting` does."""
     try:
         return setting(URL_VARIABLE, "service").rstrip("/") or DEFAULT_URL
     except LookupError as error:

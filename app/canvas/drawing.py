@@ -1,16 +1,12 @@
 """A drawing: ink or paint on a grid, its texts, and what of it the model is given. Arrays alone."""
 
 import base64
-import functools
 import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
-
-from app.canvas.photo import open_picture
 
 NO_MARK, TOUCHED, HOLE = 0, 1, 2  # a cell's mark, as in app/canvas/grid/grid.js
 
@@ -33,35 +29,24 @@ def per_cell(values: np.ndarray, image: np.ndarray) -> np.ndarray:
     return values[..., None] if image.ndim == 3 else values
 
 
-def _packed(drawing: Drawing) -> bytes:
-    return np.concatenate([drawing.strength.ravel(), drawing.mark.ravel()]).astype(np.uint8).tobytes()
-
-
-def _unpacked(values: bytes, shape: tuple[int, ...]) -> Drawing:
-    """Undo `_packed`. Raises ValueError if it is no drawing of this shape."""
-    found, size = np.frombuffer(values, dtype=np.uint8).astype(np.int64), math.prod(shape)
-    drawing = Drawing(found[:size].reshape(shape), found[size:].reshape(shape[:2]))
-    if drawing.mark.max() > HOLE:
-        raise ValueError("no such mark")
-    return drawing
-
-
 def drawing_text(drawing: Drawing) -> str:
     """Return a drawing as the grid's state: all strengths, then all marks, two hexadecimal digits each."""
-    return _packed(drawing).hex()
+    return np.concatenate([drawing.strength.ravel(), drawing.mark.ravel()]).astype(np.uint8).tobytes().hex()
 
 
 def parse_drawing(text: Any, shape: tuple[int, ...]) -> Drawing:
-    """Return the grid's state as a drawing; blank if it is not such a state."""
+    """Return the grid's state as a drawing; blank if it is no drawing of this shape."""
     try:
-        return _unpacked(bytes.fromhex(text), shape)
+        found, size = np.frombuffer(bytes.fromhex(text), dtype=np.uint8).astype(np.int64), math.prod(shape)
+        drawing = Drawing(found[:size].reshape(shape), found[size:].reshape(shape[:2]))
     except (TypeError, ValueError):
         return blank_drawing(shape)
+    return drawing if drawing.mark.max() <= HOLE else blank_drawing(shape)
 
 
 def encode_drawing(drawing: Drawing) -> str:
     """Return a drawing as short text for an address; empty for a blank one."""
-    values = _packed(drawing)
+    values = bytes.fromhex(drawing_text(drawing))
     return base64.urlsafe_b64encode(zlib.compress(values, 9, -15)).decode().rstrip("=") if any(values) else ""
 
 
@@ -70,7 +55,7 @@ def decode_drawing(text: str, shape: tuple[int, ...]) -> Drawing:
     try:
         packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         too_many = math.prod(shape) + math.prod(shape[:2]) + 1  # bytes
-        return _unpacked(zlib.decompressobj(wbits=-15).decompress(packed, too_many), shape)
+        return parse_drawing(zlib.decompressobj(wbits=-15).decompress(packed, too_many).hex(), shape)
     except (ValueError, zlib.error):
         return blank_drawing(shape)
 
@@ -112,24 +97,3 @@ def without(drawing: Drawing, part: str) -> Drawing:
     hole = parts.get(part, np.zeros_like(is_lower))
     strength = np.where(per_cell(hole, drawing.strength), 0, drawing.strength)
     return Drawing(strength, np.where(hole, HOLE, drawing.mark))
-
-
-@functools.lru_cache(maxsize=4)  # a page asks again at each redrawing
-def fit_picture(data: bytes, shape: tuple[int, ...], dark_ink: bool) -> np.ndarray:
-    """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
-
-    With `dark_ink` a grey one shows dark ink on light paper, as photographs do: dark becomes high. Raises ValueError as
-    `open_picture`.
-    """
-    height, width = shape[:2]
-    colour = len(shape) == 3
-    picture = open_picture(data)
-    invert = dark_ink and not colour
-    paper = (255, 255, 255, 255) if invert else (0, 0, 0, 255)
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert("RGB" if colour else "L")
-    scale = min(width / flat.width, height / flat.height)
-    size = max(1, round(flat.width * scale)), max(1, round(flat.height * scale))
-    whole = Image.new(flat.mode, (width, height), paper[:3] if colour else paper[0])
-    whole.paste(flat.resize(size, Image.Resampling.BOX), ((width - size[0]) // 2, (height - size[1]) // 2))
-    values = np.asarray(whole, dtype=np.int64)
-    return 255 - values if invert else values

@@ -115,10 +115,7 @@ def undrawn(request: Request, levels: int, settings: dict[str, str], drawing: st
 
 
 def asked_of(drawing: Drawing, settings: Settings, seed: int | None) -> Endings:
-    """Return the endings to ask for of a drawing, from this seed where none was typed.
-
-    Of the levels only the known ones are sent, 0 in place of the others.
-    """
+    """Return the endings to ask for of a drawing, from this seed if none was typed; what is not known is sent as 0."""
     known, image = known_cells(drawing, settings.mode, settings.levels), levels_of(drawing, settings.levels)
     request = Request(
         dataset=settings.dataset,
@@ -132,14 +129,14 @@ def asked_of(drawing: Drawing, settings: Settings, seed: int | None) -> Endings:
     return undrawn(request, settings.levels, settings.query, drawing_text(drawing))
 
 
-def parse_seed(text: str) -> int | None:
-    """Return the seed that a person typed, None for an empty field. Raises ValueError, which says what is a seed."""
+def parse_seed(text: str) -> tuple[int | None, str]:
+    """Return the seed that a person typed, None for an empty field or what is no seed; and what is wrong with that."""
     text = text.strip()
     if not text:
-        return None
+        return None, ""
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_SEED)) and int(text) <= MAX_SEED):
-        raise ValueError(say("seed_wrong", most=MAX_SEED, text=text))
-    return int(text)
+        return None, say("seed_wrong", most=MAX_SEED, text=text)
+    return int(text), ""
 
 
 def record(ending: Endings) -> str:

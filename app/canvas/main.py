@@ -1,8 +1,7 @@
 """The canvas: draw, send to the service, show how the drawing could go on.
 
-Run with `streamlit run app/canvas/main.py`. It knows the service's wire alone (`app.client`): no model, no
-likelihood here. The grid itself is the component in `app/canvas/grid/`, which keeps the drawing in the browser.
-Streamlit's server imports this file, and finds its `app`; for each visit it runs it as a script.
+Run with `streamlit run app/canvas/main.py`: its server imports this file, and finds its `app`; for each visit it runs
+it as a script. The canvas knows the service's wire alone (`app.client`): no model, no likelihood here.
 """
 
 import functools

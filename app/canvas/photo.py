@@ -58,10 +58,10 @@ def layout_of(images: np.ndarray) -> Layout:
     edges = [np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).mean() for ink in inks]
     fills, off_mass, off_box = [], [], []
     for ink in inks:
-        top, bottom, left, right = _box(ink)
-        fills.append(((bottom - top) / size[0], (right - left) / size[1]))
+        rows, columns = box = _box(ink)
+        fills.append(ink[box].shape / size)
         off_mass.append(np.abs(np.argwhere(ink).mean(axis=0) + 0.5 - size / 2).sum())
-        off_box.append(np.abs(np.array([top + bottom, left + right]) / 2 - size / 2).sum())
+        off_box.append(np.abs(np.array([rows.start + rows.stop, columns.start + columns.stop]) / 2 - size / 2).sum())
     return Layout(
         fill=float(np.median(np.max(fills, axis=1))),
         by_mass=bool(np.mean(off_mass) < np.mean(off_box)),
@@ -71,6 +71,24 @@ def layout_of(images: np.ndarray) -> Layout:
 
 
 @functools.lru_cache(maxsize=4)  # a page asks again at each redrawing
+def fit_picture(data: bytes, shape: tuple[int, ...], dark_ink: bool) -> np.ndarray:
+    """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
+
+    With `dark_ink` a grey one shows dark ink on light paper, as photographs do: dark becomes high. Raises ValueError as
+    `open_picture`.
+    """
+    height, width = shape[:2]
+    colour = len(shape) == 3
+    invert = dark_ink and not colour
+    flat = _on_paper(open_picture(data), "white" if invert else "black", "RGB" if colour else "L")
+    small = _reduced(flat, min(width / flat.width, height / flat.height))
+    whole = Image.new(flat.mode, (width, height), "white" if invert else "black")
+    whole.paste(small, ((width - small.width) // 2, (height - small.height) // 2))
+    values = np.asarray(whole, dtype=np.int64)
+    return 255 - values if invert else values
+
+
+@functools.lru_cache(maxsize=4)  # as above
 def find_ink(data: bytes, shape: tuple[int, int], layout: Layout) -> np.ndarray:
     """Return the ink of a photo as (H, W) int64 strengths of 0 to 255.
 
@@ -80,26 +98,32 @@ def find_ink(data: bytes, shape: tuple[int, int], layout: Layout) -> np.ndarray:
     """
     picture = open_picture(data)
     picture.thumbnail((WORK_SIDE, WORK_SIDE))
-    grey = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
-    beyond = _beyond_light(np.asarray(grey, dtype=float))
+    beyond = _beyond_light(np.asarray(_on_paper(picture, "white", "L"), dtype=float))
     threshold = _otsu(beyond)
     found = beyond > threshold
     if min(found.shape) >= WORK_SIDE // 4:  # single pixels are grain
         found = np.asarray(Image.fromarray(found).convert("L").filter(ImageFilter.MedianFilter(3))) > 0
     if not found.any() or beyond[found].mean() - beyond[~found].mean() < LEAST_CONTRAST:
         raise ValueError(say("picture_no_ink"))
-    top, bottom, left, right = _box(found)
-    strength = np.where(found, beyond, 0)[top:bottom, left:right]
+    box = _box(found)
+    strength = np.where(found, beyond, 0)[box]
     strength = np.clip(strength / np.quantile(strength[strength > 0], 0.5), 0, 1) * 255
     ink = Image.fromarray(strength.astype(np.uint8))
     scale = min(layout.fill * shape[0] / ink.height, layout.fill * shape[1] / ink.width)
-    reach = round((layout.stroke / scale - _stroke(found[top:bottom, left:right])) / 2)
+    reach = round((layout.stroke / scale - _stroke(found[box])) / 2)
     if reach > 0:  # a thin pen would fade away when it is scaled down
         ink = ImageOps.expand(ink, reach).filter(ImageFilter.MaxFilter(2 * reach + 1))
         scale = min(layout.fill * shape[0] / ink.height, layout.fill * shape[1] / ink.width)
-    size = max(1, round(ink.width * scale)), max(1, round(ink.height * scale))
-    small = np.asarray(ink.resize(size, Image.Resampling.BOX), dtype=np.int64)
-    return _placed(small, shape, layout.by_mass)
+    return _placed(np.asarray(_reduced(ink, scale), dtype=np.int64), shape, layout.by_mass)
+
+
+def _on_paper(picture: Image.Image, paper: str, mode: str) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture).convert(mode)
+
+
+def _reduced(picture: Image.Image, scale: float) -> Image.Image:
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.BOX)
 
 
 def _beyond_light(grey: np.ndarray) -> np.ndarray:
@@ -133,13 +157,11 @@ def _otsu(values: np.ndarray) -> float:
     return float(edges[1:][np.nanargmax(between)]) if np.isfinite(between).any() else 0.0
 
 
-def _box(ink: np.ndarray) -> tuple[int, int, int, int]:
-    """Return top, bottom, left and right of (H, W) ink; the last row and column are not in it, nor is dust."""
-    ends = []
-    for axis in (1, 0):
-        share = np.cumsum(ink.sum(axis=axis)) / ink.sum()
-        ends += [int((share <= DUST).sum()), int((share < 1 - DUST).sum()) + 1]
-    return ends[0], ends[1], ends[2], ends[3]
+def _box(ink: np.ndarray) -> tuple[slice, slice]:
+    """Return the rows and the columns of (H, W) ink, but those of dust."""
+    shares = [np.cumsum(ink.sum(axis=axis)) / ink.sum() for axis in (1, 0)]
+    rows, columns = (slice(int((one <= DUST).sum()), int((one < 1 - DUST).sum()) + 1) for one in shares)
+    return rows, columns
 
 
 def _stroke(ink: np.ndarray) -> float:

@@ -26,10 +26,10 @@ ADDED_PAPER = (255, 246, 240)  # left blank by the model
 HEAT = np.array([(252, 250, 245), (253, 208, 140), (238, 115, 43), (165, 28, 48), (52, 8, 44)], dtype=float)
 
 
-def as_png(pixels: np.ndarray) -> bytes:
-    """Return (H, W, 3 or 4) uint8 pixels as a PNG. The page shows them enlarged without blur (`image-rendering`)."""
+def as_png(picture: Image.Image, optimize: bool = False) -> bytes:
+    """Return a picture as a PNG. The page shows small ones enlarged without blur (`image-rendering`)."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    picture.save(file, "PNG", optimize=optimize)
     return file.getvalue()
 
 
@@ -60,9 +60,8 @@ def whole_pixels(image: np.ndarray, levels: int) -> np.ndarray:
 
 def png_size(image: np.ndarray, levels: int) -> int:
     """Return the bytes of an image, (H, W) or (H, W, 3) levels, as the smallest PNG that Pillow makes of it."""
-    picture, buffer = Image.fromarray(strength_of(image, levels).astype(np.uint8)), io.BytesIO()
-    (picture.convert("1") if levels == 2 and image.ndim == 2 else picture).save(buffer, "PNG", optimize=True)
-    return buffer.tell()
+    picture = Image.fromarray(strength_of(image, levels).astype(np.uint8))
+    return len(as_png(picture.convert("1") if levels == 2 and image.ndim == 2 else picture, optimize=True))
 
 
 def heat_pixels(surprise: np.ndarray) -> np.ndarray:
@@ -72,23 +71,25 @@ def heat_pixels(surprise: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(np.stack(channels, axis=-1)), dtype=np.uint8)
 
 
+def enlarged(pixels: np.ndarray, cell: int) -> Image.Image:
+    """Return (H, W, 3 or 4) uint8 pixels as a picture to keep: each a crisp square of `cell` x `cell`."""
+    return Image.fromarray(pixels.repeat(cell, axis=0).repeat(cell, axis=1))
+
+
 def saved_picture(ending: Endings, coloured: bool, order: str, columns: int) -> bytes:
     """Return all endings side by side as one large PNG to keep: each cell a crisp square."""
     images = [ending.images[i] for i in order_of(ending, order)]
-    height, width = SAVED_CELL * images[0].shape[0] + SAVED_GAP, SAVED_CELL * images[0].shape[1] + SAVED_GAP
-    rows = -(-len(images) // columns)
-    paper = np.full((rows * height + SAVED_GAP, columns * width + SAVED_GAP, 3), 226, dtype=np.uint8)
-    for i, image in enumerate(images):
-        pixels = ending_pixels(image, ending.known, ending.levels, coloured)[..., :3]
-        top, left = SAVED_GAP + i // columns * height, SAVED_GAP + i % columns * width
-        large = pixels.repeat(SAVED_CELL, axis=0).repeat(SAVED_CELL, axis=1)
-        paper[top : top + large.shape[0], left : left + large.shape[1]] = large
+    tiles = [enlarged(ending_pixels(image, ending.known, ending.levels, coloured), SAVED_CELL) for image in images]
+    width, height, rows = tiles[0].width + SAVED_GAP, tiles[0].height + SAVED_GAP, -(-len(tiles) // columns)
+    paper = Image.new("RGB", (columns * width + SAVED_GAP, rows * height + SAVED_GAP), (226, 226, 226))
+    for i, tile in enumerate(tiles):
+        paper.paste(tile, (SAVED_GAP + i % columns * width, SAVED_GAP + i // columns * height))
     return as_png(paper)
 
 
 def large_image(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> bytes:
     """Return one image, (H, W) or (H, W, 3) levels, as a large PNG to keep."""
-    return as_png(ending_pixels(image, known, levels, coloured).repeat(SAVED_CELL, axis=0).repeat(SAVED_CELL, axis=1))
+    return as_png(enlarged(ending_pixels(image, known, levels, coloured), SAVED_CELL))
 
 
 def saved_animation(ending: Endings, i: int, coloured: bool) -> bytes:
@@ -101,7 +102,7 @@ def saved_animation(ending: Endings, i: int, coloured: bool) -> bytes:
         shown[rows, columns] = -1
         pixels = ending_pixels(shown, ending.known, ending.levels, coloured)
         pixels = np.where(pixels[..., 3:] == 0, UNKNOWN, pixels[..., :3]).astype(np.uint8)
-        frames.append(Image.fromarray(pixels.repeat(ANIMATED_CELL, axis=0).repeat(ANIMATED_CELL, axis=1)))
+        frames.append(enlarged(pixels, ANIMATED_CELL))
     file, durations = io.BytesIO(), [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return file.getvalue()
@@ -119,7 +120,7 @@ def _address(pixels: np.ndarray) -> str:
 
 @functools.lru_cache(maxsize=1024)  # each redrawing of a page shows most pictures again
 def _address_of(raw: bytes, shape: tuple[int, ...]) -> str:
-    png = as_png(np.frombuffer(raw, dtype=np.uint8).reshape(shape))
+    png = as_png(Image.fromarray(np.frombuffer(raw, dtype=np.uint8).reshape(shape)))
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 

@@ -166,10 +166,7 @@ VISITS: WeakValueDictionary[str, Visit] = WeakValueDictionary()
 
 
 def this_visit() -> Visit:
-    """Return the state of this visit. A new one takes up the address: with a seed, it is the link to a picture.
-
-    Raises ServiceError where the service's address is none.
-    """
+    """Return the state of this visit, at first as its address says. Raises ServiceError: the service has no address."""
     state, query = st.session_state, st.query_params
     if "visit" in state:
         return cast(Visit, state.visit)
@@ -181,7 +178,6 @@ def this_visit() -> Visit:
     if "known" in query:
         for key in KNOWN_KEYS:
             state[key] = query["known"]
-    with contextlib.suppress(ValueError):
-        visit.seed = parse_seed(query.get("seed", ""))
-    visit.pending = visit.seed is not None and bool(visit.linked)  # the picture is drawn at once
+    visit.seed, _ = parse_seed(query.get("seed", ""))
+    visit.pending = visit.seed is not None and bool(visit.linked)  # the link to a picture: it is drawn at once
     return visit

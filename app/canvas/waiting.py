@@ -84,10 +84,7 @@ def in_background(
 
 
 def busy_line(what: str, text: str, on_stop: Callable[[], None]) -> None:
-    """Show that the model works, and a button that stops it, both unseen in the first moment.
-
-    `what` it does tells them apart: one run of a page may wait for several things. `text` says so.
-    """
+    """Say by a text what the model does, `what` for short, and offer to stop it; both unseen in the first moment."""
     with st.container(key=f"busy-{what}", horizontal=True, vertical_alignment="center"):
         st.markdown(text)
         st.button(say("stop"), on_click=on_stop, key=f"stop-{what}", width="content")

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app.canvas.drawing import fit_picture
 from app.canvas.endings import Endings, order_of, parse_seed, record, shape_of
-from app.canvas.photo import find_ink
+from app.canvas.photo import find_ink, fit_picture
 from app.canvas.rendering import large_image, saved_animation, saved_picture
 from app.canvas.session import KNOWN_KEYS, Visit
 from app.canvas.texts import TEXTS, language, say, say_label
@@ -113,13 +112,10 @@ def choose_temperature() -> float:
 
 def choose_seed(key: str) -> tuple[int | None, str]:
     """Show the seed; return it, None where none is typed, and what is wrong with the one that is."""
-    try:
-        text = st.text_input(
-            say("seed"), placeholder=say("seed_placeholder"), key=key, persist_state="session", help=say("seed_help")
-        )
-        return parse_seed(text), ""
-    except ValueError as error:
-        return None, str(error)
+    text = st.text_input(
+        say("seed"), placeholder=say("seed_placeholder"), key=key, persist_state="session", help=say("seed_help")
+    )
+    return parse_seed(text)
 
 
 def upload_picture(label: str, visit: Visit, dataset: str) -> tuple[np.ndarray | None, str]:
@@ -176,10 +172,7 @@ def _count_down(visit: Visit) -> None:
 
 
 def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:
-    """Offer to keep endings: all as a large picture, and as JSON that reproduces them; one, and how it came about.
-
-    The one is `chosen`, or the likeliest; it is not offered by itself on a sheet of whole images.
-    """
+    """Offer to keep all endings, as a picture and as JSON that reproduces them, and the `chosen` or likeliest one."""
     one = order_of(ending, "likely")[0] if chosen is None else chosen
     image, known, levels = ending.images[one], ending.known, ending.levels
     offers: list[tuple[str, str, str, Callable[[], str | bytes]]] = [
@@ -191,23 +184,18 @@ def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: 
     ]
     with st.popover(say("save"), icon=":material/download:"):
         for what, kind, mime, data in offers:
-            if known.any() or what in ("all", "animation", "record"):
+            if known.any() or what in ("all", "animation", "record"):  # else a sheet of whole images
                 name = f"{ending.request.dataset}-{ending.seed}-{what}.{kind}"
                 st.download_button(say(f"save_{what}"), data, name, mime, key=f"save_{what}", on_click="ignore")
 
 
 def companion(ending: Endings | None) -> None:
-    """Show a button that copies the link to endings, or to the page; keep the address that of the last ones.
-
-    Endings of a drawing can be compared with it.
-    """
-    buttons = (
-        f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
-        f'<button type="button" class="copy">{say("copy_link")}</button><span role="status"></span>'
-    )
+    """Keep the address that of endings; show buttons that copy it, and that compare endings with their drawing."""
+    compare = f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
+    copy = f'<button type="button" class="copy">{say("copy_link")}</button><span role="status"></span>'
     component = st.components.v2.component(
         f"companion_{language()}",
-        html=f'<div class="companion">{buttons}</div>',
+        html=f'<div class="companion">{compare}{copy}</div>',
         css=(HERE / "companion.css").read_text(),
         js=(HERE / "companion.js").read_text(),
     )

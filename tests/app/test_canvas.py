@@ -26,7 +26,7 @@ from app.canvas import waiting, widgets
 from app.canvas.drawing import HOLE, TOUCHED, Drawing, decode_drawing, drawing_text
 from app.canvas.grid import drawing_grid
 from app.canvas.session import Visit
-from app.canvas.texts import TEXTS
+from app.canvas.texts import TEXTS, say_label
 from tests.app.stub_service import StubService, served
 
 ROOT = Path(__file__).parents[2]
@@ -766,7 +766,15 @@ def test_a_picture_put_on_one_grid_leaves_others_of_as_many_cells(
     assert loads[32, 48] is None
 
 
+def test_a_label_is_said_in_french_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (say_label("Ankle boot"), say_label("kind 3")) == ("Ankle boot", "kind 3")
+    monkeypatch.setattr("app.canvas.texts.language", lambda: "fr")
+    assert (say_label("Ankle boot"), say_label("kind 3")) == ("bottine", "kind 3")
+
+
 def test_each_text_has_the_same_places_in_both_languages() -> None:
+    lines = (PAGE.parent / "texts" / "texts.yaml").read_text(encoding="utf-8").partition("\n---\n")[0]
+    assert re.findall(r"^(\w+):", lines, re.MULTILINE) == list(TEXTS), "a key stands twice"
     for key, texts in TEXTS.items():
         english, french = ({place for _, place, *_ in string.Formatter().parse(text) if place} for text in texts)
         assert english == french, key

@@ -16,7 +16,6 @@ from app.canvas.drawing import (
     decode_drawing,
     drawing_text,
     encode_drawing,
-    fit_picture,
     known_cells,
     levels_of,
     parse_drawing,
@@ -24,6 +23,7 @@ from app.canvas.drawing import (
     without,
 )
 from app.canvas.endings import Endings, Request, record, undrawn
+from app.canvas.photo import fit_picture
 from app.canvas.rendering import INK, PAPER, endings_html, saved_picture
 from app.canvas.views.surprise import labels_html
 from tests.app.stub_service import StubService

@@ -1,8 +1,7 @@
 """Endings on the shortest way: the browser asks for those of a stroke itself, no page runs until they have come.
 
-`live.js` sends the drawing to LIVE_PATH of the canvas's own server. `answer_live` knows the visit's settings, has the
-service finish the drawing, and sends what to show, row by row. The page runs then, and finds the endings in its visit.
-Where this way fails the page goes the long one, and says what is wrong.
+`live.js` sends the drawing to LIVE_PATH of the canvas's own server, which has the service finish it and sends what to
+show, row by row. The page runs then, and finds the endings in its visit; where this way fails it goes the long one.
 """
 
 import json

@@ -41,12 +41,8 @@ def status_text(status: dict[str, str]) -> str:
         return say(f"quick_start_{status['doing']}")
     if "what" not in status:
         return ""
-    parts = [say("training", doing=status["doing"], what=status["what"])]
-    if "validation" in status:
-        parts.append(say("validation", nll=status["validation"]))
-    if "left" in status:
-        parts.append(say("left", left=status["left"]))
-    return " · ".join(parts)
+    told = ["training", *(key for key in ("validation", "left") if key in status)]
+    return " · ".join(say(key, **status) for key in told)
 
 
 def training_line(visit: Visit) -> None:

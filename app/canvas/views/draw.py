@@ -16,7 +16,7 @@ from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
 from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, gallery_html
 from app.canvas.session import KNOWN_KEYS, Visit
-from app.canvas.texts import say, say_label
+from app.canvas.texts import TEXTS, say, say_label
 from app.canvas.views.picture import start_from_picture
 from app.canvas.views.surprise import likelihoods, surprise_beside
 from app.canvas.waiting import busy_line, drawn, redraw, wait_for
@@ -39,7 +39,7 @@ def draw_page(visit: Visit) -> None:
     with right:
         picture_place = st.container()
         with st.expander(say("keys")):
-            st.markdown(say("keys_table"))
+            st.markdown("\n".join(say(key) for key in TEXTS if key.startswith("key_")))  # the rows of a table
     with left:
         settings = choose_settings(visit)
     # Of tools: page.css leaves room for them.
