@@ -225,10 +225,8 @@ def main(words: list[str]) -> None:
     for_canvas = {"PIXELCNN_DEMO_STATUS": str(status), "PIXELCNN_DEMO_SHARE": link}
     environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url, "TMPDIR": temporary, **for_canvas}
     # Pages of other origins stay refused: the address by which it is reached is named.
-    reached = (
-        ["--server.address", ANYWHERE, "--browser.serverAddress", shared] if shared else ["--server.address", HOST]
-    )
-    canvas = [*CANVAS, *reached, "--server.port", str(canvas_port)]
+    address = [ANYWHERE, "--browser.serverAddress", shared] if shared else [HOST]
+    canvas = [*CANVAS, "--server.address", *address, "--server.port", str(canvas_port)]
     if sys.platform == "linux":  # a process whose parent ends becomes a child of this one: none is lost
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
