@@ -45,16 +45,15 @@ class Leaving:
             end()
 
 
-def in_background(
-    ask_for: Callable[[OnOpen], Generator[Event, None, None]], leaving: Leaving | None = None
-) -> Generator[Event | None, None, None]:
-    """Yield the events of another thread, and None whenever nothing has come for a moment. Raises what they raise.
+def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> Generator[Event | None, None, None]:
+    """Yield the events of another thread, and None whenever nothing has come for a moment.
 
-    Whoever waits can look up at each None while a service is slow. `ask_for` returns the events, and may tell what ends
-    them while the other thread waits for one: leaving the generator does so, and whoever has `leaving`.
+    A page is redrawn, or stopped, when it next calls Streamlit: `look_up` at each None keeps it responsive while a
+    service is slow. `ask_for` returns the events, and may tell what ends them while the other thread waits for one;
+    leaving the generator does so, and drops what still comes. Raises what the events raise.
     """
     answers: queue.Queue[Any] = queue.Queue()
-    leaving = leaving or Leaving()
+    leaving = Leaving()
 
     def ask() -> None:
         try:

@@ -4,14 +4,14 @@
 show, row by row. The page runs then, and finds the endings in its visit; where this way fails it goes the long one.
 """
 
+import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator
-from functools import partial
 from pathlib import Path
 
 import streamlit as st
 from pydantic import BaseModel, ValidationError
-from starlette.concurrency import iterate_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
@@ -21,7 +21,7 @@ from app.canvas.endings import Endings, Settings, asked_of
 from app.canvas.rendering import endings_html
 from app.canvas.session import VISITS, Visit
 from app.canvas.texts import SPOKEN
-from app.canvas.waiting import Leaving, drawn, in_background
+from app.canvas.waiting import Leaving, drawn
 from app.client import ServiceError
 
 HERE = Path(__file__).parent
@@ -90,20 +90,27 @@ async def answer_live(request: HttpRequest) -> Response:
 
 
 async def _events(visit: Visit, settings: Settings, asked: Endings) -> AsyncGenerator[str, None]:
+    loop = asyncio.get_running_loop()
+    endings: asyncio.Queue[Endings | None] = asyncio.Queue()
     leaving = Leaving()
+
+    def ask() -> None:
+        try:
+            for ending in drawn(visit.client, asked, leaving.on_open):
+                loop.call_soon_threadsafe(endings.put_nowait, ending)
+        except ServiceError:
+            pass  # the answer ends early: the page asks again, and says why
+        finally:
+            loop.call_soon_threadsafe(endings.put_nowait, None)
+
     visit.stop_live, visit.live_for = leaving.leave, (settings.query, settings.seed)
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        async for ending in iterate_in_threadpool(in_background(partial(drawn, visit.client, asked), leaving)):
-            if leaving.left.is_set():
-                break
-            if ending is None:
-                continue
+        while (ending := await endings.get()) and not leaving.left.is_set():
             is_finished = ending.log_probs is not None
             visit.live, visit.unfinished = (ending, None) if is_finished else (None, ending)
             shown = {"html": endings_html(ending, settings.coloured, visit.order), "finished": is_finished}
             yield f"data: {json.dumps(shown)}\n\n"
-    except ServiceError:
-        pass  # the answer ends early: the page asks again, and says why
     finally:  # also when the browser has left, for the next stroke
         leaving.leave()
         if visit.stop_live == leaving.leave:  # no newer one is on its way
