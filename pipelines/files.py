@@ -1,12 +1,17 @@
-"""Files that several processes share: locks that die with their holder, and writing that is whole or not at all."""
+"""Files that several processes share: locks that die with their holder, text written whole or not at all, dvc.lock."""
 
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 
 @contextmanager
@@ -50,3 +55,13 @@ def atomic_write(path: Path, text: str) -> None:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def read_lock(path: Path, *keys: str | int) -> Any:
+    """Return what a `dvc.lock` says under a key of a key, or all; None if nothing. ValueError if it cannot be read."""
+    try:
+        return reduce(getitem, keys, YAML(typ="safe").load(path.read_text()))  # of YAML 1.2, as DVC writes it
+    except (FileNotFoundError, KeyError):
+        return None
+    except (YAMLError, TypeError, IndexError):
+        raise ValueError(f"{path} cannot be read: resolve its git conflict, or wait until dvc has ended.") from None

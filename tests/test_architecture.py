@@ -40,7 +40,7 @@ PLACES = {
     "PIL": ("pixelcnn.images", "pipelines.datasets", "app.canvas"),
     "prefect": ("pipelines.flows", "pipelines.operate"),
     "prometheus_client": ("app.service",),
-    "ruamel": ("pipelines.datasets.own",),
+    "ruamel": ("pipelines.datasets.own", "pipelines.files"),
     "segno": ("app.canvas",),
     "starlette": ("app.canvas", "app.service"),
     "streamlit": ("app.canvas",),

@@ -1,8 +1,6 @@
 """A new version of a dataset beside the last one: what has changed too much stops the pipeline until confirmed."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from pydantic import Field
 
 from pipelines.datasets.entry import Frozen
 from pipelines.files import atomic_write
-from pixelcnn.data import DYNAMIC_PROTOCOL, SPLITS, Dataset
+from pixelcnn.data import DYNAMIC_PROTOCOL, SPLITS, Dataset, save_dataset
 
 DATA_FOLDER, CHECKED_FOLDER, REPORTS_FOLDER = Path("data"), "checked", Path("reports/data")
 _BINS = 16  # of the histogram of strengths
@@ -60,17 +58,13 @@ def changes(old: dict[str, Any], new: dict[str, Any], limits: CheckParams) -> li
     return found
 
 
-@contextmanager
-def compared(data: Dataset, folder: Path, limits: CheckParams) -> Iterator[None]:
-    """Compare a dataset with the version prepared last, if any; once the block has written it, keep it for the next.
-
-    Args:
-        folder: of the prepared files; `confirm` finds there what is to be confirmed.
+def save_checked(out: Path, data: Dataset, extra: dict[str, torch.Tensor], limits: CheckParams) -> None:
+    """Write a prepared file; `extra` as `save_dataset` takes it.
 
     Raises:
-        ValueError: it has changed beyond a limit; reports/data/NAME.md says how.
+        ValueError: it has changed beyond a limit since it was prepared last; reports/data/NAME.md says how.
     """
-    last, new = _paths(folder, data.name)
+    last, new = _paths(out.parent, data.name)
     summary = summary_of(data)
     if last.exists():
         found = changes(json.loads(last.read_text()), summary, limits)
@@ -83,7 +77,7 @@ def compared(data: Dataset, folder: Path, limits: CheckParams) -> Iterator[None]
                 f"{data.name} has changed too much since it was prepared last: {'; '.join(beyond)} "
                 f"({REPORTS_FOLDER / data.name}.md). If that is right: python -m pipelines.steps confirm {data.name}"
             )
-    yield
+    save_dataset(out, data, extra)
     atomic_write(last, json.dumps(summary))
     new.unlink(missing_ok=True)
 

@@ -19,14 +19,13 @@ import yaml
 from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from pipelines.datasets.checks import DATA_FOLDER, REPORTS_FOLDER, forget
 from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetParams, Source
 from pipelines.datasets.pictures import FORMATS, MIN_PICTURE, Left, load_pictures, read_pictures
 from pipelines.datasets.prepare import write
-from pipelines.files import atomic_write, file_lock
+from pipelines.files import atomic_write, file_lock, read_lock
 from pipelines.params import (
     DECISIONS_EXPERIMENT,
     EVALUATIONS_EXPERIMENT,
@@ -70,12 +69,12 @@ class Wishes:
 
 @dataclass
 class Look:
-    """What there is to see in pictures, whatever their size."""
+    """What there is to see in pictures, whatever their size, laid on a ground where they are transparent."""
 
-    ground: str  # below what is transparent
-    left: Left = field(default_factory=Left)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width)
-    labels: Counter[str] = field(default_factory=Counter)
+    ground: str
+    left: Left
+    sizes: Counter[tuple[int, int]]  # (height, width)
+    labels: Counter[str]
     values: set[int] = field(default_factory=set)  # grey values
     num_values: int = 0  # of each picture, summed: how much is seen
     num_coloured: int = 0
@@ -86,30 +85,36 @@ class Look:
     def num(self) -> int:
         return self.sizes.total()
 
+    def add(self, image: Image.Image) -> None:
+        """Take note of a picture that is grey or RGB."""
+        grey = np.asarray(image.convert("L"))
+        if image.mode == "RGB":
+            pixels = np.asarray(image).astype(np.int16)
+            self.num_coloured += bool((np.ptp(pixels, axis=2) > 24).mean() > 0.01)
+        values = np.unique(grey).tolist()
+        self.values.update(values)
+        self.num_values += len(values)
+        self.num_two_valued += bool(((grey < 48) | (grey > 207)).mean() > 0.85)
+        border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+        self.num_light += bool(border.mean() > 127)
 
-def look_at(source: Source, wishes: Wishes, ground: str) -> Look:
-    """Look at every picture of a source once, laid on a ground where it is transparent.
+
+def look_at(source: Source, wishes: Wishes) -> Look:
+    """Look at every picture of a source once, on the ground where more is seen: black ink is seen on white alone.
 
     Raises:
         ValueError: there is too little to learn from, a picture is broken and not to be left out, or labels are odd.
     """
-    look = Look(ground)
-    for picture in read_pictures(source, ground, wishes.labels, look.left):
-        image = picture.image
-        look.sizes[image.height, image.width] += 1
+    left, sizes, labels = Left(), Counter[tuple[int, int]](), Counter[str]()
+    looks = [Look(ground, left, sizes, labels) for ground in ("black", "white")]
+    for picture in read_pictures(source, wishes.labels, left):
+        sizes[picture.image.height, picture.image.width] += 1
         if wishes.labels and picture.label is not None:
-            look.labels[picture.label] += 1
-        image.thumbnail((2 * MAX_SIDE, 2 * MAX_SIDE), Image.Resampling.NEAREST)
-        grey = np.asarray(image.convert("L"))
-        if image.mode == "RGB":
-            pixels = np.asarray(image).astype(np.int16)
-            look.num_coloured += bool((np.ptp(pixels, axis=2) > 24).mean() > 0.01)
-        values = np.unique(grey).tolist()
-        look.values.update(values)
-        look.num_values += len(values)
-        look.num_two_valued += bool(((grey < 48) | (grey > 207)).mean() > 0.85)
-        border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-        look.num_light += bool(border.mean() > 127)
+            labels[picture.label] += 1
+        picture.image.thumbnail((2 * MAX_SIDE, 2 * MAX_SIDE), Image.Resampling.NEAREST)
+        for look in looks:
+            look.add(picture.on(look.ground))
+    look = max(looks, key=lambda look: look.num_values)
     if not wishes.skip_broken:
         look.left.check()
     if look.num < MIN_PICTURES:
@@ -255,9 +260,7 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         if name in params.datasets:
             how = "choose another name" if name in OFFICIAL else "remove it first, or choose another name"
             raise ValueError(f"there is a dataset {name!r} already: {how}.")
-        # Black ink on a transparent ground is seen on white alone. Only files have transparency.
-        grounds = ("black", "white") if source.kind == "folder" else ("black",)
-        look = max((look_at(source, wishes, ground) for ground in grounds), key=lambda look: look.num_values)
+        look = look_at(source, wishes)
         spec = choose(source, look, wishes)
         found, twice = load_pictures(spec)
         num = len(found["train"][0]) if "train" in found else 0
@@ -312,17 +315,12 @@ def remove(name: str) -> list[str]:
     """
     with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
         pairs = own_pairs(name)
-        try:
-            lock = YAML(typ="safe").load(LOCK_FILE.read_text()) if LOCK_FILE.exists() else None  # 1.2, as DVC writes it
-        except YAMLError:
-            raise ValueError(
-                f"{LOCK_FILE} cannot be read: resolve its git conflict, or wait until dvc has ended."
-            ) from None
+        lock = read_lock(LOCK_FILE)
         _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
         if lock:  # or data of another dataset of this name would not be those that DVC recorded
             gone = {f"prepare@{name}", *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs)}
             lock["stages"] = {stage: told for stage, told in lock["stages"].items() if stage not in gone}
-            atomic_write(LOCK_FILE, yaml.safe_dump(lock, sort_keys=False))
+            _write_yaml(LOCK_FILE, lock)
         forget(name)
     kept = [folder for pair in pairs for folder in (Path("trained", pair), Path("models", pair)) if folder.exists()]
     stays = f"what was trained stays: {', '.join(map(str, kept))}" if kept else "nothing was trained on it"
@@ -331,10 +329,10 @@ def remove(name: str) -> list[str]:
 
 def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
     """Set entries of own/params.yaml, or take out those that are None; comments and order stay."""
-    tool, path, buffer = YAML(), Path(OWN_FILE), io.StringIO()
-    tool.width, tool.preserve_quotes = 120, True
+    tool, path = YAML(), Path(OWN_FILE)
+    tool.preserve_quotes = True
     values = (tool.load(path.read_text()) if path.exists() else None) or CommentedMap()
-    for section, entries in _quoted(changes).items():
+    for section, entries in _styled(changes).items():
         if values.get(section) is None:
             values[section] = CommentedMap()
         values[section].fa.set_block_style()
@@ -342,53 +340,51 @@ def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
             if told is None:
                 del values[section][name]
             else:
-                values[section][name] = _flowing(told)
+                values[section][name] = told
+    _write_yaml(path, values)
+
+
+def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write YAML 1.2, as DVC reads it: 1.1 would take `1e5` for a text, and leave it without quotes."""
+    tool, buffer = YAML(), io.StringIO()
+    tool.width = 120
     tool.dump(values, buffer)
     atomic_write(path, buffer.getvalue())
 
 
-def _quoted(told: Any) -> Any:
-    """Quote strings that are others, or none, in the YAML 1.1 that `load_params` reads: `no`, `on`, `1:30`."""
+def _styled(told: Any) -> Any:
+    """Return what is written in one line where it is short, and so that `load_params` reads the same."""
+    if isinstance(told, str):  # which may be another, or none, in its YAML 1.1: `no`, `on`, `1:30`
+        is_plain = yaml.safe_dump([told], default_flow_style=True, allow_unicode=True) == f"[{told}]\n"
+        return told if is_plain else DoubleQuotedScalarString(told)
+    styled: CommentedMap | CommentedSeq
     if isinstance(told, Mapping):
-        return {_quoted(key): _quoted(value) for key, value in told.items()}
-    if isinstance(told, list):
-        return [_quoted(value) for value in told]
-    if isinstance(told, str) and yaml.safe_dump([told], default_flow_style=True, allow_unicode=True) != f"[{told}]\n":
-        return DoubleQuotedScalarString(told)
-    return told
-
-
-def _flowing(told: Mapping[str, Any]) -> CommentedMap:
-    """Return a mapping whose own values stand in one line each, if they are short."""
-    found = CommentedMap()
-    for key, value in told.items():
-        if isinstance(value, dict | list):
-            value = CommentedMap(value) if isinstance(value, dict) else CommentedSeq(value)
-            if len(str(value)) < 90:
-                value.fa.set_flow_style()
-        found[key] = value
-    return found
+        styled = CommentedMap((_styled(key), _styled(value)) for key, value in told.items())
+    elif isinstance(told, list):
+        styled = CommentedSeq(map(_styled, told))
+    else:
+        return told
+    if len(str(told)) < 90:
+        styled.fa.set_flow_style()
+    return styled
 
 
 def _record(name: str) -> None:
     """Let DVC know that the dataset is prepared from the pictures of now, where DVC is used."""
     if not Path(".dvc").is_dir():
         return
-    stage = repro_command("prepare", name).split()[-1]
+    stage, environment, here = repro_command("prepare", name).split()[-1], dict(os.environ), Path.cwd()
     words = [sys.executable, "-m", "dvc", "commit", "--force", stage]  # --quiet would hide the reason of a failure
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config").write_text("[core]\n    no_scm = true\n")
         # Without git, in a container, say, DVC works where a setting says so.
-        for setting in ({}, {"DVC_SYSTEM_CONFIG_DIR": folder}):
-            done = subprocess.run(words, env={**os.environ, **setting}, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                return
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
-            why = (errors or said[-1:])[0]
-            if not why.endswith("is not a git repository"):
-                break
-    raise ValueError(f"DVC could not record {stage}: {why}")
+        if not any((place / ".git").exists() for place in (here, *here.parents)):
+            Path(folder, "config").write_text("[core]\n    no_scm = true\n")
+            environment["DVC_SYSTEM_CONFIG_DIR"] = folder
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+        raise ValueError(f"DVC could not record {stage}: {(errors or said[-1:])[0]}")
 
 
 def said(look: Look, spec: DatasetParams, data: Dataset, twice: int) -> list[str]:

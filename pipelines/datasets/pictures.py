@@ -30,12 +30,18 @@ CIFAR_SIDE = 32
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: RGB or grey, turned as it is meant to be seen, without transparency."""
+    """One picture: grey, RGB or RGBA, turned as it is meant to be seen."""
 
     name: str
     image: Image.Image
     label: str | None  # None where there is none
     is_test: bool = False  # of an official test set
+
+    def on(self, ground: str) -> Image.Image:
+        """Return it grey or RGB, laid on a ground, `black` or `white`, where it is transparent."""
+        if self.image.mode != "RGBA":
+            return self.image
+        return Image.alpha_composite(Image.new("RGBA", self.image.size, ground), self.image).convert("RGB")
 
 
 @dataclass
@@ -55,11 +61,10 @@ class Left:
             )
 
 
-def read_pictures(source: Source, ground: str, use_labels: bool, left: Left) -> Iterator[Picture]:
+def read_pictures(source: Source, use_labels: bool, left: Left) -> Iterator[Picture]:
     """Yield the pictures of a source, in an order that depends on names alone.
 
     Args:
-        ground: `black` or `white`, below what is transparent.
         use_labels: whether sub-folders are labels; those of arrays are there in any case.
         left: is told of what cannot be used.
 
@@ -69,7 +74,7 @@ def read_pictures(source: Source, ground: str, use_labels: bool, left: Left) -> 
     path = Path(source.path).expanduser()
     try:
         if source.kind == "folder":
-            yield from _of_folder(path, ground, use_labels, left)
+            yield from _of_folder(path, use_labels, left)
         else:
             yield from {"arrays": _of_arrays, "idx": _of_idx, "cifar": _of_cifar}[source.kind](path)
     except OSError as error:
@@ -77,39 +82,39 @@ def read_pictures(source: Source, ground: str, use_labels: bool, left: Left) -> 
 
 
 def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
-    """Return all pictures of an entry in its size: the parts `train`, and `test` where the source has one.
+    """Return all pictures of an entry as they are learned: the parts `train`, and `test` where the source has one.
 
-    A picture that is there twice, as it is learned, is taken once: on both sides of a split it would flatter every
-    score.
+    One that is there twice is taken once: on both sides of a split it would flatter every score.
 
     Returns:
-        By part, (N, C, H, W) uint8 strengths and (N,) int64 labels, -1 without; and how many were there more than once.
+        By part, what `fixed_levels` makes of (N, C, H, W) and (N,) int64 labels, -1 without; and how many were left
+        out as there before.
 
     Raises:
         ValueError: the source is not as it should be, or a picture is broken and broken ones are not left out.
     """
     left, seen, twice = Left(), set(), 0
     index = {name: i for i, name in enumerate(spec.label_names)}
-    images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
-    labels: dict[str, list[int]] = {"train": [], "test": []}
-    for picture in read_pictures(spec.source, spec.ground, bool(index), left):
+    parts: dict[str, list[tuple[Tensor, int]]] = {"train": [], "test": []}
+    for picture in read_pictures(spec.source, bool(index), left):
         if index and picture.label not in index:
             named = f"label {picture.label!r}" if picture.label is not None else "no label"
             raise ValueError(f"{picture.name!r} has {named}, which is not one of the dataset's. Add the dataset anew.")
-        array = fitted(picture.image, spec)
-        if (key := fixed_levels(torch.tensor(array), spec).numpy().tobytes()) in seen:
+        levels = fixed_levels(torch.tensor(fitted(picture, spec)), spec)
+        if (key := levels.numpy().tobytes()) in seen:
             twice += 1
             continue
         seen.add(key)
-        part = "test" if picture.is_test else "train"
-        images[part].append(array)
-        labels[part].append(index[picture.label] if picture.label is not None and index else -1)
+        label = index[picture.label] if picture.label is not None and index else -1
+        parts["test" if picture.is_test else "train"].append((levels, label))
     if not spec.skip_broken:
         left.check()
-    parts = {
-        part: (torch.from_numpy(np.stack(images[part])), torch.tensor(labels[part])) for part in images if images[part]
-    }
-    return parts, twice
+    found = {}
+    for part, pictures in parts.items():
+        if pictures:
+            images, labels = zip(*pictures, strict=True)
+            found[part] = torch.stack(images), torch.tensor(labels)
+    return found, twice
 
 
 def fixed_levels(images: Tensor, spec: DatasetParams) -> Tensor:
@@ -121,10 +126,10 @@ def fixed_levels(images: Tensor, spec: DatasetParams) -> Tensor:
     return images
 
 
-def fitted(image: Image.Image, spec: DatasetParams) -> np.ndarray:
+def fitted(picture: Picture, spec: DatasetParams) -> np.ndarray:
     """Return a picture in a dataset's size: (C, H, W) uint8 strengths."""
     channels, height, width = spec.image_shape
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = picture.on(spec.ground).convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         smaller = width < image.width or height < image.height
         method = Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC
@@ -155,19 +160,19 @@ def write_pictures(spec: DatasetParams, out: Path) -> tuple[int, Left]:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
         folder = Path(name, "new")
         folder.mkdir()
-        for picture in read_pictures(spec.source, spec.ground, False, left):
+        for picture in read_pictures(spec.source, False, left):
             num += 1
             file = folder / (picture.name if picture.name.endswith(".png") else f"{picture.name}.png")
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 raise ValueError(f"{picture.name!r} and another picture would both be {file.name}: rename one.")
-            array = fitted(picture.image, spec).transpose(1, 2, 0)
+            array = fitted(picture, spec).transpose(1, 2, 0)
             Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(file)
         folder.replace(out)
     return num, left
 
 
-def _of_folder(folder: Path, ground: str, use_labels: bool, left: Left) -> Iterator[Picture]:
+def _of_folder(folder: Path, use_labels: bool, left: Left) -> Iterator[Picture]:
     found = sorted(_files(folder), key=lambda file: file.as_posix().encode())
     files = [file for file in found if file.suffix.lower() in FORMATS and file.is_file()]
     left.num_others += len(found) - len(files)
@@ -180,7 +185,7 @@ def _of_folder(folder: Path, ground: str, use_labels: bool, left: Left) -> Itera
     for file in files:
         name = file.relative_to(folder).as_posix()
         try:
-            yield Picture(name, _decoded(file, ground), name.partition("/")[0] if use_labels and deep else None)
+            yield Picture(name, _decoded(file), name.partition("/")[0] if use_labels and deep else None)
         except ValueError as error:
             left.broken.append(f"{name!r} {error}")
 
@@ -222,7 +227,7 @@ def _odd_size(width: int, height: int) -> str:
     return f"{width} x {height} pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read"
 
 
-def _decoded(path: Path, ground: str) -> Image.Image:
+def _decoded(path: Path) -> Image.Image:
     """Read a picture file. Raises ValueError, the end of a sentence that begins with its name."""
     if path.stat().st_size == 0:
         raise ValueError("is empty")
@@ -250,8 +255,7 @@ def _decoded(path: Path, ground: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+        return image.convert("RGBA")
     return image if image.mode == "L" else image.convert("RGB")
 
 

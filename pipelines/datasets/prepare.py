@@ -6,29 +6,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.datasets.checks import CheckParams, compared
+from pipelines.datasets.checks import CheckParams, save_checked
 from pipelines.datasets.entry import DatasetParams
 from pipelines.datasets.pictures import fixed_levels, load_pictures
 from pipelines.datasets.sources import Images, read
-from pipelines.params import DataParams
-from pixelcnn.data import DYNAMIC_PROTOCOL, SPLITS, Dataset, save_dataset
+from pipelines.params import DataParams, repro_command
+from pixelcnn.data import DYNAMIC_PROTOCOL, SPLITS, Dataset
 
 
 def prepare(name: str, spec: DatasetParams, raw: Path, out: Path, params: DataParams, limits: CheckParams) -> None:
-    """Read a dataset's images and write its file. Equal inputs give equal bytes.
+    """Read a dataset's images and write its file, as `write` does. Equal inputs give equal bytes.
 
     Args:
         raw: folder of the official files, as `sources.fetch` writes it; pictures of one's own are read where they lie.
 
     Raises:
-        ValueError: the images are missing or damaged, too few for the splits, or have changed beyond the limits.
+        ValueError: the images are missing or damaged; or see `write`.
     """
     if spec.source.kind == "official":
-        # A second dataset of the same files has a folder of its own, which no stage of DVC's fills.
-        advice = "" if name == spec.source.path else f"fetch it again: python -m pipelines.steps fetch {name}"
-        found = read(spec.source.path, raw, advice)
-        if (shape := found["train"][0].shape[1:]) != spec.image_shape:
+        again = repro_command("fetch", name).replace("repro", "repro -f")
+        if name != spec.source.path:  # it has a folder of its own, which no stage of DVC's fills
+            again = f"python -m pipelines.steps fetch {name}"
+        official = read(spec.source.path, raw, f"fetch it again: {again}")
+        if (shape := official["train"][0].shape[1:]) != spec.image_shape:
             raise ValueError(f"{name} has images of shape {list(shape)}: set image_shape in its entry to that.")
+        found = {part: (fixed_levels(images, spec), labels) for part, (images, labels) in official.items()}
     else:
         found = load_pictures(spec)[0]
     write(name, spec, found, out, params, limits)
@@ -37,12 +39,10 @@ def prepare(name: str, spec: DatasetParams, raw: Path, out: Path, params: DataPa
 def write(
     name: str, spec: DatasetParams, found: dict[str, Images], out: Path, params: DataParams, limits: CheckParams
 ) -> Dataset:
-    """Cut validation (and test, where there is none) off a seeded permutation; make levels of what is fixed.
-
-    Beside the splits the file keeps the permutation behind them and the seeds.
+    """Cut validation (and test, where there is none) off a permutation, which the file keeps; draw binary levels.
 
     Args:
-        found: `train`, and `test` if the dataset has one. Without, test images are set aside like validation's.
+        found: `train`, and `test` if the dataset has one, as `fixed_levels` makes them.
         limits: how much it may have changed since it was prepared last.
 
     Raises:
@@ -59,14 +59,14 @@ def write(
     if spec.source.kind == "folder":
         # By content: as pictures are added, none that a model has learned is set aside, where it would flatter it.
         seed = str(params.split_seed).encode()
-        keys = [hashlib.sha256(seed + image.numpy().tobytes()).digest() for image in fixed_levels(train_images, spec)]
+        keys = [hashlib.sha256(seed + image.numpy().tobytes()).digest() for image in train_images]
         permutation = torch.tensor(sorted(range(num_found), key=keys.__getitem__))
     else:
         # RandomState: its streams are frozen for ever, unlike those of newer generators.
         permutation = torch.from_numpy(np.random.RandomState(params.split_seed).permutation(num_found))
     index = dict(zip(SPLITS, torch.split(permutation, [num_found - sum(held_out), *held_out]), strict=False))
     parts = {**found, **{s: (train_images[i], train_labels[i]) for s, i in index.items()}}
-    images = {s: fixed_levels(part[0], spec) for s, part in parts.items()}
+    images = {s: part[0] for s, part in parts.items()}
     if spec.protocol == DYNAMIC_PROTOCOL:
         for stream, s in enumerate(("validation", "test")):
             u = np.random.RandomState([params.binarization_seed, stream]).random_sample(tuple(images[s].shape))
@@ -84,6 +84,5 @@ def write(
         "split/seed": torch.tensor([params.split_seed]),
         "binarization/seed": torch.tensor([params.binarization_seed]),
     }
-    with compared(dataset, out.parent, limits):
-        save_dataset(out, dataset, extra)
+    save_checked(out, dataset, extra, limits)
     return dataset

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.params import repro_command
 from pipelines.settings import Settings
 
 MIRROR_FOLDERS = {"mnist": "mnist", "fashion_mnist": "fashion-mnist", "cifar10": "cifar-10"}
@@ -95,24 +94,17 @@ def files_of(name: str, folder: Path) -> list[Path]:
     return [folder / file for file, _ in _official(name).resources]
 
 
-def read(name: str, folder: Path, advice: str = "") -> dict[str, Images]:
-    """Read official files.
+def read(name: str, folder: Path, advice: str) -> dict[str, Images]:
+    """Read the official `train` and `test`; `train` alone where there is no official test set.
 
     Args:
-        advice: what to do if one is missing or damaged; by default, to fetch them again.
-
-    Returns:
-        The official `train` and `test`; `train` alone where there is no official test set.
-
-    Raises:
-        ValueError: a file is missing, or not the official one.
+        advice: what to do if a file is missing or not the official one, which is a ValueError.
     """
     try:
         if name == "mnist5k":
             return _read_mnist5k(folder / MNIST5K_FILE)
         return (_read_cifar10 if name == "cifar10" else _read_idx)(_official(name), folder)
     except ValueError as error:
-        advice = advice or f"fetch it again: {repro_command('fetch', name).replace('repro', 'repro -f')}"
         raise ValueError(f"{error}: {advice}.") from None
 
 
@@ -133,8 +125,7 @@ def _read_mnist5k(path: Path) -> dict[str, Images]:
     return {"train": (torch.from_numpy(images).reshape(-1, 1, 28, 28), torch.from_numpy(labels))}
 
 
-def _check_md5(path: Path, expected: str, what: object = None) -> None:
-    what = what or path
+def _check_md5(path: Path, expected: str, what: object) -> None:
     if not path.is_file():
         raise ValueError(f"{what} is missing")
     with open(path, "rb") as file:
@@ -147,7 +138,7 @@ def _check_md5(path: Path, expected: str, what: object = None) -> None:
 def _read_idx(cls: Any, folder: Path) -> dict[str, Images]:
     """Read the four gzipped IDX files of MNIST or Fashion-MNIST."""
     for file, md5 in cls.resources:
-        _check_md5(folder / file, md5)
+        _check_md5(folder / file, md5, folder / file)
     # Their headers, of 16 and 8 bytes, are known once the MD5 is.
     packed = [gzip.decompress((folder / file).read_bytes()) for file, _ in cls.resources]
     bytes_of = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in packed]
@@ -160,14 +151,14 @@ def _read_idx(cls: Any, folder: Path) -> dict[str, Images]:
 def _read_cifar10(cls: Any, folder: Path) -> dict[str, Images]:
     """Read the archive of CIFAR-10's batches. They are pickles: opened only once their MD5 is the official one."""
     (archive,) = files_of("cifar10", folder)
-    if not archive.is_file():
-        raise ValueError(f"{archive} is missing")
     md5s = {**dict(cls.train_list), **dict(cls.test_list), cls.meta["filename"]: cls.meta["md5"]}
     with tempfile.TemporaryDirectory() as root:
         try:
             with tarfile.open(archive) as tar:
                 wanted = [m for m in tar if m.isfile() and m.name in {f"{cls.base_folder}/{name}" for name in md5s}]
                 tar.extractall(root, wanted, filter="data")
+        except FileNotFoundError:
+            raise ValueError(f"{archive} is missing") from None
         except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # the machine's, such as a full disk
                 raise

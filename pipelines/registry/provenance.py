@@ -4,9 +4,8 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-import yaml
-
 import pixelcnn
+from pipelines.files import read_lock
 
 LOCK_FILES = ("dvc.lock", "full/dvc.lock", "own/dvc.lock")
 # DVC writes its lock during a stage, and removes a stage's metrics that git tracks before it runs the stage.
@@ -40,20 +39,9 @@ def prepared_file(dataset: str) -> Path:
 
 
 def recorded_hash(dataset: str) -> str | None:
-    """Return the MD5 of a prepared file as a `dvc.lock` records it; None if none does.
-
-    Raises:
-        ValueError: a `dvc.lock` cannot be read.
-    """
-    for path in LOCK_FILES:
-        try:
-            stages = yaml.safe_load(Path(path).read_text())["stages"]
-            return str(stages[f"prepare@{dataset}"]["outs"][0]["md5"])
-        except (FileNotFoundError, KeyError):
-            continue
-        except (yaml.YAMLError, TypeError, IndexError):
-            raise ValueError(f"{path} cannot be read: resolve its git conflict, or wait until dvc has ended.") from None
-    return None
+    """Return the MD5 of a prepared file as a `dvc.lock` records it; None if none does. ValueError as `read_lock`."""
+    recorded = (read_lock(Path(path), "stages", f"prepare@{dataset}", "outs", 0, "md5") for path in LOCK_FILES)
+    return next((str(md5) for md5 in recorded if md5 is not None), None)
 
 
 def core_sha256(*parts: str) -> str:

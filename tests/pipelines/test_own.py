@@ -24,7 +24,7 @@ from pipelines import steps
 from pipelines.datasets import own
 from pipelines.datasets.checks import CheckParams, changes, summary_of
 from pipelines.datasets.letters import write_letters
-from pipelines.files import file_lock
+from pipelines.files import file_lock, read_lock
 from pipelines.params import load_params
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset, load_dataset
@@ -246,7 +246,7 @@ def test_pictures_of_every_mode_are_read_alike(folder: Path) -> None:
     Image.fromarray(wide).save(folder / "phone.jpg", "MPO", save_all=True, append_images=[small], quality=100)
     expected["phone.jpg"] = wide
     source = own.source_of(folder)
-    read = {p.name: np.asarray(p.image.convert("L")) for p in own.read_pictures(source, "black", True, own.Left())}
+    read = {p.name: np.asarray(p.on("black").convert("L")) for p in own.read_pictures(source, True, own.Left())}
     for name, strengths in expected.items():
         assert np.abs(read[name].astype(int) - strengths).max() <= 3, name
 
@@ -350,14 +350,15 @@ def test_names_that_yaml_takes_for_something_else(folder: Path, tmp_path: Path) 
     datasets = load_params().datasets
     assert datasets[NAME].label_names == ("1:30", "?", "no", "yes")
     assert datasets["on"].source.path == "off"
-    lock = f"stages: {{prepare@on: {{}}, prepare@{NAME}: {{label_names: [no]}}}}\n"
+    lock = f"stages: {{prepare@on: {{}}, prepare@{NAME}: {{label_names: [no, '1e5']}}}}\n"
     Path("own/dvc.lock").write_text(f"<<<<<<< HEAD\n{lock}=======\n{lock}>>>>>>> theirs\n")
     assert steps.main(["remove", "on"]) == 1
     assert load_params().datasets.keys() >= {"on", NAME}, "nothing is taken out where the rest could not follow"
     Path("own/dvc.lock").write_text(lock)
     assert steps.main(["remove", "on"]) == 0
     assert load_params().datasets[NAME] == datasets[NAME]
-    assert "'no'" in Path("own/dvc.lock").read_text(), "what is recorded of others stays"
+    recorded = read_lock(Path("own/dvc.lock"), "stages")
+    assert recorded == {f"prepare@{NAME}": {"label_names": ["no", "1e5"]}}, "what is recorded of others stays"
 
 
 def test_two_who_add_take_turns(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -458,7 +459,7 @@ def test_other_formats(folder: Path, tmp_path: Path) -> None:
         assert data.label_names == ["a", "b", "c"]
         found = {image.numpy().transpose(1, 2, 0).tobytes() for part in data.images.values() for image in part}
         assert found == {image.tobytes() for image in images}
-        read = own.read_pictures(own.source_of(path), "black", False, own.Left())
+        read = own.read_pictures(own.source_of(path), False, own.Left())
         assert len({one.name for one in read}) == 30, "each has a name of its own"
     (tmp_path / "idx").mkdir()
     grey = np.ascontiguousarray(images[..., 0])
