@@ -56,12 +56,7 @@ def one_line(record: logging.LogRecord) -> bool:
 
 
 def run(command: str, work: Callable[[], int | None]) -> int:
-    """Do the work of a command; return the exit code. What a person can mend becomes one sentence on stderr.
-
-    Args:
-        command: its name, which begins the sentence.
-        work: returns the exit code; None for 0.
-    """
+    """Do the work of a command; return its exit code, 0 for None. What a person can mend is one sentence on stderr."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     if proxies := getproxies_environment():  # not for Prefect's own server, which is a neighbour
@@ -87,12 +82,7 @@ def run(command: str, work: Callable[[], int | None]) -> int:
 
 
 def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -> int:
-    """Run a command line as `run` does, by `argv` or, if that is None, by this process's words.
-
-    Args:
-        name: begins the sentence of an error.
-        program: how it is called, for its help.
-    """
+    """Run a command line, called as its `program`, as `run` does; by this process's words if `argv` is None."""
 
     def work() -> int:
         try:

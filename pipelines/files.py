@@ -16,17 +16,12 @@ from ruamel.yaml.error import YAMLError
 
 @contextmanager
 def file_lock(path: Path, what: str, log: Callable[[str], object]) -> Iterator[bool]:
-    """Hold a lock between processes; wait for it where another one holds it.
+    """Hold a lock between processes; yield whether another one held it before, and so has just done something.
 
-    The lock is the kernel's (`flock`): however its holder dies, it is free at once.
+    The lock is the kernel's (`flock`): however its holder dies, it is free at once. Its file names the holder.
 
     Args:
-        path: the lock's file, which names its holder; it is removed at the end.
-        what: is done under the lock; for the message to those who wait.
-        log: is called once, with one sentence, if it has to wait.
-
-    Yields:
-        Whether it had to wait: then another process has just done something under this lock.
+        what: is done under the lock; for the one sentence to `log` if it has to wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, waited, holder = FileLock(path), False, ""

@@ -28,11 +28,7 @@ class Environment(BaseModel):
 
 
 def environments() -> dict[str, Environment]:
-    """Return the named environments of `environments.yaml` in the current folder; none without it.
-
-    Raises:
-        LookupError: the file does not describe them, or two of them share something.
-    """
+    """Return those of `environments.yaml` in the current folder; LookupError if it is wrong, or two share something."""
     try:
         found = TypeAdapter(dict[str, Environment]).validate_python(yaml.safe_load(ENVIRONMENTS_FILE.read_text()))
     except FileNotFoundError:
@@ -56,22 +52,16 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, frozen=True)
 
     # One of environments.yaml, which then says registry, store and service.
-    environment: str = Field(default=DEVELOPMENT, validation_alias=_NAME)
-    # A folder with the official files of the datasets; without, torchvision downloads them.
-    data: Path | None = Field(default=None, validation_alias="PIXELCNN_DATA")
-    # MLflow's server or database; without, `mlflow.db` in the current folder.
-    tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    environment: str = Field(DEVELOPMENT, validation_alias=_NAME)
+    data: Path | None = Field(None, validation_alias="PIXELCNN_DATA")  # official files; without, they are downloaded
+    tracking_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")  # without, `mlflow.db` here
     # BentoML's home, whose model store holds the champions; without, `.bentoml` in the current folder.
     store: Path = Field(default_factory=lambda: Path.cwd() / ".bentoml", validation_alias="BENTOML_HOME")
-    # The service, which `evaluate-champions` then asks, too; and its token.
-    service_url: str | None = Field(default=None, validation_alias="PIXELCNN_SERVICE_URL")
-    token: str | None = Field(default=None, validation_alias="PIXELCNN_TOKEN", repr=False)
-    # A webhook that `make operate` lets Prefect call when a nightly check fails.
-    notify_url: str | None = Field(default=None, validation_alias="PIXELCNN_NOTIFY_URL")
-    # Prefect's API; without, a flow starts a temporary server.
-    prefect_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
-    # DVC sets this for the stages of an experiment.
-    experiment: str | None = Field(default=None, validation_alias="DVC_EXP_BASELINE_REV")
+    service_url: str | None = Field(None, validation_alias="PIXELCNN_SERVICE_URL")  # `evaluate-champions` asks it, too
+    token: str | None = Field(None, validation_alias="PIXELCNN_TOKEN", repr=False)  # the service's
+    notify_url: str | None = Field(None, validation_alias="PIXELCNN_NOTIFY_URL")  # webhook for a failed nightly check
+    prefect_url: str | None = Field(None, validation_alias="PREFECT_API_URL")  # without, a flow starts a server
+    experiment: str | None = Field(None, validation_alias="DVC_EXP_BASELINE_REV")  # DVC sets it in an experiment
 
     @model_validator(mode="before")
     @classmethod
@@ -102,14 +92,12 @@ def in_prefect(name: str) -> str:
 @contextmanager
 def environment(name: str) -> Iterator[Settings]:
     """Let this process work in another environment for the time of a block; LookupError if it is unknown."""
-
-    def put(values: dict[str, str]) -> dict[str, str]:
-        kept = {v: os.environ.pop(v) for v in (*_VARIABLES.values(), _NAME) if v in os.environ}
-        os.environ.update(values)
-        return kept
-
-    kept = put({_NAME: name})
+    variables = (*_VARIABLES.values(), _NAME)
+    kept = {variable: os.environ.pop(variable) for variable in variables if variable in os.environ}
+    os.environ[_NAME] = name
     try:
         yield Settings()
     finally:
-        put(kept)  # without what MLflow has set meanwhile
+        for variable in variables:  # what MLflow has set meanwhile, too
+            os.environ.pop(variable, None)
+        os.environ.update(kept)

@@ -59,11 +59,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], limits: CheckParams) -> li
 
 
 def save_checked(out: Path, data: Dataset, extra: dict[str, torch.Tensor], limits: CheckParams) -> None:
-    """Write a prepared file; `extra` as `save_dataset` takes it.
-
-    Raises:
-        ValueError: it has changed beyond a limit since it was prepared last; reports/data/NAME.md says how.
-    """
+    """Write a prepared file, as `save_dataset` does; ValueError if it has changed beyond a limit since the last one."""
     last, new = _paths(out.parent, data.name)
     summary = summary_of(data)
     if last.exists():

@@ -42,16 +42,9 @@ def random_letter(text: str, font: ImageFont.FreeTypeFont, random: np.random.Ran
 
 
 def write_letters(path: Path, variants: int) -> int:
-    """Write `.npz` of images, labels and their names, A to Z and a to z; equal fonts give equal bytes.
+    """Write `.npz` of images, labels and their names, A to Z and a to z; return how many. Equal fonts give equal bytes.
 
-    Args:
-        variants: pictures of each letter in each font.
-
-    Returns:
-        How many pictures there are.
-
-    Raises:
-        ValueError: `path` does not end in `.npz`.
+    There are so many variants of each letter in each font. ValueError if `path` does not end in `.npz`.
     """
     if path.suffix != ".npz":
         raise ValueError(f"{path} must end in .npz.")

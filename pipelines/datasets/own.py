@@ -102,8 +102,7 @@ class Look:
 def look_at(source: Source, wishes: Wishes) -> Look:
     """Look at every picture of a source once, on the ground where more is seen: black ink is seen on white alone.
 
-    Raises:
-        ValueError: there is too little to learn from, a picture is broken and not to be left out, or labels are odd.
+    ValueError if there is too little to learn from, a picture is broken and not to be left out, or labels are odd.
     """
     left, sizes, labels = Left(), Counter[tuple[int, int]](), Counter[str]()
     looks = [Look(ground, left, sizes, labels) for ground in ("black", "white")]
@@ -209,11 +208,7 @@ def pair_for(name: str, spec: DatasetParams, minutes: float) -> dict[str, Any]:
 
 
 def source_of(images: Path) -> Source:
-    """Return what kind of source a path is.
-
-    Raises:
-        ValueError: it does not exist, or is of no known kind.
-    """
+    """Return the source that a path is; ValueError if it does not exist, or is of no known kind."""
     path, here = images.expanduser().resolve(), Path.cwd().resolve()
     if not path.exists():
         raise ValueError(f"{images} does not exist. Name a folder of pictures, or a .npy or .npz file.")
@@ -246,7 +241,6 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
 
     Raises:
         ValueError: the name is taken or no name, or the pictures cannot be learned from.
-        OSError: a file cannot be written.
     """
     with file_lock(CHANGES_LOCK, f"adding {name}", logger.warning):
         params = load_params()
@@ -291,11 +285,7 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
 
 
 def own_pairs(name: str) -> list[str]:
-    """Return a dataset's pairs in own/params.yaml.
-
-    Raises:
-        ValueError: it is none of the datasets that somebody added.
-    """
+    """Return a dataset's pairs in own/params.yaml; ValueError if it is none of the datasets that somebody added."""
     params = load_params()
     own = YAML().load(Path(OWN_FILE).read_text()) if Path(OWN_FILE).exists() else {}
     if name not in (own.get("datasets") or {}):
@@ -305,13 +295,9 @@ def own_pairs(name: str) -> list[str]:
 
 
 def remove(name: str) -> list[str]:
-    """Take a dataset and its pairs out again, with what was prepared; pictures, trained models and versions stay.
+    """Take a dataset and its pairs out again, with what was prepared; return what was removed, and what stays.
 
-    Returns:
-        What was removed, and what stays.
-
-    Raises:
-        ValueError: it is none of the datasets that somebody added, or own/dvc.lock cannot be read; all stays.
+    ValueError, and all stays, if it is none of the datasets that somebody added, or own/dvc.lock cannot be read.
     """
     with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
         pairs = own_pairs(name)

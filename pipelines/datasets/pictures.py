@@ -62,14 +62,10 @@ class Left:
 
 
 def read_pictures(source: Source, use_labels: bool, left: Left) -> Iterator[Picture]:
-    """Yield the pictures of a source, in an order that depends on names alone.
+    """Yield the pictures of a source, in an order that depends on names alone; `left` is told of what cannot be used.
 
-    Args:
-        use_labels: whether sub-folders are labels; those of arrays are there in any case.
-        left: is told of what cannot be used.
-
-    Raises:
-        ValueError: the source is not what its kind says.
+    Sub-folders are labels if `use_labels` says so; arrays have theirs in any case. ValueError if the source is not what
+    its kind says.
     """
     path = Path(source.path).expanduser()
     try:
@@ -87,8 +83,7 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
     One that is there twice is taken once: on both sides of a split it would flatter every score.
 
     Returns:
-        By part, what `fixed_levels` makes of (N, C, H, W) and (N,) int64 labels, -1 without; and how many were left
-        out as there before.
+        By part, (N, C, H, W) as of `fixed_levels`, and (N,) int64 labels, -1 without; and how many were there before.
 
     Raises:
         ValueError: the source is not as it should be, or a picture is broken and broken ones are not left out.
@@ -147,13 +142,9 @@ def fitted(picture: Picture, spec: DatasetParams) -> np.ndarray:
 
 
 def write_pictures(spec: DatasetParams, out: Path) -> tuple[int, Left]:
-    """Write a dataset's pictures as they are learned, but for the draw of binary ones, as PNG under their own names.
+    """Write a dataset's pictures as `fitted`, as PNG under their own names; return how many, and what was left out.
 
-    Returns:
-        How many there are, and what was left out.
-
-    Raises:
-        ValueError: the source is not as it should be, or `out` is there already.
+    ValueError if the source is not as it should be, or `out` is there already.
     """
     check_absent(out, empty_folder=True)
     left, num = Left(), 0

@@ -15,13 +15,9 @@ from pixelcnn.data import DYNAMIC_PROTOCOL, SPLITS, Dataset
 
 
 def prepare(name: str, spec: DatasetParams, raw: Path, out: Path, params: DataParams, limits: CheckParams) -> None:
-    """Read a dataset's images and write its file, as `write` does. Equal inputs give equal bytes.
+    """Read a dataset's images and write its file, as `write` does; ValueError, too, if they are missing or damaged.
 
-    Args:
-        raw: folder of the official files, as `sources.fetch` writes it; pictures of one's own are read where they lie.
-
-    Raises:
-        ValueError: the images are missing or damaged; or see `write`.
+    Official files lie in `raw`, as `sources.fetch` writes it; pictures of one's own are read where they lie.
     """
     if spec.source.kind == "official":
         again = repro_command("fetch", name).replace("repro", "repro -f")
@@ -41,12 +37,13 @@ def write(
 ) -> Dataset:
     """Cut validation (and test, where there is none) off a permutation, which the file keeps; draw binary levels.
 
+    Equal inputs give equal bytes.
+
     Args:
         found: `train`, and `test` if the dataset has one, as `fixed_levels` makes them.
-        limits: how much it may have changed since it was prepared last.
 
     Raises:
-        ValueError: there are too few images, or they have changed beyond the limits.
+        ValueError: there are too few images, or they have changed beyond the limits since they were prepared last.
     """
     held_out = [spec.num_validation] * (1 if "test" in found else 2)
     num_found = len(found["train"][0]) if "train" in found else 0

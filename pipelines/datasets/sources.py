@@ -35,13 +35,9 @@ Images = tuple[Tensor, Tensor]
 
 
 def fetch(name: str, out: Path) -> None:
-    """Put the official files of a dataset into a folder, which is replaced as a whole.
+    """Put the files of one of `OFFICIAL` into a folder, which is replaced as a whole.
 
-    Args:
-        name: one of `entry.OFFICIAL`.
-
-    Raises:
-        ValueError: a file is missing, damaged or cannot be had.
+    ValueError if one is missing, damaged or cannot be had.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}.") as temporary:
@@ -97,8 +93,7 @@ def files_of(name: str, folder: Path) -> list[Path]:
 def read(name: str, folder: Path, advice: str) -> dict[str, Images]:
     """Read the official `train` and `test`; `train` alone where there is no official test set.
 
-    Args:
-        advice: what to do if a file is missing or not the official one, which is a ValueError.
+    ValueError, with the advice what to do, if a file is missing or not the official one.
     """
     try:
         if name == "mnist5k":

@@ -17,7 +17,7 @@ from pipelines.params import EVALUATIONS_EXPERIMENT, load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import prepared_file
-from pipelines.registry.stated import TOLERANCE_NATS, check_scores
+from pipelines.registry.versions import TOLERANCE_NATS, check_scores
 from pipelines.settings import Settings
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, evaluate, format_nll

@@ -18,8 +18,7 @@ from pipelines.registry import versions as registry
 from pipelines.registry.backup import follow_artifacts
 from pipelines.registry.decisions import KEPT, PROMOTED, RELEASED, Report
 from pipelines.registry.provenance import prepared_file
-from pipelines.registry.stated import check_scores
-from pipelines.registry.versions import Version
+from pipelines.registry.versions import Version, check_scores
 from pipelines.settings import Settings, environment
 from pipelines.stages import register as stage
 from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER

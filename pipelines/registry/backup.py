@@ -43,11 +43,10 @@ def _database() -> Path:
 
 
 def backup(file: Path) -> str:
-    """Write registry and model store into a file, whole or not at all; return what was done, in one sentence.
+    """Write registry and model store into a new file, whole or not at all; return what was done, in one sentence.
 
     Raises:
-        ValueError: the registry is no SQLite file, or its artifacts do not lie beside it; or the file is there already,
-            or cannot be written there.
+        ValueError: the registry is no SQLite file, or its artifacts do not lie beside it; or the file is there already.
         LookupError: there is no registry.
     """
     database = _database()
@@ -80,9 +79,7 @@ def backup(file: Path) -> str:
 
 
 def restore(file: Path, replace: bool = False) -> str:
-    """Put a backup into the place of registry and store; return what was done, in one sentence.
-
-    The champions are served once `repair` has run.
+    """Put a backup into the place of registry and store, to be served once `repair` has run; say what was done.
 
     Args:
         replace: a registry with runs in it, too, which is kept aside; and the store of another registry.
@@ -158,10 +155,7 @@ def _unpack(file: Path, folder: Path) -> dict[str, str]:
 
 
 def follow_artifacts() -> list[str]:
-    """Let a database name the artifacts that were moved with it where they are now; return what was done, in sentences.
-
-    It holds full paths.
-    """
+    """Let a database, which holds full paths, follow artifacts that were moved with it; return what was done."""
     database = sqlite_file()
     if database is None or not database.exists():
         return []

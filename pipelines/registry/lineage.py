@@ -9,7 +9,6 @@ With `--verify` the checksums and a score are computed again.
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,23 +20,19 @@ from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import LOCK_FILES, prepared_file, recorded_hash
-from pipelines.registry.stated import check_scores
-from pipelines.registry.versions import Version
+from pipelines.registry.versions import Version, check_scores
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import CHECKED_IMAGES
 
 MIN_HASH = 6  # the shortest beginning of a data hash that is looked up
 
+app = Typer(add_completion=False, rich_markup_mode=None)
+
 
 def find_version(text: str) -> Version:
-    """Return the version that is meant.
+    """Return the version that `NAME/NUMBER` means, or a JSON file of an answer of the service or its `model`.
 
-    Args:
-        text: `NAME/NUMBER`, or the path of a JSON file that holds an answer of the service or its `model`.
-
-    Raises:
-        ValueError: it is neither, or the file contradicts the registry.
-        LookupError: nothing of this name and number is registered.
+    ValueError if it is neither, or the file contradicts the registry; LookupError if that has no such version.
     """
     if not Path(text).is_file():
         name, _, number = text.rpartition("/")
@@ -84,9 +79,7 @@ def _registered(name: str, number: str) -> Version:
 def find_data(data_hash: str) -> tuple[str, list[Version]]:
     """Return the full hash, and every version trained on these data, by dataset and age.
 
-    Raises:
-        ValueError: the beginning that is given is too short, or that of several.
-        LookupError: nothing was trained on them.
+    ValueError if the beginning that is given is too short, or that of several; LookupError if it is that of none.
     """
     if len(data_hash) < MIN_HASH:
         raise ValueError(f"a data hash of {len(data_hash)} characters is too short: give {MIN_HASH} or more.")
@@ -100,14 +93,10 @@ def find_data(data_hash: str) -> tuple[str, list[Version]]:
     return meant[0], [version for version in every if version.lineage()["data_hash"] == meant[0]]
 
 
-def _dataset(version: Version) -> str:
-    return version.name.removeprefix(tracking.registered_name(""))
-
-
 def one_line(version: Version) -> str:
     """Say in a line what a version is, how good, and what it is for."""
     pair, tag = version.tags.get("pair", "unknown pair"), store.tag_of(version.lineage())
-    aliases = registry.aliases(_dataset(version)).items()
+    aliases = registry.aliases(version.dataset).items()
     roles = sorted(alias for alias, number in aliases if number == version.version)
     roles += [f"served as {tag}"] if store.latest(version.name) == tag else []
     score = f"validation {version.recorded_nll:.2f} nats per image, protocol {version.tags.get('protocol', 'unknown')}"
@@ -119,7 +108,7 @@ def describe(version: Version) -> list[str]:
     run = tracking.find_run(version.run_id)
     if run is None:
         raise LookupError(f"run {version.run_id} of {version} was deleted.")
-    lineage, dataset = version.lineage(), _dataset(version)
+    lineage, dataset = version.lineage(), version.dataset
     changed = ", with changes that were not committed" if run.data.tags.get("git_dirty") == "true" else ""
     metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("curve/")}
     every = decisions.decisions(dataset)
@@ -162,11 +151,7 @@ def _recorded_by_dvc(dataset: str, data_hash: str) -> str:
 
 
 def verify(version: Version) -> tuple[list[str], list[str]]:
-    """Compute again what the registry says of a version: checksums, and its score on the stated sample.
-
-    Returns:
-        What is as it was registered, in lines; and what is not, each with the reason.
-    """
+    """Compute checksums and the stated score again; return what is as it was registered, and what is not, and why."""
     checks = {"data": _verify_data, "registry": _verify_registry, "model store": _verify_store, "score": _verify_score}
     found: list[str] = []
     failed: dict[str, list[str]] = {}  # reason -> what fails for it
@@ -181,11 +166,11 @@ def verify(version: Version) -> tuple[list[str], list[str]]:
 
 
 def _verify_data(version: Version) -> str:
-    return f"the MD5 of {prepared_file(_dataset(version))} is {_load_same(version).data_hash}"
+    return f"the MD5 of {prepared_file(version.dataset)} is {_load_same(version).data_hash}"
 
 
 def _load_same(version: Version) -> Dataset:
-    path, expected = prepared_file(_dataset(version)), version.lineage()["data_hash"]
+    path, expected = prepared_file(version.dataset), version.lineage()["data_hash"]
     data = load_dataset(path)
     if data.data_hash != expected:
         raise ValueError(f"the MD5 of {path} is {data.data_hash}, it was trained on {expected}")
@@ -193,15 +178,14 @@ def _load_same(version: Version) -> Dataset:
 
 
 def _verify_registry(version: Version) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        registry.download(version, Path(folder))
+    registry.load(version)
     return f"the weights' SHA-256 is {version.lineage()['weights_sha256']}"
 
 
 def _verify_store(version: Version) -> str:
     lineage = version.lineage()
     tag, served = store.tag_of(lineage), store.latest(version.name)
-    is_champion = registry.aliases(_dataset(version)).get(tracking.CHAMPION) == version.version
+    is_champion = registry.aliases(version.dataset).get(tracking.CHAMPION) == version.version
     again = "Run python -m pipelines.steps repair"
     if is_champion and served != tag:
         raise ValueError(f"{store.home()} serves {served or 'nothing'}, the champion is {tag}. {again}.")
@@ -219,6 +203,7 @@ def _verify_score(version: Version) -> str:
     return f"the first {CHECKED_IMAGES} test images score what its training recorded"
 
 
+@app.command()
 def trace(
     version: Annotated[str | None, Option(help="NAME/NUMBER, or a JSON file: a served answer, or its `model`")] = None,
     data: Annotated[str | None, Option(metavar="HASH", help="MD5 of a prepared file, or its beginning")] = None,
@@ -244,8 +229,6 @@ def trace(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    app = Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(trace)
     return run_typer(app, "lineage", "python -m pipelines.registry.lineage", argv)
 
 

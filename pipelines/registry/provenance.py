@@ -14,11 +14,9 @@ _CODE = ("pixelcnn/*.py", "pipelines/*.py", "app/*.py")  # git's * crosses folde
 
 
 def git_state() -> dict[str, str]:
-    """Return the commit of the project in the current folder, and whether its files differ from it.
+    """Return `git_commit` and `git_dirty` of the project in the current folder; both `unknown` outside a repository.
 
-    Returns:
-        `git_commit`; and `git_dirty`, `true` where a tracked file was changed, what DVC writes aside, or a Python
-        module was added to the packages. Both are `unknown` outside a repository.
+    `true` is dirty: a tracked file was changed, what DVC writes aside, or a Python module was added to the packages.
     """
 
     def git(*words: str) -> str:

@@ -178,8 +178,7 @@ def start_training_run(training: Training, key: str, run_id: str | None = None) 
     """Begin the MLflow run of a training, or go on with the one that it began before it was stopped; return its ID.
 
     Args:
-        key: of this training and no other. It is a tag of the run, which is so found again if the training was killed
-            before it knew the run's ID.
+        key: of this training and no other: a tag by which the run is found if it was killed before it knew the ID.
         run_id: of the run that it began; another one is begun if the store has lost it or the settings have changed.
     """
     c, settings = client(), training.params
@@ -219,13 +218,12 @@ def log_training_run(
     curves: Sequence[Sequence[Mapping[str, float]]] = (),
     pictures: Sequence[Path] = (),
 ) -> str:
-    """Complete the MLflow run of a training, with its model; return the logged model's ID.
+    """Complete the run that `start_training_run` began, with its model; return the logged model's ID.
 
     Args:
-        run_id: the run that `start_training_run` began.
         folder: the checkpoint; its files become the logged model.
         scores: measured values; the numbers among them become metrics.
-        curves: rows of step and values, logged as `curve/NAME` at their steps; no name is in two of them.
+        curves: as `log_curve` takes them; no name is in two of them.
         pictures: files to keep with the run.
     """
     c = client()
@@ -289,13 +287,10 @@ def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
 
 
 def register(run_id: str, model_id: str, folder: Path, pair: str, dataset: str) -> str:
-    """Make a run's logged model a version of its dataset's registered model, and the challenger; return the version.
+    """Make the logged model of a checkpoint a version of its dataset's registered model, and the challenger.
 
-    Weights that are registered already, measured on the same data, keep their version: doing the same work twice makes
-    no second one. The same weights on new data are another version, which can compete there.
-
-    Args:
-        folder: the checkpoint that was logged; its scores name the data it was measured on.
+    Return the version. Weights that are registered already, measured on the same data, keep theirs: doing the same work
+    twice makes no second one. The same weights on new data are another version, which can compete there.
     """
     c, name = client(), registered_name(dataset)
     config, scores = (json.loads((folder / file).read_text()) for file in (CONFIG_FILE, SCORES_FILE))

@@ -76,12 +76,7 @@ def set_feeder(told: Mapping[str, str]) -> None:
 
 
 def metadata_of(tag: str) -> dict[str, Any]:
-    """Return what BentoML keeps with a model: the lineage, and what `export` was given besides.
-
-    Raises:
-        OSError: the store holds no such model.
-        ValueError: its description is damaged.
-    """
+    """Return what `export` was given with a model; OSError if it is not there, ValueError if its file is damaged."""
     try:
         found = yaml.safe_load((folder_of(tag) / "model.yaml").read_text())["metadata"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
@@ -90,11 +85,7 @@ def metadata_of(tag: str) -> dict[str, Any]:
 
 
 def checkout(tag: str, folder: Path) -> Path:
-    """Copy the checkpoint of a model that is whole into a new folder; return the folder.
-
-    Raises:
-        ValueError: the model is damaged.
-    """
+    """Copy the checkpoint of a model into a new folder; return the folder. ValueError if the model is damaged."""
     if not is_intact(tag, metadata_of(tag)):
         raise ValueError(f"{tag} in {home()} is damaged. Restore a backup, or promote another version.")
     folder.mkdir(parents=True)
@@ -124,8 +115,7 @@ def manifest_of(folder: Path, metadata: Mapping[str, Any]) -> str:
 def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
     """Put a checkpoint into the store, not yet served; the same one that is there, whole, stays. Return its tag.
 
-    Args:
-        metadata: the lineage, with `name`, `version`, `weights_sha256` and `dataset`.
+    `metadata` is the lineage, with `name`, `version`, `weights_sha256`, and `dataset`.
     """
     tag = tag_of(metadata)
     target, metadata = folder_of(tag), {**metadata, "manifest_sha256": manifest_of(checkpoint, metadata)}

@@ -3,6 +3,7 @@
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +15,13 @@ from mlflow.entities.model_registry import ModelVersion
 from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, load_checkpoint, sha256_of
+from pixelcnn.data import Dataset
+from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, checked_score
 from pixelcnn.models.base import AutoregressiveModel
 
 ROLLED_BACK_TAG = "rolled_back"
 VALIDATION_METRIC = "validation/nll_nats"
+TOLERANCE_NATS = 0.05  # of a score: rounding differs between processors; another file differs by whole nats
 RESTORE = "Promote another version, or restore the whole registry: python -m pipelines.steps restore FILE --replace."
 
 
@@ -46,6 +50,10 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name} version {self.version}"
+
+    @property
+    def dataset(self) -> str:
+        return self.name.removeprefix(tracking.registered_name(""))
 
     @property
     def recorded_nll(self) -> float:
@@ -127,11 +135,7 @@ def unmark_rolled_back(version: Version) -> None:
 
 
 def download(version: Version, folder: Path) -> Path:
-    """Fetch a version's checkpoint, checked to be of the weights that were registered, into a folder; return its own.
-
-    Raises:
-        ValueError: the version holds no checkpoint, or other weights than its tag says.
-    """
+    """Fetch a version's checkpoint into a folder; return its own. ValueError if it holds not the registered weights."""
     tracking.client()  # sets the URI
     top = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
     checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
@@ -155,3 +159,16 @@ def load(version: Version) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Fetch a version, checked as `download` does; return its model and scores."""
     with tempfile.TemporaryDirectory() as folder:
         return load_checkpoint(download(version, Path(folder)))
+
+
+def check_scores(what: str, model: AutoregressiveModel, scores: Mapping[str, Any], data: Dataset) -> None:
+    """Raise ValueError, naming `what` it is, unless a model has on its data the score that its `scores` state."""
+    recorded = scores.get(CHECKED_SCORE)
+    if recorded is None:
+        raise ValueError(f"the scores.json of {what} states no score of the first few images. Train the pair again.")
+    found = checked_score(model, data)
+    if not abs(found - recorded) <= TOLERANCE_NATS:
+        raise ValueError(
+            f"{what} does not score what it says: {found:.2f} nats on the first {CHECKED_IMAGES} test images, "
+            f"its scores.json says {recorded:.2f}. Fetch the weights again."
+        )

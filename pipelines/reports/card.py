@@ -67,22 +67,15 @@ def render(template: str, **values: Any) -> str:
 
 
 def model_card(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
-    """Return the card, in Markdown.
-
-    Args:
-        config: of the network, as `config.json` holds it.
-        scores: as the evaluate stage writes them into `scores.json`.
-    """
+    """Return the card, in Markdown, of what `config.json` and `scores.json` hold."""
     pair, dataset = scores["pair"], scores["dataset"]
     model, paper = model_words(config)
-    channels, height, width = config["image_shape"]
     summed_out = [key for key in scores if key.endswith("_label_summed_out")]
     elsewhere = ("model", "image_shape", "num_levels", "weights_sha256")
     return render(
         "card.md.j2",
-        **{"pair": pair, "dataset": dataset, "model": model, "paper": paper},
+        **{"pair": pair, "dataset": dataset, "model": model, "paper": paper, "config": config, "scores": scores},
         **_WORDS["datasets"].get(dataset, _WORDS["own"]),
-        **{"channels": channels, "height": height, "width": width, "config": config, "scores": scores},
         network=", ".join(f"{name} {value}" for name, value in config.items() if name not in elsewhere),
         is_official=dataset in OFFICIAL,
         first=summed_out[0].removesuffix("_label_summed_out") if summed_out else "",

@@ -29,15 +29,13 @@ PICTURES = {  # of a pair's report, where it has them
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PairReport:
     """What the training of a pair left in its report's folder."""
 
-    pair: str
-    dataset: str
-    test_nats: float
-    row: dict[str, str]  # its scores as text, with their protocol
     folder: Path
+    row: dict[str, str]  # its scores as text, with their protocol
+    test_nats: float
 
     def pictures(self) -> list[tuple[str, str]]:
         """Return the caption and the base64 bytes of each picture that is there."""
@@ -48,13 +46,8 @@ class PairReport:
 def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport]:
     """Read the reports of pairs, `folder/MODEL-DATASET/`: by dataset, the best test score first.
 
-    Those of other data than DVC recorded are left out: params.yaml does not hold of them any more.
-
-    Args:
-        without: pairs whose report, if there is one, may be half written.
-
-    Raises:
-        ValueError: the metrics of one are damaged, or a `dvc.lock` is.
+    Those of other data than DVC recorded are left out: params.yaml does not hold of them any more. So are those of
+    `without`, which may be half written. ValueError if the metrics of one are damaged, or a `dvc.lock` is.
     """
     reports, datasets = [], load_params().datasets
     for path in folder.glob("*/metrics.json"):
@@ -80,29 +73,21 @@ def read_reports(folder: Path, without: Collection[str] = ()) -> list[PairReport
                 "trained": f"{metrics['train_minutes']:.1f} min",
                 "command": again,
             }
-            nats = metrics["test/nll_nats"]
+            reports.append(PairReport(path.parent, row, metrics["test/nll_nats"]))
         except (AttributeError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path} has no readable scores ({error!r}). Train the pair again: {again}") from None
-        reports.append(PairReport(pair=pair, dataset=dataset, test_nats=nats, row=row, folder=path.parent))
     order = list(datasets)
-    return sorted(reports, key=lambda report: (order.index(report.dataset), report.test_nats, report.pair))
+    return sorted(reports, key=lambda one: (order.index(one.row["dataset"]), one.test_nats, one.row["pair"]))
 
 
 def write_comparison(reports: Sequence[PairReport], failures: Mapping[str, str] | None = None) -> Path:
-    """Write the page: for each dataset a table, the curves in one picture, and each pair's own pictures.
+    """Write the page, for each dataset a table, all curves and each pair's own pictures; return its path.
 
-    Args:
-        failures: why a pair has no report, by pair.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        ValueError: there is nothing to compare, or the report of a promotion is damaged.
+    `failures` says why a pair has no report. ValueError if there is nothing to compare, or a promotion's is damaged.
     """
     if not reports and not failures:
         raise ValueError("no pair has a report to compare. Train one: dvc repro")
-    by_dataset = {dataset: list(found) for dataset, found in groupby(reports, key=lambda report: report.dataset)}
+    by_dataset = {dataset: list(found) for dataset, found in groupby(reports, key=lambda report: report.row["dataset"])}
     text = render(
         "comparison.html.j2",
         by_dataset=by_dataset,
@@ -124,7 +109,7 @@ def _draw_curves(reports: Sequence[PairReport]) -> str:
         if (report.folder / "curve.csv").exists():
             rows = read_curve(report.folder / "curve.csv")
             nats = [row["validation_nll_nats"] for row in rows]
-            axes.plot([row["epoch"] for row in rows], nats, label=report.pair, marker=".")
+            axes.plot([row["epoch"] for row in rows], nats, label=report.folder.name, marker=".")
     if not axes.lines:
         return ""
     axes.set(xlabel="epoch", ylabel="validation NLL, nats per image")

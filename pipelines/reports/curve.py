@@ -100,10 +100,7 @@ def draw_extremes(path: Path, data: Dataset, nll: torch.Tensor) -> None:
 
 
 def draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, params: SampleParams) -> None:
-    """Draw test images whose lower half was taken away, their completions, and the originals, in rows.
-
-    One column for each class: its first test image. What is missing is mid-grey in the first row.
-    """
+    """Draw the first test image of each class with its lower half mid-grey; below, its completions and itself."""
     labels = data.labels["test"].tolist()
     index = torch.tensor([labels.index(label) for label in sorted(set(labels))])
     originals = data.levels("test", index)  # (N, C, H, W)
@@ -119,11 +116,9 @@ def draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, para
 
 
 def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores: Mapping[str, Any], title: str) -> None:
-    """Draw the curve of the joint model and, in pictures beside it, those of its `PARTS`.
+    """Draw the curve of the joint model, with its test score across, and beside it those of its `PARTS`.
 
-    Args:
-        curves: by file of `CURVE_FILES` that there is, its rows; the joint model's first.
-        scores: with `test/nll_nats`, which is a line across.
+    `curves` has the rows of each file of `CURVE_FILES` that there is, in their order.
     """
     from matplotlib.figure import Figure
 

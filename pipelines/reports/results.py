@@ -15,11 +15,7 @@ PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
 
 
 def results_text(weights: Path) -> str:
-    """Return RESULTS.md for the checkpoints in `weights/PAIR/`.
-
-    Raises:
-        ValueError: scores or configuration of a checkpoint are damaged.
-    """
+    """Return RESULTS.md for the checkpoints in `weights/PAIR/`; ValueError if scores or configuration are damaged."""
     released: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for folder in sorted(path.parent for path in weights.glob(f"*/{SCORES_FILE}")):
         try:

@@ -75,7 +75,7 @@ def test_scores_of_other_data_than_those_of_now_are_left_out(folder: Path, caplo
     for model, told in (("pixelcnn", {"data_hash": "abc"}), ("gated_pixelcnn", {"data_hash": "old"}), ("before", {})):
         metrics = write_report(Path("reports"), f"{model}-mnist", 87.5, 10) / "metrics.json"
         metrics.write_text(json.dumps(json.loads(metrics.read_text()) | told))
-    assert [report.pair for report in read_reports(Path("reports"))] == [
+    assert [report.row["pair"] for report in read_reports(Path("reports"))] == [
         "before-mnist",
         "pixelcnn-mnist",
     ]
