@@ -52,16 +52,22 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, frozen=True)
 
     # One of environments.yaml, which then says registry, store and service.
-    environment: str = Field(DEVELOPMENT, validation_alias=_NAME)
-    data: Path | None = Field(None, validation_alias="PIXELCNN_DATA")  # official files; without, they are downloaded
-    tracking_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")  # without, `mlflow.db` here
+    environment: str = Field(default=DEVELOPMENT, validation_alias=_NAME)
+    # A folder with the official files of the datasets; without, torchvision downloads them.
+    data: Path | None = Field(default=None, validation_alias="PIXELCNN_DATA")
+    # MLflow's server or database; without, `mlflow.db` in the current folder.
+    tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
     # BentoML's home, whose model store holds the champions; without, `.bentoml` in the current folder.
     store: Path = Field(default_factory=lambda: Path.cwd() / ".bentoml", validation_alias="BENTOML_HOME")
-    service_url: str | None = Field(None, validation_alias="PIXELCNN_SERVICE_URL")  # `evaluate-champions` asks it, too
-    token: str | None = Field(None, validation_alias="PIXELCNN_TOKEN", repr=False)  # the service's
-    notify_url: str | None = Field(None, validation_alias="PIXELCNN_NOTIFY_URL")  # webhook for a failed nightly check
-    prefect_url: str | None = Field(None, validation_alias="PREFECT_API_URL")  # without, a flow starts a server
-    experiment: str | None = Field(None, validation_alias="DVC_EXP_BASELINE_REV")  # DVC sets it in an experiment
+    # The service, which `evaluate-champions` then asks, too; and its token.
+    service_url: str | None = Field(default=None, validation_alias="PIXELCNN_SERVICE_URL")
+    token: str | None = Field(default=None, validation_alias="PIXELCNN_TOKEN", repr=False)
+    # A webhook that `make operate` lets Prefect call when a nightly check fails.
+    notify_url: str | None = Field(default=None, validation_alias="PIXELCNN_NOTIFY_URL")
+    # Prefect's API; without, a flow starts a temporary server.
+    prefect_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
+    # DVC sets this for the stages of an experiment.
+    experiment: str | None = Field(default=None, validation_alias="DVC_EXP_BASELINE_REV")
 
     @model_validator(mode="before")
     @classmethod

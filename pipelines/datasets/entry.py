@@ -51,9 +51,8 @@ class DatasetParams(Frozen):
     def _check(self) -> "DatasetParams":
         channels, height, width = self.image_shape
         if channels not in (1, 3) or not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-            raise ValueError(
-                f"image_shape must be [1 or 3, height, width], sides up to {MAX_SIDE}, got {list(self.image_shape)}."
-            )
+            shape = list(self.image_shape)
+            raise ValueError(f"image_shape must be [1 or 3, height, width], sides up to {MAX_SIDE}, got {shape}.")
         least, most = _LEVELS.get(self.protocol, (2, 256))
         if not least <= self.num_levels <= most:
             raise ValueError(f"protocol {self.protocol!r} has {least} levels, got num_levels {self.num_levels}.")

@@ -115,24 +115,24 @@ def look_at(source: Source, wishes: Wishes) -> Look:
             look.add(picture.on(look.ground))
     look = max(looks, key=lambda look: look.num_values)
     if not wishes.skip_broken:
-        look.left.check()
+        left.check()
     if look.num < MIN_PICTURES:
-        others = f" ({look.left.num_others} files of other kinds)" if look.left.num_others else ""
+        others = f" ({left.num_others} files of other kinds)" if left.num_others else ""
         raise ValueError(
             f"{source.path} holds {look.num or 'no'} picture{'s' if look.num != 1 else ''}{others}: at least "
             f"{MIN_PICTURES} are needed, PNG, JPEG, WebP or BMP; some hundreds make sense."
         )
     folded: dict[str, str] = {}
-    for label in sorted(look.labels):
+    for label, num in sorted(labels.items()):
         # Folders: one file system keeps both, another mixes them. Arrays name theirs on purpose: letters A and a.
         if source.kind == "folder" and folded.setdefault(label.casefold(), label) != label:
             raise ValueError(f"labels {folded[label.casefold()]!r} and {label!r} differ by case alone: rename one.")
         if not (label.isprintable() and 0 < len(label) <= MAX_LABEL):
             raise ValueError(f"label {label[:MAX_LABEL]!a} must be 1 to {MAX_LABEL} printable characters: rename it.")
-        if look.labels[label] < MIN_OF_LABEL:
+        if num < MIN_OF_LABEL:
             raise ValueError(
-                f"label {label!r} has {look.labels[label]} picture{'s' if look.labels[label] > 1 else ''}: a label "
-                f"needs {MIN_OF_LABEL}. Give it more, merge it, or leave labels out: --no-labels."
+                f"label {label!r} has {num} picture{'s' if num > 1 else ''}: a label needs {MIN_OF_LABEL}. Give it "
+                "more, merge it, or leave labels out: --no-labels."
             )
     return look
 
@@ -151,26 +151,23 @@ def choose(source: Source, look: Look, wishes: Wishes) -> DatasetParams:
         side = size if whole else (LARGE_SIDE[colour],) * 2
     levels = 2 if colour == "binary" else wishes.levels or (_few_levels(look.values) if colour == "grey" else MANY)
     if colour == "binary" and wishes.levels not in (None, 2):
-        raise ValueError(
-            f"binary pictures have 2 levels, got {wishes.levels}. Leave --levels out, or say --colour grey."
-        )
+        raise ValueError(f"binary pictures have 2 levels, got {wishes.levels}. Leave it out, or say --colour grey.")
     light = look.num_light > 0.5 * look.num
     protocol = "threshold" if levels == 2 else BYTES_PROTOCOL if levels == 256 else "quantized"
-    return DatasetParams.model_validate(
-        {
-            "source": source.model_dump(),
-            "image_shape": [3 if colour == "rgb" else 1, *side],
-            "num_levels": levels,
-            "protocol": protocol,
-            "label_names": sorted(look.labels),
-            "num_validation": 1,
-            "fit": wishes.fit or "pad",
-            "ground": "white" if light else look.ground,
-            "invert": levels == 2 and colour != "rgb" and light,
-            "flips": wishes.flips,
-            "skip_broken": wishes.skip_broken,
-        }
-    )
+    entry = {
+        "source": source.model_dump(),
+        "image_shape": [3 if colour == "rgb" else 1, *side],
+        "num_levels": levels,
+        "protocol": protocol,
+        "label_names": sorted(look.labels),
+        "num_validation": 1,
+        "fit": wishes.fit or "pad",
+        "ground": "white" if light else look.ground,
+        "invert": levels == 2 and colour != "rgb" and light,
+        "flips": wishes.flips,
+        "skip_broken": wishes.skip_broken,
+    }
+    return DatasetParams.model_validate(entry)
 
 
 def _few_levels(values: set[int]) -> int:
@@ -219,15 +216,13 @@ def source_of(images: Path) -> Source:
     if path.is_file() and path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{images} is no folder, and no .npy or .npz file.")
     names = [file.name for file in path.iterdir()] if path.is_dir() else []
-    kinds = {
-        "arrays": path.is_file(),
-        "idx": any(name.startswith("train-images-idx3-ubyte") for name in names),
-        "cifar": any(name.endswith(".bin") for name in names)
-        and not any(file.suffix.lower() in FORMATS for file in path.rglob("*")),  # of which one may be anything
-        "folder": True,
-    }
+    kind = "arrays" if path.is_file() else "folder"
+    if any(name.startswith("train-images-idx3-ubyte") for name in names):
+        kind = "idx"
+    elif any(name.endswith(".bin") for name in names):  # one beside pictures may be anything
+        kind = "folder" if any(file.suffix.lower() in FORMATS for file in path.rglob("*")) else "cifar"
     shown = path.relative_to(here) if path.is_relative_to(here) else path
-    return Source.model_validate({"kind": next(kind for kind, is_it in kinds.items() if is_it), "path": str(shown)})
+    return Source.model_validate({"kind": kind, "path": str(shown)})
 
 
 def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str]:

@@ -269,9 +269,7 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
     elif images.dtype.kind == "f" and np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1:
         images = (images * 255).round().astype(np.uint8)
     if images.dtype != np.uint8:
-        raise ValueError(
-            f"{path}: images must be uint8, bool, or floats from 0 to 1, got {images.dtype} of other values."
-        )
+        raise ValueError(f"{path}: images must be uint8, bool, or floats from 0 to 1, got other {images.dtype}.")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path}: labels must be {len(images)} whole numbers, got {labels.dtype} of {labels.shape}.")
     if names.ndim != 1 or names.dtype.kind != "U" or len(set(names)) < len(names):
@@ -332,7 +330,5 @@ def _of_cifar(folder: Path) -> Iterator[Picture]:
             raise ValueError(f"{file} is no file of CIFAR's: its length is no multiple of {size + 1} or {size + 2}.")
         rows = raw.reshape(-1, size + num_labels)
         images = rows[:, num_labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
-        labels = rows[:, num_labels - 1]
-        yield from _of_arrays_in_memory(
-            np.ascontiguousarray(images), labels, names[-1] if names else [], file.stem, "test" in file.name
-        )
+        labels, named = rows[:, num_labels - 1], names[-1] if names else []
+        yield from _of_arrays_in_memory(np.ascontiguousarray(images), labels, named, file.stem, "test" in file.name)

@@ -113,10 +113,8 @@ def _read_mnist5k(path: Path) -> dict[str, Images]:
     images, labels = rows[:, :-1].astype(np.uint8), rows[:, -1].copy()
     found = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     if found != MNIST5K_SHA256:
-        raise ValueError(
-            f"{path} does not hold the known digits: their SHA-256 is {found[:12]}..., "
-            f"expected {MNIST5K_SHA256[:12]}..."
-        )
+        told = f"SHA-256 {found[:12]}..., expected {MNIST5K_SHA256[:12]}..."
+        raise ValueError(f"{path} does not hold the known digits: {told}")
     return {"train": (torch.from_numpy(images).reshape(-1, 1, 28, 28), torch.from_numpy(labels))}
 
 
@@ -136,11 +134,9 @@ def _read_idx(cls: Any, folder: Path) -> dict[str, Images]:
         _check_md5(folder / file, md5, folder / file)
     # Their headers, of 16 and 8 bytes, are known once the MD5 is.
     packed = [gzip.decompress((folder / file).read_bytes()) for file, _ in cls.resources]
-    bytes_of = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in packed]
-    images, labels = bytes_of[::2], bytes_of[1::2]
-    return {
-        part: (images[i][16:].reshape(-1, 1, 28, 28), labels[i][8:].long()) for i, part in enumerate(("train", "test"))
-    }
+    images, labels, *of_test = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in packed]
+    parts = {"train": (images, labels), "test": of_test}
+    return {part: (images[16:].reshape(-1, 1, 28, 28), labels[8:].long()) for part, (images, labels) in parts.items()}
 
 
 def _read_cifar10(cls: Any, folder: Path) -> dict[str, Images]:

@@ -51,9 +51,7 @@ def backup(file: Path) -> str:
     """
     database = _database()
     if not database.exists():
-        raise LookupError(
-            f"there is no registry {database} to back up. Set MLFLOW_TRACKING_URI to the one that is meant."
-        )
+        raise LookupError(f"there is no registry {database} to back up. Set MLFLOW_TRACKING_URI to the one you mean.")
     check_absent(file)
     artifacts = database.with_name(_ARTIFACTS)
     if elsewhere := [root for root in _roots(database) if root != artifacts]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,11 @@ from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.sampling.fast import sample
 from pixelcnn.training import StepReport
 
-CURVE_COLUMNS = ("step", "epoch", "train_nll_nats", "train_subset_nll_nats", "validation_nll_nats", "learning_rate")
+_COLUMNS = ("step", "epoch", "train_nll_nats", "train_subset_nll_nats", "validation_nll_nats", "learning_rate")
 # What a model may have beside the joint network. Their columns have other names: all are curves of one run.
 PARTS = ("context", "completer", "labels")
 NUM_EXTREMES = 8  # best and worst test images on their sheet
 CURVE_FILES = ("curve.csv", *(f"{part}.csv" for part in PARTS))
-
-
-def columns_of(part: str) -> tuple[str, ...]:
-    """Return the columns of the curve of one of `PARTS`."""
-    return ("step", *(f"{part}_{name}" for name in ("epoch", "train_nats", "validation_nats", "learning_rate")))
 
 
 class Curve:
@@ -37,9 +32,9 @@ class Curve:
     A row's loss in training is the mean since the row before it, or since the run was resumed, if that was later.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        """Begin a curve, or take up the one in the file; its columns are `CURVE_COLUMNS`, or those of a part."""
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path) -> None:
+        """Begin a curve, or take up the one in the file, which is named as one of `CURVE_FILES`."""
+        self.path = path
         self.rows = read_curve(path) if path.exists() else []
         self._nats: list[float] = []
 
@@ -51,15 +46,17 @@ class Curve:
         # Rows from this step on are of work that was lost when the run was stopped, and done again.
         self.rows = [row for row in self.rows if row["step"] < report.step]
         mean = math.fsum(self._nats) / len(self._nats)
-        completion = report.validation_completion_nats
         values = {**asdict(report), "train_nll_nats": mean}
-        if self.columns != CURVE_COLUMNS:
+        row = {name: values[name] for name in _COLUMNS}
+        if (part := self.path.stem) in PARTS:
+            completion = report.validation_completion_nats
             validated = report.validation_nll_nats if completion is None else completion
-            values |= zip(self.columns[1:], (report.epoch, mean, validated, report.learning_rate), strict=True)
-        self.rows.append({name: values[name] for name in self.columns})
+            row = {"step": report.step, f"{part}_epoch": report.epoch, f"{part}_train_nats": mean}
+            row |= {f"{part}_validation_nats": validated, f"{part}_learning_rate": report.learning_rate}
+        self.rows.append(row)
         self._nats = []
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer = csv.DictWriter(text, row, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         atomic_write(self.path, text.getvalue())

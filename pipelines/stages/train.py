@@ -24,7 +24,7 @@ from pipelines.params import PairParams, Params, load_params, repro_command
 from pipelines.registry.provenance import core_sha256, git_state, prepared_file, recorded_hash
 from pipelines.registry.runs import Training
 from pipelines.reports import curve as training_report
-from pipelines.reports.curve import CURVE_COLUMNS, CURVE_FILES, PARTS, Curve, columns_of
+from pipelines.reports.curve import CURVE_FILES, PARTS, Curve
 from pipelines.stages.live_run import RUN_ID_FILE, RUN_KEY_FILE, LiveRun
 from pixelcnn.checkpoint import check_replaceable, save_checkpoint, sha256_of
 from pixelcnn.data import Dataset, load_dataset
@@ -175,7 +175,7 @@ def _fit_all(
         }
 
     try:
-        record = fit_part(model, pair.train, Curve(work / CURVE_FILES[0], CURVE_COLUMNS), work / "state.safetensors")
+        record = fit_part(model, pair.train, Curve(work / CURVE_FILES[0]), work / "state.safetensors")
         record["train_git_commit"] = record.pop("git_commit")
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
@@ -184,7 +184,7 @@ def _fit_all(
         for name_of_part, part in parts.items():
             config = getattr(pair, name_of_part)
             if part is not None and config is not None:
-                curve = Curve(work / f"{name_of_part}.csv", columns_of(name_of_part))
+                curve = Curve(work / f"{name_of_part}.csv")
                 found = fit_part(part, config, curve, work / f"{name_of_part}.safetensors")
                 record[f"num_{name_of_part}_parameters"] = found.pop("num_parameters")
                 record |= {f"{name_of_part}_{key}": value for key, value in found.items()}

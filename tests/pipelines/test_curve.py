@@ -8,7 +8,7 @@ import torch
 
 from pipelines.params import SampleParams
 from pipelines.reports import curve as reports
-from pipelines.reports.curve import CURVE_COLUMNS, Curve, columns_of, read_curve
+from pipelines.reports.curve import Curve, read_curve
 from pixelcnn import PixelCNNConfig, build_model
 from pixelcnn.training import StepReport
 from tests.pipelines.projects import tiny_dataset
@@ -32,18 +32,18 @@ def after(step: int, nats: float, validated: float | None = None) -> StepReport:
 
 def test_a_point_is_the_mean_since_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "curve.csv"
-    curve = Curve(path, CURVE_COLUMNS)
+    curve = Curve(path)
     for report in (after(1, 9.0), after(2, 7.0, 6.0), after(3, 5.0), after(4, 3.0, 2.0)):
         curve.add(report)
     assert [(row["step"], row["train_nll_nats"]) for row in read_curve(path)] == [(2, 8.0), (4, 4.0)]
-    resumed = Curve(path, CURVE_COLUMNS)  # from a state of step 3: step 4 is taken again
+    resumed = Curve(path)  # from a state of step 3: step 4 is taken again
     resumed.add(after(4, 3.5, 2.5))
     assert [(row["step"], row["train_nll_nats"]) for row in read_curve(path)] == [(2, 8.0), (4, 3.5)]
     assert [row["validation_nll_nats"] for row in read_curve(path)] == [6.0, 2.5]
 
 
 def test_the_completer_is_validated_by_what_is_missing(tmp_path: Path) -> None:
-    curve = Curve(tmp_path / "completer.csv", columns_of("completer"))
+    curve = Curve(tmp_path / "completer.csv")
     curve.add(replace(after(1, 9.0, 6.0), validation_completion_nats=4.0))
     curve.add(after(2, 7.0, 5.0))
     assert [row["completer_validation_nats"] for row in read_curve(curve.path)] == [4.0, 5.0]
