@@ -44,7 +44,7 @@ def random_letter(text: str, font: ImageFont.FreeTypeFont, random: np.random.Ran
 def write_letters(path: Path, variants: int) -> int:
     """Write `.npz` of images, labels and their names, A to Z and a to z; return how many. Equal fonts give equal bytes.
 
-    There are so many variants of each letter in each font. ValueError if `path` does not end in `.npz`.
+    Each letter stands there in each font, in so many variants. ValueError if `path` does not end in `.npz`.
     """
     if path.suffix != ".npz":
         raise ValueError(f"{path} must end in .npz.")

@@ -151,7 +151,7 @@ def choose(source: Source, look: Look, wishes: Wishes) -> DatasetParams:
         side = size if whole else (LARGE_SIDE[colour],) * 2
     levels = 2 if colour == "binary" else wishes.levels or (_few_levels(look.values) if colour == "grey" else MANY)
     if colour == "binary" and wishes.levels not in (None, 2):
-        raise ValueError(f"binary pictures have 2 levels, got {wishes.levels}. Leave it out, or say --colour grey.")
+        raise ValueError(f"binary pictures have 2 levels, got {wishes.levels}. Omit --levels, or say --colour grey.")
     light = look.num_light > 0.5 * look.num
     protocol = "threshold" if levels == 2 else BYTES_PROTOCOL if levels == 256 else "quantized"
     entry = {
