@@ -23,7 +23,7 @@ from fastapi.responses import HTMLResponse
 from torch import Tensor
 
 from app.service import gate, wire
-from app.service.batching import Batcher, Job, QueueFull
+from app.service.batching import Batcher, Job
 from app.service.champions import Champion, Champions, pinned_models, released_by_dataset, store_folder
 from app.service.images import to_lists
 from app.service.jobs import LikelihoodJob, SamplingJob
@@ -77,19 +77,16 @@ class PixelCNNService:
 
     def __init__(self) -> None:
         set_sampler_threads(settings.threads)
-        released = released_by_dataset(settings.datasets) if settings.released else {}
-        self.champions = Champions(store_folder(), self._look, released=released)
+        released = released_by_dataset() if settings.released else {}
+        self.champions = Champions(store_folder(), released, self._look)
         self.readiness = Readiness(self.champions)
-        self.metrics = metrics()
-        self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue, self.metrics.waiting.set, self._count_call)
-        self.challengers = Champions(store_folder(), role="challenger")
-        self.drawings = Drawings(self.batcher, self.challengers)
+        self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue)
+        self.drawings = Drawings(self.batcher, self.champions)
 
     @bentoml.on_startup
     def start(self) -> None:
         """Load the champions before the first request."""
         self.champions.start()
-        self.challengers.start()
         self.readiness.drain_on_sigterm()
         # gc.freeze(): full collections of all that is loaded would stall the event loop for about 100 ms.
         gc.collect()
@@ -101,13 +98,12 @@ class PixelCNNService:
     def shut_down(self) -> None:
         """Finish the current calls; cancel what waits."""
         self.champions.stop()
-        self.challengers.stop()
         self.batcher.close()
 
     def _look(self) -> None:
         """Tell of what a look at the store has changed."""
         self.readiness.tell()
-        self.drawings.forget(self.champions)
+        self.drawings.forget()
 
     async def __is_ready__(self) -> bool:
         """Tell BentoML's /readyz; its /livez, which asks for nothing, says that this process answers."""
@@ -124,20 +120,7 @@ class PixelCNNService:
         line, start = line_of_request.get({}), time.perf_counter()
         job.on_call = lambda: line.setdefault("waited_s", round(time.perf_counter() - start, 4))
         job.client = gate.client.get()
-        try:
-            self.batcher.submit(job)
-        except QueueFull:
-            raise wire.RequestError(
-                f"{self.batcher.num_waiting} requests wait already: send this one again in a few seconds.",
-                HTTPStatus.TOO_MANY_REQUESTS,
-            ) from None
-
-    def _count_call(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            job.on_call()
-        lane = jobs[0].lane
-        self.metrics.batch_requests.labels(lane).observe(len(jobs))
-        self.metrics.batch_images.labels(lane).observe(sum(job.num_images for job in jobs))
+        self.batcher.submit(job)
 
     @contextlib.contextmanager
     def _measured(self, endpoint: str, dataset: str) -> Iterator[None]:
@@ -147,9 +130,9 @@ class PixelCNNService:
             yield
         finally:
             if isinstance(sys.exception(), asyncio.CancelledError | GeneratorExit):
-                self.metrics.disconnects.labels(endpoint, dataset).inc()
+                metrics().disconnects.labels(endpoint, dataset).inc()
             else:
-                self.metrics.seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
+                metrics().seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
 
     async def _answer(self, endpoint: str, dataset: str, job: Job) -> Any:
         self._submit(job)
@@ -182,7 +165,7 @@ class PixelCNNService:
         job = SamplingJob(self._champion(request.dataset), request)
         answer: wire.CompleteAnswer = await self._answer("complete", request.dataset, job)
         # Once the answer is on its way.
-        asyncio.get_running_loop().call_soon(self.drawings.completed, "complete", request.dataset, job)
+        asyncio.get_running_loop().call_soon(self.drawings.completed, "complete", job)
         return answer
 
     @bentoml.api
@@ -208,7 +191,7 @@ class PixelCNNService:
                 while (event := await asyncio.wait_for(events.get(), end - loop.time())) is not None:
                     yield event
                 yield wire.server_sent_event("result", job.done.result().model_dump_json())
-            loop.call_soon(self.drawings.completed, "complete_stream", request.dataset, job)
+            loop.call_soon(self.drawings.completed, "complete_stream", job)
         except Exception as error:
             status, text = 504, f"the completion took longer than {settings.timeout_s} s: ask for less."
             if not isinstance(error, TimeoutError):
@@ -231,7 +214,7 @@ class PixelCNNService:
         """Score an image: its log-probability, and how surprising each pixel is."""
         job = LikelihoodJob(self._champion(request.dataset), request)
         answer: wire.LikelihoodAnswer = await self._answer("likelihood", request.dataset, job)
-        self.metrics.drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
+        metrics().drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
         return answer
 
 

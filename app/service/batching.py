@@ -12,17 +12,17 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, InvalidStateError
+from http import HTTPStatus
 from typing import Any
+
+from app.service.metrics import metrics
+from app.service.wire import RequestError
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
 MAX_CLIENTS = 1024  # whose last turns are remembered
-
-
-class QueueFull(Exception):
-    """As many requests wait as may wait."""
 
 
 class Job:
@@ -66,19 +66,10 @@ class Batcher:
     Args:
         max_images: of a call with several jobs; a larger job is computed alone.
         max_waiting: jobs that may wait, in all lanes together.
-        on_queue: is told how many jobs wait, whenever that changes.
-        on_call: is told the jobs of each call, before it.
     """
 
-    def __init__(
-        self,
-        max_images: int,
-        max_waiting: int,
-        on_queue: Callable[[int], None] = lambda num: None,
-        on_call: Callable[[list[Job]], None] = lambda jobs: None,
-    ) -> None:
+    def __init__(self, max_images: int, max_waiting: int) -> None:
         self.max_images, self.max_waiting = max_images, max_waiting
-        self._on_queue, self._on_call = on_queue, on_call
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
         self._turns: dict[str, int] = {}  # of each client, the number of its last turn, the oldest first
@@ -94,16 +85,18 @@ class Batcher:
         """Queue a job; its `done` resolves when it is computed.
 
         Raises:
-            QueueFull: too many wait; the job is not taken.
+            RequestError: too many wait (429); the job is not taken.
         """
         with self._changed:
             if self._closed or self.num_waiting >= self.max_waiting:
-                raise QueueFull
+                raise RequestError(
+                    f"{self.num_waiting} requests wait already: send this one again in a few seconds.",
+                    HTTPStatus.TOO_MANY_REQUESTS,
+                )
             if job.lane not in self._lanes:
                 threading.Thread(target=self._work, args=(job.lane,), name=f"lane-{job.lane}", daemon=True).start()
                 self._lanes.add(job.lane)  # only now: if the start fails, the lane's next job tries again
             self._set_waiting([*self._waiting, job])
-            self._changed.notify_all()
         job.done.add_done_callback(lambda _: self._drop(job))
 
     def close(self) -> None:
@@ -112,13 +105,14 @@ class Batcher:
             self._closed = True
             waiting = self._waiting
             self._set_waiting([])
-            self._changed.notify_all()
         for job in waiting:
             job.done.cancel()
 
     def _set_waiting(self, jobs: list[Job]) -> None:
         self._waiting = jobs
-        _notify(self._on_queue, len(jobs))
+        self._changed.notify_all()
+        with _failures_logged():
+            metrics().waiting.set(len(jobs))
 
     def _drop(self, job: Job) -> None:
         with self._changed:
@@ -128,11 +122,12 @@ class Batcher:
     def _take(self, lane: str) -> list[Job]:
         """Wait for jobs; return those of the next call, none when closed."""
         with self._changed:
-            while not self._closed and (seconds := self._due_in(lane)) != 0:
-                self._changed.wait(seconds)
+            while not (ready := self._in_turn(lane)) and not self._closed:
+                resting = [job.not_before for job in self._waiting if job.lane == lane]
+                self._changed.wait(min(resting) - time.monotonic() if resting else None)
             taken: list[Job] = []
             num_images = 0
-            for job in self._in_turn(lane):
+            for job in ready:
                 if not taken or (job.key == taken[0].key and num_images + job.num_images <= self.max_images):
                     taken.append(job)
                     num_images += job.num_images
@@ -143,11 +138,6 @@ class Batcher:
                 del self._turns[next(iter(self._turns))]
             self._set_waiting([job for job in self._waiting if job not in taken])
             return taken
-
-    def _due_in(self, lane: str) -> float | None:
-        """Return in how many seconds a job of a lane may be computed, 0 if one may now; None if none waits."""
-        due = [job.not_before for job in self._waiting if job.lane == lane]
-        return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _in_turn(self, lane: str) -> list[Job]:
         """Return what may be computed in a lane: of each client the first job, the client first whose turn was longest
@@ -163,7 +153,11 @@ class Batcher:
 
     def _work(self, lane: str) -> None:
         while jobs := self._take(lane):
-            _notify(self._on_call, jobs)
+            with _failures_logged():
+                for job in jobs:
+                    job.on_call()
+                metrics().batch_requests.labels(lane).observe(len(jobs))
+                metrics().batch_images.labels(lane).observe(sum(job.num_images for job in jobs))
             try:
                 jobs[0].run_together(jobs)
             except Exception as error:
@@ -180,9 +174,10 @@ class Batcher:
                 job.done.cancel()
 
 
-def _notify(observer: Callable[[Any], None], value: Any) -> None:
-    """Call an observer; log what it raises, which must neither fail a job nor end a lane's thread."""
+@contextlib.contextmanager
+def _failures_logged() -> Iterator[None]:
+    """Log what is raised while something is counted, which must neither fail a job nor end a lane's thread."""
     try:
-        observer(value)
+        yield
     except Exception:
-        logger.exception("an observer of the queue failed")
+        logger.exception("a metric of the queue could not be told")

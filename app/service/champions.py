@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 from app.environment import setting
 from app.service.metrics import metrics
 from app.service.wire import Identity, RequestError, quoted
-from pixelcnn.checkpoint import SCORES_FILE, load_with_hash, released, sha256_of
+from pixelcnn.checkpoint import SCORES_FILE, WEIGHTS_FILE, load_with_hash, released, sha256_of
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.registry import model_name
 from pixelcnn.sampling.fast import compile_in_background, compile_sampler, warm_up
@@ -81,37 +82,44 @@ def check_files(folder: Path, metadata: dict[str, Any]) -> None:
         raise ValueError("its files or metadata are not those that were promoted. Promote it again.")
 
 
-def load_champion(store: Path, tag: str) -> Champion:
+def load_champion(folder: Path) -> Champion:
     """Load a model of the store, and check that it is what was promoted.
 
     Raises:
         ValueError: the model is damaged, holds what does not belong there, or lacks its lineage.
         OSError, BentoMLException: its files cannot be read.
     """
-    name, _, version = tag.partition(":")
-    if not VERSION.fullmatch(version):
-        raise ValueError(f"{quoted(version)} is no name of a version. Promote it again.")
-    folder = store / name / version
-    metadata: dict[str, Any] = dict(bentoml.Model.from_path(folder).info.metadata)
+    metadata = dict(bentoml.Model.from_path(folder).info.metadata)
+    check_files(folder, metadata)
+    reference = folder / REFERENCE_FILE
+    return _champion(folder, metadata, json.loads(reference.read_text()) if reference.exists() else {})
+
+
+def load_released(dataset: str, folder: Path) -> Champion:
+    """Load a checkpoint that no registry knows: its version is `released`.
+
+    Raises:
+        ValueError: it is damaged, or does not say what it is.
+        OSError: its files cannot be read.
+    """
+    lineage = dict.fromkeys(Identity.model_fields, "") | json.loads((folder / SCORES_FILE).read_text())
+    named = {"name": NAME_PREFIX + dataset, "version": RELEASED, "weights_sha256": sha256_of(folder / WEIGHTS_FILE)}
+    return _champion(folder, lineage | named, {})
+
+
+def _champion(folder: Path, metadata: dict[str, Any], reference: dict[str, list[float]]) -> Champion:
+    """Make a checkpoint ready to be served; beside the lineage, `metadata` name its labels and its protocol."""
+    model, scores, weights_sha256 = load_with_hash(folder)
     try:
         identity = Identity(**{name: metadata[name] for name in Identity.model_fields})
         told = {"labels": list(metadata["label_names"]), "protocol": str(metadata["protocol"])}
     except (KeyError, ValidationError) as error:
         raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
-    check_files(folder, metadata)
-    model, scores, found = load_with_hash(folder)
-    if found != identity.weights_sha256:
+    if weights_sha256 != identity.weights_sha256:
         raise ValueError(
-            f"its weights are not those that were promoted: their SHA-256 is {found[:12]}..., "
+            f"its weights are not those that were promoted: their SHA-256 is {weights_sha256[:12]}..., "
             f"the metadata say {identity.weights_sha256[:12]}.... Promote it again."
         )
-    champion = _champion(model, scores, identity, told | {"promoted_at": str(metadata.get("promoted_at", ""))})
-    reference = folder / REFERENCE_FILE
-    return replace(champion, reference=json.loads(reference.read_text())) if reference.exists() else champion
-
-
-def _champion(model: AutoregressiveModel, scores: dict[str, Any], identity: Identity, told: dict[str, Any]) -> Champion:
-    """Make a model ready to be served; `told` are the names of its labels, its protocol, and when it was promoted."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("its weights are not all finite numbers. Roll back, or promote another version.")
     warm_up(model)
@@ -124,33 +132,16 @@ def _champion(model: AutoregressiveModel, scores: dict[str, Any], identity: Iden
         "scores": scores,
         **told,
         "labels": told["labels"] if config.num_labels else [],
+        "promoted_at": str(metadata.get("promoted_at", "")),
     }
-    return Champion(model, identity, description)
+    return Champion(model, identity, description, reference)
 
 
-def load_released(folder: Path) -> Champion:
-    """Load a checkpoint that no registry knows: its version is `released`.
-
-    Raises:
-        ValueError: it is damaged, or does not say what it is.
-        OSError: its files cannot be read.
-    """
-    model, scores, weights_sha256 = load_with_hash(folder)
-    try:
-        name = NAME_PREFIX + scores["dataset"]
-        lineage = {key: scores.get(key, "") for key in ("run_id", "git_commit", "data_hash")}
-        told = {"labels": scores["label_names"], "protocol": scores["protocol"], "promoted_at": ""}
-    except KeyError as error:
-        raise ValueError(f"{folder} does not say its {error}: take the weights as they were released.") from None
-    identity = Identity(name=name, version=RELEASED, weights_sha256=weights_sha256, **lineage)
-    return _champion(model, scores, identity, told)
-
-
-def released_by_dataset(first: tuple[str, ...] = ()) -> dict[str, Path]:
-    """Return each dataset's best released weights, the likeliest on its validation images; `first` come first."""
+def released_by_dataset() -> dict[str, Path]:
+    """Return each dataset's best released weights, the likeliest on its validation images."""
     scores = {folder: json.loads((folder / SCORES_FILE).read_text()) for folder in released().values()}
-    best = {scores[f]["dataset"]: f for f in sorted(scores, key=lambda f: -scores[f]["validation/nll_nats"])}
-    return dict(sorted(best.items(), key=lambda item: item[0] not in first))
+    worst_first = sorted(scores, key=lambda folder: -scores[folder]["validation/nll_nats"])
+    return {scores[folder]["dataset"]: folder for folder in worst_first}
 
 
 def store_folder() -> Path:
@@ -202,37 +193,32 @@ def pinned_models() -> list[BentoModel]:
 
 @dataclass
 class _Attempt:
-    """How the last version of a dataset that was found on disk was taken up."""
+    """How the last version that a pointer named was taken up."""
 
-    fingerprint: tuple[object, ...]  # the version, and time and size of each file
+    fingerprint: list[object]  # the version, and time and size of each file
     error: str = ""  # why it could not be loaded
     delay_s: float = RETRY_S / 2  # before the last attempt
     next_at: float = 0.0  # time.monotonic() of the next attempt
 
 
 class Champions:
-    """The latest model of each dataset in the store; a new one takes over between two requests.
+    """The latest champion of each dataset in the store, and its challenger: a new one takes over between two requests.
 
     A request keeps the champion it began with. A new model that cannot be loaded is logged, and tried again at growing
     intervals, for a disk or a network may have failed for a moment; the old one is served meanwhile.
 
     Args:
         folder: of the store's models.
-        on_poll: called each time that the store was looked through.
-        role: `champion`, or `challenger` for those that score drawings beside them.
         released: checkpoints, by dataset, to serve from the start until the store has a champion.
+        on_poll: called each time that the store was looked through.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        on_poll: Callable[[], None] = lambda: None,
-        role: str = "champion",
-        released: Mapping[str, Path] | None = None,
+        self, folder: Path, released: Mapping[str, Path] | None = None, on_poll: Callable[[], None] = lambda: None
     ) -> None:
-        self.folder, self._on_poll, self.role, self._released = folder, on_poll, role, released or {}
-        self._by_dataset: dict[str, Champion] = {}
-        self._attempts: dict[str, _Attempt] = {}
+        self.folder, self._released, self._on_poll = folder, released or {}, on_poll
+        self._loaded: dict[tuple[str, str], Champion] = {}  # by dataset and role
+        self._attempts: dict[tuple[str, str], _Attempt] = {}
         self._is_unreadable = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
@@ -244,14 +230,14 @@ class Champions:
         which are served at once, aside.
         """
         self.refresh()
-        if not self._by_dataset and self._released:
+        if not self._loaded and self._released:
             compile_in_background()
-        elif not self._by_dataset and self.role == "champion":  # a challenger comes beside one
+        elif not self._loaded:
             threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
         for dataset, folder in self._released.items():
-            if dataset not in self._by_dataset:
+            if not self.find(dataset):
                 try:
-                    self._swap(dataset, load_released(folder))
+                    self._put(dataset, "champion", load_released(dataset, folder))
                 except (ValueError, OSError) as error:
                     logger.error("%s cannot be served: %s", folder, error)
         self._on_poll()
@@ -276,86 +262,92 @@ class Champions:
         Raises:
             RequestError: there is none (404).
         """
-        champion = self._by_dataset.get(dataset)
-        if champion is None:
-            known = ", ".join(sorted(self._by_dataset)) or "none"
-            raise RequestError(
-                f"there is no champion for dataset {quoted(dataset)} (served: {known}): promote a model first, "
-                "python -m pipelines.steps promote DATASET.",
-                HTTPStatus.NOT_FOUND,
-            )
-        return champion
+        if champion := self.find(dataset):
+            return champion
+        raise RequestError(
+            f"there is no champion for dataset {quoted(dataset)} (served: {', '.join(self.describe()) or 'none'}): "
+            "promote a model first, python -m pipelines.steps promote DATASET.",
+            HTTPStatus.NOT_FOUND,
+        )
 
-    def find(self, dataset: str) -> Champion | None:
-        """Return the champion of a dataset, if there is one."""
-        return self._by_dataset.get(dataset)
+    def find(self, dataset: str, role: str = "champion") -> Champion | None:
+        """Return the champion or the `challenger` of a dataset, if there is one."""
+        return self._loaded.get((dataset, role))
 
     def describe(self) -> dict[str, Any]:
         """Return what `GET /models` answers."""
-        return {dataset: champion.description for dataset, champion in sorted(self._by_dataset.items())}
-
-    def _swap(self, dataset: str, champion: Champion | None) -> None:
-        """Serve this champion from now on, or none."""
-        old = self._by_dataset.pop(dataset, None) if champion is None else self._by_dataset.get(dataset)
-        if champion is not None:
-            self._by_dataset[dataset] = champion
-        for served, value in ((old, 0), (champion, 1)):
-            if served is not None:
-                metrics().champion.labels(dataset, served.identity.version, self.role).set(value)
+        return {dataset: one.description for (dataset, role), one in sorted(self._loaded.items()) if role == "champion"}
 
     def refresh(self) -> None:
-        """Take up every champion that changed on disk; a failure leaves the one that was served."""
+        """Take up every model that changed on disk; a failure leaves the one that was loaded."""
         try:
-            found = [Path(entry) for entry in os.scandir(self.folder) if entry.is_dir()]
+            found = [f for f in self.folder.iterdir() if f.name.startswith(NAME_PREFIX) and f.is_dir()]
         except OSError as error:
             # A store that cannot be read is no order to stop serving.
-            if self._by_dataset and not self._is_unreadable:
+            if self._loaded and not self._is_unreadable:
                 logger.error("the model store cannot be read (%s); what was loaded is still served.", error)
             self._is_unreadable = True
             metrics().store_readable.set(0)
             return
         self._is_unreadable = False
         metrics().store_readable.set(1)
-        folders = {f.name.removeprefix(NAME_PREFIX): f for f in found if f.name.startswith(NAME_PREFIX)}
-        for dataset in set(self._attempts) - set(folders):
-            del self._attempts[dataset]
-            metrics().refused.labels(dataset, self.role).set(0)
-            served = self._by_dataset.get(dataset)
-            if served is not None and served.identity.version != RELEASED:
-                self._swap(dataset, None)
-                logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
-        for dataset, folder in folders.items():
+        folders = {folder.name.removeprefix(NAME_PREFIX): folder for folder in found}
+        for dataset, role in list(self._attempts):
+            if dataset not in folders:
+                self._forget(dataset, role)
+        for (dataset, folder), (role, pointer) in itertools.product(folders.items(), POINTERS.items()):
             try:
-                version = (folder / POINTERS[self.role]).read_text(errors="replace").strip()
+                version = (folder / pointer).read_text(errors="replace").strip()
             except FileNotFoundError:  # no version yet
                 continue
             except OSError as error:  # it names none: the load then says so, and why
                 version = str(error)
-            if not version:  # being rewritten
-                continue
-            fingerprint: tuple[object, ...] = (version,)  # if its files cannot be listed: the load then says why
-            with contextlib.suppress(OSError):
-                files = sorted((folder / version).iterdir()) if VERSION.fullmatch(version) else []
-                fingerprint += tuple((stat.st_mtime_ns, stat.st_size) for stat in (f.stat() for f in files))
-            attempt = self._attempts.get(dataset)
-            if attempt is None or attempt.fingerprint != fingerprint:
-                attempt = self._attempts[dataset] = _Attempt(fingerprint)
-            if time.monotonic() >= attempt.next_at:
-                self._take_up(dataset, f"{folder.name}:{ascii(version)[1:-1]}", attempt)
+            if version:  # otherwise it is being rewritten
+                self._take_up(dataset, role, folder, version)
 
-    def _take_up(self, dataset: str, tag: str, attempt: _Attempt) -> None:
-        """Load a model and serve it; log a failure once, and set when to try again."""
+    def _take_up(self, dataset: str, role: str, folder: Path, version: str) -> None:
+        """Load a version that has changed; log a failure once, and set when to try again."""
+        is_name = VERSION.fullmatch(version)
+        fingerprint: list[object] = [version]
+        with contextlib.suppress(OSError):  # if its files cannot be listed, the load says why
+            files = sorted((folder / version).iterdir()) if is_name else []
+            fingerprint += [(stat.st_mtime_ns, stat.st_size) for stat in (file.stat() for file in files)]
+        attempt = self._attempts.get((dataset, role))
+        if attempt is None or attempt.fingerprint != fingerprint:
+            attempt = self._attempts[dataset, role] = _Attempt(fingerprint)
+        if time.monotonic() < attempt.next_at:
+            return
         attempt.next_at = math.inf
+        tag = f"{folder.name}:{ascii(version)[1:-1]}"
         try:
-            self._swap(dataset, load_champion(self.folder, tag))
+            if not is_name:
+                raise ValueError(f"{quoted(version)} is no name of a version. Promote it again.")
+            self._put(dataset, role, load_champion(folder / version))
+            attempt.error = ""
+            logger.info("serving %s as %s.", tag, role)
         except Exception as error:  # Whatever is wrong with a new model, the old one must go on answering.
-            if str(error) != attempt.error:
-                kept = self._by_dataset.get(dataset)
+            text = str(error) or repr(error)
+            if text != attempt.error:
+                kept = self.find(dataset, role)
                 kept_text = f"version {kept.identity.version} is still served" if kept else "nothing is served for it"
-                logger.error("%s cannot be served: %s %s.", tag, error, kept_text)
-            metrics().refused.labels(dataset, self.role).set(1)
-            attempt.error, attempt.delay_s = str(error), min(2 * attempt.delay_s, MAX_RETRY_S)
+                logger.error("%s cannot be served: %s %s.", tag, text, kept_text)
+            attempt.error, attempt.delay_s = text, min(2 * attempt.delay_s, MAX_RETRY_S)
             attempt.next_at = time.monotonic() + attempt.delay_s
-        else:
-            logger.info("serving %s as %s.", tag, self.role)
-            metrics().refused.labels(dataset, self.role).set(0)
+        metrics().refused.labels(dataset, role).set(attempt.error != "")
+
+    def _put(self, dataset: str, role: str, new: Champion) -> None:
+        old = self.find(dataset, role)
+        self._loaded[dataset, role] = new
+        for model, value in ((old, 0), (new, 1)):
+            if model:
+                metrics().champion.labels(dataset, model.identity.version, role).set(value)
+
+    def _forget(self, dataset: str, role: str) -> None:
+        """Serve no more what has left the store; released weights never were there."""
+        del self._attempts[dataset, role]
+        metrics().refused.labels(dataset, role).set(0)
+        old = self.find(dataset, role)
+        if old and old.identity.version != RELEASED:
+            del self._loaded[dataset, role]
+            metrics().champion.labels(dataset, old.identity.version, role).set(0)
+            logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)

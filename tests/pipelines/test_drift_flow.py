@@ -67,7 +67,7 @@ def test_without_the_data_there_is_no_reference_until_a_repair_finds_them(
     assert repair_all() == [f"mnist5k: {tag} has a reference of its drawings now."]
     assert json.loads(file.read_text()) == reference_of(weights, load_dataset("data/mnist5k.safetensors"))
     now = store.metadata_of(tag)
-    assert load_champion(store.home() / "models", tag).reference, "the service takes it"
+    assert load_champion(store.folder_of(tag)).reference, "the service takes it"
     assert now == told | {"manifest_sha256": now["manifest_sha256"]}
     assert repair_all() == []
 

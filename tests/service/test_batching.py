@@ -15,7 +15,7 @@ import torch
 
 from app.service import api as service
 from app.service import batching, jobs, wire
-from app.service.batching import Batcher, Job, QueueFull
+from app.service.batching import Batcher, Job
 from pipelines.registry import store
 from pixelcnn import build_model
 from tests.service.champions import GREY, put, wait_until
@@ -175,8 +175,9 @@ def test_what_waits_is_bounded_and_what_is_cancelled_makes_room(batches):
     wait_until(lambda: Held.calls == [["first"]], 10)
     jobs = [Held(str(i)) for i in range(6)]
     submit(batches, *jobs)
-    with pytest.raises(QueueFull):
+    with pytest.raises(wire.RequestError, match="6 requests wait already: send this one again") as caught:
         batches.submit(Held("too many"))
+    assert caught.value.error_code == 429
     jobs[2].done.cancel()
     assert batches.num_waiting == 5
     jobs.append(Held("6"))
@@ -198,22 +199,17 @@ def test_a_failure_reaches_all_that_share_it_and_ends_nothing_else(batches):
     assert jobs[2].done.result(10) == "later"
 
 
-@pytest.mark.parametrize("observer", ["on_queue", "on_call"])
-def test_an_observer_that_raises_fails_no_job_and_ends_no_lane(observer, caplog):
-    Held.calls, Held.go = [], threading.Event()
-    Held.go.set()
-
-    def fail(value) -> None:
+@pytest.mark.parametrize("metric", ["waiting", "batch_images"])
+def test_an_observer_that_raises_fails_no_job_and_ends_no_lane(batches, monkeypatch, caplog, metric):
+    def fail(*values) -> None:
         raise RuntimeError("no metrics today")
 
-    batches = Batcher(max_images=4, max_waiting=6, **{observer: fail})
-    try:
-        for name in "ab":
-            job = Held(name)
-            batches.submit(job)
-            assert job.done.result(10) == name
-    finally:
-        batches.close()
+    monkeypatch.setattr(getattr(batching.metrics(), metric), "set" if metric == "waiting" else "labels", fail)
+    Held.go.set()
+    for name in "ab":
+        job = Held(name)
+        batches.submit(job)
+        assert job.done.result(10) == name
     assert "no metrics today" in caplog.text
 
 
@@ -275,7 +271,7 @@ def test_closing_cancels_what_waits(batches):
     submit(batches, waiting)
     batches.close()
     assert waiting.done.cancelled()
-    with pytest.raises(QueueFull):
+    with pytest.raises(wire.RequestError, match="wait already"):
         batches.submit(Held("late"))
 
 

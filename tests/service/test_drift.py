@@ -81,20 +81,29 @@ def test_no_false_alarm_in_10_000_of_the_reference_and_a_change_is_found_within_
     assert not drift.has_drifted, "it ends with its cause"
 
 
+def watching(folder, batcher, champion: Champion, challenger: Champion | None = None, dataset="strokes") -> Drawings:
+    """Return the watch on drawings for a dataset that has this champion, and perhaps a challenger."""
+    champions = Champions(folder)
+    champions._loaded[dataset, "champion"] = champion
+    if challenger:
+        champions._loaded[dataset, "challenger"] = challenger
+    return Drawings(batcher, champions)
+
+
 def draw(watch: Drawings, champion: Champion, levels: Tensor, known: Tensor) -> None:
     """Tell of each drawing, as one that was completed."""
     for image, observed in zip(levels[:, None], known[:, None], strict=True):
         request = SimpleNamespace(dataset="strokes")
         job: Any = SimpleNamespace(champion=champion, request=request, image=image, levels=image)
         job.observed, job.label = observed, None
-        watch.completed("complete", "strokes", job)
+        watch.completed("complete", job)
 
 
 def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion, submitted = Champion(model, Identity(**lineage), {}, reference), []
     batcher: Any = SimpleNamespace(num_waiting=1, submit=submitted.append)
-    watch = Drawings(batcher, Champions(tmp_path))
+    watch = watching(tmp_path, batcher, champion)
     draw(watch, champion, *drawings(2 * SCORE_EVERY, seed=3))
     assert submitted == []
     batcher.num_waiting = 0
@@ -108,7 +117,7 @@ def test_a_score_that_fails_is_logged_and_the_next_one_is_begun(model, reference
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion, submitted = Champion(model, Identity(**lineage), {}, reference), []
     batcher: Any = SimpleNamespace(num_waiting=0, submit=submitted.append)
-    watch = Drawings(batcher, Champions(tmp_path))
+    watch = watching(tmp_path, batcher, champion)
     draw(watch, champion, *drawings(2 * SCORE_EVERY, seed=3))
     submitted[0].done.set_exception(ValueError("out of order"))
     assert "a drawing of strokes could not be scored" in caplog.text
@@ -121,18 +130,17 @@ def test_a_challenger_without_labels_scores_drawings_that_have_one(tmp_path):
     configs = (GREY, dataclasses.replace(GREY, num_labels=0))
     models = [make_checkpoint(tmp_path / str(config.num_labels), config, 0) for config in configs]
     levels, known, label = torch.tensor([[IMAGE]]), torch.tensor([[OBSERVED]]).bool(), torch.tensor([2])
-    batcher, challengers = Batcher(36, 48), Champions(tmp_path)
+    batcher = Batcher(36, 48)
     champion, challenger = (
         Champion(model, Identity(**lineage | {"version": str(i)}), {}) for i, model in enumerate(models)
     )
-    challengers._by_dataset["grey"] = challenger
-    watch = Drawings(batcher, challengers)
+    watch = watching(tmp_path, batcher, champion, challenger, "grey")
     request = SimpleNamespace(dataset="grey")
     job: Any = SimpleNamespace(
         champion=champion, request=request, image=levels, levels=levels, observed=known, label=label
     )
     for _ in range(2 * SCORE_EVERY):  # an interval is of two at least
-        watch.completed("complete", "grey", job)
+        watch.completed("complete", job)
     wait_until(lambda: watch.describe()["grey"]["shadow"] is not None, 20)
     batcher.close()
     bits = [
@@ -145,15 +153,14 @@ def test_a_challenger_without_labels_scores_drawings_that_have_one(tmp_path):
 @pytest.mark.parametrize("other", [{"image_shape": (1, 5, 5)}, {"num_levels": 3}, {"num_labels": 2}], ids=str)
 def test_a_challenger_for_other_images_or_labels_scores_nothing(model, reference, tmp_path, other):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
-    config, submitted, challengers = dataclasses.replace(model.config, num_labels=3), [], Champions(tmp_path)
+    config, submitted = dataclasses.replace(model.config, num_labels=3), []
     networks: list[Any] = [SimpleNamespace(config=c) for c in (config, dataclasses.replace(config, **other))]
     champion, challenger = (
         Champion(network, Identity(**lineage | {"version": str(i)}), {}, reference)
         for i, network in enumerate(networks)
     )
-    challengers._by_dataset["strokes"] = challenger
     batcher: Any = SimpleNamespace(num_waiting=0, submit=submitted.append)
-    draw(Drawings(batcher, challengers), champion, *drawings(SCORE_EVERY, seed=3))
+    draw(watching(tmp_path, batcher, champion, challenger), champion, *drawings(SCORE_EVERY, seed=3))
     assert [score.models for score in submitted] == [[champion]], "its own score is not lost"
 
 
@@ -161,7 +168,7 @@ def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fas
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, reference)
     batcher = Batcher(36, 48)
-    watch = Drawings(batcher, Champions(tmp_path))
+    watch = watching(tmp_path, batcher, champion)
 
     def drift() -> dict[str, Any]:
         return dict(watch.describe()["strokes"]["drift"])
@@ -188,7 +195,7 @@ def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, referenc
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, reference)
     busy: Any = SimpleNamespace(num_waiting=1)  # nothing is scored
-    watch = Drawings(busy, Champions(tmp_path))
+    watch = watching(tmp_path, busy, champion)
     levels, known = drawings(WINDOW, seed=3)
     draw(watch, champion, levels[:1], torch.zeros_like(known[:1]))
     assert watch.describe() == {}
@@ -198,15 +205,25 @@ def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, referenc
     assert watch.describe()["strokes"]["drifted_since"] is None
 
 
+def test_who_began_with_the_last_champion_takes_nothing_from_the_next(model, reference, tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    last, now = (Champion(model, Identity(**lineage | {"version": v}), {}, reference) for v in "12")
+    watch = watching(tmp_path, SimpleNamespace(num_waiting=1), now)
+    draw(watch, now, *drawings(3, seed=3))
+    draw(watch, last, *drawings(1, seed=4))
+    told = watch.describe()["strokes"]
+    assert (told["version"], told["drift"]["ink_share"]["in_window"]) == ("2", 3)
+
+
 def test_two_challengers_are_not_mixed_and_one_difference_has_no_interval(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion, *others = (Champion(model, Identity(**lineage | {"version": v}), {}, reference) for v in "123")
-    bits, challengers = {"1": 1.0, "2": 0.5, "3": 2.0}, Champions(tmp_path)
+    bits = {"1": 1.0, "2": 0.5, "3": 2.0}
     batcher: Any = SimpleNamespace(num_waiting=0)
     batcher.submit = lambda job: job.done.set_result([bits[one.identity.version] for one in job.models])
-    watch = Drawings(batcher, challengers)
+    watch = watching(tmp_path, batcher, champion)
     for other in others:
-        challengers._by_dataset["strokes"] = other
+        watch._champions._loaded["strokes", "challenger"] = other
         draw(watch, champion, *drawings(SCORE_EVERY, seed=3))
         assert watch.describe()["strokes"]["shadow"] is None, "infinity is no JSON"
         draw(watch, champion, *drawings(SCORE_EVERY, seed=4))
@@ -219,7 +236,7 @@ def test_two_challengers_are_not_mixed_and_one_difference_has_no_interval(model,
 def test_only_a_reference_from_which_drawings_can_differ_is_watched(model, reference, tmp_path, num, is_watched):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, {name: values[:num] for name, values in reference.items()})
-    watch = Drawings(Batcher(36, 48), Champions(tmp_path))
+    watch = watching(tmp_path, Batcher(36, 48), champion)
     draw(watch, champion, *drawings(1, seed=3))
     told = watch.describe()["strokes"]
     assert told["watched"] == is_watched == (read("pixelcnn_drift_watched", dataset="strokes") == 1)

@@ -272,10 +272,7 @@ def test_a_body_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
 
 
 def test_beyond_the_queue_requests_are_refused_at_once(client, monkeypatch):
-    def full(self, job) -> None:
-        raise service.QueueFull
-
-    monkeypatch.setattr(service.Batcher, "submit", full)
+    monkeypatch.setattr(service.Batcher, "num_waiting", settings.max_queue)
     for path in ("/generate", "/complete_stream"):
         body = {"dataset": "grey"}
         if path == "/complete_stream":

@@ -45,7 +45,7 @@ def in_process(tmp_path, monkeypatch) -> ServiceClient:
     completing = dataclasses.replace(GREY, context_features=2, completer_features=4)
     for dataset, config in (("grey", completing), ("colour", COLOUR)):
         model = make_checkpoint(tmp_path / dataset, config, seed=0)
-        monkeypatch.setitem(champions._by_dataset, dataset, Champion(model, identity, {}))
+        monkeypatch.setitem(champions._loaded, (dataset, "champion"), Champion(model, identity, {}))
 
     def answer(request: httpx.Request) -> httpx.Response:
         values = CompleteRequest.model_validate(json.loads(request.content))

@@ -534,10 +534,10 @@ def test_a_new_champion_takes_over_without_a_failed_request(client, tmp_path):
     assert sorted(version for version, _ in by_version) == ["1", "2", "3"]
 
 
-DAMAGES = {"metadata": "its metadata lacks the lineage", "nan": "its weights are not all finite numbers"}
+DAMAGES = {"incomplete": "its metadata lacks the lineage", "nan": "its weights are not all finite numbers"}
 UNLIKE = "its files or metadata are not those that were promoted"
 DAMAGES |= {"lineage": "its weights are not those that were promoted: their SHA-256 is "}
-DAMAGES |= dict.fromkeys(("weights", "config", "missing", "other weights"), UNLIKE)
+DAMAGES |= dict.fromkeys(("weights", "config", "metadata", "missing", "other weights"), UNLIKE)
 
 
 @pytest.mark.usefixtures("use_home")
@@ -562,9 +562,11 @@ def test_a_damaged_champion_is_not_taken_up(tmp_path, monkeypatch, caplog, damag
         (folder / "model.yaml").write_text(text.replace("  run_id: run-2\n", ""))
     elif damage == "missing":
         (folder / "model.safetensors").unlink()
-    elif damage == "lineage":  # of other weights, in a manifest that is right
+    elif damage in ("incomplete", "lineage"):  # none, or that of other weights, in a manifest that is right
         metadata = {key: value for key, value in store.metadata_of(tag).items() if key != "manifest_sha256"}
         make_checkpoint(tmp_path / "other", GREY, seed=9)
+        if damage == "incomplete":
+            del metadata["run_id"]
         tag = store.export(tmp_path / "other", metadata | {"weights_sha256": "0" * 64})
     elif damage == "nan":  # and promoted so: its manifest is right
         checkpoint = tmp_path / "broken"
@@ -661,21 +663,21 @@ def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, mo
     assert again.get("other").identity.version == "released"
 
 
-def test_the_best_released_weights_of_each_dataset_those_wanted_first(tmp_path, monkeypatch):
+def test_the_best_released_weights_of_each_dataset(tmp_path, monkeypatch):
     names = [("a", "letters", 40.0), ("b", "mnist", 81.0), ("c", "mnist", 79.0)]
     folders = {name: tmp_path / name for name, _, _ in names}
     for name, dataset, nats in names:
         folders[name].mkdir()
         (folders[name] / "scores.json").write_text(json.dumps({"dataset": dataset, "validation/nll_nats": nats}))
     monkeypatch.setattr("app.service.champions.released", lambda: folders)
-    assert list(released_by_dataset(("mnist",)).items()) == [("mnist", folders["c"]), ("letters", folders["a"])]
+    assert released_by_dataset() == {"mnist": folders["c"], "letters": folders["a"]}
 
 
 def test_before_the_first_champion_its_sampler_is_compiled(tmp_path: Path) -> None:
     script = f"""
 import threading
 from pathlib import Path
-from app.service.champions import Champions, released_by_dataset
+from app.service.champions import Champions
 from pixelcnn import load_checkpoint
 from pixelcnn.sampling import kernels
 from pixelcnn.sampling.fast import warm_up
@@ -684,8 +686,6 @@ def compiled():
     return {{name: len(value.signatures) for name, value in vars(kernels).items() if hasattr(value, "signatures")}}
 
 assert not any(compiled().values())
-Champions(Path({str(tmp_path)!r}), role="challenger").start()
-assert "compile" not in [thread.name for thread in threading.enumerate()]
 Champions(Path({str(tmp_path)!r})).start()
 [thread] = [thread for thread in threading.enumerate() if thread.name == "compile"]
 thread.join()

@@ -185,8 +185,8 @@ def champions_of(tmp_path, monkeypatch):
 @pytest.mark.repeated
 def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
     """Except where it changes nothing that is read: then what is loaded equals the model, field by field."""
-    champions, folder = champions_of(tmp_path, monkeypatch)
-    good = load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
+    _, folder = champions_of(tmp_path, monkeypatch)
+    good = load_champion(folder)
     draw = np.random.default_rng(0)
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     num_refused = num_equal = 0
@@ -196,7 +196,7 @@ def test_no_flipped_bit_of_a_model_is_ever_loaded(tmp_path, monkeypatch):
         at = int(draw.integers(len(whole)))
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(draw.integers(8))]) + whole[at + 1 :])
         try:
-            found = load_champion(champions.folder, f"pixelcnn-grey:{folder.name}")
+            found = load_champion(folder)
         except Exception:
             num_refused += 1
         else:
@@ -309,6 +309,16 @@ def test_a_swap_that_failed_once_is_tried_again_though_no_file_changed(tmp_path,
     assert champions.get("grey").identity.version == "2"
 
 
+def test_a_failure_without_a_text_is_told_by_its_name(tmp_path, monkeypatch, caplog):
+    def fail(folder) -> None:
+        raise MemoryError
+
+    champions, _ = champions_of(tmp_path, monkeypatch)
+    monkeypatch.setattr("app.service.champions.load_champion", fail)
+    champions.refresh()
+    assert "cannot be served: MemoryError() nothing is served for it." in caplog.text
+
+
 def test_a_look_at_the_store_that_fails_is_not_the_last(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("app.service.champions.POLL_S", 0.01)
     looks: list[int] = []
@@ -318,7 +328,8 @@ def test_a_look_at_the_store_that_fails_is_not_the_last(tmp_path, monkeypatch, c
         if len(looks) == 2:  # the first is that of the start
             raise RuntimeError("out of order")
 
-    champions = Champions(tmp_path, look, role="challenger")  # which compiles nothing
+    monkeypatch.setattr("app.service.champions.compile_sampler", lambda: None)
+    champions = Champions(tmp_path, on_poll=look)
     champions.start()
     try:
         wait_until(lambda: len(looks) > 2)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 WINDOW = 100  # drawings
-SCORE_EVERY = 4  # drawings of a dataset: WINDOW // SCORE_EVERY values of `bits_per_dim` make a window
+SCORE_EVERY = 4  # drawings of a dataset
+STATISTICS = {"bits_per_dim": WINDOW // SCORE_EVERY, "ink_share": WINDOW, "known_share": WINDOW}  # values of a window
 HORIZON = 10_000  # drawings, distributed as the reference is, over which ...
 FALSE_ALARMS = 0.01  # ... this is the probability of any alarm
-STATISTICS = ("bits_per_dim", "ink_share", "known_share")
 LOOKED_AT = 500  # the number of drawings from which on a challenger's alert may fire
 ALPHA = 0.05  # 1 - confidence of the confidence sequence of two models' difference
 
@@ -50,29 +50,36 @@ class Drift:
     distance: float = 0.0
     has_drifted: bool = False
 
+    @property
+    def limit(self) -> float:
+        return limit(len(self.reference), self.size)
+
     def add(self, value: float) -> bool:
         """Take a value; return whether it completed a window."""
         self.window.append(value)
         if len(self.window) < self.size:
             return False
         self.distance = distance(self.window, self.reference)
-        self.has_drifted = self.distance > limit(len(self.reference), self.size)
+        self.has_drifted = self.distance > self.limit
         self.num_windows += 1
         self.window = []
         return True
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers of it."""
-        bound = limit(len(self.reference), self.size)
-        told = {"drifted": self.has_drifted, "distance": self.distance, "limit": bound, "windows": self.num_windows}
-        return {**told, "in_window": len(self.window)}
+        told = {
+            "drifted": self.has_drifted,
+            "distance": self.distance,
+            "limit": self.limit,
+            "windows": self.num_windows,
+        }
+        return {**told, "windows": self.num_windows, "in_window": len(self.window)}
 
 
 def drifts_from(reference: dict[str, list[float]]) -> dict[str, Drift]:
-    """Return the test of each statistic of a reference; of none if one has too few values: a distance is 1 at most."""
-    sizes = {"bits_per_dim": WINDOW // SCORE_EVERY}
-    tests = {name: Drift(values, sizes.get(name, WINDOW)) for name, values in reference.items() if values}
-    return tests if all(limit(len(drift.reference), drift.size) < 1 for drift in tests.values()) else {}
+    """Return the test of each statistic; of none where one has too few values for a limit below 1, or none."""
+    tests = {name: Drift(reference.get(name, []), size) for name, size in STATISTICS.items()}
+    return tests if all(one.reference and one.limit < 1 for one in tests.values()) else {}
 
 
 @dataclass
