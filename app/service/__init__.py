@@ -11,7 +11,6 @@ import os
 import tempfile
 
 from bentoml._internal.configuration.containers import BentoMLContainer
-from bentoml._internal.log import TraceRecordFilter
 from bentoml._internal.utils.analytics import usage_stats
 
 from app.service.api import PixelCNNService as PixelCNNService
@@ -27,5 +26,5 @@ if not _folder:
 BentoMLContainer.prometheus_multiproc_dir.set(_folder)
 
 for _handler in logging.getLogger("bentoml").handlers:
-    if any(isinstance(one, TraceRecordFilter) for one in _handler.filters):  # a server's, not the command line's
+    if _handler.name == "tracehandler":  # a server's, not the command line's
         _handler.setFormatter(JsonFormatter())

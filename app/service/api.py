@@ -30,7 +30,7 @@ from app.service.jobs import LikelihoodJob, SamplingJob
 from app.service.metrics import metrics
 from app.service.openapi import amended
 from app.service.operation.drawings import Drawings
-from app.service.operation.readiness import Readiness
+from app.service.operation.readiness import drain_on_sigterm, why_not_ready
 from app.service.operation.requests import RequestLog, line_of_request
 from app.service.settings import settings, tracing
 from pixelcnn.sampling.fast import set_sampler_threads
@@ -79,7 +79,6 @@ class PixelCNNService:
         set_sampler_threads(settings.threads)
         released = released_by_dataset() if settings.released else {}
         self.champions = Champions(store_folder(), released, self._look)
-        self.readiness = Readiness(self.champions)
         self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue)
         self.drawings = Drawings(self.batcher, self.champions)
 
@@ -87,7 +86,7 @@ class PixelCNNService:
     def start(self) -> None:
         """Load the champions before the first request."""
         self.champions.start()
-        self.readiness.drain_on_sigterm()
+        drain_on_sigterm(self._look)
         # gc.freeze(): full collections of all that is loaded would stall the event loop for about 100 ms.
         gc.collect()
         gc.freeze()
@@ -101,13 +100,13 @@ class PixelCNNService:
         self.batcher.close()
 
     def _look(self) -> None:
-        """Tell of what a look at the store has changed."""
-        self.readiness.tell()
+        """Tell of what a look at the store, or SIGTERM, has changed."""
+        metrics().ready.set(not why_not_ready(self.champions.describe()))
         self.drawings.forget()
 
     async def __is_ready__(self) -> bool:
         """Tell BentoML's /readyz; its /livez, which asks for nothing, says that this process answers."""
-        if reason := self.readiness.reason():
+        if reason := why_not_ready(self.champions.describe()):
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, json.dumps({"error": reason}))
         return True
 

@@ -22,6 +22,7 @@ from app.service.wire import RequestError
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
+IDLE_LANE = "drawings"  # its jobs are no requests, and wait until none waits
 MAX_CLIENTS = 1024  # whose last turns are remembered
 
 
@@ -79,7 +80,8 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Requests that wait."""
+        return sum(job.lane != IDLE_LANE for job in self._waiting)
 
     def submit(self, job: Job) -> None:
         """Queue a job; its `done` resolves when it is computed.
@@ -88,7 +90,7 @@ class Batcher:
             RequestError: too many wait (429); the job is not taken.
         """
         with self._changed:
-            if self._closed or self.num_waiting >= self.max_waiting:
+            if self._closed or (self.num_waiting >= self.max_waiting and job.lane != IDLE_LANE):
                 raise RequestError(
                     f"{self.num_waiting} requests wait already: send this one again in a few seconds.",
                     HTTPStatus.TOO_MANY_REQUESTS,
@@ -112,7 +114,7 @@ class Batcher:
         self._waiting = jobs
         self._changed.notify_all()
         with _failures_logged():
-            metrics().waiting.set(len(jobs))
+            metrics().waiting.set(self.num_waiting)
 
     def _drop(self, job: Job) -> None:
         with self._changed:
@@ -123,8 +125,9 @@ class Batcher:
         """Wait for jobs; return those of the next call, none when closed."""
         with self._changed:
             while not (ready := self._in_turn(lane)) and not self._closed:
-                resting = [job.not_before for job in self._waiting if job.lane == lane]
-                self._changed.wait(min(resting) - time.monotonic() if resting else None)
+                # What waits in the idle lane does so for a change, in the others for its time.
+                times = [job.not_before for job in self._waiting if job.lane == lane != IDLE_LANE]
+                self._changed.wait(min(times) - time.monotonic() if times else None)
             taken: list[Job] = []
             num_images = 0
             for job in ready:
@@ -142,6 +145,8 @@ class Batcher:
     def _in_turn(self, lane: str) -> list[Job]:
         """Return what may be computed in a lane: of each client the first job, the client first whose turn was longest
         ago; then of each the second, and so on. Who has had a call counts as one further back."""
+        if lane == IDLE_LANE and self.num_waiting:
+            return []
         now = time.monotonic()
         waiting = [job for job in self._waiting if job.lane == lane and job.not_before <= now]
         rounds: Counter[str] = Counter()

@@ -14,6 +14,7 @@ from collections import Counter
 from contextvars import ContextVar
 from http import HTTPStatus
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,10 +39,8 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, token: str = "") -> None:
-        self.app = app
-        self.token = token
-        self.num_active = 0
-        self._active_of: Counter[str] = Counter()  # of each client that has any
+        self.app, self.token = app, token
+        self.active: Counter[str] = Counter()  # requests in flight of each client that has any
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,23 +53,21 @@ class Gate:
             return await _refusal(401, text, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         if scope["method"] != "POST":
             return await self._answer(scope, receive, send)
-        if self.num_active >= settings.max_requests:
-            text = f"the service is busy with {self.num_active} requests: send this one again in a few seconds."
-            return await _refusal(429, text)(scope, receive, send)
         address, _ = scope.get("client") or ("", 0)
         asker = hashlib.blake2b(headers.get(CLIENT_HEADER) or address.encode(), digest_size=8).hexdigest()
-        if self._active_of[asker] >= settings.max_client_requests:
-            text = f"you have {self._active_of[asker]} requests here already: send this one once one is answered."
+        if self.active.total() >= settings.max_requests:
+            text = f"the service is busy with {self.active.total()} requests: send this one again in a few seconds."
             return await _refusal(429, text)(scope, receive, send)
-        self.num_active += 1
-        self._active_of[asker] += 1
+        if self.active[asker] >= settings.max_client_requests:
+            text = f"you have {self.active[asker]} requests here already: send this one once one is answered."
+            return await _refusal(429, text)(scope, receive, send)
+        self.active[asker] += 1
         client.set(asker)
         try:
             await self._answer_while_connected(scope, receive, send)
         finally:
-            self.num_active -= 1
-            self._active_of[asker] -= 1
-            self._active_of += Counter()  # forget those without any
+            self.active[asker] -= 1
+            self.active += Counter()  # forget those without any
 
     async def _answer_while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client disconnects, or does not read the answer."""
@@ -87,9 +84,9 @@ class Gate:
             nonlocal has_begun
             has_begun = True
             # A chunked body that is refused half-read may never end: close the connection.
-            has_length = any(name == b"content-length" for name, _ in scope["headers"])
+            has_length = "content-length" in Headers(scope=scope)
             if message["type"] == "http.response.start" and not body_read.is_set() and not has_length:
-                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+                MutableHeaders(scope=message)["connection"] = "close"
             try:
                 async with asyncio.timeout(settings.send_timeout_s):
                     await send(message)

@@ -26,29 +26,19 @@ def _read_numbers(name: str, value: Any, shape: tuple[int, ...]) -> list[int]:
     return value
 
 
-def _read_levels(name: str, value: Any, shape: tuple[int, ...], num_levels: int) -> Tensor:
-    """Return nested lists as (*shape) int64 levels; -1 stands for an integer of any size that is out of range."""
+def _read_levels(
+    name: str, value: Any, shape: tuple[int, ...], num_levels: int, expected: str, observed: Tensor | None = None
+) -> Tensor:
+    """Return nested lists as (*shape) int64 levels, 0 where not observed; refuse the first that is not `expected`."""
+    # -1 stands for an integer of any size that is out of range.
     numbers = [n if 0 <= n < num_levels else -1 for n in _read_numbers(name, value, shape)]
-    return torch.from_numpy(np.array(numbers, dtype=np.int64).reshape(shape))  # faster than torch.tensor
-
-
-def _check_levels(name: str, value: Any, levels: Tensor, expected: str) -> None:
-    """Refuse the first level out of range of (H, W) or (H, W, C)."""
+    levels = torch.from_numpy(np.array(numbers, dtype=np.int64).reshape(shape))  # faster than torch.tensor
+    if observed is not None:
+        levels[~observed[0, 0]] = 0
     if bool((levels < 0).any()):
         row, column, *_ = (levels < 0).nonzero()[0].tolist()
         raise RequestError(f"{name}[{row}][{column}] must be {expected}, got {quoted(value[row][column])}.")
-
-
-def _read_png(text: str, config: ModelConfig, observed: Tensor | None) -> Tensor:
-    """Return a PNG in base64 as (C, H, W) int64 levels."""
-    try:
-        png = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
-    try:
-        return from_png(png, config.image_shape, config.num_levels, observed=observed)
-    except ValueError as error:
-        raise RequestError(str(error)) from None
+    return levels
 
 
 def read_observed(value: Any, config: ModelConfig) -> Tensor:
@@ -57,9 +47,7 @@ def read_observed(value: Any, config: ModelConfig) -> Tensor:
     Raises:
         RequestError: it is not H x W of 0 and 1.
     """
-    observed = _read_levels("observed", value, config.image_shape[1:], 2)
-    _check_levels("observed", value, observed, "0 or 1")
-    return observed.bool()[None, None]
+    return _read_levels("observed", value, config.image_shape[1:], 2, "0 or 1").bool()[None, None]
 
 
 def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) -> Tensor:
@@ -73,17 +61,20 @@ def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) 
         RequestError: another shape, an unreadable PNG, or an observed pixel that is transparent or no level.
     """
     channels, height, width = config.image_shape
-    if isinstance(value, str):
-        levels = _read_png(value, config, observed)
-    else:
+    if not isinstance(value, str):
         shape = (height, width) if channels == 1 else (height, width, channels)
-        levels = (
-            _read_levels("image", value, shape, config.num_levels).reshape(height, width, channels).permute(2, 0, 1)
-        )
-    if observed is not None:
-        levels = torch.where(observed[0], levels, 0)
-    _check_levels("image", value, levels.permute(1, 2, 0), f"a level from 0 to {config.num_levels - 1}")
-    return levels[None]
+        expected = f"a level from 0 to {config.num_levels - 1}"
+        levels = _read_levels("image", value, shape, config.num_levels, expected, observed)
+        return levels.reshape(height, width, channels).permute(2, 0, 1)[None]
+    try:
+        png = base64.b64decode(value, validate=True)
+    except ValueError as error:
+        raise RequestError(f"image must be a PNG in base64, or nested lists of levels ({error}).") from None
+    try:
+        levels = from_png(png, config.image_shape, config.num_levels, observed=observed)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    return levels[None] if observed is None else torch.where(observed, levels, 0)
 
 
 def read_label(label: int | None, config: ModelConfig, num_images: int = 1) -> Tensor | None:

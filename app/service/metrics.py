@@ -24,71 +24,53 @@ class Metrics:
         # after our code is loaded.
         from prometheus_client import Counter, Gauge, Histogram
 
-        by = ["endpoint", "dataset"]
-        # Without the process's ID as a label.
-        gauge = functools.partial(Gauge, multiprocess_mode="mostrecent")
+        def gauge(name: str, text: str, labels: str = "") -> Gauge:
+            return Gauge(name, text, labels.split(), multiprocess_mode="mostrecent")  # no process's ID as a label
+
+        def histogram(name: str, text: str, labels: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, labels.split(), buckets=buckets)
+
         self.requests = Counter("pixelcnn_requests", "Requests, by path and status.", ["path", "status"])
-        self.seconds = Histogram(
-            "pixelcnn_request_seconds", "From a checked request to its answer, waiting included.", by, buckets=SECONDS
-        )
-        self.batch_requests = Histogram(
-            "pixelcnn_batch_requests", "Requests that shared a call.", ["lane"], buckets=COUNTS
-        )
-        self.batch_images = Histogram("pixelcnn_batch_images", "Images of a call.", ["lane"], buckets=COUNTS)
-        self.waiting = gauge("pixelcnn_waiting_requests", "Requests that wait for a call.")
         self.disconnects = Counter(
-            "pixelcnn_left_requests", "Requests whose client left, or whose time was up, before the answer.", by
+            "pixelcnn_left_requests", "Requests left, or out of time, before the answer.", ["endpoint", "dataset"]
         )
+        self.seconds = histogram(
+            "pixelcnn_request_seconds", "From a checked request to its answer.", "endpoint dataset", SECONDS
+        )
+        self.waiting = gauge("pixelcnn_waiting_requests", "Requests that wait for a call.")
+        self.batch_requests = histogram("pixelcnn_batch_requests", "Requests that shared a call.", "lane", COUNTS)
+        self.batch_images = histogram("pixelcnn_batch_images", "Images of a call.", "lane", COUNTS)
         self.champion = gauge(
-            "pixelcnn_champion",
-            "1 for the version that is served, or as challenger scores drawings, too.",
-            ["dataset", "version", "role"],
+            "pixelcnn_champion", "1 for what is served, or as challenger scores drawings.", "dataset version role"
         )
         self.refused = gauge(
-            "pixelcnn_champion_refused",
-            "1 while the newest champion cannot be served.",
-            ["dataset", "role"],
+            "pixelcnn_champion_refused", "1 while the newest version cannot be served.", "dataset role"
         )
         self.store_readable = gauge("pixelcnn_store_readable", "1 while the model store is, 0 before any promotion.")
         self.ready = gauge("pixelcnn_ready", "1 while /readyz says so.")
-        self.drawn = Histogram(
+        self.drawn = histogram(
             "pixelcnn_drawn_bits_per_dim",
-            "What people draw: of /complete the known pixels, each given what lies before it in the first completion; "
-            "of /likelihood the image. Of completions every fourth is scored, and none while somebody waits.",
-            by,
-            buckets=BITS_PER_DIM,
+            "Of /complete the known pixels, each given what lies before it in the first completion (of every fourth, "
+            "and none while somebody waits); of /likelihood the image.",
+            "endpoint dataset",
+            BITS_PER_DIM,
         )
-        self.drawn_share = Histogram(
-            "pixelcnn_drawn_share",
-            "Of each drawing: part of the image that is known ink, or known.",
-            ["dataset", "statistic"],
-            buckets=SHARES,
+        self.drawn_share = histogram(
+            "pixelcnn_drawn_share", "Of each drawing: what is known ink, or known.", "dataset statistic", SHARES
         )
         self.drift = gauge(
-            "pixelcnn_drift",
-            "1 while drawings are not like the reference; NaN where there is none, or nobody has drawn yet.",
-            ["dataset", "statistic"],
+            "pixelcnn_drift", "1 while drawings are unlike the reference; NaN without one, or any.", "dataset statistic"
         )
         self.drift_watched = gauge(
-            "pixelcnn_drift_watched",
-            "1 where drawings are compared with a reference, 0 where there is none, or too small; NaN until one comes.",
-            ["dataset"],
+            "pixelcnn_drift_watched", "1 where drawings are compared with a reference, else 0; NaN if none.", "dataset"
         )
         self.drift_distance = gauge(
-            "pixelcnn_drift_distance",
-            "Kolmogorov-Smirnov distance of the last window to the reference; NaN where either is not there.",
-            ["dataset", "statistic"],
+            "pixelcnn_drift_distance", "Kolmogorov-Smirnov distance of the last window, or NaN.", "dataset statistic"
         )
         self.shadow = gauge(
-            "pixelcnn_shadow_bits_per_dim",
-            "Challenger less champion on drawings: mean, and 95 % interval.",
-            ["dataset", "bound"],
+            "pixelcnn_shadow_bits_per_dim", "Challenger less champion: mean, and 95 % interval.", "dataset bound"
         )
-        self.shadow_drawings = gauge(
-            "pixelcnn_shadow_drawings",
-            "Drawings that champion and challenger have both scored.",
-            ["dataset"],
-        )
+        self.shadow_drawings = gauge("pixelcnn_shadow_drawings", "Drawings that both have scored.", "dataset")
 
 
 class _Nothing:
@@ -101,18 +83,14 @@ class _Nothing:
         return self
 
 
-def _forget_killed_workers() -> None:
-    """Remove the gauges that a killed worker has left; its counts go on. One worker at a time has any."""
-    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        for file in Path(folder).glob("gauge_*.db"):
-            if not file.stem.endswith(f"_{os.getpid()}"):
-                file.unlink(missing_ok=True)
-
-
 @functools.cache
 def metrics() -> Any:
     """Return the `Metrics` of this process; the first call must come after the service has started."""
     if not settings.watch:
         return _Nothing()
-    _forget_killed_workers()
+    # The gauges that a killed worker has left; its counts go on. One worker at a time has any.
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        for file in Path(folder).glob("gauge_*.db"):
+            if not file.stem.endswith(f"_{os.getpid()}"):
+                file.unlink(missing_ok=True)
     return Metrics()

@@ -28,30 +28,27 @@ EVENT = {
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
-GET_ERRORS = (401, 500)
-POST_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 504)
+ERRORS = {"get": (401, 500), "post": (400, 401, 404, 408, 413, 415, 429, 500, 504)}
 
 
 def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     retry = {"Retry-After": {"description": "seconds", "required": True, "schema": {"type": "integer"}}}
-    return {
-        str(status): {"description": HTTPStatus(status).phrase, "content": content}
-        | ({"headers": retry} if status == 429 else {})
-        for status in statuses
-    }
+    errors = {str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+    if "429" in errors:
+        errors["429"]["headers"] = retry
+    return errors
 
 
-def _pixels(height: int, width: int, channels: int, level: dict[str, Any]) -> dict[str, Any]:
-    def row(items: Any, number: int) -> dict[str, Any]:
-        return {"type": "array", "items": items, "minItems": number, "maxItems": number}
-
-    return row(row(level if channels == 1 else row(level, channels), width), height)
+def _nested(shape: list[int], items: dict[str, Any]) -> dict[str, Any]:
+    for length in reversed(shape):
+        items = {"type": "array", "items": items, "minItems": length, "maxItems": length}
+    return items
 
 
 def _for_dataset(request: dict[str, Any], name: str, dataset: str, about: dict[str, Any]) -> dict[str, Any]:
     """Narrow a request's schema to one dataset: its champion's shape, levels and labels."""
-    channels, height, width = about["shape"]
+    channels, *size = about["shape"]
     properties = {**request["properties"], "dataset": {"type": "string", "const": dataset}}
     label = {"type": "integer", "minimum": -1, "maximum": len(about["labels"]) - 1}
     properties["label"] = {**properties["label"], "anyOf": [label, {"type": "null"}]}
@@ -62,11 +59,11 @@ def _for_dataset(request: dict[str, Any], name: str, dataset: str, about: dict[s
         png = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png", "minLength": 1}
         properties["image"] = {
             "description": properties["image"]["description"],
-            "oneOf": [_pixels(height, width, channels, level), png],
+            "oneOf": [_nested(size + [channels] * (channels > 1), level), png],
         }
     if "observed" in properties:
         bit = {"type": "integer", "minimum": 0, "maximum": 1}
-        properties["observed"] = {**properties["observed"], **_pixels(height, width, 1, bit)}
+        properties["observed"] = {**properties["observed"], **_nested(size, bit)}
     return {**request, "title": f"{name} of {dataset}", "properties": properties}
 
 
@@ -87,11 +84,10 @@ def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
                 name = "CompleteRequest" if path.startswith("/complete") else f"{path[1:].capitalize()}Request"
                 schema = {"$ref": f"#/components/schemas/{name}"}
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-            kept = {str(status): text for status, text in operation["responses"].items() if str(status) == "200"}
-            if "text/event-stream" in kept["200"].get("content", {}):
-                kept["200"]["content"]["text/event-stream"]["schema"] = EVENT
-            if path not in HEALTH_CHECKS:
-                kept |= _errors(POST_ERRORS if method == "post" else GET_ERRORS)
-            operation["responses"] = kept
+            [answer] = [text for status, text in operation["responses"].items() if str(status) == "200"]
+            if "text/event-stream" in answer.get("content", {}):
+                answer["content"]["text/event-stream"]["schema"] = EVENT
+            errors = {} if path in HEALTH_CHECKS else _errors(ERRORS[method])
+            operation["responses"] = {"200": answer, **errors}
     # From 3.1 on the schemas are JSON Schema, as pydantic writes it.
     return {**document, "openapi": "3.1.0"}

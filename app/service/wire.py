@@ -6,7 +6,7 @@ A client's mistake is a `RequestError`, one sentence that says what to do.
 import asyncio
 import json
 from http import HTTPStatus
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 import bentoml
 from bentoml.exceptions import BentoMLException
@@ -35,16 +35,16 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _sentence(error: ValidationError, known: list[str]) -> str:
+def _sentence(error: ValidationError, known: str) -> str:
     """Return the first of pydantic's complaints as one sentence."""
     first = error.errors(include_url=False)[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"{name} is missing: add it to the request."
     if first["type"] == "extra_forbidden":
-        return f"unknown field {quoted(name)}. Known: {', '.join(known)}."
+        return f"unknown field {quoted(name)}. Known: {known}."
     if not name:
-        return f"the request must be a JSON object with the fields {', '.join(known)}."
+        return f"the request must be a JSON object with the fields {known}."
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     message = first["msg"].replace("Input should be", "must be")
@@ -116,6 +116,7 @@ class ApiRequest(bentoml.IODescriptor):
         Raises:
             RequestError: it is not JSON (415, 400), too large (413), too slow (408), or a field is wrong (400).
         """
+        known = ", ".join(cls.model_fields)
         content_type = request.headers.get("content-type", "")
         if content_type.split(";")[0].strip().lower() != "application/json":
             raise RequestError(
@@ -124,19 +125,17 @@ class ApiRequest(bentoml.IODescriptor):
             )
         body = await read_body(request)
         await _wait_for_turn()
-        known = list(cls.model_fields)
         if not body.strip():
-            raise RequestError(f"the request is empty: send a JSON object with the fields {', '.join(known)}.")
+            raise RequestError(f"the request is empty: send a JSON object with the fields {known}.")
         try:
             # As text: given bytes, Python would also read UTF-16 and others.
             values = json.loads(body.decode(), object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is no readable JSON: {quoted(str(error))}.") from None
         try:
-            checked: Self = cls.model_validate(values)
+            return cast(Self, cls.model_validate(values))
         except ValidationError as error:
             raise RequestError(_sentence(error, known)) from None
-        return checked
 
 
 def _not_tiny(temperature: float) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.service.batching import Batcher
+from app.service.batching import Batcher, Job
 from app.service.champions import Champion, Champions
 from app.service.operation.drawings import Drawings
 from app.service.operation.drift import LOOKED_AT, SCORE_EVERY, WINDOW, Drift, Paired, distance, drifts_from, limit
@@ -99,30 +100,54 @@ def draw(watch: Drawings, champion: Champion, levels: Tensor, known: Tensor) -> 
         watch.completed("complete", job)
 
 
-def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, reference, tmp_path):
+def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, reference, tmp_path, monkeypatch):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion = Champion(model, Identity(**lineage), {}, reference)
+    calls: list[list[str]] = []
+    run_together = Job.run_together
+
+    def note(jobs: list[Any]) -> None:
+        calls.append([job.lane for job in jobs])
+        run_together(jobs)
+
+    monkeypatch.setattr(Job, "run_together", staticmethod(note))
+    batcher, request = Batcher(36, 1), Job("strokes", "key", 1)
+    request.not_before, request.answer = time.monotonic() + 60, lambda: "answered"
+    batcher.submit(request)
+    watch = watching(tmp_path, batcher, champion)
+    draw(watch, champion, *drawings(3 * SCORE_EVERY, seed=3))
+    time.sleep(0.1)
+    assert (calls, batcher.num_waiting) == ([], 1), "a drawing is no request, and takes no request's place"
+    with batcher._changed:
+        request.not_before = 0
+        batcher._changed.notify_all()
+    wait_until(lambda: len(calls) == 4, 10)
+    batcher.close()
+    assert calls == [["strokes"], *[["drawings"]] * 3]
+
+
+def test_of_many_drawings_the_last_50_wait_to_be_scored(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion, submitted = Champion(model, Identity(**lineage), {}, reference), []
-    batcher: Any = SimpleNamespace(num_waiting=1, submit=submitted.append)
-    watch = watching(tmp_path, batcher, champion)
-    draw(watch, champion, *drawings(2 * SCORE_EVERY, seed=3))
-    assert submitted == []
-    batcher.num_waiting = 0
-    draw(watch, champion, *drawings(1, seed=4))
-    assert len(submitted) == 1
-    submitted[0].done.set_result([1.0])
-    assert len(submitted) == 2
+    watch = watching(tmp_path, SimpleNamespace(submit=submitted.append), champion)
+    draw(watch, champion, *drawings(52 * SCORE_EVERY, seed=3))
+    assert [score.done.cancelled() for score in submitted] == [True] * 2 + [False] * 50
+    watch._champions._loaded.clear()
+    watch.forget()
+    assert all(score.done.cancelled() for score in submitted), "nobody is to be told"
 
 
 def test_a_score_that_fails_is_logged_and_the_next_one_is_begun(model, reference, tmp_path, caplog):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion, submitted = Champion(model, Identity(**lineage), {}, reference), []
-    batcher: Any = SimpleNamespace(num_waiting=0, submit=submitted.append)
-    watch = watching(tmp_path, batcher, champion)
+    watch = watching(tmp_path, SimpleNamespace(submit=submitted.append), champion)
     draw(watch, champion, *drawings(2 * SCORE_EVERY, seed=3))
-    submitted[0].done.set_exception(ValueError("out of order"))
+    first, second = submitted
+    first.done.set_exception(ValueError("out of order"))
     assert "a drawing of strokes could not be scored" in caplog.text
     assert "out of order" in caplog.text
-    assert len(submitted) == 2
+    second.done.set_result([1.0])
+    assert watch.describe()["strokes"]["drift"]["bits_per_dim"]["in_window"] == 1
 
 
 def test_a_challenger_without_labels_scores_drawings_that_have_one(tmp_path):
@@ -159,7 +184,7 @@ def test_a_challenger_for_other_images_or_labels_scores_nothing(model, reference
         Champion(network, Identity(**lineage | {"version": str(i)}), {}, reference)
         for i, network in enumerate(networks)
     )
-    batcher: Any = SimpleNamespace(num_waiting=0, submit=submitted.append)
+    batcher: Any = SimpleNamespace(submit=submitted.append)
     draw(watching(tmp_path, batcher, champion, challenger), champion, *drawings(SCORE_EVERY, seed=3))
     assert [score.models for score in submitted] == [[champion]], "its own score is not lost"
 
@@ -194,7 +219,7 @@ def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fas
 def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, reference)
-    busy: Any = SimpleNamespace(num_waiting=1)  # nothing is scored
+    busy: Any = SimpleNamespace(submit=lambda score: None)  # nothing is scored
     watch = watching(tmp_path, busy, champion)
     levels, known = drawings(WINDOW, seed=3)
     draw(watch, champion, levels[:1], torch.zeros_like(known[:1]))
@@ -208,7 +233,7 @@ def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, referenc
 def test_who_began_with_the_last_champion_takes_nothing_from_the_next(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     last, now = (Champion(model, Identity(**lineage | {"version": v}), {}, reference) for v in "12")
-    watch = watching(tmp_path, SimpleNamespace(num_waiting=1), now)
+    watch = watching(tmp_path, SimpleNamespace(submit=lambda score: None), now)
     draw(watch, now, *drawings(3, seed=3))
     draw(watch, last, *drawings(1, seed=4))
     told = watch.describe()["strokes"]
@@ -219,7 +244,7 @@ def test_two_challengers_are_not_mixed_and_one_difference_has_no_interval(model,
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion, *others = (Champion(model, Identity(**lineage | {"version": v}), {}, reference) for v in "123")
     bits = {"1": 1.0, "2": 0.5, "3": 2.0}
-    batcher: Any = SimpleNamespace(num_waiting=0)
+    batcher: Any = SimpleNamespace()
     batcher.submit = lambda job: job.done.set_result([bits[one.identity.version] for one in job.models])
     watch = watching(tmp_path, batcher, champion)
     for other in others:

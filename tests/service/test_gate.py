@@ -141,7 +141,7 @@ def test_beyond_the_requests_in_flight_all_are_refused_at_once(monkeypatch):
         go.set()
         await asyncio.gather(*tasks)
         assert [c.sent[0]["status"] for c in connections[:2]] == [200, 200]
-        assert app.num_active == 0
+        assert not app.active
 
     asyncio.run(run())
 
@@ -164,7 +164,7 @@ def test_beyond_a_clients_own_requests_it_alone_is_refused(monkeypatch):
         go.set()
         await asyncio.gather(*tasks)
         assert [c.sent[0]["status"] for c in (*connections[:2], *connections[3:])] == [200] * 4
-        assert not app._active_of, "nobody is remembered"
+        assert not app.active, "nobody is remembered"
 
     asyncio.run(run())
 
@@ -210,7 +210,7 @@ def test_a_client_that_leaves_ends_its_request():
         connection.left.set()
         await asyncio.wait_for(task, 5)
         assert ended == [True]
-        assert app.num_active == 0
+        assert not app.active
         assert connection.sent[0]["status"] == 499, "or the log would call it a failure of the service"
 
     asyncio.run(run())
@@ -253,7 +253,7 @@ def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch, caplog):
         connection.body.set()
         await asyncio.wait_for(app(connection.scope, connection.receive, connection.send), 5)
         assert len(connection.sent) == 3
-        assert app.num_active == 0
+        assert not app.active
 
     asyncio.run(run())
     assert "a client took nothing for" in caplog.text

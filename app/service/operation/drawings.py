@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from app.service.batching import Batcher, Job
+from app.service.batching import IDLE_LANE, Batcher, Job
 from app.service.champions import Champion, Champions
 from app.service.jobs import SamplingJob
 from app.service.metrics import metrics
 from app.service.operation.drift import SCORE_EVERY, STATISTICS, WINDOW, Drift, Paired, drifts_from
 from app.service.settings import settings
-from app.service.wire import RequestError
 from pixelcnn.completion import drawing_bits_per_dim, shares_of_drawing
 
 logger = logging.getLogger("bentoml.pixelcnn")
@@ -31,11 +30,12 @@ class _Score(Job):
 
     def __init__(self, endpoint: str, finished: SamplingJob, models: list[Champion]) -> None:
         assert finished.levels is not None
-        self.endpoint, self.dataset, self.models = endpoint, finished.request.dataset, models
+        self.endpoint, self.models = endpoint, models
         # Copies of the first image: what else its call has computed is not kept until there is time.
         self.levels, self.observed = finished.levels[:1].clone(), finished.observed[:1].clone()
         self.label = None if finished.label is None else finished.label[:1]
-        super().__init__("drawings", object(), 1)
+        super().__init__(IDLE_LANE, object(), 1)
+        self.client = finished.request.dataset  # datasets take turns
 
     def answer(self) -> list[float]:
         labels = [self.label if one.model.config.num_labels else None for one in self.models]  # some know none
@@ -51,7 +51,7 @@ class _Watched:
     champion: Champion
     drifts: dict[str, Drift]  # none where it came without a reference, or with too small a one
     num_drawings: int = 0
-    unscored: deque[_Score] = field(default_factory=lambda: deque(maxlen=MAX_UNSCORED))
+    unscored: deque[_Score] = field(default_factory=deque)  # the oldest first
     since: str | None = None  # when the present drift was found, ISO 8601
     challenger: Champion | None = None
     paired: Paired = field(default_factory=Paired)
@@ -123,16 +123,15 @@ class Drawings:
     def __init__(self, batcher: Batcher, champions: Champions) -> None:
         self._batcher, self._champions = batcher, champions
         self._watched: dict[str, _Watched] = {}
-        self._score: _Score | None = None  # the last that was begun
         self._lock = threading.Lock()  # shares come from the event loop, scores from their lane
 
     def completed(self, endpoint: str, job: SamplingJob) -> None:
         """Take a request that was answered, unless its champion is served no more."""
-        dataset, champion = job.request.dataset, job.champion
+        dataset, champion, config = job.request.dataset, job.champion, job.champion.model.config
         is_blank = not bool(job.observed[0].any())
         if not settings.watch or is_blank or champion is not self._champions.find(dataset):
             return
-        shares = shares_of_drawing(job.image[:1], job.observed[:1], champion.model.config.num_levels)
+        shares = shares_of_drawing(job.image[:1], job.observed[:1], config.num_levels)
         with self._lock:
             watched = self._watched.get(dataset)
             if watched is None or watched.champion is not champion:
@@ -142,40 +141,31 @@ class Drawings:
                 metrics().drawn_share.labels(dataset, name).observe(value.item())
                 watched.add(name, value.item())
             watched.num_drawings += 1
-            if watched.num_drawings % SCORE_EVERY == 0:
-                found = self._champions.find(dataset, "challenger")
-                others = [found] if found and _can_challenge(found, champion) else []
-                watched.unscored.append(_Score(endpoint, job, [champion, *others]))
-        self._score_next()
-
-    def _score_next(self) -> None:
-        """Score a drawing of the dataset that has most of them, unless one is being scored or a request waits."""
-        with self._lock:
-            unscored = max((watched.unscored for watched in self._watched.values()), key=len, default=None)
-            is_free = self._score is None or self._score.done.done()
-            if not unscored or not is_free or self._batcher.num_waiting:
+            if watched.num_drawings % SCORE_EVERY:
                 return
-            score = self._score = unscored.popleft()
+            models, found = [champion], self._champions.find(dataset, "challenger")
+            if found and found.identity != champion.identity and found.model.config.for_same_images(config):
+                models.append(found)
+            score = _Score(endpoint, job, models)
+            while watched.unscored and (len(watched.unscored) == MAX_UNSCORED or watched.unscored[0].done.done()):
+                watched.unscored.popleft().done.cancel()
+            watched.unscored.append(score)
         score.done.add_done_callback(lambda _: self._scored(score))
-        try:
-            self._batcher.submit(score)
-        except RequestError:  # the queue is full
-            score.done.cancel()
+        self._batcher.submit(score)
 
     def _scored(self, score: _Score) -> None:
         if score.done.cancelled():
             return
         if error := score.done.exception():
-            logger.error("a drawing of %s could not be scored.", score.dataset, exc_info=error)
-        else:
-            champion, *others = score.models
-            bits = score.done.result()
-            with self._lock:
-                watched = self._watched.get(score.dataset)
-                if watched is not None and watched.champion is champion:
-                    metrics().drawn.labels(score.endpoint, score.dataset).observe(bits[0])
-                    watched.add_score(others[0] if others else None, bits)
-        self._score_next()
+            logger.error("a drawing of %s could not be scored.", score.client, exc_info=error)
+            return
+        champion, *others = score.models
+        bits = score.done.result()
+        with self._lock:
+            watched = self._watched.get(score.client)
+            if watched is not None and watched.champion is champion:
+                metrics().drawn.labels(score.endpoint, score.client).observe(bits[0])
+                watched.add_score(others[0] if others else None, bits)
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers."""
@@ -188,10 +178,6 @@ class Drawings:
             for dataset, watched in list(self._watched.items()):
                 if watched.champion is not self._champions.find(dataset):
                     del self._watched[dataset]
+                    for score in watched.unscored:
+                        score.done.cancel()
                     _tell(dataset, None)
-
-
-def _can_challenge(challenger: Champion, champion: Champion) -> bool:
-    """Say whether it is another version, for the same images and labels."""
-    is_other = challenger.identity != champion.identity
-    return is_other and challenger.model.config.for_same_images(champion.model.config)

@@ -4,10 +4,9 @@ import asyncio
 import logging
 import signal
 import threading
+from collections.abc import Callable, Collection
 from typing import Any
 
-from app.service.champions import Champions
-from app.service.metrics import metrics
 from app.service.settings import settings
 
 logger = logging.getLogger("bentoml.pixelcnn")
@@ -15,39 +14,29 @@ logger = logging.getLogger("bentoml.pixelcnn")
 draining = threading.Event()  # set by SIGTERM
 
 
-class Readiness:
-    """What /readyz answers. From SIGTERM on it says no, for `drain_s`; only then uvicorn learns of the signal."""
+def why_not_ready(served: Collection[str]) -> str:
+    """Return in a sentence why no request is to be sent here, given the datasets that are served; empty if they are."""
+    if draining.is_set():
+        return "the service is about to end: send requests to another one."
+    missing = [name for name in settings.datasets if name not in served]
+    if served and not missing:
+        return ""
+    names = ", ".join(missing) or "any dataset"
+    return f"no champion of {names} is served: promote a model, or see in the log why it was refused."
 
-    def __init__(self, champions: Champions) -> None:
-        self.champions = champions
 
-    def reason(self) -> str:
-        """Return why no request is to be sent here, in a sentence; empty while they are."""
-        if draining.is_set():
-            return "the service is about to end: send requests to another one."
-        served = self.champions.describe()
-        missing = [name for name in settings.datasets if name not in served]
-        if served and not missing:
-            return ""
-        names = ", ".join(missing) or "any dataset"
-        return f"no champion of {names} is served: promote a model, or see in the log why it was refused."
+def drain_on_sigterm(on_drain: Callable[[], None]) -> None:
+    """Tell `on_drain` of the signal at once, and uvicorn, whose handler must be set by now, only after `drain_s`."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # a client of the tests, whose process has its own way to end
+    end: Any = signal.getsignal(signal.SIGTERM)
+    loop = asyncio.get_running_loop()
 
-    def tell(self) -> None:
-        """Set the metric."""
-        metrics().ready.set(not self.reason())
+    def drain() -> None:
+        if not draining.is_set():
+            draining.set()
+            on_drain()
+            logger.info("not ready from now on; requests are answered for another %d s.", settings.drain_s)
+            loop.call_later(settings.drain_s, end, signal.SIGTERM, None)
 
-    def drain_on_sigterm(self) -> None:
-        """Take the signal in uvicorn's place. To be called in the event loop, after uvicorn has set its handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # a client of the tests, whose process has its own way to end
-        end: Any = signal.getsignal(signal.SIGTERM)
-        loop = asyncio.get_running_loop()
-
-        def drain() -> None:
-            if not draining.is_set():
-                draining.set()
-                self.tell()
-                logger.info("not ready from now on; requests are answered for another %d s.", settings.drain_s)
-                loop.call_later(settings.drain_s, end, signal.SIGTERM, None)
-
-        signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(drain))
+    signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(drain))

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.service.metrics import metrics
@@ -56,7 +57,7 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        sent = dict(scope["headers"]).get(ID_HEADER.encode(), b"").decode("latin-1")
+        sent = Headers(scope=scope).get(ID_HEADER, "")
         line: dict[str, Any] = {"request_id": sent if ID.fullmatch(sent) else secrets.token_hex(8)}
         line |= {"method": scope["method"], "path": scope["path"][:MAX_PATH]}
         line_of_request.set(line)
@@ -67,10 +68,10 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message["headers"], (ID_HEADER.encode(), line["request_id"].encode())]
+                headers = MutableHeaders(scope=message)
+                headers[ID_HEADER] = line["request_id"]
                 if draining.is_set():  # the next request of this connection is for another service
-                    headers.append((b"connection", b"close"))
-                message = {**message, "headers": headers}
+                    headers["connection"] = "close"
             await send(message)
 
         try:
