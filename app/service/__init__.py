@@ -1,9 +1,8 @@
 """The HTTP service, a program of its own: it shares the wire format with the canvas, and no code.
 
 This is its one place that imports private modules of BentoML. Usage reports are off unless BENTOML_DO_NOT_TRACK asks
-for them; but `bentoml serve` has read that variable, and cached it, before it imports this. Its processes count for
-/metrics in a folder that BentoML has one of per model store, and empties at each start: two services that serve one
-store would lose their counts. Here each `bentoml serve` has its own, and takes it away.
+for them; but `bentoml serve` has cached that variable before it imports this. BentoML counts for /metrics in one folder
+per model store, which each start empties; here each `bentoml serve` has its own folder, and takes it away.
 """
 
 import logging

@@ -38,7 +38,6 @@ from pixelcnn.sampling.fast import set_sampler_threads
 logger = logging.getLogger("bentoml.pixelcnn")
 
 MAX_BATCH_IMAGES = 36  # of requests that share a call: nine endings for four canvases take half the processor time
-SWITCH_INTERVAL_S = 0.0005
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -77,21 +76,20 @@ class PixelCNNService:
 
     def __init__(self) -> None:
         set_sampler_threads(settings.threads)
-        released = released_by_dataset() if settings.released else {}
-        self.champions = Champions(store_folder(), released, self._look)
+        self.champions = Champions(store_folder(), self._look)
         self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue)
         self.drawings = Drawings(self.batcher, self.champions)
 
     @bentoml.on_startup
     def start(self) -> None:
         """Load the champions before the first request."""
-        self.champions.start()
+        self.champions.start(released_by_dataset() if settings.released else {})
         drain_on_sigterm(self._look)
         # gc.freeze(): full collections of all that is loaded would stall the event loop for about 100 ms.
         gc.collect()
         gc.freeze()
         # Threads that compute in Python would otherwise keep the event loop waiting for 5 ms at a time.
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        sys.setswitchinterval(0.0005)
 
     @bentoml.on_shutdown
     def shut_down(self) -> None:
@@ -205,8 +203,7 @@ class PixelCNNService:
     async def generate(self, request: wire.GenerateRequest, /) -> wire.GenerateAnswer:
         """Sample whole images."""
         job = SamplingJob(self._champion(request.dataset), request)
-        answer: wire.GenerateAnswer = await self._answer("generate", request.dataset, job)
-        return answer
+        return cast(wire.GenerateAnswer, await self._answer("generate", request.dataset, job))
 
     @bentoml.api
     async def likelihood(self, request: wire.LikelihoodRequest, /) -> wire.LikelihoodAnswer:

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from http import HTTPStatus
+from dataclasses import dataclass, field
 from typing import Any
 
 from app.service.metrics import metrics
@@ -26,18 +26,18 @@ IDLE_LANE = "drawings"  # its jobs are no requests, and wait until none waits
 MAX_CLIENTS = 1024  # whose last turns are remembered
 
 
+@dataclass(eq=False)
 class Job:
     """A request that waits for its computation; cancelling the future `done` drops it."""
 
-    def __init__(self, lane: str, key: Hashable, num_images: int) -> None:
-        self.lane = lane  # its jobs are computed one call after the other
-        self.key = key  # jobs of a lane with equal keys can share a call
-        self.num_images = num_images  # what it adds to a call
-        self.on_call: Callable[[], None] = lambda: None  # told when its call begins
-        self.client = ""  # whose turn it takes
-        self.num_calls = 0  # that it took part in
-        self.not_before = 0.0  # time.monotonic() of its next call, at the earliest
-        self.done: Future[Any] = Future()
+    lane: str  # its jobs are computed one call after the other
+    key: Hashable = field(default_factory=object)  # jobs of a lane with equal keys can share a call
+    num_images: int = 1  # what it adds to a call
+    client: str = ""  # whose turn it takes
+    on_call: Callable[[], None] = lambda: None  # told when its call begins
+    num_calls: int = 0  # that it took part in
+    not_before: float = 0.0  # time.monotonic() of its next call, at the earliest
+    done: Future[Any] = field(default_factory=Future)
 
     @staticmethod
     def run_together(jobs: list[Any]) -> None:
@@ -62,15 +62,11 @@ class Job:
 
 
 class Batcher:
-    """The waiting jobs, and the threads that compute them, one for each lane.
-
-    Args:
-        max_images: of a call with several jobs; a larger job is computed alone.
-        max_waiting: jobs that may wait, in all lanes together.
-    """
+    """The waiting jobs, and the threads that compute them, one for each lane."""
 
     def __init__(self, max_images: int, max_waiting: int) -> None:
-        self.max_images, self.max_waiting = max_images, max_waiting
+        self.max_images = max_images  # of a call with several jobs; a larger job is computed alone
+        self.max_waiting = max_waiting  # requests, in all lanes together
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
         self._turns: dict[str, int] = {}  # of each client, the number of its last turn, the oldest first
@@ -84,16 +80,11 @@ class Batcher:
         return sum(job.lane != IDLE_LANE for job in self._waiting)
 
     def submit(self, job: Job) -> None:
-        """Queue a job; its `done` resolves when it is computed.
-
-        Raises:
-            RequestError: too many wait (429); the job is not taken.
-        """
+        """Queue a job, whose `done` resolves when it is computed; RequestError (429) if too many wait already."""
         with self._changed:
             if self._closed or (self.num_waiting >= self.max_waiting and job.lane != IDLE_LANE):
                 raise RequestError(
-                    f"{self.num_waiting} requests wait already: send this one again in a few seconds.",
-                    HTTPStatus.TOO_MANY_REQUESTS,
+                    f"{self.num_waiting} requests wait already: send this one again in a few seconds.", 429
                 )
             if job.lane not in self._lanes:
                 threading.Thread(target=self._work, args=(job.lane,), name=f"lane-{job.lane}", daemon=True).start()

@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import bentoml
@@ -60,13 +60,9 @@ class Champion:
 
 
 def check_files(folder: Path, metadata: dict[str, Any]) -> None:
-    """Check that a model's folder holds plain files of the known kinds, those that were promoted.
+    """Raise ValueError unless a model's folder holds plain files of the known kinds, those that were promoted.
 
-    Args:
-        metadata: where `manifest_sha256` is the SHA-256 of the rest and of each file's SHA-256, as JSON.
-
-    Raises:
-        ValueError: it does not.
+    In `metadata`, `manifest_sha256` is the SHA-256 of the rest and of each file's SHA-256, as JSON.
     """
     if folder.is_symlink() or folder.parent.is_symlink():
         raise ValueError("its folder is a link: put the model itself into the store.")
@@ -96,12 +92,7 @@ def load_champion(folder: Path) -> Champion:
 
 
 def load_released(dataset: str, folder: Path) -> Champion:
-    """Load a checkpoint that no registry knows: its version is `released`.
-
-    Raises:
-        ValueError: it is damaged, or does not say what it is.
-        OSError: its files cannot be read.
-    """
+    """Load a checkpoint that no registry knows, as version `released`; the errors are those of `load_champion`."""
     lineage = dict.fromkeys(Identity.model_fields, "") | json.loads((folder / SCORES_FILE).read_text())
     named = {"name": NAME_PREFIX + dataset, "version": RELEASED, "weights_sha256": sha256_of(folder / WEIGHTS_FILE)}
     return _champion(folder, lineage | named, {})
@@ -138,7 +129,7 @@ def _champion(folder: Path, metadata: dict[str, Any], reference: dict[str, list[
 
 
 def released_by_dataset() -> dict[str, Path]:
-    """Return each dataset's best released weights, the likeliest on its validation images."""
+    """Return the folder of each dataset's best released weights, the likeliest on its validation images."""
     scores = {folder: json.loads((folder / SCORES_FILE).read_text()) for folder in released().values()}
     worst_first = sorted(scores, key=lambda folder: -scores[folder]["validation/nll_nats"])
     return {scores[folder]["dataset"]: folder for folder in worst_first}
@@ -147,11 +138,10 @@ def released_by_dataset() -> dict[str, Path]:
 def store_folder() -> Path:
     """Return where the models are: in BENTOML_HOME, or else in `.bentoml` of this folder, where a promotion puts them.
 
-    A Bento without BENTOML_HOME has them where `bentoml import` put it and them.
-
     Raises:
         BentoMLConfigException: the environment that PIXELCNN_ENVIRONMENT names is unknown, or has another store.
     """
+    # A Bento without BENTOML_HOME has them where `bentoml import` put it and them.
     default = "~/bentoml" if BENTO_FILE.exists() else ".bentoml"
     try:
         home = setting("BENTOML_HOME", "store") or default
@@ -164,10 +154,7 @@ class _PinnedModel(BentoModel):
     """A served model that a Bento which is built now pins and holds, by version and hash."""
 
     def to_info(self, alias: str | None = None) -> Any:
-        """Describe it to a build.
-
-        Where BentoML's own commands look for another store than ours, it is copied there: `bentoml export` reads it.
-        """
+        # Where BentoML's own commands look for another store than ours, it is copied there: `bentoml export` reads it.
         served = store_folder() / self.tag.path()
         if self.stored is None:
             bentoml.Model.from_path(served).save()
@@ -206,35 +193,28 @@ class Champions:
 
     A request keeps the champion it began with. A new model that cannot be loaded is logged, and tried again at growing
     intervals, for a disk or a network may have failed for a moment; the old one is served meanwhile.
-
-    Args:
-        folder: of the store's models.
-        released: checkpoints, by dataset, to serve from the start until the store has a champion.
-        on_poll: called each time that the store was looked through.
     """
 
-    def __init__(
-        self, folder: Path, released: Mapping[str, Path] | None = None, on_poll: Callable[[], None] = lambda: None
-    ) -> None:
-        self.folder, self._released, self._on_poll = folder, released or {}, on_poll
+    def __init__(self, folder: Path, on_poll: Callable[[], None] = lambda: None) -> None:
+        self.folder = folder  # of the store's models
+        self._on_poll = on_poll  # called each time that the store was looked through
         self._loaded: dict[tuple[str, str], Champion] = {}  # by dataset and role
         self._attempts: dict[tuple[str, str], _Attempt] = {}
         self._is_unreadable = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
 
-    def start(self) -> None:
-        """Load what is there, then poll the store about once a second.
-
-        Where the store has nothing, the sampler is compiled before its first champion comes; beside released weights,
-        which are served at once, aside.
-        """
+    def start(self, released: Mapping[str, Path] = MappingProxyType({})) -> None:
+        """Load what is there, then poll the store about once a second; `released` checkpoints, by dataset, are served
+        where it has no champion, until it has one."""
         self.refresh()
-        if not self._loaded and self._released:
+        # Where the store has nothing, the sampler is compiled before its first champion comes; in a process aside
+        # for released weights, which are served at once.
+        if not self._loaded and released:
             compile_in_background()
         elif not self._loaded:
             threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
-        for dataset, folder in self._released.items():
+        for dataset, folder in released.items():
             if not self.find(dataset):
                 try:
                     self._put(dataset, "champion", load_released(dataset, folder))
@@ -245,8 +225,7 @@ class Champions:
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
@@ -257,17 +236,13 @@ class Champions:
                 logger.exception("the model store could not be looked through")
 
     def get(self, dataset: str) -> Champion:
-        """Return the champion of a dataset.
-
-        Raises:
-            RequestError: there is none (404).
-        """
+        """Return the champion of a dataset; RequestError (404) if there is none."""
         if champion := self.find(dataset):
             return champion
         raise RequestError(
             f"there is no champion for dataset {quoted(dataset)} (served: {', '.join(self.describe()) or 'none'}): "
             "promote a model first, python -m pipelines.steps promote DATASET.",
-            HTTPStatus.NOT_FOUND,
+            404,
         )
 
     def find(self, dataset: str, role: str = "champion") -> Champion | None:

@@ -33,13 +33,11 @@ class Gate:
     """Admit requests within bounds; give every error the form `{"error": sentence}`.
 
     A client that disconnects cancels its request: nothing is computed that nobody waits for.
-
-    Args:
-        token: what the header `Authorization: Bearer ...` must hold, health checks apart; empty for an open service.
     """
 
     def __init__(self, app: ASGIApp, token: str = "") -> None:
-        self.app, self.token = app, token
+        self.app = app
+        self.token = token  # of the header `Authorization: Bearer ...`, health checks apart; empty for an open service
         self.active: Counter[str] = Counter()  # requests in flight of each client that has any
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,7 +1,7 @@
 """From the wire to tensors and back: what a request says of an image, checked against its champion's `ModelConfig`."""
 
 import base64
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,11 +42,7 @@ def _read_levels(
 
 
 def read_observed(value: Any, config: ModelConfig) -> Tensor:
-    """Return the field `observed` as (1, 1, H, W) bool.
-
-    Raises:
-        RequestError: it is not H x W of 0 and 1.
-    """
+    """Return the field `observed` as (1, 1, H, W) bool; RequestError if it is not H x W of 0 and 1."""
     return _read_levels("observed", value, config.image_shape[1:], 2, "0 or 1").bool()[None, None]
 
 
@@ -80,8 +76,7 @@ def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) 
 def read_label(label: int | None, config: ModelConfig, num_images: int = 1) -> Tensor | None:
     """Return the field `label` as (num_images,) int64, -1 for none; None for a model without labels.
 
-    Raises:
-        RequestError: the model does not know this label.
+    RequestError if the model does not know it.
     """
     label = -1 if label is None else label
     if label >= 0 and config.num_labels == 0:
@@ -93,5 +88,4 @@ def read_label(label: int | None, config: ModelConfig, num_images: int = 1) -> T
 
 def to_lists(levels: Tensor) -> list[Any]:
     """Return (B, C, H, W) levels as B nested lists, H x W or H x W x 3."""
-    nested: list[Any] = (levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)).tolist()
-    return nested
+    return cast(list[Any], (levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)).tolist())

@@ -28,9 +28,8 @@ SHORT_CALL = 1e10  # sub-pixels times parameters: less than a tenth of a second 
 
 def noise(seed: int, num_images: int, image_shape: tuple[int, int, int]) -> Tensor:
     """Return (B, C, H, W) uniform noise; image i depends on (seed, i) alone, not on how many were asked for."""
-    return torch.stack(
-        [torch.rand(image_shape, generator=generator_for(seed, i), dtype=torch.float64) for i in range(num_images)]
-    )
+    generators = (generator_for(seed, i) for i in range(num_images))
+    return torch.stack([torch.rand(image_shape, generator=one, dtype=torch.float64) for one in generators])
 
 
 class _NobodyWaits(Exception):
@@ -43,14 +42,11 @@ def _leave_if_nobody_waits(jobs: list["SamplingJob"]) -> None:
 
 
 class SamplingJob(Job):
-    """A checked request for completions, or for whole images: those of which nothing is observed.
+    """A request for completions, or for whole images, of which nothing is observed; RequestError if it does not fit.
 
     Args:
         on_row: called from the sampling thread with each finished row's number and levels, (num_samples, C, W); what
             it raises fails this job.
-
-    Raises:
-        RequestError: the request does not fit the champion.
     """
 
     def __init__(self, champion: Champion, request: wire.GenerateRequest, on_row: OnRow | None = None) -> None:
@@ -122,7 +118,6 @@ class SamplingJob(Job):
             job.key, job.levels, job.score = object(), levels[part], functools.partial(score, part)
 
     def answer(self) -> wire.CompleteAnswer | wire.GenerateAnswer:
-        """Return the answer to this request, whose images are drawn."""
         assert self.levels is not None
         assert self.score is not None
         images, log_probs = to_lists(self.levels), self.score(lambda *_: _leave_if_nobody_waits([self])).tolist()
@@ -133,21 +128,16 @@ class SamplingJob(Job):
 
 
 class LikelihoodJob(Job):
-    """A checked request for a likelihood. Scores share no call: torch promises no equal bits in a larger batch.
-
-    Raises:
-        RequestError: the request does not fit the champion.
-    """
+    """A request for a likelihood; RequestError if it does not fit the champion."""
 
     def __init__(self, champion: Champion, request: wire.LikelihoodRequest) -> None:
-        self.champion = champion
-        config = champion.model.config
+        self.champion, config = champion, champion.model.config
         self.levels, self.label = read_image(request.image, config), read_label(request.label, config)
-        super().__init__("likelihood", object(), 1)
+        # It shares no call: torch promises no equal bits in a larger batch.
+        super().__init__("likelihood")
 
     @torch.inference_mode()
     def answer(self) -> wire.LikelihoodAnswer:
-        """Return the answer to this request."""
         nats = -pixel_log_prob(self.champion.model, self.levels, self.label)[0].double()  # (C, H, W)
         total = nats.sum().item()
         return wire.LikelihoodAnswer(

@@ -57,10 +57,8 @@ def _for_dataset(request: dict[str, Any], name: str, dataset: str, about: dict[s
         known = {"type": "integer", "minimum": 0, "maximum": about["levels"] - 1}
         level = {"type": "integer"} if "observed" in properties else known
         png = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png", "minLength": 1}
-        properties["image"] = {
-            "description": properties["image"]["description"],
-            "oneOf": [_nested(size + [channels] * (channels > 1), level), png],
-        }
+        shape = size if channels == 1 else [*size, channels]
+        properties["image"] = {**properties["image"], "oneOf": [_nested(shape, level), png]}
     if "observed" in properties:
         bit = {"type": "integer", "minimum": 0, "maximum": 1}
         properties["observed"] = {**properties["observed"], **_nested(size, bit)}

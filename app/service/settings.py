@@ -13,8 +13,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr, TypeAdapter,
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-SHARE = "OTEL_TRACES_SAMPLER_ARG"
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # one that is set switches traces on
+SHARE = "OTEL_TRACES_SAMPLER_ARG"  # the part of the requests, from 0 to 1; all by default
 HEALTH_CHECKS = ("/healthz", "/livez", "/readyz")  # answered without the token
 QUIET = (*HEALTH_CHECKS, "/metrics")  # neither logged nor traced
 
@@ -53,11 +53,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings from the environment.
-
-    Raises:
-        BentoMLConfigException: a variable holds something else than it may; `bentoml serve` prints the sentence.
-    """
+    """Read the settings; BentoMLConfigException if one may not be so, whose sentence `bentoml serve` prints."""
     try:
         return Settings()
     except ValidationError as error:
@@ -68,11 +64,7 @@ def load_settings() -> Settings:
 
 
 def tracing() -> dict[str, Any]:
-    """Return BentoML's setting `tracing`: an endpoint switches it on, `SHARE` is the share of requests, all by default.
-
-    Raises:
-        BentoMLConfigException: an endpoint is set, but the share is no number from 0 to 1, or the exporter is missing.
-    """
+    """Return BentoML's setting `tracing`; BentoMLConfigException if the share is none, or the exporter is missing."""
     endpoint = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     if endpoint is None:
         return {"excluded_urls": ".*"}

@@ -22,8 +22,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
 class RequestError(BentoMLException):
     """What is wrong with a request, in one sentence for whoever sent it."""
 
-    def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
-        super().__init__(message, error_code=status)
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message, error_code=HTTPStatus(status))
 
 
 def quoted(value: Any) -> str:
@@ -52,20 +52,15 @@ def _sentence(error: ValidationError, known: str) -> str:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return a request's body, counted as it arrives: a chunked one states no length.
-
-    Raises:
-        RequestError: it is larger than `max_body_bytes` (413), or takes longer than `body_timeout_s` (408).
-    """
+    """Return a request's body; RequestError if it is larger than `max_body_bytes`, or takes `body_timeout_s`."""
     limit = settings.max_body_bytes
     too_large = RequestError(
-        f"the request must have at most {limit} bytes: send one image, as levels or as a PNG.",
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"the request must have at most {limit} bytes: send one image, as levels or as a PNG.", 413
     )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise too_large
-    body = bytearray()
+    body = bytearray()  # counted as it arrives: a chunked one states no length
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
@@ -74,8 +69,7 @@ async def read_body(request: Request) -> bytes:
                     raise too_large
     except TimeoutError:
         raise RequestError(
-            f"the request took longer than {settings.body_timeout_s} s to arrive: send it anew, in one go.",
-            HTTPStatus.REQUEST_TIMEOUT,
+            f"the request took longer than {settings.body_timeout_s} s to arrive: send it anew, in one go.", 408
         ) from None
     return bytes(body)
 
@@ -111,17 +105,12 @@ class ApiRequest(bentoml.IODescriptor):
 
     @classmethod
     async def from_http_request(cls, request: Request, serde: object) -> Self:
-        """Read and check a request; BentoML calls this in place of its own reader.
-
-        Raises:
-            RequestError: it is not JSON (415, 400), too large (413), too slow (408), or a field is wrong (400).
-        """
+        """Read and check a request; BentoML calls this in place of its own reader. RequestError says what is wrong."""
         known = ", ".join(cls.model_fields)
         content_type = request.headers.get("content-type", "")
         if content_type.split(";")[0].strip().lower() != "application/json":
             raise RequestError(
-                f"the request must have the header Content-Type: application/json, got {quoted(content_type)}.",
-                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                f"the request must have the header Content-Type: application/json, got {quoted(content_type)}.", 415
             )
         body = await read_body(request)
         await _wait_for_turn()

@@ -17,7 +17,7 @@ from torch import Tensor
 from app.service.batching import Batcher, Job
 from app.service.champions import Champion, Champions
 from app.service.operation.drawings import Drawings
-from app.service.operation.drift import LOOKED_AT, SCORE_EVERY, WINDOW, Drift, Paired, distance, drifts_from, limit
+from app.service.operation.drift import LOOKED_AT, SCORE_EVERY, WINDOW, Drift, Paired, distance, drifts_from
 from app.service.wire import Identity
 from pipelines.registry import store
 from pixelcnn import GatedPixelCNNConfig, build_model, log_prob
@@ -273,7 +273,7 @@ def test_the_limit_keeps_the_rate_of_false_alarms_that_it_states():
     """Of windows of the reference's own distribution, none in thousands comes near the limit; shifted ones do."""
     rng = np.random.default_rng(0)
     found = [distance(rng.random(WINDOW).tolist(), rng.random(200).tolist()) for _ in range(3000)]
-    assert max(found) < limit(200)
+    assert max(found) < Drift([0.0] * 200).limit
     # The bound at a rate that can be counted: 1 % of windows at most exceed the limit for 1 % of windows.
     one_percent = np.sqrt(np.log(2 / 0.01) / 2 * (1 / WINDOW + 1 / 200))
     assert 0.001 < np.mean(np.array(found) > one_percent) <= 0.013
@@ -322,7 +322,7 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     assert told["drift"]["known_share"] == {
         "drifted": True,
         "distance": 1.0,
-        "limit": pytest.approx(limit(200)),
+        "limit": pytest.approx(Drift([0.0] * 200).limit),
         "windows": 1,
         "in_window": 0,
     }

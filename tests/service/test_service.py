@@ -633,8 +633,8 @@ def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, mo
         save_checkpoint(released[dataset], build_model(GREY), {**SCORES, **lineage, "dataset": dataset})
     (released["damaged"] / "model.safetensors").write_bytes(b"")
     (tmp_path / "bentoml/models").mkdir(parents=True)
-    champions = Champions(tmp_path / "bentoml/models", released=released)
-    champions.start()
+    champions = Champions(tmp_path / "bentoml/models")
+    champions.start(released)
     try:
         served = champions.describe()
         assert sorted(served) == ["grey", "other"]
@@ -649,8 +649,8 @@ def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, mo
     champions.refresh()
     expected = {"grey": "1", "other": "released"}
     assert {name: told["model"]["version"] for name, told in champions.describe().items()} == expected
-    again = Champions(tmp_path / "bentoml/models", released=released)
-    again.start()
+    again = Champions(tmp_path / "bentoml/models")
+    again.start(released)
     again.stop()
     assert {name: told["model"]["version"] for name, told in again.describe().items()} == expected
     # A model that is refused, and then removed, takes nothing away that it has never replaced.

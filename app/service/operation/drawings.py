@@ -30,12 +30,11 @@ class _Score(Job):
 
     def __init__(self, endpoint: str, finished: SamplingJob, models: list[Champion]) -> None:
         assert finished.levels is not None
-        self.endpoint, self.models = endpoint, models
+        self.endpoint, self.dataset, self.models = endpoint, finished.request.dataset, models
         # Copies of the first image: what else its call has computed is not kept until there is time.
         self.levels, self.observed = finished.levels[:1].clone(), finished.observed[:1].clone()
         self.label = None if finished.label is None else finished.label[:1]
-        super().__init__(IDLE_LANE, object(), 1)
-        self.client = finished.request.dataset  # datasets take turns
+        super().__init__(IDLE_LANE, client=self.dataset)  # datasets take turns
 
     def answer(self) -> list[float]:
         labels = [self.label if one.model.config.num_labels else None for one in self.models]  # some know none
@@ -112,13 +111,7 @@ def _tell(dataset: str, watched: _Watched | None) -> None:
 
 
 class Drawings:
-    """Watch the drawings that are completed.
-
-    Args:
-        batcher: computes the scores, in a lane of its own.
-        champions: what is served, and the challengers; one that is the champion itself, or for other images, does not
-            count.
-    """
+    """Watch the drawings that are completed; a challenger that is the champion, or for other images, does not count."""
 
     def __init__(self, batcher: Batcher, champions: Champions) -> None:
         self._batcher, self._champions = batcher, champions
@@ -157,14 +150,14 @@ class Drawings:
         if score.done.cancelled():
             return
         if error := score.done.exception():
-            logger.error("a drawing of %s could not be scored.", score.client, exc_info=error)
+            logger.error("a drawing of %s could not be scored.", score.dataset, exc_info=error)
             return
         champion, *others = score.models
         bits = score.done.result()
         with self._lock:
-            watched = self._watched.get(score.client)
+            watched = self._watched.get(score.dataset)
             if watched is not None and watched.champion is champion:
-                metrics().drawn.labels(score.endpoint, score.client).observe(bits[0])
+                metrics().drawn.labels(score.endpoint, score.dataset).observe(bits[0])
                 watched.add_score(others[0] if others else None, bits)
 
     def describe(self) -> dict[str, Any]:

@@ -26,12 +26,6 @@ LOOKED_AT = 500  # the number of drawings from which on a challenger's alert may
 ALPHA = 0.05  # 1 - confidence of the confidence sequence of two models' difference
 
 
-def limit(num_reference: int, size: int = WINDOW) -> float:
-    """Return the critical Kolmogorov-Smirnov distance of a window of `size` values: a larger one is drift."""
-    num_tests = len(STATISTICS) * HORIZON / WINDOW
-    return math.sqrt(math.log(2 * num_tests / FALSE_ALARMS) / 2 * (1 / size + 1 / num_reference))
-
-
 def distance(a: list[float], b: list[float]) -> float:
     """Return the largest difference of two samples' distribution functions."""
     at = np.concatenate([a, b])
@@ -52,7 +46,9 @@ class Drift:
 
     @property
     def limit(self) -> float:
-        return limit(len(self.reference), self.size)
+        """The critical Kolmogorov-Smirnov distance of a window: a larger one is drift."""
+        num_tests = len(STATISTICS) * HORIZON / WINDOW
+        return math.sqrt(math.log(2 * num_tests / FALSE_ALARMS) / 2 * (1 / self.size + 1 / len(self.reference)))
 
     def add(self, value: float) -> bool:
         """Take a value; return whether it completed a window."""
@@ -67,12 +63,7 @@ class Drift:
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers of it."""
-        told = {
-            "drifted": self.has_drifted,
-            "distance": self.distance,
-            "limit": self.limit,
-            "windows": self.num_windows,
-        }
+        told = {"drifted": self.has_drifted, "distance": self.distance, "limit": self.limit}
         return {**told, "windows": self.num_windows, "in_window": len(self.window)}
 
 

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -45,14 +45,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class RequestLog:
-    """Name, time, count and log each request: an ASGI middleware, the outermost of ours.
+    """Name, time, count and log each request: an ASGI middleware, the outermost of ours."""
 
-    Args:
-        paths: those that are counted by their name; others are one, or clients could create time series.
-    """
-
-    def __init__(self, app: ASGIApp, paths: Iterable[str]) -> None:
-        self.app, self.paths = app, frozenset(paths)
+    def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
+        self.app = app
+        self.paths = paths  # counted by their name; others are one, or clients could create time series
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
