@@ -1,7 +1,7 @@
 """From the wire to tensors and back: what a request says of an image, checked against its champion's `ModelConfig`."""
 
 import base64
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,4 +88,4 @@ def read_label(label: int | None, config: ModelConfig, num_images: int = 1) -> T
 
 def to_lists(levels: Tensor) -> list[Any]:
     """Return (B, C, H, W) levels as B nested lists, H x W or H x W x 3."""
-    return cast(list[Any], (levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)).tolist())
+    return (levels[:, 0] if levels.shape[1] == 1 else levels.permute(0, 2, 3, 1)).tolist()

@@ -52,7 +52,7 @@ def _sentence(error: ValidationError, known: str) -> str:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return a request's body; RequestError if it is larger than `max_body_bytes`, or takes `body_timeout_s`."""
+    """Return a request's body; RequestError if it has over `max_body_bytes` (413), or takes `body_timeout_s` (408)."""
     limit = settings.max_body_bytes
     too_large = RequestError(
         f"the request must have at most {limit} bytes: send one image, as levels or as a PNG.", 413
@@ -105,7 +105,10 @@ class ApiRequest(bentoml.IODescriptor):
 
     @classmethod
     async def from_http_request(cls, request: Request, serde: object) -> Self:
-        """Read and check a request; BentoML calls this in place of its own reader. RequestError says what is wrong."""
+        """Read and check a request; BentoML calls this in place of its own reader.
+
+        RequestError if it is no JSON (415, 400), too large (413), too slow (408), or a field is wrong (400).
+        """
         known = ", ".join(cls.model_fields)
         content_type = request.headers.get("content-type", "")
         if content_type.split(";")[0].strip().lower() != "application/json":
