@@ -16,7 +16,6 @@ from pipelines.promotion.rule import Candidate
 from pipelines.promotion.score import score
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import FAILED, Report
-from pipelines.registry.runs import CHAMPION
 from pipelines.registry.versions import Version
 from pipelines.stages.train import load
 from pixelcnn.data import Dataset
@@ -25,10 +24,15 @@ from pixelcnn.evaluation import format_nll
 REPORTS_FOLDER = Path("reports/promotions")
 
 
-def write_report(report: Report) -> None:
-    """Write a report as reports/promotions/DATASET.json, in one step."""
+def _write_report(report: Report) -> None:
     text = json.dumps(report, indent=2, allow_nan=False)
     atomic_write(REPORTS_FOLDER / f"{report['dataset']}.json", text + "\n")
+
+
+def _shown(report: Report) -> Report:
+    show_decision(report)
+    print(report["text"])
+    return report
 
 
 @task(name="score", persist_result=False, cache_policy=NO_CACHE)
@@ -64,10 +68,7 @@ def promote(
         if dry_run or version is not None:
             raise ValueError("`to` copies what is served here: it takes neither `version` nor `dry_run`.")
         registry.check_known(dataset)
-        report = copy_served(dataset, to, why)
-        show_decision(report)
-        print(report["text"])
-        return report
+        return _shown(copy_served(dataset, to, why))
     params = load_params()
     params.dataset(dataset)
     registered: list[str] = []
@@ -75,7 +76,7 @@ def promote(
         data = load(dataset)
         if not dry_run:
             # A registry that was lost and begun anew goes on with the champion that is served.
-            served = [] if CHAMPION in registry.aliases(dataset) else repair(dataset)
+            served = [] if registry.champion(dataset) else repair(dataset)
             registered = [*served, *register_trained(dataset)]
         report = run_promotion(dataset, data, params.promote, _score, dry_run, version, why)
     except Exception as error:
@@ -84,16 +85,16 @@ def promote(
         moved = "" if isinstance(error, UnfinishedMoveError) else "nothing moved: "
         text = f"{dataset}: {moved}{explained(error)}"
         if not dry_run:
-            write_report({"dataset": dataset, "decision": FAILED, "reason": explained(error), "text": text})
+            _write_report({"dataset": dataset, "decision": FAILED, "reason": explained(error), "text": text})
         if isinstance(error, (LookupError, ValueError)):
             raise
         raise OSError(text) from error
     report["text"] = " ".join([*registered, report["text"]])
-    if not dry_run:
-        write_report(report)
-        show_decision(report)
-    print(report["text"])
-    return report
+    if dry_run:
+        print(report["text"])
+        return report
+    _write_report(report)
+    return _shown(report)
 
 
 @flow(name="rollback", persist_result=False, log_prints=True)
@@ -106,7 +107,4 @@ def rollback(dataset: str, to: int | None = None, why: str | None = None) -> Rep
     """
     registry.check_known(dataset)
     tag_run(dataset)
-    report = run_rollback(dataset, to, why)
-    show_decision(report)
-    print(report["text"])
-    return report
+    return _shown(run_rollback(dataset, to, why))

@@ -2,14 +2,16 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from pipelines.errors import is_for_user, reason
 from pipelines.params import PromoteParams
+from pipelines.promotion.checks import check_candidate
 from pipelines.promotion.rule import Candidate, Choice, choose, corrected, differences
-from pipelines.promotion.score import MisfitError, check
+from pipelines.promotion.score import MisfitError
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import KEPT, PROMOTED, Report, versions_compared
 from pipelines.registry.runs import CHAMPION
@@ -21,26 +23,27 @@ from pixelcnn.evaluation import format_nll
 ALLOWED_NATS, ALLOWED_BITS_PER_DIM = 0.3, 0.01
 
 Scorer = Callable[[Version, Dataset, int], Candidate]
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 
 class Decision:
-    """One decision about a dataset: `report` says all of it, `chosen` is the version that is to become champion.
+    """One decision about a dataset: `report` says all of it.
 
     Args:
         data: the current prepared data; versions that were measured on others do not compete.
         only: the one version that competes, even if it was rolled back; None for all.
         scorer: `pipelines.promotion.score.score`, or the same as a task of Prefect's.
+        dry_run: say what would move.
     """
 
-    def __init__(self, dataset: str, data: Dataset, params: PromoteParams, only: int | None, scorer: Scorer) -> None:
+    def __init__(
+        self, dataset: str, data: Dataset, params: PromoteParams, only: int | None, scorer: Scorer, dry_run: bool
+    ) -> None:
         self.dataset, self.data, self.params, self.scorer = dataset, data, params, scorer
         self.by_number = {version.version: version for version in registry.versions(dataset)}
         self.champion = champion = self.by_number.get(registry.aliases(dataset).get(CHAMPION, ""))
         self.skipped: dict[str, str] = {}  # version -> why
-        self.misfits: set[str] = set()  # of them, versions for other images
         self.report: Report = {
             "dataset": dataset,
             "data_hash": data.data_hash,
@@ -53,13 +56,13 @@ class Decision:
             "served": None,
         }
         choice = self._decide(only)
-        self.chosen = self.by_number[choice.version] if choice.version else None
         self.report |= {
             "decision": PROMOTED if choice.version else KEPT,
             "reason": choice.reason,
             "new": choice.version,
             "skipped": [{"version": number, "reason": why} for number, why in self.skipped.items()],
         }
+        self.report["text"] = self._text(dry_run)
 
     def _decide(self, only: int | None) -> Choice:
         champion = self.champion
@@ -70,19 +73,22 @@ class Decision:
         if not able:
             return Choice(None, "no other version can compete" if champion else "no version can become champion")
         misfit, of_champion = "", None
-        if champion is not None and (of_champion := self._scored(champion)) is None:
-            why = self.skipped.pop(champion.version)
-            if champion.version not in self.misfits:
-                return Choice(None, f"champion version {champion.version} cannot be scored: {why}")
-            misfit = f"champion version {champion.version} cannot be compared: {why.rstrip('.')}; "
+        if champion is not None:
+            try:
+                of_champion = self._scored(champion)
+            except MisfitError as error:
+                misfit = f"champion version {champion.version} cannot be compared: {reason(error).rstrip('.')}; "
+            except Exception as error:
+                if not is_for_user(error):
+                    raise
+                return Choice(None, f"champion version {champion.version} cannot be scored: {reason(error)}")
         pool, uniform = [], math.prod(self.data.image_shape) * math.log(self.data.num_levels)
         for number, version in enumerate(able, start=1):
             logger.info("%s: version %s, %d of %d", self.dataset, version.version, number, len(able))
-            scores = self._scored(version)
-            if scores is not None and of_champion is None and scores.joint_nats.mean().item() >= uniform:
-                why = f"it is no better than the uniform distribution, {self._format(uniform)}"
-                self.skipped[version.version] = why
-            elif scores is not None:
+            with self._passing_over(version):
+                scores = self._scored(version)
+                if of_champion is None and scores.joint_nats.mean().item() >= uniform:
+                    raise ValueError(f"it is no better than the uniform distribution, {self._format(uniform)}")
                 pool.append(scores)
         choice = self._chosen(of_champion, pool)
         if misfit:
@@ -102,20 +108,18 @@ class Decision:
         self.skipped[version.version] = why
         return False
 
-    def _attempt(self, version: Version, work: Callable[[], T]) -> T | None:
-        """Return what `work` returns; or None, and why the version is passed over: the next one may be fine."""
+    @contextmanager
+    def _passing_over(self, version: Version) -> Iterator[None]:
+        """Pass over a version whose scoring or check fails, unless by a bug of ours: the next one may be fine."""
         try:
-            return work()
+            yield
         except Exception as error:
             if not is_for_user(error):
                 raise
             self.skipped[version.version] = reason(error)
-            if isinstance(error, MisfitError):
-                self.misfits.add(version.version)
-            return None
 
-    def _scored(self, version: Version) -> Candidate | None:
-        return self._attempt(version, lambda: self.scorer(version, self.data, self.params.batch_size))
+    def _scored(self, version: Version) -> Candidate:
+        return self.scorer(version, self.data, self.params.batch_size)
 
     def _chosen(self, champion: Candidate | None, pool: list[Candidate]) -> Choice:
         """Let the rule choose, and check its choice before it counts: a leak would win them all by cheating."""
@@ -128,7 +132,11 @@ class Decision:
         while True:
             choice = choose(champion, pool, confidence=confidence, num_versions=num_versions, allowance=allowance)
             self.skipped |= choice.refused
-            if choice.version is None or self._is_sound(self.by_number[choice.version]):
+            if choice.version is None:
+                break
+            with self._passing_over(chosen := self.by_number[choice.version]):
+                image = self.data.levels("validation", slice(0, 1))[0]
+                check_candidate(registry.load(chosen)[0], image, self.params.max_sample_s)
                 break
             pool = [scores for scores in pool if scores.version != choice.version]
         self.report["compared"] = sorted(compared, key=int)
@@ -143,9 +151,6 @@ class Decision:
                 self.report[f"{name}_difference"] = {"mean": difference.mean, "low": low, "high": high}
         return choice
 
-    def _is_sound(self, version: Version) -> bool:
-        return bool(self._attempt(version, lambda: check(version, self.data, self.params.max_sample_s)))
-
     def _described(self, number: str, scores: Candidate | None = None) -> dict[str, Any]:
         version = self.by_number[number]
         found: dict[str, Any] = {**version.lineage(), "pair": version.tags.get("pair", "unknown")}
@@ -158,11 +163,10 @@ class Decision:
     def _format(self, nats: float) -> str:
         return format_nll(nats, self.data.image_shape, self.data.num_levels)
 
-    def text(self, dry_run: bool = False) -> str:
-        """Return the decision in a sentence or two."""
-        what = f"nothing {'would move' if dry_run else 'moved'}"
-        if self.chosen is not None:
-            what = f"version {self.chosen.version} {'would be' if dry_run else 'is'} the new champion"
+    def _text(self, dry_run: bool) -> str:
+        what, new = f"nothing {'would move' if dry_run else 'moved'}", self.report["new"]
+        if new is not None:
+            what = f"version {new} {'would be' if dry_run else 'is'} the new champion"
         text = f"{self.dataset} ({self.data.protocol}, data {self.data.data_hash[:12]}): {what}: "
         text = f"{'dry run: ' if dry_run else ''}{text}{self.report['reason'].rstrip('.')}."
         scores = [

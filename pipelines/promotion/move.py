@@ -47,13 +47,11 @@ class UnfinishedMoveError(OSError):
 
 def explained(error: Exception) -> str:
     """Return the whole reason of an error, and which server or store it concerns if it is one's."""
-    named = {
-        "mlflow": f"MLflow at {location()}",
-        "sqlalchemy": f"MLflow's database {location()}",
-        "requests": f"MLflow at {location()}",
-        "bentoml": f"the model store in {store.home()}",
-    }.get(tool_of(error) or "")
-    return f"{named} failed ({reason(error)}). Run this again once it works." if named else reason(error)
+    tool = tool_of(error)
+    if tool not in ("bentoml", "mlflow", "requests", "sqlalchemy"):
+        return reason(error)
+    place = f"the model store in {store.home()}" if tool == "bentoml" else f"MLflow at {location()}"
+    return f"{place} failed ({reason(error)}). Run this again once it works."
 
 
 def export(version: Version, reference: Path | None = None) -> str:
@@ -72,7 +70,7 @@ def export(version: Version, reference: Path | None = None) -> str:
             folder = Path(temporary)
             checkpoint = store.checkout(tag, folder / "checkpoint") if is_there else registry.download(version, folder)
             has_reference = write_reference(checkpoint, dataset, lineage["data_hash"], reference)
-            if not is_there or has_reference:
+            if has_reference or not is_there:
                 _, scores = load_checkpoint(checkpoint)
                 more = {
                     "dataset": dataset,
@@ -81,12 +79,12 @@ def export(version: Version, reference: Path | None = None) -> str:
                     "promoted_at": store.metadata_of(tag)["promoted_at"] if is_there else _now(),
                 }
                 store.export(checkpoint, {**lineage, **more})
-            if not has_reference and not is_there:
-                logger.warning(
-                    "the data of %s that %s was trained on are not here: its drawings will not be watched for drift "
-                    "until they are, and `python -m pipelines.steps repair` has run",
-                    *(dataset, tag),
-                )
+        if not (is_there or has_reference):
+            logger.warning(
+                "the data of %s that %s was trained on are not here: its drawings will not be watched for drift until "
+                "they are, and `python -m pipelines.steps repair` has run",
+                *(dataset, tag),
+            )
     store.set_feeder(_this_registry())
     return tag
 
@@ -110,18 +108,20 @@ def check_feeder() -> None:
             f"this is a DVC experiment (on {experiment[:12]}), which registers and compares, and moves no champion: "
             "nothing moved. Promote what it made once it is applied: dvc exp apply NAME."
         )
-    this, known = _this_registry(), store.feeder()
+    this, known, whose = _this_registry(), store.feeder(), ""
     if known is None:
         strange = [tag for tag in store.served() if find_run(str(store.metadata_of(tag).get("run_id"))) is None]
-        whose = f"serves {strange[0]}, which this registry does not know" if strange else ""
+        if strange:
+            whose = f"serves {strange[0]}, which this registry does not know"
+    elif (known["at"], known["host"]) == (this["at"], this["host"]):
+        pass  # this registry, or one that was lost and begun anew
+    elif known["registry"] != this["registry"]:
+        whose = f"is fed by another registry, {known['at']} on {known['host']}"
     else:
-        at, host, here = known["at"], known["host"], known["host"] == this["host"]
-        if known["registry"] != this["registry"]:  # begun anew in the same place, or another one
-            whose = "" if at == this["at"] and here else f"is fed by another registry, {at} on {host}"
-        else:
-            renamed = here and known.get("file") == this.get("file", "") and not Path(at).exists()
-            itself = renamed or (at == this["at"] and (here or is_shared()))
-            whose = "" if itself else f"is fed by {at} on {host}, of which this registry is a copy"
+        same_file = known["host"] == this["host"] and known.get("file") == this.get("file", "")
+        is_renamed = same_file and not Path(known["at"]).exists()
+        if not is_renamed and not (known["at"] == this["at"] and is_shared()):
+            whose = f"is fed by {known['at']} on {known['host']}, of which this registry is a copy"
     if whose:
         raise LookupError(
             f"the model store {store.home()} {whose}, and this is {this['at']} on {this['host']}: nothing moved. Set "
@@ -130,19 +130,19 @@ def check_feeder() -> None:
         )
 
 
-def ensure_served(version: Version) -> tuple[str, str]:
+def ensure_served(version: Version) -> str:
     """Let the model store serve a version, if a run was cut off or the store is a new one.
 
     Returns:
-        The version's tag, and what was done, in words; none if there was nothing to do.
+        What was done, in words; none if there was nothing to do.
     """
     reference = store.folder_of(store.tag_of(version.lineage())) / REFERENCE_FILE
     had_reference = reference.exists()
     tag = export(version)
     if store.latest(version.name) != tag:
         store.serve(tag)
-        return tag, f"the model store serves {tag} again"
-    return tag, f"{tag} has a reference of its drawings now" if reference.exists() and not had_reference else ""
+        return f"the model store serves {tag} again"
+    return f"{tag} has a reference of its drawings now" if reference.exists() and not had_reference else ""
 
 
 @contextmanager
@@ -161,11 +161,28 @@ def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
         yield
 
 
-def record_and_carry_out(run_id: str, report: Report, new: Version) -> None:
-    """Export the new champion, record the decision, and make its moves; before the record, nothing has moved."""
-    report["served"] = export(new)
-    decisions.begin_moves(run_id, report)
-    carry_out(run_id, report)
+def record_and_carry_out(run_id: str, report: Report) -> None:
+    """Record a decision, and make its moves; before the record, nothing has moved.
+
+    One that moves nothing lets the store serve the champion, and says so if it did not before.
+    """
+    report["decision_run_id"] = run_id
+    found = {version.version: version for version in registry.versions(report["dataset"])}
+    if report["new"] is not None:
+        report["served"] = export(found[report["new"]])
+        decisions.begin_moves(run_id, report)
+        carry_out(run_id, report)
+        return
+    if report["old"] is not None:
+        champion = found[report["old"]]
+        try:
+            done = ensure_served(champion)
+            report["text"] += f" Besides, {done}." if done else ""
+        except ValueError as error:  # its own files are damaged: what is served stays, as does everything else
+            report["text"] += f" The model store was left as it is: {reason(error)}"
+        report["served"] = store.latest(champion.name)
+    decisions.record_decision(run_id, report)
+    decisions.end_decision(run_id)
 
 
 def carry_out(run_id: str, report: Report) -> None:
@@ -212,21 +229,8 @@ def carry_out(run_id: str, report: Report) -> None:
         done.append(what)
 
 
-def keep(run_id: str, report: Report, champion: Version | None) -> None:
-    """Record a decision that moves nothing; let the store serve the champion, and say so if it did not before."""
-    if champion is not None:
-        try:
-            report["served"], done = ensure_served(champion)
-            report["text"] += f" Besides, {done}." if done else ""
-        except ValueError as error:  # its own files are damaged: what is served stays, as does everything else
-            report["served"] = store.latest(champion.name)
-            report["text"] += f" The model store was left as it is: {reason(error)}"
-    decisions.record_decision(run_id, report)
-    decisions.end_decision(run_id)
-
-
-def complete_moves(dataset: str) -> list[str]:
-    """Carry out what was decided by processes that were killed before they had; return what was done, in sentences.
+def complete_moves(dataset: str) -> list[Report]:
+    """Carry out what was decided by processes that were killed before they had; return the reports of that.
 
     To be called under `champion_lock`. A decision that another one has overtaken is left, and shown as failed.
     """
@@ -238,7 +242,7 @@ def complete_moves(dataset: str) -> list[str]:
             decisions.end_decision(run_id, "FAILED")
             continue
         carry_out(run_id, report)
-        done.append(f"{dataset}: a decision that was cut off is carried out: {report['text']}")
+        done.append({**report, "text": f"{dataset}: a decision that was cut off is carried out: {report['text']}"})
     return done
 
 
@@ -254,9 +258,8 @@ def run_promotion(
     """Decide, record the decision, and move; complete first what an earlier process was killed at.
 
     Args:
-        data: the current prepared data.
+        data, only, scorer: see `Decision`.
         dry_run: decide only; nothing is moved, exported or recorded.
-        only: the one version that competes.
 
     Returns:
         The report; its `decision` is `promoted` or `kept`, its `text` says it in words.
@@ -275,25 +278,21 @@ def run_promotion(
     if only is not None and str(only) not in numbers:
         raise LookupError(f"{registered_name(dataset)} has no version {only}. Known: {', '.join(numbers)}.")
     if dry_run:
-        decision = Decision(dataset, data, params, only, scorer)
-        return {**decision.report, "text": decision.text(dry_run=True)}
+        return Decision(dataset, data, params, only, scorer, dry_run).report
     with champion_lock(dataset):
         completed = complete_moves(dataset)
         with decisions.decision_run(dataset, "promotion", why) as run_id:
             for _ in range(MAX_DECISIONS):
-                decision = Decision(dataset, data, params, only, scorer)
-                if registry.aliases(dataset).get(CHAMPION) == decision.report["old"]:
+                report = Decision(dataset, data, params, only, scorer, dry_run).report
+                if registry.aliases(dataset).get(CHAMPION) == report["old"]:
                     break
             else:
                 raise OSError(
                     f"the champion of {dataset} changed {MAX_DECISIONS} times during the decision: other machines "
                     "promote, too. Run this again."
                 )
-            report = {**decision.report, "decision_run_id": run_id, "text": " ".join([*completed, decision.text()])}
-            if decision.chosen is not None:
-                record_and_carry_out(run_id, report, decision.chosen)
-            else:
-                keep(run_id, report, decision.champion)
+            report["text"] = " ".join([*(one["text"] for one in completed), report["text"]])
+            record_and_carry_out(run_id, report)
     return report
 
 
@@ -313,10 +312,11 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         UnfinishedMoveError: it was carried out in part.
     """
     with champion_lock(dataset):
-        cut_off = [r for _, r in decisions.unfinished_decisions(dataset) if r and r["decision"] == ROLLED_BACK]
-        told = "".join(f"{text} " for text in complete_moves(dataset))
-        if cut_off and told and (to is None or str(to) == cut_off[-1]["new"]):
-            return {**cut_off[-1], "text": told.strip()}
+        completed = complete_moves(dataset)
+        told = "".join(f"{report['text']} " for report in completed)
+        for report in completed:
+            if report["decision"] == ROLLED_BACK and to in (None, int(report["new"])):
+                return {**report, "text": told.strip()}
         found = {version.version: version for version in registry.versions(dataset)}
         present = registry.aliases(dataset).get(CHAMPION, "")
         champion, made = found.get(present), decisions.decisions(dataset)
@@ -338,22 +338,21 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
                 f"champions: {', '.join(earlier) or 'none'}." + (" Name one: --to N." if earlier and to is None else "")
             )
         since = past[len(past) - past[::-1].index(target.version) :]
+        report: Report = {
+            "dataset": dataset,
+            "decision": ROLLED_BACK,
+            "reason": f"asked for: from version {champion.version} back to version {target.version}",
+            "new": target.version,
+            "old": champion.version,
+            "champion": target.lineage(),
+            "rolled_back": champion.lineage(),
+            "passed_over": sorted({champion.version, *since} - {target.version}, key=int),
+            "text": f"{told}{dataset}: version {target.version} is the champion again and "
+            f"{store.tag_of(target.lineage())} is served; version {champion.version} is now `previous` and is not "
+            "promoted again by itself.",
+        }
         with decisions.decision_run(dataset, "rollback", why) as run_id:
-            report: Report = {
-                "dataset": dataset,
-                "decision": ROLLED_BACK,
-                "reason": f"asked for: from version {champion.version} back to version {target.version}",
-                "new": target.version,
-                "old": champion.version,
-                "champion": target.lineage(),
-                "rolled_back": champion.lineage(),
-                "passed_over": sorted({champion.version, *since} - {target.version}, key=int),
-                "decision_run_id": run_id,
-                "text": f"{told}{dataset}: version {target.version} is the champion again and "
-                f"{store.tag_of(target.lineage())} is served; version {champion.version} is now `previous` and is not "
-                "promoted again by itself.",
-            }
-            record_and_carry_out(run_id, report, target)
+            record_and_carry_out(run_id, report)
     return report
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.datasets.entry import NAME, NAMES
 from pipelines.errors import is_for_user, reason
 from pipelines.params import load_params
-from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, keep, record_and_carry_out
+from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, record_and_carry_out
 from pipelines.promotion.reference import REFERENCE_FILE
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
@@ -97,43 +97,48 @@ def register_trained(dataset: str) -> list[str]:
     return done
 
 
-def repair(dataset: str, take_over: bool = False, why: str | None = None) -> list[str]:
+def repair(dataset: str, take_over: bool = False, why: str | None = None, first: Version | None = None) -> list[str]:
     """Let registry and model store say the same of a champion again, after either was lost; return what was done.
 
     A champion that is not served is exported again. Where the registry has none, what the store serves is registered
-    and stays champion. What was decided and cut off is carried out first. Nothing is scored.
+    and stays champion. What was decided and cut off is carried out first. Nothing is compared.
 
     Args:
         take_over: let this registry feed the store from now on, whichever did.
+        first: becomes champion where neither has one.
 
     Raises:
         LookupError: another registry feeds the store.
         ValueError: the champion's files are damaged.
     """
     with champion_lock(dataset, take_over):
-        done, served = complete_moves(dataset), store.latest(tracking.registered_name(dataset))
-        number = registry.aliases(dataset).get(tracking.CHAMPION)
-        champion = next((v for v in registry.versions(dataset) if v.version == number), None)
-        if champion is not None:
-            _, what = ensure_served(champion)
-            done += [f"{dataset}: {what}."] if what else []
-        elif served is not None:
+        done = [report["text"] for report in complete_moves(dataset)]
+        served = store.latest(tracking.registered_name(dataset))
+        if (champion := registry.champion(dataset)) is not None:
+            what = ensure_served(champion)
+            return [*done, f"{dataset}: {what}."] if what else done
+        cause, scored = "there was no champion", ""
+        if served is not None:
             with tempfile.TemporaryDirectory() as folder:
-                version, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
-            export(version, store.folder_of(served) / REFERENCE_FILE)
+                first, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
+            export(first, store.folder_of(served) / REFERENCE_FILE)
             cause = f"the registry had no champion, the store served {served}"
-            done.append(f"{dataset}: {cause}; it is version {version.version} and champion now ({checked}).")
-            _make_first(version, cause, done[-1], why)
-    return done
-
-
-def _make_first(version: Version, cause: str, text: str, why: str | None) -> None:
-    """Make a version the champion of a dataset that has none; the champion's lock is held."""
-    dataset, data_hash = version.tags["dataset"], version.tags["data_hash"]
-    report: Report = {"dataset": dataset, "decision": RELEASED, "reason": cause, "text": text, "new": version.version}
-    report |= {"old": None, "candidate": version.lineage(), "data_hash": data_hash}
-    with decisions.decision_run(dataset, "release", why) as run_id:
-        record_and_carry_out(run_id, report, version)
+            scored = f" ({checked})"
+        if first is None:
+            return done
+        report: Report = {
+            "dataset": dataset,
+            "decision": RELEASED,
+            "reason": cause,
+            "text": f"{dataset}: {cause}; version {first.version} is champion now{scored}.",
+            "new": first.version,
+            "old": None,
+            "candidate": first.lineage(),
+            "data_hash": first.tags["data_hash"],
+        }
+        with decisions.decision_run(dataset, "release", why) as run_id:
+            record_and_carry_out(run_id, report)
+        return [*done, report["text"]]
 
 
 def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
@@ -180,19 +185,14 @@ def release(pair: str, why: str | None = None) -> str:
     They need no data for that: there is nothing to compare them with. From then on they compete like any version.
     """
     version, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
-    dataset, number = version.tags["dataset"], version.version
-    if registry.aliases(dataset).get(tracking.CHAMPION) in (None, number):
-        repair(dataset, why=why)
-    with champion_lock(dataset):
-        complete_moves(dataset)
-        champion = registry.aliases(dataset).get(tracking.CHAMPION)
-        became = f"version {champion} stays champion until a promotion decides otherwise."
-        if champion == number:
-            became = "champion already."
-        elif champion is None:
-            became = "champion, as the first of its dataset."
-            _make_first(version, "there was no champion", became, why)
-    return f"{pair}: released weights are version {number} of {version.name} ({checked}); {became}"
+    champion = registry.champion(version.tags["dataset"])
+    if champion is None or champion.version == version.version:
+        repair(version.tags["dataset"], why=why, first=version)
+    became = "champion already." if champion is not None else "champion, as the first of its dataset."
+    now = registry.champion(version.tags["dataset"])
+    if now is not None and now.version != version.version:
+        became = f"version {now.version} stays champion until a promotion decides otherwise."
+    return f"{pair}: released weights are version {version.version} of {version.name} ({checked}); {became}"
 
 
 def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
@@ -218,20 +218,18 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
             complete_moves(dataset)
             new, checked = register_checkpoint(folder)
             export(new, reference)
-            old = registry.aliases(dataset).get(tracking.CHAMPION)
-            champion = next((version for version in registry.versions(dataset) if version.version == old), None)
+            champion = registry.champion(dataset)
             what = f"the weights {new.tags['weights_sha256'][:12]}, served in {here} as version {source['version']}"
-            report: Report = {"dataset": dataset, "data_hash": new.tags["data_hash"], "source": source, "old": old}
-            report["reason"] = f"copied: {what}"
+            report: Report = {"dataset": dataset, "data_hash": new.tags["data_hash"], "source": source}
+            report |= {"old": champion and champion.version, "reason": f"copied: {what}"}
+            if new.version == report["old"]:
+                text = f"{dataset}: {to} has {what}, as its champion, version {new.version}, already."
+                report |= {"decision": KEPT, "new": None, "text": text}
+            else:
+                for role, version in (("candidate", new), ("champion", champion)):
+                    report[role] = version and {**version.lineage(), "pair": version.tags["pair"]}
+                text = f"{dataset}: {what}, are version {new.version} and champion of {to} now ({checked})."
+                report |= {"decision": PROMOTED, "new": new.version, "text": text}
             with decisions.decision_run(dataset, "promotion", why) as run_id:
-                if new.version == old:
-                    text = f"{dataset}: {to} has {what}, as its champion, version {old}, already."
-                    report |= {"decision": KEPT, "new": None, "text": text}
-                    keep(run_id, report, new)
-                else:
-                    for role, version in (("candidate", new), ("champion", champion)):
-                        report[role] = version and {**version.lineage(), "pair": version.tags["pair"]}
-                    text = f"{dataset}: {what}, are version {new.version} and champion of {to} now ({checked})."
-                    report |= {"decision": PROMOTED, "new": new.version, "text": text}
-                    record_and_carry_out(run_id, report, new)
+                record_and_carry_out(run_id, report)
     return report

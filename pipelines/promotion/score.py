@@ -7,7 +7,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipelines.promotion.checks import check_candidate
 from pipelines.promotion.rule import Candidate
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import core_sha256
@@ -59,9 +58,3 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
                 save_file(nats, Path(beside) / "nats")
                 (Path(beside) / "nats").replace(kept)
     return Candidate(version.version, nats["joint"], nats["completion"])
-
-
-def check(version: Version, data: Dataset, max_sample_s: float) -> bool:
-    """Check a version as `check_candidate` does; return True, or raise its ValueError."""
-    check_candidate(registry.load(version)[0], data.levels("validation", slice(0, 1))[0], max_sample_s)
-    return True

@@ -112,6 +112,12 @@ def aliases(dataset: str) -> dict[str, str]:
     return {alias: str(version) for model in found for alias, version in model.aliases.items()}
 
 
+def champion(dataset: str) -> Version | None:
+    """Return the champion of a dataset, if there is one."""
+    number = aliases(dataset).get(tracking.CHAMPION)
+    return next((version for version in versions(dataset) if version.version == number), None)
+
+
 def set_alias(dataset: str, alias: str, version: str) -> None:
     """Point an alias at a version."""
     tracking.client().set_registered_model_alias(tracking.registered_name(dataset), alias, version)
