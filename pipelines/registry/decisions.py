@@ -98,19 +98,17 @@ def record_decision(run_id: str, report: Report) -> None:
     tags = {key: str(report[key]) for key in ("decision", "reason", "data_hash") if report.get(key)}
     if report.get("compared"):
         tags[_COMPARED_TAG] = ",".join(report["compared"])
-    metrics = {
-        f"{name}/{key}": value
-        for name in ("joint_difference", "completion_difference", "total_difference")
-        for key, value in (report.get(name) or {}).items()
-    }
-    for role in ("champion", "candidate"):
-        if scored := report.get(role):
-            tags[f"{role}_version"] = scored["version"]
-            metrics |= {f"{role}/{key}": scored[key] for key in ("nll_nats", "completion_nats") if scored.get(key)}
-    client = tracking.client()
+    parts = {name: part for name, part in report.items() if isinstance(part, dict)}
+    tags |= {f"{role}_version": parts[role]["version"] for role in ("champion", "candidate") if role in parts}
     now_ms = int(time.time() * 1000)
-    measured = [Metric(name, value, now_ms, 0) for name, value in metrics.items()]
-    client.log_batch(run_id, metrics=measured, tags=[RunTag(name, value) for name, value in tags.items()])
+    metrics = [
+        Metric(f"{name}/{key}", value, now_ms, 0)
+        for name, part in parts.items()
+        for key, value in part.items()
+        if isinstance(value, float)
+    ]
+    client = tracking.client()
+    client.log_batch(run_id, metrics=metrics, tags=[RunTag(name, value) for name, value in tags.items()])
     client.log_dict(run_id, report, "report.json")
     old, decision = report.get("old"), report["decision"]
     if decision == KEPT:
@@ -123,9 +121,8 @@ def record_decision(run_id: str, report: Report) -> None:
 
 def versions_compared(dataset: str, data_hash: str) -> set[str]:
     """Return the versions that decisions so far have compared on the validation images of these data."""
-    tags = [run.data.tags for run in _decision_runs(dataset)]
-    compared = [one.get(_COMPARED_TAG, "").split(",") for one in tags if one.get("data_hash") == data_hash]
-    return {version for versions in compared for version in versions if version}
+    tags = [run.data.tags for run in _decision_runs(dataset) if run.data.tags.get("data_hash") == data_hash]
+    return {version for one in tags if _COMPARED_TAG in one for version in one[_COMPARED_TAG].split(",")}
 
 
 def decisions(dataset: str) -> list[Report]:
@@ -136,12 +133,14 @@ def decisions(dataset: str) -> list[Report]:
     """
     found = []
     for run in _decision_runs(dataset):
-        report: Report = {"decision": FAILED, "reason": "it was cut off before it was recorded"}
-        if run.info.status == "FINISHED":
+        tags, status = run.data.tags, run.info.status
+        if status == "FINISHED":
             report = _report(run)
-        elif run.info.status == "RUNNING":
-            report = {"decision": "unfinished", "reason": "it is under way, or its process was killed"}
-        report |= {key: run.data.tags.get(key) for key in ("kind", "who", "why")}
+        elif status == "RUNNING" or tags.get(_MOVES_TAG) == "begun":
+            report = {"decision": "unfinished", "reason": "it is under way, or was cut off"}
+        else:
+            report = {"decision": FAILED, "reason": "it was cut off before it was recorded"}
+        report |= {key: tags.get(key) for key in ("kind", "who", "why")}
         found.append({**report, "when": utc(run.info.start_time), "decision_run_id": run.info.run_id})
     return found
 

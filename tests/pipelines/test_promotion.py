@@ -384,6 +384,8 @@ def test_cut_off_and_run_again(toy, monkeypatch, cut):
     # What is served is still a whole model, and the error says how far it came.
     assert store.latest(toy.model_name) == (tag if cut == "end" else served)
     assert decision_runs(toy)[-1].info.status == "FAILED"
+    told = "failed" if cut == "export" else "unfinished"  # what was recorded is carried out yet
+    assert decisions.decisions(toy.name)[-1]["decision"] == told
     assert toy.aliases["champion"] == (second if cut in ("serve", "end") else first)
     assert isinstance(raised.value, UnfinishedMoveError) == (cut != "export")
     if cut != "export":
