@@ -7,11 +7,10 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.deployments import run_deployment
 
+from pipelines.flows.evaluate import client_of
 from pipelines.flows.shown import artifact_key, tag_run
 from pipelines.registry import versions as registry
 from pipelines.settings import Settings, in_prefect
-
-TIMEOUT_S = 10.0
 
 
 @flow(name="watch-drift", persist_result=False)
@@ -32,13 +31,12 @@ def watch_drift(
         LookupError: no service is named.
         ConnectionError: it does not answer.
     """
-    url, token = (service_url or Settings().service_url or "").rstrip("/"), Settings().token
+    url = service_url or Settings().service_url
     if not url:
         raise LookupError("no service is named: set service_url, or PIXELCNN_SERVICE_URL where the worker runs")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        answer = httpx.get(f"{url}/drawings", timeout=TIMEOUT_S, trust_env=False, headers=headers).raise_for_status()
-        drawn = answer.json()
+        with client_of(url) as http:
+            drawn = http.get("/drawings").raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # a page that is no JSON is not the service's
         raise ConnectionError(f"the service at {url} does not tell of drawings ({error})") from error
     tag_run(*drawn)

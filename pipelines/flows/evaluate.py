@@ -17,12 +17,11 @@ from pipelines.params import EVALUATIONS_EXPERIMENT, load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import prepared_file
-from pipelines.registry.versions import TOLERANCE_NATS, check_scores
+from pipelines.registry.versions import TOLERANCE_NATS, Version, check_scores
 from pipelines.settings import Settings
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import CHECKED_IMAGES, CHECKED_SCORE, evaluate, format_nll
 
-SERVICE_VARIABLE = "PIXELCNN_SERVICE_URL"
 SERVICE_TIMEOUT_S = 60.0
 BUSY = (429, 503)
 MAX_S = 1800.0  # for all champions; a run that takes longer is TimedOut, a failure
@@ -57,46 +56,43 @@ def evaluate_champions(
         params.dataset(name)
     url = service_url or Settings().service_url or None
     if url is None:
-        logger.info("the service is not asked: set service_url or %s for that", SERVICE_VARIABLE)
-    champions: dict[str, str] = {}
+        logger.info("the service is not asked: set service_url or PIXELCNN_SERVICE_URL for that")
+    champions: dict[str, Version] = {}
     for name in names:
-        number = registry.aliases(name).get(tracking.CHAMPION)
-        if number is not None and prepared_file(name).exists():
-            champions[name] = number
+        champion, path = registry.champion(name), prepared_file(name)
+        if champion is not None and path.exists():
+            champions[name] = champion
         else:
-            logger.info("%s: passed over, there is no %s", name, "champion" if number is None else prepared_file(name))
+            logger.info("%s: passed over, there is no %s", name, "champion" if champion is None else path)
     tag_run(*champions)
     scores: dict[str, dict[str, float]] = {}
     failures: list[str] = []
-    for name, number in champions.items():
+    for name, champion in champions.items():
         try:
-            scores[name] = _evaluate(name, number, url, num_images)
+            scores[name] = _evaluate(name, champion, url, num_images)
         except Exception as error:  # one damaged champion does not hide the others
             if not is_for_user(error):
                 raise
-            failures.append(f"{name} version {number} ({reason(error)})")
+            failures.append(f"{name} version {champion.version} ({reason(error)})")
     if failures:
-        raise RuntimeError(
-            f"these champions do not score what was registered, or could not be scored: {'; '.join(failures)}"
-        )
+        text = "these champions do not score what was registered, or could not be scored: "
+        raise RuntimeError(text + "; ".join(failures))
     return scores
 
 
-def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[str, float]:
-    version = next(v for v in registry.versions(name) if v.version == number)
+def _evaluate(name: str, version: Version, url: str | None, num_images: int) -> dict[str, float]:
     data, params = load_dataset(prepared_file(name)), load_params().evaluate
     model, recorded = registry.load(version)
-    scores = evaluate(
-        model, data, num_images=min(params.num_images or num_images, num_images), batch_size=params.batch_size
-    )
+    num_images = min(params.num_images or num_images, num_images)
+    scores = evaluate(model, data, num_images=num_images, batch_size=params.batch_size)
     tags = {**version.lineage(), "dataset": name, "protocol": data.protocol, "evaluated_data_hash": data.data_hash}
     show_scores(name, data.protocol, scores)
-    run_id = tracking.log_evaluation(EVALUATIONS_EXPERIMENT, f"{name}-v{number}", scores, tags)
+    run_id = tracking.log_evaluation(EVALUATIONS_EXPERIMENT, f"{name}-v{version.version}", scores, tags)
     found = format_nll(scores["validation/nll_nats"], data.image_shape, data.num_levels)
     then = format_nll(version.recorded_nll, data.image_shape, data.num_levels)
     get_run_logger().info(
         "%s version %s, protocol %s: validation %s, of the first %d images; registered with %s",
-        *(name, number, data.protocol, found, scores["validation/num_images"], then),
+        *(name, version.version, data.protocol, found, scores["validation/num_images"], then),
     )
     if data.data_hash != version.lineage()["data_hash"]:
         get_run_logger().warning("%s: the data are not those it was registered with: not compared", name)
@@ -105,11 +101,12 @@ def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[
     if url is not None:
         nats = recorded[CHECKED_SCORE]
         try:
-            served = score_through_service(url, name, number, data, "test", CHECKED_IMAGES)
+            served = score_through_service(url, name, version.version, data, CHECKED_IMAGES)
         except ValueError:
-            if registry.aliases(name).get(tracking.CHAMPION) == number:
+            now = registry.champion(name)
+            if now is not None and now.version == version.version:
                 raise
-            get_run_logger().info("%s: version %s is champion no more: the service is not compared", name, number)
+            get_run_logger().info("%s is champion no more: the service is not compared", version)
             return scores
         tracking.client().log_metric(run_id, f"service/{CHECKED_SCORE.replace('/', '_')}", served)
         if not abs(served - nats) <= TOLERANCE_NATS:
@@ -121,21 +118,25 @@ def _evaluate(name: str, number: str, url: str | None, num_images: int) -> dict[
     return scores
 
 
-def score_through_service(url: str, dataset: str, version: str, data: Dataset, split: str, num: int) -> float:
-    """Let the service score the first `num` images of a split; return their mean NLL in nats per image.
+def client_of(url: str) -> httpx.Client:
+    """Return a client of the service, with its token; as a neighbour it is never asked by way of a proxy."""
+    token = Settings().token
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.Client(base_url=url, timeout=SERVICE_TIMEOUT_S, trust_env=False, headers=headers)
+
+
+def score_through_service(url: str, dataset: str, version: str, data: Dataset, num: int) -> float:
+    """Let the service score the first `num` test images; return their mean NLL in nats per image.
 
     Raises:
         ValueError: another version than `version` answers.
         ConnectionError: the service cannot be reached, or refuses.
     """
-    levels = data.levels(split, slice(0, num))  # (N, C, H, W)
+    levels = data.levels("test", slice(0, num))  # (N, C, H, W)
     images = levels[:, 0] if data.image_shape[0] == 1 else levels.permute(0, 2, 3, 1)
-    token = Settings().token
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     total = 0.0
     try:
-        # The service is a neighbour: never by way of a proxy.
-        with httpx.Client(base_url=url, timeout=SERVICE_TIMEOUT_S, trust_env=False, headers=headers) as http:
+        with client_of(url) as http:
             for image in images.tolist():
                 answer = _post(http, "/likelihood", {"dataset": dataset, "image": image})
                 if answer.status_code == 401:
@@ -151,7 +152,7 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, s
                 total -= body["log_prob"]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConnectionError(
-            f"the service at {url} cannot be reached ({error}): start it with make serve, or unset {SERVICE_VARIABLE}"
+            f"the service at {url} cannot be reached ({error}): start it with make serve, or unset PIXELCNN_SERVICE_URL"
         ) from error
     return total / len(images)
 

@@ -67,7 +67,7 @@ def test_one_that_cannot_be_scored_does_not_hide_the_others(
             raise error
         return {}
 
-    monkeypatch.setattr(registry, "aliases", lambda _: {"champion": "1"})
+    monkeypatch.setattr(registry, "champion", lambda _: SimpleNamespace(version="1"))
     monkeypatch.setattr(evaluation_flow, "prepared_file", lambda _: Path("params.yaml"))
     monkeypatch.setattr(evaluation_flow, "_evaluate", score)
     with pytest.raises(RuntimeError, match=r"could not be scored: mnist version 1 \(no disk\)$"):
@@ -184,15 +184,15 @@ def test_a_token_is_sent_and_a_busy_service_waited_for(weights: Path, monkeypatc
         monkeypatch.setenv(name, "")
     with Service(weights, token="secret", busy=3) as service:
         with pytest.raises(ConnectionError, match="asks for a token: set PIXELCNN_TOKEN to its own"):
-            score_through_service(service.url, "mnist5k", "1", data, "test", 2)
+            score_through_service(service.url, "mnist5k", "1", data, 2)
         monkeypatch.setenv("PIXELCNN_TOKEN", "secret")
-        assert score_through_service(service.url, "mnist5k", "1", data, "test", 2) > 0
+        assert score_through_service(service.url, "mnist5k", "1", data, 2) > 0
         assert (service.refused, waited) == ([401, 429, 503], [7, 7])
     with (
         Service(weights, token="secret", busy=10_000) as service,
         pytest.raises(ConnectionError, match=r"answered (429|503)"),
     ):
-        score_through_service(service.url, "mnist5k", "1", data, "test", 2)
+        score_through_service(service.url, "mnist5k", "1", data, 2)
     assert sum(waited) <= 14 + evaluation_flow.MAX_BUSY_S, "within bounds"
 
 
@@ -204,7 +204,7 @@ def test_colours_come_last_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
         return httpx.Response(200, json={"log_prob": -len(sent), "model": {"version": "1"}})
 
     monkeypatch.setattr(evaluation_flow, "_post", answer)
-    assert score_through_service("http://service", "cifar10", "1", data, "test", 3) == 2, "the mean of 1, 2, 3"
+    assert score_through_service("http://service", "cifar10", "1", data, 3) == 2, "the mean of 1, 2, 3"
     assert torch.equal(torch.tensor(sent), data.levels("test", slice(0, 3)).permute(0, 2, 3, 1))
 
 
