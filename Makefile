@@ -17,34 +17,21 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export STREAMLIT_BROWSER_GATHER_USAGE_STATS := false
 
-.PHONY: demo own test test-slow check audit bench pictures serve app pipeline operate install fits clean
+.PHONY: help demo own test test-slow check audit bench pictures serve app pipeline operate install fits clean
 .DEFAULT_GOAL := help
 help:
-	@echo "make demo      everything from a fresh clone: install, serve, show the canvas; train the quick start beside"
-	@echo "               SHARE=1: others in this network draw along, by a link with a token"
-	@echo "make own       pictures of yours instead: IMAGES=DIR NAME=glyphs; without IMAGES, letters"
-	@echo "make test      install, then the tests, on two cores (WORKERS=4: on four); ALL=1: the slow ones, too, as in CI"
-	@echo "make test-slow what is repeated, as often as docs/reliability.md wants: hours of kills, requests and load"
-	@echo "make check     format, lint, types, architecture"
-	@echo "make audit     known faults of the dependencies, and a bill of materials: reports/audit/sbom.json"
-	@echo "make pipeline  the quick-start pipeline alone (dvc repro, promote)"
-	@echo "make operate   the deployments: Prefect's server and a worker, on this machine"
-	@echo "make serve     the service alone, on 127.0.0.1:3000"
-	@echo "make app       the canvas alone, on 127.0.0.1:8501"
-	@echo "make bench     the samplers, timed"
-	@echo "make install   into .venv, as all of these do first; make clean takes it away"
-	@echo "make pictures  the docs' pictures, from a demo that is running (chromium)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo:
+demo: ## all from a fresh clone: install, serve, show the canvas; train beside. SHARE=1: others draw along, by a link
 	@$(PYTHON) -m app.demo
 
-# make own IMAGES=DIR NAME=glyphs SIDE=28 COLOUR=binary LEVELS=2 MINUTES=4; without IMAGES: letters.
+# make own IMAGES=DIR NAME=glyphs SIDE=28 COLOUR=binary LEVELS=2 MINUTES=4
 own: export NAME := $(if $(filter command,$(origin NAME)),$(NAME))# some systems have a variable of this name
-own:
+own: ## pictures of yours instead: IMAGES=DIR NAME=glyphs; without IMAGES, letters
 	@$(PYTHON) -m app.demo own
 
 # A module's tests stay in one process, with the servers that they share.
-test: install
+test: install ## the tests, on two cores (WORKERS=4: on four); ALL=1: the slow ones, too, as in CI
 	python -m pytest $(if $(ALL),,-m 'not slow') --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(COVERAGE)
 
 # The sizes that the documents state; `make test` asks for less of each.
@@ -65,17 +52,17 @@ test-slow: export PIXELCNN_TEST_RESTARTS ?= 100
 test-slow: export PIXELCNN_TEST_SOAK_S ?= 600
 test-slow: export PIXELCNN_TEST_STROKES ?= 500
 test-slow: export PIXELCNN_TEST_SWAPS ?= 20
-test-slow: install
+test-slow: install ## what is repeated, as often as docs/reliability.md wants: hours of kills, requests and load
 	python -m pytest -s -m repeated
 
-check: install
+check: install ## format, lint, types, architecture
 	ruff format --check .
 	ruff check .
 	mypy
 	python -m pytest -q tests/test_architecture.py
 
 # Its tools live apart, so that the bill of materials names what the project needs and nothing else.
-audit: install
+audit: install ## known faults of the dependencies, and a bill of materials: reports/audit/sbom.json
 	@$(PYTHON) -m venv .venv/audit
 	@.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3' 'cyclonedx-bom>=7,<8'
 	@mkdir -p reports/audit
@@ -85,30 +72,30 @@ audit: install
 	  [print(name, version(name).partition("+")[0], sep="==") for name in ("torch", "torchvision")]' > .venv/audit/torch.txt
 	.venv/audit/bin/pip-audit --requirement constraints.txt --requirement .venv/audit/torch.txt --no-deps --disable-pip
 
-bench: install
+bench: install ## the samplers, timed
 	@for pair in $(notdir $(wildcard weights/*)); do \
 	  python -m pixelcnn bench --checkpoint weights/$$pair --sides 14 28 56 112 --out reports/bench/$$pair.json \
 	    || exit 1; echo; done
 	python -m benchmarks.plot
 
-pictures: install
+pictures: install ## the docs' pictures, from a demo that is running (chromium)
 	python -m tools.pictures --url http://127.0.0.1:$${CANVAS_PORT:-8501}
 
-serve: install
+serve: install ## the service alone, on 127.0.0.1:3000
 	bentoml serve app.service:PixelCNNService
 
-app: install
+app: install ## the canvas alone, on 127.0.0.1:8501
 	streamlit run app/canvas/main.py
 
 # Promoting registers what is in models/ first. Both act on a registry: DVC's cache must not decide that they are done.
-pipeline: install
+pipeline: install ## the quick-start pipeline alone (dvc repro, promote)
 	dvc repro
 	@python -m pipelines.steps promote mnist5k
 
-operate: install
+operate: install ## the deployments: Prefect's server and a worker, on this machine
 	python -m pipelines.operate
 
-install: .venv/installed
+install: .venv/installed ## into .venv, as all of these do first
 
 # Its programs name their folder and its Python: those of one that was copied would run the other's code.
 fits:
@@ -130,5 +117,5 @@ fits:
 	  -e '.[pipelines,service,app]' --group dev -c constraints.txt
 	@echo "$(CURDIR)" > $@
 
-clean:
+clean: ## take .venv away
 	rm -rf .venv build *.egg-info
