@@ -1,4 +1,4 @@
-"""Write tests/golden/core.txt: `python -m tools.write_golden`, from the project's root.
+"""Write tests/golden/core.yaml: `python -m tools.write_golden`, from the project's root.
 
 A change to that file means that the networks or their training compute something else than before: say why.
 """
@@ -6,13 +6,14 @@ A change to that file means that the networks or their training compute somethin
 from pathlib import Path
 
 import torch
+import yaml
 
 from pixelcnn import TrainConfig, fit
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.training.trainer import StepReport
 from tests.core.tiny import ARCHITECTURES, random_levels, tiny_model, toy_dataset
 
-PATH = Path(__file__).parents[1] / "tests" / "golden" / "core.txt"
+PATH = Path(__file__).parents[1] / "tests" / "golden" / "core.yaml"
 HEADER = """\
 # What tiny networks with fixed seeds compute; tests compare with it to 1e-6 and never rewrite it.
 # Written by: python -m tools.write_golden
@@ -45,21 +46,8 @@ def golden_numbers() -> dict[str, list[float]]:
 
 
 def format_rows(rows: dict[str, list[float]]) -> str:
-    lines = [HEADER]
-    for name, numbers in rows.items():
-        lines.append(name)
-        lines += ["  " + "  ".join(f"{x:+.8f}" for x in numbers[i : i + 6]) for i in range(0, len(numbers), 6)]
-    return "\n".join(lines) + "\n"
-
-
-def parse_rows(text: str) -> dict[str, list[float]]:
-    rows: dict[str, list[float]] = {}
-    for line in text.splitlines():
-        if line.startswith("  "):
-            rows[list(rows)[-1]] += [float(x) for x in line.split()]
-        elif line and not line.startswith("#"):
-            rows[line] = []
-    return rows
+    rounded = {name: [round(x, 8) for x in numbers] for name, numbers in rows.items()}
+    return HEADER + yaml.safe_dump(rounded, sort_keys=False, width=100, default_flow_style=None)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,24 +36,14 @@ from tools.faults.check import DATASET, check, fine, in_process, killed
 torch.set_num_threads(1)  # forked processes have no other threads
 
 
-Target = tuple[object, str]
-
-
 @dataclass(frozen=True)
 class Fault:
-    """A process is killed at a call.
+    """A process is killed at a call."""
 
-    Args:
-        name: for the table.
-        target: the function, as its owner and name.
-        nth: which of its calls.
-        after: killed as soon as it has returned; else just before it begins.
-    """
-
-    name: str
-    target: Target
-    nth: int = 1
-    after: bool = True
+    name: str  # for the table
+    target: tuple[object, str]  # the function, as its owner and name
+    nth: int = 1  # of its calls
+    after: bool = True  # as soon as it has returned; else just before it begins
 
 
 PROMOTION = [
@@ -186,14 +177,15 @@ def trainer_case(fault: Fault) -> None:
         arm(fault)
         train()
 
-    def again() -> None:
-        train()
-        check(DATASET, num_versions=1, num_runs=1)
-        (run,) = tracking.client().search_runs([tracking.experiment_id(DATASET)])
-        assert run.info.status == "FINISHED", run.info.status
-
     killed(begin)
-    fine(again)
+    fine(_train_again)
+
+
+def _train_again() -> None:
+    train()
+    check(DATASET, num_versions=1, num_runs=1)
+    (run,) = tracking.client().search_runs([tracking.experiment_id(DATASET)])
+    assert run.info.status == "FINISHED", run.info.status
 
 
 def disk_full_case(folder: str) -> None:
@@ -207,12 +199,7 @@ def disk_full_case(folder: str) -> None:
     finally:
         subprocess.run(["umount", str(target)], check=True)
     assert os.waitstatus_to_exitcode(status) == 1, "the full disk went unnoticed"
-
-    def again() -> None:
-        train()
-        check(DATASET, num_versions=1, num_runs=1)
-
-    fine(again)
+    fine(_train_again)
 
 
 def _may_mount() -> bool:
@@ -234,8 +221,8 @@ def cases() -> dict[str, Callable[[], None]]:
         ("trainer", trainer_case, TRAINER),
     ):
         for fault in faults:
-            found[f"{kind} killed {fault.name}"] = lambda case=case, fault=fault: case(fault)  # type: ignore[misc]
+            found[f"{kind} killed {fault.name}"] = partial(case, fault)
     if _may_mount():
-        found["disk of the artifacts full while logging"] = lambda: disk_full_case("mlruns")
-        found["disk of the reports full while they are written"] = lambda: disk_full_case("reports")
+        found["disk of the artifacts full while logging"] = partial(disk_full_case, "mlruns")
+        found["disk of the reports full while they are written"] = partial(disk_full_case, "reports")
     return found
