@@ -154,14 +154,13 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
     pool = in_prefect(POOL)
-    kept: dict[str, tuple[str, ...]] = {}  # the commands of what is started here
-    processes: dict[str, subprocess.Popen[bytes]] = {}
+    processes: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}  # what is started here, by Prefect's command
 
-    def start(name: str) -> None:
+    def start(*words: str) -> None:
         # In a session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
-        processes[name] = subprocess.Popen([PREFECT, *kept[name]], env=environment, start_new_session=True)
-        if name == "server":
-            await_server(processes[name], url)
+        processes[words] = subprocess.Popen([PREFECT, *words], env=environment, start_new_session=True)
+        if words[0] == "server":
+            await_server(processes[words], url)
 
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` asks for
@@ -170,30 +169,28 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
         if not is_healthy(url):
             address = urlsplit(url)
             host, port = address.hostname or "127.0.0.1", str(address.port or 4200)
-            kept["server"] = ("server", "start", "--host", host, "--port", port)
-            start("server")
+            start("server", "start", "--host", host, "--port", port)
         with temporary_settings({PREFECT_API_URL: url}):
             deploy(environment)
             automate()
-            has_one = "server" not in kept and has_worker()
+            has_one = not processes and has_worker()
         if has_one:
             print(f"Ready: the pool {pool} of {url} has a worker already.", flush=True)
         else:
-            kept["worker"] = ("worker", "start", "--pool", pool)
-            start("worker")
+            start("worker", "start", "--pool", pool)
             print(f"Ready: server at {url}, worker of the pool {pool}. Ctrl-C ends what was started here.", flush=True)
         restarts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
-        while kept:
+        while processes:
             time.sleep(POLL_S)
-            for name in kept:
-                code = processes[name].poll()
+            for words, process in list(processes.items()):
+                code = process.poll()
                 if code is None:
                     continue
                 restarts.append(time.monotonic())
                 if len(restarts) > MAX_RESTARTS and restarts[-1] - restarts[0] < RESTARTS_S:
-                    raise OSError(f"the {name} ended again and again, at last with exit code {code}; see above.")
-                print(f"the {name} ended ({code}): another one is started", flush=True)
-                start(name)
+                    raise OSError(f"the {words[0]} ended again and again, at last with exit code {code}; see above.")
+                print(f"the {words[0]} ended ({code}): another one is started", flush=True)
+                start(*words)
     except KeyboardInterrupt:
         print("ending ...", flush=True)
     finally:

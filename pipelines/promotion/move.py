@@ -131,11 +131,7 @@ def check_feeder() -> None:
 
 
 def ensure_served(version: Version) -> str:
-    """Let the model store serve a version, if a run was cut off or the store is a new one.
-
-    Returns:
-        What was done, in words; none if there was nothing to do.
-    """
+    """Let the model store serve a version, whole; return what there was to do for that, in words, or none."""
     reference = store.folder_of(store.tag_of(version.lineage())) / REFERENCE_FILE
     had_reference = reference.exists()
     tag = export(version)
@@ -147,11 +143,7 @@ def ensure_served(version: Version) -> str:
 
 @contextmanager
 def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
-    """Hold the lock of a dataset's champion, in a store that this registry feeds, or is to feed from now on.
-
-    Raises:
-        LookupError: another one feeds it; see `check_feeder`.
-    """
+    """Hold the lock of a dataset's champion, in a store that this registry feeds (`check_feeder`), or takes over."""
     lock = store.home() / f".{registered_name(dataset)}.lock"
     with file_lock(lock, f"the decision about {dataset}", lambda text: print(text, file=sys.stderr)):
         if take_over:
@@ -186,11 +178,7 @@ def record_and_carry_out(run_id: str, report: Report) -> None:
 
 
 def carry_out(run_id: str, report: Report) -> None:
-    """Make the moves of a recorded decision; those that were made already stay as they are.
-
-    Raises:
-        UnfinishedMoveError: one of them failed.
-    """
+    """Make the moves of a recorded decision, or raise UnfinishedMoveError; those that were made stay as they are."""
     dataset, previous = report["dataset"], report.get("old")
     found = {version.version: version for version in registry.versions(dataset)}
     new = found[report["new"]]
@@ -258,11 +246,8 @@ def run_promotion(
     """Decide, record the decision, and move; complete first what an earlier process was killed at.
 
     Args:
-        data, only, scorer: see `Decision`.
+        data, scorer, only: see `Decision`.
         dry_run: decide only; nothing is moved, exported or recorded.
-
-    Returns:
-        The report; its `decision` is `promoted` or `kept`, its `text` says it in words.
 
     Raises:
         LookupError: nothing is registered, or no such version, or another registry feeds the store.
@@ -306,8 +291,7 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         to: a version that was champion; None for the one before the present champion.
 
     Raises:
-        LookupError: there is no such earlier champion, or another registry feeds the store; nothing has moved
-                but what was cut off before.
+        LookupError: there is none, or another registry feeds the store; nothing but what was cut off has moved.
         ValueError: the version cannot be fetched whole; nothing has moved.
         UnfinishedMoveError: it was carried out in part.
     """
@@ -322,22 +306,22 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         champion, made = found.get(present), decisions.decisions(dataset)
         past = [report["new"] for report in made if report.get("new")]
         earlier = [number for number in dict.fromkeys(past) if number in found and number != present]
-        before = [number for number in decisions.champions(made) if number in earlier]
-        number = str(to) if to is not None else next(reversed(before), "")
-        target = found[number] if number in earlier else None
         if champion is None and earlier:
             raise LookupError(
                 f"{registered_name(dataset)} has no champion to roll back from, for its alias or version was removed: "
                 "nothing moved. Make what is served the champion again, and roll back then: python -m pipelines.steps "
                 "repair."
             )
-        if champion is None or target is None:
+        before = [number for number in decisions.champions(made) if number in earlier]
+        number = str(to) if to is not None else next(reversed(before), "")
+        if champion is None or number not in earlier:
             wanted = "no previous champion" if to is None else f"no earlier champion of version {to}"
             raise LookupError(
                 f"{registered_name(dataset)} has {wanted} to roll back to: {told or 'nothing moved. '}Earlier "
                 f"champions: {', '.join(earlier) or 'none'}." + (" Name one: --to N." if earlier and to is None else "")
             )
-        since = past[len(past) - past[::-1].index(target.version) :]
+        target = found[number]
+        since = past[len(past) - past[::-1].index(number) :]
         report: Report = {
             "dataset": dataset,
             "decision": ROLLED_BACK,
@@ -370,13 +354,12 @@ def run_shadow(dataset: str, number: int | None = None) -> str:
         LookupError: there is no such version; nothing has changed.
         ValueError: it is for other images or labels than the champion; no challenge has begun.
     """
-    wanted = str(number) if number is not None else registry.aliases(dataset).get(CHALLENGER)
+    wanted = str(number) if number is not None else registry.aliases(dataset).get(CHALLENGER, "")
     found = {version.version: version for version in registry.versions(dataset)}
-    version = found.get(wanted or "")
-    if version is None:
-        known = ", ".join(found) or "none"
-        asked = f"version {wanted}" if wanted else "challenger"
+    if wanted not in found:
+        asked, known = f"version {wanted}" if wanted else "challenger", ", ".join(found) or "none"
         raise LookupError(f"{registered_name(dataset)} has no {asked}: name one, --version N. Known: {known}.")
+    version = found[wanted]
     with champion_lock(dataset):
         tag, served = export(version), store.latest(version.name)
         own, of_served = (load_checkpoint(store.folder_of(one))[0].config for one in (tag, served or tag))

@@ -33,7 +33,6 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[Version, 
     """Register a checkpoint; the same weights, measured on the same data, stay one version.
 
     Args:
-        folder: of `config.json`, `model.safetensors`, `scores.json`.
         released: say so in the run's tags.
 
     Returns:
@@ -62,11 +61,7 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[Version, 
 
 
 def register(text: str) -> str:
-    """Register the checkpoint of a folder, or of a pair in `models/`; return what was done, in one sentence.
-
-    Raises:
-        ValueError: neither holds a checkpoint; see also `register_checkpoint`.
-    """
+    """Register the checkpoint of a folder, or of a pair in `models/` (`register_checkpoint`); say so in a sentence."""
     folder = next((place for place in (Path(text), MODELS_FOLDER / text) if (place / CONFIG_FILE).is_file()), None)
     if folder is None:
         raise ValueError(
@@ -78,7 +73,7 @@ def register(text: str) -> str:
 
 
 def register_trained(dataset: str) -> list[str]:
-    """Register what lies in `models/` for the pairs of a dataset: after a clone and `dvc pull`, or in a new registry.
+    """Register what lies in `models/` for the pairs of a dataset, after `dvc pull` say, or in a new registry.
 
     Return a sentence for each that is new, or that cannot be registered.
     """
@@ -196,10 +191,7 @@ def release(pair: str, why: str | None = None) -> str:
 
 
 def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
-    """Let another environment serve what this one serves: the same weights, measured on the same data.
-
-    Returns:
-        The report, of a decision in the other registry.
+    """Let another environment serve what this one serves, by weights and data; return the decision made there.
 
     Raises:
         LookupError: the environment is unknown or this one, or nothing is served here; nothing has moved.
