@@ -21,7 +21,7 @@ from pipelines.registry import runs as tracking
 from pipelines.registry.versions import utc
 
 PROMOTED, KEPT, FAILED, ROLLED_BACK, RELEASED = "promoted", "kept", "failed", "rolled back", "released"
-_MOVES_TAG = "moves"  # of a decision's run: begun, then ended
+_MOVES_TAG = "moves"  # of a decision's run: begun, then ended, the latter after the run itself
 _COMPARED_TAG = "compared"  # the versions, with commas between them
 _REGISTRY_TAG = "registry"  # of the experiment
 
@@ -74,8 +74,8 @@ def begin_moves(run_id: str, report: Report) -> None:
 def end_decision(run_id: str, status: str = "FINISHED") -> None:
     """Record that a decision was carried out; or, FAILED, that it never will be."""
     client = tracking.client()
-    client.set_tag(run_id, _MOVES_TAG, "ended")
     client.set_terminated(run_id, status)
+    client.set_tag(run_id, _MOVES_TAG, "ended")
 
 
 def unfinished_decisions(dataset: str) -> list[tuple[str, Report | None]]:
@@ -83,14 +83,14 @@ def unfinished_decisions(dataset: str) -> list[tuple[str, Report | None]]:
 
     The report is None if it was not yet decided.
     """
-    found: list[tuple[str, Report | None]] = []
-    for run in _decision_runs(dataset):
-        moves = run.data.tags.get(_MOVES_TAG)
-        if moves == "begun":
-            found.append((run.info.run_id, _report(run)))
-        elif moves is None and run.info.status == "RUNNING":
-            found.append((run.info.run_id, None))
-    return found
+    unfinished = [run for run in _decision_runs(dataset) if _is_unfinished(run)]
+    return [(run.info.run_id, _report(run) if _MOVES_TAG in run.data.tags else None) for run in unfinished]
+
+
+def _is_unfinished(run: mlflow.entities.Run) -> bool:
+    """Say whether a decision is under way, or was cut off after it was recorded."""
+    was_begun = run.data.tags.get(_MOVES_TAG) == "begun"
+    return bool(run.info.status == "RUNNING" or (run.info.status == "FAILED" and was_begun))
 
 
 def record_decision(run_id: str, report: Report) -> None:
@@ -133,14 +133,12 @@ def decisions(dataset: str) -> list[Report]:
     """
     found = []
     for run in _decision_runs(dataset):
-        tags, status = run.data.tags, run.info.status
-        if status == "FINISHED":
-            report = _report(run)
-        elif status == "RUNNING" or tags.get(_MOVES_TAG) == "begun":
+        report: Report = {"decision": FAILED, "reason": "it was cut off before it was recorded"}
+        if _is_unfinished(run):
             report = {"decision": "unfinished", "reason": "it is under way, or was cut off"}
-        else:
-            report = {"decision": FAILED, "reason": "it was cut off before it was recorded"}
-        report |= {key: tags.get(key) for key in ("kind", "who", "why")}
+        elif run.info.status == "FINISHED":
+            report = _report(run)
+        report |= {key: run.data.tags.get(key) for key in ("kind", "who", "why")}
         found.append({**report, "when": utc(run.info.start_time), "decision_run_id": run.info.run_id})
     return found
 

@@ -401,6 +401,17 @@ def test_cut_off_and_run_again(toy, monkeypatch, cut):
     assert toy.served()["version"] == second
 
 
+def test_an_end_recorded_in_part_is_completed(toy, monkeypatch):
+    toy.register(INK)
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_terminated", lambda *_: None)  # as if it was killed there
+        toy.promote()
+    assert decision_runs(toy)[-1].info.status == "RUNNING"
+    toy.promote()
+    assert [run.info.status for run in decision_runs(toy)] == ["FINISHED", "FINISHED"]
+    assert [report["decision"] for report in decisions.decisions(toy.name)] == ["promoted", "kept"]
+
+
 def test_a_decision_that_another_one_has_overtaken_is_left(toy, monkeypatch):
     """It was cut off; before anybody went on with it, another machine made another champion."""
 
