@@ -48,6 +48,13 @@ def reason(error: BaseException) -> str:
     return f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
 
 
+def reason_or_raise(error: Exception) -> str:
+    """Return the `reason` of an error that is handled, if it is for a person to mend; a bug of ours is raised again."""
+    if not is_for_user(error):
+        raise error
+    return reason(error)
+
+
 def one_line(record: logging.LogRecord) -> bool:
     """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
     if record.exc_info and is_for_user(record.exc_info[1]):

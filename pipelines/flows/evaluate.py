@@ -11,7 +11,7 @@ import httpx
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from pipelines.errors import is_for_user, reason
+from pipelines.errors import reason_or_raise
 from pipelines.flows.shown import show_scores, tag_run
 from pipelines.params import EVALUATIONS_EXPERIMENT, load_params
 from pipelines.registry import runs as tracking
@@ -71,9 +71,7 @@ def evaluate_champions(
         try:
             scores[name] = _evaluate(name, champion, url, num_images)
         except Exception as error:  # one damaged champion does not hide the others
-            if not is_for_user(error):
-                raise
-            failures.append(f"{name} version {champion.version} ({reason(error)})")
+            failures.append(f"{name} version {champion.version} ({reason_or_raise(error)})")
     if failures:
         text = "these champions do not score what was registered, or could not be scored: "
         raise RuntimeError(text + "; ".join(failures))
@@ -103,8 +101,7 @@ def _evaluate(name: str, version: Version, url: str | None, num_images: int) -> 
         try:
             served = score_through_service(url, name, version.version, data, CHECKED_IMAGES)
         except ValueError:
-            now = registry.champion(name)
-            if now is not None and now.version == version.version:
+            if registry.aliases(name).get(tracking.CHAMPION) == version.version:
                 raise
             get_run_logger().info("%s is champion no more: the service is not compared", version)
             return scores

@@ -1,12 +1,10 @@
 """The Prefect flows that move champions: promote on evidence, roll back on demand."""
 
 import json
-from pathlib import Path
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from pipelines.errors import is_for_user
 from pipelines.files import atomic_write
 from pipelines.flows.shown import show_decision, tag_run
 from pipelines.params import load_params
@@ -17,16 +15,15 @@ from pipelines.promotion.score import score
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import FAILED, Report
 from pipelines.registry.versions import Version
+from pipelines.reports.comparison import PROMOTIONS_FOLDER
 from pipelines.stages.train import load
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import format_nll
 
-REPORTS_FOLDER = Path("reports/promotions")
-
 
 def _write_report(report: Report) -> None:
     text = json.dumps(report, indent=2, allow_nan=False)
-    atomic_write(REPORTS_FOLDER / f"{report['dataset']}.json", text + "\n")
+    atomic_write(PROMOTIONS_FOLDER / f"{report['dataset']}.json", text + "\n")
 
 
 def _shown(report: Report) -> Report:
@@ -80,12 +77,10 @@ def promote(
             registered = [*served, *register_trained(dataset)]
         report = run_promotion(dataset, data, params.promote, _score, dry_run, version, why)
     except Exception as error:
-        if not is_for_user(error):
-            raise
-        moved = "" if isinstance(error, UnfinishedMoveError) else "nothing moved: "
-        text = f"{dataset}: {moved}{explained(error)}"
+        why = explained(error)
+        text = f"{dataset}: {'' if isinstance(error, UnfinishedMoveError) else 'nothing moved: '}{why}"
         if not dry_run:
-            _write_report({"dataset": dataset, "decision": FAILED, "reason": explained(error), "text": text})
+            _write_report({"dataset": dataset, "decision": FAILED, "reason": why, "text": text})
         if isinstance(error, (LookupError, ValueError)):
             raise
         raise OSError(text) from error

@@ -4,11 +4,11 @@ A process, because a training that crashes, runs out of memory or is killed must
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
@@ -93,42 +93,35 @@ def run_apart(
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = dict(commands)
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    running: dict[str, Popen[bytes]] = {}
     failures: dict[str, str] = {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 name = next(iter(waiting))
                 log(f"{name}: begins, its log is {logs / name}.log")
+                command = waiting.pop(name)
                 with open(logs / f"{name}.log", "wb") as output:
-                    running[name] = subprocess.Popen(
-                        waiting.pop(name),
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-            ended = [name for name, process in running.items() if process.poll() is not None]
-            for name in ended:
+                    running[name] = Popen(command, env=environment, stdin=DEVNULL, stdout=output, stderr=STDOUT)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
                 code = running.pop(name).returncode
                 if code != 0:
                     failures[name] = _why(logs / f"{name}.log", code)
                 log(f"{name}: {'failed: ' + failures[name] if name in failures else 'done'}")
-            if not ended:
-                time.sleep(POLL_S)
+            time.sleep(POLL_S)
     finally:
         _stop(running.values())
     return failures
 
 
-def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Collection[Popen[bytes]]) -> None:
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + GRACE_S
     for process in processes:
         try:
             process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             process.kill()
             process.wait()
 

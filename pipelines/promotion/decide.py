@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from pipelines.errors import is_for_user, reason
+from pipelines.errors import reason, reason_or_raise
 from pipelines.params import PromoteParams
 from pipelines.promotion.checks import check_candidate
 from pipelines.promotion.rule import Candidate, Choice, choose, corrected, differences
@@ -79,9 +79,7 @@ class Decision:
             except MisfitError as error:
                 misfit = f"champion version {champion.version} cannot be compared: {reason(error).rstrip('.')}; "
             except Exception as error:
-                if not is_for_user(error):
-                    raise
-                return Choice(None, f"champion version {champion.version} cannot be scored: {reason(error)}")
+                return Choice(None, f"champion version {champion.version} cannot be scored: {reason_or_raise(error)}")
         pool, uniform = [], math.prod(self.data.image_shape) * math.log(self.data.num_levels)
         for number, version in enumerate(able, start=1):
             logger.info("%s: version %s, %d of %d", self.dataset, version.version, number, len(able))
@@ -114,9 +112,7 @@ class Decision:
         try:
             yield
         except Exception as error:
-            if not is_for_user(error):
-                raise
-            self.skipped[version.version] = reason(error)
+            self.skipped[version.version] = reason_or_raise(error)
 
     def _scored(self, version: Version) -> Candidate:
         return self.scorer(version, self.data, self.params.batch_size)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipelines.errors import is_for_user, reason, tool_of
+from pipelines.errors import reason, reason_or_raise, tool_of
 from pipelines.files import file_lock
 from pipelines.params import PromoteParams
 from pipelines.promotion.decide import Decision, Scorer
@@ -46,12 +46,12 @@ class UnfinishedMoveError(OSError):
 
 
 def explained(error: Exception) -> str:
-    """Return the whole reason of an error, and which server or store it concerns if it is one's."""
-    tool = tool_of(error)
+    """Return the reason of an error as `reason_or_raise` does, and which server or store it concerns if it is one's."""
+    why, tool = reason_or_raise(error), tool_of(error)
     if tool not in ("bentoml", "mlflow", "requests", "sqlalchemy"):
-        return reason(error)
+        return why
     place = f"the model store in {store.home()}" if tool == "bentoml" else f"MLflow at {location()}"
-    return f"{place} failed ({reason(error)}). Run this again once it works."
+    return f"{place} failed ({why}). Run this again once it works."
 
 
 def export(version: Version, reference: Path | None = None) -> str:
@@ -208,8 +208,6 @@ def carry_out(run_id: str, report: Report) -> None:
         try:
             move()
         except Exception as error:
-            if not is_for_user(error):
-                raise
             raise UnfinishedMoveError(
                 f"it was decided that version {new.version} is the champion, and that is carried out in part. Done: "
                 f"{', '.join(done) or 'nothing'}. Failed: {what} ({explained(error)}). Run this again to go on there."

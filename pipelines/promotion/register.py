@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from pipelines.datasets.entry import NAME, NAMES
-from pipelines.errors import is_for_user, reason
+from pipelines.errors import reason, reason_or_raise
 from pipelines.params import load_params
 from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, record_and_carry_out
 from pipelines.promotion.reference import REFERENCE_FILE
@@ -152,10 +152,10 @@ def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
     for dataset in sorted({*registry.datasets(), *served}):
         try:
             done += repair(dataset, take_over, why)
+        except LookupError:
+            raise
         except Exception as error:  # one damaged champion does not keep out the others
-            if isinstance(error, LookupError) or not is_for_user(error):
-                raise
-            failed.append(f"{dataset} ({reason(error)})")
+            failed.append(f"{dataset} ({reason_or_raise(error)})")
     if failed:
         raise ValueError(" ".join([*done, f"These datasets could not be repaired: {'; '.join(failed)}."]))
     return done
