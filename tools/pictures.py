@@ -15,16 +15,7 @@ from pathlib import Path
 import PIL.Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.app.browsing import (
-    CHROMIUM_ARGUMENTS,
-    HALF_DIGIT,
-    REMEMBERS_NOTHING_DRAWN,
-    draw,
-    grid,
-    points_on_screen,
-    press_complete,
-    wait_for_endings,
-)
+from tests.app import browsing
 
 DOCS = Path(__file__).parents[1] / "docs"
 FRAME_S = 0.08  # of the animation
@@ -40,7 +31,7 @@ def chromium() -> Iterator[Browser]:
     if path is None:
         raise SystemExit("error: there is no `chromium` on the PATH. Install the Debian package: apt install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=browsing.CHROMIUM_ARGUMENTS)
         yield browser
         browser.close()
 
@@ -50,10 +41,10 @@ def clean_page(browser: Browser, url: str, seed: int) -> Page:
     for context in browser.contexts:
         context.close()
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.add_init_script(REMEMBERS_NOTHING_DRAWN)
+    context.add_init_script(browsing.REMEMBERS_NOTHING_DRAWN)
     page = context.new_page()
     page.goto(url)
-    grid(page).wait_for()
+    browsing.grid(page).wait_for()
     expect(page.get_by_text("Serving pixelcnn-mnist")).to_be_visible()
     page.get_by_text("As I draw").click()
     page.get_by_text("Advanced").click()
@@ -67,9 +58,9 @@ def clean_page(browser: Browser, url: str, seed: int) -> Page:
 def make_canvas(browser: Browser, url: str) -> None:
     """Write docs/canvas.png."""
     page = clean_page(browser, url, seed=3)
-    draw(page, HALF_DIGIT)
-    press_complete(page)
-    wait_for_endings(page)
+    browsing.draw(page, browsing.HALF_DIGIT)
+    browsing.press_complete(page)
+    browsing.wait_for_endings(page)
     page.mouse.move(5, 5)
     time.sleep(0.5)
     PIL.Image.open(io.BytesIO(page.screenshot())).quantize(128).save(DOCS / "canvas.png", optimize=True)
@@ -87,8 +78,8 @@ def make_animation(browser: Browser, url: str) -> None:
 
     # The upper half of a 3 and then its lower half, in three strokes.
     lower_half: Points = [(14, 12), (17, 13), (18.5, 16), (17, 20), (13, 22), (9, 20)]
-    for points in (HALF_DIGIT[:4], HALF_DIGIT[3:], lower_half):
-        (x, y), *rest = points_on_screen(page, points)
+    for points in (browsing.HALF_DIGIT[:4], browsing.HALF_DIGIT[3:], lower_half):
+        (x, y), *rest = browsing.points_on_screen(page, points)
         page.mouse.move(x, y)
         page.mouse.down()
         frame()

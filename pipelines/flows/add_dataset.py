@@ -19,16 +19,13 @@ def add_dataset(
     minutes: float = 4.0,
     labels: bool = True,
 ) -> list[str]:
-    """Add a dataset and the pair `gated_pixelcnn-NAME`, which `train-pair` then trains.
+    """Add a dataset and the pair `gated_pixelcnn-NAME`, which `train-pair` then trains; return what was chosen.
 
     Args:
         images: where the pictures are, on the worker's machine.
         side: `28`, or `48x32` for width x height; what is None is chosen after a look at the pictures.
         minutes: of training.
         labels: whether sub-folders are labels.
-
-    Returns:
-        What was found and chosen.
 
     Raises:
         ValueError: the name is taken or no name, or the pictures cannot be learned from.

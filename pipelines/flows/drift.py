@@ -17,15 +17,14 @@ from pipelines.settings import Settings, in_prefect
 def watch_drift(
     action: Literal["report", "retrain", "nothing"] = "report", service_url: str | None = None
 ) -> dict[str, list[str]]:
-    """Ask the service for drift, which it finds in what is drawn; see app/service/operation/drift.py.
+    """Ask the service which statistics of what is drawn have drifted, and return them by dataset.
+
+    See app/service/operation/drift.py.
 
     Args:
         action: `report` writes the table `drift-DATASET` and a warning; `retrain` also starts a training of the
             champion's pair, once for each time that drift begins; `nothing` does nothing.
         service_url: None for the environment's PIXELCNN_SERVICE_URL.
-
-    Returns:
-        The statistics that have drifted, by dataset.
 
     Raises:
         LookupError: no service is named.

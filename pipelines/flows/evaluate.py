@@ -34,16 +34,13 @@ def evaluate_champions(
 ) -> dict[str, dict[str, float]]:
     """Score the champion of each dataset on its validation and test images; each is a run in experiment `evaluations`.
 
-    A dataset without champion or prepared data is passed over, with a line in the log.
+    A dataset without champion or prepared data is passed over, with a line in the log. Returns the scores by dataset.
 
     Args:
         datasets: their names; None for all.
         num_images: of each split, the first so many, fewer where `params.yaml` says so. Whole test sets take minutes.
         service_url: of the service, which then scores its champion on the first test images, too; None for the
             environment's PIXELCNN_SERVICE_URL, and without that the service is not asked.
-
-    Returns:
-        The scores by dataset.
 
     Raises:
         ValueError: a dataset is unknown.

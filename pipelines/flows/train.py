@@ -101,7 +101,7 @@ def train_pair(
     half: bool = False,
     reuse: bool = False,
 ) -> dict[str, str]:
-    """Train, evaluate, record and register one pair.
+    """Train, evaluate, record and register one pair; return `run_id` and `version` in MLflow, and `out`.
 
     Two trainings that would write the same folder do not run at once: the second says whom it waits for, and then
     takes the first one's result if it followed from the same inputs.
@@ -113,9 +113,6 @@ def train_pair(
         state: folder of the training's state; None for a hidden one beside `out`. See `stages.train.train`.
         half: store the weights in half precision, where they score alike.
         reuse: take a registered version of the same data, settings and code instead of training again.
-
-    Returns:
-        `run_id` and `version` in MLflow, and `out`.
 
     Raises:
         ValueError: params.yaml, the pair or the data are not as they should be; `out` holds something else.

@@ -29,8 +29,9 @@ GRACE_S = 20.0  # for a training to end by itself when it is told to
 
 @flow(name="train-all", persist_result=False, on_cancellation=[remove_cancelled])
 def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = False) -> dict[str, str]:
-    """Train several pairs and compare them; one that fails neither stops nor hides the others.
+    """Train several pairs and compare them; return the MLflow version of each.
 
+    One that fails neither stops nor hides the others.
     Everything lies in a fresh folder of models/deployments/; the comparison is reports/comparison.html and the table
     artifact `comparison`. Whoever cancels this stops the trainings that are under way, too.
 
@@ -38,9 +39,6 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
         pairs: their names; None for those of the quick start.
         at_once: how many train at a time.
         again: train even those of which a version was registered from the same data, settings and code.
-
-    Returns:
-        The MLflow version of each.
 
     Raises:
         ValueError: at_once is no positive number.
@@ -84,12 +82,9 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
 def run_apart(
     commands: Mapping[str, Sequence[str]], at_once: int, logs: Path, environment: Mapping[str, str], log: Log
 ) -> dict[str, str]:
-    """Run commands in processes of their own, some at a time, in order; whatever ends this ends them, too.
+    """Run commands in processes of their own, some at a time, in order; return why, for each that failed.
 
-    What they print goes into `logs/NAME.log`; `log` is told of each begin and end.
-
-    Returns:
-        For each command that failed, why.
+    Whatever ends this ends them, too. What they print goes into `logs/NAME.log`; `log` is told of each begin and end.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = dict(commands)

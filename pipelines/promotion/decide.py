@@ -40,7 +40,8 @@ class Decision:
     def __init__(
         self, dataset: str, data: Dataset, params: PromoteParams, only: int | None, scorer: Scorer, dry_run: bool
     ) -> None:
-        self.dataset, self.data, self.params, self.scorer = dataset, data, params, scorer
+        self.dataset, self.data, self.params = dataset, data, params
+        self.score: Callable[[Version], Candidate] = lambda version: scorer(version, data, params.batch_size)
         self.by_number = {version.version: version for version in registry.versions(dataset)}
         self.champion = champion = self.by_number.get(registry.aliases(dataset).get(CHAMPION, ""))
         self.skipped: dict[str, str] = {}  # version -> why
@@ -75,7 +76,7 @@ class Decision:
         misfit, of_champion = "", None
         if champion is not None:
             try:
-                of_champion = self._scored(champion)
+                of_champion = self.score(champion)
             except MisfitError as error:
                 misfit = f"champion version {champion.version} cannot be compared: {reason(error).rstrip('.')}; "
             except Exception as error:
@@ -84,7 +85,7 @@ class Decision:
         for number, version in enumerate(able, start=1):
             logger.info("%s: version %s, %d of %d", self.dataset, version.version, number, len(able))
             with self._passing_over(version):
-                scores = self._scored(version)
+                scores = self.score(version)
                 if of_champion is None and scores.joint_nats.mean().item() >= uniform:
                     raise ValueError(f"it is no better than the uniform distribution, {self._format(uniform)}")
                 pool.append(scores)
@@ -113,9 +114,6 @@ class Decision:
             yield
         except Exception as error:
             self.skipped[version.version] = reason_or_raise(error)
-
-    def _scored(self, version: Version) -> Candidate:
-        return self.scorer(version, self.data, self.params.batch_size)
 
     def _chosen(self, champion: Candidate | None, pool: list[Candidate]) -> Choice:
         """Let the rule choose, and check its choice before it counts: a leak would win them all by cheating."""

@@ -61,7 +61,10 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[Version, 
 
 
 def register(text: str) -> str:
-    """Register the checkpoint of a folder, or of a pair in `models/` (`register_checkpoint`); say so in a sentence."""
+    """Register the checkpoint of a folder, or of a pair in `models/`; return what was done, in one sentence.
+
+    Raises ValueError where neither holds one, and whatever `register_checkpoint` does.
+    """
     folder = next((place for place in (Path(text), MODELS_FOLDER / text) if (place / CONFIG_FILE).is_file()), None)
     if folder is None:
         raise ValueError(
