@@ -295,10 +295,10 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
     """
     with champion_lock(dataset):
         completed = complete_moves(dataset)
-        told = "".join(f"{report['text']} " for report in completed)
-        for report in completed:
-            if report["decision"] == ROLLED_BACK and to in (None, int(report["new"])):
-                return {**report, "text": told.strip()}
+        told = "".join(f"{one['text']} " for one in completed)
+        for one in completed:
+            if one["decision"] == ROLLED_BACK and to in (None, int(one["new"])):
+                return {**one, "text": told.strip()}
         found = {version.version: version for version in registry.versions(dataset)}
         present = registry.aliases(dataset).get(CHAMPION, "")
         champion, made = found.get(present), decisions.decisions(dataset)
