@@ -136,7 +136,7 @@ def start(command: list[str], environment: dict[str, str], **options: Any) -> su
 
 
 def beside(environment: dict[str, str], status: Path, steps: list[list[str]]) -> Iterator[None]:
-    """Do what goes on beside the canvas, one step after the other, as far as it has come at each `next`.
+    """Do what goes on beside the canvas: each `next` tells of what has come, and begins a step if one has ended.
 
     All that they say goes into `LOG`. The file `status` tells the canvas, as JSON: `doing` and `what`, of a training
     `left` and the last `validation`, too; at the end of a quick start `doing` is "done" or "failed".
@@ -144,7 +144,8 @@ def beside(environment: dict[str, str], status: Path, steps: list[list[str]]) ->
     LOG.parent.mkdir(exist_ok=True)
     said: dict[str, str] = {}
     line = b""
-    with LOG.open("wb", buffering=0) as output, LOG.open("rb") as log:
+    LOG.write_bytes(b"")
+    with LOG.open("ab", buffering=0) as output, LOG.open("rb") as log:
         for step in steps:
             process = start(
                 step,

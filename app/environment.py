@@ -15,7 +15,7 @@ DEVELOPMENT = "development"  # what no file needs to describe: there the variabl
 
 
 def setting(variable: str, field: str) -> str:
-    """Return what a variable says, or the named environment, by its `field`, in its place; empty for neither.
+    """Return what a variable says, or in its place the named environment's `field`; empty for neither.
 
     Raises:
         LookupError: the environment is unknown or lacks it, or the variable says something else: nothing is mixed.

@@ -75,7 +75,7 @@ class PairParams(Frozen):
         for part, (features, sees_drawings) in parts.items():
             if part in values and not getattr(network, features):
                 raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
-            if part not in values and (part == "context" or not getattr(network, features)):  # it alone may be left out
+            if part not in values and (part == "context" or not getattr(network, features)):  # others have defaults
                 continue
             config = built[part] = _config(TrainConfig, values.get(part, {}), part)
             if config.horizontal_flips and not spec.flips:

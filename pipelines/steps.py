@@ -162,7 +162,7 @@ def evaluate(pair: _Pair) -> None:
 def train_pair(
     pair: _Pair,
     out: Annotated[str | None, Option(help="folder of the checkpoint; a fresh one if left out")] = None,
-    report: Annotated[str | None, Option(help="folder of metrics and pictures; beside --out if left out")] = None,
+    report: Annotated[str | None, Option(help="folder of metrics, curve, pictures; beside --out if left out")] = None,
     state: Annotated[str | None, Option(help="folder of a training that is carried over days; it is kept")] = None,
     half: Annotated[bool, Option("--half", help="store half-precision weights where they score alike")] = False,
     reuse: Annotated[bool, Option("--reuse", help="do not train if a version has the same inputs: take it")] = False,
@@ -256,7 +256,7 @@ def rollback(
 
 @app.command()
 def repair(
-    take_over: Annotated[bool, Option("--take-over", help="feed the store from now; follow moved artifacts")] = False,
+    take_over: Annotated[bool, Option("--take-over", help="feed the store, whoever did; follow moved files")] = False,
     why: _Why = None,
 ) -> None:
     """After a loss: export champions that are not served; make champion what is served where the registry has none."""

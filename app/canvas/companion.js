@@ -47,9 +47,9 @@ function createCompanion(root) {
     for (const endings of document.querySelectorAll(".endings[data-for]")) {
       const isCurrent = endings.dataset.for === drawing.text; // even if one of them adds nothing to it
       const buttons = [...endings.querySelectorAll("[data-ink]")];
-      const chosen = buttons.find(({ dataset }) => !isCurrent && drawing.text.startsWith(dataset.ink));
-      for (const button of buttons) button.setAttribute("aria-pressed", button === chosen);
-      endings.classList.toggle("earlier", !isCurrent && !chosen);
+      const isChosen = ({ dataset }) => !isCurrent && dataset.ink === drawing.ink;
+      for (const button of buttons) button.setAttribute("aria-pressed", isChosen(button));
+      endings.classList.toggle("earlier", !isCurrent && !buttons.some(isChosen));
       endings.classList.toggle("gone", drawing.blank);
     }
   }

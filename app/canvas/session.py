@@ -21,7 +21,6 @@ from app.client import Likelihood, ServedModel, ServiceClient, ServiceError, ser
 
 MODELS_TTL_S = 5.0  # how long the list of served models is taken as current
 RETRY_S = 5.0  # a service that does not answer is asked again after so long
-KNOWN_KEYS = ("known", "known_all", "known_paint")  # of the widgets that hold the mode of `known_cells`
 NUM_MEASURED = 9  # images
 GALLERY = 12  # past requests of a visit that are kept
 NEW_SEEDS = 10**6  # short enough to be read out; a person may type longer ones
@@ -167,17 +166,16 @@ VISITS: WeakValueDictionary[str, Visit] = WeakValueDictionary()
 
 def this_visit() -> Visit:
     """Return the state of this visit, at first as its address says. Raises ServiceError: the service has no address."""
-    state, query = st.session_state, st.query_params
+    state, query, client = st.session_state, st.query_params, client_of(service_url())
     if "visit" in state:
-        return cast(Visit, state.visit)
+        visit = cast(Visit, state.visit)
+        visit.client = client.named(visit.name)
+        return visit
     name = secrets.token_hex(8)
-    visit = state.visit = VISITS[name] = Visit(name, client_of(service_url()).named(name), linked=query.get("d", ""))
-    for key, kind in (("dataset", str), ("label", int), ("temperature", float), ("n", int)):
+    visit = state.visit = VISITS[name] = Visit(name, client.named(name), linked=query.get("d", ""))
+    for key, kind in (("dataset", str), ("known", str), ("label", int), ("temperature", float), ("n", int)):
         with contextlib.suppress(ValueError, KeyError):
-            state[key] = kind(query[key])  # which the widget of this key drops if it does not offer it
-    if "known" in query:
-        for key in KNOWN_KEYS:
-            state[key] = query["known"]
+            state[f"linked_{key}"] = kind(query[key])  # a default: what the browser's widgets hold comes first
     visit.seed, _ = parse_seed(query.get("seed", ""))
     visit.pending = visit.seed is not None and bool(visit.linked)  # the link to a picture: it is drawn at once
     return visit

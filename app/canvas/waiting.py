@@ -121,10 +121,10 @@ def wait_for(
     on_stop: Callable[[], None],
     show: Callable[[Event], object] | None = None,
 ) -> list[Event]:
-    """Return what the service answers, or give it to `show` as it comes. Raises ServiceError.
+    """Return what the service answers, or give it to `show` as it comes, and return none. Raises ServiceError.
 
     Meanwhile the page says that it takes a while. It may leave this at any moment, also after the last answer: what
-    must not be lost is for `show` to keep; then none is returned. For `ask_for` see `in_background`: requests that it
+    must not be lost is for `show` to keep. For `ask_for` see `in_background`: requests that it
     sends one by one end once the page has left; for `what`, `text` and `on_stop` see `busy_line`.
     """
     found: list[Event] = []

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import streamlit as st
 from app.canvas.endings import Endings, order_of, parse_seed, record, shape_of
 from app.canvas.photo import find_ink, fit_picture
 from app.canvas.rendering import large_image, saved_animation, saved_picture
-from app.canvas.session import KNOWN_KEYS, Visit
+from app.canvas.session import Visit
 from app.canvas.texts import TEXTS, language, say, say_label
 from app.client import ServedModel, ServiceError
 
 HERE = Path(__file__).parent
 MAX_UPLOAD_MB = 10
+KNOWN_KEYS = ("known", "known_all", "known_paint")  # of the widgets that hold the mode of `known_cells`
 TEMPERATURE = 0.9  # more endings hold together than at 1, and as many differ: docs/endings.md
 
 
@@ -35,10 +36,13 @@ def main_button(label: str, on_click: Callable[[], None] | None = None) -> bool:
     return st.button(label, on_click=on_click, key="main", shortcut="F", type="primary", icon=icon, width="stretch")
 
 
-def drop_unoffered(key: str, offered: Container[object]) -> None:
-    """Have a widget begin with its default where what it held last, or the address tells, is not on offer."""
-    if key in st.session_state and st.session_state[key] not in offered:
-        del st.session_state[key]
+def linked_default(key: str, offered: Any, default: Any, name: str | None = None) -> Any:
+    """Return what a widget shows first, the address's value or the default; drop what it holds but cannot offer."""
+    state = st.session_state
+    if key in state and state[key] not in offered:
+        del state[key]
+    linked = state.get(f"linked_{name or key}", default)
+    return linked if linked in offered else default
 
 
 def name_of(dataset: str) -> str:
@@ -52,8 +56,8 @@ def choose_dataset(served: Mapping[str, ServedModel]) -> str:
         st.selectbox(say("dataset"), [], key="no_dataset", placeholder=say("none_yet"))
         return ""
     offered = list(served)
-    drop_unoffered("dataset", offered)
-    return st.selectbox(say("dataset"), offered, format_func=name_of, key="dataset", persist_state="session")
+    first = offered.index(linked_default("dataset", offered, offered[0]))
+    return st.selectbox(say("dataset"), offered, first, format_func=name_of, key="dataset", persist_state="session")
 
 
 def choose_label(names: list[str], text: str) -> int | None:
@@ -64,11 +68,12 @@ def choose_label(names: list[str], text: str) -> int | None:
     state = st.session_state
     if state.setdefault("label_of", names) != names:  # the index kept, or linked to, would be another label's
         state.label_of, state.label = names, -1
+        state.pop("linked_label", None)
     offered = [-1, *range(len(names))]
-    drop_unoffered("label", offered)
     label: int = st.selectbox(
         text,
         offered,
+        offered.index(linked_default("label", offered, -1)),
         format_func=lambda index: say("anything") if index < 0 else say_label(names[index]),
         key="label",
         persist_state="session",
@@ -90,8 +95,7 @@ def choose_known(painting: bool, sees_all: bool) -> str:
     modes = ("ink", "above", "mask") if painting else ("above", "ink", "touched", "mask")
     names = {mode: say("known_paint" if painting and mode == "ink" else f"known_{mode}") for mode in modes}
     key = known_key(painting, sees_all)
-    drop_unoffered(key, modes)
-    default = "ink" if painting or sees_all else "above"
+    default = linked_default(key, modes, "ink" if painting or sees_all else "above", "known")
     mode = choose(say("known"), names, default, width="stretch", wrap=True, key=key, persist_state="session")
     if painting:
         st.caption(say("help_paint" if mode == "ink" else f"help_paint_{mode}"))
@@ -102,10 +106,10 @@ def choose_known(painting: bool, sees_all: bool) -> str:
 
 def choose_temperature() -> float:
     """Show the temperature; return it."""
-    drop_unoffered("temperature", [round(0.05 * i, 2) for i in range(31)])
+    first = linked_default("temperature", [round(0.05 * i, 2) for i in range(31)], TEMPERATURE)
     text, help_text = say("temperature"), say("temperature_help")
     temperature: float = st.slider(
-        text, 0.0, 1.5, TEMPERATURE, 0.05, key="temperature", persist_state="session", help=help_text
+        text, 0.0, 1.5, first, 0.05, key="temperature", persist_state="session", help=help_text
     )
     return temperature
 
@@ -184,13 +188,13 @@ def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: 
     ]
     with st.popover(say("save"), icon=":material/download:"):
         for what, kind, mime, data in offers:
-            if known.any() or what in ("all", "animation", "record"):  # else a sheet of whole images
+            if known.any() or what in ("all", "animation", "record"):  # a sheet of whole images has no drawing
                 name = f"{ending.request.dataset}-{ending.seed}-{what}.{kind}"
                 st.download_button(say(f"save_{what}"), data, name, mime, key=f"save_{what}", on_click="ignore")
 
 
 def companion(ending: Endings | None) -> None:
-    """Keep the address that of endings; show buttons that copy it, and that compare endings with their drawing."""
+    """Keep the address at that of endings; show buttons that copy it, and that compare endings with their drawing."""
     compare = f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
     copy = f'<button type="button" class="copy">{say("copy_link")}</button><span role="status"></span>'
     component = st.components.v2.component(

@@ -105,7 +105,8 @@ def look_at(source: Source, wishes: Wishes) -> Look:
     ValueError if there is too little to learn from, a picture is broken and not to be left out, or labels are odd.
     """
     left, sizes, labels = Left(), Counter[tuple[int, int]](), Counter[str]()
-    looks = [Look(ground, left, sizes, labels) for ground in ("black", "white")]
+    grounds = ("black", "white") if source.kind == "folder" else ("black",)  # files alone have transparency
+    looks = [Look(ground, left, sizes, labels) for ground in grounds]
     for picture in read_pictures(source, wishes.labels, left):
         sizes[picture.image.height, picture.image.width] += 1
         if wishes.labels and picture.label is not None:
@@ -357,8 +358,8 @@ def _record(name: str) -> None:
     stage, environment, here = repro_command("prepare", name).split()[-1], dict(os.environ), Path.cwd()
     words = [sys.executable, "-m", "dvc", "commit", "--force", stage]  # --quiet would hide the reason of a failure
     with tempfile.TemporaryDirectory() as folder:
-        # Without git, in a container, say, DVC works where a setting says so.
-        if not any((place / ".git").exists() for place in (here, *here.parents)):
+        gits = [place / ".git" for place in (here, *here.parents)]
+        if not any(git.is_file() or (git / "HEAD").exists() for git in gits):  # in a container, say
             Path(folder, "config").write_text("[core]\n    no_scm = true\n")
             environment["DVC_SYSTEM_CONFIG_DIR"] = folder
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)

@@ -35,9 +35,9 @@ Images = tuple[Tensor, Tensor]
 
 
 def fetch(name: str, out: Path) -> None:
-    """Put the files of one of `OFFICIAL` into a folder, which is replaced as a whole.
+    """Put the files of an official dataset into a folder, which is replaced as a whole.
 
-    ValueError if one is missing, damaged or cannot be had.
+    ValueError if a file is missing, damaged or cannot be had.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}.") as temporary:

@@ -88,7 +88,7 @@ def unfinished_decisions(dataset: str) -> list[tuple[str, Report | None]]:
 
 
 def _is_unfinished(run: mlflow.entities.Run) -> bool:
-    """Say whether a decision is under way, or was cut off after it was recorded."""
+    """Say whether a decision is under way, was killed on its way, or failed after it was recorded."""
     was_begun = run.data.tags.get(_MOVES_TAG) == "begun"
     return bool(run.info.status == "RUNNING" or (run.info.status == "FAILED" and was_begun))
 

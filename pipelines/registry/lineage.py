@@ -9,6 +9,7 @@ With `--verify` the checksums and a score are computed again.
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -178,7 +179,8 @@ def _load_same(version: Version) -> Dataset:
 
 
 def _verify_registry(version: Version) -> str:
-    registry.load(version)
+    with tempfile.TemporaryDirectory() as folder:
+        registry.download(version, Path(folder))
     return f"the weights' SHA-256 is {version.lineage()['weights_sha256']}"
 
 

@@ -141,7 +141,7 @@ def unmark_rolled_back(version: Version) -> None:
 
 
 def download(version: Version, folder: Path) -> Path:
-    """Fetch a version's checkpoint into a folder; return its own. ValueError if it holds not the registered weights."""
+    """Fetch a version's checkpoint into a folder; return its own. ValueError if that is not what was registered."""
     tracking.client()  # sets the URI
     top = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
     checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME

@@ -491,6 +491,12 @@ def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_
     assert "data:image/png" in page.evaluate(shown)
     page.mouse.up()
     assert page.evaluate(shown) == "normal"
+    page.keyboard.press("h")
+    draw(page, [(2, 2), (4, 2)])
+    expect(page.locator(".endings.earlier:visible")).to_have_count(1)  # another drawing
+    expect(page.locator('.endings button[aria-pressed="true"]')).to_have_count(0)
+    page.keyboard.press("Control+z")
+    expect(endings.nth(2)).to_have_attribute("aria-pressed", "true")
     page.keyboard.press("Control+z")  # one step
     assert (ink(page) == drawn).all()
     endings.nth(0).focus()
@@ -945,11 +951,15 @@ def test_service_down_keeps_the_drawing(open_page: OpenPage, services: dict[str,
 
 
 @pytest.mark.slow
-def test_page_restarted_keeps_the_drawing(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
+def test_page_restarted_keeps_the_drawing_and_what_was_chosen(
+    open_page: OpenPage, service: StubService, tmp_path: Path
+) -> None:
     port = free_port()
     with running_page(port, service.url, tmp_path / "first.txt") as url:
-        page = open_page(url=url)
+        page = open_page(url=f"{url}/?known=above")
+        choose_mode(page, "Only my ink")
         draw(page, HALF_DIGIT)
+        wait_until_still(page)
     draw(page, [(20, 3), (22, 5)])  # while nobody listens
     drawn, listed = ink(page), service.num_listed
     with running_page(port, service.url, tmp_path / "second.txt"):
@@ -957,7 +967,8 @@ def test_page_restarted_keeps_the_drawing(open_page: OpenPage, service: StubServ
         wait_until_still(page)
         press_complete(page)  # the first press already counts
         wait_for_endings(page)
-        assert service.requests[-1][1]["image"] == drawn.tolist()
+        body = service.requests[-1][1]
+        assert body["image"] == body["observed"] == drawn.tolist()
         assert (ink(page) == drawn).all()
 
 

@@ -177,6 +177,7 @@ def test_progress_is_in_the_log(trained) -> None:
     assert any("step 1, epoch" in line and "nats" in line and "images/s" in line for line in lines)
     assert any("validation" in line and "left" in line for line in lines)
     assert any("test/nll_nats_uniform: 543.43 nats" in line for line in lines)
+    assert any("test/nll_nats_independent: " in line for line in lines)
 
 
 def test_the_run_has_everything(trained) -> None:

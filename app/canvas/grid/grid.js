@@ -60,6 +60,7 @@ function createGrid(root, data) {
   let view = { scale: 1, x: 0, y: 0 }; // what is seen of a large grid: in papers
   const fingers = new Map(); // those on the grid: pointer to place
   let loaded = null; // the last `load` that was taken
+  const taken = new WeakMap(); // of cells that were clicked, not drawn: their `data-ink`
   let demonstrated = null; // the demonstration's cells, while the grid shows it, or draws it, and nothing else
 
   for (const button of root.querySelectorAll("[data-colour]")) button.style.background = button.dataset.colour;
@@ -135,7 +136,7 @@ function createGrid(root, data) {
       picture.data[4 * i + 3] = 255;
     }
     context.putImageData(picture, 0, 0);
-    document.drawing = { text: toText(), blank: cells.every((value) => value === 0) };
+    document.drawing = { text: toText(), blank: cells.every((value) => value === 0), ink: taken.get(cells) };
     document.dispatchEvent(new CustomEvent("drawing", { detail: document.drawing }));
     showTools();
   }
@@ -446,6 +447,7 @@ function createGrid(root, data) {
       const wasBlank = cells[i] === 0 && cells[marks + i] === TOUCHED;
       next[marks + i] = isPaint || next[i] || wasBlank ? TOUCHED : NONE;
     }
+    taken.set(next, hex);
     replace(next);
   }
 

@@ -15,7 +15,7 @@ from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
 from app.canvas.rendering import ADDED_INK, INK, endings_html, examples_html, gallery_html
-from app.canvas.session import KNOWN_KEYS, Visit
+from app.canvas.session import Visit
 from app.canvas.texts import TEXTS, say, say_label
 from app.canvas.views.picture import start_from_picture
 from app.canvas.views.surprise import likelihoods, surprise_beside
@@ -25,7 +25,7 @@ from app.client import ServedModel, ServiceError
 NUM_ENDINGS = 9
 MAX_ENDINGS = 16
 COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
-SETTINGS_KEYS = ("dataset", "label", *KNOWN_KEYS, "temperature", "n", "typed_seed", "named", "coloured")
+SETTINGS_KEYS = ("dataset", "label", *widgets.KNOWN_KEYS, "temperature", "n", "typed_seed", "named", "coloured")
 ORDERS = ("drawn", "likely", "rare")  # as drawn: in fixed places, while they bend with the pen
 
 
@@ -241,8 +241,8 @@ def choose_settings(visit: Visit) -> Settings:
         with first:
             temperature = widgets.choose_temperature()
         with second:
-            widgets.drop_unoffered("n", range(1, MAX_ENDINGS + 1))
-            num_samples = st.slider(say("endings"), 1, MAX_ENDINGS, NUM_ENDINGS, key="n", persist_state="session")
+            default = widgets.linked_default("n", range(1, MAX_ENDINGS + 1), NUM_ENDINGS)
+            num_samples = st.slider(say("endings"), 1, MAX_ENDINGS, default, key="n", persist_state="session")
         seed, trouble = widgets.choose_seed("typed_seed")
         named = st.toggle(say("named"), key="named", help=say("named_help"), persist_state="session")
         coloured = painting or st.toggle(say("coloured"), value=True, key="coloured", persist_state="session")

@@ -95,7 +95,7 @@ def likelihoods(
 
 
 def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
-    """Show beside the grid which label explains its levels, and where they surprise; of each pixel how likely it is."""
+    """Show beside the grid which label explains an image's levels, where they surprise, how likely each pixel is."""
     question = (dataset, model.model.get("weights_sha256"), image.tolist(), None)
     if not visit.surprise or visit.surprise[0] != question or (model.labels and visit.surprise[2] is None):
         if visit.is_waiting:
