@@ -127,9 +127,9 @@ def try_kind(kind: str, images: Path, minutes: float, venv: Path | None, out: Pa
         words = {"IMAGES": folder, "NAME": kind, "MINUTES": f"{minutes:g}", **wishes}
         given = [f"{key}={value}" for key, value in words.items()]
         with interrupts.ready(venv, "own", *given) as (address, installed, said):
+            print(said[:HEAD], flush=True)
             draw_on(browser, address, out / f"{kind}.png")
             print(f"installation to nine endings of a drawing: {time.time() - installed:.0f} s", flush=True)
-            print(said[:HEAD], flush=True)
 
 
 def main(
@@ -147,7 +147,7 @@ def main(
     for kind in kinds:
         try_kind(kind, images.resolve(), minutes, venv, out)
     shown = np.stack([np.asarray(Image.open(out / f"{kind}.png").convert("RGB")) for kind in kinds])  # (N, H, W, 3)
-    sheet = to_sheet(torch.from_numpy(shown).permute(0, 3, 1, 2), 256, num_columns=2, zoom=1, gap=0)
+    sheet = to_sheet(torch.from_numpy(shown).long().permute(0, 3, 1, 2), 256, num_columns=2, zoom=1, gap=0)
     sheet.reduce(2).quantize(128).save(out / "sheet.png", optimize=True)
 
 

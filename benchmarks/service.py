@@ -191,8 +191,8 @@ def visits(
 def main(
     url: Annotated[str, Option()] = service_url(),
     requests: Annotated[int, Option(help="per dataset and row of the first table")] = 30,
-    datasets: Annotated[list[str] | None, Option(help="all that are served by default")] = None,
-    clients: Annotated[list[int], Option(help="of a row of the second table")] = [1, 8, 32, 128],  # noqa: B006
+    datasets: Annotated[list[str] | None, Option(help="all that are served by default; one each")] = None,
+    clients: Annotated[list[int], Option(help="of a row of the second table; one each")] = [1, 8, 32, 128],  # noqa: B006
     seconds: Annotated[float, Option(help="per row of the second table")] = 10,
     dataset: Annotated[str, Option(help="of the second table, and of canvases")] = "",
     same_drawing: Annotated[bool, Option("--same-drawing", help="by all clients of the second table")] = False,

@@ -104,7 +104,7 @@ def train_command(
     *,
     data: Data,
     out: Annotated[Path, Option(help="folder for the checkpoint")],
-    init_from: Annotated[Path | None, Option(help="the same network to start from, with or without context")] = None,
+    init_from: Annotated[Path | None, Option(help="checkpoint of the same network, context or not")] = None,
     device: Device = "cpu",
     **settings: Any,
 ) -> None:
@@ -129,6 +129,7 @@ def train_command(
     if rank == 0:
         num_parameters = sum(p.numel() for p in model.parameters())
         print(f"{architecture} on {dataset.name} ({dataset.protocol}): {num_parameters:,} parameters")
+    out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
     if init_from is not None and state_file.exists() and rank == 0:
         print(f"goes on from {state_file}: --init-from counts only at a start. Delete that file to start afresh.")
@@ -298,7 +299,7 @@ def pack_command(
     out: Annotated[Path, Option(help="file to write, e.g. images.pxl")],
     labels: Annotated[Path | None, Option(help=".npy array or dataset: labels to keep, and to tell the model")] = None,
     split: Split = "test",
-    block_images: Annotated[int | None, Option(help="images per block; for about 24 KiB if left out")] = None,
+    block_images: Annotated[int | None, Option(help="images each; of 24 KiB if left out", min=1, max=4096)] = None,
 ) -> None:
     """Pack images without loss into a file that the same checkpoint unpacks (docs/packing.md)."""
     from pixelcnn.packing import pack  # it needs constriction, which a machine for training need not have

@@ -85,7 +85,8 @@ def resized(model: AutoregressiveModel, height: int, width: int) -> Autoregressi
     """Return the same joint network for another image size: none of its weights depends on it."""
     shape = (model.config.image_shape[0], height, width)
     joint = build_model(dataclasses.replace(model.config.without_context(), image_shape=shape))
-    joint.load_state_dict({name: model.state_dict()[name] for name in joint.state_dict()})
+    weights = model.state_dict()
+    joint.load_state_dict({name: weights[name] for name in joint.state_dict()})
     return joint.eval()
 
 

@@ -45,7 +45,10 @@ def check_replaceable(folder: str | Path) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["other things"]
     own = {CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE, CARD_FILE}
     foreign = [name for name in names if name not in own and not name.endswith(_BESIDE)]
-    is_ours = CONFIG_FILE in names and b'"weights_sha256"' in (folder / CONFIG_FILE).read_bytes()
+    try:
+        is_ours = "weights_sha256" in json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
     if foreign or (names and not is_ours):
         raise ValueError(
             f"{folder} is no checkpoint that may be replaced: it holds {(foreign or names)[0]}, which would be lost. "
@@ -181,7 +184,7 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
 def load_checkpoint(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Read the model, in eval mode on the CPU, and the scores that `save_checkpoint` wrote, even if it was cut off.
 
-    Where there is no such folder, it is the name of released weights.
+    `folder` may also be the name of released weights; a folder comes first.
 
     Raises:
         ValueError: a file is missing, damaged, of another architecture, or not the one that was saved.

@@ -26,7 +26,7 @@ class ModelConfig:
         num_labels: number of classes that the network can be told; 0 for a network without labels.
         context_features: maps that the context network makes of a drawing; 0 for a network without one.
         context_width: width of the context network's own layers; 0 means `context_features`.
-        context_scales: resolutions of the context network, each twice as wide as the last (`layers.UNet`); 0 for one.
+        context_scales: resolutions of its U-Net, each half the last, of twice the maps; 0 for dilated kernels at one.
         head_features: width of the head's 1x1 layer; 0 means twice `num_features`.
         output: the distribution of a sub-pixel, `categorical` or `logistic_mixture` (models/outputs.py).
         num_mixtures: components of a logistic mixture; 0 for other outputs.

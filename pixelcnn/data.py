@@ -96,8 +96,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[st
         new.replace(path)
     except OSError as error:
         raise OSError(
-            f"{path} could not be saved ({error}). Make room on its disk, then run the same command again: what was "
-            "saved before is untouched."
+            f"{path} could not be saved ({error}). Make room on its disk, then run the same command again: a training "
+            "goes on from what was saved before, which is untouched."
         ) from None
     finally:
         new.unlink(missing_ok=True)

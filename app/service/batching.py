@@ -172,8 +172,8 @@ class Batcher:
 
 @contextlib.contextmanager
 def _failures_logged() -> Iterator[None]:
-    """Log what is raised while something is counted, which must neither fail a job nor end a lane's thread."""
+    """Log what an observer raises, which must neither fail a job nor end a lane's thread."""
     try:
         yield
     except Exception:
-        logger.exception("a metric of the queue could not be told")
+        logger.exception("an observer of the queue failed")

@@ -94,6 +94,8 @@ def load_champion(folder: Path) -> Champion:
 def load_released(dataset: str, folder: Path) -> Champion:
     """Load a checkpoint that no registry knows, as version `released`; the errors are those of `load_champion`."""
     lineage = dict.fromkeys(Identity.model_fields, "") | json.loads((folder / SCORES_FILE).read_text())
+    if missing := {"label_names", "protocol"} - lineage.keys():
+        raise ValueError(f"it does not say its {', '.join(sorted(missing))}: take the weights as they were released.")
     named = {"name": NAME_PREFIX + dataset, "version": RELEASED, "weights_sha256": sha256_of(folder / WEIGHTS_FILE)}
     return _champion(folder, lineage | named, {})
 
@@ -270,7 +272,8 @@ class Champions:
         for dataset, role in list(self._attempts):
             if dataset not in folders:
                 self._forget(dataset, role)
-        for (dataset, folder), (role, pointer) in itertools.product(folders.items(), POINTERS.items()):
+        # Champions first: none waits for a challenger.
+        for (role, pointer), (dataset, folder) in itertools.product(POINTERS.items(), folders.items()):
             try:
                 version = (folder / pointer).read_text(errors="replace").strip()
             except FileNotFoundError:  # no version yet

@@ -35,7 +35,10 @@ class Metrics:
             "pixelcnn_left_requests", "Requests left, or out of time, before the answer.", ["endpoint", "dataset"]
         )
         self.seconds = histogram(
-            "pixelcnn_request_seconds", "From a checked request to its answer.", "endpoint dataset", SECONDS
+            "pixelcnn_request_seconds",
+            "From a checked request to its answer, wait and all.",
+            "endpoint dataset",
+            SECONDS,
         )
         self.waiting = gauge("pixelcnn_waiting_requests", "Requests that wait for a call.")
         self.batch_requests = histogram("pixelcnn_batch_requests", "Requests that shared a call.", "lane", COUNTS)
@@ -59,13 +62,19 @@ class Metrics:
             "pixelcnn_drawn_share", "Of each drawing: what is known ink, or known.", "dataset statistic", SHARES
         )
         self.drift = gauge(
-            "pixelcnn_drift", "1 while drawings are unlike the reference; NaN without one, or any.", "dataset statistic"
+            "pixelcnn_drift",
+            "1 while drawings are unlike the reference; NaN without reference or drawings.",
+            "dataset statistic",
         )
         self.drift_watched = gauge(
-            "pixelcnn_drift_watched", "1 where drawings are compared with a reference, else 0; NaN if none.", "dataset"
+            "pixelcnn_drift_watched",
+            "1 where drawings are compared with a reference, else 0; NaN before any.",
+            "dataset",
         )
         self.drift_distance = gauge(
-            "pixelcnn_drift_distance", "Kolmogorov-Smirnov distance of the last window, or NaN.", "dataset statistic"
+            "pixelcnn_drift_distance",
+            "Kolmogorov-Smirnov distance of the last window to the reference; or NaN.",
+            "dataset statistic",
         )
         self.shadow = gauge(
             "pixelcnn_shadow_bits_per_dim", "Challenger less champion: mean, and 95 % interval.", "dataset bound"

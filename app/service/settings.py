@@ -53,7 +53,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings; BentoMLConfigException if one may not be so, whose sentence `bentoml serve` prints."""
+    """Read the settings; BentoMLConfigException, whose sentence `bentoml serve` prints, if one is wrong."""
     try:
         return Settings()
     except ValidationError as error:
@@ -64,7 +64,7 @@ def load_settings() -> Settings:
 
 
 def tracing() -> dict[str, Any]:
-    """Return BentoML's setting `tracing`; BentoMLConfigException if the share is none, or the exporter is missing."""
+    """Return BentoML's setting `tracing`; BentoMLConfigException if the share is wrong, or the exporter is missing."""
     endpoint = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     if endpoint is None:
         return {"excluded_urls": ".*"}

@@ -12,6 +12,8 @@ from pipelines.flows.shown import artifact_key, tag_run
 from pipelines.registry import versions as registry
 from pipelines.settings import Settings, in_prefect
 
+TIMEOUT_S = 10.0  # nothing is computed for it
+
 
 @flow(name="watch-drift", persist_result=False)
 def watch_drift(
@@ -35,7 +37,7 @@ def watch_drift(
         raise LookupError("no service is named: set service_url, or PIXELCNN_SERVICE_URL where the worker runs")
     try:
         with client_of(url) as http:
-            drawn = http.get("/drawings").raise_for_status().json()
+            drawn = http.get("/drawings", timeout=TIMEOUT_S).raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # a page that is no JSON is not the service's
         raise ConnectionError(f"the service at {url} does not tell of drawings ({error})") from error
     tag_run(*drawn)

@@ -77,10 +77,10 @@ def promote(
             registered = [*served, *register_trained(dataset)]
         report = run_promotion(dataset, data, params.promote, _score, dry_run, version, why)
     except Exception as error:
-        why = explained(error)
-        text = f"{dataset}: {'' if isinstance(error, UnfinishedMoveError) else 'nothing moved: '}{why}"
+        cause = explained(error)
+        text = f"{dataset}: {'' if isinstance(error, UnfinishedMoveError) else 'nothing moved: '}{cause}"
         if not dry_run:
-            _write_report({"dataset": dataset, "decision": FAILED, "reason": why, "text": text})
+            _write_report({"dataset": dataset, "decision": FAILED, "reason": cause, "text": text})
         if isinstance(error, (LookupError, ValueError)):
             raise
         raise OSError(text) from error

@@ -50,8 +50,8 @@ def explained(error: Exception) -> str:
     why, tool = reason_or_raise(error), tool_of(error)
     if tool not in ("bentoml", "mlflow", "requests", "sqlalchemy"):
         return why
-    place = f"the model store in {store.home()}" if tool == "bentoml" else f"MLflow at {location()}"
-    return f"{place} failed ({why}). Run this again once it works."
+    places = {"bentoml": f"the model store in {store.home()}", "sqlalchemy": f"MLflow's database {location()}"}
+    return f"{places.get(tool, f'MLflow at {location()}')} failed ({why}). Run this again once it works."
 
 
 def export(version: Version, reference: Path | None = None) -> str:

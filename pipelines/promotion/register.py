@@ -124,11 +124,12 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None, first:
             scored = f" ({checked})"
         if first is None:
             return done
+        became = f"it is version {first.version} and" if scored else f"version {first.version} is"
         report: Report = {
             "dataset": dataset,
             "decision": RELEASED,
             "reason": cause,
-            "text": f"{dataset}: {cause}; version {first.version} is champion now{scored}.",
+            "text": f"{dataset}: {cause}; {became} champion now{scored}.",
             "new": first.version,
             "old": None,
             "candidate": first.lineage(),
@@ -183,11 +184,13 @@ def release(pair: str, why: str | None = None) -> str:
     They need no data for that: there is nothing to compare them with. From then on they compete like any version.
     """
     version, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
-    champion = registry.champion(version.tags["dataset"])
+    with champion_lock(version.dataset):
+        complete_moves(version.dataset)
+    champion = registry.champion(version.dataset)
     if champion is None or champion.version == version.version:
-        repair(version.tags["dataset"], why=why, first=version)
+        repair(version.dataset, why=why, first=version)
     became = "champion already." if champion is not None else "champion, as the first of its dataset."
-    now = registry.champion(version.tags["dataset"])
+    now = registry.champion(version.dataset)
     if now is not None and now.version != version.version:
         became = f"version {now.version} stays champion until a promotion decides otherwise."
     return f"{pair}: released weights are version {version.version} of {version.name} ({checked}); {became}"

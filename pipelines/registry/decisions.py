@@ -83,8 +83,14 @@ def unfinished_decisions(dataset: str) -> list[tuple[str, Report | None]]:
 
     The report is None if it was not yet decided.
     """
-    unfinished = [run for run in _decision_runs(dataset) if _is_unfinished(run)]
-    return [(run.info.run_id, _report(run) if _MOVES_TAG in run.data.tags else None) for run in unfinished]
+    found: list[tuple[str, Report | None]] = []
+    for run in filter(_is_unfinished, _decision_runs(dataset)):
+        moves = run.data.tags.get(_MOVES_TAG)
+        if moves == "ended":  # as recorded by earlier releases, first: all is moved, and may have been undone since
+            end_decision(run.info.run_id)
+        else:
+            found.append((run.info.run_id, _report(run) if moves else None))
+    return found
 
 
 def _is_unfinished(run: mlflow.entities.Run) -> bool:

@@ -21,7 +21,7 @@ from pixelcnn.images import from_png, to_png
 from pixelcnn.packing.container import is_plain
 
 LABELS_FILE = "labels.npy"
-# What np.load raises of a file that is damaged, or none.
+# What NumPy raises of a file that is damaged, or none.
 DAMAGED = (ValueError, EOFError, SyntaxError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
@@ -201,9 +201,11 @@ class Unpacked:
         if self.is_folder:
             self.new.rename(self.out)
         else:
-            for file in self.new.iterdir():
+            for file in sorted(self.new.iterdir(), key=lambda file: file.name == self.out.name):  # the images last
                 file.rename(self.out.with_name(file.name))
 
     def discard(self) -> None:
-        """Remove what was written and not put in its place."""
+        """Remove what was written and not put in its place, and labels whose images were not."""
+        if not self.is_folder and (self.new / self.out.name).exists():
+            self.out.with_name(self.labels_name).unlink(missing_ok=True)
         shutil.rmtree(self.new, ignore_errors=True)

@@ -81,8 +81,9 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
         s[o:] = max(floor, s[b:] + w[e:] + s[x:][:num_in] @ panel)
 
     for each column, every operand a step further, where panel is the (num_in, vectors * lanes) matrix at w[at:].
-    `vectors` is one of PANELS. Of a single vector's results the first `count` are written; of more, all. Sparse, what
-    is not positive in the inputs counts as zero, and its products are skipped; the others are added in the same order.
+    `vectors` is one of PANELS. Of a single vector's results the first `count` are written; of more, all. If
+    `is_sparse`, what is not positive in the inputs counts as zero, and its products are skipped; the others are added
+    in the same order.
     """
 
     def tile(_, s, w, o, o_step, b, b_step, e, e_step, x, x_step, num_in, at, floor, vectors, count):

@@ -47,7 +47,7 @@ class TrainConfig:
         redrawn_share: share of the images that are drawn anew, as people draw (redrawn.py); protocol dynamic alone.
         horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
         precision: `float32`, or `bfloat16` for autocast of the matrix work; `auto` for the one that is faster here.
-        compiled: run the network by torch.compile: 1.2 times as fast on two CPU threads, after a minute of compiling.
+        compiled: run the network by torch.compile: 1.2 times as fast on two CPU threads, a C++ compiler's minute later.
         accumulate: parts that a batch is split into, to save memory.
         num_validations: how often the validation split is scored, evenly over the run.
         num_validation_images: how many of its images are scored then; 0 for all.
@@ -104,7 +104,7 @@ class TrainConfig:
             raise ValueError(f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}.")
 
     def check_for(self, protocol: str, sees_drawings: bool) -> None:
-        """Raise ValueError unless a network, with a context network or not, can learn so from images of a protocol."""
+        """Raise ValueError unless a network, which sees drawings or not, can learn so from images of this protocol."""
         if self.redrawn_share and protocol != DYNAMIC_PROTOCOL:
             raise ValueError(
                 f"redrawn_share must be 0 with protocol {protocol!r}: only images kept as intensities (protocol "

@@ -252,6 +252,7 @@ def test_words_that_are_no_command_are_named(words: list[str], capsys: pytest.Ca
     ("command", "option", "value"),
     [
         *(("sample", "--num-samples", value) for value in ("0", "1025")),
+        *(("pack", "--block-images", value) for value in ("0", "4097")),
         *(("complete", "--proposals", value) for value in ("0", "1025")),
         *(("bench", option, "0") for option in ("--batch-sizes", "--sides", "--seconds")),
         *(("bench", "--seconds", "601"), ("bench", "--exact-images", "-1")),
@@ -260,8 +261,9 @@ def test_words_that_are_no_command_are_named(words: list[str], capsys: pytest.Ca
 def test_a_number_out_of_range_is_named(
     command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"sample": ["--out", "x.png"], "complete": ["--out", "x.png", "--image", __file__], "bench": []}[command]
-    assert main([command, "--checkpoint", "x", *needed, option, value]) == 2
+    images = ["--out", "x.png", "--image", __file__]
+    needed = {"sample": images[:2], "complete": images, "bench": [], "pack": ["--out", "x.pxl", "--images", __file__]}
+    assert main([command, "--checkpoint", "x", *needed[command], option, value]) == 2
     assert f"Invalid value for '{option}': " in capsys.readouterr().err
 
 

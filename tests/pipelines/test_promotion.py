@@ -412,6 +412,23 @@ def test_an_end_recorded_in_part_is_completed(toy, monkeypatch):
     assert [report["decision"] for report in decisions.decisions(toy.name)] == ["promoted", "kept"]
 
 
+def test_a_decision_whose_end_is_recorded_is_not_carried_out_again(toy, monkeypatch):
+    toy.register(0.3)
+    toy.promote()
+    toy.register(INK)
+    set_tag = mlflow.MlflowClient.set_tag
+
+    def set_all_but_the_end(client, run_id, key, value):
+        if value != "ended":  # as if it was killed before the last write
+            set_tag(client, run_id, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_tag", set_all_but_the_end)
+        toy.promote()
+    assert decisions.unfinished_decisions(toy.name) == []
+    assert [report["decision"] for report in decisions.decisions(toy.name)] == ["promoted", "promoted"]
+
+
 def test_a_decision_that_another_one_has_overtaken_is_left(toy, monkeypatch):
     """It was cut off; before anybody went on with it, another machine made another champion."""
 

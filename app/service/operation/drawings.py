@@ -4,6 +4,8 @@ All of it happens after the answer. Every fourth drawing of a dataset is scored,
 and none while a request waits. A challenger is another version, named in the model store by `pipelines.steps shadow`.
 """
 
+import contextlib
+import functools
 import logging
 import math
 import threading
@@ -18,6 +20,7 @@ from app.service.jobs import SamplingJob
 from app.service.metrics import metrics
 from app.service.operation.drift import SCORE_EVERY, STATISTICS, WINDOW, Drift, Paired, drifts_from
 from app.service.settings import settings
+from app.service.wire import RequestError
 from pixelcnn.completion import drawing_bits_per_dim, shares_of_drawing
 
 logger = logging.getLogger("bentoml.pixelcnn")
@@ -128,6 +131,7 @@ class Drawings:
         with self._lock:
             watched = self._watched.get(dataset)
             if watched is None or watched.champion is not champion:
+                self._drop(dataset)
                 watched = self._watched[dataset] = _Watched(dataset, champion, drifts_from(champion.reference))
                 _tell(dataset, watched)
             for name, value in shares.items():
@@ -140,11 +144,17 @@ class Drawings:
             if found and found.identity != champion.identity and found.model.config.for_same_images(config):
                 models.append(found)
             score = _Score(endpoint, job, models)
-            while watched.unscored and (len(watched.unscored) == MAX_UNSCORED or watched.unscored[0].done.done()):
+            score.on_call = functools.partial(self._begun, watched, score)
+            if len(watched.unscored) == MAX_UNSCORED:
                 watched.unscored.popleft().done.cancel()
             watched.unscored.append(score)
         score.done.add_done_callback(lambda _: self._scored(score))
-        self._batcher.submit(score)
+        with contextlib.suppress(RequestError):  # the service is about to end
+            self._batcher.submit(score)
+
+    def _begun(self, watched: _Watched, score: _Score) -> None:
+        with self._lock, contextlib.suppress(ValueError):  # it was dropped in this moment
+            watched.unscored.remove(score)
 
     def _scored(self, score: _Score) -> None:
         if score.done.cancelled():
@@ -170,7 +180,11 @@ class Drawings:
         with self._lock:
             for dataset, watched in list(self._watched.items()):
                 if watched.champion is not self._champions.find(dataset):
-                    del self._watched[dataset]
-                    for score in watched.unscored:
-                        score.done.cancel()
+                    self._drop(dataset)
                     _tell(dataset, None)
+
+    def _drop(self, dataset: str) -> None:
+        """Forget a champion's drawings, also those that wait to be scored. The lock is held."""
+        if watched := self._watched.pop(dataset, None):
+            for score in watched.unscored:
+                score.done.cancel()

@@ -26,7 +26,7 @@ def why_not_ready(served: Collection[str]) -> str:
 
 
 def drain_on_sigterm(on_drain: Callable[[], None]) -> None:
-    """Tell `on_drain` of the signal at once, and uvicorn, whose handler must be set by now, only after `drain_s`."""
+    """Tell `on_drain` of the signal at once, uvicorn after `drain_s`. Call it in a started uvicorn's event loop."""
     if threading.current_thread() is not threading.main_thread():
         return  # a client of the tests, whose process has its own way to end
     end: Any = signal.getsignal(signal.SIGTERM)
