@@ -109,6 +109,8 @@ def save_checkpoint(
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OSError(f"{folder} could not be saved: {error}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

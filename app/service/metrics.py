@@ -36,7 +36,7 @@ class Metrics:
         )
         self.seconds = histogram(
             "pixelcnn_request_seconds",
-            "From a checked request to its answer, wait and all.",
+            "From a checked request to its answer, wait too.",
             "endpoint dataset",
             SECONDS,
         )
