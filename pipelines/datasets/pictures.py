@@ -83,7 +83,7 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
     One that is there twice is taken once: on both sides of a split it would flatter every score.
 
     Returns:
-        By part, (N, C, H, W) as of `fixed_levels`, and (N,) int64 labels, -1 without; and the number of doubles, left out.
+        By part, (N, C, H, W) as of `fixed_levels`, and (N,) int64 labels, -1 without; and the number of doubles.
 
     Raises:
         ValueError: the source is not as it should be, or a picture is broken and broken ones are not left out.
