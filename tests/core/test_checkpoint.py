@@ -354,10 +354,10 @@ def test_whoever_reads_the_scores_reads_the_weights(tmp_path):
 def test_a_folder_of_something_else_is_not_replaced(tmp_path, theirs):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / theirs).write_text("{}")
+    (folder / theirs).write_text(text := '{"models": [{"weights_sha256": "of another program"}]}')
     with pytest.raises(ValueError, match=rf"{folder} is no checkpoint that may be replaced: it holds {theirs}, which "):
         saved(folder)
-    assert content(tmp_path) == {f"folder/{theirs}": b"{}"}
+    assert content(tmp_path) == {f"folder/{theirs}": text.encode()}
     (folder / theirs).unlink()
     saved(folder)
     saved(folder, seed=1)

@@ -218,6 +218,25 @@ def test_a_full_disk_leaves_nothing(tmp_path, out: str, room: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_labels_come_before_their_images_and_never_without(tmp_path, monkeypatch) -> None:
+    rename, renamed = Path.rename, []
+
+    def fail_at_images(file: Path, target: Path) -> None:
+        if file.name == "y.npy":
+            raise OSError("Input/output error")
+        renamed.append(file.name)
+        rename(file, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_images)
+    unpacked = Unpacked(tmp_path / "y.npy", tiny_config("pixelcnn", SHAPE, 3), str)
+    unpacked.write(random_levels(SHAPE, 3, 2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(OSError, match="Input/output error"):
+        unpacked.commit()
+    unpacked.discard()
+    assert renamed == ["y.labels.npy"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_name_that_the_disk_takes_for_another_replaces_no_picture(tmp_path) -> None:
     """As A.png and a.png, where capitals make no other name."""
     unpacked = Unpacked(tmp_path / "out", tiny_config("pixelcnn", SHAPE, 3), lambda i: "a.png")
