@@ -407,8 +407,12 @@ def test_an_order_that_is_chosen_while_endings_come_is_taken(open_page: OpenPage
     service.hurry.set()
     captions = page.locator(f'.endings[data-known="{28 * 16}"]:visible figcaption').filter(has_text="nats")
     expect(captions).to_have_count(9)
-    values = [float(text[1:].split()[0]) for text in captions.all_inner_texts()]
-    assert values == sorted(values)
+
+    def is_in_order() -> bool:
+        values = [float(text[1:].split()[0]) for text in captions.all_inner_texts()]
+        return len(values) == 9 and values == sorted(values)
+
+    until(is_in_order, "they stayed as drawn")
     expect(page.get_by_role("button", name="Stop")).to_have_count(0)
 
 

@@ -412,7 +412,7 @@ def test_an_end_recorded_in_part_is_completed(toy, monkeypatch):
     assert [report["decision"] for report in decisions.decisions(toy.name)] == ["promoted", "kept"]
 
 
-def test_a_decision_whose_end_is_recorded_is_not_carried_out_again(toy, monkeypatch):
+def test_an_ended_decision_is_not_carried_out_again(toy, monkeypatch):
     toy.register(0.3)
     toy.promote()
     toy.register(INK)
