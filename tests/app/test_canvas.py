@@ -491,6 +491,19 @@ def test_link_draws_the_same_at_once(service: StubService, open_page: OpenPage) 
     assert service.requests[-1][1]["seed"] != first["seed"]  # the next press draws anew
 
 
+def test_what_was_chosen_since_comes_before_the_address(service: StubService, open_page: OpenPage) -> None:
+    """A browser whose canvas is started anew goes on in a new session, at the address of its last endings."""
+    page = complete(open_page())
+    again = AppTest.from_file(str(PAGE), default_timeout=20)
+    for name, value in link_of(page).items():
+        page.query_params[name] = again.query_params[name] = value
+    page.slider(key="n").set_value(4)
+    page.button_group(key="known").set_value("ink").run()
+    again._run(page._tree.get_widget_states())
+    assert again.slider(key="n").value == 4
+    assert again.button_group(key="known").value == "ink"
+
+
 @pytest.mark.parametrize(("seed", "drawing"), [("x", "AAAA"), ("-1", "%%%"), ("7", "")])
 def test_broken_link_is_a_blank_page(service: StubService, open_page: OpenPage, seed: str, drawing: str) -> None:
     page = AppTest.from_file(str(PAGE), default_timeout=20)
