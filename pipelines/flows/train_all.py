@@ -98,12 +98,14 @@ def run_apart(
                 command = waiting.pop(name)
                 with open(logs / f"{name}.log", "wb") as output:
                     running[name] = Popen(command, env=environment, stdin=DEVNULL, stdout=output, stderr=STDOUT)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
                 code = running.pop(name).returncode
                 if code != 0:
                     failures[name] = _why(logs / f"{name}.log", code)
                 log(f"{name}: {'failed: ' + failures[name] if name in failures else 'done'}")
-            time.sleep(POLL_S)
+            if not ended:
+                time.sleep(POLL_S)
     finally:
         _stop(running.values())
     return failures

@@ -115,13 +115,19 @@ function createGrid(root, data) {
   // However many moves of the pointer a frame has: the grid is drawn, and told of, once.
   function drawSoon() {
     frame ||= requestAnimationFrame(() => {
-      if (!stroke || !data.live || performance.now() - sentAt <= LIVE_MS) return draw();
+      if (!stroke || !data.live || performance.now() - sentAt <= LIVE_MS) return paint();
       stroke.told = true;
       report();
     });
   }
 
   function draw() {
+    paint();
+    showTools();
+  }
+
+  // What frames in a stroke need: no tool changes on the way.
+  function paint() {
     cancelAnimationFrame(frame);
     frame = 0;
     const picture = context.createImageData(width, height);
@@ -138,7 +144,6 @@ function createGrid(root, data) {
     context.putImageData(picture, 0, 0);
     document.drawing = { text: toText(), blank: cells.every((value) => value === 0), ink: taken.get(cells) };
     document.dispatchEvent(new CustomEvent("drawing", { detail: document.drawing }));
-    showTools();
   }
 
   function showTools() {
@@ -221,7 +226,7 @@ function createGrid(root, data) {
         cells.set(whole.subarray(channels * i, channels * (i + 1)), channels * i);
         cells[marks + i] = whole[marks + i];
       }
-      draw();
+      paint();
       if (shown < path.length) {
         if (data.live && now - sentAt > LIVE_MS) report();
         requestAnimationFrame(step);
