@@ -62,7 +62,7 @@ def export(version: Version, reference: Path | None = None) -> str:
     Args:
         reference: its file, in another store; else it is made of the data, if they are here.
     """
-    lineage, dataset = version.lineage(), version.dataset
+    lineage, dataset = version.lineage(), version.tags["dataset"]  # the tag: a version of MLflow's own pages has none
     tag = store.tag_of(lineage)
     is_there = store.is_intact(tag, lineage)
     if not (is_there and (store.folder_of(tag) / REFERENCE_FILE).exists()):
