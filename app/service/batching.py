@@ -22,7 +22,7 @@ from app.service.wire import RequestError
 
 logger = logging.getLogger("bentoml.pixelcnn")
 
-IDLE_LANE = "drawings"  # its jobs are no requests, and wait until none waits
+IDLE_LANE = "/drawings"  # its jobs are no requests, and wait until none waits; no dataset is named with a slash
 MAX_CLIENTS = 1024  # whose last turns are remembered
 
 

@@ -134,7 +134,7 @@ class LikelihoodJob(Job):
         self.champion, config = champion, champion.model.config
         self.levels, self.label = read_image(request.image, config), read_label(request.label, config)
         # It shares no call: torch promises no equal bits in a larger batch.
-        super().__init__("likelihood")
+        super().__init__("/likelihood")
 
     @torch.inference_mode()
     def answer(self) -> wire.LikelihoodAnswer:

@@ -16,6 +16,7 @@ import torch
 from app.service import api as service
 from app.service import batching, jobs, wire
 from app.service.batching import Batcher, Job
+from pipelines.datasets.entry import NAME
 from pipelines.registry import store
 from pixelcnn import build_model
 from tests.service.champions import GREY, put, wait_until
@@ -237,6 +238,16 @@ def test_a_thread_that_cannot_start_ends_no_lane(batches, monkeypatch):
     job = Held("b")
     batches.submit(job)
     assert job.done.result(10) == "b"
+
+
+@pytest.mark.usefixtures("client", "use_home")
+def test_no_dataset_can_have_the_name_of_another_lane():
+    """Its requests would wait until no other does, or behind all likelihoods."""
+    instance = service.PixelCNNService.inner()
+    instance.champions.refresh()
+    request = wire.LikelihoodRequest(dataset="grey", image=[[0] * 4] * 5)
+    lanes = [batching.IDLE_LANE, jobs.LikelihoodJob(instance.champions.get("grey"), request).lane]
+    assert [lane for lane in lanes if NAME.fullmatch(lane)] == []
 
 
 @pytest.mark.usefixtures("client", "use_home")

@@ -123,7 +123,7 @@ def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, r
         batcher._changed.notify_all()
     wait_until(lambda: len(calls) == 4, 10)
     batcher.close()
-    assert calls == [["strokes"], *[["drawings"]] * 3]
+    assert calls == [["strokes"], *[["/drawings"]] * 3]
 
 
 def test_of_many_drawings_the_last_50_wait_to_be_scored(model, reference, tmp_path):
