@@ -156,9 +156,9 @@ class Batcher:
                 metrics().batch_images.labels(lane).observe(sum(job.num_images for job in jobs))
             try:
                 jobs[0].run_together(jobs)
-            except Exception as error:
+            except BaseException as error:  # a library's own, such as a PanicException of Rust, is not an Exception
                 for job in jobs:
-                    job.finish(error)
+                    job.finish(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             with self._changed:
                 unfinished = [job for job in jobs if not job.done.done()]
                 if unfinished and not self._closed:

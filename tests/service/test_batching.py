@@ -42,6 +42,8 @@ class Held(Job):
         assert Held.go.wait(10)
         if "bad" in Held.calls[-1]:
             raise ValueError("it is bad")
+        if "panic" in Held.calls[-1]:
+            raise BaseException("a library panics")
         for job in jobs:
             job.finish(job.name)
 
@@ -191,13 +193,15 @@ def test_what_waits_is_bounded_and_what_is_cancelled_makes_room(batches):
 def test_a_failure_reaches_all_that_share_it_and_ends_nothing_else(batches):
     submit(batches, Held("first"))
     wait_until(lambda: Held.calls == [["first"]], 10)
-    jobs = [Held("bad"), Held("good"), Held("later", key="other")]
+    jobs = [Held("bad"), Held("good"), Held("panic", key="other"), Held("later", key="last")]
     submit(batches, *jobs)
     Held.go.set()
     for job in jobs[:2]:
         with pytest.raises(ValueError, match="it is bad"):
             job.done.result(10)
-    assert jobs[2].done.result(10) == "later"
+    with pytest.raises(RuntimeError, match="a library panics"):
+        jobs[2].done.result(10)
+    assert jobs[3].done.result(10) == "later"
 
 
 @pytest.mark.parametrize("metric", ["waiting", "batch_images"])
