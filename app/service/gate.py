@@ -76,6 +76,8 @@ class Gate:
             message = await receive()
             if message["type"] == "http.disconnect" or not message.get("more_body"):
                 body_read.set()
+            if message["type"] == "http.disconnect":  # whoever reads the body would call that a failure of ours
+                await asyncio.Event().wait()  # until cancel_on_disconnect has cancelled it
             return message
 
         async def send_in_time(message: Message) -> None:

@@ -185,6 +185,22 @@ def test_what_fails_is_answered_at_once(caplog):
     assert "secret details" in caplog.text
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure_of_ours(caplog):
+    async def read(scope, receive, send) -> None:
+        await Request(scope, receive).body()  # raises ClientDisconnect
+
+    async def run() -> None:
+        connection = Connection()
+        connection.body.set()
+        connection.left.set()
+        connection.is_read = True
+        await asyncio.wait_for(gate.Gate(read)(connection.scope, connection.receive, connection.send), 5)
+        assert connection.sent[0]["status"] == 499
+
+    asyncio.run(run())
+    assert not caplog.records
+
+
 def working(ended: list[bool]):
     """Return an application that never answers, and notes when it is ended."""
 
