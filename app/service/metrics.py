@@ -1,4 +1,4 @@
-"""What the service reports to Prometheus at /metrics, beside BentoML's own counts: numbers alone, never an image."""
+"""What the service reports to Prometheus at /metrics: numbers alone, never an image."""
 
 import functools
 import os
