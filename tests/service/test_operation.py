@@ -1,5 +1,6 @@
 """The service as a platform and an operator see it: two real ones over one store, in processes of their own."""
 
+import asyncio
 import json
 import os
 import signal
@@ -9,9 +10,10 @@ from datetime import UTC, datetime
 import httpx
 import psutil
 import pytest
+import uvicorn
 
 from app.service.champions import Champions
-from app.service.operation.readiness import draining, why_not_ready
+from app.service.operation.readiness import drain_on_sigterm, draining, why_not_ready
 from app.service.settings import settings
 from pipelines.registry import store
 from tests.local import Handler, LocalServer, run
@@ -164,6 +166,7 @@ def test_each_request_is_a_line_with_its_id_and_nothing_of_the_drawing(served):
     assert metric(served, 'pixelcnn_requests_total{path="/complete",status="400"}') == 1
     httpx.get(f"{served.url}/from-outside")
     assert metric(served, 'pixelcnn_requests_total{path="other",status="404"}') == 1
+    assert "from-outside" not in get(served, "/metrics").text
     httpx.get(f"{served.url}/readyz")
     assert not [line for line in served.log.read_text().splitlines() if "readyz" in line]
 
@@ -237,3 +240,25 @@ def test_without_named_datasets_one_of_any_is_enough(monkeypatch):
         assert "is about to end" in why_not_ready(["grey"])
     finally:
         draining.clear()
+
+
+def test_after_sigterm_the_end_comes_whatever_fails_or_does_not_leave():
+    server = uvicorn.Server(uvicorn.Config("unused"))
+    handler = signal.signal(signal.SIGTERM, server.handle_exit)
+
+    def fail() -> None:
+        raise RuntimeError("nobody to tell")
+
+    async def run() -> None:
+        drain_on_sigterm(fail)
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.1)
+
+    try:
+        asyncio.run(run())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        draining.clear()
+    assert server.should_exit
+    longest = settings.body_timeout_s + settings.timeout_s + settings.send_timeout_s
+    assert server.config.timeout_graceful_shutdown == longest, "or it would wait for a reader that takes nothing"

@@ -30,13 +30,16 @@ def drain_on_sigterm(on_drain: Callable[[], None]) -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # a client of the tests, whose process has its own way to end
     end: Any = signal.getsignal(signal.SIGTERM)
+    # Longer than any request takes: uvicorn waits without end for a connection whose client takes nothing.
+    most_s = settings.body_timeout_s + settings.timeout_s + settings.send_timeout_s
+    end.__self__.config.timeout_graceful_shutdown = most_s
     loop = asyncio.get_running_loop()
 
     def drain() -> None:
         if not draining.is_set():
             draining.set()
+            loop.call_later(settings.drain_s, end, signal.SIGTERM, None)  # first: whatever else fails, the service ends
             on_drain()
             logger.info("not ready from now on; requests are answered for another %d s.", settings.drain_s)
-            loop.call_later(settings.drain_s, end, signal.SIGTERM, None)
 
     signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(drain))
