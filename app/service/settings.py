@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     threads: PositiveInt = Field(default_factory=lambda: min(4, os.cpu_count() or 1), le=1024)  # of a computation
     datasets: Annotated[tuple[str, ...], NoDecode] = ()  # served before /readyz says so; without any, one of any
     released: bool = False  # serve the weights that were released with this code, until a dataset's first promotion
-    drain_s: NonNegativeInt = 0  # after SIGTERM it still answers, though /readyz says no; then it refuses, and ends
+    drain_s: NonNegativeInt = 0  # after SIGTERM all is still answered, though /readyz says no; then only what was taken
     watch: bool = True  # log lines, metrics and what is told of drawings; off to measure what they cost
 
     @field_validator("token")
