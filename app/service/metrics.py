@@ -44,7 +44,7 @@ class Metrics:
         self.batch_requests = histogram("pixelcnn_batch_requests", "Requests that shared a call.", "lane", COUNTS)
         self.batch_images = histogram("pixelcnn_batch_images", "Images of a call.", "lane", COUNTS)
         self.champion = gauge(
-            "pixelcnn_champion", "1 for what is served, or as challenger scores drawings.", "dataset version role"
+            "pixelcnn_champion", "1 for what is served, or loaded as challenger.", "dataset version role"
         )
         self.refused = gauge(
             "pixelcnn_champion_refused", "1 while the newest version cannot be served.", "dataset role"
