@@ -28,7 +28,7 @@ from pixelcnn import evaluation
 from pixelcnn.bench import SAMPLERS, bench, write_json
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_weights, save_checkpoint
 from pixelcnn.completion import complete, resample
-from pixelcnn.config import checked_config
+from pixelcnn.config import MAX_SIDE, checked_config
 from pixelcnn.data import load_dataset
 from pixelcnn.evaluation import evaluate, in_batches
 from pixelcnn.images import from_png, to_sheet
@@ -265,7 +265,7 @@ def bench_command(
     samplers: Annotated[list[str], Option(help=f"all if left out: {', '.join(map(repr, SAMPLERS))}")] = [],  # noqa: B006
     seconds: Annotated[float, Option(help="how long to measure each figure, about", min=0.01, max=600)] = 3.0,
     exact_images: Annotated[int, Option(help="images to compare with the model; 0 for none", min=0)] = 16,
-    sides: Annotated[list[int], Option(help="image sides at which to time a pixel", min=1)] = [],  # noqa: B006
+    sides: Annotated[list[int], Option(help="image sides at which to time a pixel", min=1, max=MAX_SIDE)] = [],  # noqa: B006
     out: Annotated[Path | None, Option(help="JSON file to write, too")] = None,
 ) -> None:
     """Time the samplers on a checkpoint."""

@@ -136,7 +136,7 @@ def _current(folder: Path) -> tuple[Path, int, int]:
 
 
 def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
-    """Start a model from a checkpoint; ValueError if it differs in more than context network and completer.
+    """Start a model from a checkpoint; ValueError if it differs in more than context, completer and label network.
 
     What the checkpoint has not, the context network and its projections, stays as it is; `build_model` makes the
     projections zero. A completer of the same width starts from the same weights.
@@ -144,7 +144,7 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
     source, _ = load_checkpoint(folder)
     found, weights = config_to_dict(source.config), source.state_dict()
     for key, value in config_to_dict(model.config).items():
-        if not key.startswith(("context_", "completer")) and found.get(key) != value:
+        if not key.startswith(("context_", "completer", "label_")) and found.get(key) != value:
             raise ValueError(f"{folder} holds a network of {key} {found.get(key)!r}, the one to train has {value!r}.")
     if any(name in weights and weights[name].shape != tensor.shape for name, tensor in model.state_dict().items()):
         raise ValueError(f"{folder} holds a context network of other sizes. Start from a network without one.")
@@ -174,7 +174,9 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
     try:
         tensors = load(weights)
         num_weights = sum(tensor.numel() for tensor in tensors.values())
-        if any(isinstance(value, int) and value > num_weights for value in values.values()):
+        # A mixture has any number of levels.
+        sizes = [value for name, value in values.items() if name != "num_levels" or not model_config.num_mixtures]
+        if any(isinstance(size, int) and size > num_weights for size in sizes):
             raise OverflowError(f"a network of these sizes has more than its {num_weights:,} weights")
         model = build_model(model_config)
         model.load_state_dict(tensors)

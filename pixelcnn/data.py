@@ -121,14 +121,14 @@ def save_dataset(path: str | Path, dataset: Dataset, extra: dict[str, Tensor] | 
 def load_dataset(path: str | Path) -> Dataset:
     """Read what `save_dataset` wrote; ValueError if the file is missing or damaged."""
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. Make it: python -m pipelines.steps prepare {path.stem}")
     try:
         values, tensors = load_tensors(path, "dataset")
         images, labels = ({s: tensors[f"{s}/{part}"] for s in SPLITS} for part in ("images", "labels"))
         with open(path, "rb") as raw:
             data_hash = hashlib.file_digest(raw, "md5").hexdigest()
         return Dataset(**values, images=images, labels=labels, data_hash=data_hash)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist. Make it: python -m pipelines.steps prepare {path.stem}") from None
     except DAMAGED as error:
         raise ValueError(
             f"{path} is no prepared dataset ({error}). Make it again: python -m pipelines.steps prepare {path.stem}"

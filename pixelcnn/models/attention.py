@@ -102,7 +102,7 @@ class BlockAttention(Block):
         wide = torch.promote_types(h.dtype, torch.float32)
 
         def by_head(x: Tensor) -> Tensor:  # (B, heads * d, ...) -> (B, heads, cells, d)
-            return x.reshape(batch, self.heads, self.key_features, -1).transpose(2, 3).to(wide)
+            return x.flatten(2).unflatten(1, (self.heads, self.key_features)).transpose(2, 3).to(wide)
 
         def with_null(x: Tensor, null: Tensor) -> Tensor:
             null = null.to(wide).view(1, self.heads, 1, self.key_features).expand(batch, -1, -1, -1)
@@ -115,7 +115,7 @@ class BlockAttention(Block):
                 with_null(value, self.null_value),
                 attn_mask=self.visible.to(wide),
             )  # (B, heads, H * W, d)
-        return found.transpose(2, 3).reshape(batch, -1, height, width).to(h.dtype)
+        return found.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)).to(h.dtype)
 
     def described(self, v: Map, h: Map) -> Map:
         check_window(v)

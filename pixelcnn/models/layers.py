@@ -26,6 +26,11 @@ def scaled(levels: Tensor, num_levels: int, dtype: torch.dtype) -> Tensor:
 class Block(nn.Module):
     """A layer that samplers know how to compute bit by bit: called with symbolic maps it describes what it does."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "forward" in vars(cls) and "described" not in vars(cls):  # what it inherits describes another computation
+            cls.described = Block.described  # type: ignore[method-assign]
+
     def __call__(self, *inputs: Any) -> Any:
         is_symbolic = any(isinstance(x, Map) for x in inputs)
         return self.described(*inputs) if is_symbolic else super().__call__(*inputs)
@@ -71,6 +76,7 @@ class MaskedConv2d(Convolution):
     """
 
     mask: Tensor
+    described = Convolution.described
 
     def __init__(self, mask: Tensor, right: int) -> None:
         super().__init__()

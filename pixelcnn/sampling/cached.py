@@ -42,7 +42,7 @@ def sample_missing(model: AutoregressiveModel, canvas: Canvas) -> None:
     """Sample what is missing of one network's images in place: see `sample_by_network`."""
     # Rows are handed out of the whole batch: then it stays together.
     size = MAX_BATCH if canvas.on_row is None else max(len(canvas.u), 1)
-    for start in range(0, len(canvas.u), size):
+    for start in range(0, max(len(canvas.u), 1), size):
         _RowSampler(model, canvas.part(slice(start, start + size), canvas.on_row)).sample()
 
 

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 PHASE_SETTINGS: tuple[str, ...] = ("batch_size", "label_dropout", "context_share", "redrawn_share", "precision")
 PHASE_SETTINGS += ("compiled", "optimizer", "learning_rate", "decay_fraction", "ema_decay")
 # What may change without a trace.
-BUDGET_SETTINGS: tuple[str, ...] = ("max_epochs", "max_minutes", "num_validations", "save_minutes")
+BUDGET_SETTINGS: tuple[str, ...] = ("max_epochs", "max_minutes", "num_validations", "save_minutes", "accumulate")
 BUDGET_SETTINGS += ("completer_features", "label_features")  # of networks that are trained by themselves
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PROGRESS_S = 5.0  # between lines for a person

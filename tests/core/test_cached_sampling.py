@@ -65,6 +65,9 @@ def test_rows_are_handed_out_in_order_and_can_stop() -> None:
     with pytest.raises(InterruptedError):
         cached_sample(model, u, on_row=stop)
     assert seen == [0, 1, 2]
+    seen.clear()
+    cached_sample(model, u[:0], on_row=lambda row, _: seen.append(row))
+    assert seen == [*range(6)], "also of no image"
 
 
 class Recorder(TorchDispatchMode):

@@ -55,6 +55,13 @@ def test_round_trip(architecture, tmp_path):
     assert config["weights_sha256"] == checkpoint.sha256_of(folder / "model.safetensors")
 
 
+def test_a_mixture_of_more_levels_than_it_has_weights(tmp_path):
+    model = tiny_model("pixelcnn", SHAPE, 65_536, output="logistic_mixture", num_mixtures=1).float()
+    assert sum(weight.numel() for weight in model.parameters()) < 65_536
+    save_checkpoint(tmp_path / "model", model, SCORES)
+    assert load_checkpoint(tmp_path / "model")[0].config == model.config
+
+
 def test_saving_again_replaces_the_whole_folder(tmp_path):
     folder = saved(tmp_path / "model")
     save_checkpoint(folder, tiny_model("gated_pixelcnn", SHAPE, 2).float(), {})

@@ -170,6 +170,14 @@ def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_p
     load_joint_weights(both, tmp_path / "joint")
     assert torch.equal(both(levels, label, levels, observed), joint(levels, label))
     assert torch.equal(both(levels, label), joint(levels, label))
+    # Of a checkpoint with a completer and a label network the joint weights are taken.
+    drawing = tiny_config(architecture, (1, 4, 4), 3, 2, context_features=3, completer_features=4, label_features=2)
+    complete = build_model(drawing)
+    load_joint_weights(complete, tmp_path / "joint")
+    save_checkpoint(tmp_path / "drawing", complete, {})
+    alone = build_model(joint.config).float()
+    load_joint_weights(alone, tmp_path / "drawing")
+    assert torch.equal(alone(levels, label), joint(levels, label))
     # A checkpoint of a network with this context is taken whole.
     with torch.no_grad():
         for parameter in model.parameters():

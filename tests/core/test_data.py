@@ -58,8 +58,11 @@ def test_a_failure_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["toy.safetensors"]
 
 
-def test_a_missing_file_is_named(tmp_path):
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_missing_file_is_named(tmp_path, is_folder):
     path = tmp_path / "mnist.safetensors"
+    if is_folder:
+        path.mkdir()
     with pytest.raises(
         ValueError, match=exactly(f"{path} does not exist. Make it: python -m pipelines.steps prepare mnist")
     ):

@@ -255,7 +255,7 @@ def test_words_that_are_no_command_are_named(words: list[str], capsys: pytest.Ca
         *(("pack", "--block-images", value) for value in ("0", "4097")),
         *(("complete", "--proposals", value) for value in ("0", "1025")),
         *(("bench", option, "0") for option in ("--batch-sizes", "--sides", "--seconds")),
-        *(("bench", "--seconds", "601"), ("bench", "--exact-images", "-1")),
+        *(("bench", "--seconds", "601"), ("bench", "--exact-images", "-1"), ("bench", "--sides", "257")),
     ],
 )
 def test_a_number_out_of_range_is_named(

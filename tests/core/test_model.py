@@ -82,6 +82,12 @@ def test_logits_equal_an_independent_reading_of_the_papers(architecture, shape):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_of_no_images_there_are_no_logits(architecture):
+    model = tiny_model(architecture, (1, 3, 4), num_levels=2)
+    assert model(random_levels((1, 3, 4), 2, num=0)).shape == (0, 2, 1, 3, 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_label_is_minus_one(architecture):
     model = tiny_model(architecture, (1, 3, 3), 2, num_labels=2)
     levels = random_levels((1, 3, 3), 2, num=3)

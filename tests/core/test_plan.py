@@ -177,6 +177,13 @@ class Refused(AutoregressiveModel):
 CONFIG = ModelConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
 
 
+class Halved(Pointwise):
+    """Computes something else than the block whose description it inherits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -195,12 +202,13 @@ CONFIG = ModelConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
         (lambda x: nn.Parameter(torch.zeros(4, 4, 4)) + x, "no sampler follows from add|can only be added"),
         (lambda x: x + torch.zeros(4, 4, 4), "can only be added to another one, got Tensor"),
         (Pointwise(8, 4), "Pointwise of 8 channels got a map of 4"),
+        (Halved(4, 4), "no sampler follows from Halved: it does not say what it computes."),
         (lambda x: x + gate(x), "a map of 4 channels can only be added to another one, got one of 2"),
     ],
     ids=[
         *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
         *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part", "to a tensor", "a tensor"),
-        *("a layer of other channels", "a sum of other channels"),
+        *("a layer of other channels", "a layer that computes something else", "a sum of other channels"),
     ],
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:

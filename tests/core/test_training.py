@@ -622,6 +622,15 @@ def test_a_batch_in_parts_is_the_same_batch(parts):
         assert b.train_nll_nats == pytest.approx(a.train_nll_nats, rel=1e-6)
 
 
+def test_a_run_that_lacked_memory_goes_on_in_parts(tmp_path):
+    data, state = toy_dataset(), tmp_path / "state"
+    _, whole = run(toy_model(data), data, config(max_epochs=2))
+    fit(toy_model(data), data, config(max_epochs=1, decay_fraction=0), state_file=state)
+    _, rest = run(toy_model(data), data, config(max_epochs=2, accumulate=4), state_file=state)
+    assert rest[0].step == whole[3].step
+    assert rest[0].train_nll_nats == pytest.approx(whole[3].train_nll_nats, rel=1e-6)
+
+
 def test_the_forward_pass_is_given_the_parts():
     data = toy_dataset()
     sizes = [len(levels) for levels, _ in batches_seen(toy_model(data), data, config(accumulate=3))]
