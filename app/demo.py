@@ -232,7 +232,8 @@ def main(words: list[str]) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         for number in SIGNALS:
-            signal.signal(number, interrupt)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` asks for
+                signal.signal(number, interrupt)
         for command in [INSTALL, *before]:
             if start(command, environment).wait() != 0:
                 raise SystemExit(f"error: `{' '.join(command)}` failed; its message stands above.")

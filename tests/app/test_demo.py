@@ -57,6 +57,7 @@ class Demo:
         self.mark = uuid.uuid4().hex
         self.ports = {"SERVICE_PORT": free_port(), "CANVAS_PORT": free_port()}
         self.environment: dict[str, str] = {}
+        self.hangup = signal.SIG_DFL  # also where the tests run under nohup
         self.process: subprocess.Popen[str] | None = None
 
     def stand_in(self, program: str, text: str) -> None:
@@ -83,6 +84,7 @@ class Demo:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, self.hangup),
         )
         return self.process
 
@@ -143,6 +145,16 @@ def test_interrupted_in_any_step_it_leaves_nothing(demo: Demo, program: str, sen
     assert lines == ["Stopped. The next `make demo` goes on from here."]
     assert process.returncode == 0
     assert [path.name for path in demo.folder.iterdir() if path.name.startswith("demo-")] == []
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(demo: Demo) -> None:
+    demo.stand_in("dvc", "import os, time\nwhile not os.path.exists('go'):\n    time.sleep(0.02)\nraise SystemExit(1)")
+    demo.hangup = signal.SIG_IGN
+    process = demo.start()
+    demo.await_line("Ready")
+    os.killpg(process.pid, signal.SIGHUP)
+    (demo.folder / "go").touch()
+    demo.await_line("The canvas stays, without the quick start: `dvc repro` failed")
 
 
 def test_own_pictures_are_learned_before_they_are_served(demo: Demo) -> None:
