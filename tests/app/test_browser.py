@@ -552,6 +552,31 @@ def test_a_stroke_before_the_address_changes_outlives_a_reload(open_page: OpenPa
     until(lambda: (ink(page) == drawn).all(), "the last stroke was lost")
 
 
+@pytest.mark.slow
+def test_another_page_and_back_keeps_the_grid(open_page: OpenPage, service: StubService, page_url: str) -> None:
+    page = open_page(live=True)
+    draw(page, HALF_DIGIT)
+    wait_for_endings(page)
+    page.wait_for_url("**d=**")
+    page.route("**/live", lambda route: None)  # the server hears nothing of the next stroke
+    draw(page, [(20, 3), (22, 5)])
+    drawn = ink(page)
+    go_to(page, "Models")
+    go_to(page, "Draw")
+    until(lambda: (ink(page) == drawn).all(), "the last stroke was lost")
+    page = open_page()
+    draw(page, HALF_DIGIT)  # without an answer
+    service.row_s = 1.0  # nor is there one before the page is left
+    other = np.zeros((SIZE, SIZE), dtype=int)
+    other[3:9, 4:6] = 1
+    page.goto(f"{page_url}/?d={encode_drawing(Drawing(255 * other, other))}")
+    until(lambda: (ink(page) == other).all(), "the link was not followed")
+    go_to(page, "Models")
+    service.hurry.set()
+    go_to(page, "Draw")
+    assert (ink(page) == other).all()
+
+
 PASTE = """
 async (text) => {
   const picture = await (await fetch(`data:image/png;base64,${text}`)).blob();

@@ -198,7 +198,9 @@ function createGrid(root, data) {
     }
     loaded = kept?.loaded ?? null;
     const nothing = /^0*$/.test(given); // such as the address of a drawing of another shape
-    cells = fromText(kept && (kept.linked === linked() || nothing) ? kept.text : given);
+    const isKept = kept && ([null, kept.linked].includes(linked()) || nothing);
+    cells = fromText(isKept ? kept.text : given);
+    if (!nothing) keep(); // what was kept before a link was opened is not to come back
     if (demonstration && !kept && nothing) demonstrate(fromText(demonstration));
   }
 
