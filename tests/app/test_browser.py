@@ -1157,6 +1157,32 @@ def test_the_example_stays_until_a_stroke_is_made(open_page: OpenPage) -> None:
     assert (ink(page) == EXAMPLE).all()
 
 
+def test_nothing_stands_over_the_example_while_it_draws_itself(open_page: OpenPage) -> None:
+    page = open_page(example=True)
+    page.add_init_script("""  // No frame follows the first that has ink.
+      sessionStorage.clear();
+      const next = requestAnimationFrame;
+      window.requestAnimationFrame = (step) => (document.drawing?.blank === false ? 0 : next(step));
+    """)
+    page.reload()
+    until(lambda: ink(page).any(), "the example does not draw itself")
+    expect(page.get_by_text("Draw here")).to_be_hidden()
+    expect(tool(page, "Clear")).to_be_enabled()
+
+
+def test_a_palm_leaves_the_stroke_of_a_pen(open_page: OpenPage) -> None:
+    page = open_page(has_touch=True)
+    first, *_, last = points_on_screen(page, HALF_DIGIT)
+    page.mouse.move(*first)
+    page.mouse.down()
+    touch(page, ("touchStart", [(8, 20)]), ("touchStart", [(8, 20), (20, 24)]), ("touchEnd", []))
+    page.mouse.move(*last)
+    page.mouse.up()
+    drawn = ink(page)
+    assert all(drawn[int(y), int(x)] for x, y in (HALF_DIGIT[0], HALF_DIGIT[-1]))
+    assert not drawn[16:].any()
+
+
 def test_a_setting_that_is_changed_while_endings_come_is_taken(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     page.get_by_text("Advanced").click()

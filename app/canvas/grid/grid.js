@@ -228,7 +228,7 @@ function createGrid(root, data) {
         cells.set(whole.subarray(channels * i, channels * (i + 1)), channels * i);
         cells[marks + i] = whole[marks + i];
       }
-      paint();
+      draw();
       if (shown < path.length) {
         if (data.live && now - sentAt > LIVE_MS) report();
         requestAnimationFrame(step);
@@ -364,7 +364,7 @@ function createGrid(root, data) {
 
   canvas.addEventListener("pointerdown", (event) => {
     if (event.pointerType === "touch") fingers.set(event.pointerId, [event.clientX, event.clientY]);
-    if (fingers.size > 1) dropStroke();
+    if (fingers.size > 1 && fingers.has(stroke?.id)) dropStroke(); // a pen's stays, with a palm beside it
     if (stroke || fingers.size > 1 || event.button !== 0) return;
     canvas.setPointerCapture(event.pointerId);
     const [x, y] = place(event);
