@@ -28,6 +28,8 @@ function createCompanion(root) {
   }
 
   function upload(event) {
+    // What is copied both as text and as a picture, such as a cell of a table, comes to a text field as text.
+    if (event.clipboardData?.getData("text") && event.target.closest?.("input, textarea")) return;
     const files = (event.clipboardData ?? event.dataTransfer)?.files;
     const input = document.querySelector('[data-testid="stFileUploader"] input[type="file"]');
     if (!root.isConnected || !input || ![...(files ?? [])].some((file) => file.type.startsWith("image/"))) return;
@@ -84,6 +86,7 @@ function createCompanion(root) {
     field.select();
     document.execCommand("copy");
     field.remove();
+    button.focus();
   }
 
   button.addEventListener("click", async () => {

@@ -578,11 +578,13 @@ def test_another_page_and_back_keeps_the_grid(open_page: OpenPage, service: Stub
 
 
 PASTE = """
-async (text) => {
-  const picture = await (await fetch(`data:image/png;base64,${text}`)).blob();
+async ([picture64, text]) => {
+  const picture = await (await fetch(`data:image/png;base64,${picture64}`)).blob();
   const clipboardData = new DataTransfer();
   clipboardData.items.add(new File([picture], "a.png", { type: "image/png" }));
-  document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+  if (text) clipboardData.setData("text", text);
+  const paste = new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true });
+  return document.activeElement.dispatchEvent(paste);
 }
 """
 
@@ -600,7 +602,11 @@ def test_picture_and_grey(open_page: OpenPage, service: StubService, page_url: s
     photograph[100:180, 100:180] = 55
     file = io.BytesIO()
     PIL.Image.fromarray(photograph).save(file, "PNG")
-    page.evaluate(PASTE, base64.b64encode(file.getvalue()).decode())
+    picture = base64.b64encode(file.getvalue()).decode()
+    page.get_by_text("Advanced").click()
+    page.get_by_role("textbox", name="Seed").focus()
+    assert page.evaluate(PASTE, [picture, "7"]), "the text did not come to the field"
+    assert not page.evaluate(PASTE, [picture, ""])  # but a picture alone goes where pictures go
     page.get_by_alt_text("The picture, as the grid will show it").wait_for()
     wait_until_still(page)
     page.get_by_role("button", name="Put it on the grid").click()
@@ -1076,6 +1082,9 @@ def test_the_address_is_that_of_the_answer_and_makes_no_history(open_page: OpenP
     page.get_by_role("button", name="Copy link").click()
     expect(page.get_by_role("button", name="Copied")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == page.url
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as in the local network
+    page.get_by_role("button", name="Copy link").press("Enter")
+    expect(page.get_by_role("button", name="Copied")).to_be_focused()
 
 
 def test_endings_of_something_else_do_not_look_like_the_answer(open_page: OpenPage) -> None:
