@@ -9,7 +9,7 @@
 // - Copy link, and a button that shows the drawing in place of its endings as long as it is held.
 //
 // data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing, or ""; copy,
-// copied: what the button says; language: of the page}.
+// copied: what the button says}.
 
 const REST_MS = 500;
 const COPIED_MS = 2000;
@@ -134,7 +134,6 @@ function createCompanion(root) {
     update(newData) {
       data = newData;
       compare.hidden = !data.drawing;
-      document.documentElement.lang = data.language;
       sync();
       rest();
     },

@@ -15,7 +15,7 @@ from streamlit.starlette import App
 
 from app.canvas.live import answer_live, live_path
 from app.canvas.session import Visit, this_visit
-from app.canvas.texts import say
+from app.canvas.texts import language, say
 from app.canvas.views.demo import admit, invitation, training_line
 from app.canvas.views.draw import draw_page
 from app.canvas.views.generate import generate_page
@@ -46,6 +46,8 @@ def main() -> None:
     """Show the page."""
     st.set_page_config(page_title="PixelCNN canvas", page_icon="\N{PENCIL}\N{VARIATION SELECTOR-16}", layout="wide")
     st.html(Path(__file__).with_name("page.css"))
+    # Streamlit calls every page English.
+    st.html(f'<script>document.documentElement.lang = "{language()}"</script>', unsafe_allow_javascript=True)
     freeze_garbage()
     admit()
     try:

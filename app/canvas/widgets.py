@@ -210,6 +210,5 @@ def companion(ending: Endings | None) -> None:
             "drawing": ending.drawing if ending else "",
             "copy": say("copy_link"),
             "copied": say("copied"),
-            "language": language(),
         },
     )

@@ -920,6 +920,15 @@ def test_axe_finds_nothing(open_page: OpenPage, service: StubService, scheme: st
     assert found == set(), "\n".join(sorted(found))
 
 
+def test_in_french(open_page: OpenPage, page_url: str) -> None:
+    page = open_page(live=True, locale="fr")
+    for title in ("Gomme (E) : enlève l'encre", "Rétablir (Ctrl+Maj+Z)", "Effacer (Suppr) ; annuler"):
+        expect(page.get_by_title(title)).to_be_visible()
+    page.goto(f"{page_url}/models")
+    expect(page.get_by_role("heading", name="Les modèles en service")).to_be_visible()
+    expect(page.locator("html")).to_have_attribute("lang", "fr")
+
+
 def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     page = open_page(390, 844, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
