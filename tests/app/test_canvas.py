@@ -535,6 +535,16 @@ def test_visit_keeps_a_gallery(service: StubService, open_page: OpenPage) -> Non
     assert seeds[1] == "5"
 
 
+@pytest.mark.parametrize("number", [1, 9])
+def test_an_answer_is_announced_with_its_likeliest(service: StubService, open_page: OpenPage, number: int) -> None:
+    page = open_page()
+    page.slider(key="n").set_value(number).run()
+    assert f"the model shows {'a way' if number == 1 else '9 ways'} it could go on." in html_text(page)
+    complete(page)
+    best = f"\N{MINUS SIGN}{-max(service.answers[-1]['log_probs']):.1f} nats"
+    assert f'role="status">Endings that have come: {number}; the likeliest: {best}<' in html_text(page)
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_label_is_not_kept_where_its_number_means_another(
     service: StubService, open_page: OpenPage, linked: bool
@@ -815,13 +825,13 @@ def test_surprise_beside_the_grid_and_named_endings(service: StubService, open_p
     assert text.count('data-p="36.8 %"') == INK.sum()  # exp(-1 nat)
     assert re.findall(r"<th>(\d)</th>", text)[0] == "4"
     page.toggle(key="named").set_value(True).run()
-    assert "9 endings have come: 4, 4, 4, 4, 4, 4, 4, 4, 4" in html_text(page)
+    assert "Endings that have come: 9 (4, 4, 4, 4, 4, 4, 4, 4, 4); the likeliest: " in html_text(page)
     assert html_text(page).count("<b>4</b>") == 9
     other = INK.copy()
     other[15, 4:9] = 1
     page.session_state["grid-28x28"] = {"ink": grid_text(other)}
     complete(page)  # one run waits for endings, surprise and names, one after the other
-    assert "9 endings have come: 4, 4, 4, 4, 4, 4, 4, 4, 4" in html_text(page)
+    assert "Endings that have come: 9 (4, 4, 4, 4, 4, 4, 4, 4, 4); the likeliest: " in html_text(page)
 
 
 def test_endings_of_another_dataset_are_not_named_by_its_labels(service: StubService, open_page: OpenPage) -> None:

@@ -10,7 +10,7 @@ import streamlit as st
 
 from app.canvas import widgets
 from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
-from app.canvas.endings import Endings, Settings, asked_of, nll_of, order_of, version_of
+from app.canvas.endings import Endings, Settings, asked_of, nats, nll_of, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
 from app.canvas.live import live_endings
@@ -253,7 +253,8 @@ def introduction(settings: Settings) -> str:
     """Say what to do here."""
     what = "digit" if settings.dataset.startswith("mnist") or not settings.dataset else "other"
     beginning = "begin_paint" if len(settings.shape) == 3 else f"begin_{what}{'' if settings.sees_all else '_top'}"
-    return say("intro", beginning=say(beginning), number=settings.num_samples)
+    key = "intro_one" if settings.num_samples == 1 else "intro"
+    return say(key, beginning=say(beginning), number=settings.num_samples)
 
 
 def model_line(served: ServedModel) -> str:
@@ -285,7 +286,9 @@ def show_endings(
         legend = f'<span><i style="background: rgb{INK}"></i>{say("yours")}</span>'
         legend += f'<span><i style="background: rgb{ADDED_INK}"></i>{say("added")}</span>'
     named = ", ".join(filter(None, (ending.names[i] for i in order_of(ending, order)))) if ending.names else ""
-    came = html.escape(say("came_named" if named else "came", number=len(ending.images), names=named))
+    names = f" ({named})" if named else ""
+    best = nats(max(ending.log_probs or [0.0]))  # the same text once more would not be spoken
+    came = html.escape(say("came", number=len(ending.images), names=names, best=best))
     by = html.escape(say("by", model=version_of(ending.model)))
     note.html(
         f'<p class="legend">{legend}<span>{say("nats_help")}</span><span>{by}</span></p>'
