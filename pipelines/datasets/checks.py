@@ -28,7 +28,9 @@ def summary_of(data: Dataset) -> dict[str, Any]:
     """Return what is compared of a dataset, JSON-ready: of the training images, but for the counts."""
     images, labels = data.images["train"], data.labels["train"]
     most = 255 if data.protocol == DYNAMIC_PROTOCOL else data.num_levels - 1
-    histogram = torch.bincount((images.flatten().int() * (_BINS - 1) / most).round().long(), minlength=_BINS)
+    # Bytes are counted first: to find the bin of each sub-pixel would copy them all, widened, several times.
+    bins = (torch.arange(256) * (_BINS - 1) / most).round().long().clamp(max=_BINS - 1)
+    histogram = torch.zeros(_BINS).long().index_add(0, bins, torch.bincount(images.flatten(), minlength=256))
     counts = torch.bincount(labels.clamp(min=0), minlength=len(data.label_names)).tolist()
     return {
         "images": {split: len(data.images[split]) for split in SPLITS},
