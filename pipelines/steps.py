@@ -143,9 +143,19 @@ def remove(
 @app.command()
 def train(pair: _Pair) -> None:
     """Train a pair into `trained/PAIR`."""
-    from pipelines.stages.train import train as run_stage
+    from pipelines.stages import train as stage
 
-    run_stage(pair)
+    def key() -> str:
+        params = load_params()
+        return stage.weights_key(pair, params, stage.load(params.pair(pair).dataset))
+
+    before = key()
+    stage.train(pair)
+    if key() != before:  # DVC would record what is there now, with weights that do not follow from it
+        raise ValueError(
+            f"settings, data or code were changed while {pair} trained: run this again; as they were, it is done at "
+            "once."
+        )
 
 
 @app.command()

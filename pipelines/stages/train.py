@@ -98,6 +98,8 @@ def train(
     num = {split: len(images) for split, images in data.images.items()}
     log(f"{data.name}: {num} images, data hash {data.data_hash}")
     set_torch_threads(pair)
+    # Now: what is edited while it waits or trains is not what trains. A carried-over state has a history of its own.
+    inputs = None if state else inputs_of(name, params, data, half)
     with ExitStack() as held:
         for folder in (out, *([state] if state else [])):
             held.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), f"the training of {name}", log))
@@ -105,8 +107,8 @@ def train(
         work.mkdir(parents=True, exist_ok=True)
         model, record = _fit_all(name, params, data, work, log)
         dtype = torch.float16 if half and _round_to_half(model, data, log) else torch.float32
-        if state is None:  # one that is carried over has a history of its own
-            record["inputs_sha256"] = inputs_of(name, params, data, half)
+        if inputs:
+            record["inputs_sha256"] = inputs
         save_checkpoint(out, model, {**record, "weights_dtype": str(dtype).removeprefix("torch.")}, dtype)
         for file, config in zip(CURVE_FILES, _trainings(pair).values(), strict=True):
             if config is not None and (work / file).exists():  # a state that is carried over may have had more parts

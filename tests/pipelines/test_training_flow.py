@@ -388,6 +388,26 @@ def test_a_training_that_dvc_did_not_record_is_not_done_again(project: Path, mon
     assert [path.name for path in Path("trained").iterdir()] == [PAIR]
 
 
+def test_what_is_edited_while_it_trains_is_not_what_trained(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DVC hashes settings and code when the stage ends, and would take them for those of the weights."""
+    inputs = train_stage.inputs_of(PAIR, load_params(), load_dataset("data/mnist5k.safetensors"), False)
+    real = train_stage.fit
+    with monkeypatch.context() as patch:
+
+        def fit(*words: Any) -> None:
+            real(*words)
+            patch.setattr(train_stage, "core_sha256", lambda *files: "of the edited code")
+
+        patch.setattr(train_stage, "fit", fit)
+        assert steps.main(["train", PAIR]) == 1
+    assert f"code were changed while {PAIR} trained: run this again; as they were" in capsys.readouterr().err
+    assert load_checkpoint(f"trained/{PAIR}")[1]["inputs_sha256"] == inputs
+    monkeypatch.setattr(trainer, "format_progress", lambda *_: pytest.fail("as they were, no step is done again"))
+    assert steps.main(["train", PAIR]) == 0
+
+
 def test_the_stages_and_the_flow_make_the_same(trained, project: Path) -> None:
     for stage in ("train", "evaluate", "register", "register"):
         assert steps.main([stage, PAIR]) == 0
@@ -611,6 +631,17 @@ def test_inputs_are_data_settings_and_code(trained, tmp_path: Path, monkeypatch:
         others.add(train_stage.inputs_of(PAIR, params, data, False))
     assert len(others) == 9
     assert same not in others
+
+
+def test_scores_of_other_settings_do_not_name_the_inputs(trained, tmp_path: Path) -> None:
+    """DVC trains, the evaluation's settings change, and DVC evaluates alone."""
+    values = tiny_params()
+    for num_images in (8, 4):
+        values["evaluate"]["num_images"] = num_images
+        write_params(Path(), values)
+        evaluate_stage.evaluate(PAIR, OUT, tmp_path / "model", tmp_path / "report")
+        assert ("inputs_sha256" in load_checkpoint(tmp_path / "model")[1]) == (num_images == 8)
+    write_params(Path(), tiny_params())
 
 
 def test_state_and_result_lie_apart(trained) -> None:
