@@ -11,9 +11,9 @@ THRESHOLD_PROTOCOL = "threshold"  # ink is what is at least half white
 QUANTIZED_PROTOCOL = "quantized"  # the nearest of K evenly spaced levels
 OFFICIAL = ("mnist5k", "mnist", "fashion_mnist", "cifar10")
 MAX_SIDE = 64
-# It becomes a part of file names, of MODEL-DATASET and of registered names.
-NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-NAMES = "use small letters, digits and _, a letter first, 40 at most"
+# It becomes a part of file names, of MODEL-DATASET, of registered names, and of BentoML's, which do not end in _.
+NAME = re.compile(r"[a-z](?:[a-z0-9_]{0,38}[a-z0-9])?")
+NAMES = "use small letters, digits and _, a letter first, no _ at the end, 40 at most"
 
 _LEVELS = {DYNAMIC_PROTOCOL: (2, 2), THRESHOLD_PROTOCOL: (2, 2), BYTES_PROTOCOL: (256, 256)}
 

@@ -191,6 +191,7 @@ def test_a_bad_folder_is_one_sentence(folder: Path, kind: str, capsys: pytest.Ca
         ("../x", "'../x' is no name of a dataset: use small letters"),
         ("Glyphs", "'Glyphs' is no name"),
         ("a-b", "'a-b' is no name"),
+        ("glyphs_", "'glyphs_' is no name of a dataset: use small letters"),
         ("mnist", "there is a dataset 'mnist' already: choose another name"),
         ("promotions", "'promotions' is an experiment of MLflow's that holds no trainings: choose another name"),
         ("evaluations", "'evaluations' is an experiment of MLflow's"),
