@@ -18,6 +18,8 @@ def add_dataset(
     fit: Fit | None = None,
     minutes: float = 4.0,
     labels: bool = True,
+    flips: bool = False,
+    skip_broken: bool = False,
 ) -> list[str]:
     """Add a dataset and the pair `gated_pixelcnn-NAME`, which `train-pair` then trains; return what was chosen.
 
@@ -26,13 +28,22 @@ def add_dataset(
         side: `28`, or `48x32` for width x height; what is None is chosen after a look at the pictures.
         minutes: of training.
         labels: whether sub-folders are labels.
+        flips: whether a mirrored picture is one of the same kind.
+        skip_broken: leave out pictures that cannot be read.
 
     Raises:
         ValueError: the name is taken or no name, or the pictures cannot be learned from.
     """
     tag_run(name)
     chosen = Wishes(
-        side=side_of(side) if side else None, colour=colour, levels=levels, fit=fit, minutes=minutes, labels=labels
+        side=side_of(side) if side else None,
+        colour=colour,
+        levels=levels,
+        fit=fit,
+        flips=flips,
+        labels=labels,
+        skip_broken=skip_broken,
+        minutes=minutes,
     )
     lines = add(name, Path(images), chosen)
     for line in lines:

@@ -609,8 +609,10 @@ def test_each_kind_of_change_has_its_limit() -> None:
 def test_the_flow_adds_a_dataset(folder: Path, without_prefect: None) -> None:
     from pipelines.flows.add_dataset import add_dataset
 
-    lines = add_dataset.fn(NAME, str(folder), side="10x6")
+    (folder / "x.png").write_bytes(b"")
+    lines = add_dataset.fn(NAME, str(folder), side="10x6", flips=True, skip_broken=True)
     assert any(line.startswith("learned as: 10 x 6, grey, 16 levels") for line in lines)
+    assert load_params().datasets[NAME].flips
     assert load_dataset(f"data/{NAME}.safetensors").image_shape == (1, 6, 10)
     deployed = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     assert "pipelines/flows/add_dataset.py:add_dataset" in [one["entrypoint"] for one in deployed]
