@@ -45,6 +45,7 @@ MAX_LABEL = 60  # characters
 LARGE_SIDE = {"binary": 28, "grey": 32, "rgb": 32}  # of pictures that are too large to be learned as they are
 MAX_FEW = 32  # as many different values are levels of their own
 MANY = 16  # levels of colours and greys that are more than a few
+MAX_LOST = 0.05  # share of pictures: for so few that are blank on white, those on paper get no black bars
 MIXTURE_LEVELS = 64  # more of them are neighbours on a scale: a mixture of logistics learns them faster
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class Look:
     num_coloured: int = 0
     num_two_valued: int = 0  # nearly black and nearly white alone
     num_light: int = 0  # with a light border
+    num_blank: int = 0  # hardly anything to be seen
+    lost: float = 0.0  # share of the pictures that are blank on white alone
 
     @property
     def num(self) -> int:
@@ -97,6 +100,7 @@ class Look:
         self.num_two_valued += bool(((grey < 48) | (grey > 207)).mean() > 0.85)
         border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
         self.num_light += bool(border.mean() > 127)
+        self.num_blank += bool(np.ptp(grey) < 48)
 
 
 def look_at(source: Source, wishes: Wishes) -> Look:
@@ -123,6 +127,7 @@ def look_at(source: Source, wishes: Wishes) -> Look:
             f"{source.path} holds {look.num or 'no'} picture{'s' if look.num != 1 else ''}{others}: at least "
             f"{MIN_PICTURES} are needed, PNG, JPEG, WebP or BMP; some hundreds make sense."
         )
+    look.lost = (looks[-1].num_blank - look.num_blank) / look.num
     folded: dict[str, str] = {}
     for label, num in sorted(labels.items()):
         # Folders: one file system keeps both, another mixes them. Arrays name theirs on purpose: letters A and a.
@@ -163,7 +168,7 @@ def choose(source: Source, look: Look, wishes: Wishes) -> DatasetParams:
         "label_names": sorted(look.labels),
         "num_validation": 1,
         "fit": wishes.fit or "pad",
-        "ground": "white" if light else look.ground,
+        "ground": "white" if light and look.lost < MAX_LOST else look.ground,
         "invert": levels == 2 and colour != "rgb" and light,
         "flips": wishes.flips,
         "skip_broken": wishes.skip_broken,

@@ -324,6 +324,20 @@ def test_dark_ink_is_level_1(folder: Path, ground: int) -> None:
     assert (data.num_levels, len(learned)) == (2, 30 if ground else 31)
 
 
+@pytest.mark.parametrize("ink", [255, 0])
+def test_scans_beside_transparent_pictures_lie_on_white_if_all_are_seen_there(folder: Path, ink: int) -> None:
+    """White ink is seen on black alone; of dark ink on paper with round corners black would show the corners."""
+    for i in range(55):
+        image = Image.new("LA", (12, 12), (255, 255 if i < 30 or not ink else 0))
+        image.putpixel((i % 12, 1 + i // 12), (0 if i < 30 else ink, 255))
+        for j, opacity in enumerate((0, 60, 120, 180) if i > 50 and not ink else ()):
+            image.putpixel((j, 0), (255, opacity))
+        image.save(folder / f"{i}.png")
+    assert add(folder) == 0
+    assert load_params().datasets[NAME].ground == ("black" if ink else "white")
+    assert sum(map(len, load_dataset(f"data/{NAME}.safetensors").images.values())) == 55
+
+
 def test_a_pair_of_ones_own_is_trained_and_evaluated(project: Path, tmp_path: Path) -> None:
     """Colour, not square, no labels: down to the card, which knows no word of this dataset."""
     fill(tmp_path / "pictures", 30, width=24, height=16, mode="RGB")
