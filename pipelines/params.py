@@ -107,6 +107,11 @@ class EvaluateParams(Frozen):
     # By dataset, the one whose judges know its images; the others' are not judged.
     judges: dict[str, str] = Field(default_factory=dict)
 
+    @property
+    def datasets(self) -> set[str]:
+        """Return the datasets that are named here."""
+        return {*self.completion_images, *self.judges, *self.judges.values()}
+
 
 class SampleParams(Frozen):
     """The sheet of samples that each training run draws."""
@@ -155,7 +160,7 @@ class Params(Frozen):
                 raise ValueError(
                     f"pair {name!r} must be named MODEL-DATASET, '{pair.model}-{pair.dataset}' for its values."
                 )
-        for dataset in (*self.evaluate.completion_images, *self.evaluate.judges, *self.evaluate.judges.values()):
+        for dataset in sorted(self.evaluate.datasets):
             self.dataset(dataset)
         return self
 

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from pipelines.datasets.checks import DATA_FOLDER, REPORTS_FOLDER, forget
@@ -286,19 +287,26 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
 
 
 def own_pairs(name: str) -> list[str]:
-    """Return a dataset's pairs in own/params.yaml; ValueError if it is none of the datasets that somebody added."""
-    params = load_params()
-    own = YAML().load(Path(OWN_FILE).read_text()) if Path(OWN_FILE).exists() else {}
+    """Return a dataset's pairs in own/params.yaml.
+
+    ValueError if it is none of the datasets that somebody added, or params.yaml names it, too.
+    """
+    params, own = load_params(), _own()
     if name not in (own.get("datasets") or {}):
         params.dataset(name)
         raise ValueError(f"{name!r} stands in {PARAMS_FILE}, not in {OWN_FILE}: it belongs to the project.")
-    return [pair for pair in params.pairs_of(name) if pair in (own.get("pairs") or {})]
+    pairs = params.pairs_of(name)
+    used = [f"pairs.{pair}" for pair in pairs if pair not in (own.get("pairs") or {})]
+    used += ["evaluate"] if name in params.evaluate.datasets else []
+    if used:
+        raise ValueError(f"{PARAMS_FILE} still names {name!r}, in {' and '.join(used)}: take that out first.")
+    return pairs
 
 
 def remove(name: str) -> list[str]:
     """Take a dataset and its pairs out again, with what was prepared; return what was removed, and what stays.
 
-    ValueError, and all stays, if it is none of the datasets that somebody added, or own/dvc.lock cannot be read.
+    ValueError, and all stays, as `own_pairs` says, or if own/dvc.lock cannot be read.
     """
     with file_lock(CHANGES_LOCK, f"removing {name}", logger.warning):
         pairs = own_pairs(name)
@@ -314,11 +322,20 @@ def remove(name: str) -> list[str]:
     return [f"removed {name} and {', '.join(pairs) or 'no pair'} from {OWN_FILE}; its pictures are untouched, {stays}"]
 
 
-def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set entries of own/params.yaml, or take out those that are None; comments and order stay."""
+def _own() -> CommentedMap:
+    """Read own/params.yaml to be edited; ValueError where a key is there twice: `load_params` takes the last."""
     tool, path = YAML(), Path(OWN_FILE)
     tool.preserve_quotes = True
-    values = (tool.load(path.read_text()) if path.exists() else None) or CommentedMap()
+    try:
+        return (tool.load(path.read_text()) if path.exists() else None) or CommentedMap()
+    except MarkedYAMLError as error:
+        what = str(error.problem).partition(" with value")[0]  # of a key: not both of its values
+        raise ValueError(f"{path} cannot be edited, line {error.problem_mark.line + 1}: {what}.") from None
+
+
+def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set entries of own/params.yaml, or take out those that are None; comments and order stay."""
+    values = _own()
     for section, entries in _styled(changes).items():
         if values.get(section) is None:
             values[section] = CommentedMap()
@@ -328,7 +345,7 @@ def _edit(changes: Mapping[str, Mapping[str, Any]]) -> None:
                 del values[section][name]
             else:
                 values[section][name] = told
-    _write_yaml(path, values)
+    _write_yaml(Path(OWN_FILE), values)
 
 
 def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:

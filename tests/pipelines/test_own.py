@@ -442,14 +442,35 @@ def test_large_pictures_of_many_levels_are_learned_in_small_batches(folder: Path
         assert load_params().pair(f"gated_pixelcnn-{name}").train.batch_size == batch_size
 
 
-def test_a_dataset_whose_pair_stands_elsewhere_is_removed(folder: Path) -> None:
+def test_a_dataset_that_params_yaml_names_stays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its entry every command would fail."""
     assert add(folder) == 0
-    values = yaml.safe_load(Path("own/params.yaml").read_text())
-    params = yaml.safe_load(Path("params.yaml").read_text())
-    Path("params.yaml").write_text(yaml.safe_dump(params | {"pairs": params["pairs"] | values.pop("pairs")}))
+    values, pair = yaml.safe_load(Path("own/params.yaml").read_text()), f"gated_pixelcnn-{NAME}"
+    params = tiny_params()
+    params["evaluate"]["judges"] = {"mnist": NAME}
+    write_params(Path(), params | {"pairs": params["pairs"] | values.pop("pairs")})
     Path("own/params.yaml").write_text(yaml.safe_dump(values))
+    before = state(Path.cwd())
+    assert steps.main(["remove", NAME]) == 1
+    said = f"remove: params.yaml still names '{NAME}', in pairs.{pair} and evaluate: take that out first.\n"
+    assert capsys.readouterr().err == said
+    assert state(Path.cwd()) == before
+    write_params(Path(), tiny_params())
     assert steps.main(["remove", NAME]) == 0
     assert NAME not in yaml.safe_load(Path("own/params.yaml").read_text())["datasets"]
+
+
+def test_a_key_that_is_there_twice_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert add(folder) == 0
+    with open("own/params.yaml", "a") as file:
+        file.write("pairs: {}\n")
+    before = state(Path.cwd())
+    for words in (["add", "more", "--images", str(folder)], ["remove", NAME]):
+        assert steps.main(words) == 1
+        said = capsys.readouterr().err
+        assert "own/params.yaml cannot be edited, line " in said
+        assert said.endswith(': found duplicate key "pairs".\n')
+    assert state(Path.cwd()) == before
 
 
 def test_broken_pictures_can_be_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
