@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -27,6 +28,16 @@ class Environment(BaseModel):
     service: str | None = None  # like PIXELCNN_SERVICE_URL
 
 
+def _place(text: str) -> str:
+    """Return where a registry, store or service is, the same for each way to write it."""
+    parts = urlsplit(text.strip())
+    if parts.scheme and not parts.scheme.startswith("sqlite"):
+        host = parts.netloc.rpartition("@")[2].lower() or parts.query  # PostgreSQL's may stand there
+        return f"{host}{parts.path}".rstrip("/")
+    path = parts.path.removeprefix("/") if parts.scheme else text.strip()
+    return str(Path(os.path.expandvars(path)).expanduser().resolve())
+
+
 def environments() -> dict[str, Environment]:
     """Return those of `environments.yaml` in the current folder; LookupError if it is wrong, or two share something."""
     try:
@@ -41,7 +52,8 @@ def environments() -> dict[str, Environment]:
         ) from None
     for (name, one), (other, another) in combinations(found.items(), 2):
         for field in _VARIABLES:
-            if getattr(one, field) and getattr(one, field) == getattr(another, field):  # it may hold a password
+            said = getattr(one, field), getattr(another, field)
+            if all(said) and _place(said[0]) == _place(said[1]):  # not shown: it may hold a password
                 raise LookupError(f"{ENVIRONMENTS_FILE}: {name} and {other} share a {field}. Give each its own.")
     return found
 

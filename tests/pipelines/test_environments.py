@@ -15,7 +15,7 @@ from pipelines.promotion.move import run_rollback
 from pipelines.promotion.register import repair_all
 from pipelines.registry import decisions, lineage, store
 from pipelines.registry import versions as registry
-from pipelines.settings import Settings, environment
+from pipelines.settings import Settings, environment, environments
 from tests.pipelines.toys import INK, Toy
 
 NAME = "pixelcnn-mnist5k"
@@ -243,3 +243,24 @@ def test_environments_are_not_mixed(two_environments, monkeypatch, capsys, text,
     with pytest.raises(LookupError, match=said) as raised:
         Settings()
     assert "s3cret" not in str(raised.value), "passwords stand in that file"
+
+
+@pytest.mark.parametrize(
+    ("field", "one", "another"),
+    [
+        ("registry", "sqlite:////srv/mlflow.db", "sqlite:////srv/../srv/mlflow.db?timeout=60"),
+        ("registry", "sqlite:///mlflow.db", "sqlite:///./mlflow.db"),
+        ("registry", "postgresql://me:s3cret@Host/mlflow", "postgresql+psycopg://host/mlflow?sslmode=require"),
+        ("registry", "postgresql:///mlflow?host=a", "postgresql:///mlflow?host=b"),  # two of one name
+        ("store", "store/", "./other/../store"),
+        ("store", "~/store", "$HOME/store"),
+        ("service", "http://host:3000", "http://host:3000/"),
+    ],
+)
+def test_a_place_written_in_two_ways_is_shared(tmp_path, monkeypatch, field, one, another):
+    monkeypatch.chdir(tmp_path)
+    said = {"a": {"registry": "a", "store": "a", field: one}, "b": {"registry": "b", "store": "b", field: another}}
+    Path("environments.yaml").write_text(json.dumps(said))
+    is_shared = not another.endswith("host=b")
+    with pytest.raises(LookupError, match=f"a and b share a {field}") if is_shared else contextlib.nullcontext():
+        environments()
