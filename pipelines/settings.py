@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     data: Path | None = Field(default=None, validation_alias="PIXELCNN_DATA")
     # MLflow's server or database; without, `mlflow.db` in the current folder.
     tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    # MLflow's way to keep registered models elsewhere, which is refused.
+    registry_uri: str | None = Field(default=None, validation_alias="MLFLOW_REGISTRY_URI")
     # BentoML's home, whose model store holds the champions; without, `.bentoml` in the current folder.
     store: Path = Field(default_factory=lambda: Path.cwd() / ".bentoml", validation_alias="BENTOML_HOME")
     # The service, which `evaluate-champions` then asks, too; and its token.

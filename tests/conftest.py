@@ -11,7 +11,7 @@ import pytest
 _folder = Path(tempfile.mkdtemp(prefix="pixelcnn-tests-"))
 # Before any tool is imported: what is the person's is neither read nor written, no service of theirs is asked or told.
 for _name in list(os.environ):
-    if re.match("PIXELCNN_(?!TEST_|KILLS)|MLFLOW_TRACKING_URI|PREFECT_API_URL", _name):
+    if re.match("PIXELCNN_(?!TEST_|KILLS)|MLFLOW_(TRACKING|REGISTRY)_URI|PREFECT_API_URL", _name):
         del os.environ[_name]
 os.environ |= {"PREFECT_HOME": str(_folder / "prefect"), "BENTOML_HOME": str(_folder / "bentoml")}
 

@@ -81,19 +81,26 @@ def is_shared() -> bool:
 def sqlite_file() -> Path | None:
     """Return the registry's file if it is a SQLite database; None for another one, or a server."""
     uri = tracking_uri()
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+    path = uri.removeprefix("sqlite:///").partition("?")[0]  # SQLAlchemy's options follow
+    return Path(path).resolve() if uri.startswith("sqlite:///") else None
 
 
 def client() -> mlflow.MlflowClient:
-    """Return a client of the tracking store; the schema of a new database is created first, safely."""
+    """Return a client of the tracking store; the schema of a new database is created first, safely.
+
+    ValueError where MLflow is to keep registered models elsewhere: backups and the store's feeder know one place.
+    """
     # A new database announces each step of its making otherwise, and a model each step of being logged.
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri, database = tracking_uri(), sqlite_file()
+    if Settings().registry_uri not in (None, uri):
+        raise ValueError("MLFLOW_REGISTRY_URI names another place than MLFLOW_TRACKING_URI. Unset it.")
     mlflow.set_tracking_uri(uri)
     if not uri.startswith("http") and (uri not in _ready or (database is not None and not database.exists())):
         # Two processes that create the schema of one database at once would break it.
-        lock = Path(tempfile.gettempdir(), f"mlflow-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock")
+        key = hashlib.sha256(uri.encode()).hexdigest()[:12]
+        lock = Path(tempfile.gettempdir(), f"mlflow-{os.getuid()}-{key}.lock")  # another user's cannot be opened
         # Not by TMPDIR, of which each demo has its own; but where nothing can be written, one may still read.
         if database is not None and os.access(database.parent, os.W_OK):
             lock = database.with_name(f"{database.name}.lock")

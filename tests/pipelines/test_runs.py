@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
@@ -41,3 +42,32 @@ def test_two_who_make_a_database_take_turns(
             time.sleep(0.01)
         mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").create_experiment("first")
     assert second.result().get_experiment_by_name("first")
+
+
+def test_options_of_the_database_are_no_part_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db?timeout=60")
+    assert runs.client().search_experiments()
+    assert runs.sqlite_file() == tmp_path / "mlflow.db"
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_registered_models_in_another_place_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup would not hold them."""
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", runs.tracking_uri())
+    assert runs.client().search_experiments()
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{project}/other.db")
+    with pytest.raises(ValueError, match=r"names another place than MLFLOW_TRACKING_URI\. Unset it\."):
+        runs.client()
+
+
+def test_users_of_one_server_have_locks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may open another user's file in a common folder for temporary files."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")  # in memory: no file, as on a server
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    locks = []
+    monkeypatch.setattr(runs, "file_lock", lambda path, *_: locks.append(path) or nullcontext())
+    for user in (1, 2):
+        monkeypatch.setattr("os.getuid", lambda user=user: user)
+        monkeypatch.setattr(runs, "_ready", set())
+        runs.client()
+    assert len({path for path in locks if path.parent == tmp_path}) == 2
