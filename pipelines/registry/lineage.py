@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from typer import Option, Typer
 
-from pipelines.errors import is_for_user, run_typer
+from pipelines.errors import reason_or_raise, run_typer
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
@@ -160,9 +160,7 @@ def verify(version: Version) -> tuple[list[str], list[str]]:
         try:
             found.append(f"verified    {name}: {check(version)}")
         except Exception as error:
-            if not is_for_user(error):
-                raise
-            failed.setdefault(" ".join(str(error).split()).rstrip("."), []).append(name)
+            failed.setdefault(reason_or_raise(error).rstrip("."), []).append(name)
     return found, [f"{' and '.join(names)}: {reason}" for reason, names in failed.items()]
 
 
