@@ -6,10 +6,12 @@ snapshot, from which every promotion and rollback goes on by itself.
 
 import gzip
 import json
+import os
 import sqlite3
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,16 +66,27 @@ def backup(file: Path) -> str:
         manifest.write_text(json.dumps({"registry": decisions.registry_id(), "artifacts": str(artifacts)}))
         with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(snapshot)) as target:
             source.backup(target)
-        with tarfile.open(new, "w:gz", compresslevel=1) as archive:
+        with tarfile.open(new, "w:gz", compresslevel=1, dereference=True) as archive:  # a restore takes no links
             archive.add(manifest, _MANIFEST)
             archive.add(snapshot, _DATABASE)
             # After the snapshot: all that it names is there, and what came since does no harm.
             for top, name in ((artifacts, _ARTIFACTS), (store.home() / "models", _STORE)):
-                for path in (path for path in top.rglob("*") if path.is_file()):
+                for path in _files(top):
                     with suppress(FileNotFoundError):  # a temporary file of somebody's
                         archive.add(path, f"{name}/{path.relative_to(top)}")
         new.replace(file)
     return f"{file} holds {database}, its artifacts, and the model store {store.home()}."
+
+
+def _files(top: Path) -> Iterator[Path]:
+    """Yield the files below a folder, those behind links, too; OSError for a folder that cannot be read."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a temporary folder of somebody's
+            raise error
+
+    for folder, _, names in os.walk(top, onerror=failed, followlinks=True):
+        yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
 def restore(file: Path, replace: bool = False) -> str:
@@ -108,7 +121,7 @@ def restore(file: Path, replace: bool = False) -> str:
         artifacts = database.with_name(_ARTIFACTS)
         _relocate(folder / _DATABASE, Path(told["artifacts"]), artifacts)
         store.put_back(folder / _STORE)  # first: its disk may be full
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         old = [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
         kept = [path for path in (artifacts, *old) if path.exists()]
         for path in kept:
@@ -178,5 +191,6 @@ def _relocate(database: Path, old: Path, new: Path) -> None:
         for table, columns in _PATHS.items():
             for column in columns:
                 for before, after in ((str(old), str(new)), (old.as_uri(), new.as_uri())):
-                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
-                    connection.execute(moved, (after, len(before) + 1, len(before), before))
+                    is_below = f"substr({column} || '/', 1, ?) = ?"
+                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {is_below}"
+                    connection.execute(moved, (after, len(before) + 1, len(before) + 1, f"{before}/"))

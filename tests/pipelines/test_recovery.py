@@ -11,6 +11,7 @@ import sqlite3
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -356,6 +357,55 @@ def test_a_journal_of_the_old_registry_does_not_come_to_the_restored_one(toy):
     for path in beside:
         (kept,) = Path().glob(f"{path}.before-*")
         assert kept.read_text() == "of the old one"
+
+
+def test_a_backup_holds_what_is_behind_links(toy):
+    """As where a disk was full, and artifacts were moved to another one."""
+    served, others = toy.served(), toy.folder.parent
+    first, second = Path("mlruns").rglob("model.safetensors")
+    for name, path in (("file", first), ("folder", second.parent)):
+        shutil.move(path, others / name)
+        path.symlink_to(others / name)
+    assert steps.main(["backup", "../backup"]) == 0
+    run("restore", "../backup", "--replace")
+    remove(others / "file", others / "folder")
+    check(served, 2)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(toy, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/checkpoint"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert steps.main(["backup", "../backup"]) == 1
+    assert capsys.readouterr().err.endswith("/checkpoint: Permission denied.\n")
+    assert not Path("../backup").exists()
+
+
+def test_artifacts_of_a_name_that_begins_alike_stay_where_they_are(toy, tmp_path, monkeypatch):
+    theirs = (toy.folder / "mlruns-of-others").as_uri()
+    tracking.client().create_experiment("theirs", theirs)
+    backup = toy.folder.parent / "backup"
+    assert steps.main(["backup", str(backup)]) == 0
+    alone(monkeypatch, tmp_path)
+    restore(backup)
+    with closing(sqlite3.connect("mlflow.db")) as database:
+        found = {
+            place for (place,) in database.execute("SELECT artifact_location FROM experiments WHERE name != 'Default'")
+        }
+    assert found == {theirs, (tmp_path / "mlruns").as_uri()}
+
+
+def test_restores_within_a_second_keep_what_each_found(toy):
+    assert steps.main(["backup", "../backup"]) == 0
+    for _ in range(3):
+        restore(Path("../backup"), replace=True)
+    for name in REGISTRY:
+        assert len(list(Path().glob(f"{name}.before-*"))) == 3
 
 
 def test_a_registry_on_a_server_is_backed_up_there(monkeypatch, capsys):
