@@ -85,6 +85,7 @@ def export(version: Version, reference: Path | None = None) -> str:
                 "they are, and `python -m pipelines.steps repair` has run",
                 *(dataset, tag),
             )
+    check_feeder()  # again: another registry may feed the store since, for a decision takes minutes
     store.set_feeder(_this_registry())
     return tag
 

@@ -4,19 +4,23 @@ import contextlib
 import json
 import shutil
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipelines import steps
+from pipelines.files import file_lock
 from pipelines.flows.promote import promote
 from pipelines.promotion import move, reference
-from pipelines.promotion.move import run_rollback
+from pipelines.promotion.move import run_promotion, run_rollback
 from pipelines.promotion.register import repair_all
+from pipelines.promotion.score import score
 from pipelines.registry import decisions, lineage, store
 from pipelines.registry import versions as registry
 from pipelines.settings import Settings, environment, environments
-from tests.pipelines.toys import INK, Toy
+from tests.pipelines.toys import INK, PARAMS, Toy
 
 NAME = "pixelcnn-mnist5k"
 
@@ -145,6 +149,41 @@ def test_a_server_is_the_same_registry_at_the_same_address(tmp_path, monkeypatch
     store.set_feeder({"registry": "known", "at": move.location(), "host": socket.gethostname(), **changed})
     with pytest.raises(LookupError, match=refusal) if refusal else contextlib.nullcontext():
         move.check_feeder()
+
+
+def test_a_store_that_another_registry_feeds_meanwhile_stays_its_own(clone, monkeypatch, tmp_path):
+    """A decision takes minutes; before it the store was anybody's."""
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "store"))
+    one = clone("one")
+    one.register(INK)
+
+    def scorer(*arguments):
+        other = clone("other")
+        other.name = "others"
+        other.register(INK)
+        assert other.promote()["decision"] == "promoted"
+        monkeypatch.chdir(one.folder)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+        return score(*arguments)
+
+    with pytest.raises(LookupError, match=r"is fed by another registry, .*/other/mlflow\.db on .*: nothing moved\."):
+        run_promotion(one.name, one.data, PARAMS, scorer)
+    assert store.feeder()["at"] == str(tmp_path / "other/mlflow.db")
+    assert (one.aliases, store.latest(NAME)) == ({}, None)
+
+
+def test_two_who_write_down_the_feeder_take_turns(tmp_path, monkeypatch, caplog):
+    """Promotions of two datasets, for instance: their temporary file has one name."""
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
+    lock, told = tmp_path / ".pixelcnn-registry.json.lock", {"registry": "known"}
+    with ThreadPoolExecutor() as pool, file_lock(lock, "this test", print):
+        second = pool.submit(store.set_feeder, told)
+        while "writing pixelcnn-registry.json waits for process" not in caplog.text:
+            assert not second.done()
+            time.sleep(0.01)
+        assert store.feeder() is None
+    assert second.result() is None
+    assert (store.feeder(), [path.name for path in tmp_path.iterdir()]) == (told, ["pixelcnn-registry.json"])
 
 
 @pytest.fixture
