@@ -161,6 +161,12 @@ def record_and_carry_out(run_id: str, report: Report) -> None:
     """
     report["decision_run_id"] = run_id
     found = {version.version: version for version in registry.versions(report["dataset"])}
+    served = report["new"] or report["old"]
+    if served is not None and served not in found:
+        raise LookupError(
+            f"version {served} of {report['dataset']} was removed from MLflow meanwhile: nothing new moved. Run this "
+            "again."
+        )
     if report["new"] is not None:
         report["served"] = export(found[report["new"]])
         decisions.begin_moves(run_id, report)
@@ -216,6 +222,13 @@ def carry_out(run_id: str, report: Report) -> None:
         done.append(what)
 
 
+def _is_of(report: Report, found: dict[str, Version]) -> bool:
+    """Say whether a decision's champion is not another one of these versions: a deleted model's numbers come again."""
+    made = report.get("champion" if report["decision"] == ROLLED_BACK else "candidate") or {}
+    new = found.get(report.get("new", ""))
+    return new is None or made.get("weights_sha256") == new.lineage()["weights_sha256"]
+
+
 def complete_moves(dataset: str) -> list[Report]:
     """Carry out what was decided by processes that were killed before they had; return the reports of that.
 
@@ -223,9 +236,10 @@ def complete_moves(dataset: str) -> list[Report]:
     """
     done = []
     for run_id, report in decisions.unfinished_decisions(dataset):
-        numbers = [version.version for version in registry.versions(dataset)]
+        found = {version.version: version for version in registry.versions(dataset)}
+        is_known = report is not None and report["new"] in found and _is_of(report, found)
         champion = registry.aliases(dataset).get(CHAMPION)
-        if report is None or report["new"] not in numbers or champion not in (report["new"], report["old"]):
+        if report is None or not is_known or champion not in (report["new"], report["old"]):
             decisions.end_decision(run_id, "FAILED")
             continue
         carry_out(run_id, report)
@@ -302,7 +316,8 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
                 return {**one, "text": told.strip()}
         found = {version.version: version for version in registry.versions(dataset)}
         present = registry.aliases(dataset).get(CHAMPION, "")
-        champion, made = found.get(present), decisions.decisions(dataset)
+        champion = found.get(present)
+        made = [report for report in decisions.decisions(dataset) if _is_of(report, found)]
         past = [report["new"] for report in made if report.get("new")]
         earlier = [number for number in dict.fromkeys(past) if number in found and number != present]
         if champion is None and earlier:

@@ -452,6 +452,45 @@ def test_a_decision_that_another_one_has_overtaken_is_left(toy, monkeypatch):
     assert decisions.unfinished_decisions(toy.name) == []
 
 
+def test_a_candidate_that_is_removed_meanwhile_is_named(toy, monkeypatch):
+    first = toy.register(0.3)
+    toy.promote()
+    best = toy.register(INK)
+    monkeypatch.setattr(
+        decide, "check_candidate", lambda *_: tracking.client().delete_model_version(toy.model_name, best)
+    )
+    said = rf"version {best} of {toy.name} was removed from MLflow meanwhile: nothing new moved\. Run this again\."
+    with pytest.raises(LookupError, match=said):
+        toy.promote()
+    assert toy.aliases == {"champion": first}
+    assert decisions.decisions(toy.name)[-1]["decision"] == "failed"
+
+
+def test_numbers_of_a_deleted_model_are_of_others_now(toy, monkeypatch):
+    """MLflow counts from 1 again, and the decisions stay."""
+
+    def cut_off(*_):
+        raise OSError("cut off here")
+
+    for ink in (0.3, 0.2):
+        toy.promote(toy.register(ink))
+    run_rollback(toy.name)
+    tracking.client().delete_registered_model(toy.model_name)
+    assert [toy.register(0.4), toy.register(INK)] == ["1", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "set_alias", cut_off)
+        with pytest.raises(UnfinishedMoveError):
+            toy.promote("1")
+    tracking.client().delete_registered_model(toy.model_name)
+    never, best = toy.register(0.9), toy.register(INK)
+    report = toy.promote(best)
+    assert (report["new"], report["old"]) == (best, None), "what was decided about the other version 1 is left"
+    for to, said in ((None, "no previous champion"), (int(never), f"no earlier champion of version {never}")):
+        with pytest.raises(LookupError, match=f"{said} to roll back to: nothing moved"):
+            run_rollback(toy.name, to)
+    assert toy.aliases == {"champion": best}
+
+
 def test_a_champion_that_changes_meanwhile_is_compared_anew(toy):
     """Another machine promotes while this one scores: no lock holds between machines."""
     first, second, best = toy.register(0.4), toy.register(0.3), toy.register(INK)
