@@ -139,7 +139,7 @@ def decisions(dataset: str) -> list[Report]:
     """
     found = []
     for run in _decision_runs(dataset):
-        report: Report = {"decision": FAILED, "reason": "it was cut off before it was recorded"}
+        report: Report = {"decision": FAILED, "reason": "it failed, was cut off, or was overtaken"}
         if _is_unfinished(run):
             report = {"decision": "unfinished", "reason": "it is under way, or was cut off"}
         elif run.info.status == "FINISHED":

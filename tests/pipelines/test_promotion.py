@@ -449,6 +449,7 @@ def test_a_decision_that_another_one_has_overtaken_is_left(toy, monkeypatch):
     assert toy.aliases == {"champion": best}
     assert toy.served()["version"] == best
     assert decision_runs(toy)[1].info.status == "FAILED"
+    assert decisions.history(toy.name)[1].endswith("  failed       it failed, was cut off, or was overtaken")
     assert decisions.unfinished_decisions(toy.name) == []
 
 
@@ -801,7 +802,7 @@ def test_flow(mnist5k, prefect_server, capsys):
         ["rolled back", f"version {first} replaced version {best}, asked for"],
     ]
     assert "  kept         the 98.333 % interval of version 3 minus champion 1" in lines[3]
-    assert lines[4].endswith("  failed       it was cut off before it was recorded")
+    assert lines[4].endswith("  failed       it failed, was cut off, or was overtaken")
     assert len(lines) == 5
 
 
