@@ -58,7 +58,7 @@ def promote(
     Raises:
         ValueError: the dataset is unknown, or its prepared file is missing or damaged.
         LookupError: nothing is registered, or no such version, or another registry feeds the model store.
-        OSError: the registry, the store or a disk failed; the text says whether anything has moved.
+        OSError: the registry, the store or a disk failed; the text says whether anything was carried out in part.
     """
     tag_run(dataset)
     if to is not None:
@@ -78,7 +78,7 @@ def promote(
         report = run_promotion(dataset, data, params.promote, _score, dry_run, version, why)
     except Exception as error:
         cause = explained(error)
-        text = f"{dataset}: {'' if isinstance(error, UnfinishedMoveError) else 'nothing moved: '}{cause}"
+        text = f"{dataset}: {'' if isinstance(error, UnfinishedMoveError) else 'nothing new moved: '}{cause}"
         if not dry_run:
             _write_report({"dataset": dataset, "decision": FAILED, "reason": cause, "text": text})
         if isinstance(error, (LookupError, ValueError)):

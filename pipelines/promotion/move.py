@@ -265,7 +265,7 @@ def run_promotion(
     Raises:
         LookupError: nothing is registered, or no such version, or another registry feeds the store.
         UnfinishedMoveError: it was decided, and carried out in part.
-        Exception: whatever else; nothing has moved.
+        Exception: whatever else; nothing but what was cut off has moved.
     """
     numbers = [version.version for version in registry.versions(dataset)]
     if not numbers:
@@ -305,7 +305,7 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
 
     Raises:
         LookupError: there is none, or another registry feeds the store; nothing but what was cut off has moved.
-        ValueError: the version cannot be fetched whole; nothing has moved.
+        ValueError: the version cannot be fetched whole; nothing but what was cut off has moved.
         UnfinishedMoveError: it was carried out in part.
     """
     with champion_lock(dataset):

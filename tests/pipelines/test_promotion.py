@@ -841,7 +841,9 @@ def test_a_dry_run_says_why_nothing_would_move(toy):
 def test_unreachable_registry(mnist5k, without_prefect, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    expected = r"mnist5k: nothing moved: MLflow at 127\.0\.0\.1:9 failed \(.*refused.*Run this again once it works\."
+    expected = (
+        r"mnist5k: nothing new moved: MLflow at 127\.0\.0\.1:9 failed \(.*refused.*Run this again once it works\."
+    )
     with pytest.raises(OSError, match=expected):
         promotion_flow.promote.fn("mnist5k")
     report = json.loads(Path("reports/promotions/mnist5k.json").read_text())
@@ -859,10 +861,10 @@ def test_a_registry_is_named_without_its_password(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(28, "No space left on device"), "mnist5k: nothing moved: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), "mnist5k: nothing new moved: [Errno 28] No space left on device"),
         (MlflowException("x" * 5000 + " No space left"), "No space left). Run this again once it works."),
-        (sqlite3.OperationalError("database or disk is full"), "nothing moved: database or disk is full"),
-        (SafetensorError("I/O error: No space left"), "mnist5k: nothing moved: I/O error: No space left"),
+        (sqlite3.OperationalError("database or disk is full"), "nothing new moved: database or disk is full"),
+        (SafetensorError("I/O error: No space left"), "mnist5k: nothing new moved: I/O error: No space left"),
         (KeyError("outs"), None),
     ],
     ids=["disk", "mlflow", "database", "scores", "ours"],
@@ -892,7 +894,7 @@ def test_a_report_is_not_of_an_earlier_day(mnist5k, without_prefect):
         promotion_flow.promote.fn("mnist5k")
     report = json.loads(Path("reports/promotions/mnist5k.json").read_text())
     assert report["decision"] == "failed"
-    assert report["text"].startswith("mnist5k: nothing moved: data/mnist5k.safetensors does not exist. Make it: ")
+    assert report["text"].startswith("mnist5k: nothing new moved: data/mnist5k.safetensors does not exist. Make it: ")
 
 
 def test_a_report_does_not_deny_what_has_moved(mnist5k, without_prefect, monkeypatch):
@@ -905,8 +907,24 @@ def test_a_report_does_not_deny_what_has_moved(mnist5k, without_prefect, monkeyp
     with pytest.raises(OSError, match="carried out in part"):
         promotion_flow.promote.fn("mnist5k")
     text = json.loads(Path("reports/promotions/mnist5k.json").read_text())["text"]
-    assert "nothing moved" not in text
+    assert "moved" not in text
     assert re.search(r"Done: .*champion is version 1.* Failed: .* is served \(\[Errno 5\] Input/output error\)", text)
+
+
+def test_a_report_does_not_deny_what_was_completed(mnist5k, without_prefect, monkeypatch):
+    first = mnist5k.register(INK)
+
+    def fail(*_):
+        raise OSError("cut off here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "set_alias", fail)
+        with pytest.raises(UnfinishedMoveError):
+            mnist5k.promote()
+    monkeypatch.setattr(decisions, "record_decision", fail)
+    with pytest.raises(OSError, match="mnist5k: nothing new moved: cut off here"):
+        promotion_flow.promote.fn("mnist5k")
+    assert mnist5k.aliases == {"champion": first}
 
 
 def test_a_new_registry_takes_what_is_there(mnist5k, without_prefect, new_database, monkeypatch):
