@@ -254,7 +254,7 @@ def _retry_after_s(error: Exception) -> float | bool:
     if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code not in BUSY:
         return False
     text = error.response.headers.get("retry-after", "")
-    return min(float(text), MAX_RETRY_WAIT_S) if text.isascii() and text.isdecimal() else 1.0
+    return min(float(text), MAX_RETRY_WAIT_S) if text.isdecimal() else 1.0
 
 
 def _hang_up(response: httpx.Response) -> None:

@@ -244,7 +244,7 @@ def _decoded(path: Path) -> Image.Image:
     except Exception as error:  # a decoder that is fed with anything may raise anything
         raise ValueError(f"is damaged ({' '.join(str(error).split())})") from None
     if image.mode.startswith("I"):  # 16 bits
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image if image.mode == "L" else image.convert("RGB")

@@ -159,7 +159,7 @@ def _post(http: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response
         if answer.status_code not in BUSY:
             return answer
         text = answer.headers.get("retry-after", "")
-        wait_s = float(text) if text.isascii() and text.isdecimal() else 1.0
+        wait_s = float(text) if text.isdecimal() else 1.0
         if time.monotonic() + wait_s > deadline:
             return answer
         time.sleep(wait_s)

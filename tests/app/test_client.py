@@ -324,3 +324,16 @@ def test_a_stream_that_is_left_while_it_waits_is_hung_up_at_once(has_come: bool)
                 next(answers)
             answers.close()
             assert connection.recv(1) == b""  # nothing was sent that could have ended the stream
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:x", "localhost:3000"])
+def test_what_is_no_address_is_said(url: str) -> None:
+    with pytest.raises(ServiceError, match=r"PIXELCNN_SERVICE_URL must be an address like http://127"):
+        ServiceClient(url)
+
+
+@pytest.mark.parametrize("token", ["gehe\xfcim", "a\nb"])
+def test_a_token_that_no_header_can_hold_is_said(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIXELCNN_TOKEN", token)
+    with pytest.raises(ServiceError, match="PIXELCNN_TOKEN must be printable ASCII text"):
+        ServiceClient()

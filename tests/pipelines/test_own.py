@@ -24,6 +24,7 @@ from pipelines import steps
 from pipelines.datasets import own
 from pipelines.datasets.checks import CheckParams, changes, summary_of
 from pipelines.datasets.letters import write_letters
+from pipelines.datasets.pictures import Picture, fitted
 from pipelines.files import file_lock, read_lock
 from pipelines.params import load_params
 from pixelcnn.checkpoint import load_checkpoint
@@ -99,9 +100,9 @@ def tiny_picture(folder: Path) -> None:
     picture(1, 1, 1).save(folder / "x.png")
 
 
-def bomb(folder: Path) -> None:
+def bomb(folder: Path, side: int = 10_000) -> None:
     """10,000 x 10,000 pixels in a few bytes; nothing of it may be decoded."""
-    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
     (folder / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
@@ -145,6 +146,26 @@ def same(folder: Path) -> None:
         picture(0).save(file)
 
 
+def two_broken(folder: Path) -> None:
+    for name in ("x.png", "y.png"):
+        (folder / name).touch()
+
+
+def odd_cifar(folder: Path) -> None:
+    only(0)(folder)
+    (folder / "x.bin").write_bytes(b"x" * 3072)
+
+
+def empty_cifar(folder: Path) -> None:
+    only(0)(folder)
+    (folder / "x.bin").touch()
+
+
+def idx_with_fewer_labels(folder: Path) -> None:
+    (folder / "train-images-idx3-ubyte").write_bytes(struct.pack(">4B3i", 0, 0, 8, 3, 30, 8, 8) + bytes(30 * 64))
+    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 29) + bytes(29))
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (only(0), "holds no pictures: at least 20 are needed"),
     "one": (only(1), "holds 1 picture: at least 20 are needed"),
@@ -169,6 +190,16 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "labels by case": (labels("a", 20, "A", 5), "labels 'A' and 'a' differ by case alone"),
     "half labels": (mixed_depth, "holds pictures beside folders of pictures ('a/100.png')"),
     "gone": (shutil.rmtree, "does not exist. Name a folder of pictures"),
+    "two broken": (two_broken, "2 pictures cannot be used, the first of them: 'x.png' is empty. Mend or remove them"),
+    "larger bomb": (lambda folder: bomb(folder, 20_000), "'x.png' has far too many pixels: sides of 4 to 4096"),
+    "odd cifar": (odd_cifar, "x.bin is no file of CIFAR's: its length is no multiple of 3073 or 3074"),
+    "empty cifar": (empty_cifar, "x.bin is no file of CIFAR's: its length is no multiple of 3073 or 3074"),
+    "other idx": (write("train-images-idx3-ubyte", b"no IDX"), "no IDX file of unsigned bytes (its first bytes are"),
+    "idx in part": (
+        write("train-images-idx3-ubyte.gz", b"\x1f\x8b"),
+        "train-images-idx3-ubyte.gz is no IDX file of unsign",
+    ),
+    "idx labels": (idx_with_fewer_labels, "train has 30 images and 29 labels"),
 }
 
 
@@ -550,6 +581,16 @@ def test_a_test_set_stays_one_and_holds_no_picture_that_is_learned(folder: Path,
     [
         ({"images": np.zeros((30, 20, 1), np.uint8)}, "images are 1 x 20 pixels: sides of 4 to 4096 can be read"),
         ({"images": np.uint8(5)}, r"images must be N x H x W or N x H x W x 3, got an array of shape \(\)"),
+        ({"images": np.zeros((30, 8, 8, 2), np.uint8)}, r"N x H x W x 3, got an array of shape \(30, 8, 8, 2\)"),
+        ({"images": np.zeros((0, 8, 8), np.uint8)}, r"N x H x W x 3, got an array of shape \(0, 8, 8\)"),
+        (
+            {"images": np.zeros((30, 8, 8), np.int64)},
+            "or floats from 0 to 1, got other int64",
+        ),
+        *(({"images": np.full((30, 8, 8), x)}, "got other float64") for x in (-0.1, 1.1, np.nan)),
+        ({"labels": np.arange(29)}, r"labels must be 30 whole numbers, got int64 of \(29,\)"),
+        ({"labels": np.zeros(30)}, "labels must be 30 whole numbers, got float64"),
+        ({"label_names": np.arange(3)}, "label_names must be a list of different names"),
         ({"label_names": np.array(3)}, "label_names must be a list of different names"),
         ({"label_names": np.array([["a"], ["b"], ["c"]])}, "label_names must be a list of different names"),
         ({"label_names": np.array(["a", "b", "a"])}, "label_names must be a list of different names"),
@@ -623,6 +664,17 @@ def test_what_is_compared_is_that_of_the_training_images() -> None:
     assert summary["labels"] == {"a": 0.5, "b": 0.5}
     assert summary["mean_image"] == pytest.approx([1 / 6, 1.0])
     assert [share for share in summary["strengths"] if share] == [0.25, 0.25, 0.5]
+
+
+def test_strengths_of_drawn_levels_are_compared_as_bytes() -> None:
+    images = {
+        split: torch.tensor([0, most], dtype=torch.uint8).view(-1, 1, 1, 1)
+        for split, most in (("train", 255), ("validation", 1), ("test", 1))
+    }
+    labels = dict.fromkeys(images, torch.tensor([0, 0]))
+    words = {"name": "toy", "num_levels": 2, "protocol": "dynamic", "label_names": ["a"]}
+    summary = summary_of(Dataset(**words, images=images, labels=labels))
+    assert (summary["mean_image"], len(summary["strengths"])) == ([0.5], 16)
 
 
 def test_each_kind_of_change_has_its_limit() -> None:
@@ -763,3 +815,117 @@ def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Pat
     refused = run([sys.executable, "-m", "dvc", "repro", "own/dvc.yaml:prepare@first"], cwd=project, env=environment)
     assert "first has changed too much since it was prepared last" in refused.stdout + refused.stderr
     assert (project / "data/first.safetensors").read_bytes() == before, "what is refused takes nothing away"
+
+
+def test_hidden_files_and_folders_are_no_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a Mac leaves beside pictures, and what it packs into an archive."""
+    for name in (".DS_Store", "._0.png", ".cache/0.png", "__MACOSX/0.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    assert add(folder) == 0
+    assert "found: 30 pictures, 0 other files" in capsys.readouterr().out
+
+
+def test_an_add_that_fails_leaves_the_entries_of_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert add(folder, name="first") == 0
+    before = state(Path.cwd())
+    monkeypatch.setattr(own, "_record", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        add(folder)
+    assert state(Path.cwd()) == before
+
+
+def test_pictures_that_are_gone_or_relabelled_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels("a", 20, "b", 20)(folder)
+    assert add(folder) == 0
+    (folder / "a").rename(folder / "c")
+    assert steps.main(["prepare", NAME]) == 1
+    assert "has label 'c', which is not one of the dataset's. Add the dataset anew." in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert steps.main(["prepare", NAME]) == 1
+    assert f"{folder} is no folder. Name one that holds pictures." in capsys.readouterr().err
+
+
+def test_a_dataset_that_has_become_too_small_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert add(folder) == 0
+    only(6)(folder)
+    assert steps.main(["prepare", NAME]) == 1
+    assert f"{NAME} has 6 different images to train on, and sets 6 aside" in capsys.readouterr().err
+
+
+def test_a_picture_that_breaks_after_it_was_added_stops_the_next_preparation(folder: Path) -> None:
+    assert add(folder) == 0
+    (folder / "0.png").write_bytes(b"")
+    assert steps.main(["prepare", NAME]) == 1
+
+
+def test_booleans_floats_and_one_channel_are_strengths(tmp_path: Path) -> None:
+    ink = np.arange(30)[:, None, None] > np.arange(64).reshape(8, 8) % 30
+    for array in (ink, ink.astype(float), ink[..., None], (ink * 255).astype(np.uint8)):
+        np.save(tmp_path / "x.npy", array)
+        read = own.read_pictures(own.source_of(tmp_path / "x.npy"), True, own.Left())
+        assert (np.stack([np.asarray(one.image) for one in read]) == ink * 255).all()
+    np.save(tmp_path / "x.npy", np.full((1, 4, 4), 0.999))
+    (one,) = own.read_pictures(own.source_of(tmp_path / "x.npy"), True, own.Left())
+    assert np.asarray(one.image).max() == 255, "rounded"
+
+
+def test_cifar_100_is_read_by_its_fine_labels(tmp_path: Path) -> None:
+    rows = np.zeros((3, 3074), np.uint8)
+    rows[:, 0], rows[:, 1] = 1, range(3)
+    rows.tofile(tmp_path / "train.bin")
+    (tmp_path / "coarse_label_names.txt").write_text("x\ny\n")
+    (tmp_path / "fine_label_names.txt").write_text("a\nb\nc\n")
+    read = own.read_pictures(own.source_of(tmp_path), True, own.Left())
+    assert [(one.label, one.image.size) for one in read] == [(label, (32, 32)) for label in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--side", "65"], "a side is 4 to 64 pixels, such as 28, or 48x32, got '65'"),
+        (["--side", "3"], "got '3'"),
+        (["--side", "8x8x8"], "got '8x8x8'"),
+        (["--side", "x"], "got 'x'"),
+        (["--colour", "binary", "--levels", "4"], "binary pictures have 2 levels, got 4."),
+    ],
+)
+def test_wishes_that_cannot_be_met(
+    folder: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert add(folder, *words) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_near_doubles_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.asarray(picture(0)).copy()
+    for i, file in enumerate(sorted(folder.iterdir())):
+        pixels[0, 0] = 100 + i  # of 8 x 8 fields no mean changes by a level of them
+        Image.fromarray(pixels).save(file)
+    assert add(folder, "--levels", "256") == 0
+    near = capsys.readouterr().out.partition("near ones: at least ")[2]
+    assert int(near.partition(",")[0]) >= 15
+
+
+@pytest.mark.parametrize(("fit", "edge"), [("crop", 200), ("stretch", 200), ("pad", 255)])
+def test_a_picture_of_another_shape_fills_the_grid_or_lies_on_its_ground(fit: str, edge: int) -> None:
+    entry = {
+        "source": {"kind": "folder", "path": "x"},
+        "image_shape": [1, 8, 8],
+        "num_levels": 256,
+        "protocol": "8-bit",
+    }
+    entry |= {"label_names": [], "num_validation": 1, "fit": fit, "ground": "white"}
+    spec = own.DatasetParams.model_validate(entry)
+    (found,) = fitted(Picture("x", Image.new("L", (16, 8), 200), None), spec)
+    assert (found[3:5] == 200).all()
+    assert (found[[0, -1]] == edge).all()
+
+
+def test_a_version_that_was_refused_waits_no_more_once_another_one_passed(folder: Path) -> None:
+    assert add(folder) == 0
+    few(folder)
+    assert steps.main(["prepare", NAME]) == 1
+    fill(folder, 18)
+    assert steps.main(["prepare", NAME]) == 0
+    assert steps.main(["confirm", NAME]) == 1

@@ -28,6 +28,10 @@ def test_a_dataset_of_files_is_ranked_by_their_names(folder: Path, capsys: pytes
     learned = load_dataset(f"data/{NAME}.safetensors").images
     levels = np.rint(np.asarray(Image.open("fitted/7.png")) / 85)
     assert any((image[0].numpy() == levels).all() for part in learned.values() for image in part)
+    picture(7).save(folder / "0.bmp")
+    picture(8).save(folder / "0.bmp.png")
+    assert steps.main(["pictures", NAME, "--out", "twice"]) == 1
+    assert "'0.bmp.png' and another picture would both be 0.bmp.png: rename one." in capsys.readouterr().err
     checkpoint = checkpoint_of(Path("model"), shape=(1, 12, 12), num_levels=4)
     assert main(["rank", "--checkpoint", str(checkpoint), "--images", "fitted"]) == 0
     assert {row["path"] for row in csv.DictReader(capsys.readouterr().out.splitlines())} == names

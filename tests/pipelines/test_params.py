@@ -118,6 +118,10 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         ("data.split_seed", True, r"data\.split_seed must be .*integer, got True"),
         ("datasets.mnist.num_levels", 1, r"datasets\.mnist\.num_levels must be .* got 1"),
         ("datasets.mnist.image_shape", [2, 28, 28], r"datasets\.mnist\.image_shape must be \[1 or 3, height"),
+        ("datasets.mnist.image_shape", [1, 28, 65], r"image_shape must be \[1 or 3, height, width\], sides up to 64"),
+        ("datasets.mnist.label_names", ["a", "a"], r"datasets\.mnist\.label_names holds one twice"),
+        ("datasets.mnist.ground", "white", r"datasets\.mnist\.ground must not be set"),
+        ("datasets.mnist.skip_broken", True, r"datasets\.mnist\.skip_broken must not be set"),
         ("datasets.mnist.protocol", "8-bit", r"datasets\.mnist\.protocol '8-bit' has 256 levels, got num_levels 2"),
         ("datasets.mnist.source.path", "svhn", r"source\.path must be one of mnist5k, .*, got 'svhn'"),
         (
