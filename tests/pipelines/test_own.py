@@ -576,6 +576,14 @@ def test_a_test_set_stays_one_and_holds_no_picture_that_is_learned(folder: Path,
     assert sorted(test) == sorted(image.tobytes() for image in pictures[30:])
 
 
+def test_images_of_arrays_that_differ_in_strength_alone_are_different(folder: Path, tmp_path: Path) -> None:
+    """The letters of which there are released weights hold such a pair."""
+    images = np.stack([np.asarray(picture(i)) for i in range(30)])
+    np.save(tmp_path / "x.npy", np.concatenate([images, images[:2] ^ 1, images[:3]]))
+    assert add(tmp_path / "x.npy", "--levels", "2", "--colour", "binary") == 0
+    assert sum(map(len, load_dataset(f"data/{NAME}.safetensors").images.values())) == 32
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
