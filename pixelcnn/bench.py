@@ -144,6 +144,8 @@ def time_sampler(name: str, model: AutoregressiveModel, batch_size: int, seconds
         except Exception as error:  # whatever the compiler lacks here
             return Timing(math.nan, f"skipped: {type(error).__name__}: {str(error).strip().splitlines()[0][:60]}")
     u = torch.rand(batch_size, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
+    if name == CACHED and (engine := engine_name(model)) != CACHED:
+        return Timing(math.nan, f"skipped: {engine}")
     if name == CACHED:
         return Timing(median_s(lambda: sample(model, u), seconds) / batch_size)
     with set_torch_threads(1):  # more threads make small products slower
@@ -200,7 +202,7 @@ def bench(
         peak = matrix_peak()
     bandwidth = cache_bandwidth()
     weights = buffers = 0  # bytes of the compiled sampler: of its weights, and of its buffers for one image
-    if engine_name(model) == "cached, compiled":
+    if engine_name(model) == CACHED:
         from pixelcnn.sampling.compiled import build_engine
 
         weights = sum(p.numel() * p.element_size() for p in joint_parameters(model))
@@ -222,7 +224,10 @@ def bench(
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
-        print(f"other work is running here (load {load:.1f} on {os.cpu_count()} processors): times are too long")
+        print(
+            f"load of the last minute: {load:.1f} on {os.cpu_count()} processors, this program's own included; beside "
+            "other work times are too long"
+        )
     rows: list[dict[str, Any]] = []
     print("batch  sampler                ms/image  to naive to cropped  bound ms  x bound")
     for batch_size in batch_sizes:
@@ -266,7 +271,9 @@ def bench(
             if levels:
                 line += f", each with u within {counted['max_distance_to_boundary']:.0e} of a boundary"
             print(line)
-    if sides:
+    if sides and engine_name(model) != CACHED:
+        print(f"no image sides are timed: {engine_name(model)}")
+    elif sides:
         result["sides"] = _bench_sides(model, sides, seconds)
     return result
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pixelcnn.bench as bench_module
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig
 from pixelcnn.bench import (
     CACHED,
+    CACHED_TORCH,
     CROPPED,
     NAIVE,
     NAIVE_COMPILED,
@@ -86,6 +88,28 @@ def test_a_compiler_that_is_missing_is_a_skipped_row(monkeypatch: pytest.MonkeyP
     timing = time_sampler(NAIVE_COMPILED, model_of(CONFIG, torch.float32), 1, 0.1)
     assert math.isnan(timing.seconds)
     assert timing.note == "skipped: RuntimeError: no C++ compiler"
+
+
+def test_the_sampler_in_torch_is_not_taken_for_the_compiled_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = "cached, in torch: numba is not installed"
+    monkeypatch.setattr(bench_module, "engine_name", lambda _: missing)
+    result = bench(model_of(CONFIG, torch.float32), [1], [CACHED_TORCH, CACHED], 0.01, 0, [4])
+    in_torch, compiled = result["timings"]
+    assert in_torch["seconds_per_image"] > 0
+    assert (compiled["seconds_per_image"], compiled["note"]) == (None, f"skipped: {missing}")
+    assert "sides" not in result
+    assert f"no image sides are timed: {missing}" in capsys.readouterr().out
+
+
+def test_its_own_work_is_not_called_anothers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 1.0, 1.0))
+    bench(model_of(CONFIG, torch.float32), [], [], 0.01, 0, [])
+    assert "load of the last minute: 1.0 on " in (said := capsys.readouterr().out)
+    assert "this program's own included" in said
 
 
 @pytest.mark.parametrize("config", [CONFIG, COMPLETING], ids=["draws", "completes"])
