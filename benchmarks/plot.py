@@ -80,7 +80,9 @@ def _draw_batches(axes: Any, name: str, result: dict[str, Any]) -> None:
 
 
 def _draw_sides(axes: Any, result: dict[str, Any]) -> None:
-    found = result.get("sides", [])
+    if not (found := result.get("sides", [])):
+        axes.set_axis_off()
+        return
     sides = [row["side"] for row in found]
     for key, sampler in (("naive_s_per_pixel", NAIVE), ("cached_s_per_pixel", CACHED)):
         axes.plot(sides, [1e6 * row[key] for row in found], "o-", color=_COLOURS[sampler], label=sampler)

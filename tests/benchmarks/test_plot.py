@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.command import command
 from benchmarks.plot import main, read
 from pixelcnn import PixelCNNConfig, build_model
-from pixelcnn.bench import SAMPLERS, bench, write_json
+from pixelcnn.bench import CACHED, SAMPLERS, bench, write_json
 
 
 def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
@@ -39,6 +39,13 @@ def test_a_benchmark_becomes_a_picture(tmp_path: Path) -> None:
         assert picture.format == "PNG"
         assert picture.width > 500
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_a_benchmark_without_sides_has_a_picture(tmp_path: Path) -> None:
+    config = PixelCNNConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, num_blocks=1)
+    write_json(tmp_path / "tiny.json", bench(build_model(config).eval(), [1], [CACHED], 0.01, 0, []))
+    assert command(main, [str(tmp_path)]) == 0
+    assert (tmp_path / "bench.png").exists()
 
 
 def test_its_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
