@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPSConnection
-from statistics import median, quantiles
+from statistics import median
 from typing import Annotated, Any
 
 import httpx
@@ -86,14 +86,15 @@ def first_rows(http: httpx.Client, body: bytes) -> None:
 def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
     """Let many clients ask for one completion after the other; return what came of it.
 
-    They share this machine with the service, so each is the leanest there is. They come within the first second, and
-    who is refused comes back when told, give or take a second: one process cannot do 128 things at once, and would
-    measure itself.
+    They share this machine with the service, so each is the leanest there is. They come within a second that does not
+    count, and who is refused comes back when told, give or take a second: one process cannot do 128 things at once, and
+    would measure itself.
     """
     answered: list[float] = []
     refused: list[float] = []
     others: list[str] = []
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter() + 1
+    end = begin + seconds
 
     def ask(number: int) -> None:
         address = httpx.URL(url)
@@ -107,22 +108,20 @@ def crowd(url: str, headers: dict[str, str], bodies: list[bytes], clients: int, 
                 response = connection.getresponse()
                 text = response.read()
                 taken = time.perf_counter() - start
-                if response.status == HTTPStatus.OK:
-                    answered.append(taken)
-                elif response.status == HTTPStatus.TOO_MANY_REQUESTS:
-                    refused.append(taken)
+                if response.status not in (HTTPStatus.OK, HTTPStatus.TOO_MANY_REQUESTS):
+                    others.append(text.decode())
+                elif start >= begin:
+                    (answered if response.status == HTTPStatus.OK else refused).append(taken)
+                if response.status == HTTPStatus.TOO_MANY_REQUESTS:
                     connection.close()  # a server does not hold one open for so long
                     # As a client does that reads the answer.
                     told = float(response.headers["retry-after"]) + random.random()
                     time.sleep(max(0.0, min(told, end - time.perf_counter())))
-                else:
-                    others.append(text.decode())
                 i += clients
 
-    start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(ask, range(clients)))
-    took = time.perf_counter() - start
+    took = time.perf_counter() - begin
     return {"per_s": len(answered) / took, "answered": answered, "refused": refused, "others": others}
 
 
@@ -200,17 +199,22 @@ def main(
     strokes: Annotated[int, Option(help="of each canvas")] = 20,
 ) -> None:
     """Print the tables, or what canvases see."""
-    served = ServiceClient(url).models()
+    try:
+        served = ServiceClient(url).models()
+    except ServiceError as error:
+        raise SystemExit(f"error: {error}") from None
     if not served:
         raise SystemExit("error: no dataset is served. Promote a model first.")
     dataset = dataset or ("mnist" if "mnist" in served else min(served))
+    if unknown := {dataset, *(datasets or [])} - set(served):
+        raise SystemExit(f"error: dataset {min(unknown)!r} is not served. Name one that is: {', '.join(served)}.")
     if canvases:
         drawn, scored, lost = visits(url, dataset, served[dataset], canvases, strokes)
         print(f"{canvases} canvases, {dataset}: {len(drawn)} of {canvases * strokes} came; lost: {lost[:1] or 'none'}")
-        p50, p95 = (1000 * value for value in quantiles(drawn, n=20, method="inclusive")[9:19:9])
+        p50, p95 = (1000 * value for value in np.percentile(drawn or [math.nan], [50, 95]))
         print(f"nine endings: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
-        before = sum(map(math.isfinite, scored))
-        print(f"how probable each is: {before} before the next stroke, p50 of all {1000 * median(scored):.0f} ms")
+        before, p50 = sum(map(math.isfinite, scored)), 1000 * median(scored or [math.nan])
+        print(f"how probable each is: {before} before the next stroke, p50 of all {p50:.0f} ms")
         return
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
