@@ -141,12 +141,18 @@ def main(
         print("| after s | in | processes | ended after s | left | it said |\n| --- | --- | --- | --- | --- | --- |")
         for moment in moments:
             process, mark = start(folder, log)
-            time.sleep(moment)
-            print(f"| {moment:.0f} {interrupt(process, mark, log)}", flush=True)
+            try:
+                time.sleep(moment)
+            finally:
+                print(f"| {moment:.0f} {interrupt(process, mark, log)}", flush=True)
         process, mark = start(folder, log)
-        is_ready = bool(wait_until_ready(process, log))
-        print(f"The last start {'was ready' if is_ready else 'FAILED: ' + log.read_text()[-1000:]}")
-        print(f"| at last {interrupt(process, mark, log)}" if is_ready else "", flush=True)
+        try:
+            is_ready = bool(wait_until_ready(process, log))
+            print(f"The last start {'was ready' if is_ready else 'FAILED: ' + log.read_text()[-1000:]}")
+        finally:
+            print(f"| at last {interrupt(process, mark, log)}", flush=True)
+    if not is_ready:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
