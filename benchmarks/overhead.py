@@ -68,14 +68,14 @@ subprocess.run([sys.executable, "-m", "pipelines.steps", "register", pair], chec
 """
 
 
-WITHOUT_TOOLS, WITH_TOOLS, FRESH = 1, 3, 4  # lines of the table
+WITHOUT_TOOLS, WITH_DVC, WITH_PREFECT, FRESH = 1, 2, 3, 4  # lines of the table
 
 
 def main(
     pair: Annotated[str, Argument(help="of params.yaml, with prepared data")] = "pixelcnn-mnist5k",
     epochs: Annotated[float | None, Option(help="of the training; those of params.yaml if it is left out")] = None,
 ) -> None:
-    """Train in five ways; say what each costs, and what it adds to the one before."""
+    """Train in five ways; say what each costs: scores beside `fit` alone, each tool beside those without tools."""
     dataset = load_params().pair(pair).dataset
     flow = ("-m", "pipelines.steps", "train-pair", pair)
     lines = (
@@ -101,10 +101,14 @@ def main(
                 _python(folder, environment, "-c", "from pipelines.registry import runs; runs.client()")
             start = time.monotonic()
             _, spent_s = timed(partial(_python, folder, environment, *words))
-            added = f"{spent_s - found[-1]:+.1f} s" if found else ""
+            added = f"{spent_s - found[min(number - 1, WITHOUT_TOOLS)]:+.1f} s" if found else ""
             print(f"| {name} | {time.monotonic() - start:.1f} s | {spent_s:.1f} s | {added} |", flush=True)
             found.append(spent_s)
-    for name, line in (("The tools", WITH_TOOLS), ("On a fresh machine", FRESH)):
+    for name, line in (
+        ("DVC and MLflow", WITH_DVC),
+        ("Prefect and MLflow", WITH_PREFECT),
+        ("On a fresh machine", FRESH),
+    ):
         tools_s = found[line] - found[WITHOUT_TOOLS]
         print(f"{name}: {tools_s:.1f} processor seconds, {100 * tools_s / TRAINING_S:.0f} % of a 60 s training.")
 
@@ -123,7 +127,7 @@ def _write_project(folder: Path, pair: str, dataset: str, epochs: float | None) 
     values = yaml.safe_load(Path(PARAMS_FILE).read_text())
     train = values["pairs"][pair]["train"]
     train.pop("max_minutes", None)  # the same steps in each, however busy the machine is
-    train |= {"max_epochs": epochs} if epochs else {}
+    train |= {"max_epochs": epochs} if epochs is not None else {}
     write_params(folder, values)
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 
