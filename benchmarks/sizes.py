@@ -23,7 +23,6 @@ from pixelcnn.config import checked_config
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import format_nll
 from pixelcnn.models.registry import build_model
-from pixelcnn.sampling.fast import warm_up
 from pixelcnn.training import StepReport, TrainConfig, fit
 
 VARIANTS_FILE = Path("docs/sizes.yaml")
@@ -59,7 +58,6 @@ def measure(
     model = build_model(checked_config(type(settings.network), network, where=pair))
     # The average looks back over a tenth of the run at most: these runs are short.
     train = replace(train, ema_decay=min(train.ema_decay, 0.99))
-    warm_up(model)
     last: deque[StepReport] = deque(maxlen=1)
     nll = fit(model, data, train, last.append)
     num = sum(p.numel() for p in model.parameters())
@@ -77,6 +75,8 @@ def compare(
     Those of other pairs than PAIRS, if some are named, stay as they are.
     """
     minutes, num_images, compared = load_variants(variants)
+    if unknown := set(pairs or []) - set(compared):
+        raise ValueError(f"{variants} has no pair {min(unknown)!r}, only {', '.join(compared)}.")
     before = out.read_text() if out.exists() else ""
     measured = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", before, re.MULTILINE | re.DOTALL))
     lines = [

@@ -19,6 +19,8 @@ NUM_IMAGES = 200
 
 
 def main(datasets: list[str]) -> None:
+    if not datasets:
+        sys.exit("error: name the datasets to write, such as mnist.")
     FOLDER.mkdir(exist_ok=True)
     for name in datasets:
         data = load_dataset(Path("data") / f"{name}.safetensors")

@@ -11,6 +11,7 @@ from pixelcnn import complete, load_checkpoint, log_prob
 from pixelcnn.bench import count_differences
 from pixelcnn.likelihood import level_probs
 from tools.write_released import FOLDER, NUM_IMAGES
+from tools.write_released import main as write_released
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 PAIRS = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
@@ -33,6 +34,11 @@ def mean_nats(model, levels: torch.Tensor, label: torch.Tensor | None = None) ->
             .mean()
             .item()
         )
+
+
+def test_their_writer_wants_names():
+    with pytest.raises(SystemExit, match="error: name the datasets to write"):
+        write_released([])
 
 
 def test_the_seed_pairs_are_released():

@@ -7,6 +7,15 @@ import pytest
 
 from tests.local import run
 from tests.pipelines.projects import ROOT
+from tools.faults.__main__ import main
+
+
+def test_a_case_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["faults", "--only", "typo"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "no case has 'typo' in its name: name one of " in capsys.readouterr().err
 
 
 @pytest.mark.slow

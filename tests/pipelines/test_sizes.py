@@ -53,4 +53,6 @@ def test_its_mistakes_are_named(project: Path, capsys: pytest.CaptureFixture[str
     Path("variants.yaml").write_text(f"minutes: 0.01\nnum_images: 8\npairs:\n  {PAIR}: [{{size: 3}}]\n")
     assert command(compare, ["--variants", "variants.yaml", "--out", "table.md"]) == 1
     assert "unknown key 'size'. Known: network, train." in capsys.readouterr().err
+    assert command(compare, ["typo", "--variants", "variants.yaml", "--out", "table.md"]) == 1
+    assert f"sizes: variants.yaml has no pair 'typo', only {PAIR}." in capsys.readouterr().err
     assert not Path("table.md").exists()

@@ -55,6 +55,8 @@ def main() -> int:
     cases = kills.cases()
     if arguments.slow:
         cases |= servers.cases()
+    if not any(arguments.only in name for name in cases):
+        parser.error(f"no case has {arguments.only!r} in its name: name one of {', '.join(cases)}, or add --slow.")
     failed = 0
     print("| fault | times | nothing wrong after one rerun |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
