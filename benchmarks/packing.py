@@ -36,7 +36,7 @@ from pixelcnn.packing.pictures import open_images
 from pixelcnn.sampling.fast import sample, warm_up
 
 PAGE, BEGIN, END = Path("docs/packing.md"), "<!-- python -m benchmarks.packing{} -->\n", "<!-- end -->\n"
-TOOLS = ("optipng", "cjxl", "djxl", "zstd")
+TOOLS = ("optipng", "cjxl", "djxl", "zstd", "xz")
 T = TypeVar("T")
 
 
@@ -221,8 +221,8 @@ def measured(checkpoint: Path, images: str, levels: Tensor, num_alone: int) -> s
 
 def measure(
     pairs: Annotated[list[str] | None, Argument(help="released ones; all whose data are there if left out")] = None,
-    num_images: Annotated[int, Option("--images", help="the first so many of the test split")] = 10_000,
-    num_alone: Annotated[int, Option("--alone", help="images that picture codecs get as a file each")] = 1000,
+    num_images: Annotated[int, Option("--images", help="the first so many of the test split", min=1)] = 10_000,
+    num_alone: Annotated[int, Option("--alone", help="images that picture codecs get as a file each", min=1)] = 1000,
     folder: Annotated[Path | None, Option(help="PNG files to pack instead, of the model's size and levels")] = None,
     checkpoint: Annotated[Path | None, Option(help="the model to pack them by")] = None,
 ) -> None:

@@ -34,6 +34,16 @@ def test_a_folder_and_its_model(tmp_path, monkeypatch, capsys) -> None:
     assert "--folder and --checkpoint go together, and without pairs." in capsys.readouterr().err
 
 
+def test_its_mistakes_are_named(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(packing, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(packing.shutil, "which", lambda tool: None if tool == "xz" else tool)
+    assert command(packing.measure, []) == 1
+    assert capsys.readouterr().err.startswith("packing: xz must be installed")
+    for option in ("--alone", "--images"):
+        assert command(packing.measure, [option, "0"]) == 2
+        assert f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
 def test_the_best_of_a_file_each_is_none_of_all(tmp_path) -> None:
     checkpoint, levels = checkpoint_of(tmp_path / "own-mine"), random_levels((1, 4, 5), 3, 6)
     sizes = {"ours": 600, "some of ours": 600, "the sampler": 0, "PNG": 900, "all, xz": 700}
