@@ -1,6 +1,7 @@
 """Write tests/golden/core.yaml: `python -m tools.write_golden`, from the project's root.
 
-A change to that file means that the networks or their training compute something else than before: say why.
+A change to that file beyond 1e-6 means that the networks or their training compute something else than before: say
+why. Less differs from one processor to another.
 """
 
 from pathlib import Path
