@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all, `make own` the first with pictures of yours. Everything is installed into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
+BENCH_SECONDS ?= 3
 COVERAGE ?= --cov
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -72,10 +73,10 @@ audit: install ## known faults of the dependencies, and a bill of materials: rep
 	  [print(name, version(name).partition("+")[0], sep="==") for name in ("torch", "torchvision")]' > .venv/audit/torch.txt
 	.venv/audit/bin/pip-audit --requirement constraints.txt --requirement .venv/audit/torch.txt --no-deps --disable-pip
 
-bench: install ## the samplers, timed
+bench: install ## the samplers, timed, each figure for BENCH_SECONDS=3
 	@for pair in $(notdir $(wildcard weights/*)); do \
-	  python -m pixelcnn bench --checkpoint weights/$$pair --sides 14 28 56 112 --out reports/bench/$$pair.json \
-	    || exit 1; echo; done
+	  python -m pixelcnn bench --checkpoint weights/$$pair --sides 14 28 56 112 --seconds $(BENCH_SECONDS) \
+	    --out reports/bench/$$pair.json || exit 1; echo; done
 	python -m benchmarks.plot
 
 pictures: install ## the docs' pictures, from a demo that is running (chromium)
