@@ -6,6 +6,7 @@ As on the canvas: a square pen, all else unknown, nine endings at temperature 0.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +15,9 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from typer import Argument, Option, run
+from typer import Argument, Option
 
+from benchmarks.command import command
 from pipelines.judging.judge import load_judge
 from pipelines.params import load_params
 from pipelines.stages.train import load
@@ -109,4 +111,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(command(main))

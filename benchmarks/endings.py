@@ -6,12 +6,13 @@ Of each drawing, the first 45 % of a validation image's ink, nine endings are sh
 likeliest, or nine unlike each other of the sixteen likeliest.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from typer import run
 
+from benchmarks.command import command
 from pipelines.judging.acceptance import known_part
 from pipelines.judging.judge import load_judge
 from pipelines.params import load_params
@@ -51,24 +52,22 @@ def main(folder: str) -> None:
     print(f"{folder}: of nine endings of {NUM_DRAWINGS} drawings\n")
     print("| temperature | shown | accepted | different labels among the accepted |\n| --- | --- | --- | --- |")
     for temperature in TEMPERATURES:
-        drawn = [
-            complete_and_score(
+        drawn = []
+        for image, known, noise in zip(images, observed, u, strict=True):
+            endings, score = complete_and_score(
                 model,
                 (image * known)[None].repeat(NUM_DRAWN, 1, 1, 1),
                 known[None].repeat(NUM_DRAWN, 1, 1, 1),
                 noise,
                 temperature=temperature,
             )
-            for image, known, noise in zip(images, observed, u, strict=True)
-        ]
+            drawn.append((endings, score().argsort(descending=True)))
         for name, choose in CHOICES.items():
-            shown = torch.stack(
-                [endings[choose(endings, score().argsort(descending=True))] for endings, score in drawn]
-            )
+            shown = torch.stack([endings[choose(endings, order)] for endings, order in drawn])
             accepted, label = (x.view(-1, NUM_SHOWN) for x in judge.look(shown.flatten(0, 1), data.num_levels))
             labels = [len(set(seen[good].tolist())) for seen, good in zip(label, accepted, strict=True)]
             print(f"| {temperature} | {name} | {accepted.float().mean():.3f} | {sum(labels) / len(labels):.2f} |")
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(command(main))

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from typer import run
 
+from benchmarks.command import command
 from pipelines.judging.acceptance import KNOWN, known_part
 from pipelines.judging.judge import JUDGES, train_judge
 from pipelines.stages.train import load
@@ -57,4 +57,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(command(main))

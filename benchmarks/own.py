@@ -11,6 +11,7 @@ Writes a picture of the page for each kind, and all of them as one sheet. Icons 
 import os
 import shutil
 import string
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 from playwright.sync_api import Browser
-from typer import Argument, Option, run
+from typer import Argument, Option
 
 from benchmarks import interrupts
+from benchmarks.command import command
 from pipelines.datasets import letters
 from pixelcnn.images import to_sheet
 from tests.app.browsing import HALF_DIGIT, draw, grid, wait_for_endings, wait_until_still
@@ -152,4 +154,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(command(main))

@@ -7,6 +7,7 @@ masks, Adam. All are timed in turn, step by step in one run, so that other work 
 import copy
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typer import Option, run
+from typer import Option
 
+from benchmarks.command import command
 from pixelcnn.bench import matrix_peak, processor_name, resized, work_per_pixel
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset
@@ -111,9 +113,9 @@ def bench_training(model: AutoregressiveModel, batch_size: int, num_rounds: int)
 
 def main(
     checkpoint: Annotated[str, Option()],
-    batch_size: int = 32,
-    rounds: Annotated[int, Option(help="steps of each loop; the median counts")] = 20,
-    threads: Annotated[int | None, Option(help="torch's own choice if left out")] = None,
+    batch_size: Annotated[int, Option(min=1)] = 32,
+    rounds: Annotated[int, Option(help="steps of each loop; the median counts", min=1)] = 20,
+    threads: Annotated[int | None, Option(help="torch's own choice if left out", min=1)] = None,
 ) -> None:
     """Time the steps of a checkpoint's training."""
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -122,4 +124,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(command(main))

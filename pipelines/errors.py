@@ -95,6 +95,8 @@ def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -
         try:
             get_command(app)(argv, prog_name=program)
         except SystemExit as end:  # typer's way to end a command
+            if isinstance(end.code, str):  # somebody else's, who says why
+                raise
             return int(end.code or 0)
         return 0
 
