@@ -16,6 +16,7 @@ def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     make.write_text("#!/bin/sh\nexec sleep 300\n")
     make.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(interrupts, "GIVE_UP_S", 2)  # where SIGINT is ignored, as in a shell's background
     monkeypatch.setattr(interrupts, "clone", lambda folder, _: folder.mkdir())
 
     def noted(*words):
