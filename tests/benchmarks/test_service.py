@@ -24,7 +24,7 @@ def test_the_rate_is_that_of_clients_at_work(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(random, "random", lambda: 0.9)
     with LocalServer(Slow) as server:
         found = service.crowd(server.url, {}, [b"{}"], clients=1, seconds=1)
-    assert found["per_s"] == pytest.approx(1 / mean(found["answered"]), rel=0.2)
+    assert found["per_s"] == pytest.approx(1 / mean(found["answered"]), rel=0.5)
 
 
 def test_what_was_lost_has_no_percentiles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
