@@ -10,6 +10,8 @@ SHELL := /bin/bash
 endif
 # The installation compiles nothing: what Python is not let keep, each start would compile anew, in twice the time.
 export PYTHONDONTWRITEBYTECODE :=
+# Programs are run as modules of this folder, which is not to be left out, nor another clone's taken.
+export PYTHONSAFEPATH :=
 # The tools' telemetry stays off (see also prefect.toml, .dvc/config, .streamlit/config.toml).
 export DO_NOT_TRACK := 1
 export BENTOML_DO_NOT_TRACK := True

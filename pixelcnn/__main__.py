@@ -5,6 +5,7 @@ It needs the core's packages alone, and reads prepared datasets (`dvc repro full
 
 import csv
 import dataclasses
+import importlib
 import inspect
 import json
 import logging
@@ -256,7 +257,15 @@ def complete_command(
 
 def compile_command() -> None:
     """Compile the sampler for this processor, once: else the first to sample waits for it."""
-    print(f"compiled after {compile_sampler():.1f} s")
+    took_s = compile_sampler()
+    try:
+        importlib.import_module("pixelcnn.sampling.compiled")
+    except (ImportError, RuntimeError) as error:  # as numba's, where no folder can be written
+        raise ValueError(
+            f"the sampler cannot be compiled here ({error}). Install numba, or name a folder for what it compiles by "
+            "NUMBA_CACHE_DIR."
+        ) from None
+    print(f"compiled after {took_s:.1f} s")
 
 
 def bench_command(

@@ -44,6 +44,12 @@ def checkpoint(data_file: Path) -> Path:
     return out
 
 
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "pixelcnn.sampling.compiled", None)
+    assert main(["compile"]) == 1
+    assert "error: the sampler cannot be compiled here (" in capsys.readouterr().err
+
+
 def test_train_writes_a_checkpoint_with_its_scores(checkpoint: Path, data_file: Path) -> None:
     model, scores = load_checkpoint(checkpoint)
     data = load_dataset(data_file)
