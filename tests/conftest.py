@@ -11,7 +11,8 @@ import pytest
 _folder = Path(tempfile.mkdtemp(prefix="pixelcnn-tests-"))
 # Before any tool is imported: what is the person's is neither read nor written, no service of theirs is asked or told.
 for _name in list(os.environ):
-    if re.match("PIXELCNN_(?!TEST_|KILLS)|MLFLOW_(TRACKING|REGISTRY)_URI|PREFECT_API_URL", _name):
+    _theirs = "PIXELCNN_(?!TEST_|KILLS)|MLFLOW_(TRACKING|REGISTRY)_URI|PREFECT_API_URL|OTEL_|PROMETHEUS_MULTIPROC_DIR"
+    if re.match(_theirs, _name):
         del os.environ[_name]
 os.environ |= {"PREFECT_HOME": str(_folder / "prefect"), "BENTOML_HOME": str(_folder / "bentoml")}
 

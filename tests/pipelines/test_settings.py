@@ -49,7 +49,7 @@ def test_no_other_module_reads_our_variables() -> None:
 
 def test_a_persons_settings_do_not_reach_the_tests(tmp_path: Path) -> None:
     theirs = {"PIXELCNN_TOKEN": "a", "PIXELCNN_TEST_CASES": "9", "MLFLOW_TRACKING_URI": "b", "PREFECT_API_URL": "c"}
-    theirs["MLFLOW_REGISTRY_URI"] = "d"
+    theirs |= {"MLFLOW_REGISTRY_URI": "d", "OTEL_EXPORTER_OTLP_ENDPOINT": "e", "PROMETHEUS_MULTIPROC_DIR": "f"}
     command = [sys.executable, "-c", "import os, tests.conftest; print(*os.environ)"]
     done = local.run(command, cwd=ROOT, env={**os.environ, **theirs, "TMPDIR": str(tmp_path)})
     assert theirs.keys() & set(done.stdout.split()) == {"PIXELCNN_TEST_CASES"}
