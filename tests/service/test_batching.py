@@ -48,6 +48,18 @@ class Held(Job):
             job.finish(job.name)
 
 
+class Twice(Held):
+    """A job that its first call leaves unfinished."""
+
+    @staticmethod
+    def run_together(jobs: list[Held]) -> None:
+        Held.calls.append([job.name for job in jobs])
+        assert Held.go.wait(10)
+        for job in jobs:
+            if job.num_calls:
+                job.finish(job.name)
+
+
 @pytest.fixture
 def batches():
     Held.calls, Held.go = [], threading.Event()
@@ -119,15 +131,6 @@ def test_who_floods_waits_behind_others(batches):
 
 
 def test_who_is_left_unfinished_has_another_call_behind_who_had_none(batches):
-    class Twice(Held):
-        @staticmethod
-        def run_together(jobs: list["Held"]) -> None:
-            Held.calls.append([job.name for job in jobs])
-            assert Held.go.wait(10)
-            for job in jobs:
-                if job.num_calls:
-                    job.finish(job.name)
-
     twice, once = Twice("twice", key="1"), Held("once", key="2")
     submit(batches, twice)
     wait_until(lambda: Held.calls == [["twice"]], 10)
@@ -143,6 +146,13 @@ def test_who_is_left_unfinished_has_another_call_behind_who_had_none(batches):
     Held.go.set()
     wait_until(lambda: not batches.num_waiting, 10)
     assert Held.calls.count(["gone"]) == 1
+
+
+def test_who_has_had_a_call_waits_behind_who_had_none_but_a_later_turn(batches):
+    had, none = Held("had"), Held("none")
+    had.client, none.client, had.num_calls = "a", "b", 1
+    batches._turns, batches._waiting = {"a": 1, "b": 2}, [had, none]
+    assert batches._in_turn("a") == [none, had]
 
 
 def test_a_job_that_rests_lets_others_go_first(batches):
@@ -165,12 +175,12 @@ def test_a_job_that_rests_lets_others_go_first(batches):
 def test_clients_are_forgotten_one_day(batches, monkeypatch):
     monkeypatch.setattr(batching, "MAX_CLIENTS", 3)
     Held.go.set()
-    for name in "abcdea":
+    for name in "abcad":
         job = Held(name)
         job.client = name
         batches.submit(job)
         job.done.result(10)
-    assert list(batches._turns) == ["d", "e", "a"]
+    assert list(batches._turns) == ["c", "a", "d"]
 
 
 def test_what_waits_is_bounded_and_what_is_cancelled_makes_room(batches):
@@ -279,13 +289,16 @@ def test_an_on_row_that_raises_fails_its_own_job_alone():
     assert bad.levels is None
 
 
-def test_closing_cancels_what_waits(batches):
-    submit(batches, Held("first"))
+def test_closing_cancels_what_waits_and_what_its_call_leaves_unfinished(batches):
+    first, waiting = Twice("first"), Held("waiting")
+    submit(batches, first)
     wait_until(lambda: Held.calls == [["first"]], 10)
-    waiting = Held("waiting")
     submit(batches, waiting)
     batches.close()
     assert waiting.done.cancelled()
+    Held.go.set()
+    wait_until(first.done.cancelled, 10)
+    assert Held.calls == [["first"]]
     with pytest.raises(wire.RequestError, match="wait already"):
         batches.submit(Held("late"))
 

@@ -111,13 +111,16 @@ def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, r
         run_together(jobs)
 
     monkeypatch.setattr(Job, "run_together", staticmethod(note))
-    batcher, request = Batcher(36, 1), Job("strokes", "key", 1)
+    batcher, request, looks = Batcher(36, 1), Job("strokes", "key", 1), []
+    in_turn = batcher._in_turn
+    monkeypatch.setattr(batcher, "_in_turn", lambda lane: looks.append(lane) or in_turn(lane))
     request.not_before, request.answer = time.monotonic() + 60, lambda: "answered"
     batcher.submit(request)
     watch = watching(tmp_path, batcher, champion)
     draw(watch, champion, *drawings(3 * SCORE_EVERY, seed=3))
     time.sleep(0.1)
     assert (calls, batcher.num_waiting) == ([], 1), "a drawing is no request, and takes no request's place"
+    assert looks.count("/drawings") < 10, "its lane looks again when something has changed"
     with batcher._changed:
         request.not_before = 0
         batcher._changed.notify_all()
