@@ -8,6 +8,7 @@ import httpx
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.types import ASGIApp
 
 from app.client import ServiceClient, ServiceError
 from app.service import api as service
@@ -113,6 +114,32 @@ class Connection:
         self.sent.append(message)
 
 
+def sent_by(app: ASGIApp, *headers: tuple[bytes, bytes]) -> list[dict]:
+    """Return what an application sends through a gate; nothing of the request is left running."""
+
+    async def run() -> list[dict]:
+        connection = Connection()
+        connection.scope["headers"] = [*headers]
+        connection.body.set()
+        await asyncio.wait_for(gate.Gate(app)(connection.scope, connection.receive, connection.send), 5)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return connection.sent
+
+    return asyncio.run(run())
+
+
+def sending(*messages: dict):
+    """Return an application that sends these messages, and then fails."""
+
+    async def send_all(scope, receive, send) -> None:
+        for message in messages:
+            await send(message)
+        raise RuntimeError("secret details")
+
+    return send_all
+
+
 def held_until(go: asyncio.Event):
     """Return an application that answers once it is let go."""
 
@@ -170,19 +197,54 @@ def test_beyond_a_clients_own_requests_it_alone_is_refused(monkeypatch):
 
 
 def test_what_fails_is_answered_at_once(caplog):
-    async def fail(scope, receive, send) -> None:
-        raise RuntimeError("secret details")
-
-    async def run() -> list:
-        connection = Connection()
-        connection.body.set()
-        await asyncio.wait_for(gate.Gate(fail)(connection.scope, connection.receive, connection.send), 5)
-        return connection.sent
-
-    start, body = asyncio.run(run())
+    start, body = sent_by(sending())
     assert start["status"] == 500
     assert b"secret" not in body["body"]
     assert "secret details" in caplog.text
+
+
+def test_what_fails_in_its_answer_is_not_answered_again():
+    begun = {"type": "http.response.start", "status": 200, "headers": []}
+    assert sent_by(sending(begun)) == [begun]
+
+
+def test_an_error_that_comes_in_parts_is_told_whole():
+    start = {"type": "http.response.start", "status": 400, "headers": []}
+    parts = [{"body": b'{"error": ', "more_body": True}, {"body": b'"two parts"}'}]
+    _, *bodies = sent_by(sending(start, *({"type": "http.response.body", **part} for part in parts)))
+    assert [message["body"] for message in bodies] == [b'{"error":"two parts"}']
+
+
+@pytest.mark.parametrize("body", ["no JSON", "[]", "{}", "7"])
+def test_an_error_without_a_sentence_gets_one(body):
+    assert sent_by(PlainTextResponse(body, 502))[1]["body"] == b'{"error":"the request failed: Bad Gateway."}'
+
+
+def test_who_comes_before_it_is_ready_is_told_when_to_return():
+    start, _ = sent_by(PlainTextResponse("", 503))
+    assert 3 <= int(dict(start["headers"])[b"retry-after"]) <= 8
+
+
+async def read_then_hello(scope, receive, send) -> None:
+    await receive()
+    await hello(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("app", "headers", "expected"),
+    [(hello, [], [b"close"]), (hello, [(b"content-length", b"2")], []), (read_then_hello, [], [])],
+)
+def test_a_body_that_may_never_end_closes_its_connection(app, headers, expected):
+    start, _ = sent_by(app, *headers)
+    assert [value for name, value in start["headers"] if name == b"connection"] == expected
+
+
+def test_who_is_cancelled_by_another_has_not_been_left():
+    async def cancelled(scope, receive, send) -> None:
+        await receive()
+        raise asyncio.CancelledError
+
+    assert sent_by(cancelled) == []
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure_of_ours(caplog):
