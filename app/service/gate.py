@@ -149,7 +149,7 @@ def _refusal(status: int, text: str, headers: dict[str, str] | None = None) -> J
 
 def _sentence_of(scope: Scope, status: int, body: bytes) -> str:
     """Return the sentence for an error that the service or BentoML made."""
-    if status == HTTPStatus.NOT_FOUND and not body.startswith((b"[", b"{")):
+    if status == HTTPStatus.NOT_FOUND and not body.startswith(b"["):
         return f"there is nothing at {quoted(scope['path'])}: /docs.json lists what there is."
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         return f"{quoted(scope['path'])} does not take {quoted(scope['method'])}: /docs.json says what it takes."
