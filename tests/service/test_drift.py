@@ -129,17 +129,29 @@ def test_nothing_is_scored_while_a_request_waits_and_then_one_at_a_time(model, r
     assert calls == [["strokes"], *[["/drawings"]] * 3]
 
 
-def test_of_many_drawings_the_last_50_wait_to_be_scored(model, reference, tmp_path):
+def test_of_many_drawings_the_last_50_wait_to_be_scored(model, reference, tmp_path, caplog):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion, submitted = Champion(model, Identity(**lineage), {}, reference), []
     watch = watching(tmp_path, SimpleNamespace(submit=submitted.append), champion)
     draw(watch, champion, *drawings(50 * SCORE_EVERY, seed=3))
     submitted[0].on_call()
     draw(watch, champion, *drawings(3 * SCORE_EVERY, seed=4))
+    submitted[1].on_call()  # as if its call had begun while it was dropped
     assert [score.done.cancelled() for score in submitted] == [False, True, True, *[False] * 50], "what is begun counts"
     watch._champions._loaded.clear()
     watch.forget()
     assert all(score.done.cancelled() for score in submitted[1:]), "nobody is to be told"
+    submitted[0].done.set_result([1.0])
+    assert (watch.describe(), caplog.records) == ({}, [])
+
+
+def test_a_drawing_that_comes_when_the_service_ends_is_not_scored(model, reference, tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion, batcher = Champion(model, Identity(**lineage), {}, reference), Batcher(36, 48)
+    batcher.close()
+    watch = watching(tmp_path, batcher, champion)
+    draw(watch, champion, *drawings(SCORE_EVERY, seed=3))
+    assert watch.describe()["strokes"]["drift"]["bits_per_dim"]["in_window"] == 0
 
 
 def test_a_score_that_fails_is_logged_and_the_next_one_is_begun(model, reference, tmp_path, caplog):
@@ -238,11 +250,19 @@ def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, referenc
 def test_who_began_with_the_last_champion_takes_nothing_from_the_next(model, reference, tmp_path):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     last, now = (Champion(model, Identity(**lineage | {"version": v}), {}, reference) for v in "12")
-    watch = watching(tmp_path, SimpleNamespace(submit=lambda score: None), now)
+    submitted: list[Any] = []
+    watch = watching(tmp_path, SimpleNamespace(submit=submitted.append), last)
+    draw(watch, last, *drawings(2 * SCORE_EVERY, seed=2))
+    begun, waiting = submitted
+    begun.on_call()
+    watch._champions._loaded["strokes", "champion"] = now
     draw(watch, now, *drawings(3, seed=3))
     draw(watch, last, *drawings(1, seed=4))
+    begun.done.set_result([1.0])
+    assert waiting.done.cancelled()
     told = watch.describe()["strokes"]
-    assert (told["version"], told["drift"]["ink_share"]["in_window"]) == ("2", 3)
+    assert told["version"] == "2"
+    assert [told["drift"][name]["in_window"] for name in ("ink_share", "bits_per_dim")] == [3, 0]
 
 
 def test_two_challengers_are_not_mixed_and_one_difference_has_no_interval(model, reference, tmp_path):
