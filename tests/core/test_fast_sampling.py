@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -211,18 +212,29 @@ def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("threads")
-def test_a_callback_can_stop_between_rows() -> None:
+def test_a_callback_can_stop_between_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, u = tiny()
-    seen = []
+    seen, sampled, is_told = [], [], threading.Event()
+    advance = compiled.Engine.rows
+
+    def rows(self, state, work, images, temperature, y0, y1) -> None:
+        if y0 == 4:
+            assert is_told.wait(10)
+            time.sleep(0.1)  # until the others know
+        sampled.append(y0)
+        advance(self, state, work, images, temperature, y0, y1)
 
     def stop(row: int, _: Tensor) -> None:
         seen.append(row)
         if row == 2:
+            is_told.set()
             raise InterruptedError
 
+    monkeypatch.setattr(compiled.Engine, "rows", rows)
     with pytest.raises(InterruptedError):
         sample(model, u, on_row=stop)
     assert seen == [0, 1, 2]
+    assert 5 not in sampled, "nothing is sampled for nobody"
 
 
 def test_nothing_is_compiled_anew_for_a_label_that_is_expanded() -> None:
@@ -361,6 +373,10 @@ def test_where_numba_cannot_be_used_the_torch_sampler_answers(
     monkeypatch.setattr(fast_sampling.importlib, "import_module", fail)
     model, _ = tiny()
     assert notices_of(model, caplog) == [f"sampling cached, in torch: {error}"]
+
+
+def test_weights_of_half_precision_are_not_for_the_compiled_sampler() -> None:
+    assert engine_name(tiny()[0].bfloat16()) == "cached, in torch: the weights are torch.bfloat16"
 
 
 def test_no_images_are_no_trouble() -> None:

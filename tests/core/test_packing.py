@@ -20,7 +20,7 @@ from PIL import Image
 from pixelcnn import build_model, load_checkpoint, log_prob, packed_bytes, save_checkpoint, save_dataset
 from pixelcnn.__main__ import main
 from pixelcnn.images import to_png
-from pixelcnn.packing import pack, unpack
+from pixelcnn.packing import container, pack, unpack
 from pixelcnn.packing.coder import Coder
 from pixelcnn.packing.container import Header, Reader, block_bytes
 from pixelcnn.packing.pictures import Unpacked
@@ -328,6 +328,8 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
     unlabelled = checkpoint_of(tmp_path / "model", num_labels=0)
     with pytest.raises(ValueError, match=exactly("the model knows no labels. Leave --labels out.")):
         pack(unlabelled, tmp_path / "in.npy", tmp_path / "x.pxl", labels=tmp_path / "in.npy")
+    with pytest.raises(ValueError, match=exactly("packing takes up to 256 levels, the model has 300.")):
+        Coder(build_model(tiny_config("pixelcnn", SHAPE, 300)), 16)
 
 
 def test_what_is_there_is_never_replaced(checkpoint, tmp_path, monkeypatch) -> None:
@@ -356,6 +358,9 @@ def test_what_is_there_is_never_replaced(checkpoint, tmp_path, monkeypatch) -> N
         pack(checkpoint, tmp_path / "in.npy", absent)
     with pytest.raises(ValueError, match=exactly(message)):
         unpack(checkpoint, tmp_path / "x.pxl", absent)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is no folder that you may write to"):
+        pack(checkpoint, tmp_path / "in.npy", tmp_path / "y.pxl")
 
 
 def test_labels_that_are_there_are_never_replaced(checkpoint, tmp_path) -> None:
@@ -401,8 +406,12 @@ def test_another_model_version_or_machine_is_refused(checkpoint, tmp_path, monke
     assert refused(checkpoint, tmp_path / "nowhere.pxl") == "x.pxl is no file."
     probe = Coder.probe
     monkeypatch.setattr(Coder, "probe", lambda coder: probe(coder)[::-1])
-    assert refused(checkpoint).startswith("x.pxl cannot be unpacked here: it was packed by float32 on ")
+    foreign = "x.pxl cannot be unpacked here: it was packed by float32 on "
+    assert refused(checkpoint).startswith(foreign)
     monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["pixelcnn.packing.pack"], "ENGINE", "another")
+        assert refused(checkpoint).startswith(foreign)
     monkeypatch.setitem(sys.modules, "pixelcnn.sampling.compiled", None)
     message = "packing needs the compiled sampler, but sampling is cached, in torch: numba is not installed."
     assert refused(checkpoint) == message
@@ -555,14 +564,33 @@ def test_other_results_than_the_probes_are_noticed_by_the_images_checksum(checkp
             unpack(checkpoint, tmp_path / "junk.pxl", tmp_path / "junk.npy")
 
 
+TEXTS = ("weights_sha256", "engine", "arithmetic", "probe")
+
+
+def header_of(*names: str) -> Header:
+    common = {"image_shape": SHAPE, "num_levels": 3, "block_images": 1, "batch_images": 1, "has_labels": False}
+    return Header(**common, **dict.fromkeys(TEXTS, "x"), num_images=len(names), names=[*names])
+
+
 @pytest.mark.parametrize(
     "name", ["../a.png", "/a.png", "a", "b\\a.png", "c:a.png", "a/../../b.png", "a//b.png", ".png/"]
 )
 def test_names_cannot_lead_out_of_the_folder(name: str) -> None:
-    common = {"image_shape": SHAPE, "num_levels": 3, "num_images": 1, "block_images": 1, "batch_images": 1}
-    texts = dict.fromkeys(["weights_sha256", "engine", "arithmetic", "probe"], "x")
     with pytest.raises(ValueError, match="names must be as many plain relative names as there are images"):
-        Header(**common, **texts, has_labels=False, names=[name])
+        header_of(name)
+
+
+def test_a_header_says_what_it_must_and_can_be_read_again(monkeypatch) -> None:
+    header = header_of("a.png", "b.png")
+    for changes, message in (
+        *(({name: 1}, f"{name} must be a text.") for name in TEXTS),
+        ({"names": ["a.png"] * 2}, "names must differ."),
+    ):
+        with pytest.raises(ValueError, match=exactly(message)):
+            replace(header, **changes)
+    monkeypatch.setattr(container, "most_text", lambda num_packed: 10)
+    with pytest.raises(ValueError, match=r"^the pictures' names take too much room, .* Pack them in parts\.$"):
+        header.to_bytes()
 
 
 def test_a_small_file_takes_little_memory(checkpoint, tmp_path) -> None:
