@@ -126,7 +126,8 @@ def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, fai
         if failure == "rename":  # of the new folder; others go through
             patch.setattr(Path, "rename", lambda self, to: fail() if ".new" in self.name else rename(self, to))
         scores = {"test/nll_nats": float("nan")} if failure == "scores" else SCORES
-        with pytest.raises(ValueError if failure == "scores" else OSError):
+        expected = (ValueError, "JSON compliant") if failure == "scores" else (OSError, "/model could not be saved: ")
+        with pytest.raises(expected[0], match=expected[1]):
             save_checkpoint(folder, model, scores)
     assert content(tmp_path) == old
     assert [path.name for path in tmp_path.iterdir()] == (["model"] if before_it else [])
@@ -202,6 +203,13 @@ def test_a_checkpoint_can_be_read_while_it_is_replaced(tmp_path):
             expected = models[scores["seed"]].state_dict()
             assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
         assert saving.result() == 0
+
+
+def test_a_checkpoint_that_changes_at_each_look_is_given_up(tmp_path, monkeypatch):
+    folder, changes = saved(tmp_path / "model"), itertools.count()
+    monkeypatch.setattr(checkpoint, "_current", lambda folder: (folder, next(changes), 0))
+    with pytest.raises(ValueError, match=exactly(f"{folder} is replaced faster than it can be read. Try again.")):
+        load_checkpoint(folder)
 
 
 def test_an_altered_byte_is_named(tmp_path):
@@ -358,10 +366,11 @@ def test_whoever_reads_the_scores_reads_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize("theirs", ["thesis.txt", "config.json", "photo.png"])
-def test_a_folder_of_something_else_is_not_replaced(tmp_path, theirs):
+@pytest.mark.parametrize("text", ['{"models": [{"weights_sha256": "of another program"}]}', "3"])
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, theirs, text):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / theirs).write_text(text := '{"models": [{"weights_sha256": "of another program"}]}')
+    (folder / theirs).write_text(text)
     with pytest.raises(ValueError, match=rf"{folder} is no checkpoint that may be replaced: it holds {theirs}, which "):
         saved(folder)
     assert content(tmp_path) == {f"folder/{theirs}": text.encode()}

@@ -69,6 +69,15 @@ assert main(["sample", "--help"]) == main(["train", "pixelcnn", "--help"]) == 0
     assert run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_train_says_before_its_work_what_it_would_replace(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr("pixelcnn.__main__.fit", None)
+    assert main(["train", "pixelcnn", "--data", str(data_file), "--out", str(tmp_path), *NETWORK, *SCHEDULE]) == 1
+    assert "it holds notes.txt, which would be lost" in capsys.readouterr().err
+
+
 def test_train_goes_on_from_its_state(checkpoint: Path, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     longer = [*SCHEDULE[:-3], "3", "--warmup-steps", "0"]
     assert main(["train", "pixelcnn", "--data", str(data_file), "--out", str(checkpoint), *NETWORK, *longer]) == 0
