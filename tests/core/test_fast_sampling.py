@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -214,20 +213,18 @@ def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("threads")
 def test_a_callback_can_stop_between_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, u = tiny()
-    seen, sampled, is_told = [], [], threading.Event()
-    advance = compiled.Engine.rows
+    seen, sampled, events, event, advance = [], [], [], threading.Event, compiled.Engine.rows
+    monkeypatch.setattr(threading, "Event", lambda: events.append(event()) or events[-1])
 
     def rows(self, state, work, images, temperature, y0, y1) -> None:
         if y0 == 4:
-            assert is_told.wait(10)
-            time.sleep(0.1)  # until the others know
+            events[0].wait(10)  # that the sampling is stopped
         sampled.append(y0)
         advance(self, state, work, images, temperature, y0, y1)
 
     def stop(row: int, _: Tensor) -> None:
         seen.append(row)
         if row == 2:
-            is_told.set()
             raise InterruptedError
 
     monkeypatch.setattr(compiled.Engine, "rows", rows)
