@@ -35,6 +35,7 @@ from pipelines.settings import Settings, in_prefect
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 POOL = "pixelcnn"
 PREFECT = str(Path(sys.executable).with_name("prefect"))
+SERVER = (sys.executable, "-m", "pipelines.prefect_server")
 START_S = 120
 STOP_S = 8
 POLL_S = 1.0
@@ -154,11 +155,12 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
     pool = in_prefect(POOL)
-    processes: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}  # what is started here, by Prefect's command
+    processes: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}  # what is started here, by its command
 
     def start(*words: str) -> None:
         # In a session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
-        processes[words] = subprocess.Popen([PREFECT, *words], env=environment, start_new_session=True)
+        command = [*SERVER, *words[1:]] if words[0] == "server" else [PREFECT, *words]
+        processes[words] = subprocess.Popen(command, env=environment, start_new_session=True)
         if words[0] == "server":
             await_server(processes[words], url)
 
@@ -169,7 +171,7 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
         if not is_healthy(url):
             address = urlsplit(url)
             host, port = address.hostname or "127.0.0.1", str(address.port or 4200)
-            start("server", "start", "--host", host, "--port", port)
+            start("server", "--host", host, "--port", port)
         with temporary_settings({PREFECT_API_URL: url}):
             deploy(environment)
             automate()

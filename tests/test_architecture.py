@@ -25,7 +25,14 @@ ORDER = (
     ),
 )
 # Programs: nothing but a program imports one.
-PROGRAMS = {"pixelcnn.__main__", "pipelines.steps", "pipelines.operate", "app.demo", "app.canvas.main"}
+PROGRAMS = {
+    "pixelcnn.__main__",
+    "pipelines.steps",
+    "pipelines.operate",
+    "pipelines.prefect_server",
+    "app.demo",
+    "app.canvas.main",
+}
 
 # Each tool, and the folders or modules of the packages that may import it.
 PLACES = {
@@ -38,11 +45,11 @@ PLACES = {
     "mlxtend": ("pipelines.datasets",),
     "numba": ("pixelcnn.sampling",),
     "PIL": ("pixelcnn.images", "pipelines.datasets", "app.canvas"),
-    "prefect": ("pipelines.flows", "pipelines.operate"),
+    "prefect": ("pipelines.flows", "pipelines.operate", "pipelines.prefect_server"),
     "prometheus_client": ("app.service",),
     "ruamel": ("pipelines.datasets.own", "pipelines.files"),
     "segno": ("app.canvas",),
-    "starlette": ("app.canvas", "app.service"),
+    "starlette": ("app.canvas", "app.service", "pipelines.prefect_server"),
     "streamlit": ("app.canvas",),
     "torchvision": ("pipelines.datasets",),
     "typer": ("pixelcnn.__main__", "pipelines"),

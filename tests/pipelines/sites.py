@@ -46,6 +46,11 @@ class Site:
     def start(self, *words: str) -> subprocess.Popen:
         return self._begin(words[0], [PREFECT, *words])
 
+    def serve(self) -> subprocess.Popen:
+        """Start the server alone, as `operate` does."""
+        words = ("--host", "127.0.0.1", "--port", str(self.port))
+        return self._begin("server", [sys.executable, "-m", "pipelines.prefect_server", *words])
+
     def operate(self, **settings: str) -> subprocess.Popen:
         """Make the deployments and automations, and start a worker, and the server if need be; wait for all."""
         process = self._begin("operate", [sys.executable, "-m", "pipelines.operate"], **settings)

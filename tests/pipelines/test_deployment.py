@@ -1,6 +1,7 @@
 """A deployment, as a person runs it: a server, a work pool, a worker, `prefect deployment run`, COMPLETED."""
 
 import re
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from websockets import Origin
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import save_dataset
@@ -31,7 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, on_call: Webhook) -> Iterator
     save_dataset(folder / "data/mnist5k.safetensors", tiny_dataset())
     site = Site(folder)
     try:
-        site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port))
+        site.serve()
         site.wait_until_healthy()
         site.operate(PIXELCNN_NOTIFY_URL=on_call.url)
         yield site
@@ -85,6 +89,15 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     answer = httpx.post(url, json={}, headers={"Origin": "http://elsewhere.test"})
     assert answer.status_code == 403
     assert "access-control-allow-origin" not in answer.headers
+    address, other = f"127.0.0.1:{site.port}", f"elsewhere.test:{site.port}"
+    for path in ("events/in", "events/out", "logs/out"):
+        connect(f"ws://{address}/api/{path}", origin=Origin(f"http://{address}")).close()
+        with pytest.raises(InvalidStatus, match="403"):
+            connect(f"ws://{address}/api/{path}", origin=Origin("http://elsewhere.test"))
+        # Nor a page that makes its own name point to this machine.
+        with pytest.raises(InvalidStatus, match="400"), socket.create_connection(("127.0.0.1", site.port)) as sock:
+            connect(f"ws://{other}/api/{path}", origin=Origin(f"http://{other}"), sock=sock)
+    assert httpx.get(f"http://{address}/api/csrf-token?client=a", headers={"Host": other}).status_code == 400
 
     done = site.prefect(*run, "-p", "pair=pixelcnn-svhn")
     assert done.returncode == 1, "a failed run is a failed command"

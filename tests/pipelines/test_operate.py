@@ -68,6 +68,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "prefect.yaml", tmp_path)
     monkeypatch.setattr(operate, "PREFECT", str(stand_in))
+    monkeypatch.setattr(operate, "SERVER", (str(stand_in), "server", "start"))
     monkeypatch.setattr(operate, "POLL_S", 0.1)
     monkeypatch.setattr(operate, "automate", lambda: None)
     monkeypatch.setattr(operate, "has_worker", lambda: False)
