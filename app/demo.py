@@ -33,6 +33,8 @@ from urllib.parse import urlencode
 HOST = "127.0.0.1"
 SERVICE = ["bentoml", "serve", "app.service:PixelCNNService", "--host", HOST, "--port"]
 CANVAS = ["streamlit", "run", "app/canvas/main.py"]
+# The link, with its token, is not among the words: those every user of this machine can read.
+QR_CODE = ["python", "-c", "import os, segno; segno.make_qr(os.environ['PIXELCNN_DEMO_SHARE']).terminal(compact=True)"]
 ANYWHERE = "0.0.0.0"
 INSTALL = ["make", "--silent", "install"]
 STEPS = ["python", "-m", "pipelines.steps"]
@@ -227,7 +229,8 @@ def main(words: list[str]) -> None:
     environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url, "TMPDIR": temporary, **for_canvas}
     # Pages of other origins stay refused: the address by which it is reached is named.
     address = [ANYWHERE, "--browser.serverAddress", shared] if shared else [HOST]
-    canvas = [*CANVAS, "--server.address", *address, "--server.port", str(canvas_port)]
+    names = [f"--server.allowedHosts={name}" for name in (HOST, "localhost", shared) if name]
+    canvas = [*CANVAS, "--server.address", *address, *names, "--server.port", str(canvas_port)]
     if sys.platform == "linux":  # a process whose parent ends becomes a child of this one: none is lost
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -256,7 +259,7 @@ def main(words: list[str]) -> None:
                 print(f"\nReady: draw at {canvas_url}{path} (service: {service_url}). Ctrl-C ends all.\n", flush=True)
                 if shared:
                     print(f"Others in this network draw at {link}\n", flush=True)
-                    start(["segno", "--compact", link], environment).wait()
+                    start(QR_CODE, environment).wait()
             elif time.monotonic() > deadline:
                 raise SystemExit(f"error: nothing could be shown within {START_S} s.")
             time.sleep(POLL_S)

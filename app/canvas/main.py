@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
+from starlette.middleware import Middleware
 from starlette.routing import Route
 from streamlit.starlette import App
 
 from app.canvas.live import answer_live, live_path
+from app.canvas.origins import OwnOrigin
 from app.canvas.session import Visit, this_visit
 from app.canvas.texts import language, say
 from app.canvas.views.demo import admit, invitation, training_line
@@ -72,4 +74,5 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 else:
-    app = App(__file__, routes=[Route(live_path(), answer_live, methods=["POST"])])
+    live = Route(live_path(), answer_live, methods=["POST"])
+    app = App(__file__, routes=[live], middleware=[Middleware(OwnOrigin)])

@@ -905,14 +905,16 @@ def test_once_the_page_has_left_no_further_request_is_sent() -> None:
 def test_an_installed_page_has_the_settings_of_a_clones(tmp_path: Path) -> None:
     """Wherever it is started: no tracebacks for visitors, uploads bounded, nothing sent home."""
     options = ("client.showErrorDetails", "client.toolbarMode", "server.maxUploadSize", "server.address")
+    own = ("server.allowedHosts", "browser.gatherUsageStats")
     code = f"""
 from streamlit import config
 config._main_script_path = {str(PAGE)!r}
 config.get_config_options(force_reparse=True)
-print(*(config.get_option(name) for name in {(*options, "browser.gatherUsageStats")!r}))
+print(*(config.get_option(name) for name in {(*options, *own)!r}), sep="|")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["none", "minimal", "10", "127.0.0.1", "False"]
+    hosts = "['127.0.0.1', 'localhost']"
+    assert done.stdout.strip().split("|") == ["none", "minimal", "10", "127.0.0.1", hosts, "False"]
     assert widgets.MAX_UPLOAD_MB == 10
 
 

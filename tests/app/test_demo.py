@@ -296,7 +296,10 @@ with open(sys.argv[0] + ".json", "w") as file:
 """
     for program in ("bentoml", "streamlit"):
         demo.stand_in(program, note + SERVER)
-    demo.stand_in("segno", "import sys\nprint('code of', sys.argv[-1])")
+    segno = "import sys\ndef make_qr(text):\n    sys.exit(print('code of', text, flush=True))"
+    (demo.folder / "segno.py").write_text(segno)
+    python = "import sys\nif sys.argv[1] == '-c' and 'http' not in str(sys.argv):\n    exec(sys.argv[2])"
+    demo.stand_in("python", python)
     demo.environment["SHARE"] = shared
     demo.start()
     canvas_port = demo.ports["CANVAS_PORT"]
@@ -305,6 +308,8 @@ with open(sys.argv[0] + ".json", "w") as file:
     assert service[service.index("--host") + 1] == "127.0.0.1"  # in both cases
     canvas, link = json.loads((demo.folder / "streamlit.json").read_text())
     address = canvas[canvas.index("--server.address") + 1]
+    names = [word.partition("=")[2] for word in canvas if word.startswith("--server.allowedHosts=")]
+    assert names == ["127.0.0.1", "localhost", *([shared] if shared else [])]
     assert not any("xsrf" in word.lower() or "cors" in word.lower() for word in canvas)
     if not shared:
         assert (address, link) == ("127.0.0.1", "")

@@ -15,10 +15,14 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+from streamlit import net_util
 
 from app.canvas.drawing import TOUCHED, Drawing, drawing_text
 from app.canvas.endings import Endings, Settings, asked_of
 from app.canvas.live import LIVE_PATH, MAX_BYTES, answer_live
+from app.canvas.main import app as canvas
+from app.canvas.origins import OwnOrigin
 from app.canvas.session import GALLERY, VISITS, Visit
 from app.canvas.waiting import drawn
 from app.client import ServedModel, ServiceClient
@@ -233,3 +237,23 @@ def test_who_leaves_ends_the_request(
         time.sleep(0.2)
     assert ended.wait(10)
     assert visit.live is None
+
+
+def test_a_page_of_another_origin_is_refused_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamlit, whose loop all visits share, would ask the Internet for this machine's address first."""
+    monkeypatch.setattr(net_util, "get_external_ip", lambda: pytest.fail("the Internet was asked"))
+    sent: list[str] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    async def accept(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+
+    for app, origin in ((canvas, "elsewhere.test"), (OwnOrigin(accept), "127.0.0.1:8501")):
+        headers = [(b"host", b"127.0.0.1:8501"), (b"origin", f"http://{origin}".encode())]
+        asyncio.run(app({"type": "websocket", "path": "/_stcore/stream", "headers": headers}, receive, send))
+    assert sent == ["websocket.close", "websocket.accept"]
