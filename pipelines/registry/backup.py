@@ -143,25 +143,32 @@ def _is_empty(database: Path) -> bool:
             return False
 
 
+def _plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+    """Return what a member is unpacked as; a backup holds no links, not even such as stay inside."""
+    if not (member.isfile() or member.isdir()):
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, path)
+
+
 def _unpack(file: Path, folder: Path) -> dict[str, str]:
     """Unpack a backup that is whole into an empty folder; return its manifest."""
     with gzip.open(file) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
-                archive.extractall(folder, filter="data")
+                archive.extractall(folder, filter=_plain)
             while stream.read(1 << 20):  # to the end, where the checksum is
                 pass
             told = {key: str(value) for key, value in json.loads((folder / _MANIFEST).read_text()).items()}
             if not (folder / _DATABASE).is_file() or not {"registry", "artifacts"} <= told.keys():
                 raise ValueError("it lacks the registry")
+            for name in (_ARTIFACTS, _STORE):
+                (folder / name).mkdir(exist_ok=True)
         except (
-            *(tarfile.TarError, EOFError, zlib.error, ValueError, gzip.BadGzipFile, FileNotFoundError),
-            AttributeError,  # of a manifest that is no object
+            *(tarfile.TarError, EOFError, zlib.error, ValueError, gzip.BadGzipFile, FileNotFoundError, FileExistsError),
+            *(AttributeError, RecursionError),  # of a manifest that is no object, or nested without end
         ) as error:
             why = reason(error)
             raise ValueError(f"{file} is no whole backup ({why}): nothing is restored. Take another one.") from None
-    for name in (_ARTIFACTS, _STORE):
-        (folder / name).mkdir(exist_ok=True)
     return told
 
 

@@ -303,6 +303,21 @@ def test_what_is_no_backup_changes_nothing(toy, capsys):
     archive(tmp_path / "outside.tar", outside)
     archive(tmp_path / "list.tar", tarfile.TarInfo("backup.json"), content=b"[]")
     archive(tmp_path / "link.tar", link)
+    with tarfile.open(tmp_path / "backup") as found:
+        found.extractall(tmp_path / "whole", filter="data")
+    inside, deep = tarfile.TarInfo("mlruns/inside"), b"[" * 100_000
+    inside.type, inside.linkname = tarfile.SYMTYPE, "../mlflow.db"
+    for name, odd, content in (
+        ("inside", inside, b""),
+        ("file", tarfile.TarInfo("store"), b"a file"),
+        ("deep", tarfile.TarInfo("backup.json"), deep),
+    ):
+        with tarfile.open(tmp_path / f"{name}.tar", "w:gz") as made:
+            odd.size = len(content)
+            for part in (tmp_path / "whole").iterdir():
+                if part.name != odd.name:
+                    made.add(part, part.name)
+            made.addfile(odd, io.BytesIO(content))
     archive(tmp_path / "empty.tar")
     half = len(whole) // 2
     (tmp_path / "cut.tar").write_bytes(whole[:half])
@@ -312,7 +327,7 @@ def test_what_is_no_backup_changes_nothing(toy, capsys):
     (tmp_path / "changed.tar").write_bytes(whole[:half] + changed + whole[half + 4 :])
     (tmp_path / "text.tar").write_text("a text")
     before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for name in ("outside", "link", "list", "empty", "cut", "end", "changed", "text", "none"):
+    for name in ("outside", "link", "inside", "file", "deep", "list", "empty", "cut", "end", "changed", "text", "none"):
         assert steps.main(["restore", f"../{name}.tar", "--replace"]) == 1, name
         error = capsys.readouterr().err
         assert ("no whole backup" if name != "none" else "No such file") in error, error
