@@ -257,13 +257,14 @@ def _of_arrays(path: Path) -> Iterator[Picture]:
     """Read `.npy`, or `.npz` with `images`, `labels` (whole numbers) and `label_names`; the last two may be absent."""
     try:
         found: Any = np.load(path, allow_pickle=False)
-        arrays = {"images": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+        found = {"images": found} if isinstance(found, np.ndarray) else found
+        arrays = {name: found[name] for name in ("images", "labels", "label_names") if name in found}
         if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
             raise ValueError(f"{odd[0]!r} is none")
-    except DAMAGED as error:
+    except (*DAMAGED, MemoryError) as error:
         raise ValueError(f"{path} holds no plain arrays of numpy ({error}). Save it by numpy.savez.") from None
     if "images" not in arrays:
-        raise ValueError(f"{path} has no array 'images', only {', '.join(arrays) or 'nothing'}.")
+        raise ValueError(f"{path} has no array 'images', only {', '.join(found) or 'nothing'}.")
     images, labels, names = arrays["images"], arrays.get("labels"), arrays.get("label_names", np.empty(0, str))
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or not len(images):
         raise ValueError(f"{path}: images must be N x H x W or N x H x W x 3, got an array of shape {images.shape}.")
@@ -310,12 +311,13 @@ def _idx(folder: Path, name: str, num_dims: int) -> np.ndarray | None:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
             try:
-                raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-                if raw[:4] != bytes([0, 0, 8, num_dims]):
-                    raise ValueError("its first bytes are another format's")
-                shape = np.frombuffer(raw, ">i4", num_dims, 4).tolist()
-                return np.frombuffer(raw, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
-            except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                    if file.read(4) != bytes([0, 0, 8, num_dims]):
+                        raise ValueError("its first bytes are another format's")
+                    shape = np.frombuffer(file.read(4 * num_dims), ">u4", num_dims).tolist()
+                    # One byte more shows what follows, and is all that is unpacked of it.
+                    return np.frombuffer(file.read(math.prod(shape) + 1), np.uint8).reshape(shape)
+            except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, MemoryError, OverflowError) as error:
                 raise ValueError(f"{path} is no IDX file of unsigned bytes ({error}).") from None
     return None
 

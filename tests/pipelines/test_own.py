@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -624,10 +625,31 @@ def test_damaged_arrays_are_one_sentence(folder: Path, tmp_path: Path, capsys: p
         whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :],
         whole.replace(b"\x00\x00\x08\x00", b"\x00\x00\x63\x00"),  # as if of another compression
         buffer.getvalue().replace(b"(30", b"((0"),
+        buffer.getvalue().replace(b"(30, 8, 8), }".ljust(25), b"(10000000000000, 8, 8), }"),
     ):
         path.write_bytes(damaged)
         assert add(path) == 1
         assert "holds no plain arrays of numpy" in capsys.readouterr().err
+
+
+def test_no_more_is_read_of_arrays_than_is_needed(folder: Path, tmp_path: Path) -> None:
+    """A small file may hold, or say that it holds, more than the memory."""
+    path, much = tmp_path / "x.npz", bytes(2**26)
+    np.savez_compressed(path, other=np.frombuffer(much, np.uint8), images=np.zeros((1, 8, 8), np.uint8))
+    file = tmp_path / "idx/train-images-idx3-ubyte.gz"
+    file.parent.mkdir()
+    tracemalloc.start()
+    try:
+        assert len(list(own.read_pictures(own.source_of(path), False, own.Left()))) == 1
+        assert tracemalloc.get_traced_memory()[1] < len(much)
+        for shape in ((1, 8, 8), (2**31 - 1, 2**31 - 1, 1), (2**32 - 1,) * 3):
+            file.write_bytes(gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, *shape) + much))
+            tracemalloc.reset_peak()
+            with pytest.raises(ValueError, match="is no IDX file of unsigned bytes"):
+                list(own.read_pictures(own.source_of(file.parent), False, own.Left()))
+            assert tracemalloc.get_traced_memory()[1] < len(much)
+    finally:
+        tracemalloc.stop()
 
 
 def test_one_that_is_there_is_kept_if_it_is_of_the_same_place(
