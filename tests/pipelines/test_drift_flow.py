@@ -261,6 +261,9 @@ def test_a_failure_is_told_where_somebody_is_on_call(
         (action,) = Automation.read(name=name).actions
         block = CustomWebhookNotificationBlock.load("on-call")
         assert action.block_document_id == block._block_document_id
+        with get_client(sync_client=True) as client:
+            shown = client.read_block_document(block._block_document_id, include_secrets=False)
+        assert other.url not in shown.model_dump_json()
         # A change of the file reaches a server that has it; whoever has switched it off has done so on purpose.
         Automation.read(name=name).disable()
         changed = tmp_path / "automations.yaml"
