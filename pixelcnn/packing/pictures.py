@@ -118,7 +118,7 @@ def _read_pngs(files: list[Path], config: ModelConfig, exact: bool) -> Tensor:
         try:
             levels.append(from_png(file.read_bytes(), config.image_shape, config.num_levels, exact))
         except ValueError as error:
-            raise ValueError(f"{file} does not fit the model: {error}") from None
+            raise ValueError(f"{str(file)!r} does not fit the model: {error}") from None
     return torch.stack(levels)
 
 
@@ -189,7 +189,7 @@ class Unpacked:
                 opened.write(to_png(image, self.config.num_levels))
         except FileExistsError:
             raise ValueError(
-                f"{self.out} cannot hold a second {name}: on its disk capitals make no other name. Name a .npy file."
+                f"{self.out} cannot hold a second {name!r}: on its disk capitals make no other name. Name a .npy file."
             ) from None
 
     def commit(self) -> None:

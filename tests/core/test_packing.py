@@ -238,9 +238,12 @@ def test_labels_come_before_their_images_and_never_without(tmp_path, monkeypatch
 
 
 def test_a_name_that_the_disk_takes_for_another_replaces_no_picture(tmp_path) -> None:
-    """As A.png and a.png, where capitals make no other name."""
-    unpacked = Unpacked(tmp_path / "out", tiny_config("pixelcnn", SHAPE, 3), lambda i: "a.png")
-    message = f"{tmp_path}/out cannot hold a second a.png: on its disk capitals make no other name. Name a .npy file."
+    """As A.png and a.png, where capitals make no other name. Nor does the terminal obey one."""
+    unpacked = Unpacked(tmp_path / "out", tiny_config("pixelcnn", SHAPE, 3), lambda i: "\x1b]0;a\x07.png")
+    message = (
+        f"{tmp_path}/out cannot hold a second '\\x1b]0;a\\x07.png': on its disk capitals make no other name. "
+        "Name a .npy file."
+    )
     with pytest.raises(ValueError, match=exactly(message)):
         unpacked.write(random_levels(SHAPE, 3, 2), None)
     unpacked.discard()
@@ -287,11 +290,11 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
         "empty": "{} holds no PNG file (*.png).",
         "other": "{} holds no PNG file (*.png).",
         "nowhere": "{} does not exist.",
-        "large": "{}/00001.png does not fit the model: image must be 5 x 4 pixels, got 6 x 4.",
-        "grey": "{}/00001.png " + levels,
-        "red": "{}/00001.png " + levels,
-        "clear": "{}/00001.png " + levels,
-        "deep": "{}/00001.png does not fit the model: image is a PNG of 16 bits per channel: save it with 8.",
+        "large": "'{}/00001.png' does not fit the model: image must be 5 x 4 pixels, got 6 x 4.",
+        "grey": "'{}/00001.png' " + levels,
+        "red": "'{}/00001.png' " + levels,
+        "clear": "'{}/00001.png' " + levels,
+        "deep": "'{}/00001.png' does not fit the model: image is a PNG of 16 bits per channel: save it with 8.",
         "floats.npy": "{} " + holds + " float32 (4, 1, 4, 5).",
         "shape.npy": "{} " + holds + " uint8 (4, 1, 3, 5).",
         "none.npy": "{} " + holds + " uint8 (0, 1, 4, 5).",

@@ -128,8 +128,8 @@ def test_an_array_and_a_dataset_rank_as_their_pictures(checkpoint, tmp_path) -> 
     [
         ("absent", None, "absent does not exist."),
         ("empty", "folder", "empty holds no PNG file (*.png)."),
-        ("broken.png", b"\x89PNG no more", "broken.png does not fit the model: image is no readable PNG"),
-        ("small.png", (5, 5), "small.png does not fit the model: image must be 5 x 6 pixels, got 5 x 5."),
+        ("broken.png", b"\x89PNG no more", "broken.png' does not fit the model: image is no readable PNG"),
+        ("small.png", (5, 5), "small.png' does not fit the model: image must be 5 x 6 pixels, got 5 x 5."),
         ("x.npy", b"no array", "x.npy is no .npy array"),
         ("x.jpg", b"", "x.jpg must be a folder of PNG files"),
     ],
