@@ -140,6 +140,7 @@ def test_containers_are_closed() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert service["cap_drop"] == ["ALL"], name
         assert service["read_only"] or name == "worker", name
+        assert "PASSWORD" not in service.get("command", ""), "which every user of this machine can read"
         if "build" in service:
             assert users[service["build"]["target"]] == ["pixelcnn"], "not root"
         has_check = "HEALTHCHECK" in next((s for s in stages if s.split()[2] == name), "") or "healthcheck" in service

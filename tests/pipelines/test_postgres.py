@@ -102,7 +102,7 @@ def test_a_lost_database_is_restored_as_the_page_says(
 
     def type_(lines: str) -> None:
         for said, here in (
-            (f"pixelcnn:{PASSWORD}@127.0.0.1:5432/mlflow", f"{postgres}/lost"),
+            ("pixelcnn@127.0.0.1:5432/mlflow", f"{postgres}/lost"),
             ("createdb --owner pixelcnn mlflow", "createdb --owner pixelcnn lost"),
             ("/srv/backups/", f"{tmp_path}/"),
             ("/shared mlartifacts", f"{tmp_path} mlruns"),
