@@ -240,7 +240,7 @@ def main(
         found = crowd(url, headers, bodies, num, seconds)
         if found["others"]:
             raise SystemExit(f"error: {len(found['others'])} requests failed, the first with: {found['others'][0]}")
-        alone = alone or found["per_s"]
+        alone = alone or found["per_s"] or math.nan
         p50, p99 = percentiles(found["answered"])
         refusal = f"{1000 * percentiles(found['refused'])[1]:.0f} ms" if found["refused"] else ""
         print(

@@ -35,6 +35,8 @@ class OwnOrigins:
 
 def main() -> None:
     """Run the command."""
+    if {"-b", "--background"} & set(sys.argv):
+        sys.exit("error: in the background Prefect's server would answer to every name. Run it without.")
     host = urlsplit(PREFECT_API_URL.value() or "").hostname or "localhost"
     hosts = ["127.0.0.1", "localhost", f"[{host}]" if ":" in host else host]
     run: Any = uvicorn.run

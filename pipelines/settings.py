@@ -1,6 +1,7 @@
 """What the environment says to the pipeline. Values that belong to the project are in params.yaml."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations
@@ -30,9 +31,10 @@ class Environment(BaseModel):
 
 def _place(text: str) -> str:
     """Return where a registry, store or service is, the same for each way to write it."""
-    parts = urlsplit(text.strip())
+    parts = urlsplit(re.sub("(?<=://)[^:/@]*(:[^@]*)?@", "", text.strip()))  # a password may hold anything
     if parts.scheme and not parts.scheme.startswith("sqlite"):
-        host = parts.netloc.rpartition("@")[2].lower() or parts.query  # PostgreSQL's may stand there
+        host = parts.netloc.lower() or parts.query  # PostgreSQL's may stand there
+        host = re.sub("^localhost(?=:|$)", "127.0.0.1", host)
         return f"{host}{parts.path}".rstrip("/")
     path = parts.path.removeprefix("/") if parts.scheme else text.strip()
     return str(Path(os.path.expandvars(path)).expanduser().resolve())

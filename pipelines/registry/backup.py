@@ -85,7 +85,14 @@ def _files(top: Path) -> Iterator[Path]:
         if not isinstance(error, FileNotFoundError):  # a temporary folder of somebody's
             raise error
 
-    for folder, _, names in os.walk(top, onerror=failed, followlinks=True):
+    def check(path: Path) -> None:
+        if path.is_symlink() and not path.exists():  # as of a disk that is away
+            raise OSError(f"{path} is a link to what is not there: nothing is backed up.")
+
+    check(top)
+    for folder, folders, names in os.walk(top, onerror=failed, followlinks=True):
+        for name in (*folders, *names):
+            check(Path(folder, name))
         yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
@@ -144,8 +151,8 @@ def _is_empty(database: Path) -> bool:
 
 
 def _plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
-    """Return what a member is unpacked as; a backup holds no links, not even such as stay inside."""
-    if not (member.isfile() or member.isdir()):
+    """Return what a member is unpacked as; a backup holds no symbolic links, not even such as stay inside."""
+    if not (member.isfile() or member.isdir() or member.islnk()):  # a hard one is in those of earlier releases
         raise tarfile.SpecialFileError(member)
     return tarfile.data_filter(member, path)
 

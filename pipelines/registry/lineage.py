@@ -113,7 +113,7 @@ def describe(version: Version) -> list[str]:
     changed = ", with changes that were not committed" if run.data.tags.get("git_dirty") == "true" else ""
     metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("curve/")}
     every = decisions.decisions(dataset)
-    concerning = [text for report in every if (text := _concerning(report, version.version))]
+    concerning = [text for report in every if (text := _concerning(report, version))]
     return [
         one_line(version),
         f"data        MD5 {lineage['data_hash']} of {prepared_file(dataset)}, protocol {version.tags.get('protocol')}",
@@ -130,11 +130,12 @@ def describe(version: Version) -> list[str]:
     ]
 
 
-def _concerning(report: dict[str, Any], number: str) -> str | None:
-    """Return a decision as a line if it concerns a version."""
+def _concerning(report: dict[str, Any], version: Version) -> str | None:
+    """Return a decision as a line if it concerns a version; a deleted model's numbers come again."""
+    number, weights = version.version, version.lineage()["weights_sha256"]
     skipped = [f" (passed over: {one['reason']})" for one in report.get("skipped", []) if one["version"] == number]
     roles = [report.get(role) or {} for role in ("candidate", "champion", "rolled_back")]
-    if not skipped and all(role.get("version") != number for role in roles):
+    if not skipped and all((role.get("version"), role.get("weights_sha256")) != (number, weights) for role in roles):
         return None
     return decisions.history_line(report) + "".join(skipped)
 

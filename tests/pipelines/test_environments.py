@@ -291,15 +291,17 @@ def test_environments_are_not_mixed(two_environments, monkeypatch, capsys, text,
         ("registry", "sqlite:///mlflow.db", "sqlite:///./mlflow.db"),
         ("registry", "postgresql://me:s3cret@Host/mlflow", "postgresql+psycopg://host/mlflow?sslmode=require"),
         ("registry", "postgresql:///mlflow?host=a", "postgresql:///mlflow?host=b"),  # two of one name
+        ("registry", "postgresql://me:p#1@host/a", "postgresql://me:p#1@host/b"),
         ("store", "store/", "./other/../store"),
         ("store", "~/store", "$HOME/store"),
         ("service", "http://host:3000", "http://host:3000/"),
+        ("service", "http://localhost:3000", "http://127.0.0.1:3000"),
     ],
 )
 def test_a_place_written_in_two_ways_is_shared(tmp_path, monkeypatch, field, one, another):
     monkeypatch.chdir(tmp_path)
     said = {"a": {"registry": "a", "store": "a", field: one}, "b": {"registry": "b", "store": "b", field: another}}
     Path("environments.yaml").write_text(json.dumps(said))
-    is_shared = not another.endswith("host=b")
+    is_shared = not another.endswith(("host=b", "host/b"))
     with pytest.raises(LookupError, match=f"a and b share a {field}") if is_shared else contextlib.nullcontext():
         environments()

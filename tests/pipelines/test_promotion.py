@@ -28,6 +28,7 @@ from pipelines.promotion.rule import Candidate, Choice
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
+from pipelines.registry.lineage import describe
 from pixelcnn import Dataset
 from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.evaluation import evaluate, evaluate_completion
@@ -493,6 +494,8 @@ def test_numbers_of_a_deleted_model_are_of_others_now(toy, monkeypatch):
         with pytest.raises(LookupError, match=f"{said} to roll back to: nothing moved"):
             run_rollback(toy.name, to)
     assert toy.aliases == {"champion": best}
+    told = describe(registry.versions(toy.name)[0])
+    assert not any("first champion" in line for line in told), "nor are they told of the new version 1"
 
 
 def test_a_champion_that_changes_meanwhile_is_compared_anew(toy):

@@ -385,6 +385,9 @@ def test_a_backup_holds_what_is_behind_links(toy):
     run("restore", "../backup", "--replace")
     remove(others / "file", others / "folder")
     check(served, 2)
+    Path("mlruns/away").symlink_to(others / "file")
+    assert steps.main(["backup", "../without"]) == 1, "what is behind a link is away"
+    assert not Path("../without").exists()
 
 
 def test_a_folder_that_cannot_be_read_is_not_left_out(toy, monkeypatch, capsys):

@@ -200,7 +200,7 @@ function createGrid(root, data) {
     const nothing = /^0*$/.test(given); // such as the address of a drawing of another shape
     const isKept = kept && ([null, kept.linked].includes(linked()) || nothing);
     cells = fromText(isKept ? kept.text : given);
-    if (!nothing) keep(); // what was kept before a link was opened is not to come back
+    if (kept && !nothing) keep(); // what was kept before a link was opened is not to come back
     if (demonstration && !kept && nothing) demonstrate(fromText(demonstration));
   }
 
@@ -373,7 +373,7 @@ function createGrid(root, data) {
     draw();
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (isLarge && fingers.size === 2 && fingers.has(event.pointerId)) pinch(event);
+    if (isLarge && !stroke && fingers.size === 2 && fingers.has(event.pointerId)) pinch(event);
     if (stroke?.id !== event.pointerId) return;
     for (const moved of event.getCoalescedEvents?.() ?? []) lineTo(...place(moved));
     lineTo(...place(event));
