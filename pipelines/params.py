@@ -147,7 +147,7 @@ class Params(Frozen):
     def _tell_pairs(cls, datasets: dict[str, DatasetParams], info: ValidationInfo) -> dict[str, DatasetParams]:
         """Check the names, and let the pairs, which are read next, know their datasets."""
         for name in datasets:
-            if not NAME.fullmatch(name.rstrip("_") or name):  # with a _ some were added, and are to be removed
+            if not NAME.fullmatch(name.rstrip("_")):  # with a _ some were added, and are to be removed
                 raise ValueError(f"{name!r} is no name of a dataset: {NAMES}.")
         if info.context is not None:
             info.context["datasets"] = datasets

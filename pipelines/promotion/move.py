@@ -237,9 +237,13 @@ def complete_moves(dataset: str) -> list[Report]:
     done = []
     for run_id, report in decisions.unfinished_decisions(dataset):
         found = {version.version: version for version in registry.versions(dataset)}
-        is_known = report is not None and report["new"] in found and _is_of(report, found)
         champion = registry.aliases(dataset).get(CHAMPION)
-        if report is None or not is_known or champion not in (report["new"], report["old"]):
+        if (
+            report is None
+            or report["new"] not in found
+            or not _is_of(report, found)
+            or champion not in (report["new"], report["old"])
+        ):
             decisions.end_decision(run_id, "FAILED")
             continue
         carry_out(run_id, report)

@@ -90,10 +90,11 @@ def _files(top: Path) -> Iterator[Path]:
             raise OSError(f"{path} is a link to what is not there: nothing is backed up.")
 
     check(top)
-    for folder, folders, names in os.walk(top, onerror=failed, followlinks=True):
-        for name in (*folders, *names):
-            check(Path(folder, name))
-        yield from (path for name in names if (path := Path(folder, name)).is_file())
+    for folder, _, names in os.walk(top, onerror=failed, followlinks=True):
+        for path in (Path(folder, name) for name in names):  # a link to nothing is no folder: it is here, too
+            check(path)
+            if path.is_file():
+                yield path
 
 
 def restore(file: Path, replace: bool = False) -> str:
