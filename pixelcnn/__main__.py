@@ -5,7 +5,6 @@ It needs the core's packages alone, and reads prepared datasets (`dvc repro full
 
 import csv
 import dataclasses
-import importlib
 import inspect
 import json
 import logging
@@ -36,7 +35,7 @@ from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
-from pixelcnn.sampling.fast import compile_sampler, sample
+from pixelcnn.sampling.fast import compile_sampler, sample, what_compiling_lacks
 from pixelcnn.training import TrainConfig, fit, tell_progress
 
 # What the dataset fixes; and the completer and the label network, which the pipeline trains as parts of their own.
@@ -257,15 +256,12 @@ def complete_command(
 
 def compile_command() -> None:
     """Compile the sampler for this processor, once: else the first to sample waits for it."""
-    took_s = compile_sampler()
-    try:
-        importlib.import_module("pixelcnn.sampling.compiled")
-    except (ImportError, RuntimeError) as error:  # as numba's, where no folder can be written
+    if reason := what_compiling_lacks():
         raise ValueError(
-            f"the sampler cannot be compiled here ({error}). Install numba, or name a folder for what it compiles by "
+            f"the sampler cannot be compiled here ({reason}). Install numba, or name a folder for what it compiles by "
             "NUMBA_CACHE_DIR."
-        ) from None
-    print(f"compiled after {took_s:.1f} s")
+        )
+    print(f"compiled after {compile_sampler():.1f} s")
 
 
 def bench_command(

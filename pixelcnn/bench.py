@@ -196,13 +196,13 @@ def bench(
     """
     channels, height, width = model.config.image_shape
     num_threads, num_pixels = torch.get_num_threads(), height * width
-    warm_up_s = warm_up(model)
+    warm_up_s, engine = warm_up(model), engine_name(model)
     macs, in_order = work_per_pixel(model)
     with set_torch_threads(1):
         peak = matrix_peak()
     bandwidth = cache_bandwidth()
     weights = buffers = 0  # bytes of the compiled sampler: of its weights, and of its buffers for one image
-    if engine_name(model) == CACHED:
+    if engine == CACHED:
         from pixelcnn.sampling.compiled import build_engine
 
         weights = sum(p.numel() * p.element_size() for p in joint_parameters(model))
@@ -212,7 +212,7 @@ def bench(
         f"{sum(p.numel() for p in joint_parameters(model)):,} parameters, images {channels}x{height}x{width}, "
         f"{model.config.num_levels} levels"
     )
-    print(f"sampled {engine_name(model)} (ready after {warm_up_s:.1f} s)")
+    print(f"sampled {engine} (ready after {warm_up_s:.1f} s)")
     print(
         f"a sub-pixel: {macs / channels:,.0f} multiply-adds, {in_order * 4 / channels / 1024:,.0f} KiB of weights read "
         f"in order; in all {weights / 2**20:.2f} MiB of weights, {buffers / 2**20:.2f} MiB of buffers per image"
@@ -271,8 +271,8 @@ def bench(
             if levels:
                 line += f", each with u within {counted['max_distance_to_boundary']:.0e} of a boundary"
             print(line)
-    if sides and engine_name(model) != CACHED:
-        print(f"no image sides are timed: {engine_name(model)}")
+    if sides and engine != CACHED:
+        print(f"no image sides are timed: {engine}")
     elif sides:
         result["sides"] = _bench_sides(model, sides, seconds)
     return result

@@ -147,7 +147,7 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
         if not key.startswith(("context_", "completer", "label_")) and found.get(key) != value:
             raise ValueError(f"{folder} holds a network of {key} {found.get(key)!r}, the one to train has {value!r}.")
     if any(name in weights and weights[name].shape != tensor.shape for name, tensor in model.state_dict().items()):
-        raise ValueError(f"{folder} holds a context network of other sizes. Start from a network without one.")
+        raise ValueError(f"{folder} holds a context or label network of other sizes. Start from a network without.")
     model.load_state_dict(weights, strict=False)
     if source.completer is None:
         model.begin_completer()

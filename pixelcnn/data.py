@@ -62,6 +62,13 @@ class Dataset:
             return binarize(images, generator)
         return images.long()
 
+    def probabilities(self, split: str, index: Tensor) -> Tensor | None:
+        """Return with which probability `levels` draws each level, (B, K, C, H, W) float32; None if it draws none."""
+        if not self._has_intensities(split):
+            return None
+        ink = self.images[split][index].float() / 255
+        return torch.stack([1 - ink, ink], dim=1)
+
     def batches(self, split: str, batch_size: int, num_images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (levels, label) of a split's first `num_images` images, in order."""
         num = len(self.images[split]) if num_images is None else min(num_images, len(self.images[split]))

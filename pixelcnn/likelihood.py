@@ -42,10 +42,36 @@ def level_probs(
 
     The arguments are those of `pixel_log_prob`.
     """
-    parameters = model(levels, label, drawing, observed)
+    return _level_logits(model, levels, label, drawing, observed).softmax(dim=1)
+
+
+def expected_log_prob(
+    model: AutoregressiveModel,
+    levels: Tensor,
+    probabilities: Tensor,
+    label: Tensor | None = None,
+    drawing: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
+    """Return the mean of log p(x_i | x_1, ..., x_{i-1}) over what sub-pixel i may be: (B, C, H, W) nats.
+
+    Where levels are drawn, each sub-pixel by itself, it is the mean of `pixel_log_prob` over the draw of x_i alone.
+
+    Args:
+        levels: (B, C, H, W) int64 in [0, K), the ones drawn: what later sub-pixels see.
+        probabilities: (B, K, C, H, W), with which each level of each sub-pixel is drawn.
+
+    The others are those of `pixel_log_prob`.
+    """
+    logits = _level_logits(model, levels, label, drawing, observed)
+    return (probabilities * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def _level_logits(model: AutoregressiveModel, levels: Tensor, *given: Tensor | None) -> Tensor:
+    """Return the log-probability of every level of every sub-pixel, up to a constant: (B, K, C, H, W)."""
+    parameters = model(levels, *given)
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
-    colours = range(levels.shape[1])
-    return torch.stack([model.output.level_logits(parameters, c, levels).softmax(dim=1) for c in colours], dim=2)
+    return torch.stack([model.output.level_logits(parameters, c, levels) for c in range(levels.shape[1])], dim=2)
 
 
 def log_prob(model: AutoregressiveModel, levels: Tensor, label: Tensor | None = None) -> Tensor:

@@ -134,8 +134,10 @@ def _training_parts(rng: np.random.Generator, num: int, height: int, width: int)
     return np.choose(side, [y < share, y > share, x < share, x > share])
 
 
-def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> Tensor:
-    """Draw what is observed of each image of a training batch, (B, 1, H, W) bool on the device of `levels`.
+def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> tuple[Tensor, Tensor]:
+    """Draw what is observed of each image of a training batch, (B, 1, H, W) bool, and whether it follows its ink, (B,).
+
+    Where it does, that a pixel is missing says something about its level. Both are on the device of `levels`.
 
     Of the `share` of images that get a mask six twelfths know a top, bottom, left or right part, every other time a
     half; one the inside or the outside of a rectangle; one random pixels; one the inside or the outside of brush
@@ -162,7 +164,7 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     ink = ink_of(levels[torch.from_numpy(chosen).to(levels.device)], num_levels)
     part = rng.uniform(0.1, 0.7, len(ink))
     observed[chosen] = surroundings(rng, beginnings(pen_noise(rng, *ink.shape), ink, part))
-    return torch.from_numpy(observed)[:, None].to(levels.device)
+    return torch.from_numpy(observed)[:, None].to(levels.device), torch.from_numpy(chosen).to(levels.device)
 
 
 def scored_masks(name: str, levels: Tensor, num_levels: int, first: int = 0) -> Tensor:

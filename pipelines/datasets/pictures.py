@@ -318,7 +318,9 @@ def _idx(folder: Path, name: str, num_dims: int) -> np.ndarray | None:
                     # One byte more shows what follows, and is all that is unpacked of it.
                     return np.frombuffer(file.read(math.prod(shape) + 1), np.uint8).reshape(shape)
             except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, MemoryError, OverflowError) as error:
-                raise ValueError(f"{path} is no IDX file of unsigned bytes ({error}).") from None
+                raise ValueError(
+                    f"{path} is no IDX file of unsigned bytes ({str(error) or 'too many for the memory here'})."
+                ) from None
     return None
 
 

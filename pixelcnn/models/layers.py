@@ -28,7 +28,10 @@ class Block(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "forward" in vars(cls) and "described" not in vars(cls):  # what it inherits describes another computation
+        forward, described = (
+            next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in ("forward", "described")
+        )
+        if forward < described:  # what it inherits describes another computation
             cls.described = Block.described  # type: ignore[method-assign]
 
     def __call__(self, *inputs: Any) -> Any:

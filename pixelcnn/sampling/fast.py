@@ -49,15 +49,22 @@ def engine_name(model: AutoregressiveModel) -> str:
         return f"cached, in torch: the model is on {parameter.device.type}"
     if parameter.dtype not in (torch.float32, torch.float64):
         return f"cached, in torch: the weights are {parameter.dtype}"
-    try:
-        importlib.import_module("pixelcnn.sampling.compiled")
-    except ModuleNotFoundError:
-        return "cached, in torch: numba is not installed"
-    except (ImportError, RuntimeError) as error:  # of numba: a NumPy that it does not know; no folder for compiled code
-        return f"cached, in torch: {error}"
+    if reason := what_compiling_lacks():
+        return f"cached, in torch: {reason}"
     if _compiling is not None and _compiling.is_alive() and threading.current_thread() is not _compiling:
         return "cached, in torch: the compiled sampler is not ready yet"
     return "cached, compiled"
+
+
+def what_compiling_lacks() -> str | None:
+    """Return why nothing can be compiled on this machine; None if it can."""
+    try:
+        importlib.import_module("pixelcnn.sampling.compiled")
+    except ModuleNotFoundError:
+        return "numba is not installed"
+    except (ImportError, RuntimeError) as error:  # of numba: a NumPy that it does not know; no folder for compiled code
+        return str(error)
+    return None
 
 
 def _engine_of(model: AutoregressiveModel) -> "Engine":

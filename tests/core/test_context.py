@@ -191,7 +191,7 @@ def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_p
 
     wider = build_model(tiny_config(architecture, (1, 4, 4), 3, 2, context_features=4))
     folder = tmp_path / "whole"
-    message = f"{folder} holds a context network of other sizes. Start from a network without one."
+    message = f"{folder} holds a context or label network of other sizes. Start from a network without."
     with pytest.raises(ValueError, match=exactly(message)):
         load_joint_weights(wider, folder)
     binary = build_model(tiny_config(architecture, (1, 4, 4), 2, 2, context_features=3))

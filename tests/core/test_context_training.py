@@ -304,6 +304,25 @@ def test_a_network_that_sees_no_drawings_has_no_part_that_learns_slowly(setting)
         fit(context_model(data, context_features=0, context_width=0), data, config(**{setting: 0.5}))
 
 
+def test_where_a_mask_follows_the_ink_the_loss_is_that_of_the_levels_drawn():
+    data = toy_dataset((1, 4, 4), 2, protocol="dynamic", num_train=24)
+    trainer = training.Trainer(context_model(data), data, config(batch_size=24, context_share=1.0))
+    _, _, probabilities = trainer.batch()
+    seen = []
+
+    def nlls(*of_batch):
+        seen.append(of_batch)
+        return training.Trainer.nlls(trainer, *of_batch)
+
+    trainer.nlls_to_lower = nlls
+    trainer.train_step()
+    ((levels, _, _, used),) = seen
+    _, follows_ink = trainer.masks(levels, 2, 0, share=1.0)
+    assert 0 < follows_ink.sum() < 24
+    assert torch.equal(used[~follows_ink], probabilities[~follows_ink])
+    assert torch.equal(used[follows_ink], torch.stack([1 - levels, levels], dim=1)[follows_ink].float())
+
+
 def test_completions_are_validated_given_the_labels_that_training_gives():
     data = toy_dataset((1, 4, 4), 2, num_labels=3)
     model = context_model(data, num_labels=3)
@@ -314,7 +333,7 @@ def test_completions_are_validated_given_the_labels_that_training_gives():
 
     trainer, given = validated(0.0)
     levels, labels = data.levels("validation", slice(None)), data.labels["validation"]
-    nlls = trainer.nlls(levels, labels, trainer.masks(levels, 3, 0, share=1.0))
+    nlls = trainer.nlls(levels, labels, trainer.masks(levels, 3, 0, share=1.0)[0])
     assert given == pytest.approx(nlls.sum().item() / len(levels), rel=1e-5)
     unlabelled, without = validated(0.8)
     assert without != given

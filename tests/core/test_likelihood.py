@@ -6,6 +6,7 @@ import torch
 
 from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, evaluation, fit, log_prob, pixel_log_prob
 from pixelcnn.evaluation import evaluate_completion
+from pixelcnn.likelihood import expected_log_prob
 from tests.core.tiny import ARCHITECTURES, all_images, random_levels, tiny_model, toy_dataset
 
 SPACES = [
@@ -36,6 +37,20 @@ def test_probabilities_of_all_images_sum_to_one(architecture, shape, num_levels,
         assert results[0].std() > 0.01  # not uniform: the sum is no accident of equal probabilities
         distances = [(a - b).abs().max() for i, a in enumerate(results[1:]) for b in results[1:][:i]]
         assert all(distance > 0.01 for distance in distances)  # each label is a distribution of its own
+
+
+@pytest.mark.parametrize(("shape", "num_levels"), SPACES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_expectation_is_the_mean_over_the_sub_pixel_itself(architecture, shape, num_levels):
+    model, levels = tiny_model(architecture, shape, num_levels), random_levels(shape, num_levels, num=2)
+    weights = torch.rand(2, num_levels, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probabilities = weights / weights.sum(dim=1, keepdim=True)
+    expected = torch.zeros(levels.shape, dtype=torch.float64)
+    for here in torch.eye(math.prod(shape), dtype=torch.bool).view(-1, *shape):
+        for level in range(num_levels):
+            changed = pixel_log_prob(model, torch.where(here, level, levels))
+            expected += here * probabilities[:, level] * changed
+    torch.testing.assert_close(expected_log_prob(model, levels, probabilities), expected)
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 256])

@@ -41,16 +41,16 @@ def crosses(num: int) -> torch.Tensor:
 
 def test_training_masks_are_a_function_of_generator_and_levels():
     levels = random_levels(SHAPE, 2, num=64)
-    masks = training_masks(generator(), levels, 2, 0.75)
+    masks = training_masks(generator(), levels, 2, 0.75)[0]
     assert masks.shape == (64, 1, 28, 28)
     assert masks.dtype == torch.bool
-    assert torch.equal(masks, training_masks(generator(), levels, 2, 0.75))
-    assert not torch.equal(masks, training_masks(generator(1), levels, 2, 0.75))
+    assert torch.equal(masks, training_masks(generator(), levels, 2, 0.75)[0])
+    assert not torch.equal(masks, training_masks(generator(1), levels, 2, 0.75)[0])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_images_that_are_shown_in_part(share):
-    masks = training_masks(generator(), crosses(2000), 2, share)
+    masks = training_masks(generator(), crosses(2000), 2, share)[0]
     shown = masks.flatten(1).any(dim=1).double().mean().item()
     assert share - 0.08 < shown <= (share + 0.04 if share else 0)  # some masks happen to be empty
     # Nearly all of them leave something to be completed.
@@ -59,12 +59,22 @@ def test_the_share_of_images_that_are_shown_in_part(share):
 
 def test_training_masks_are_those_that_they_were():
     """Rectangles, single pixels and strokes among them. Others are another training, and another end of one begun."""
-    masks = training_masks(generator(), crosses(200), 2, 0.75)
+    masks = training_masks(generator(), crosses(200), 2, 0.75)[0]
     assert hashlib.md5(masks.numpy().tobytes()).hexdigest()[:8] == "0dd85209"
 
 
+def test_training_masks_say_whether_they_follow_the_ink():
+    masks, follow = training_masks(generator(), crosses(600), 2, 0.75)
+    moved, as_much = training_masks(generator(), crosses(600).roll(2, dims=3), 2, 0.75)
+    assert torch.equal(follow, as_much)
+    assert abs(follow.double().mean().item() - 0.75 * 3 / 12) < 0.05
+    others = (masks != moved).flatten(1).any(dim=1)
+    assert not (others & ~follow).any()
+    assert (others & follow).sum() > 0.7 * follow.sum()
+
+
 def test_training_masks_are_of_every_kind():
-    masks = training_masks(generator(), crosses(600), 2, 1.0)[:, 0].numpy()
+    masks = training_masks(generator(), crosses(600), 2, 1.0)[0][:, 0].numpy()
     rows, columns = (masks == masks[:, :, :1]).all(axis=(1, 2)), (masks == masks[:, :1]).all(axis=(1, 2))
     some = masks.any(axis=(1, 2)) & ~masks.all(axis=(1, 2))
     first, last = masks[:, 0, 0], masks[:, -1, -1]
@@ -81,7 +91,7 @@ def test_training_masks_are_of_every_kind():
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (2, 3), (1, 7), (5, 1), (1, 1)])
 def test_every_size_has_masks(height, width):
     levels = random_levels((1, height, width), 2, num=100)
-    assert training_masks(generator(), levels, 2, 1.0).shape == (100, 1, height, width)
+    assert training_masks(generator(), levels, 2, 1.0)[0].shape == (100, 1, height, width)
     for name in SCORED:
         assert scored_masks(name, levels, 2).shape == (100, 1, height, width)
 

@@ -184,6 +184,17 @@ class Halved(Pointwise):
         return super().forward(x) / 2
 
 
+class Doubling:
+    """Changes what a block computes, from the side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)  # type: ignore[misc]
+
+
+class Doubled(Doubling, Pointwise):
+    pass
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -203,12 +214,14 @@ class Halved(Pointwise):
         (lambda x: x + torch.zeros(4, 4, 4), "can only be added to another one, got Tensor"),
         (Pointwise(8, 4), "Pointwise of 8 channels got a map of 4"),
         (Halved(4, 4), "no sampler follows from Halved: it does not say what it computes."),
+        (Doubled(4, 4), "no sampler follows from Doubled: it does not say what it computes."),
         (lambda x: x + gate(x), "a map of 4 channels can only be added to another one, got one of 2"),
     ],
     ids=[
         *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
         *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part", "to a tensor", "a tensor"),
-        *("a layer of other channels", "a layer that computes something else", "a sum of other channels"),
+        *("a layer of other channels", "a layer that computes something else", "a layer changed from the side"),
+        "a sum of other channels",
     ],
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from pixelcnn import Dataset, TrainConfig, evaluate, fit, log_prob, naive_sample, sample
 from pixelcnn.data import save_tensors
 from pixelcnn.evaluation import per_image_marginal_nll, per_image_nll
+from pixelcnn.likelihood import expected_log_prob
 from pixelcnn.models import registry
 from pixelcnn.models.pixelcnn import PixelCNN, PixelCNNConfig
 from pixelcnn.training import StepReport
@@ -479,6 +480,25 @@ def test_binarisation_is_drawn_anew_in_each_epoch():
     assert seen.min() == 0
     assert seen.max() == 1
     assert len({tuple(image.flatten().tolist()) for image in seen.flatten(0, 1)}) == 48
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("redrawn_share", [0.0, 0.5])
+def test_the_loss_is_the_mean_over_what_a_pixel_may_be(redrawn_share, flips):
+    data = toy_dataset((1, 4, 4), num_levels=2, protocol="dynamic", num_train=8)
+    greys = torch.randint(64, 192, (8, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = dataclasses.replace(data, images={**data.images, "train": greys})
+    settings = config(redrawn_share=redrawn_share, horizontal_flips=flips, label_dropout=1.0)
+    trainer = training.Trainer(toy_model(data), data, settings)
+    levels, label, probabilities = trainer.batch()
+    kinds = set()
+    for grey, drawn, probability in zip(greys[trainer._order], levels, probabilities[:, 1], strict=True):
+        as_it_may_be = {"grey": grey / 255, "mirrored": grey.flip(-1) / 255, "anew": drawn.float()}
+        kinds |= {kind for kind, expected in as_it_may_be.items() if torch.equal(probability, expected)}
+    assert kinds == {"grey"} | ({"mirrored"} if flips else set()) | ({"anew"} if redrawn_share else set())
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(levels.shape))
+    nats = -expected_log_prob(trainer.model, levels, probabilities, label).sum().item() / 8
+    assert trainer.train_step()[0] == pytest.approx(nats, rel=1e-6)
 
 
 def test_learning_rate_schedule():
