@@ -111,6 +111,7 @@ class LogisticMixture:
             weights = weights + self.component_log_probs(*components, earlier[:, before, None])
         return weights
 
+    @torch.compiler.disable  # as `log_prob`
     def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
         weights = self.weights(parameters, colour, earlier)
         levels = torch.arange(self.num_levels, device=parameters.device).view(1, -1, 1, *[1] * (parameters.dim() - 2))
