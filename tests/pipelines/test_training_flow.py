@@ -729,6 +729,29 @@ def test_two_that_register_the_same_weights_make_one_version(trained, monkeypatc
     client.delete_model_version("pixelcnn-mnist5k", number)
 
 
+def test_halves_are_the_nearest_of_so_many_bits() -> None:
+    every = torch.arange(0x77E1, dtype=torch.int16).view(torch.float16)  # from 0 to 32256
+    coarse = every[::32].float()
+    middle = (coarse[1:] + coarse[:-1]) / 2
+    for sign in (1, -1):
+        found = train_stage._rounded(sign * every.float(), 5)
+        assert found.dtype == torch.float16
+        nearest = coarse[torch.bucketize(every.float(), middle, right=True)]
+        assert torch.equal(found.float(), sign * nearest)
+        assert torch.equal(train_stage._rounded(sign * every.float(), 10), sign * every)
+
+
+@pytest.mark.parametrize(("bits", "tolerance", "is_coarse"), [((5, 10), 1.0, True), ((0, 10), 1e-4, False)])
+def test_half_precision_has_as_few_bits_as_score_alike(trained, monkeypatch, bits, tolerance, is_coarse) -> None:
+    model, _ = load_checkpoint(OUT)
+    monkeypatch.setattr(train_stage, "HALF_BITS", bits)
+    monkeypatch.setattr(train_stage, "HALF_TOLERANCE", tolerance)
+    assert train_stage._round_to_half(model, load_dataset("data/mnist5k.safetensors"), print)
+    found = torch.cat([weight.detach().half().view(torch.int16).flatten() for weight in model.parameters()])
+    assert bool(((found & 31) == 0).all()) == is_coarse
+    assert (found & 32).any()
+
+
 def test_half_precision_is_stored_where_it_scores_alike(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     train_pair(PAIR, "models/half", "reports/half", half=True)
     stored = load_file("models/half/model.safetensors")
