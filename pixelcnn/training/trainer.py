@@ -270,7 +270,7 @@ class Trainer:
         levels, label, probabilities = self.batch()
         observed, follows_ink = self.masks(levels, 2, self.step, share=config.context_share)
         if probabilities is not None and follows_ink is not None:
-            # Which of its pixels are missing depends on what was drawn: of those nothing is left to chance.
+            # Which of its pixels are missing depends on the draw: for such an image the loss is that of the draw.
             probabilities[follows_ink] = certain(levels[follows_ink])
         num_dims = math.prod(self.data.image_shape)
         nats = 0.0
