@@ -66,8 +66,7 @@ class Dataset:
         """Return with which probability `levels` draws each level, (B, K, C, H, W) float32; None if it draws none."""
         if not self._has_intensities(split):
             return None
-        ink = self.images[split][index].float() / 255
-        return torch.stack([1 - ink, ink], dim=1)
+        return bernoulli(self.images[split][index] / 255)
 
     def batches(self, split: str, batch_size: int, num_images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (levels, label) of a split's first `num_images` images, in order."""
@@ -89,6 +88,12 @@ def binarize(intensities: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw a Bernoulli sample with probability intensity / 255: uint8 (...) -> int64 (...) in {0, 1}."""
     u = torch.rand(intensities.shape, generator=generator)
     return (u * 255 < intensities).long()
+
+
+def bernoulli(ink: Tensor) -> Tensor:
+    """Return the probabilities of levels 0 and 1, where that of 1 is `ink`: (B, ...) -> (B, 2, ...) float32."""
+    ink = ink.float()
+    return torch.stack([1 - ink, ink], dim=1)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[str, Any]) -> None:

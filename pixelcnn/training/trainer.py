@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelcnn.data import DAMAGED, Dataset, generator_for, load_tensors, save_tensors
+from pixelcnn.data import DAMAGED, Dataset, bernoulli, generator_for, load_tensors, save_tensors
 from pixelcnn.evaluation import check_fit, format_nll, per_image_nll
 from pixelcnn.likelihood import expected_log_prob, pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
@@ -225,7 +225,7 @@ class Trainer:
             chosen = torch.rand(len(levels), generator=generator) < config.redrawn_share
             levels[chosen] = anew[chosen]
             if probabilities is not None:
-                probabilities[chosen] = certain(anew[chosen])
+                probabilities[chosen] = bernoulli(anew[chosen])
         if config.horizontal_flips:
             flip = torch.rand(len(levels), generator=generator) < 0.5
             levels[flip] = levels[flip].flip(-1)
@@ -271,7 +271,7 @@ class Trainer:
         observed, follows_ink = self.masks(levels, 2, self.step, share=config.context_share)
         if probabilities is not None and follows_ink is not None:
             # Which of its pixels are missing depends on the draw: for such an image the loss is that of the draw.
-            probabilities[follows_ink] = certain(levels[follows_ink])
+            probabilities[follows_ink] = bernoulli(levels[follows_ink])
         num_dims = math.prod(self.data.image_shape)
         nats = 0.0
         self.model.zero_grad(set_to_none=True)
@@ -493,11 +493,6 @@ class LabelTrainer(DrawingTrainer):
 
 
 TRAINERS: dict[type, type[Trainer]] = {ContextPredictor: ContextTrainer, LabelNetwork: LabelTrainer}
-
-
-def certain(levels: Tensor) -> Tensor:
-    """Return the probabilities of binary levels that are no draw: (B, C, H, W) int64 -> (B, 2, C, H, W) float32."""
-    return F.one_hot(levels, 2).movedim(-1, 1).float()
 
 
 def check_finite(what: str, step: int, nats: float, gradient_norm: float = 0.0) -> None:
