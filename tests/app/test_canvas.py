@@ -203,6 +203,20 @@ def test_endings_that_come_live_are_waited_for(
     assert len(service.requests) == len(stopped) == 1
 
 
+def test_a_stroke_that_comes_while_the_page_runs_keeps_its_endings(
+    open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page ends those of older drawings; what began since is not among them."""
+    page, stopped = complete(open_page()), []
+    visit = page.session_state["visit"]
+    visit.stop_live = lambda: stopped.append("older")
+    with monkeypatch.context() as patch:
+        newer = {"live_for": (visit.settings.query, None), "stop_live": lambda: stopped.append("newer")}
+        patch.setattr(Visit, "take_live", lambda self, *_: vars(self).update(newer))
+        page.toggle(key="live").set_value(True).run()
+    assert stopped == ["older"]
+
+
 @pytest.mark.parametrize("text", ["-1", "9" * 19, "1" * 5000], ids=len)  # of so many digits Python makes no number
 def test_wrong_seed_is_said_and_nothing_is_sent(service: StubService, open_page: OpenPage, text: str) -> None:
     page = open_page()

@@ -83,7 +83,9 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
     is_blank = not drawing.mark.any()
     if is_blank and not visit.pending:
         visit.seed = None  # the next drawing gets a new one
-    # To the browser, of this drawing or of a newer one, with these settings. Asked first: or what ends now is missed.
+    # To the browser, of this drawing or of a newer one, with these settings. Asked first: or what ends now is missed,
+    # and what begins now is stopped for an older one.
+    stop_live = visit.stop_live
     is_coming = visit.live_for == (settings.query, settings.seed)
     visit.take_live(drawing_text(drawing), settings)
     is_due = visit.pending or (live and not is_blank)
@@ -128,8 +130,10 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
         if is_blank:  # nobody would see them
             visit.pending = False
             redraw()
-        if visit.pending or not is_coming:
+        if visit.pending:
             visit.stop_live()
+        elif not is_coming:
+            stop_live()
         if visit.pending or not (is_coming or asked.request == visit.answered):
             with status:
                 answer(visit, asked, settings.coloured, place)
