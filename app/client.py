@@ -130,17 +130,18 @@ class ServiceClient:
     def __init__(self, url: str = DEFAULT_URL, transport: httpx.BaseTransport | None = None) -> None:
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL:
-            parsed = httpx.URL()
-        if parsed.scheme not in ("http", "https") or not parsed.host:
+            is_address = parsed.scheme in ("http", "https") and parsed.host != ""
+        except (httpx.InvalidURL, UnicodeError):  # the latter of a name that no network knows
+            is_address = False
+        if not is_address:
             raise ServiceError(f"{URL_VARIABLE} must be an address like {DEFAULT_URL}, got '{url}'. Set it anew.")
-        self.url = url
+        self.url = str(parsed.copy_with(userinfo=b""))  # what is told to visitors
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not (token.isascii() and token.isprintable()):
-            raise ServiceError(f"{TOKEN_VARIABLE} must be printable ASCII text, without blanks. Set it anew.")
+            raise ServiceError(f"{TOKEN_VARIABLE} must be printable ASCII text. Set it anew.")
         self._headers: dict[str, str] = {}
         self._http = httpx.Client(
-            base_url=url,
+            base_url=self.url if token else url,  # or httpx would send what is in the address instead of it
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             headers={"Authorization": f"Bearer {token}"} if token else {},
             transport=transport,
@@ -188,7 +189,7 @@ class ServiceClient:
                 for event in source.iter_sse():
                     if event.event == "error":
                         error = _Refusal.model_validate_json(event.data).error
-                        raise ServiceError(_with_id(error, source.response.request))
+                        raise ServiceError(_with_id(error, source.response.request), away=True)
                     if event.event == "result":
                         yield Completions.model_validate_json(event.data)
                         return

@@ -26,7 +26,7 @@ def setting(variable: str, field: str) -> str:
         known = yaml.safe_load(FILE.read_text())
     except FileNotFoundError:
         known = {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeError):
         known = None
     if not (isinstance(known, dict) and all(isinstance(one, dict) for one in known.values())):
         raise LookupError(f"{FILE} must give each environment a registry, a store and, if there is one, a service.")

@@ -46,7 +46,7 @@ def environments() -> dict[str, Environment]:
         found = TypeAdapter(dict[str, Environment]).validate_python(yaml.safe_load(ENVIRONMENTS_FILE.read_text()))
     except FileNotFoundError:
         return {}
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, UnicodeError, ValidationError) as error:
         wrong = error.errors() if isinstance(error, ValidationError) else []  # without its values: passwords are there
         why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong) or "it is no YAML"
         raise LookupError(

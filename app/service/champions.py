@@ -217,7 +217,7 @@ class Champions:
         elif not self._loaded:
             threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
         for dataset, folder in released.items():
-            if not self.find(dataset):
+            if (dataset, "champion") not in self._attempts:  # one that is refused has no silent substitute
                 try:
                     self._put(dataset, "champion", load_released(dataset, folder))
                 except (ValueError, OSError) as error:
@@ -260,10 +260,11 @@ class Champions:
         try:
             found = [f for f in self.folder.iterdir() if f.name.startswith(NAME_PREFIX) and f.is_dir()]
         except OSError as error:
-            # A store that cannot be read is no order to stop serving.
-            if self._loaded and not self._is_unreadable:
+            # A store that cannot be read is no order to stop serving; without one nothing was promoted yet.
+            is_new = isinstance(error, FileNotFoundError) and not self._loaded
+            if not (is_new or self._is_unreadable):
                 logger.error("the model store cannot be read (%s); what was loaded is still served.", error)
-            self._is_unreadable = True
+            self._is_unreadable = not is_new
             metrics().store_readable.set(0)
             return
         self._is_unreadable = False

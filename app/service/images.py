@@ -80,7 +80,7 @@ def read_label(label: int | None, config: ModelConfig, num_images: int = 1) -> T
     """
     label = -1 if label is None else label
     if label >= 0 and config.num_labels == 0:
-        raise RequestError(f"label must be absent: this model knows no labels, got {label}.")
+        raise RequestError(f"label must be absent: this model knows no labels, got {quoted(label)}.")
     if label >= config.num_labels > 0:
         raise RequestError(f"label must be from 0 to {config.num_labels - 1}, or -1 for none, got {quoted(label)}.")
     return torch.full((num_images,), label) if config.num_labels else None

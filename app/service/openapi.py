@@ -7,8 +7,6 @@ the form of our errors, nor the events of a stream.
 from http import HTTPStatus
 from typing import Any
 
-from app.service.settings import HEALTH_CHECKS
-
 ERROR = {
     "type": "object",
     "title": "Error",
@@ -28,6 +26,7 @@ EVENT = {
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
+HEALTH_ERRORS = {"/readyz": (503,), **dict.fromkeys(("/healthz", "/livez"), ())}
 ERRORS = {"get": (401, 500), "post": (400, 401, 404, 408, 413, 415, 429, 500, 504)}
 
 
@@ -35,8 +34,8 @@ def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     retry = {"Retry-After": {"description": "seconds", "required": True, "schema": {"type": "integer"}}}
     errors = {str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
-    if "429" in errors:
-        errors["429"]["headers"] = retry
+    for status in errors.keys() & {"429", "503"}:
+        errors[status]["headers"] = retry
     return errors
 
 
@@ -85,7 +84,6 @@ def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
             [answer] = [text for status, text in operation["responses"].items() if str(status) == "200"]
             if "text/event-stream" in answer.get("content", {}):
                 answer["content"]["text/event-stream"]["schema"] = EVENT
-            errors = {} if path in HEALTH_CHECKS else _errors(ERRORS[method])
-            operation["responses"] = {"200": answer, **errors}
+            operation["responses"] = {"200": answer, **_errors(HEALTH_ERRORS.get(path, ERRORS[method]))}
     # From 3.1 on the schemas are JSON Schema, as pydantic writes it.
     return {**document, "openapi": "3.1.0"}

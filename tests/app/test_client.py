@@ -1,6 +1,7 @@
 """The client against a stand-in of the same wire, and against answers that the wire does not allow."""
 
 import ast
+import base64
 import json
 import socket
 import struct
@@ -114,8 +115,9 @@ def test_a_stream_that_is_cut_off_is_told_from_a_service_that_does_not_answer(ha
 def test_stream_error_event_is_an_error() -> None:
     text = ': drawing\n\nevent: error\ndata: {"error": "The model failed."}\n\n'
     client = answering(lambda request: httpx.Response(200, text=text, headers=EVENTS))
-    with pytest.raises(ServiceError, match=r"^The model failed\. \(request [0-9a-f]{12}\)$"):
+    with pytest.raises(ServiceError, match=r"^The model failed\. \(request [0-9a-f]{12}\)$") as caught:
         list(client.complete_stream("mnist5k", IMAGE, OBSERVED))
+    assert caught.value.away, "the request is not at fault, as where a 500 says so"
 
 
 def test_stream_refused_before_drawing(service: StubService) -> None:
@@ -277,6 +279,9 @@ def test_the_named_environment_says_the_address(tmp_path: Path, monkeypatch: pyt
         service_url()
     monkeypatch.delenv("PIXELCNN_ENVIRONMENT")
     assert service_url() == "http://production:3000", "development, which the file does not describe"
+    Path("environments.yaml").write_bytes(b"\xff")
+    with pytest.raises(ServiceError, match=r"environments\.yaml must give each environment a registry, a store"):
+        service_url()
 
 
 def test_client_knows_the_wire_alone() -> None:
@@ -326,10 +331,24 @@ def test_a_stream_that_is_left_while_it_waits_is_hung_up_at_once(has_come: bool)
             assert connection.recv(1) == b""  # nothing was sent that could have ended the stream
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:x", "localhost:3000"])
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:x", "localhost:3000", "http://xn--a"])
 def test_what_is_no_address_is_said(url: str) -> None:
     with pytest.raises(ServiceError, match=r"PIXELCNN_SERVICE_URL must be an address like http://127"):
         ServiceClient(url)
+
+
+@pytest.mark.parametrize("token", ["", "key"])
+def test_a_password_in_the_address_is_not_told(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIXELCNN_TOKEN", token)
+    sent: list[str] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers["authorization"])
+        return httpx.Response(500)
+
+    with pytest.raises(ServiceError, match=r"^The service at http://host:3000 failed"):
+        ServiceClient("http://bob:secret@host:3000", transport=httpx.MockTransport(refuse)).models()
+    assert sent[0] == (f"Bearer {token}" if token else "Basic " + base64.b64encode(b"bob:secret").decode())
 
 
 @pytest.mark.parametrize("token", ["gehe\xfcim", "a\nb"])

@@ -271,12 +271,13 @@ def test_a_copy_is_of_what_is_served_and_of_no_version_that_is_named(two_environ
         ("a: {registry: x, store: y}\nb: {registry: z, store: y}", {}, "a and b share a store. Give each its own"),
         ("a: {registry: s3cret, store: x}\nb: {registry: s3cret, store: y}", {}, "a and b share a registry"),
         ("a: [s3cret", {}, "it is no YAML$"),
+        ("a: s\xe9cret", {}, "it is no YAML$"),
     ],
-    ids=["unknown", "mixed", "lacking", "shared store", "shared registry", "no YAML"],
+    ids=["unknown", "mixed", "lacking", "shared store", "shared registry", "no YAML", "no UTF-8"],
 )
 def test_environments_are_not_mixed(two_environments, monkeypatch, capsys, text, variables, said):
     if text is not None:
-        Path("environments.yaml").write_text(text)
+        Path("environments.yaml").write_text(text, encoding="latin-1")
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(LookupError, match=said) as raised:

@@ -43,6 +43,7 @@ def test_the_document_names_what_is_served(client):
         counts = [request["properties"].get("num_samples", {"maximum": 16}) for request in requests]
         assert all(count["maximum"] == 16 for count in counts)
     assert "get" in document["paths"]["/models"]
+    assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
     assert "InvalidArgument" not in str(document)
 
 

@@ -282,6 +282,24 @@ def test_two_challengers_are_not_mixed_and_one_difference_has_no_interval(model,
         assert set(told["bits_per_dim_difference"].values()) == {difference}
 
 
+def test_what_was_scored_for_a_challenge_that_has_ended_does_not_bring_it_back(model, reference, tmp_path):
+    lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
+    champion, other = (Champion(model, Identity(**lineage | {"version": v}), {}, reference) for v in "12")
+    submitted: list[Any] = []
+    batcher: Any = SimpleNamespace(submit=submitted.append)
+    watch = watching(tmp_path, batcher, champion, other)
+    draw(watch, champion, *drawings(3 * SCORE_EVERY, seed=3))
+    for score in submitted[:2]:
+        score.done.set_result([1.0, 0.5])
+    assert watch.describe()["strokes"]["shadow"]["drawings"] == 2
+    watch._champions._loaded["strokes", "challenger"] = Champion(model, champion.identity, {}, reference)
+    watch.forget()
+    assert watch.describe()["strokes"]["shadow"] is None
+    submitted[2].done.set_result([1.0, 0.5])
+    assert watch._watched["strokes"].challenger is None
+    assert watch.describe()["strokes"]["drift"]["bits_per_dim"]["in_window"] == 3, "the champion's part counts"
+
+
 @pytest.mark.parametrize(("num", "is_watched"), [(0, False), (5, False), (7, False), (200, True)])
 def test_only_a_reference_from_which_drawings_can_differ_is_watched(model, reference, tmp_path, num, is_watched):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
@@ -363,13 +381,9 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     assert told["watched"]
     assert read("pixelcnn_drift_watched", dataset="watched") == 1
 
-    # A challenge ends once the challenger is the champion itself.
-    def has_ended():
-        client.post("/complete", json=body)
-        return client.get("/drawings").json()["watched"]["shadow"] is None
-
+    # A challenge ends once the challenger is the champion itself; nobody needs to draw for that.
     store.serve(tag, "challenger")
-    wait_until(has_ended)
+    wait_until(lambda: client.get("/drawings").json()["watched"]["shadow"] is None)
     assert read("pixelcnn_shadow_drawings", dataset="watched") == 0
     assert all(math.isnan(read("pixelcnn_shadow_bits_per_dim", dataset="watched", bound=b)) for b in ("low", "high"))
     # What is no longer served is no longer told of.

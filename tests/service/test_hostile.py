@@ -170,6 +170,9 @@ def test_only_the_names_that_are_served_are_names(client, path, name):
         ('\ufeff{"dataset": "grey"}', "the request is no readable JSON"),
         ("{'dataset': 'grey'}", "the request is no readable JSON"),
         ("null", "the request must be a JSON object"),
+        pytest.param(
+            f'{{"dataset": "colour", "label": {"9" * 4000}}}', "label must be absent: this model knows no", id="long"
+        ),
     ],
 )
 def test_json_that_two_readers_would_read_differently(client, body, expected):

@@ -661,6 +661,13 @@ def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, mo
     shutil.rmtree(folder)
     again.refresh()
     assert again.get("other").identity.version == "released"
+    # One that is refused from the start has no substitute that nobody chose.
+    store.serve(put(tmp_path, "other", GREY, "3", seed=0))
+    (folder / (folder / "latest").read_text() / "model.safetensors").write_bytes(b"")
+    restarted = Champions(tmp_path / "bentoml/models")
+    restarted.start(released)
+    restarted.stop()
+    assert sorted(restarted.describe()) == ["grey"]
 
 
 def test_the_best_released_weights_of_each_dataset(tmp_path, monkeypatch):

@@ -348,3 +348,13 @@ def test_the_last_good_champion_outlives_its_store(tmp_path, monkeypatch):
     (tmp_path / "gone").rename(champions.folder)
     champions.refresh()
     assert champions.get("grey").identity.version == "1"
+
+
+def test_a_store_that_cannot_be_read_is_told_once_and_one_that_is_not_there_yet_is_not(tmp_path, caplog):
+    for folder, times in ((tmp_path / "none", 0), (tmp_path / "file", 1)):
+        if times:
+            folder.write_text("")
+        champions = Champions(folder)
+        for _ in range(3):
+            champions.refresh()
+        assert caplog.text.count("the model store cannot be read") == times

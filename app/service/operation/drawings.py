@@ -76,11 +76,15 @@ class _Watched:
     def add_score(self, challenger: Champion | None, bits: list[float]) -> None:
         """Add what the champion, and then the challenger if there is one, have said of a drawing."""
         self.add("bits_per_dim", bits[0])
-        if self.challenger is not challenger:  # another one, or none any more
-            self.challenger, self.paired = challenger, Paired()
+        self.end_challenge_but(challenger)
         if challenger is not None:
             self.paired.add(bits[1] - bits[0])
         _tell(self.dataset, self)
+
+    def end_challenge_but(self, challenger: Champion | None) -> None:
+        if self.challenger is not challenger:  # another one, or none any more
+            self.challenger, self.paired = challenger, Paired()
+            _tell(self.dataset, self)
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers of it."""
@@ -123,11 +127,11 @@ class Drawings:
 
     def completed(self, endpoint: str, job: SamplingJob) -> None:
         """Take a request that was answered, unless its champion is served no more."""
-        dataset, champion, config = job.request.dataset, job.champion, job.champion.model.config
+        dataset, champion = job.request.dataset, job.champion
         is_blank = not bool(job.observed[0].any())
         if not settings.watch or is_blank or champion is not self._champions.find(dataset):
             return
-        shares = shares_of_drawing(job.image[:1], job.observed[:1], config.num_levels)
+        shares = shares_of_drawing(job.image[:1], job.observed[:1], champion.model.config.num_levels)
         with self._lock:
             watched = self._watched.get(dataset)
             if watched is None or watched.champion is not champion:
@@ -140,10 +144,8 @@ class Drawings:
             watched.num_drawings += 1
             if watched.num_drawings % SCORE_EVERY:
                 return
-            models, found = [champion], self._champions.find(dataset, "challenger")
-            if found and found.identity != champion.identity and found.model.config.for_same_images(config):
-                models.append(found)
-            score = _Score(endpoint, job, models)
+            challenger = self._challenger_of(champion, dataset)
+            score = _Score(endpoint, job, [champion, *([challenger] if challenger else [])])
             score.on_call = functools.partial(self._begun, watched, score)
             if len(watched.unscored) == MAX_UNSCORED:
                 watched.unscored.popleft().done.cancel()
@@ -151,6 +153,11 @@ class Drawings:
         score.done.add_done_callback(lambda _: self._scored(score))
         with contextlib.suppress(RequestError):  # the service is about to end
             self._batcher.submit(score)
+
+    def _challenger_of(self, champion: Champion, dataset: str) -> Champion | None:
+        found = self._champions.find(dataset, "challenger")
+        is_other = found and found.identity != champion.identity
+        return found if found and is_other and found.model.config.for_same_images(champion.model.config) else None
 
     def _begun(self, watched: _Watched, score: _Score) -> None:
         with self._lock, contextlib.suppress(ValueError):  # it was dropped in this moment
@@ -166,6 +173,8 @@ class Drawings:
         bits = score.done.result()
         with self._lock:
             watched = self._watched.get(score.dataset)
+            if others != [self._challenger_of(champion, score.dataset)]:
+                others = []  # its challenge has ended
             if watched is not None and watched.champion is champion:
                 metrics().drawn.labels(score.endpoint, score.dataset).observe(bits[0])
                 watched.add_score(others[0] if others else None, bits)
@@ -182,6 +191,8 @@ class Drawings:
                 if watched.champion is not self._champions.find(dataset):
                     self._drop(dataset)
                     _tell(dataset, None)
+                elif watched.challenger is not None:
+                    watched.end_challenge_but(self._challenger_of(watched.champion, dataset))
 
     def _drop(self, dataset: str) -> None:
         """Forget a champion's drawings, also those that wait to be scored. The lock is held."""
