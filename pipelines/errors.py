@@ -81,6 +81,7 @@ def run(command: str, work: Callable[[], int | None]) -> int:
         if not is_for_user(error):
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
+        text = reason(error) if tool_of(error) else text  # of many lines, some of them
         print(f"{command}: {text}", file=sys.stderr)
         return 1
     finally:

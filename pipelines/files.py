@@ -1,6 +1,7 @@
 """Files that several processes share: locks that die with their holder, text written whole or not at all, dvc.lock."""
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +45,7 @@ def file_lock(path: Path, what: str, log: Callable[[str], object]) -> Iterator[b
 def atomic_write(path: Path, text: str) -> None:
     """Replace a file's content in one step: a process that is killed meanwhile leaves the old text or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write at once
     try:
         new.write_text(text)
         new.replace(path)

@@ -95,7 +95,7 @@ def read_server() -> tuple[set[str], dict[str, dict[str, Any]]]:
         limit: Any = one.global_concurrency_limit and one.global_concurrency_limit.limit
         if limit and one.concurrency_options:
             limit = {"limit": limit, **one.concurrency_options.model_dump(mode="json", exclude_none=True)}
-        active = [schedule.active for schedule in one.schedules]
+        active = {getattr(each.schedule, "cron", ""): each.active for each in one.schedules}  # in no order of ours
         known[one.name] = {"paused": one.paused, "concurrency_limit": limit, "active": active}
     return {pool.name for pool in pools}, known
 
@@ -113,9 +113,11 @@ def deploy(environment: Mapping[str, str]) -> None:
     for deployment in settings["deployments"]:
         deployment["name"] = in_prefect(deployment["name"])
         deployment["work_pool"] |= {"name": pool, "job_variables": variables}
-        there = known.get(deployment["name"], {"active": ()})
-        for schedule, active in zip(deployment.get("schedules", ()), there.pop("active"), strict=False):
-            schedule["active"] = active
+        there = known.get(deployment["name"], {"active": {}})
+        active = there.pop("active")
+        for schedule in deployment.get("schedules", ()):
+            alone = next(iter(active.values())) if len(active) == 1 else schedule.get("active", True)  # of another time
+            schedule["active"] = active.get(schedule["cron"], alone)
         deployment |= there
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings, file)

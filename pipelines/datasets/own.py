@@ -260,6 +260,12 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         spec = choose(source, look, wishes)
         found, twice = load_pictures(spec)
         num = len(found["train"][0]) if "train" in found else 0
+        if num and found["train"][0].min() == found["train"][0].max():
+            raise ValueError(
+                f"{images}: with {spec.num_levels} levels every picture is blank, for strengths are from "
+                f"{min(look.values)} to {max(look.values)} of 255. Scale them, or save arrays as bool or as floats "
+                "from 0 to 1."
+            )
         if num < MIN_PICTURES:
             raise ValueError(
                 f"{images} holds {num} different pictures to learn from: at least {MIN_PICTURES} are needed."

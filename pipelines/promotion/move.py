@@ -133,12 +133,15 @@ def check_feeder() -> None:
 
 def ensure_served(version: Version) -> str:
     """Let the model store serve a version, whole; return what there was to do for that, in words, or none."""
-    reference = store.folder_of(store.tag_of(version.lineage())) / REFERENCE_FILE
+    tag = store.tag_of(version.lineage())
+    reference, was_whole = store.folder_of(tag) / REFERENCE_FILE, store.is_intact(tag, version.lineage())
     had_reference = reference.exists()
-    tag = export(version)
+    export(version)
     if store.latest(version.name) != tag:
         store.serve(tag)
         return f"the model store serves {tag} again"
+    if not was_whole:
+        return f"{tag}, which was damaged, is exported to the model store again"
     return f"{tag} has a reference of its drawings now" if reference.exists() and not had_reference else ""
 
 
@@ -226,7 +229,7 @@ def _is_of(report: Report, found: dict[str, Version]) -> bool:
     """Say whether a decision's champion is not another one of these versions: a deleted model's numbers come again."""
     made = report.get("champion" if report["decision"] == ROLLED_BACK else "candidate") or {}
     new = found.get(report.get("new", ""))
-    return new is None or made.get("weights_sha256") == new.lineage()["weights_sha256"]
+    return new is None or made.get("weights_sha256") in (None, new.lineage()["weights_sha256"])  # None: it was lost
 
 
 def complete_moves(dataset: str) -> list[Report]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import Metric, RunTag
+from mlflow.exceptions import MlflowException
 
 from pipelines.params import DECISIONS_EXPERIMENT
 from pipelines.registry import runs as tracking
@@ -143,7 +144,7 @@ def decisions(dataset: str) -> list[Report]:
         if _is_unfinished(run):
             report = {"decision": "unfinished", "reason": "it is under way, or was cut off"}
         elif run.info.status == "FINISHED":
-            report = _report(run)
+            report = _report(run) or _of_tags(run)
         report |= {key: run.data.tags.get(key) for key in ("kind", "who", "why")}
         found.append({**report, "when": utc(run.info.start_time), "decision_run_id": run.info.run_id})
     return found
@@ -161,8 +162,24 @@ def champions(found: list[Report]) -> list[str]:
     return chain
 
 
-def _report(run: mlflow.entities.Run) -> Report:
-    return dict(mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/report.json"))
+def _report(run: mlflow.entities.Run) -> Report | None:
+    """Return the report of a decision; None if it was lost."""
+    try:
+        return dict(mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/report.json"))
+    except MlflowException:  # a store that is away fails here, too
+        if any(file.path == "report.json" for file in tracking.client().list_artifacts(run.info.run_id)):
+            raise
+        return None
+
+
+def _of_tags(run: mlflow.entities.Run) -> Report:
+    """Return what a decision's tags still say: who became champion, and why, without weights or scores."""
+    tags = run.data.tags
+    roles = ("champion", "candidate")
+    report: Report = {role: {"version": tags[f"{role}_version"]} for role in roles if f"{role}_version" in tags}
+    report |= {"decision": tags["decision"], "reason": tags.get("reason", ""), "rolled_back": {"version": "(lost)"}}
+    new = {PROMOTED: "candidate", RELEASED: "candidate", ROLLED_BACK: "champion"}.get(tags["decision"], "")
+    return report | {"new": report.get(new, {}).get("version")}
 
 
 def _decision_runs(dataset: str) -> list[mlflow.entities.Run]:

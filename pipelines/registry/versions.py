@@ -22,7 +22,10 @@ from pixelcnn.models.base import AutoregressiveModel
 ROLLED_BACK_TAG = "rolled_back"
 VALIDATION_METRIC = "validation/nll_nats"
 TOLERANCE_NATS = 0.05  # of a score: rounding differs between processors; another file differs by whole nats
-RESTORE = "Promote another version, or restore the whole registry: python -m pipelines.steps restore FILE --replace."
+RESTORE = (
+    "Promote another version (if this is the champion: roll back), or restore the whole registry: python -m "
+    "pipelines.steps restore FILE --replace."
+)
 
 
 class _Tags(dict[str, str]):
@@ -145,8 +148,9 @@ def download(version: Version, folder: Path) -> Path:
     tracking.client()  # sets the URI
     top = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
     checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
-    if not (checkpoint / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{version} holds no {WEIGHTS_FILE}. {RESTORE}")
+    for name in (WEIGHTS_FILE, CONFIG_FILE, SCORES_FILE):
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{version} holds no {name}. {RESTORE}")
     found, expected = sha256_of(checkpoint / WEIGHTS_FILE), version.tags.get("weights_sha256", "")
     if found != expected:
         raise ValueError(

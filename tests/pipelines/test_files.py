@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,15 @@ def test_a_write_that_fails_leaves_the_old_text(folder: Path) -> None:
         atomic_write(Path("file"), "new \udcff")
     assert Path("file").read_text() == "old"
     assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_two_may_write_at_once(folder: Path) -> None:
+    texts = [letter * 100_000 for letter in "ab"]
+    with ThreadPoolExecutor(3) as pool:
+        writers = [
+            pool.submit(lambda text=text: [atomic_write(Path("file"), text) for _ in range(200)]) for text in texts
+        ]
+        while not all(writer.done() for writer in writers):
+            assert not Path("file").exists() or Path("file").read_text() in texts
+        for writer in writers:
+            writer.result()

@@ -285,7 +285,9 @@ def test_deployments_that_could_not_be_made_are_named(url: str, monkeypatch: pyt
 def test_what_somebody_has_set_in_prefect_stays(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
     for there in ({}, {"watch-drift": [True], "evaluate-champions": [False]}):
-        known = {name: {"active": active, "paused": True, "concurrency_limit": 1} for name, active in there.items()}
+        known: dict = {"watch-drift": {"active": {"*/15 * * * *": True}}}
+        known["evaluate-champions"] = {"active": {"0 12 * * *": True, "0 3 * * *": False}}  # the newest first
+        known = {name: {**known[name], "paused": True, "concurrency_limit": 1} for name in there}
         monkeypatch.setattr(operate, "read_server", lambda known=known: ({operate.POOL} if known else set(), known))
         operate.deploy(os.environ)
         deployments = yaml.safe_load(Path("deployed.yaml").read_text())["deployments"]

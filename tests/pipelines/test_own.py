@@ -597,6 +597,10 @@ def test_images_of_arrays_that_differ_in_strength_alone_are_different(folder: Pa
             "or floats from 0 to 1, got other int64",
         ),
         *(({"images": np.full((30, 8, 8), x)}, "got other float64") for x in (-0.1, 1.1, np.nan)),
+        (
+            {"images": np.arange(30 * 64, dtype=np.uint8).reshape(30, 8, 8) % 2},
+            "every picture is blank, .* 0 to 1 of 255",
+        ),
         ({"labels": np.arange(29)}, r"labels must be 30 whole numbers, got int64 of \(29,\)"),
         ({"labels": np.zeros(30)}, "labels must be 30 whole numbers, got float64"),
         ({"label_names": np.arange(3)}, "label_names must be a list of different names"),

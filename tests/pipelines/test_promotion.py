@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 import pytest
@@ -355,7 +356,7 @@ def test_again_changes_nothing_and_repairs_the_store(toy):
     # A store that lost the champion, or holds a damaged one, gets it back.
     folder = store.home() / "models" / served.replace(":", "/")
     (folder / "model.safetensors").write_bytes(b"damaged")
-    toy.promote()
+    assert f"{served}, which was damaged, is exported to the model store again" in toy.promote()["text"]
     assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
     (folder / "more").mkdir()
     toy.promote()
@@ -575,6 +576,24 @@ def test_rollback(toy):
     run_rollback(toy.name)
     assert toy.promote(second)["decision"] == "promoted"
     assert not registry.versions(toy.name)[1].rolled_back
+
+
+def test_a_lost_report_is_no_lost_decision(toy):
+    first, second, third = (toy.register(ink) for ink in (0.3, 0.2, INK))
+    for number in (first, second, third):
+        assert toy.promote(number)["decision"] == "promoted"
+    for wanted in (second, first):
+        for run in decision_runs(toy):
+            Path(urlsplit(run.info.artifact_uri).path, "report.json").unlink(missing_ok=True)
+        assert run_rollback(toy.name)["new"] == wanted
+    said = [line.split("  ", 1)[1].split() for line in decisions.history(toy.name)]
+    assert [" ".join(words) for words in said] == [
+        "promoted version 1 is the first champion",
+        "promoted version 2 replaced version 1",
+        "promoted version 3 replaced version 2",
+        "rolled back version 2 replaced version (lost), asked for",
+        "rolled back version 1 replaced version 2, asked for",
+    ]
 
 
 def test_each_rollback_goes_further_back_and_says_who_and_why(toy):
@@ -1060,6 +1079,10 @@ def test_a_champion_of_lost_files_leaves_the_store(toy, registry_folder):
     report = toy.promote()
     assert report["decision"] == "kept"
     assert "The model store was left as it is: " in report["text"]
+    damaged.with_name("scores.json").unlink()
+    report = toy.promote()
+    assert report["decision"] == "kept"
+    assert "holds no scores.json. Promote another version (if this is the champion: roll back)" in report["text"]
 
 
 def test_a_champion_that_never_rests_is_left_alone(toy):
