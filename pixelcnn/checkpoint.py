@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from pixelcnn.data import save_tensors
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.registry import build_model, config_from_dict, config_to_dict
+from pixelcnn.models.registry import build_model, config_from_dict, config_to_dict, count_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -176,11 +176,12 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
         num_weights = sum(tensor.numel() for tensor in tensors.values())
         # A mixture has any number of levels.
         sizes = [value for name, value in values.items() if name != "num_levels" or not model_config.num_mixtures]
-        if any(isinstance(size, int) and size > num_weights for size in sizes):
+        is_large = any(isinstance(size, int) and size > num_weights for size in sizes)
+        if is_large or count_weights(model_config) > num_weights:
             raise OverflowError(f"a network of these sizes has more than its {num_weights:,} weights")
         model = build_model(model_config)
         model.load_state_dict(tensors)
-    except (RuntimeError, OverflowError, safetensors.SafetensorError) as error:
+    except (RuntimeError, OverflowError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
     return model.eval(), scores, found
 

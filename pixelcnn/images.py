@@ -9,8 +9,16 @@ from torch import Tensor
 MAX_PNG_BYTES = 1_000_000
 
 
+def mode_of(channels: int) -> str:
+    """Return what Pillow calls pictures of so many channels; ValueError if there are none: only grey and RGB ones."""
+    if channels not in (1, 3):
+        raise ValueError(f"a picture has 1 channel (grey) or 3 (colour), the model's images have {channels}.")
+    return "L" if channels == 1 else "RGB"
+
+
 def to_picture(levels: Tensor, num_levels: int) -> Image.Image:
     """Return one image, (C, H, W) int64 levels, as a grey or RGB picture: level 0 is black, level K-1 is white."""
+    mode_of(len(levels))
     pixels = (levels * 255 / (num_levels - 1)).round().to(torch.uint8)  # (C, H, W)
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())  # grey has no third axis
 
@@ -43,6 +51,7 @@ def from_png(
             counts, or would be changed and must not.
     """
     channels, height, width = image_shape
+    mode = mode_of(channels)
     if len(png) > MAX_PNG_BYTES:
         raise ValueError(f"image must be a PNG of at most {MAX_PNG_BYTES} bytes, got {len(png)}.")
     # Byte 24, in the header that begins every PNG, is the bit depth. Pillow would cut 16 bits to 8.
@@ -52,7 +61,7 @@ def from_png(
         raise ValueError("image is an animated PNG: take one picture of it.")
     try:
         file = Image.open(io.BytesIO(png), formats=["PNG"])
-        picture = file.convert("L" if channels == 1 else "RGB") if file.size == (width, height) else None
+        picture = file.convert(mode) if file.size == (width, height) else None
         alpha = file.convert("RGBA").tobytes()[3::4] if picture is not None and file.has_transparency_data else b""
     except Exception as error:  # a decoder that is fed with anything may raise anything
         # Of what is no PNG at all, Pillow's sentence names an object in memory.
@@ -86,7 +95,7 @@ def to_sheet(levels: Tensor, num_levels: int, num_columns: int, zoom: int = 2, g
     cell_height, cell_width = height * zoom + gap, width * zoom + gap
     num_rows = -(-num // num_columns)
     size = (num_columns * cell_width + gap, num_rows * cell_height + gap)
-    sheet = Image.new("L" if channels == 1 else "RGB", size, 128 if channels == 1 else (128, 128, 128))
+    sheet = Image.new(mode_of(channels), size, 128 if channels == 1 else (128, 128, 128))
     for i, image in enumerate(levels.cpu()):
         picture = to_picture(image, num_levels).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(picture, (gap + i % num_columns * cell_width, gap + i // num_columns * cell_height))

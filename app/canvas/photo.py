@@ -5,6 +5,7 @@ Arrays, Pillow and texts alone. Ink is high here, 255, and paper 0, whatever the
 
 import functools
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +37,10 @@ def open_picture(data: bytes) -> Image.Image:
     """Return an uploaded picture, upright, as RGBA. Raises ValueError: it cannot be read, or is too large."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as file:
+            whole = file.size
             file.draft("RGB", (WORK_SIDE, WORK_SIDE))
-            if file.width * file.height > MAX_PIXELS:
+            # A progressive JPEG is held as a whole, however small it is read.
+            if math.prod(whole if file.info.get("progressive") else file.size) > MAX_PIXELS:
                 raise Image.DecompressionBombError
             upright = ImageOps.exif_transpose(file)
             if upright.mode.startswith("I"):  # grey of 16 bits, which `convert` would cut off

@@ -76,9 +76,9 @@ class BlockAttention(Block):
         self.null_key = nn.Parameter(torch.randn(maps))
         self.null_value = nn.Parameter(torch.zeros(maps))
         block_rows, block_columns = height // BLOCK, -(-width // BLOCK)
-        num_seen = torch.arange(height).repeat_interleave(width) // BLOCK * block_columns  # of blocks, (H * W,)
+        num_seen = torch.arange(height) // BLOCK * block_columns  # blocks that the pixels of each row see, (H,)
         seen = torch.arange(1 + block_rows * block_columns) <= num_seen[:, None]  # the constant comes first
-        self.register_buffer("visible", torch.where(seen, 0.0, -math.inf)[None, None], persistent=False)
+        self.register_buffer("visible", torch.where(seen, 0.0, -math.inf), persistent=False)
         self.register_buffer("positions", position_code(height, width, height, width, 1), persistent=False)
         blocks = position_code(block_rows, block_columns, height, width, BLOCK)
         self.register_buffer("block_positions", blocks, persistent=False)
@@ -113,7 +113,7 @@ class BlockAttention(Block):
                 by_head(query),
                 with_null(key, self.null_key),
                 with_null(value, self.null_value),
-                attn_mask=self.visible.to(wide),
+                attn_mask=self.visible.to(wide)[:, None].expand(-1, width, -1).flatten(0, 1),
             )  # (B, heads, H * W, d)
         return found.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)).to(h.dtype)
 

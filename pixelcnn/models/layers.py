@@ -89,8 +89,8 @@ class MaskedConv2d(Convolution):
         self.weight = nn.Parameter(torch.empty_like(mask))
         self.bias = nn.Parameter(torch.zeros(out_maps))
         self.register_buffer("mask", mask, persistent=False)
-        # Unit variance is kept, counting only the taps that the mask lets through.
-        fan_in = max(mask.sum(dim=(1, 2, 3)).mean().item(), 1.0)
+        # Unit variance is kept, counting only the taps that the mask lets through; on the meta device there are none.
+        fan_in = 1.0 if mask.is_meta else max(mask.sum(dim=(1, 2, 3)).mean().item(), 1.0)
         nn.init.normal_(self.weight, std=fan_in**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:

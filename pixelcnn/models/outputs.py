@@ -66,7 +66,7 @@ class LogisticMixture:
         self.num_parameters = self.num_per_draw = self.num_mixtures * (1 + 2 * self.num_colours + pairs)
 
     def shaped(self, maps: Tensor) -> Tensor:
-        return maps
+        return maps.to(torch.promote_types(maps.dtype, torch.float32))  # rounded, the levels' edges would not meet
 
     def scaled(self, levels: Tensor, like: Tensor) -> Tensor:
         return levels.to(like.dtype) * (2 / (self.num_levels - 1)) - 1

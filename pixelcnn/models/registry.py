@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from pixelcnn.config import ModelConfig, checked_config
 from pixelcnn.models.layers import LabelNetwork
 
@@ -88,13 +90,30 @@ def build_model(config: ModelConfig) -> "AutoregressiveModel":
 
     Raises ValueError if the config is of no registered architecture, or no sampler follows from its network.
     """
+    model = _assembled(config)
+    for network in filter(None, (model, model.completer)):
+        network.described()
+    return model
+
+
+def _assembled(config: ModelConfig) -> "AutoregressiveModel":
     model = _ARCHITECTURES[model_name(config)][1](config)
-    model.described()
     if config.completer_features:  # the last of the parameters, so that the joint model's are drawn as without it
-        model.completer = build_model(config.of_completer())
+        model.completer = _assembled(config.of_completer())
     if config.label_features:
         model.label_network = LabelNetwork(config)
     return model
+
+
+def count_weights(config: ModelConfig) -> int:
+    """Return how many weights `build_model` makes, without their memory; 0 where a constructor looks at numbers."""
+    try:
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in _assembled(config).state_dict().values())
+    except (RuntimeError, TypeError) as error:
+        if "meta" not in str(error).lower():  # sizes that no tensor can have
+            raise
+        return 0
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:

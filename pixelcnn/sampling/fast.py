@@ -79,7 +79,8 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
             if p is not None:
                 key.append((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype))
         if module._modules:
-            modules += [x for name, x in module._modules.items() if x is not None and name not in _NOT_IN_ENGINE]
+            left_out = _NOT_IN_ENGINE if module is model else ()
+            modules += [x for name, x in module._modules.items() if x is not None and name not in left_out]
     if model not in _engines or _engines[model][0] != key:
         _engines[model] = key, build_engine(model)
     return _engines[model][1]

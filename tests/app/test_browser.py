@@ -373,7 +373,7 @@ def test_unfinished_endings_stay_until_there_is_more(open_page: OpenPage, servic
         draw(page, stroke)
         until(lambda: was_sent(service, ink(page)), "the stroke was never sent")
         known = np.sum(service.requests[-1][1]["observed"])
-        expect(page.locator(f'.endings[data-known="{known}"]')).to_be_visible()
+        expect(page.locator(f'.endings[data-known="{known}"]:visible')).to_be_visible()
     service.row_s = 0.0
     wait_for_endings(page)
     expect(page.locator(".endings:visible")).to_have_attribute("data-drawn", "1")
@@ -387,8 +387,8 @@ def test_a_stroke_is_answered_without_the_page(open_page: OpenPage, service: Stu
     wait_until_still(page)
     service.row_s = 0.2
     draw(page, HALF_DIGIT)
-    expect(page.locator('.live .endings[data-drawn="0"]')).to_be_visible()
-    assert page.locator('.stApp[data-test-script-state="notRunning"]').count() == 1
+    both = [".live .endings[data-drawn='0']", ".stApp[data-test-script-state='notRunning']"]  # in one moment
+    page.wait_for_function("both => both.every((one) => document.querySelector(one))", arg=both)
     go_to(page, "Surprise")  # which knows the drawing, although the page was not told of it
     until(lambda: service.requests[-1][0] == "/likelihood", "nothing was asked")
     *_, stroke = (body for path, body in service.requests if path == "/complete_stream")
@@ -500,6 +500,12 @@ def test_continue_from_an_ending(open_page: OpenPage, service: StubService, tmp_
     expect(page.locator(".endings.earlier:visible")).to_have_count(1)  # another drawing
     expect(page.locator('.endings button[aria-pressed="true"]')).to_have_count(0)
     page.keyboard.press("Control+z")
+    expect(endings.nth(2)).to_have_attribute("aria-pressed", "true")
+    tool(page, "Pen").click()
+    tool(page, "Brush 1").click()
+    y, x = np.argwhere(ink(page))[0] + 0.5
+    draw(page, [(x, y), (x, y)])  # on ink that is there
+    page.wait_for_timeout(500)
     expect(endings.nth(2)).to_have_attribute("aria-pressed", "true")
     page.keyboard.press("Control+z")  # one step
     assert (ink(page) == drawn).all()
@@ -1132,8 +1138,7 @@ def test_one_seed_for_a_drawing(open_page: OpenPage, service: StubService) -> No
     until(lambda: service.requests[-1][1]["seed"] != seed, "the same nine were drawn again")
     wait_until_still(page)
     second = service.requests[-1][1]["seed"]
-    tool(page, "Clear").click()
-    wait_until_still(page)
+    tool(page, "Clear").click()  # and at once, before the page has heard of it
     draw(page, HALF_DIGIT)
     until(lambda: service.requests[-1][1]["seed"] not in (seed, second), "a new drawing kept the seed")
 
@@ -1205,9 +1210,10 @@ def test_a_setting_that_is_changed_while_endings_come_is_taken(open_page: OpenPa
     page = open_page(live=True)
     page.get_by_text("Advanced").click()
     wait_until_still(page)
-    for press in ("click", "Space"):  # with the mouse; and at once by keyboard
+    # With the mouse; and at once by keyboard.
+    for press, stroke in (("click", [(9, 8), (10, 6), (12, 4.5)]), ("Space", [(14, 12), (16, 15)])):
         service.row_s = 0.1
-        draw(page, [(9, 8), (10, 6), (12, 4.5)])
+        draw(page, stroke)
         page.wait_for_timeout(1500 if press == "click" else 200)
         mode = page.get_by_role("radio", name="Only my ink" if press == "click" else "All above")
         if press == "click":

@@ -300,6 +300,18 @@ def test_unfinished_endings_of_an_undone_stroke_are_not_shown(open_page: OpenPag
     assert [pixels.tolist() for pixels in pictures(page)] == before
 
 
+def test_unfinished_endings_that_nobody_finishes_are_not_shown(open_page: OpenPage) -> None:
+    """Of a stroke after which *As I draw* was switched off."""
+    page = complete(open_page())
+    before = [pixels.tolist() for pixels in pictures(page)]
+    visit = page.session_state["visit"]
+    [ending] = visit.gallery
+    visit.gallery = [replace(ending, drawing="another")]
+    visit.unfinished = replace(ending, images=0 * ending.images - 1, log_probs=None)
+    page.run()
+    assert [pixels.tolist() for pixels in pictures(page)] == before
+
+
 def test_a_champion_of_more_levels_is_asked_anew(service: StubService, open_page: OpenPage) -> None:
     """Where a stroke was sent in the levels of the one before."""
     page = open_page()

@@ -98,6 +98,15 @@ def test_a_stroke_is_answered_row_by_row_and_kept_for_the_page(url: str, visit: 
     assert httpx.post(url, json=body(STROKE)).status_code == 204  # what is answered is not asked for again
 
 
+def test_another_drawing_gets_another_seed(url: str, visit: Visit, service: StubService) -> None:
+    visit.seed = -1  # of the drawing before
+    assert httpx.post(url, json=body(STROKE) | {"fresh": True}).status_code == 200
+    assert service.requests[-1][1]["seed"] == visit.seed >= 0
+    higher = Drawing(np.roll(INK, -1, axis=0), TOUCHED * (np.roll(INK, -1, axis=0) > 0))
+    assert httpx.post(url, json=body(higher)).status_code == 200
+    assert service.requests[-1][1]["seed"] == service.requests[-2][1]["seed"]
+
+
 def test_endings_of_another_drawing_are_not_taken(visit: Visit, service: StubService, url: str) -> None:
     assert httpx.post(url, json=body(STROKE)).status_code == 200
     assert visit.live is not None

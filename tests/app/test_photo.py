@@ -82,6 +82,14 @@ def test_a_photo_of_more_pixels_than_a_picture_may_have_is_read_at_a_smaller_siz
     assert open_picture(saved(PIL.Image.new("L", (6400, 4800)), "JPEG")).size == (800, 600)
 
 
+def test_a_photo_that_is_held_as_a_whole_counts_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = PIL.Image.new("L", (3200, 2400))
+    monkeypatch.setattr("app.canvas.photo.MAX_PIXELS", 2_000_000)
+    assert open_picture(saved(picture, "JPEG")).size == (800, 600)
+    with pytest.raises(ValueError, match="too large"):
+        open_picture(saved(picture, "JPEG", progressive=True))
+
+
 def test_grey_of_16_bits_is_read_in_full() -> None:
     gradient = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     opened = np.asarray(open_picture(saved(PIL.Image.fromarray(gradient))))

@@ -41,6 +41,7 @@ def test_it_is_sampled_exactly_with_labels_drawings_and_both_outputs(folder: Pat
     code = """
 import torch, stacked
 from pixelcnn import build_model, complete, naive_sample, sample
+from pixelcnn.models.registry import count_weights
 for output in ({}, {"output": "logistic_mixture", "num_mixtures": 2}):
     torch.manual_seed(0)
     config = stacked.StackedConfig(image_shape=(3, 5, 4), num_levels=6, num_features=6, num_layers=3, num_labels=2,
@@ -51,9 +52,30 @@ for output in ({}, {"output": "logistic_mixture", "num_mixtures": 2}):
     assert torch.equal(sample(model, u, label), naive_sample(model, u, label))
     seen = {"drawing": image, "observed": observed}
     assert torch.equal(complete(model, image, observed, u, label), naive_sample(model, u, label, **seen))
+    assert count_weights(config) == sum(weight.numel() for weight in model.state_dict().values())
 print("equal")
 """
     assert run(folder, "-c", code) == "equal\n"
+
+
+def test_changed_weights_are_noticed_whatever_its_layers_parts_are_called(folder: Path, tmp_path: Path) -> None:
+    """Also by the names of a whole model's other networks, which are not sampled with it."""
+    text = (folder / "stacked.py").read_text()
+    for own, name in (("self.context", "self.context_network"), ("self.out", "self.label_network")):
+        text = re.sub(rf"{re.escape(own)}( =| is|\()", rf"{name}\1", text)
+    (tmp_path / "stacked.py").write_text(text)
+    code = """
+import torch, stacked
+from pixelcnn import build_model, naive_sample, sample
+config = stacked.StackedConfig(image_shape=(1, 6, 6), num_levels=2, num_features=4, num_layers=2)
+model, u = build_model(config).double().eval(), torch.rand(4, 1, 6, 6, dtype=torch.float64)
+before = sample(model, u)
+with torch.no_grad():
+    model.layers[1].label_network.weight.normal_(std=3)
+assert torch.equal(sample(model, u), naive_sample(model, u))
+assert not torch.equal(sample(model, u), before)
+"""
+    run(tmp_path, "-c", code)
 
 
 def test_the_benchmark_and_the_command_line_know_it(folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixelcnn import checkpoint, load_checkpoint, save_checkpoint
+from pixelcnn.models.registry import count_weights
 from tests.core.tiny import ARCHITECTURES, beginning, exactly, random_levels, tiny_model
 
 SHAPE = (1, 3, 3)
@@ -267,6 +268,40 @@ def test_a_config_of_another_size_is_refused(tmp_path, change):
     folder = saved(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("change", [{"num_features": 300}, {"context_features": 4, "context_scales": 9}])
+def test_a_network_of_more_weights_than_its_file_takes_no_memory(tmp_path, monkeypatch, change):
+    folder = saved(tmp_path / "model", "gated_pixelcnn")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    built: list = []
+    monkeypatch.setattr("pixelcnn.checkpoint.build_model", built.append)
+    with pytest.raises(ValueError, match=r"a network of these sizes has more than its [\d,]+ weights"):
+        load_checkpoint(folder)
+    assert built == []
+
+
+def test_a_constructor_that_looks_at_numbers_is_counted_by_none(monkeypatch):
+    config = tiny_model("pixelcnn", (1, 3, 3), 2).config
+    assert count_weights(config) > 0
+    init = torch.nn.Module.__init__
+
+    def looking(self):
+        init(self)
+        torch.ones(1).item()
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", looking)
+    assert count_weights(config) == 0
+
+
+def test_numbers_of_an_unknown_kind_are_refused(tmp_path):
+    folder = saved(tmp_path / "model")
+    header = b'{"head.bias":{"dtype":"F8_E8M0","shape":[4],"data_offsets":[0,4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refresh_sha256(folder)
     with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
         load_checkpoint(folder)
 

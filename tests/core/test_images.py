@@ -35,6 +35,18 @@ def test_png_round_trip(channels, height, width, num_levels, data):
     assert torch.equal(read, levels)
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_there_are_no_pictures_of_other_channels(channels):
+    levels = torch.zeros(channels, 4, 4, dtype=torch.int64)
+    for work in (
+        lambda: to_picture(levels, 2),
+        lambda: to_sheet(levels[None], 2, 1),
+        lambda: from_png(to_png(levels[:1], 2), (channels, 4, 4), 2),
+    ):
+        with pytest.raises(ValueError, match=f"1 channel .grey. or 3 .colour., the model's images have {channels}"):
+            work()
+
+
 def test_level_0_is_black_and_the_last_one_white():
     assert list(to_picture(torch.tensor([[[0, 1, 2]]]), 3).tobytes()) == [0, 128, 255]
     assert list(to_picture(torch.tensor([[[0, 1]]]), 2).tobytes()) == [0, 255]

@@ -145,6 +145,14 @@ def test_mistakes_are_named(changes, message):
         dataclasses.replace(tiny_config("pixelcnn", (1, 2, 2), 2), **changes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_leave_the_levels_normalised(dtype):
+    model = mixture_model("gated_pixelcnn", (1, 2, 2), 6).to(dtype)
+    log_probs = log_prob(model, all_images((1, 2, 2), 6))
+    assert log_probs.dtype == torch.float32
+    assert abs(log_probs.exp().sum().item() - 1) < 1e-5
+
+
 def test_a_uniform_start_is_about_eight_bits():
     model = build_model(tiny_config("gated_pixelcnn", (3, 4, 4), 256, **MIXTURE))
     levels = random_levels((3, 4, 4), 256, num=8)

@@ -165,7 +165,10 @@ function createGrid(root, data) {
   }
 
   function changed(before) {
-    if (before.every((value, i) => value === cells[i])) return draw();
+    if (before.every((value, i) => value === cells[i])) {
+      cells = before; // `taken` knows it
+      return draw();
+    }
     done.push(before);
     if (done.length > MAX_UNDO) done.shift();
     undone = [];

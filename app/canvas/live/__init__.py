@@ -34,6 +34,7 @@ class Stroke(BaseModel):
 
     visit: str
     drawing: str  # the text of the grid
+    fresh: bool = False  # the grid was blank before: this is another drawing
 
 
 def live_path() -> str:
@@ -70,20 +71,23 @@ async def answer_live(request: HttpRequest) -> Response:
     try:
         stroke = Stroke.model_validate_json(await request.body())
     except (ValidationError, ClientDisconnect):  # who has left hears nothing
-        return Response("Send JSON: {visit, drawing}.", status_code=400)
+        return Response("Send JSON: {visit, drawing, fresh}.", status_code=400)
     visit = VISITS.get(stroke.visit)
-    if visit is None or visit.settings is None:
+    settings = visit.settings if visit else None  # read once: the page may change them meanwhile
+    if visit is None or settings is None:
         return Response("Nobody has a page open under this name. Reload it.", status_code=404)
-    drawing = parse_drawing(stroke.drawing, visit.settings.shape)
-    visit.drawn[visit.settings.shape] = drawing_text(drawing)
-    asked = asked_of(drawing, visit.settings, visit.own_seed())
+    drawing = parse_drawing(stroke.drawing, settings.shape)
+    visit.drawn[settings.shape] = drawing_text(drawing)
+    if stroke.fresh:
+        visit.seed = None
+    asked = asked_of(drawing, settings, visit.own_seed())
     if not drawing.mark.any() or asked.known.all() or visit.is_ending(asked) or asked.request == visit.answered:
         return Response(status_code=204)
     visit.stop_live()
     visit.asked = asked.request
     SPOKEN.set(visit.language)
     return StreamingResponse(
-        _events(visit, visit.settings, asked),
+        _events(visit, settings, asked),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )

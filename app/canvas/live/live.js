@@ -14,6 +14,7 @@ function createLive() {
   let data = {};
   let came = () => {};
   let asking = null; // {stop: AbortController, tell: of the drawing, or null once the page knows; text, settings: as below}
+  let isFresh = false; // the grid was blank: what is drawn next is another drawing
   let shown = null; // {html, text: of the drawing whose endings are shown here, settings}
 
   function show(next) {
@@ -47,9 +48,10 @@ function createLive() {
       const response = await fetch(data.url, {
         method: "POST",
         headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ visit: data.visit, drawing: text }),
+        body: JSON.stringify({ visit: data.visit, drawing: text, fresh: isFresh }),
         signal: mine.stop.signal,
       });
+      isFresh = false;
       const reader = response.status === 200 ? response.body.pipeThrough(new TextDecoderStream()).getReader() : null;
       for (let rest = ""; reader; ) {
         const { done, value } = await reader.read();
@@ -74,6 +76,7 @@ function createLive() {
   document.addEventListener("drawn", (event) => {
     if (!root.isConnected) return;
     if (!data.on || event.detail.blank) {
+      isFresh = event.detail.blank;
       stop();
       show(null);
       return;

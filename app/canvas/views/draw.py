@@ -81,8 +81,8 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)
     is_blank = not drawing.mark.any()
-    if is_blank and not visit.pending:
-        visit.seed = None  # the next drawing gets a new one
+    if is_blank and not (visit.pending or visit.live_for or visit.live):
+        visit.seed = None  # the next drawing gets a new one, unless it has: the browser was faster
     # To the browser, of this drawing or of a newer one, with these settings. Asked first: or what ends now is missed,
     # and what begins now is stopped for an older one.
     stop_live = visit.stop_live
@@ -96,7 +96,8 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
     last = earlier[0] if earlier and not is_blank else None
     is_answer = last is not None and (last.settings, last.drawing) == (asked.settings, asked.drawing)
     is_newer = visit.unfinished is not None and visit.unfinished.images.shape[1:] == settings.shape
-    is_newer &= visit.pending or not is_answer  # else of a stroke that was undone
+    is_wanted = live and not is_blank and not visit.is_ending(asked)
+    is_newer &= visit.pending or (is_wanted and not is_answer)  # else nobody finishes them, or the stroke was undone
     show_endings(place, note, last, visit.unfinished if is_newer and not is_blank else None, settings, visit.order)
     with button_place:
         name = say("nine") if settings.num_samples == NUM_ENDINGS else str(settings.num_samples)
@@ -122,7 +123,7 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
         with away_place:
             widgets.show_trouble(visit)
         return
-    if visit.pending or (live and not is_blank and not visit.is_ending(asked)):
+    if visit.pending or is_wanted:
         if asked.known.all():
             visit.pending = False
             status.warning(say("nothing_left"))
