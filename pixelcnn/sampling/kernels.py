@@ -45,8 +45,9 @@ ir = cgutils.ir  # numba's own builder of LLVM code
 VECTOR_BYTES = 64
 MACHINE = f"{cpu_target.target_context.codegen().magic_tuple()[1]}, numba {numba.__version__}"
 PANELS = (4, 3, 2, 1)  # vectors beside each other
-# Cells that are multiplied at a time: their sums fit into the registers.
-COLUMNS = 4 if "+avx512f" in get_host_cpu_features() else 1
+COLUMNS = 4  # cells that are multiplied at a time
+# Whether the registers hold the sums of so many cells and of a panel's vectors and chains; else one after the other.
+HAS_ROOM = "+avx512f" in get_host_cpu_features()
 UNROLLED = 4  # inputs are taken so many at a time: matrices are filled up with zeros
 CHUNK = 64  # inputs whose signs are looked at together
 SPLITS = 4  # levels that a draw from a mixture looks at together
@@ -126,23 +127,34 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
                 return builder.select(builder.icmp_signed("<", left, whole(CHUNK)), builder.and_(bits, within), bits)
 
             def product(num_vectors):
-                cells = [(r, v) for r in range(num_columns) for v in range(num_vectors)]
                 # A sum waits for its last addition: few vectors' sums are made of several, added at the end.
                 num_chains = max(1, UNROLLED // num_vectors)
+                is_whole = HAS_ROOM or num_columns == 1
+                for own in [range(num_vectors)] if is_whole else [[v] for v in range(num_vectors)]:
+                    cells, sums = [(r, v) for r in range(num_columns) for v in own], []
+                    for chains in [range(num_chains)] if is_whole else [[chain] for chain in range(num_chains)]:
+                        sums += sums_of(num_vectors, num_chains, cells, chains)
+                    write(num_vectors, cells, sums)
+
+            def sums_of(num_vectors, num_chains, cells, chains):
+                """Return the sums of these cells, (column, vector), of each of these chains of a panel."""
 
                 def added(sums, chain, k, inputs):
                     """Add the products of input k, one number for each column, to a chain's sums."""
                     row, new = add(at, builder.mul(k, whole(num_vectors * lanes))), list(sums)
-                    panel = [load(weights, add(row, whole(v * lanes))) for v in range(num_vectors)]
+                    panel = {
+                        v: load(weights, add(row, whole(v * lanes))) for _, v in cells[: len(cells) // num_columns]
+                    }
                     splats = [splat(value) for value in inputs]
-                    for i, (r, v) in enumerate(cells, chain * len(cells)):
+                    for i, (r, v) in enumerate(cells, chains.index(chain) * len(cells)):
                         new[i] = builder.call(fma, [splats[r], panel[v], new[i]])
                     return new
 
                 def dense(k, *sums):
                     for i in range(UNROLLED):
                         here = add(k, whole(i))
-                        sums = added(sums, i % num_chains, here, [number(here, r) for r in range(num_columns)])
+                        if i % num_chains in chains:
+                            sums = added(sums, i % num_chains, here, [number(here, r) for r in range(num_columns)])
                     return [add(k, whole(UNROLLED)), *sums]
 
                 def some(k, *values):
@@ -168,9 +180,13 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
                 def is_left(k, *_):
                     return builder.icmp_signed("<", k, num_in)
 
-                first = ((load(state, place(b, b_step, *c)), load(weights, place(e, e_step, *c))) for c in cells)
-                sums = [builder.fadd(*pair) for pair in first] + [zero] * len(cells) * (num_chains - 1)
-                _, *sums = _while(builder, [whole(0), *sums], is_left, chunk if is_sparse else dense)
+                sums = [zero] * len(cells) * len(chains)
+                for i, cell in enumerate(cells if 0 in chains else ()):
+                    sums[i] = builder.fadd(load(state, place(b, b_step, *cell)), load(weights, place(e, e_step, *cell)))
+                return _while(builder, [whole(0), *sums], is_left, chunk if is_sparse else dense)[1:]
+
+            def write(num_vectors, cells, sums):
+                """Write the results of these cells, of which `sums` holds those of each chain."""
                 least = splat(floor if element == floor.type else builder.fptrunc(floor, element))
                 for i, cell in enumerate(cells):
                     total = reduce(builder.fadd, sums[i :: len(cells)])
@@ -203,7 +219,7 @@ def _product(step, s, w, num, o, o_step, b, b_step, e, e_step, x, x_step, num_in
     floor, at, vectors, count, r = 0.0 if step.is_rectified else NO_FLOOR, step.weights, step.vectors, step.num_out, 0
     while r < num:
         to, of, bias, x0 = o + r * o_step, b + r * b_step, e + r * e_step, x + r * x_step
-        is_many = r + COLUMNS <= num and not step.is_raw and (COLUMNS > 1 or not step.is_sparse)
+        is_many = r + COLUMNS <= num and not step.is_raw
         if is_many:
             _tile_of_many(s, w, to, o_step, of, b_step, bias, e_step, x0, x_step, num_in, at, floor, vectors, count)
         elif step.is_sparse:
