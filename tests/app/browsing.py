@@ -93,7 +93,7 @@ def press_complete(page: Page) -> None:
     page.locator(".st-key-main button").click()
 
 
-def wait_for_endings(page: Page, number: int = 9, timeout_s: float = 5) -> None:
+def wait_for_endings(page: Page, number: int = 9, timeout_s: float = 15) -> None:
     captions = page.locator(".endings:visible figcaption").filter(has_text="nats")
     expect(captions).to_have_count(number, timeout=1000 * timeout_s)
     expect(page.locator(".live .endings")).to_have_count(0)  # the page has them, too
