@@ -427,7 +427,7 @@ def test_a_pen_that_is_only_lifted_asks_for_nothing(open_page: OpenPage, service
     page.mouse.move(*rest[0])
     until(lambda: was_sent(service, ink(page)), "nothing was sent while the stroke was drawn")
     page.mouse.up()
-    wait_for_endings(page, timeout_s=15)
+    wait_for_endings(page)
     assert len(service.requests) == 1
 
 
@@ -995,7 +995,7 @@ def test_service_down_keeps_the_drawing(open_page: OpenPage, services: dict[str,
         page.screenshot(path=tmp_path / "service-down.png")
     finally:
         services["now"] = StubService(port=down.port)
-    wait_for_endings(page, timeout_s=15)  # by itself, after 5 s and what a tick and a try take
+    wait_for_endings(page)  # by itself, after 5 s and what a tick and a try take
     expect(page.get_by_text("does not answer")).to_have_count(0)
     assert services["now"].requests[-1][1]["image"] == drawn.tolist()
 
