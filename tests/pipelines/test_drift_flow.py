@@ -241,8 +241,8 @@ def test_what_somebody_has_set_is_asked_of_the_server(prefect_server: str) -> No
         drift.watch_drift.to_deployment(name=name, paused=True, concurrency_limit=set_limit).apply()
     pools, known = operate.read_server()
     assert "there" in pools
-    assert known["switched-on"] == {"paused": False, "concurrency_limit": None, "active": [True]}
-    assert known["limited"] == {"paused": True, "concurrency_limit": 3, "active": []}
+    assert known["switched-on"] == {"paused": False, "concurrency_limit": None, "active": {"*/15 * * * *": True}}
+    assert known["limited"] == {"paused": True, "concurrency_limit": 3, "active": {}}
     assert known["cancelling"]["concurrency_limit"] == {"limit": 2, "collision_strategy": "CANCEL_NEW"}
 
 
