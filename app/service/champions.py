@@ -202,7 +202,7 @@ class Champions:
         self._on_poll = on_poll  # called each time that the store was looked through
         self._loaded: dict[tuple[str, str], Champion] = {}  # by dataset and role
         self._attempts: dict[tuple[str, str], _Attempt] = {}
-        self._is_unreadable = False
+        self._is_unreadable, self._was_there = False, False  # the store
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
 
@@ -260,14 +260,14 @@ class Champions:
         try:
             found = [f for f in self.folder.iterdir() if f.name.startswith(NAME_PREFIX) and f.is_dir()]
         except OSError as error:
-            # A store that cannot be read is no order to stop serving; without one nothing was promoted yet.
-            is_new = isinstance(error, FileNotFoundError) and not self._loaded
+            # A store that cannot be read is no order to stop serving; where there was none nothing was promoted yet.
+            is_new = isinstance(error, FileNotFoundError) and not self._was_there
             if not (is_new or self._is_unreadable):
                 logger.error("the model store cannot be read (%s); what was loaded is still served.", error)
             self._is_unreadable = not is_new
             metrics().store_readable.set(0)
             return
-        self._is_unreadable = False
+        self._is_unreadable, self._was_there = False, True
         metrics().store_readable.set(1)
         folders = {folder.name.removeprefix(NAME_PREFIX): folder for folder in found}
         for dataset, role in list(self._attempts):
