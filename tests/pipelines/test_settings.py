@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.request import getproxies, proxy_bypass
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipelines.errors import run
 from pipelines.settings import Settings
@@ -36,6 +37,14 @@ def test_neighbours_are_not_reached_by_way_of_a_proxy(monkeypatch: pytest.Monkey
     assert run("test", lambda: 0) == 0
     assert getproxies()["no"] == after
     assert proxy_bypass("127.0.0.1:4200")
+
+
+def test_a_tools_error_of_many_lines_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise MlflowException("These failed:\n##### File report.json #####\n  No such artifact")
+
+    assert run("history", work) == 1
+    assert capsys.readouterr().err == "history: These failed: ##### File report.json ##### No such artifact\n"
 
 
 def test_no_other_module_reads_our_variables() -> None:
