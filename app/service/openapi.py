@@ -7,6 +7,8 @@ the form of our errors, nor the events of a stream.
 from http import HTTPStatus
 from typing import Any
 
+from app.service.settings import HEALTH_CHECKS
+
 ERROR = {
     "type": "object",
     "title": "Error",
@@ -26,7 +28,7 @@ EVENT = {
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
-HEALTH_ERRORS = {"/readyz": (503,), **dict.fromkeys(("/healthz", "/livez"), ())}
+HEALTH_ERRORS = {**dict.fromkeys(HEALTH_CHECKS, ()), "/readyz": (503,)}
 ERRORS = {"get": (401, 500), "post": (400, 401, 404, 408, 413, 415, 429, 500, 504)}
 
 

@@ -142,9 +142,8 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
                 def added(sums, chain, k, inputs):
                     """Add the products of input k, one number for each column, to a chain's sums."""
                     row, new = add(at, builder.mul(k, whole(num_vectors * lanes))), list(sums)
-                    panel = {
-                        v: load(weights, add(row, whole(v * lanes))) for _, v in cells[: len(cells) // num_columns]
-                    }
+                    own = dict.fromkeys(v for _, v in cells)  # each vector once, for all columns
+                    panel = {v: load(weights, add(row, whole(v * lanes))) for v in own}
                     splats = [splat(value) for value in inputs]
                     for i, (r, v) in enumerate(cells, chains.index(chain) * len(cells)):
                         new[i] = builder.call(fma, [splats[r], panel[v], new[i]])
