@@ -50,6 +50,7 @@ class PairParams(Frozen):
     train: InstanceOf[TrainConfig]  # without its completer
     context: InstanceOf[TrainConfig] | None = None  # of the completer's context network, if it learns by itself first
     completer: InstanceOf[TrainConfig] | None = None  # if `network` has one
+    halves: InstanceOf[TrainConfig] | None = None  # of the completer again, where it goes on with other shares
     labels: InstanceOf[TrainConfig] | None = None  # of the label network, if `network` has one
 
     @model_validator(mode="before")
@@ -71,11 +72,12 @@ class PairParams(Frozen):
         # Of each part, the size of what it trains, and whether that sees drawings by a context network of its own.
         parts = {"train": ("num_features", network.of_joint().context_features > 0)}
         parts |= {"context": ("completer_features", False), "completer": ("completer_features", True)}
-        parts |= {"labels": ("label_features", False)}
+        parts |= {"halves": ("completer_features", True), "labels": ("label_features", False)}
         for part, (features, sees_drawings) in parts.items():
             if part in values and not getattr(network, features):
                 raise ValueError(f"{part}: it trains nothing: set {features} in its network.")
-            if part not in values and (part == "context" or not getattr(network, features)):  # others have defaults
+            is_optional = part in ("context", "halves") or not getattr(network, features)
+            if part not in values and is_optional:  # the others have defaults
                 continue
             config = built[part] = _config(TrainConfig, values.get(part, {}), part)
             if config.horizontal_flips and not spec.flips:

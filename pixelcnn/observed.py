@@ -126,15 +126,17 @@ def surroundings(rng: np.random.Generator, drawn: Mask) -> Mask:
     return np.choose(kind, [drawn, near, box, until(rows)[:, :, None]])
 
 
-def _training_parts(rng: np.random.Generator, num: int, height: int, width: int) -> Mask:
-    """Return top, bottom, left or right parts: halves, which people ask for most, or of random size."""
+def _training_parts(rng: np.random.Generator, num: int, height: int, width: int, halves: float = 0.5) -> Mask:
+    """Return top, bottom, left or right parts: a share of halves, which people ask for most, or of random size."""
     side = rng.integers(0, 4, num)[:, None, None]
-    share = np.where(rng.random((num, 1, 1)) < 0.5, 0.5, rng.random((num, 1, 1)))
+    share = np.where(rng.random((num, 1, 1)) < halves, 0.5, rng.random((num, 1, 1)))
     y, x = (np.arange(height)[:, None] + 0.5) / height, (np.arange(width) + 0.5) / width
     return np.choose(side, [y < share, y > share, x < share, x > share])
 
 
-def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, share: float) -> tuple[Tensor, Tensor]:
+def training_masks(
+    rng: np.random.Generator, levels: Tensor, num_levels: int, share: float, halves_share: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Draw what is observed of each image of a training batch, (B, 1, H, W) bool, and whether it follows its ink, (B,).
 
     Where it does, that a pixel is missing says something about its level. Both are on the device of `levels`.
@@ -164,6 +166,9 @@ def training_masks(rng: np.random.Generator, levels: Tensor, num_levels: int, sh
     ink = ink_of(levels[torch.from_numpy(chosen).to(levels.device)], num_levels)
     part = rng.uniform(0.1, 0.7, len(ink))
     observed[chosen] = surroundings(rng, beginnings(pen_noise(rng, *ink.shape), ink, part))
+    halved = rng.random(num) < np.asarray(halves_share)
+    observed[halved] = _training_parts(rng, int(halved.sum()), height, width, halves=1)
+    chosen &= ~halved
     return torch.from_numpy(observed)[:, None].to(levels.device), torch.from_numpy(chosen).to(levels.device)
 
 

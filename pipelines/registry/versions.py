@@ -60,8 +60,11 @@ class Version:
 
     @property
     def recorded_nll(self) -> float:
-        """Its validation NLL in nats per image as the training measured it; NaN if it recorded none."""
-        return float(self.tags.get(VALIDATION_METRIC, math.nan))
+        """Its validation NLL in nats per image as the training measured it; NaN if its tag is missing or no number."""
+        try:
+            return float(self.tags.get(VALIDATION_METRIC, math.nan))
+        except ValueError:  # edited in MLflow's pages
+            return math.nan
 
     @property
     def rolled_back(self) -> bool:

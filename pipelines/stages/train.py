@@ -127,8 +127,8 @@ def _fit_all(
 ) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Train the joint model, the completer, which begins with the same weights, and the label network, each by itself.
 
-    The completer's context network may have learned before it. States in the folder `work` are taken up, and their run
-    gone on with. Return the model, and the record of its training, JSON-ready.
+    The completer's context network may have learned before it, and the completer go on with halves. States in the
+    folder `work` are taken up, and their run gone on with. Return the model, and the record of all that, JSON-ready.
     """
     pair = params.pair(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,7 +154,8 @@ def _fit_all(
         """Train one of the networks; return the record of that."""
         origin_file = state_file.with_suffix(".json")  # of a state that is taken up it says what began it
         origin = {"git_commit": code["git_commit"], "hardware": _hardware(model)}
-        if not state_file.exists():
+        before = read_state(state_file)[0].step if state_file.exists() else 0
+        if not before:
             atomic_write(origin_file, json.dumps(origin))
         origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
         num_parameters = sum(p.numel() for p in part.parameters())
@@ -169,6 +170,8 @@ def _fit_all(
 
         fit(part, data, config, on_step, state_file, draw if part is model else None)
         done, _ = read_state(state_file)
+        if config is pair.completer and done.step > before:  # what went on from other weights begins anew
+            (work / "halves.safetensors").unlink(missing_ok=True)
         return {
             "train_minutes": done.elapsed_s / 60,
             "num_parameters": num_parameters,
@@ -184,7 +187,8 @@ def _fit_all(
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
             whole.begin_completer()
-        parts = {"context": predictor, "completer": whole.completer, "labels": whole.label_network}
+        parts = {"context": predictor, "completer": whole.completer, "halves": whole.completer}
+        parts["labels"] = whole.label_network
         for name_of_part, part in parts.items():
             config = getattr(pair, name_of_part)
             if part is not None and config is not None:

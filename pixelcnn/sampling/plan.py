@@ -143,8 +143,11 @@ class Plan:
         if not all(bool(p.isfinite().all()) for p in joint_parameters(model)):
             raise ValueError("the model's weights are not finite numbers: its training diverged. Use an earlier model.")
         result = model.described()
-        self.count_uses(result)
-        self.logits = self.stored(result)
+        try:
+            self.count_uses(result)
+            self.logits = self.stored(result)
+        except RecursionError:
+            raise ValueError("no sampler follows from so deep a network: use at most 200 blocks in a row.") from None
         self.pixel_steps.sort(key=lambda step: step.turn or 0)
         inputs = {map_.op: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
         self.image, self.context = inputs["image"], inputs.get("context")

@@ -44,6 +44,7 @@ class TrainConfig:
         clip_norm: largest norm of the gradient of the loss in nats per sub-pixel.
         label_dropout: share of the images whose label is withheld, so that one network serves with and without.
         context_share: share of the images that are shown in part, for models with a context network.
+        halves_share: share of the images, but for those drawn anew, of which a half is shown, whatever else would be.
         redrawn_share: share of the images that are drawn anew, as people draw (redrawn.py); protocol dynamic alone.
         horizontal_flips: mirror half of the images (fair for CIFAR-10, not for digits or clothes).
         precision: `float32`, or `bfloat16` for autocast of the matrix work; `auto` for the one that is faster here.
@@ -71,6 +72,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     label_dropout: float = 0.5
     context_share: float = 0.75
+    halves_share: float = 0.0
     redrawn_share: float = 0.0
     horizontal_flips: bool = False
     precision: str = "float32"
@@ -86,8 +88,8 @@ class TrainConfig:
             check_int(name, getattr(self, name), 1, 1_000_000)
         for name in ("warmup_steps", "num_validation_images", "seed"):
             check_int(name, getattr(self, name), 0, 2**63 - 1)
-        shares = ("label_dropout", "context_share", "redrawn_share", "joint_share", "context_network_share")
-        for name in ("learning_rate", "decay_fraction", "ema_decay", *shares):
+        shares = ("label_dropout", "context_share", "halves_share", "redrawn_share", "joint_share")
+        for name in ("learning_rate", "decay_fraction", "ema_decay", "context_network_share", *shares):
             _check_number(name, getattr(self, name), 1)
         for name in ("max_epochs", "clip_norm", "max_minutes", "save_minutes"):
             _check_number(name, getattr(self, name), 1e9)

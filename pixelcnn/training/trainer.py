@@ -42,8 +42,8 @@ from pixelcnn.training.redrawn import redrawn
 logger = logging.getLogger(__name__)
 
 # Settings that may change when a run goes on, and are kept with the step from which they count.
-PHASE_SETTINGS: tuple[str, ...] = ("batch_size", "label_dropout", "context_share", "redrawn_share", "precision")
-PHASE_SETTINGS += ("compiled", "optimizer", "learning_rate", "decay_fraction", "ema_decay")
+PHASE_SETTINGS: tuple[str, ...] = ("batch_size", "label_dropout", "context_share", "halves_share", "redrawn_share")
+PHASE_SETTINGS += ("precision", "compiled", "optimizer", "learning_rate", "decay_fraction", "ema_decay")
 # What may change without a trace.
 BUDGET_SETTINGS: tuple[str, ...] = ("max_epochs", "max_minutes", "num_validations", "save_minutes", "accumulate")
 BUDGET_SETTINGS += ("completer_features", "label_features")  # of networks that are trained by themselves
@@ -206,8 +206,9 @@ class Trainer:
         decay = min(1.0, (1 - self.progress()) / config.decay_fraction) if config.decay_fraction else 1.0
         return config.learning_rate * warm_up * decay
 
-    def batch(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the levels of the step to come, their labels, and with which probabilities the levels were drawn.
+    def batch(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Return the levels of the step to come, their labels, with which probabilities the levels were drawn, and
+        which images were drawn anew.
 
         Labels are (B,) int64, -1 where withheld; None without labels. Probabilities: `Dataset.probabilities`.
         """
@@ -220,12 +221,13 @@ class Trainer:
         index = self._order[position * config.batch_size : (position + 1) * config.batch_size]
         generator = generator_for(config.seed, 1, self.step)
         levels, probabilities = self.data.levels("train", index, generator), self.data.probabilities("train", index)
+        is_redrawn = torch.zeros(len(levels), dtype=torch.bool)
         if config.redrawn_share:
             anew = redrawn(self.data.images["train"][index], generator)
-            chosen = torch.rand(len(levels), generator=generator) < config.redrawn_share
-            levels[chosen] = anew[chosen]
+            is_redrawn = torch.rand(len(levels), generator=generator) < config.redrawn_share
+            levels[is_redrawn] = anew[is_redrawn]
             if probabilities is not None:
-                probabilities[chosen] = bernoulli(anew[chosen])
+                probabilities[is_redrawn] = bernoulli(anew[is_redrawn])
         if config.horizontal_flips:
             flip = torch.rand(len(levels), generator=generator) < 0.5
             levels[flip] = levels[flip].flip(-1)
@@ -235,17 +237,18 @@ class Trainer:
         if self.model.config.num_labels:
             keep = torch.rand(len(levels), generator=generator) >= config.label_dropout
             label = torch.where(keep, self.data.labels["train"][index], -1).to(self.device)
-        return levels.to(self.device), label, None if probabilities is None else probabilities.to(self.device)
+        probabilities = None if probabilities is None else probabilities.to(self.device)
+        return levels.to(self.device), label, probabilities, is_redrawn
 
-    def masks(self, levels: Tensor, *path: int, share: float) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return what `training_masks` draws for (B, C, H, W) levels; None twice without a context network.
+    def masks(self, levels: Tensor, *path: int, **shares: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return what `training_masks` draws, by its `shares`, for (B, C, H, W) levels; None twice without a context.
 
-        A function of the levels and of (seed, path); a `share` of the images gets a mask.
+        A function of the levels and of (seed, path).
         """
         if not self.model.config.context_features:
             return None, None
         rng = np.random.default_rng([self.config.seed, *path])
-        return training_masks(rng, levels, self.data.num_levels, share)
+        return training_masks(rng, levels, self.data.num_levels, **shares)
 
     def nlls(
         self, levels: Tensor, label: Tensor | None, observed: Tensor | None, probabilities: Tensor | None = None
@@ -267,8 +270,9 @@ class Trainer:
         Raise FloatingPointError, and leave the weights as they were, where the loss or its gradient is not finite.
         """
         config = self.config
-        levels, label, probabilities = self.batch()
-        observed, follows_ink = self.masks(levels, 2, self.step, share=config.context_share)
+        levels, label, probabilities, is_redrawn = self.batch()
+        halves_share = config.halves_share * ~is_redrawn
+        observed, follows_ink = self.masks(levels, 2, self.step, share=config.context_share, halves_share=halves_share)
         if probabilities is not None and follows_ink is not None:
             # Which of its pixels are missing depends on the draw: for such an image the loss is that of the draw.
             probabilities[follows_ink] = bernoulli(levels[follows_ink])

@@ -307,7 +307,7 @@ def test_a_network_that_sees_no_drawings_has_no_part_that_learns_slowly(setting)
 def test_where_a_mask_follows_the_ink_the_loss_is_that_of_the_levels_drawn():
     data = toy_dataset((1, 4, 4), 2, protocol="dynamic", num_train=24)
     trainer = training.Trainer(context_model(data), data, config(batch_size=24, context_share=1.0))
-    _, _, probabilities = trainer.batch()
+    _, _, probabilities, _ = trainer.batch()
     seen = []
 
     def nlls(*of_batch):
@@ -321,6 +321,24 @@ def test_where_a_mask_follows_the_ink_the_loss_is_that_of_the_levels_drawn():
     assert 0 < follows_ink.sum() < 24
     assert torch.equal(used[~follows_ink], probabilities[~follows_ink])
     assert torch.equal(used[follows_ink], torch.stack([1 - levels, levels], dim=1)[follows_ink].float())
+
+
+def test_halves_are_those_of_images_that_are_not_drawn_anew():
+    data = toy_dataset((1, 4, 4), 2, protocol="dynamic", num_train=64)
+    settings = config(batch_size=64, context_share=0.0, halves_share=1.0, redrawn_share=0.5)
+    trainer = training.Trainer(context_model(data), data, settings)
+    is_redrawn = trainer.batch()[3]
+    assert 0 < is_redrawn.sum() < 64
+    seen = []
+
+    def nlls(*of_batch):
+        seen.append(of_batch)
+        return training.Trainer.nlls(trainer, *of_batch)
+
+    trainer.nlls_to_lower = nlls
+    trainer.train_step()
+    num_known = seen[0][2].sum(dim=(1, 2, 3))
+    assert num_known.tolist() == torch.where(is_redrawn, 0, 8).tolist()
 
 
 def test_completions_are_validated_given_the_labels_that_training_gives():

@@ -88,6 +88,19 @@ def test_training_masks_are_of_every_kind():
     assert ends_in_full_row.sum() > 50  # parts of the image, and all rows down to the drawing's lowest
 
 
+def test_halves_are_shown_of_the_share_of_each_image_whatever_else_would_be():
+    others, others_follow = training_masks(generator(), crosses(400), 2, 1.0)
+    masks, follow = training_masks(generator(), crosses(400), 2, 1.0, torch.arange(400) % 2)
+    y, x = torch.arange(28)[:, None].expand(28, 28), torch.arange(28).expand(28, 28)
+    halves = [mask for at in (y, x) for mask in (at < 14, at >= 14)]
+    counts = [int((masks[1::2, 0] == half).all(dim=(1, 2)).sum()) for half in halves]
+    assert sum(counts) == 200
+    assert min(counts) > 30
+    assert not follow[1::2].any()
+    assert torch.equal(masks[::2], others[::2])
+    assert torch.equal(follow[::2], others_follow[::2])
+
+
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (2, 3), (1, 7), (5, 1), (1, 1)])
 def test_every_size_has_masks(height, width):
     levels = random_levels((1, height, width), 2, num=100)

@@ -372,6 +372,16 @@ def test_a_network_that_sees_its_own_pixel_is_refused_when_it_is_built() -> None
         del registry._ARCHITECTURES["leaky"]
 
 
+def test_a_network_that_is_too_deep_for_a_plan_is_refused_in_a_sentence() -> None:
+    def deep(num_blocks: int) -> AutoregressiveModel:
+        config = registry.architectures()["pixelcnn"]
+        return build_model(config(image_shape=(1, 4, 4), num_levels=2, num_features=2, num_blocks=num_blocks))
+
+    Plan(deep(200))
+    with pytest.raises(ValueError, match="so deep a network: use at most 200 blocks in a row"):
+        Plan(deep(600))
+
+
 def test_rows_and_columns_are_kept_only_as_far_as_they_are_read() -> None:
     model = build_model(registry.architectures()["gated_pixelcnn"](
         image_shape=(1, 9, 9), num_levels=2, num_features=4, num_layers=3, kernel_size=5))  # fmt: skip

@@ -490,7 +490,7 @@ def test_the_loss_is_the_mean_over_what_a_pixel_may_be(redrawn_share, flips):
     data = dataclasses.replace(data, images={**data.images, "train": greys})
     settings = config(redrawn_share=redrawn_share, horizontal_flips=flips, label_dropout=1.0)
     trainer = training.Trainer(toy_model(data), data, settings)
-    levels, label, probabilities = trainer.batch()
+    levels, label, probabilities, _ = trainer.batch()
     kinds = set()
     for grey, drawn, probability in zip(greys[trainer._order], levels, probabilities[:, 1], strict=True):
         as_it_may_be = {"grey": grey / 255, "mirrored": grey.flip(-1) / 255, "anew": drawn.float()}

@@ -184,10 +184,13 @@ def test_weights_that_are_not_numbers_are_passed_over(toy):
     toy.promote()
     unmeasured = toy.register(INK, broken=True, nll=math.nan)
     broken = toy.register(INK, broken=True, nll=1.0)
+    edited = toy.register(INK / 2)
+    tracking.client().set_model_version_tag(toy.model_name, edited, registry.VALIDATION_METRIC, "about 80")
     report = toy.promote()
     assert report["decision"] == "kept"
     assert report["skipped"] == [
         {"version": unmeasured, "reason": "its recorded validation NLL is not a finite number"},
+        {"version": edited, "reason": "its recorded validation NLL is not a finite number"},
         {"version": broken, "reason": "its joint NLL is not a finite number for 400 of 400 images"},
     ]
     assert f"version {broken}: its joint NLL is not a finite number" in report["text"]

@@ -48,7 +48,7 @@ from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import log_prob
 from pixelcnn.models.registry import config_to_dict
-from pixelcnn.training import trainer
+from pixelcnn.training import read_state, trainer
 from tests.local import run
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
 
@@ -785,6 +785,7 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     pair["network"] |= {"context_features": 2, "completer_features": 2}
     pair["completer"] = {**pair["train"], "context_share": 1.0, "learning_rate": 0.02}
     pair["context"] = {**pair["train"], "learning_rate": 0.03, "max_epochs": 0.06}
+    pair["halves"] = {**pair["completer"], "halves_share": 0.75, "learning_rate": 0.04}
     pair["network"]["label_features"] = 2
     pair["labels"] = {**pair["train"], "label_dropout": 0.0}
     values["evaluate"]["completion_images"] = {"mnist5k": 5}
@@ -810,21 +811,28 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     assert scores["num_context_parameters"] == num_context + 3 * 2, "and a classifier of two levels by two maps"
     assert f"the context network of the completer, {scores['num_context_parameters']:,} parameters: " in card
     assert "| `learning_rate` | 0.03 |" in card
+    assert "It then went on, mostly with halves of images as they are: " in card
+    assert "| `learning_rate` | 0.04 |" in card
+    before = read_state(state / "completer.safetensors")[1]
+    after = read_state(state / "halves.safetensors")[1]
+    assert not torch.equal(before["ema/0"], after["ema/0"])
+    assert torch.equal(after["ema/0"], next(model.completer.parameters())), "what went on is what is kept"
     client = tracking.client()
     history = client.get_metric_history(run_id, "curve/completer_validation_nats")
     assert [m.step for m in history] == [3, 6]
     assert [m.step for m in client.get_metric_history(run_id, "curve/labels_validation_nats")] == [3, 6]
+    assert [m.step for m in client.get_metric_history(run_id, "curve/halves_validation_nats")] == [3, 6]
     assert [m.step for m in client.get_metric_history(run_id, "curve/context_validation_nats")] == [4, 8]
     assert client.get_run(run_id).data.params["completer.learning_rate"] == "0.02"
-    # With larger budgets both go on, and the record says by which code each began.
+    # With larger budgets both go on, what follows the completer anew, and the record says by which code each began.
     monkeypatch.setattr(train_stage, "git_state", lambda: {"git_commit": "later", "git_dirty": "false"})
     pair["train"]["max_epochs"], pair["completer"]["max_epochs"] = 0.06, 0.07
     write_params(Path(), values)
     (state / "labels.safetensors").unlink()
     train_stage.train(PAIR, Path("models/longer"), state)
     longer = load_checkpoint("models/longer")[1]
-    began = {part: longer[f"{part}_git_commit"] for part in ("train", "context", "completer", "labels")}
-    assert began == {"train": "unknown", "context": "unknown", "completer": "unknown", "labels": "later"}
+    began = {part: longer[f"{part}_git_commit"] for part in ("train", "context", "completer", "halves", "labels")}
+    assert began == dict.fromkeys(("train", "context", "completer"), "unknown") | {"halves": "later", "labels": "later"}
     assert longer["git_commit"] == "later"
     card = model_card(config_to_dict(model.config), scores | longer)
     assert card.count(", by the code of commit `unknown`") == 3
