@@ -187,8 +187,8 @@ def _fit_all(
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
             whole.begin_completer()
-        parts = {"context": predictor, "completer": whole.completer, "halves": whole.completer}
-        parts["labels"] = whole.label_network
+        parts: dict[str, Network | None] = {"context": predictor, "completer": whole.completer}
+        parts |= {"halves": whole.completer, "labels": whole.label_network}
         for name_of_part, part in parts.items():
             config = getattr(pair, name_of_part)
             if part is not None and config is not None:
