@@ -304,10 +304,8 @@ def test_a_network_that_sees_no_drawings_has_no_part_that_learns_slowly(setting)
         fit(context_model(data, context_features=0, context_width=0), data, config(**{setting: 0.5}))
 
 
-def test_where_a_mask_follows_the_ink_the_loss_is_that_of_the_levels_drawn():
-    data = toy_dataset((1, 4, 4), 2, protocol="dynamic", num_train=24)
-    trainer = training.Trainer(context_model(data), data, config(batch_size=24, context_share=1.0))
-    _, _, probabilities, _ = trainer.batch()
+def batch_of_a_step(trainer):
+    """Let a trainer take a step; return what it lowered the loss of: levels, labels, masks, probabilities."""
     seen = []
 
     def nlls(*of_batch):
@@ -316,7 +314,15 @@ def test_where_a_mask_follows_the_ink_the_loss_is_that_of_the_levels_drawn():
 
     trainer.nlls_to_lower = nlls
     trainer.train_step()
-    ((levels, _, _, used),) = seen
+    (of_batch,) = seen
+    return of_batch
+
+
+def test_where_a_mask_follows_the_ink_the_loss_is_that_of_the_levels_drawn():
+    data = toy_dataset((1, 4, 4), 2, protocol="dynamic", num_train=24)
+    trainer = training.Trainer(context_model(data), data, config(batch_size=24, context_share=1.0))
+    _, _, probabilities, _ = trainer.batch()
+    levels, _, _, used = batch_of_a_step(trainer)
     _, follows_ink = trainer.masks(levels, 2, 0, share=1.0)
     assert 0 < follows_ink.sum() < 24
     assert torch.equal(used[~follows_ink], probabilities[~follows_ink])
@@ -329,15 +335,8 @@ def test_halves_are_those_of_images_that_are_not_drawn_anew():
     trainer = training.Trainer(context_model(data), data, settings)
     is_redrawn = trainer.batch()[3]
     assert 0 < is_redrawn.sum() < 64
-    seen = []
-
-    def nlls(*of_batch):
-        seen.append(of_batch)
-        return training.Trainer.nlls(trainer, *of_batch)
-
-    trainer.nlls_to_lower = nlls
-    trainer.train_step()
-    num_known = seen[0][2].sum(dim=(1, 2, 3))
+    _, _, observed, _ = batch_of_a_step(trainer)
+    num_known = observed.sum(dim=(1, 2, 3))
     assert num_known.tolist() == torch.where(is_redrawn, 0, 8).tolist()
 
 
