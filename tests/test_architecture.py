@@ -180,7 +180,8 @@ def test_packages_hold_nothing_for_tests() -> None:
 
 
 def test_importing_the_core_loads_no_pipeline_tool() -> None:
-    tools = {"prefect", "mlflow", "dvc", "bentoml", "streamlit", "torchvision", "matplotlib", "pandas"}
+    """Nor torch's compiler, which takes as long to import as all the rest of the core."""
+    tools = {"prefect", "mlflow", "dvc", "bentoml", "streamlit", "torchvision", "matplotlib", "pandas", "torch._dynamo"}
     code = f"import sys, pixelcnn, pixelcnn.__main__; print(sorted({tools} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -85,12 +85,14 @@ class LogisticMixture:
         half = inverse / (self.num_levels - 1)  # half a level's width, in scales
         centre = (self.scaled(levels, means) - means) * inverse
         upper, lower = centre + half, centre - half
-        # The log of a difference of sigmoids s, without a difference: s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)).
-        inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-2 * half))
+        # The log of a difference of sigmoids s, without a difference: s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)), and
+        # 1 - exp(-2 h) = 2 t / (1 + t) with t = tanh h. By expm1, which compilers for a CPU make exp less 1, nothing
+        # would be left of wide components.
+        tanh = torch.tanh(half)
+        inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(2 * tanh / (1 + tanh))
         inside = torch.where(levels == 0, F.logsigmoid(upper), inside)
         return torch.where(levels == self.num_levels - 1, F.logsigmoid(-lower), inside)
 
-    @torch.compiler.disable  # compiled for a CPU, expm1 is exp less 1: of wide components nothing would be left
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
         # Each component's log-probability of the colours so far; what a colour adds to their sum is its own.
         total = parameters[:, : self.num_mixtures].log_softmax(dim=1)
@@ -111,7 +113,6 @@ class LogisticMixture:
             weights = weights + self.component_log_probs(*components, earlier[:, before, None])
         return weights
 
-    @torch.compiler.disable  # as `log_prob`
     def level_logits(self, parameters: Tensor, colour: int, earlier: Tensor) -> Tensor:
         weights = self.weights(parameters, colour, earlier)
         levels = torch.arange(self.num_levels, device=parameters.device).view(1, -1, 1, *[1] * (parameters.dim() - 2))

@@ -390,7 +390,7 @@ class Trainer:
         """Return the settings that may change when a run goes on."""
         values = {**asdict(self.config), "precision": self.precision}
         if not self.model.config.context_features:
-            del values["context_share"]
+            del values["context_share"], values["halves_share"]
         return {name: values[name] for name in PHASE_SETTINGS if name in values}
 
     def save(self, path: Path) -> None:

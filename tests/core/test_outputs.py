@@ -115,7 +115,7 @@ def test_a_compiled_loss_of_wide_components_is_the_same(of_the_draw):
     found = [torch.autograd.functional.vjp(function, parameters) for function in (loss, torch.compile(loss))]
     for plain, compiled in zip(*found, strict=True):
         assert plain.isfinite().all()
-        assert torch.allclose(plain, compiled)
+        assert torch.allclose(plain, compiled, atol=1e-5)
 
 
 def mixture_copy(model):

@@ -280,7 +280,7 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     data, state = toy_dataset(), tmp_path / "state"
     first: dict[str, Any] = {"label_dropout": 0.25, "precision": "bfloat16", "optimizer": "adam"}
     then: dict[str, Any] = {"label_dropout": 0.9, "precision": "float32", "optimizer": "muon"}
-    both = {"halves_share": 0.0, "redrawn_share": 0.0, "compiled": False}
+    both = {"redrawn_share": 0.0, "compiled": False}
     first |= {"learning_rate": 0.01, "decay_fraction": 0.3, "ema_decay": 0.9, "batch_size": 8, **both}
     then |= {"learning_rate": 0.002, "decay_fraction": 0.2, "ema_decay": 0.8, "batch_size": 4, **both}
     losses, done = [], []
