@@ -78,9 +78,9 @@ def is_shared() -> bool:
     return host is not None and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
-def sqlite_file() -> Path | None:
-    """Return the registry's file if it is a SQLite database; None for another one, or a server."""
-    uri = tracking_uri()
+def sqlite_file(uri: str = "") -> Path | None:
+    """Return the registry's file, or that of `uri`, if it is a SQLite database; None for another one, or a server."""
+    uri = uri or tracking_uri()
     path = uri.removeprefix("sqlite:///").partition("?")[0]  # SQLAlchemy's options follow
     return Path(path).resolve() if uri.startswith("sqlite:///") else None
 
@@ -93,7 +93,8 @@ def client() -> mlflow.MlflowClient:
     # A new database announces each step of its making otherwise, and a model each step of being logged.
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri, database = tracking_uri(), sqlite_file()
+    uri = tracking_uri()
+    database = sqlite_file(uri)
     if Settings().registry_uri not in (None, uri):
         raise ValueError("MLFLOW_REGISTRY_URI names another place than MLFLOW_TRACKING_URI. Unset it.")
     mlflow.set_tracking_uri(uri)

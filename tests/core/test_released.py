@@ -55,7 +55,7 @@ def test_the_weights_score_what_they_say(pair):
     assert len(levels) == NUM_IMAGES
     found = mean_nats(model, levels)
     assert found == pytest.approx(scores[f"test/nll_nats_first_{NUM_IMAGES}"], rel=1e-4)
-    few, true = levels[:50], label[:50]
+    few, true = levels[:20], label[:20]
     wrong = (true + 1) % len(scores["label_names"])
     assert mean_nats(model, few, true) < mean_nats(model, few, wrong), "it knows the labels"
     assert mean_nats(model, few.flip(-2)) > mean_nats(model, few), "upside down is less probable"
@@ -72,20 +72,22 @@ def test_a_blank_page_costs_what_the_page_on_ranking_says():
 @pytest.mark.parametrize("pair", PAIRS)
 def test_its_samples_are_the_naive_samplers(pair):
     model, *_ = released(pair)
-    counted = count_differences(model, num_images=4, dtype=torch.float64)
+    counted = count_differences(model, num_images=4 if model.config.num_levels == 2 else 2, dtype=torch.float64)
     assert counted["num_levels_that_differ"] == 0
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_changing_a_pixel_reaches_no_earlier_probability(pair):
-    """Twelve sub-pixels of one image; `python -m pixelcnn check` asks all of them."""
+    """Some sub-pixels of one image; `python -m pixelcnn check` asks all of them."""
     model, _, levels, _ = released(pair)
     model, image = model.double(), levels[0]
     channels, height, width = image.shape
     order = torch.arange(image.numel()).view(height, width, channels).permute(2, 0, 1)  # raster order
+    num_places = 12 if model.config.num_levels == 2 else 4
     with torch.inference_mode():
         before = level_probs(model, image[None])[0]  # (K, C, H, W)
-        for place in torch.randperm(image.numel() - 1, generator=torch.Generator().manual_seed(0))[:12].tolist():
+        places = torch.randperm(image.numel() - 1, generator=torch.Generator().manual_seed(0))[:num_places]
+        for place in places.tolist():
             changed = torch.where(
                 order == place, (image + model.config.num_levels // 2) % model.config.num_levels, image
             )
