@@ -73,15 +73,16 @@ class BlockAttention(Block):
         self.query_position = Pointwise(4 * NUM_FREQUENCIES, maps, bias=False)
         self.keys_values = nn.Conv2d(num_features, 2 * maps, BLOCK, stride=BLOCK)
         self.key_position = Pointwise(4 * NUM_FREQUENCIES, maps, bias=False)
-        self.null_key = nn.Parameter(torch.randn(maps))
+        self.null_key = nn.Parameter(nn.init.normal_(torch.empty(maps)))
         self.null_value = nn.Parameter(torch.zeros(maps))
         block_rows, block_columns = height // BLOCK, -(-width // BLOCK)
-        num_seen = torch.arange(height) // BLOCK * block_columns  # blocks that the pixels of each row see, (H,)
-        seen = torch.arange(1 + block_rows * block_columns) <= num_seen[:, None]  # the constant comes first
-        self.register_buffer("visible", torch.where(seen, 0.0, -math.inf), persistent=False)
-        self.register_buffer("positions", position_code(height, width, height, width, 1), persistent=False)
-        blocks = position_code(block_rows, block_columns, height, width, BLOCK)
-        self.register_buffer("block_positions", blocks, persistent=False)
+        with torch.device("cpu"):  # numbers, where the weights have none: see `count_weights`
+            num_seen = torch.arange(height) // BLOCK * block_columns  # blocks that the pixels of each row see, (H,)
+            seen = torch.arange(1 + block_rows * block_columns) <= num_seen[:, None]  # the constant comes first
+            self.register_buffer("visible", torch.where(seen, 0.0, -math.inf), persistent=False)
+            self.register_buffer("positions", position_code(height, width, height, width, 1), persistent=False)
+            blocks = position_code(block_rows, block_columns, height, width, BLOCK)
+            self.register_buffer("block_positions", blocks, persistent=False)
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
         """Return what each pixel found, (B, heads * key_features, H, W), the heads in colour groups.

@@ -86,7 +86,7 @@ class MaskedConv2d(Convolution):
         out_maps, _, height, width = mask.shape
         self.right = right
         self.padding = (width - 1 - right, right, height - 1, 0)  # left, right, top, bottom
-        self.weight = nn.Parameter(torch.empty_like(mask))
+        self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.zeros(out_maps))
         self.register_buffer("mask", mask, persistent=False)
         # Unit variance is kept, counting only the taps that the mask lets through; on the meta device there are none.
@@ -121,7 +121,8 @@ class LabelBias(Block):
 
     def __init__(self, num_labels: int, num_maps: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(0.1 * torch.randn(num_labels, num_maps))
+        self.table = nn.Parameter(torch.empty(num_labels, num_maps))
+        nn.init.normal_(self.table, std=0.1)
 
     def forward(self, label: Tensor) -> Tensor:
         """Return the labels' biases, zero for -1: (B,) int64 in [-1, num_labels) -> (B, maps, 1, 1)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pixelcnn.config import ModelConfig, checked_config
 from pixelcnn.models.layers import LabelNetwork
@@ -105,10 +106,19 @@ def _assembled(config: ModelConfig) -> "AutoregressiveModel":
     return model
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Weights are not drawn: where they have no memory it would import torch's compiler, for more than a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_drawn = getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in kwargs
+        return kwargs["tensor"] if is_drawn else func(*args, **kwargs)
+
+
 def count_weights(config: ModelConfig) -> int:
     """Return how many weights `build_model` makes, without their memory; 0 where a constructor looks at numbers."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             return sum(weight.numel() for weight in _assembled(config).state_dict().values())
     except (RuntimeError, TypeError) as error:
         if "meta" not in str(error).lower():  # sizes that no tensor can have
