@@ -61,9 +61,9 @@ logger = logging.getLogger(__name__)
 _ready: set[str] = set()
 
 
-def tracking_uri() -> str:
+def tracking_uri(settings: Settings | None = None) -> str:
     """Return the URI of the tracking store and registry."""
-    return Settings().tracking_uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return (settings or Settings()).tracking_uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
 def location() -> str:
@@ -91,11 +91,13 @@ def client() -> mlflow.MlflowClient:
     ValueError where MLflow is to keep registered models elsewhere: backups and the store's feeder know one place.
     """
     # A new database announces each step of its making otherwise, and a model each step of being logged.
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking_uri()
+    for talker in map(logging.getLogger, ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc")):
+        if talker.level != logging.WARNING:  # each change makes all loggers look up theirs again
+            talker.setLevel(logging.WARNING)
+    settings = Settings()
+    uri = tracking_uri(settings)
     database = sqlite_file(uri)
-    if Settings().registry_uri not in (None, uri):
+    if settings.registry_uri not in (None, uri):
         raise ValueError("MLFLOW_REGISTRY_URI names another place than MLFLOW_TRACKING_URI. Unset it.")
     mlflow.set_tracking_uri(uri)
     if not uri.startswith("http") and (uri not in _ready or (database is not None and not database.exists())):

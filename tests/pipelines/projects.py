@@ -1,5 +1,7 @@
 """Small projects: params.yaml with tiny networks, a tiny dataset, a copy that DVC can run."""
 
+import copy
+import functools
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,11 @@ ROOT = Path(__file__).parents[2]
 
 def tiny_params() -> dict:
     """Return params.yaml with every network and training made tiny."""
+    return copy.deepcopy(_tiny_params())
+
+
+@functools.cache
+def _tiny_params() -> dict:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     for pair in values["pairs"].values():
         depth = "num_blocks" if pair["model"] == "pixelcnn" else "num_layers"
@@ -32,7 +39,7 @@ def tiny_params() -> dict:
 
 
 def write_params(folder: Path, values: dict) -> None:
-    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / "params.yaml").write_text(yaml.dump(values, Dumper=yaml.CSafeDumper, sort_keys=False))
 
 
 def tiny_dataset(name: str = "mnist5k", num_levels: int = 2, shape: tuple[int, int, int] = (1, 28, 28)) -> Dataset:
