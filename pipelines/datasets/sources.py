@@ -105,7 +105,7 @@ def read(name: str, folder: Path, advice: str) -> dict[str, Images]:
 
 def _read_mnist5k(path: Path) -> dict[str, Images]:
     try:
-        rows = np.genfromtxt(path, delimiter=",", ndmin=2).astype(np.int64)  # (5000, 785): pixels, then the digit
+        rows = np.loadtxt(path, delimiter=",", ndmin=2).astype(np.int64)  # (5000, 785): pixels, then the digit
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
