@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pixelcnn.models.layers import Block, Pointwise, masked_1x1
 from pixelcnn.models.maps import NEVER_WAITS, Map, check_window, row_matrix
-from pixelcnn.models.masks import colour_groups
+from pixelcnn.models.masks import colour_groups, device_of_numbers
 
 BLOCK = 2  # rows and columns of a block
 NUM_FREQUENCIES = 4  # of the position code, per axis
@@ -76,7 +76,7 @@ class BlockAttention(Block):
         self.null_key = nn.Parameter(nn.init.normal_(torch.empty(maps)))
         self.null_value = nn.Parameter(torch.zeros(maps))
         block_rows, block_columns = height // BLOCK, -(-width // BLOCK)
-        with torch.device("cpu"):  # numbers, where the weights have none: see `count_weights`
+        with device_of_numbers():
             num_seen = torch.arange(height) // BLOCK * block_columns  # blocks that the pixels of each row see, (H,)
             seen = torch.arange(1 + block_rows * block_columns) <= num_seen[:, None]  # the constant comes first
             self.register_buffer("visible", torch.where(seen, 0.0, -math.inf), persistent=False)

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 
+def device_of_numbers() -> torch.device:
+    """Return where a network's tables are made: on the default device, but not where it has no memory.
+
+    There, on torch's device `meta`, their arithmetic would import torch's compiler, for more than a second.
+    """
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def colour_groups(num_maps: int, num_colours: int) -> Tensor:
     """Return the colour of each map, (num_maps,) int64, in equal runs: 6 maps, 3 colours -> 0 0 1 1 2 2."""
     assert num_maps % num_colours == 0, (num_maps, num_colours)
-    return torch.arange(num_colours, device="cpu").repeat_interleave(num_maps // num_colours)
+    return torch.arange(num_colours, device=device_of_numbers()).repeat_interleave(num_maps // num_colours)
 
 
 def centre_mask(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> Tensor:
@@ -22,7 +31,7 @@ def centre_mask(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> Tensor
     Mask A: strictly earlier colours only. Mask B: the same colour too.
     """
     assert mask_type in ("A", "B"), mask_type
-    if torch.get_default_device().type == "meta":  # without memory: see `count_weights`
+    if torch.get_default_device().type == "meta":
         return torch.empty(len(out_groups), len(in_groups))
     out, in_ = out_groups[:, None], in_groups[None, :]
     return (out > in_ if mask_type == "A" else out >= in_).float()
