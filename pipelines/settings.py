@@ -85,6 +85,11 @@ class Settings(BaseSettings):
     # DVC sets this for the stages of an experiment.
     experiment: str | None = Field(default=None, validation_alias="DVC_EXP_BASELINE_REV")
 
+    @property
+    def registry(self) -> str:
+        """The URI of MLflow's tracking store and registry."""
+        return self.tracking_uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
     @model_validator(mode="before")
     @classmethod
     def _of_the_named_environment(cls, values: dict[str, Any]) -> dict[str, Any]:

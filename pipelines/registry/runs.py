@@ -61,15 +61,16 @@ logger = logging.getLogger(__name__)
 _ready: set[str] = set()
 
 
-def tracking_uri(settings: Settings | None = None) -> str:
+def tracking_uri() -> str:
     """Return the URI of the tracking store and registry."""
-    return (settings or Settings()).tracking_uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return Settings().registry
 
 
 def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
-    parts = urlsplit(tracking_uri())
-    return str(sqlite_file() or f"{parts.netloc.rpartition('@')[2]}{parts.path}")
+    uri = tracking_uri()
+    parts = urlsplit(uri)
+    return str(sqlite_file(uri) or f"{parts.netloc.rpartition('@')[2]}{parts.path}")
 
 
 def is_shared() -> bool:
@@ -95,7 +96,7 @@ def client() -> mlflow.MlflowClient:
         if talker.level != logging.WARNING:  # each change makes all loggers look up theirs again
             talker.setLevel(logging.WARNING)
     settings = Settings()
-    uri = tracking_uri(settings)
+    uri = settings.registry
     database = sqlite_file(uri)
     if settings.registry_uri not in (None, uri):
         raise ValueError("MLFLOW_REGISTRY_URI names another place than MLFLOW_TRACKING_URI. Unset it.")
@@ -124,8 +125,9 @@ def experiment_id(name: str) -> str:
     c = client()
     experiment = c.get_experiment_by_name(name)
     if experiment is None:
-        folder = database.parent if (database := sqlite_file()) else Path.cwd()
-        artifacts = None if tracking_uri().startswith("http") else (folder / "mlruns").as_uri()  # a server has its own
+        uri = tracking_uri()
+        folder = database.parent if (database := sqlite_file(uri)) else Path.cwd()
+        artifacts = None if uri.startswith("http") else (folder / "mlruns").as_uri()  # a server has its own
         try:
             return c.create_experiment(name, artifact_location=artifacts)
         except MlflowException:  # another process was first
