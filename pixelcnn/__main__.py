@@ -27,12 +27,12 @@ from typer.main import get_command
 from pixelcnn import evaluation
 from pixelcnn.bench import SAMPLERS, bench, write_json
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_weights, save_checkpoint
-from pixelcnn.completion import complete, resample
+from pixelcnn.completion import complete, resample, score_completions
 from pixelcnn.config import MAX_SIDE, checked_config
 from pixelcnn.data import load_dataset
 from pixelcnn.evaluation import evaluate, in_batches
 from pixelcnn.images import from_png, to_sheet
-from pixelcnn.likelihood import bits_per_dim, completion_log_prob, count_leaks, log_prob
+from pixelcnn.likelihood import bits_per_dim, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
 from pixelcnn.sampling.fast import compile_sampler, sample, what_compiling_lacks
@@ -140,7 +140,7 @@ def train_command(
         return
     scores: dict[str, Any] = evaluate(model, dataset)
     if config.context_features:
-        scores |= evaluation.evaluate_completion(model, dataset)
+        scores |= evaluation.evaluate_completion(model, dataset, score=score_completions)
     scores |= {"dataset": dataset.name, "protocol": dataset.protocol, "data_hash": dataset.data_hash}
     # What the pipeline's `register` wants of a checkpoint, too.
     scores |= {"label_names": dataset.label_names, evaluation.CHECKED_SCORE: evaluation.checked_score(model, dataset)}
@@ -162,7 +162,7 @@ def evaluate_command(
     model = model.to(_device(device))
     scores = evaluate(model, dataset, num_images=num_images)
     if completion:
-        scores |= evaluation.evaluate_completion(model, dataset, num_images=num_images)
+        scores |= evaluation.evaluate_completion(model, dataset, num_images=num_images, score=score_completions)
     print(json.dumps({"protocol": dataset.protocol, **scores}, indent=2))
 
 
@@ -247,7 +247,7 @@ def complete_command(
         choice = torch.rand(len(u), generator=generator).to(u.device)
         levels, effective = resample(model, images, observed, proposed, choice, labels)
         print(f"effective number of proposals: {effective.mean().item():.1f} of {proposals}")
-    for value in in_batches(completion_log_prob, model, levels, observed, labels).tolist():
+    for value in in_batches(score_completions, model, levels, observed, labels).tolist():
         print(f"log p(missing | observed) = {value:.2f} nats")
     shown = torch.where(observed[:1], images[:1], 0)
     _write_sheet(torch.cat([shown, levels]), config.num_levels, out)

@@ -163,13 +163,19 @@ def evaluate(
 
 @torch.inference_mode()
 def per_image_completion_nll(
-    model: AutoregressiveModel, data: Dataset, split: str, num_images: int | None = None, batch_size: int = SCORED_BATCH
+    model: AutoregressiveModel,
+    data: Dataset,
+    split: str,
+    num_images: int | None = None,
+    batch_size: int = SCORED_BATCH,
+    score: Callable[..., Tensor] = completion_log_prob,
 ) -> dict[str, Tensor]:
     """Return the nats of the missing parts of a split's images one by one: -log p(missing | observed), without label.
 
     For each mask of `observed.SCORED` that is (N,) float64 as e.g. `top`; and as `top_raster` for raster clamping on
     the same masks: the joint model, in which a missing pixel sees of the known ones only those that come before it. A
-    model without a context network has that alone: both are the same. Arguments are those of `per_image_nll`.
+    model without a context network has that alone: both are the same. `score` is `completion_log_prob`, or what equals
+    it, as `completion.score_completions` does; the other arguments are those of `per_image_nll`.
     """
     found: dict[str, list[Tensor]] = {}
     first = 0
@@ -178,7 +184,7 @@ def per_image_completion_nll(
         for name in SCORED:
             observed = scored_masks(name, levels, data.num_levels, first)
             raster = (joint * ~observed).sum(dim=(1, 2, 3))
-            given = completion_log_prob(model, levels, observed) if model.config.context_features else raster
+            given = score(model, levels, observed) if model.config.context_features else raster
             for key, log_probs in ((name, given), (f"{name}_raster", raster)):
                 found.setdefault(key, []).append(-log_probs.double().cpu())
         first += len(levels)
@@ -191,6 +197,7 @@ def evaluate_completion(
     split: str = "test",
     num_images: int | None = None,
     batch_size: int = SCORED_BATCH,
+    score: Callable[..., Tensor] = completion_log_prob,
 ) -> dict[str, float]:
     """Measure -log p(missing | observed), without label, and beside each figure that of raster clamping.
 
@@ -200,7 +207,7 @@ def evaluate_completion(
     """
     scores: dict[str, float] = {}
     with _scoring(model, data):
-        for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size).items():
+        for name, nats in per_image_completion_nll(model, data, split, num_images, batch_size, score).items():
             scores |= _mean_and_stderr(f"{split}/completion_{name}_nats", nats)
             scores[f"{split}/completion_num_images"] = len(nats)
     return scores

@@ -12,6 +12,7 @@ from pipelines.registry import versions as registry
 from pipelines.registry.provenance import core_sha256
 from pipelines.registry.versions import Version
 from pixelcnn.checkpoint import load_checkpoint
+from pixelcnn.completion import score_completions
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import check_fit, per_image_completion_nll, per_image_nll
 from pixelcnn.observed import SCORED
@@ -49,7 +50,8 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
                 check_fit(model.config, data)
             except ValueError as error:
                 raise MisfitError(str(error)) from None
-            by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size)
+            limits = (NUM_COMPLETED, batch_size)
+            by_mask = per_image_completion_nll(model, data, "validation", *limits, score_completions)
             completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
             nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from pipelines.reports.card import model_card
 from pipelines.stages.train import TRAINED_FOLDER, Log, inputs_of, load, set_torch_threads
 from pixelcnn import evaluation
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, save_checkpoint
+from pixelcnn.completion import score_completions
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset
 from pixelcnn.models.registry import config_to_dict
 
@@ -83,7 +84,7 @@ def evaluate(
     if model.config.context_features:
         limits = (params.evaluate.completion_images.get(data.name), num_images)
         num_completed = min((limit for limit in limits if limit), default=None)
-        scores |= evaluation.evaluate_completion(model, data, num_images=num_completed, batch_size=batch_size)
+        scores |= evaluation.evaluate_completion(model, data, "test", num_completed, batch_size, score_completions)
     scores |= baseline_scores(data)
     first, name_of_first = evaluation.CHECKED_IMAGES, evaluation.CHECKED_SCORE
     scores[name_of_first] = evaluation.checked_score(model, data, batch_size)

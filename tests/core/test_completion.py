@@ -219,7 +219,7 @@ def test_proposals_are_scored_in_batches():
     levels, effective = resample(model, *given)
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     again = resample(model, *given)
-    assert sizes == [50, 50, 20] * 2, "the joint model's score of each, and that by which it was proposed"
+    assert sizes == [50, 50, 20], "the joint model's score of each; that by which it was proposed the sampler finds"
     assert torch.equal(again[0], levels)
     torch.testing.assert_close(again[1], effective)
     assert resample(model, *(x[:0] for x in given))[0].shape == (0, *SHAPE)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pixelcnn.completion as completion
 import pixelcnn.sampling.fast as fast_sampling
 from pixelcnn import (
     GatedPixelCNNConfig,
@@ -21,7 +22,7 @@ from pixelcnn import (
     save_checkpoint,
 )
 from pixelcnn.checkpoint import load_joint_weights
-from pixelcnn.completion import complete_and_score
+from pixelcnn.completion import complete_and_score, score_completions
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.layers import ContextNetwork
 from pixelcnn.sampling.cached import cached_sample
@@ -284,7 +285,8 @@ def test_a_completer_draws_what_has_a_drawing_and_the_joint_model_the_rest(confi
 @pytest.mark.parametrize("config", [*ENGINE_CONFIGS[::4], *WITH_COMPLETER], ids=name)
 def test_a_completion_comes_with_its_log_probability(config: ModelConfig, compiled, monkeypatch) -> None:
     if not compiled:
-        monkeypatch.setattr(fast_sampling, "engine_name", lambda model: "cached, in torch")
+        for module in (fast_sampling, completion):
+            monkeypatch.setattr(module, "engine_name", lambda model: "cached, in torch")
     u = torch.rand(5, *config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     label = torch.tensor([-1, 0, 2, 1, -1])
     drawing = torch.randint(0, config.num_levels, u.shape, generator=torch.Generator().manual_seed(1))
@@ -298,8 +300,9 @@ def test_a_completion_comes_with_its_log_probability(config: ModelConfig, compil
                 log_probs = score()
                 assert torch.equal(levels, complete(model, drawing, observed, u, label, temperature))
                 expected = completion_log_prob(model, levels, observed, label)
-                torch.testing.assert_close(log_probs, expected.double(), rtol=tolerance, atol=tolerance)
-                assert log_probs[3] == 0, "nothing was missing"
+                for found in (log_probs, score_completions(model, levels, observed, label)):
+                    torch.testing.assert_close(found, expected.double(), rtol=tolerance, atol=tolerance)
+                    assert found[3] == 0, "nothing was missing"
         alone = complete_and_score(model, drawing[:1], observed[:1], u[:1], label[:1])[1]()
         crowd = complete_and_score(model, drawing, observed, u, label)[1]()
         assert not compiled or torch.equal(alone, crowd[:1]), "not a bit depends on the images beside it"

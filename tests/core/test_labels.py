@@ -8,7 +8,7 @@ import torch
 
 import pixelcnn.models.base as base
 from pixelcnn import TrainConfig, build_model, complete, completion_log_prob, naive_sample, sample
-from pixelcnn.completion import complete_and_score
+from pixelcnn.completion import complete_and_score, score_completions
 from pixelcnn.evaluation import per_image_completion_nll
 from pixelcnn.sampling.cached import cached_sample
 from pixelcnn.sampling.naive import new_canvas
@@ -79,6 +79,7 @@ def test_all_samplers_draw_the_same_labels_and_pixels(architecture, shape, chang
         levels, score = complete_and_score(model, drawing, observed, u, label, temperature)
         assert torch.equal(levels, expected)
         scored = completion_log_prob(model, levels, observed, label)
+        assert torch.allclose(score_completions(model, levels, observed, label), scored, atol=1e-10)
         assert torch.allclose(score(), scored, atol=1e-10), "summed over the labels, not that of the one drawn"
         assert torch.equal(score(slice(5, 9)), score()[5:9])
 
