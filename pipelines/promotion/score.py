@@ -50,8 +50,7 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
                 check_fit(model.config, data)
             except ValueError as error:
                 raise MisfitError(str(error)) from None
-            limits = (NUM_COMPLETED, batch_size)
-            by_mask = per_image_completion_nll(model, data, "validation", *limits, score_completions)
+            by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size, score_completions)
             completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
             nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
             kept.parent.mkdir(parents=True, exist_ok=True)
