@@ -51,6 +51,8 @@ class PairParams(Frozen):
     context: InstanceOf[TrainConfig] | None = None  # of the completer's context network, if it learns by itself first
     completer: InstanceOf[TrainConfig] | None = None  # if `network` has one
     halves: InstanceOf[TrainConfig] | None = None  # of the completer again, where it goes on with other shares
+    added: InstanceOf[TrainConfig] | None = None  # of what is added to the completer's logits, if `network` has that
+    added_begins_with: str = ""  # the name of released weights, whose completer it is at first; a new network if empty
     labels: InstanceOf[TrainConfig] | None = None  # of the label network, if `network` has one
 
     @model_validator(mode="before")
@@ -69,10 +71,13 @@ class PairParams(Frozen):
         fixed = {"image_shape": spec.image_shape, "num_levels": spec.num_levels, "num_labels": len(spec.label_names)}
         network = _config(architectures()[model], values["network"], "network", fixed)
         built = {**values, "network": network}
+        if values.get("added_begins_with") and not network.added_features:
+            raise ValueError("added_begins_with: nothing begins with it: set added_features in its network.")
         # Of each part, the size of what it trains, and whether that sees drawings by a context network of its own.
         parts = {"train": ("num_features", network.of_joint().context_features > 0)}
         parts |= {"context": ("completer_features", False), "completer": ("completer_features", True)}
-        parts |= {"halves": ("completer_features", True), "labels": ("label_features", False)}
+        parts |= {"halves": ("completer_features", True), "added": ("added_features", True)}
+        parts |= {"labels": ("label_features", False)}
         for part, (features, sees_drawings) in parts.items():
             if part in values and not getattr(network, features):
                 raise ValueError(f"{part}: it trains nothing: set {features} in its network.")

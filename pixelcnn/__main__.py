@@ -38,8 +38,9 @@ from pixelcnn.models.registry import architectures, build_model
 from pixelcnn.sampling.fast import compile_sampler, sample, what_compiling_lacks
 from pixelcnn.training import TrainConfig, fit, tell_progress
 
-# What the dataset fixes; and the completer and the label network, which the pipeline trains as parts of their own.
-NOT_BY_HAND = ("image_shape", "num_levels", "num_labels", "completer_features", "label_features")
+# What the dataset fixes; and the networks that the pipeline trains as parts of their own.
+NOT_BY_HAND: tuple[str, ...] = ("image_shape", "num_levels", "num_labels", "completer_features", "label_features")
+NOT_BY_HAND += ("added_features", "added_context_width")
 SEVERAL_VALUES = ("--batch-sizes", "--samplers", "--sides")
 
 Checkpoint = Annotated[Path, Option(help="folder of a checkpoint, or the name of released weights")]

@@ -144,7 +144,7 @@ def load_joint_weights(model: AutoregressiveModel, folder: str | Path) -> None:
     source, _ = load_checkpoint(folder)
     found, weights = config_to_dict(source.config), source.state_dict()
     for key, value in config_to_dict(model.config).items():
-        if not key.startswith(("context_", "completer", "label_")) and found.get(key) != value:
+        if not key.startswith(("context_", "completer", "added_", "label_")) and found.get(key) != value:
             raise ValueError(f"{folder} holds a network of {key} {found.get(key)!r}, the one to train has {value!r}.")
     if any(name in weights and weights[name].shape != tensor.shape for name, tensor in model.state_dict().items()):
         raise ValueError(f"{folder} holds a context or label network of other sizes. Start from a network without.")

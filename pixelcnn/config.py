@@ -32,6 +32,9 @@ class ModelConfig:
         num_mixtures: components of a logistic mixture; 0 for other outputs.
         completer_features: width of a network of its own that drawings go to, otherwise of this architecture and with
             the context network; 0 for none. The joint model then has no part in completing, and loses nothing to it.
+        added_features: width of a network whose logits are added to the completer's, otherwise of this architecture,
+            and with a context network of its own, by dilated kernels; 0 for none.
+        added_context_width: width of that context network's own layers; 0 means `context_features`.
         label_features: width of the network that says which labels a drawing may have; 0 for none. With it an ending
             without label is drawn with one, from p(label | drawing), so that all of its pixels agree on what it is.
 
@@ -47,6 +50,8 @@ class ModelConfig:
     head_features: int = 0
     context_width: int = 0
     completer_features: int = 0
+    added_features: int = 0
+    added_context_width: int = 0
     label_features: int = 0
     output: str = "categorical"
     num_mixtures: int = 0
@@ -62,9 +67,11 @@ class ModelConfig:
         check_int("num_levels", self.num_levels, 2)
         check_int("num_features", self.num_features, 1)
         seeing = ("context_width", "context_scales", "completer_features", "label_features")
-        for name in ("num_labels", "head_features", "context_features", *seeing):
+        added = ("added_features", "added_context_width")
+        for name in ("num_labels", "head_features", "context_features", *seeing, *added):
             check_int(name, getattr(self, name), 0)
         needed = [(name, "context_features") for name in seeing] + [("label_features", "num_labels")]
+        needed += [("added_features", "completer_features"), ("added_context_width", "added_features")]
         for name, other in needed:
             if getattr(self, name) and not getattr(self, other):
                 raise ValueError(f"{name} must be 0 where {other} is 0, got {getattr(self, name)}.")
@@ -77,7 +84,7 @@ class ModelConfig:
         check_int("num_mixtures", self.num_mixtures, 1 if self.output == "logistic_mixture" else 0)
         if self.num_mixtures and self.output != "logistic_mixture":
             raise ValueError(f"num_mixtures must be 0 where output is {self.output}, got {self.num_mixtures}.")
-        for name in ("num_features", "head_features", "completer_features"):
+        for name in ("num_features", "head_features", "completer_features", "added_features"):
             if getattr(self, name) % self.num_groups:
                 raise ValueError(
                     f"{name} must be a multiple of the {self.num_groups} colour channels, got {getattr(self, name)}."
@@ -95,18 +102,26 @@ class ModelConfig:
 
     def without_context(self) -> Self:
         """Return the same network without context network, completer and label network."""
-        plain = replace(self, completer_features=0, label_features=0)
-        return replace(plain, context_features=0, context_width=0, context_scales=0)
+        return replace(self.by_itself(), context_features=0, context_width=0, context_scales=0)
 
     def of_joint(self) -> Self:
         """Return the config of the joint model, a network by itself: with a completer it sees no drawings."""
-        return self.without_context() if self.completer_features else replace(self, label_features=0)
+        return self.without_context() if self.completer_features else self.by_itself()
+
+    def by_itself(self) -> Self:
+        """Return the same network without others beside it."""
+        return replace(self, completer_features=0, added_features=0, added_context_width=0, label_features=0)
 
     def of_completer(self) -> Self:
         """Return the config of the completer, a network by itself."""
         width = self.completer_features
         head = self.head_features if width == self.num_features else 0  # it then begins with the joint model's weights
-        return replace(self, num_features=width, head_features=head, completer_features=0, label_features=0)
+        return replace(self.by_itself(), num_features=width, head_features=head)
+
+    def of_added(self) -> Self:
+        """Return the config of the network whose logits are added to the completer's, a network by itself."""
+        plain = replace(self.by_itself(), num_features=self.added_features, head_features=0)
+        return replace(plain, context_width=self.added_context_width, context_scales=0)
 
 
 def check_odd(name: str, value: Any) -> None:

@@ -21,7 +21,7 @@ from pixelcnn.training import StepReport
 
 _COLUMNS = ("step", "epoch", "train_nll_nats", "train_subset_nll_nats", "validation_nll_nats", "learning_rate")
 # What a model may have beside the joint network. Their columns have other names: all are curves of one run.
-PARTS = ("context", "completer", "halves", "labels")
+PARTS = ("context", "completer", "halves", "added", "labels")
 NUM_EXTREMES = 8  # best and worst test images on their sheet
 CURVE_FILES = ("curve.csv", *(f"{part}.csv" for part in PARTS))
 
@@ -135,6 +135,7 @@ def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores:
         "context": "of missing pixels, each by itself, nats per image",
         "completer": "-log p(missing | known), nats per image",
         "halves": "-log p(missing | known), going on with halves",
+        "added": "-log p(missing | known), with the added network",
         "labels": "-log p(label | known), nats",
     }
     for axes, (file, rows) in zip(all_axes[1:], parts, strict=True):

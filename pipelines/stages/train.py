@@ -27,7 +27,7 @@ from pipelines.registry.runs import Training
 from pipelines.reports import curve as training_report
 from pipelines.reports.curve import CURVE_FILES, PARTS, Curve
 from pipelines.stages.live_run import RUN_ID_FILE, RUN_KEY_FILE, LiveRun
-from pixelcnn.checkpoint import check_replaceable, save_checkpoint, sha256_of
+from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_with_hash, save_checkpoint, sha256_of
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import bits_per_dim
@@ -42,6 +42,7 @@ DECIDES = ("config.py", "data.py", "evaluation.py", "likelihood.py", "observed.p
 HALF_TOLERANCE = 0.0002  # bits/dim that the validation score may change when weights are stored in half precision
 HALF_BITS = (5, 10)  # of the mantissa that may do, in this order: with five of its ten bits a packed file is smaller
 HALF_IMAGES = 1000  # of the validation split: the change hardly varies between images
+_FOLLOWERS = {"completer": ("halves", "added"), "halves": ("added",)}  # the parts that go on from a part's weights
 _DONE_FILE = "done"  # in the folder of a state: the result was written
 _NUM_THREADS = torch.get_num_threads()
 
@@ -127,10 +128,12 @@ def _fit_all(
 ) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Train the joint model, the completer, which begins with the same weights, and the label network, each by itself.
 
-    The completer's context network may have learned before it, and the completer go on with halves. States in the
-    folder `work` are taken up, and their run gone on with. Return the model, and the record of all that, JSON-ready.
+    The completer's context network may have learned before it, and the completer go on with halves; what is added to
+    its logits learns after that. States in the folder `work` are taken up, and their run gone on with. Return the
+    model, and the record of all that, JSON-ready.
     """
     pair = params.pair(name)
+    began = load_checkpoint(pair.added_begins_with)[0].completer if pair.added_begins_with else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(pair.train.seed)
     network = pair.network.of_joint()
@@ -158,7 +161,8 @@ def _fit_all(
         if not before:
             atomic_write(origin_file, json.dumps(origin))
         origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
-        num_parameters = sum(p.numel() for p in part.parameters())
+        learner: Any = getattr(part, "added", None) or part
+        num_parameters = sum(p.numel() for p in learner.parameters())
         log(f"training {num_parameters} parameters on {device}")
         tell = tell_progress(log, data, part is whole.label_network)
 
@@ -170,8 +174,9 @@ def _fit_all(
 
         fit(part, data, config, on_step, state_file, draw if part is model else None)
         done, _ = read_state(state_file)
-        if config is pair.completer and done.step > before:  # what went on from other weights begins anew
-            (work / "halves.safetensors").unlink(missing_ok=True)
+        if done.step > before:  # what went on from other weights begins anew
+            for follower in _FOLLOWERS.get(state_file.stem, ()):
+                (work / f"{follower}.safetensors").unlink(missing_ok=True)
         return {
             "train_minutes": done.elapsed_s / 60,
             "num_parameters": num_parameters,
@@ -187,10 +192,16 @@ def _fit_all(
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
             whole.begin_completer()
-        parts: dict[str, Network | None] = {"context": predictor, "completer": whole.completer}
-        parts |= {"halves": whole.completer, "labels": whole.label_network}
+        completer, added = whole.completer, None
+        if completer is not None:
+            added, completer.added = completer.added, None  # until its turn comes
+        parts: dict[str, Network | None] = {"context": predictor, "completer": completer, "halves": completer}
+        parts |= {"added": added and completer, "labels": whole.label_network}
         for name_of_part, part in parts.items():
             config = getattr(pair, name_of_part)
+            if name_of_part == "added" and added is not None and completer is not None:
+                completer.added = added
+                completer.begin_added(began)
             if part is not None and config is not None:
                 curve = Curve(work / f"{name_of_part}.csv")
                 found = fit_part(part, config, curve, work / f"{name_of_part}.safetensors")
@@ -213,7 +224,8 @@ def _settings(name: str, params: Params) -> dict[str, Any]:
     sections = {"network": config_to_dict(pair.network)}
     sections |= {part: asdict(config) for part, config in _trainings(pair).items() if config}
     sections["data"] = params.data.model_dump()
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    found = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {**found, **({"added_begins_with": pair.added_begins_with} if pair.added_begins_with else {})}
 
 
 def _trainings(pair: PairParams) -> dict[str, TrainConfig | None]:
@@ -292,7 +304,8 @@ def weights_key(name: str, params: Params, data: Dataset) -> str:
     """Return the SHA-256 of all that a pair's weights follow from: settings, data, and the code that decides them."""
     pair = params.pair(name)
     code = [core_sha256(*DECIDES), *code_beside(pair.model)]
-    every = [name, pair.num_threads, _settings(name, params), data.data_hash, *code]
+    began = [load_with_hash(pair.added_begins_with)[2]] if pair.added_begins_with else []
+    every = [name, pair.num_threads, _settings(name, params), data.data_hash, *code, *began]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
 
 

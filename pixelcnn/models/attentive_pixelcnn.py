@@ -6,7 +6,8 @@ keys and values come from 2x2 blocks of the vertical stack, of rows wholly above
 them once per pair of rows; each query belongs to a colour; what is found enters the next gate.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -37,6 +38,10 @@ class AttentivePixelCNNConfig(GatedPixelCNNConfig):
         check_int("attention_every", self.attention_every, 1)
         check_int("num_heads", self.num_heads, 1)
         check_int("key_features", self.key_features, 1)
+
+    def of_added(self) -> Self:
+        """Return the config of the network that is added to the completer; it does not attend, since that one does."""
+        return replace(super().of_added(), attention_every=self.num_layers)
 
 
 class AttentiveLayer(GatedLayer):

@@ -11,6 +11,8 @@ With a context network the model also is p(missing | observed) for any observed 
 missing sub-pixels of p(x_i | x_1, ..., x_{i-1}, drawing): the network's map of the drawing enters every layer (section
 2.3 of arXiv:1606.05328). With nothing observed the map is zero, and the same weights are p(x). A model may also have a
 *completer*, a second network of the same kind, for all images of which something is observed; it alone sees drawings.
+To the completer's logits those of another network may be added: a product of experts (Hinton 2002, Neural Computation
+14), normalised sub-pixel by sub-pixel.
 With a *label network* p(missing | observed) is a mixture: the sum over labels of p(label | observed) p(missing |
 observed, label), of which a label is drawn first, and then all pixels given it.
 """
@@ -32,6 +34,7 @@ OTHER_NETWORKS = ("completer", "label_network")  # parts of a model beside its j
 
 # Labels less probable than this are dropped before one is drawn; of more than ten the limit is 1 / (2 num_labels).
 MIN_LABEL_PROB = 0.05
+ADDED_SHARE = 0.25  # of the logits that an added network begins with, where it begins with weights that were trained
 
 
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
@@ -91,12 +94,32 @@ class AutoregressiveModel(nn.Module):
         if features := self.layer_config.context_features:
             self.context_network = ContextNetwork(config, config.context_width, features, config.context_scales)
         self.completer: AutoregressiveModel | None = None  # `build_model` adds it, and what follows
+        self.added: AutoregressiveModel | None = None  # of a completer: its logits are added
         self.label_network: LabelNetwork | None = None
 
     def begin_completer(self) -> None:
         """Let a completer of the joint model's width begin with its weights: it then is the same joint model."""
         if self.completer is not None and self.completer.config.num_features == self.config.num_features:
             self.completer.load_state_dict(self.state_dict(), strict=False)
+
+    @torch.no_grad()
+    def begin_added(self, trained: "AutoregressiveModel | None") -> None:
+        """Let the network that is added to this one's logits begin with the weights of a trained one, or add nothing.
+
+        A quarter of the trained one's logits is added to three quarters of this one's: the geometric mean, weighted, of
+        both distributions. ValueError if the trained one is of other sizes.
+        """
+        if self.added is None:
+            raise ValueError("this network has none whose logits are added: set added_features.")
+        share = 0.0 if trained is None else ADDED_SHARE
+        if trained is not None:
+            sizes, expected = ({n: w.shape for n, w in x.state_dict().items()} for x in (trained, self.added))
+            if sizes != expected:
+                raise ValueError("the network to begin with is of other sizes than the one that is added.")
+            self.added.load_state_dict(trained.state_dict())
+        for network, factor in ((self, 1 - share), (self.added, share)):
+            for weight in network.logits.parameters():
+                weight.mul_(factor)
 
     def networks(self, observed: Tensor) -> list[tuple["AutoregressiveModel", Tensor]]:
         """Return each network that these images need, with the indices (n,) of those that it is for.
@@ -148,19 +171,32 @@ class AutoregressiveModel(nn.Module):
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)
         label: Any = Map("labels", (), None, 0, NEVER_WAITS) if self.config.num_labels else None
-        features = self.layer_config.context_features
-        context: Any = Map("context", (), None, features, NEVER_WAITS) if features else None
-        logits: Any = self.logits(F.relu(self.head(F.relu(self.features(image, label, context)))))
+        logits = self._logits(image, label, [x and x.described() for x in self.context_networks()])
         due = colour_groups(logits.num_channels, self.config.num_groups)
         if logits.lead > -1 if logits.turns is None else bool((logits.turns > due).any()):
             raise ValueError(f"{type(self).__name__} is not causal: its logits see the pixel itself, or later ones.")
         return logits
 
-    def context(self, drawing: Tensor | None, observed: Tensor | None) -> Tensor | None:
-        """Return what the context network makes of a drawing, to enter every layer; None if either is missing."""
-        if self.context_network is None or drawing is None or observed is None:
-            return None
-        return self.context_network(drawing, observed)
+    def context_networks(self) -> list[ContextNetwork | None]:
+        """Return this network's own context network, None without one, and that of the one whose logits are added."""
+        return [self.context_network, *([] if self.added is None else self.added.context_networks())]
+
+    def contexts(self, drawing: Tensor | None, observed: Tensor | None) -> list[Tensor | None]:
+        """Return what each of `context_networks` makes of a drawing, to enter every layer; None without a drawing."""
+        if drawing is None or observed is None:
+            return [None for _ in self.context_networks()]
+        networks = self.context_networks()
+        return [None if network is None else network(drawing, observed) for network in networks]
+
+    def _logits(self, x: Any, label: Any, contexts: list[Any]) -> Any:
+        """Return the output's parameters as maps, (B, P, H, W), of tensors or of symbolic maps."""
+        hidden = F.relu(self.head(F.relu(self.features(x, label, contexts[0]))))
+        if self.config.output == "categorical" or isinstance(hidden, Map):
+            logits = self.logits(hidden)
+        else:  # rounded to bfloat16, means and scales would cost tenths of a bit
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = self.logits(hidden.to(self.logits.weight.dtype))
+        return logits if self.added is None else logits + self.added._logits(x, label, contexts[1:])
 
     def forward(
         self,
@@ -197,12 +233,7 @@ class AutoregressiveModel(nn.Module):
             if self.completer is not None:
                 return self._of_both(levels, label, drawing, observed)
         x = scaled(levels, config.num_levels, self.head.weight.dtype)
-        hidden = F.relu(self.head(F.relu(self.features(x, label, self.context(drawing, observed)))))
-        if config.output == "categorical":
-            return self.output.shaped(self.logits(hidden))
-        # Rounded to bfloat16, means and scales would cost tenths of a bit.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.output.shaped(self.logits(hidden.to(self.logits.weight.dtype)))
+        return self.output.shaped(self._logits(x, label, self.contexts(drawing, observed)))
 
     def _of_both(self, levels: Tensor, label: Tensor | None, drawing: Tensor, observed: Tensor) -> Tensor:
         """Return the logits of each image from the network that it is for; there is a completer."""

@@ -208,6 +208,10 @@ class ContextNetwork(nn.Module):
             x = x + layer(F.relu(x))
         return self.last(F.relu(x)) * known.amax(dim=(2, 3), keepdim=True)
 
+    def described(self) -> Map:
+        """Return its map of a drawing, which is known from the start, as a symbolic one."""
+        return Map("context", (), self, self.last.out_channels, NEVER_WAITS)
+
 
 class LabelNetwork(nn.Module):
     """Says which labels a drawing may have, by mean and maximum over the image of a context network's features."""

@@ -26,7 +26,7 @@ class Map:
 
     op: str  # `image`, `context`, `constant`, `labels`, `label`, `conv`, `add`, `shift`, `relu`, `gate` or `attend`
     inputs: tuple["Map", ...]  # that it is made of
-    block: Any  # the module that makes it, if one does
+    block: Any  # the module that makes it, if one does; of `context` the network that looks at the drawing
     num_channels: int
     lead: float  # a row of it is known once the image is, down to so many rows below that row (0: its own row)
     # (channels,) int64 if it is known a pixel at a time: how many colours of the pixel must be known first. None if it

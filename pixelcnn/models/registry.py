@@ -101,6 +101,8 @@ def _assembled(config: ModelConfig) -> "AutoregressiveModel":
     model = _ARCHITECTURES[model_name(config)][1](config)
     if config.completer_features:  # the last of the parameters, so that the joint model's are drawn as without it
         model.completer = _assembled(config.of_completer())
+    if config.added_features and model.completer is not None:
+        model.completer.added = _assembled(config.of_added())
     if config.label_features:
         model.label_network = LabelNetwork(config)
     return model

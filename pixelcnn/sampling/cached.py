@@ -89,8 +89,8 @@ class _RowSampler:
         self.plan, self.output, self.num_levels, self.canvas = Plan(model), model.output, config.num_levels, canvas
         self.num_colours, self.height, self.width = config.image_shape
         self.y = torch.zeros(1, dtype=torch.int64, device=like.device)  # the row in turn
-        context = model.context(canvas.levels, ~canvas.missing[:, None])
-        self.context = None if context is None else context.permute(0, 2, 3, 1)  # (B, H, W, features)
+        contexts = model.contexts(canvas.levels, ~canvas.missing[:, None])
+        self.contexts = [x if x is None else x.permute(0, 2, 3, 1) for x in contexts]  # (B, H, W, features)
         # The rows that are kept, the latest last: that of the row in turn, or of the one above if late.
         self.values: dict[Buffer, Tensor] = {}
         for buffer in self.plan.buffers:
@@ -154,8 +154,9 @@ class _RowSampler:
         for buffer, values in self.values.items():
             if not buffer.is_local:
                 values.copy_(F.pad(values[:, 1:], (0, 0, 0, 0, 0, 1)))  # in place, for graphs
-        if self.context is not None and self.plan.context is not None:
-            self.values[self.plan.context][:, -1] = self.context.index_select(1, self.y)[:, 0]
+        for read, context in zip(self.plan.contexts, self.contexts, strict=True):
+            if read is not None and context is not None:
+                self.values[read][:, -1] = context.index_select(1, self.y)[:, 0]
         canvas = self.canvas
         u, levels, missing = (x.index_select(-2, self.y)[..., 0, :] for x in (canvas.u, canvas.levels, canvas.missing))
         for step in self.row_steps:

@@ -26,12 +26,12 @@ MOST_INPUTS = 96  # of a row's product: so much of a panel stays in the first-le
 class Engine(Program):
     """A model's weights laid out for sampling."""
 
-    def new_state(self, context: Array | None) -> Array:
-        """Return an image's state before its first row, given the flat map of its drawing; `joined` copies it."""
-        if context is None or not self.context:
-            return self.fresh
-        state = self.fresh.copy()
-        state[self.context : self.context + len(context)] = context
+    def new_state(self, contexts: list[Array]) -> Array:
+        """Return an image's state before its first row, given the flat maps of its drawing; `joined` copies it."""
+        state = self.fresh.copy() if contexts else self.fresh
+        for place, context in zip(self.contexts, contexts, strict=False):
+            if place:
+                state[place : place + len(context)] = context
         return state
 
     def joined(self, states: list[Array]) -> Array:
@@ -87,7 +87,7 @@ class _Layout:
         n, (_, height, width) = buffer.num_channels, self.config.image_shape
         if buffer.is_local:
             return self.take(n), 0, 1, 0
-        if buffer is self.plan.context:  # all of it, as the context network gives it
+        if buffer in self.plan.contexts:  # all of it, as the context network gives it
             return self.take(height * width * n), width * n, height, n
         # Not a power of two from row to row: the cache would take the same cells of all rows for one another.
         row = (buffer.left + width + buffer.right) * n + self.lanes
@@ -153,7 +153,7 @@ class _Layout:
         source, here, steps = step.source, step.out.channels_of(step.turn), []
         is_by_row, num_out = step.turn is None, here.stop - here.start
         matrix = torch.zeros(0, num_out) if step.matrix is None else step.matrix
-        values = values | {"is_of_context": source is not None and source is self.plan.context}
+        values = values | {"is_of_context": source is not None and source in self.plan.contexts}
         if step.bias is not None:
             values["bias"] = self.vector(step.bias)
             values |= {f"of_{step.bias_of}": num_out} if step.bias_of else {}
@@ -212,5 +212,5 @@ def build_engine(model: AutoregressiveModel) -> Engine:
     fresh, (rows, pixels) = np.zeros(layout.size, weights.dtype), (np.array(x, STEP) for x in (row_steps, pixel_steps))
     for place, value in layout.fresh:
         fresh[place] = float(value)
-    context = 0 if plan.context is None else layout.places[plan.context][0]
-    return Engine(weights, rows, pixels, fresh, context, config.num_levels, config.num_mixtures)
+    contexts = np.array([0 if buffer is None else layout.places[buffer][0] for buffer in plan.contexts], np.int64)
+    return Engine(weights, rows, pixels, fresh, contexts, config.num_levels, config.num_mixtures)

@@ -241,8 +241,8 @@ def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
     contexts: dict[Hashable, Any] = {}  # of each drawing by itself, so that it does not depend on those beside it
     for i, drawing in enumerate(drawings):
         if work.has_context[i] and drawing not in contexts and model.context_network is not None:
-            context = model.context(levels[i : i + 1], ~missing[i : i + 1, None])
-            contexts[drawing] = context[0].permute(1, 2, 0).flatten().numpy()  # type: ignore[index]
+            maps = model.contexts(levels[i : i + 1], ~missing[i : i + 1, None])
+            contexts[drawing] = [x[0].permute(1, 2, 0).flatten().numpy() for x in maps if x is not None]
     # Rows below the last missing pixel need no work; candidates of one drawing share what is known above the first.
     rows_of = [hole.nonzero()[:, 0].tolist() for hole in missing.any(dim=2)]
     stops = [rows[-1] + 1 if rows else 0 for rows in rows_of]
@@ -264,7 +264,7 @@ def _sample_missing(model: AutoregressiveModel, canvas: Canvas) -> Tensor:
         engine.rows(state, work, np.array(images), float(canvas.temperature), start, stop)
 
     def new_state(i: int) -> Any:
-        return engine.new_state(contexts.get(drawings[i]))
+        return engine.new_state(contexts.get(drawings[i], []))
 
     def sample_known_rows(i: int) -> None:
         known_rows[keys[i]] = engine.joined([new_state(i)])

@@ -523,7 +523,7 @@ class Program(NamedTuple):
     row_steps: Array  # of STEP
     pixel_steps: Array  # of STEP
     fresh: Array  # an image's state before its first row
-    context: int  # where the map of a drawing lies in it, (H, W, context_features); 0 for a network that reads none
+    contexts: Array  # int64: where each map of a drawing lies in it, (H, W, context_features); 0 if no layer reads it
     num_levels: int
     num_mixtures: int  # components of a mixture of logistics; 0 for logits of the levels
 

@@ -128,8 +128,8 @@ class Plan:
     """All of it, in order: `row_steps` when a row begins, `pixel_steps` at each turn of a pixel, between `buffers`.
 
     Made by a walk through the maps of a model without its completer, from the image to the logits, with its present
-    weights: `image` is where the levels lie, scaled as the network sees them; `context` where the map of a drawing
-    lies, None for a network that reads none; from `logits` those of the colour in turn are drawn. Raises ValueError if
+    weights: `image` is where the levels lie, scaled as the network sees them; `contexts` where each context network's
+    map of a drawing lies, None if no layer reads it; from `logits` those of the colour in turn are drawn. ValueError if
     no sampler follows from the network, or a weight is not a finite number.
     """
 
@@ -149,8 +149,9 @@ class Plan:
         except RecursionError:
             raise ValueError("no sampler follows from so deep a network: use at most 200 blocks in a row.") from None
         self.pixel_steps.sort(key=lambda step: step.turn or 0)
-        inputs = {map_.op: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
-        self.image, self.context = inputs["image"], inputs.get("context")
+        inputs = {map_.block: buffer for map_, buffer in self.places.items() if map_.op in ("image", "context")}
+        self.image = inputs.pop(None)
+        self.contexts = [inputs.get(network) for network in model.context_networks()]
         self.buffers = list(self.places.values())
         # From the draws back to the image: where and how far up each map is needed.
         for buffer in reversed(self.buffers):

@@ -46,7 +46,8 @@ PHASE_SETTINGS: tuple[str, ...] = ("batch_size", "label_dropout", "context_share
 PHASE_SETTINGS += ("precision", "compiled", "optimizer", "learning_rate", "decay_fraction", "ema_decay")
 # What may change without a trace.
 BUDGET_SETTINGS: tuple[str, ...] = ("max_epochs", "max_minutes", "num_validations", "save_minutes", "accumulate")
-BUDGET_SETTINGS += ("completer_features", "label_features")  # of networks that are trained by themselves
+# Of networks that are trained by themselves.
+BUDGET_SETTINGS += ("completer_features", "added_features", "added_context_width", "label_features")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PROGRESS_S = 5.0  # between lines for a person
 TRAIN_SUBSET = 500  # training images scored beside the validation split: overfitting is the gap between the two
@@ -155,26 +156,28 @@ class Trainer:
 
     def __init__(self, model: Network, data: Dataset, config: TrainConfig) -> None:
         self.model: Any = model  # of a kind that `nlls` and `mean_nll` know
+        self.learner: Any = getattr(model, "added", None) or model  # what of it learns
         self.data, self.config = data, config
-        self.parameters: list[Tensor] = list(model.parameters())
+        self.parameters: list[Any] = list(self.learner.parameters())
         self.device = self.parameters[0].device
         self.precision = resolved_precision(config.precision, self.device)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.best = [p.detach().clone() for p in self.parameters]
         self.best_nll = math.inf
-        context_network = getattr(model, "context_network", None)  # label networks have none
+        context_network = getattr(self.learner, "context_network", None)  # label networks have none
         config.check_for(data.protocol, sees_drawings=context_network is not None)
         if config.compiled:
             check_compiler()
         shares: dict[Tensor, float] = {}
         if config.joint_share < 1:
-            joint = dict(build_model(model.config.without_context()).named_parameters())
-            shares = {w: config.joint_share for name, w in model.named_parameters() if name in joint}
+            joint = dict(build_model(self.learner.config.without_context()).named_parameters())
+            shares = {w: config.joint_share for name, w in self.learner.named_parameters() if name in joint}
         if context_network is not None and config.context_network_share < 1:
             shares |= dict.fromkeys(context_network.parameters(), config.context_network_share)
+        model.requires_grad_(False)
         for weight in self.parameters:
             weight.requires_grad_(shares.get(weight, 1.0) > 0)
-        self.optimizer = Optimizer(model, config.optimizer, shares)
+        self.optimizer = Optimizer(self.learner, config.optimizer, shares)
         self.step = 0
         self.extra_steps = 0.0  # epochs of earlier batch sizes, as steps of this one, less the steps that they took
         self.elapsed_s = 0.0
@@ -381,7 +384,7 @@ class Trainer:
         """Return what a saved state must share with the run that resumes it: all but the budget and the phase."""
         left_out = (*BUDGET_SETTINGS, *PHASE_SETTINGS)
         return {
-            "model": {k: v for k, v in config_to_dict(self.model.config).items() if k not in left_out},
+            "model": {k: v for k, v in config_to_dict(self.learner.config).items() if k not in left_out},
             "train settings": {k: v for k, v in asdict(self.config).items() if k not in left_out},
             "data hash": self.data.data_hash,
         }
@@ -532,7 +535,8 @@ def fit(
     Args:
         model: as `build_model` makes it, on the device to train on. A completer is trained by itself, as
             `model.completer`, and so is a label network; the joint model as that of `config.of_joint()`. A context
-            network may learn before its completer does, as part of a `ContextPredictor`.
+            network may learn before its completer does, as part of a `ContextPredictor`. Of a completer with a network
+            whose logits are `added` that one alone learns, in the sum.
         on_step: called after every step.
         state_file: where the run's state is saved now and then; a run that finds one goes on from it. None saves none.
         on_validation: called with the step whenever the model was scored, while it has the averaged weights.

@@ -295,7 +295,7 @@ def test_the_options_of_train_are_the_settings_with_their_meaning(
     printed = " ".join(capsys.readouterr().out.split())
     for config_class in (architectures()[architecture], TrainConfig):
         for field in dataclasses.fields(config_class):
-            parts = ("completer_features", "label_features")
+            parts = ("completer_features", "added_features", "added_context_width", "label_features")
             by_hand = field.name not in ("image_shape", "num_levels", "num_labels", *parts)
             assert (f"--{field.name.replace('_', '-')}" in printed) == by_hand
     assert "width of the network; a multiple of C" in printed

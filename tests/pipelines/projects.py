@@ -31,7 +31,7 @@ def _tiny_params() -> dict:
         pair["num_threads"] = 1
         pair["train"] = {"batch_size": 8, "learning_rate": 0.01, "max_epochs": 0.05, "num_validations": 2}
         pair["train"] |= {"num_validation_images": 8}
-        for part in ("context", "completer", "halves", "labels"):
+        for part in ("context", "completer", "halves", "added", "added_begins_with", "labels"):
             pair.pop(part, None)
     values["evaluate"] = {"batch_size": 8, "num_images": 8, "completion_images": {}, "judged_images": 8, "judges": {}}
     values["sample"] |= {"num_images": 1, "num_completions": 1}

@@ -51,10 +51,12 @@ def test_every_missing_mask_is_found(config) -> None:
     assert leaking > 0
 
 
-def test_a_completer_that_leaks_is_found() -> None:
-    model, levels = model_and_image(dataclasses.replace(CONFIGS[0], context_features=2, completer_features=4))
+@pytest.mark.parametrize("which", ["completer", "completer.added"])
+def test_a_completer_that_leaks_is_found(which: str) -> None:
+    widths = {"context_features": 2, "completer_features": 4, "added_features": 4}
+    model, levels = model_and_image(dataclasses.replace(CONFIGS[0], **widths))
     check_candidate(model, levels, 60)
-    model.completer.blocks[0].conv.mask.fill_(1)
+    model.get_submodule(which).blocks[0].conv.mask.fill_(1)
     assert count_leaking_cuts(model, levels) == 0
     with pytest.raises(ValueError, match="it leaks"):
         check_candidate(model, levels, 60)

@@ -59,7 +59,7 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         (
             "pairs.pixelcnn-mnist.epochs",
             3,
-            r"unknown key 'pairs\.pixelcnn-mnist\.epochs'\. Known: completer, .*model, ",
+            r"unknown key 'pairs\.pixelcnn-mnist\.epochs'\. Known: added, .*model, ",
         ),
         (
             "sample.num_image",
@@ -103,6 +103,11 @@ def test_every_model_and_dataset_is_a_pair() -> None:
             "pairs.pixelcnn-mnist.context",
             {},
             r"pairs\.pixelcnn-mnist\.context: it trains nothing: set completer_feat",
+        ),
+        (
+            "pairs.pixelcnn-mnist.added_begins_with",
+            "gated_pixelcnn-mnist",
+            r"pairs\.pixelcnn-mnist\.added_begins_with: nothing begins with it: set added_features in its network",
         ),
         (
             "pairs.pixelcnn-mnist.network.completer_features",

@@ -38,6 +38,7 @@ from pipelines.registry import provenance
 from pipelines.registry import runs as tracking
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
+from pipelines.reports.curve import PARTS
 from pipelines.stages import evaluate as evaluate_stage
 from pipelines.stages import live_run
 from pipelines.stages import register as register_stage
@@ -47,7 +48,7 @@ from pixelcnn.checkpoint import load_checkpoint, save_checkpoint
 from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import log_prob
-from pixelcnn.models.registry import config_to_dict
+from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.training import read_state, trainer
 from tests.local import run
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
@@ -786,10 +787,14 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     pair["completer"] = {**pair["train"], "context_share": 1.0, "learning_rate": 0.02}
     pair["context"] = {**pair["train"], "learning_rate": 0.03, "max_epochs": 0.06}
     pair["halves"] = {**pair["completer"], "halves_share": 0.75, "learning_rate": 0.04}
-    pair["network"]["label_features"] = 2
+    pair["network"] |= {"added_features": 2, "label_features": 2}
+    pair["added"] = {**pair["completer"], "learning_rate": 0.05, "context_network_share": 0.0}
+    pair["added_begins_with"] = "models/begin"
     pair["labels"] = {**pair["train"], "label_dropout": 0.0}
     values["evaluate"]["completion_images"] = {"mnist5k": 5}
     write_params(Path(), values)
+    begin = build_model(replace(load_params().pair(PAIR).network, added_features=0))
+    save_checkpoint("models/begin", begin, {})
     out, state = Path("models/completer"), Path("models/completer-state")
     run_id = train_pair(PAIR, str(out), "reports/completer", str(state))["run_id"]
     model, scores = load_checkpoint(out)
@@ -798,12 +803,15 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     assert model.label_network is not None
     assert scores["num_labels_parameters"] == sum(p.numel() for p in model.label_network.parameters())
     assert all(torch.equal(w, model.state_dict()[name]) for name, w in joint.state_dict().items()), "it is as it was"
-    assert scores["num_completer_parameters"] == sum(p.numel() for p in model.completer.parameters())
+    assert model.completer.added is not None
+    assert scores["num_added_parameters"] == sum(p.numel() for p in model.completer.added.parameters())
+    both = sum(p.numel() for p in model.completer.parameters())
+    assert scores["num_completer_parameters"] + scores["num_added_parameters"] == both
     assert scores["completer_train_minutes"] > 0
     assert scores["completer_train_settings"]["learning_rate"] == 0.02
     assert scores["test/completion_num_images"] == 5
     card = (out / "README.md").read_text()
-    assert f"(and {scores['num_completer_parameters']:,} of the network that completes drawings)" in card
+    assert f"(and {both:,} of the networks that complete drawings)" in card
     assert "of the first 5 test images" in card
     assert "| `learning_rate` | 0.01 |" in card
     assert "| `learning_rate` | 0.02 |" in card
@@ -813,15 +821,25 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     assert "| `learning_rate` | 0.03 |" in card
     assert "It then went on, mostly with halves of images as they are: " in card
     assert "| `learning_rate` | 0.04 |" in card
+    assert "The network whose logits are added to the completer's, which stays as it was: " in card
+    assert " It began as the completer of `models/begin`, a quarter of whose logits were added" in card
+    assert "| `learning_rate` | 0.05 |" in card
     before = read_state(state / "completer.safetensors")[1]
     after = read_state(state / "halves.safetensors")[1]
     assert not torch.equal(before["ema/0"], after["ema/0"])
-    assert torch.equal(after["ema/0"], next(model.completer.parameters())), "what went on is what is kept"
+    kept = dict(model.completer.named_parameters())
+    assert torch.equal(after["ema/0"], next(iter(kept.values()))), "what went on is what is kept"
+    learned = read_state(state / "added.safetensors")[1]
+    assert torch.equal(learned["ema/0"], kept["added." + next(iter(dict(begin.completer.named_parameters())))])
+    assert not torch.equal(learned["ema/0"], next(begin.completer.parameters()))
+    of_context = "added.context_network.first.weight"
+    assert torch.equal(kept[of_context], begin.completer.context_network.first.weight), "its share is 0"
     client = tracking.client()
     history = client.get_metric_history(run_id, "curve/completer_validation_nats")
     assert [m.step for m in history] == [3, 6]
     assert [m.step for m in client.get_metric_history(run_id, "curve/labels_validation_nats")] == [3, 6]
-    assert [m.step for m in client.get_metric_history(run_id, "curve/halves_validation_nats")] == [3, 6]
+    for part in ("halves", "added"):
+        assert [m.step for m in client.get_metric_history(run_id, f"curve/{part}_validation_nats")] == [3, 6]
     assert [m.step for m in client.get_metric_history(run_id, "curve/context_validation_nats")] == [4, 8]
     assert client.get_run(run_id).data.params["completer.learning_rate"] == "0.02"
     # With larger budgets both go on, what follows the completer anew, and the record says by which code each began.
@@ -831,8 +849,9 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     (state / "labels.safetensors").unlink()
     train_stage.train(PAIR, Path("models/longer"), state)
     longer = load_checkpoint("models/longer")[1]
-    began = {part: longer[f"{part}_git_commit"] for part in ("train", "context", "completer", "halves", "labels")}
-    assert began == dict.fromkeys(("train", "context", "completer"), "unknown") | {"halves": "later", "labels": "later"}
+    began = {part: longer[f"{part}_git_commit"] for part in ("train", *PARTS)}
+    anew = dict.fromkeys(("halves", "added", "labels"), "later")
+    assert began == dict.fromkeys(("train", "context", "completer"), "unknown") | anew
     assert longer["git_commit"] == "later"
     card = model_card(config_to_dict(model.config), scores | longer)
     assert card.count(", by the code of commit `unknown`") == 3
