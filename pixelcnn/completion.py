@@ -79,15 +79,18 @@ def complete_and_score(
         terms[drawn] += nats[images]
         others = terms.isfinite()
         others[drawn] = False
-        return _with_scores(model, terms, others, levels[images], canvas.missing[images], on_row).logsumexp(dim=1)
+        return _summed_out(model, terms, others, levels[images], canvas.missing[images], on_row)
 
     return levels, score
 
 
-def _with_scores(
+def _summed_out(
     model: AutoregressiveModel, terms: Tensor, of: Tensor, levels: Tensor, missing: Tensor, on_row: OnRow | None = None
 ) -> Tensor:
-    """Add to some of (B, 1 + num_labels) terms, where `of` is true, the compiled sampler's log p(missing | label)."""
+    """Return (B,) nats, the label summed out of (B, 1 + num_labels) log-probabilities of a label and what is missing.
+
+    Where `of` is true, a term lacks log p(missing | label), which the compiled sampler adds.
+    """
     index, column = of.nonzero(as_tuple=True)
     if len(index):
         missing, done = missing[index], levels[index]
@@ -95,7 +98,7 @@ def _with_scores(
         scores = draw(model, Canvas((done + 1).double(), column - 1, 1.0, known, missing, on_row))[1]
         assert scores is not None
         terms[index, column] += scores
-    return terms
+    return terms.logsumexp(dim=1)
 
 
 @torch.no_grad()
@@ -113,7 +116,7 @@ def score_completions(
     label = torch.full((len(levels),), -1) if label is None else label
     check_label(label, len(levels), model.config)
     terms = model.label_log_probs(levels, observed, label)
-    return _with_scores(model, terms, terms.isfinite(), levels, ~observed[:, 0]).logsumexp(dim=1)
+    return _summed_out(model, terms, terms.isfinite(), levels, ~observed[:, 0])
 
 
 def resample(

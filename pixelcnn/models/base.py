@@ -34,7 +34,8 @@ OTHER_NETWORKS = ("completer", "label_network")  # parts of a model beside its j
 
 # Labels less probable than this are dropped before one is drawn; of more than ten the limit is 1 / (2 num_labels).
 MIN_LABEL_PROB = 0.05
-ADDED_SHARE = 0.25  # of the logits that an added network begins with, where it begins with weights that were trained
+# Of a completer's logits, and of a trained network's that are added to them: fitted to validation digits.
+ADDED_SHARES = (0.73, 0.25)
 
 
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
@@ -106,20 +107,20 @@ class AutoregressiveModel(nn.Module):
     def begin_added(self, trained: "AutoregressiveModel | None") -> None:
         """Let the network that is added to this one's logits begin with the weights of a trained one, or add nothing.
 
-        A quarter of the trained one's logits is added to three quarters of this one's: the geometric mean, weighted, of
-        both distributions. ValueError if the trained one is of other sizes.
+        A part of its logits is added to a part of this one's (`ADDED_SHARES`): a weighted geometric mean of both
+        distributions. ValueError if the trained one is of other sizes.
         """
         if self.added is None:
             raise ValueError("this network has none whose logits are added: set added_features.")
-        share = 0.0 if trained is None else ADDED_SHARE
+        shares = (1.0, 0.0) if trained is None else ADDED_SHARES
         if trained is not None:
             sizes, expected = ({n: w.shape for n, w in x.state_dict().items()} for x in (trained, self.added))
             if sizes != expected:
                 raise ValueError("the network to begin with is of other sizes than the one that is added.")
             self.added.load_state_dict(trained.state_dict())
-        for network, factor in ((self, 1 - share), (self.added, share)):
+        for network, share in zip((self, self.added), shares, strict=True):
             for weight in network.logits.parameters():
-                weight.mul_(factor)
+                weight.mul_(share)
 
     def networks(self, observed: Tensor) -> list[tuple["AutoregressiveModel", Tensor]]:
         """Return each network that these images need, with the indices (n,) of those that it is for.

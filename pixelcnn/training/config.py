@@ -32,7 +32,8 @@ class TrainConfig:
     Args:
         batch_size: images per optimizer step.
         learning_rate: peak learning rate.
-        joint_share: factor on the learning rate of a completer's weights that the joint model has, too; 0 keeps them.
+        joint_share: factor on the learning rate of a completer's weights that the joint model has, too, and of their
+            like in a network that is added to it; 0 keeps them.
         context_network_share: the same for the weights of its context network, which may have learned before.
         optimizer: `adam`, or `muon` for the convolutions' kernels and Adam for the rest (optimizers.py).
         max_epochs: passes over the training split; the schedule ends here, or at `max_minutes`.

@@ -81,7 +81,7 @@ def test_dict_round_trip(architecture):
             "unknown model 'pixel_cnn'. Known: attentive_pixelcnn, gated_pixelcnn, pixelcnn. One of your own: import "
             "its file, or name it in PIXELCNN_ARCHITECTURES (docs/architectures.md).",
         ),
-        ({"num_layer": 3}, "pixelcnn: unknown key 'num_layer'. Known: completer_features, context_features, "),
+        ({"num_layer": 3}, "pixelcnn: unknown key 'num_layer'. Known: added_context_width, added_features, "),
         ({"num_levels": 0}, "pixelcnn: num_levels must be a whole number of at least 2, got 0."),
         ({"num_blocks": None}, "pixelcnn: num_blocks must be a whole number of at least 1, got None."),
     ],

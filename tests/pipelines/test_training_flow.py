@@ -822,7 +822,7 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     assert "It then went on, mostly with halves of images as they are: " in card
     assert "| `learning_rate` | 0.04 |" in card
     assert "The network whose logits are added to the completer's, which stays as it was: " in card
-    assert " It began as the completer of `models/begin`, a quarter of whose logits were added" in card
+    assert " It began as the completer of `models/begin`, a part of whose logits was added" in card
     assert "| `learning_rate` | 0.05 |" in card
     before = read_state(state / "completer.safetensors")[1]
     after = read_state(state / "halves.safetensors")[1]
