@@ -830,8 +830,9 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     kept = dict(model.completer.named_parameters())
     assert torch.equal(after["ema/0"], next(iter(kept.values()))), "what went on is what is kept"
     learned = read_state(state / "added.safetensors")[1]
-    assert torch.equal(learned["ema/0"], kept["added." + next(iter(dict(begin.completer.named_parameters())))])
-    assert not torch.equal(learned["ema/0"], next(begin.completer.parameters()))
+    first_name, first_weight = next(begin.completer.named_parameters())
+    assert torch.equal(learned["ema/0"], kept[f"added.{first_name}"])
+    assert not torch.equal(learned["ema/0"], first_weight)
     of_context = "added.context_network.first.weight"
     assert torch.equal(kept[of_context], begin.completer.context_network.first.weight), "its share is 0"
     client = tracking.client()
