@@ -52,6 +52,7 @@ test-slow: export PIXELCNN_TEST_MACHINES ?= 2
 test-slow: export PIXELCNN_TEST_NETWORKS ?= 200
 test-slow: export PIXELCNN_TEST_PROCESSORS ?= haswell nehalem
 test-slow: export PIXELCNN_TEST_RESTARTS ?= 100
+test-slow: export PIXELCNN_TEST_SCORES_ALL ?= 1
 test-slow: export PIXELCNN_TEST_SOAK_S ?= 600
 test-slow: export PIXELCNN_TEST_STROKES ?= 500
 test-slow: export PIXELCNN_TEST_SWAPS ?= 20

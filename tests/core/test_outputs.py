@@ -101,16 +101,14 @@ def test_float32_is_stable_at_the_ends_and_far_from_the_means():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of_the_draw", [True, False])
-def test_a_compiled_loss_of_wide_components_is_the_same(of_the_draw):
-    output = mixture_model("gated_pixelcnn", (3, 5, 5), 256).float().output
+def test_a_compiled_loss_of_wide_components_is_the_same():
+    output = mixture_model("gated_pixelcnn", (1, 5, 5), 256).float().output
     parameters = torch.full((2, output.num_parameters, 5, 5), 12.0)  # some ten million levels wide
-    levels = random_levels((3, 5, 5), 256, num=2)
+    levels = random_levels((1, 5, 5), 256, num=2)
 
     def loss(parameters):
-        if of_the_draw:
-            return output.log_prob(parameters, levels).sum()
-        return output.level_logits(parameters, 2, levels).log_softmax(dim=1)[:, 7].sum()
+        of_the_draw = output.log_prob(parameters, levels).sum()
+        return of_the_draw + output.level_logits(parameters, 0, levels).log_softmax(dim=1)[:, 7].sum()
 
     found = [torch.autograd.functional.vjp(function, parameters) for function in (loss, torch.compile(loss))]
     for plain, compiled in zip(*found, strict=True):

@@ -1,5 +1,6 @@
 """The weights that come with the repository, on stored test images: without the data, without the pipeline."""
 
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,18 @@ from tools.write_released import main as write_released
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 PAIRS = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
+# `make test-slow` scores all stored images, as the record did, and so says whether these, of the first ten, are right.
+SCORES_ALL = "PIXELCNN_TEST_SCORES_ALL" in os.environ
+NATS_OF_TEN = {
+    "attentive_pixelcnn-cifar10": 7299.308,
+    "attentive_pixelcnn-fashion_mnist": 1323.289,
+    "attentive_pixelcnn-mnist": 74.3134,
+    "gated_pixelcnn-cifar10": 7397.711,
+    "gated_pixelcnn-fashion_mnist": 1343.172,
+    "gated_pixelcnn-letters": 38.8955,
+    "gated_pixelcnn-mnist": 77.6805,
+    "pixelcnn-mnist": 76.6181,
+}
 SEED_PAIRS = ["gated_pixelcnn-cifar10", "gated_pixelcnn-fashion_mnist", "pixelcnn-mnist"]
 
 
@@ -47,15 +60,16 @@ def test_the_seed_pairs_are_released():
     assert size <= 40e6
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_weights_score_what_they_say(pair):
     model, scores, levels, label = released(pair)
     assert scores["pair"] == pair
     assert len(levels) == NUM_IMAGES
-    found = mean_nats(model, levels)
-    assert found == pytest.approx(scores[f"test/nll_nats_first_{NUM_IMAGES}"], rel=1e-4)
-    few, true = levels[:20], label[:20]
+    few, true = levels[:10], label[:10]
+    if SCORES_ALL:
+        assert mean_nats(model, levels) == pytest.approx(scores[f"test/nll_nats_first_{NUM_IMAGES}"], rel=1e-4)
+    assert mean_nats(model, few) == pytest.approx(NATS_OF_TEN[pair], rel=1e-4)
     wrong = (true + 1) % len(scores["label_names"])
     assert mean_nats(model, few, true) < mean_nats(model, few, wrong), "it knows the labels"
     assert mean_nats(model, few.flip(-2)) > mean_nats(model, few), "upside down is less probable"
@@ -80,7 +94,7 @@ def test_its_samples_are_the_naive_samplers(pair):
 def test_changing_a_pixel_reaches_no_earlier_probability(pair):
     """Some sub-pixels of one image; `python -m pixelcnn check` asks all of them."""
     model, _, levels, _ = released(pair)
-    model, image = model.double(), levels[0]
+    image = levels[0]
     channels, height, width = image.shape
     order = torch.arange(image.numel()).view(height, width, channels).permute(2, 0, 1)  # raster order
     num_places = 12 if model.config.num_levels == 2 else 4

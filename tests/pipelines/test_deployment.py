@@ -110,7 +110,6 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
 def test_a_failed_watch_notifies(site: Site, on_call: Webhook) -> None:
     """As the runbooks say: by Prefect's own automation and webhook, whatever Prefect is told beside it."""
     run = ("deployment", "run", "evaluate-champions/evaluate-champions", "--watch", "--watch-timeout", "150")
-    assert site.prefect(*run).returncode == 0, "nothing to complain of: nobody is called"
     done = site.prefect(*run, "-p", 'datasets=["svhn"]')
     assert done.returncode == 1, done.stdout
     text = on_call.told.get(timeout=60)["text"]
