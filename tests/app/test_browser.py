@@ -48,7 +48,7 @@ pytestmark = pytest.mark.no_cover  # the page runs in a process of its own
 ROOT = Path(__file__).parents[2]
 SIZE = 28
 EXAMPLE = levels_of(beginnings_of("mnist")[0], 2)  # draws itself on a page that is opened
-NUM_STROKES = int(os.environ.get("PIXELCNN_TEST_STROKES", "15"))  # `make test-slow`: 500
+NUM_STROKES = int(os.environ.get("PIXELCNN_TEST_STROKES", "50"))  # `make test-slow`: 500
 expect.set_options(timeout=15_000)  # a loaded machine is no failure
 
 
