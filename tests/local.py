@@ -4,16 +4,22 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Self
 
 import psutil
+import pytest
+
+ASKED_FOR_ALL = "PIXELCNN_TEST_ALL" in os.environ
+slow_alone = pytest.mark.skipif(not ASKED_FOR_ALL, reason="takes long for what it adds: make test-slow")
 
 
 def free_port() -> int:
@@ -22,6 +28,16 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def share_compiled(package: Path) -> None:
+    """Give another copy of the package `pixelcnn` what this one's sampler was compiled to: valid for a file as old."""
+    here = Path(__file__).parents[1] / "pixelcnn/sampling"
+    there = package / "sampling"
+    shutil.copystat(here / "kernels.py", there / "kernels.py")
+    (there / "__pycache__").mkdir(exist_ok=True)
+    for file in here.glob("__pycache__/kernels.*.nb?"):
+        shutil.copy(file, there / "__pycache__")
 
 
 def stop(process: subprocess.Popen[Any], seconds: float = 8) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.local import share_compiled
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -85,6 +87,7 @@ def test_it_works_in_a_new_environment(wheel: Path, tmp_path: Path, empty: bool)
         subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
         # At the end of the path, and without this clone, which an editable installation adds.
         (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+        share_compiled(site / "pixelcnn")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = ["sample", "--checkpoint", "pixelcnn-mnist", "--num-samples", "1", "--out", "one.png"]
     done = subprocess.run(

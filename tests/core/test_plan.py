@@ -2,6 +2,7 @@
 
 import operator
 import os
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -377,9 +378,14 @@ def test_a_network_that_is_too_deep_for_a_plan_is_refused_in_a_sentence() -> Non
         config = registry.architectures()["pixelcnn"]
         return build_model(config(image_shape=(1, 4, 4), num_levels=2, num_features=2, num_blocks=num_blocks))
 
-    Plan(deep(200))
-    with pytest.raises(ValueError, match="so deep a network: use at most 200 blocks in a row"):
-        Plan(deep(600))
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)  # Python's own: of libraries that another test uses some raise it
+    try:
+        Plan(deep(200))
+        with pytest.raises(ValueError, match="so deep a network: use at most 200 blocks in a row"):
+            Plan(deep(600))
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_rows_and_columns_are_kept_only_as_far_as_they_are_read() -> None:

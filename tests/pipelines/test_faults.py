@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.local import run
+from tests.local import run, slow_alone
 from tests.pipelines.projects import ROOT
 from tools.faults.__main__ import main
 
@@ -19,10 +19,10 @@ def test_a_case_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 @pytest.mark.repeated
-@pytest.mark.skipif("FAULT_TIMES" not in os.environ, reason="all faults take minutes: make test-slow")
+@slow_alone
 @pytest.mark.timeout(1800)
 def test_nothing_is_lost_or_doubled() -> None:
-    times = os.environ["FAULT_TIMES"]
+    times = os.environ.get("FAULT_TIMES", "1")
     command = [sys.executable, "-m", "tools.faults", "--times", times]
     done = run(command, 1500, cwd=ROOT)
     print(done.stdout)

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.promotion.move import run_rollback
 from pixelcnn.data import save_dataset
-from tests.local import free_port, run, stop
+from tests.local import free_port, run, slow_alone, stop
 from tests.pipelines.projects import PAIR, ROOT, copy_project, tiny_dataset
 from tests.pipelines.sites import Site
 from tests.pipelines.toys import INK, Toy
@@ -127,7 +127,8 @@ def test_a_lost_database_is_restored_as_the_page_says(
     assert in_process(lambda: check("mnist5k", num_versions=1, num_runs=1)) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
+@slow_alone
 @pytest.mark.timeout(600)
 def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:
     copy_project(tmp_path)

@@ -16,7 +16,7 @@ from pipelines.flows import train as training_flow
 from pipelines.flows import train_all as train_all_flow
 from pipelines.flows.train_all import run_apart, train_all
 from pipelines.registry import versions as registry
-from tests.local import stop
+from tests.local import slow_alone, stop
 from tests.pipelines.projects import PAIR, tiny_params, write_params
 from tests.pipelines.sites import tags_of_last_run
 
@@ -124,7 +124,8 @@ def test_pairs_are_trained_and_compared(project: Path, prefect_server: str) -> N
     assert {row["pair"] for row in rows} == {PAIR, GATED, "pixelcnn-mnist", "pixelcnn-nope", f"models/{PAIR}"}
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
+@slow_alone
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the process's children are read from /proc")
 def test_a_cancelled_run_stops_its_trainings(project: Path, prefect_server: str) -> None:
     values = tiny_params()

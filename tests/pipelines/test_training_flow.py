@@ -50,7 +50,7 @@ from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import log_prob
 from pixelcnn.models.registry import build_model, config_to_dict
 from pixelcnn.training import read_state, trainer
-from tests.local import run
+from tests.local import run, slow_alone
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
 
 PAIR = "pixelcnn-mnist5k"
@@ -987,8 +987,8 @@ def test_a_bug_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPatch, err
         steps.main(["prepare", "mnist5k"])
 
 
-@pytest.mark.slow
 @pytest.mark.repeated
+@slow_alone
 def test_two_processes_may_make_one_new_database(tmp_path: Path) -> None:
     """Without a lock the second dies in the middle of the first one's schema."""
     code = "from pipelines.registry import runs; runs.experiment_id('x')"

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.local import free_port, run, stop
+from tests.local import free_port, run, share_compiled, stop
 
 ROOT = Path(__file__).parents[2]
 BENTOML = str(Path(sys.executable).with_name("bentoml"))
@@ -66,6 +66,8 @@ def test_bento_answers_like_the_service(client, service_home, tmp_path):
         done = run([BENTOML, *words], env=environment)
         assert done.returncode == 0, done.stderr
         environment["HOME"] = str(tmp_path / "empty")
+    (package,) = (tmp_path / "empty/bentoml/bentos/pixelcnn").glob("*/src/pixelcnn")
+    share_compiled(package)
     models = tmp_path / "empty/bentoml/models"
     served = {str(path.relative_to(models)) for path in models.glob("*/*/")}
     assert served == {f"{latest.parent.name}/{latest.read_text()}" for latest in service_home.glob("models/*/latest")}

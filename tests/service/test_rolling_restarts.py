@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from pipelines.registry import store
-from tests.local import Handler, LocalServer, free_port
+from tests.local import Handler, LocalServer, free_port, slow_alone
 from tests.service.champions import GREY, put, wait_until
 from tests.service.served import serving
 
@@ -71,7 +71,7 @@ def is_ready(port: int) -> bool:
 
 
 @pytest.mark.repeated
-@pytest.mark.skipif("PIXELCNN_TEST_RESTARTS" not in os.environ, reason="half a minute for a few: make test-slow")
+@slow_alone
 @pytest.mark.timeout(300 + 90 * NUM_RESTARTS)
 def test_rolling_restarts_fail_no_request(tmp_path, monkeypatch):
     home = tmp_path / "bentoml"

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from pipelines.registry import store
+from tests.local import slow_alone
 from tests.service.champions import COLOUR, GREY, put, wait_until
 from tests.service.served import serving
 
@@ -43,7 +44,7 @@ def served_version(url: str) -> str:
 
 
 @pytest.mark.repeated
-@pytest.mark.skipif("PIXELCNN_TEST_SOAK_S" not in os.environ, reason="what grows shows in minutes: make test-slow")
+@slow_alone
 @pytest.mark.timeout(240 + SECONDS)
 def test_under_a_steady_load_nothing_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "bentoml"
