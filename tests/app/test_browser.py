@@ -41,7 +41,7 @@ from tests.app.browsing import (
     wait_until_still,
 )
 from tests.app.stub_service import MODELS, StubService, served
-from tests.local import free_port
+from tests.local import free_port, slow_alone
 
 pytestmark = pytest.mark.no_cover  # the page runs in a process of its own
 
@@ -755,7 +755,8 @@ def test_soft_paint_mixes_with_paint_alone(open_page: OpenPage, page_url: str) -
     assert (pixels[14, [8, 12], 3] == 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
+@slow_alone
 def test_each_shape_keeps_its_own_drawing(open_page: OpenPage, page_url: str) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
@@ -833,7 +834,8 @@ def choose_half(page: Page, name: str) -> None:
     wait_until_still(page)
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
+@slow_alone
 def test_start_from_half_a_generated_picture(
     open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path
 ) -> None:

@@ -17,8 +17,9 @@ import torch.distributed
 from pixelcnn import load_checkpoint, save_dataset
 from pixelcnn.__main__ import main
 from tests.core.tiny import toy_dataset
+from tests.local import slow_alone
 
-NUM_KILLS = int(os.environ.get("PIXELCNN_KILLS", "1"))
+NUM_KILLS = int(os.environ.get("PIXELCNN_KILLS", "2"))
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.timeout(120 * (NUM_KILLS + 1))
@@ -39,8 +40,8 @@ def command(data_file: Path, out: Path, max_epochs: float, **settings: float) ->
     return ["train", "pixelcnn", "--data", str(data_file), "--out", str(out), *options]
 
 
-@pytest.mark.slow
 @pytest.mark.repeated
+@slow_alone
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data_file: Path, tmp_path: Path) -> None:
     """kill -9, again and again: weights, loss and scores at the end are those of one whole run, bit for bit.
 

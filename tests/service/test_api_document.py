@@ -12,7 +12,7 @@ from tests.service.champions import COLOUR, GREY, put
 from tests.service.served import serving
 
 # The size that the documents state: PIXELCNN_TEST_CASES=1000, per endpoint.
-NUM_CASES = int(os.environ.get("PIXELCNN_TEST_CASES", "5"))
+NUM_CASES = int(os.environ.get("PIXELCNN_TEST_CASES", "3"))
 CHECKS = [
     "not_a_server_error",
     "status_code_conformance",
