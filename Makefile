@@ -40,7 +40,6 @@ test: install ## the tests, on two cores (WORKERS=4: on four); ALL=1: the slow o
 # The sizes that the documents state; `make test` asks for less of each.
 test-slow: export FAULT_TIMES ?= 10
 test-slow: export PIXELCNN_KILLS ?= 20
-test-slow: export PIXELCNN_TEST_ALL ?= 1
 test-slow: export PIXELCNN_TEST_CASES ?= 1000
 test-slow: export PIXELCNN_TEST_CROWD ?= 1000
 test-slow: export PIXELCNN_TEST_DAMAGES ?= 1000

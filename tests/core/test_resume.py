@@ -100,7 +100,8 @@ def test_a_full_disk_leaves_the_saved_state_and_says_so(
     assert "step 12, epoch 4.00" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
+@slow_alone
 def test_two_processes_train_as_one(data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each takes half of every batch: the same losses, weights and scores, but for rounding. One of them speaks."""
     one, two = tmp_path / "one", tmp_path / "two"

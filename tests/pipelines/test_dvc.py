@@ -15,7 +15,7 @@ import yaml
 from pipelines.datasets.entry import OFFICIAL
 from pipelines.params import QUICK_START, load_params
 from pipelines.registry.provenance import recorded_hash
-from tests.local import run
+from tests.local import run, slow_alone
 from tests.pipelines.projects import ROOT, copy_project, tiny_params, write_params
 
 ROOT_STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -210,7 +210,8 @@ def test_what_is_stale_after_a_change(stubbed: Path) -> None:
     assert "prepare@mnist5k" in stale(stubbed), "raw data are a dependency"
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
+@slow_alone
 @pytest.mark.timeout(400)
 def test_dvcs_commands_without_errors(stubbed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     ran(dvc(stubbed, "repro"))

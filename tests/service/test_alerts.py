@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 from app.service.metrics import metrics
 from pipelines.registry import store
 from pixelcnn.completion import drawing_bits_per_dim
-from tests.local import free_port, run, stop
+from tests.local import free_port, run, slow_alone, stop
 from tests.service.champions import GREY, make_checkpoint, put, wait_until
 from tests.service.served import ROOT, serving
 from tests.service.test_service_faults import SLOW
@@ -111,7 +111,8 @@ def champion(folder: Path, version: str, seed: int, reference: list[float] | Non
     return store.export(checkpoint, {**metadata, "version": version})
 
 
-@pytest.mark.slow
+@pytest.mark.repeated
+@slow_alone
 @needs_prometheus
 @pytest.mark.timeout(600)
 def test_each_alert_fires_and_resolves(tmp_path, monkeypatch):
