@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,7 +20,12 @@ import pytest
 
 # By `make test-slow`, or whoever names a size.
 ASKED_FOR_ALL = any(name.startswith(("PIXELCNN_TEST_", "PIXELCNN_KILLS", "FAULT_TIMES")) for name in os.environ)
-slow_alone = pytest.mark.skipif(not ASKED_FOR_ALL, reason="takes long for what it adds: make test-slow")
+
+
+def slow_alone(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a test as `repeated` that others than `make test-slow` leave out."""
+    skipped = pytest.mark.skipif(not ASKED_FOR_ALL, reason="takes long for what it adds: make test-slow")
+    return pytest.mark.repeated(skipped(test))
 
 
 def free_port() -> int:

@@ -755,7 +755,6 @@ def test_soft_paint_mixes_with_paint_alone(open_page: OpenPage, page_url: str) -
     assert (pixels[14, [8, 12], 3] == 0).all()
 
 
-@pytest.mark.repeated
 @slow_alone
 def test_each_shape_keeps_its_own_drawing(open_page: OpenPage, page_url: str) -> None:
     page = open_page()
@@ -834,7 +833,6 @@ def choose_half(page: Page, name: str) -> None:
     wait_until_still(page)
 
 
-@pytest.mark.repeated
 @slow_alone
 def test_start_from_half_a_generated_picture(
     open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path

@@ -21,27 +21,27 @@ from pixelcnn.packing.coder import code
 from pixelcnn.sampling.fast import compile_in_background, engine_name, set_sampler_threads, warm_up
 from tests.core.tiny import in_raster_order, sample_and_score
 
-SHAPES = [(1, 5, 6), (1, 1, 7), (1, 7, 1), (3, 4, 5), (2, 3, 3)]
+# Shapes, each with the levels of its images.
+IMAGES = [((1, 5, 6), 2), ((1, 5, 6), 5), ((1, 1, 7), 2), ((1, 7, 1), 5), ((3, 4, 5), 2), ((2, 3, 3), 5)]
 
 
 def configs() -> list[ModelConfig]:
     found: list[ModelConfig] = []
-    for i, shape in enumerate(SHAPES):
+    for shape, num_levels in IMAGES:
         colours = shape[0]
-        for num_levels in (2, 5) if i == 0 else (2,) if i % 2 else (5,):
-            common = {"image_shape": shape, "num_levels": num_levels, "num_labels": 3}
-            found.append(PixelCNNConfig(**common, num_features=4 * colours, num_blocks=3))
-            found.append(
-                PixelCNNConfig(**common, num_features=9 * colours, num_blocks=1, kernel_size=5, first_kernel_size=5)
-            )
-            found += [
-                GatedPixelCNNConfig(**common, num_features=4 * colours, num_layers=layers, kernel_size=kernel)
-                for kernel, layers in ((3, 3), (5, 1), (5, 2))
-            ]
-            attention = {"attention_every": 1, "num_heads": 2, "key_features": 3}
-            found.append(
-                AttentivePixelCNNConfig(**common, **attention, num_features=4 * colours, num_layers=3, kernel_size=3)
-            )
+        common = {"image_shape": shape, "num_levels": num_levels, "num_labels": 3}
+        found.append(PixelCNNConfig(**common, num_features=4 * colours, num_blocks=3))
+        found.append(
+            PixelCNNConfig(**common, num_features=9 * colours, num_blocks=1, kernel_size=5, first_kernel_size=5)
+        )
+        found += [
+            GatedPixelCNNConfig(**common, num_features=4 * colours, num_layers=layers, kernel_size=kernel)
+            for kernel, layers in ((3, 3), (5, 1), (5, 2))
+        ]
+        attention = {"attention_every": 1, "num_heads": 2, "key_features": 3}
+        found.append(
+            AttentivePixelCNNConfig(**common, **attention, num_features=4 * colours, num_layers=3, kernel_size=3)
+        )
     return found
 
 

@@ -47,8 +47,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, on_call: Webhook) -> Iterator
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_deployment_runs_to_completed(site: Site) -> None:
-    run = ("deployment", "run", "train-pair/train-pair", "--watch", "--watch-timeout", "150")
-    done = site.prefect(*run, "-p", "pair=gated_pixelcnn-mnist5k")
+    run = ("deployment", "run", "train-pair/train-pair", "-p", "pair=gated_pixelcnn-mnist5k")
+    done = site.prefect(*run, "--watch", "--watch-timeout", "150")
     log = (site.folder / "operate.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
     assert "step 1, epoch" in log, "progress is in the worker's log"
@@ -105,6 +105,7 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
 def test_a_failed_watch_notifies(site: Site, on_call: Webhook) -> None:
     """As the runbooks say: by Prefect's own automation and webhook, whatever Prefect is told beside it."""
     run = ("deployment", "run", "evaluate-champions/evaluate-champions", "--watch", "--watch-timeout", "150")
+    assert site.prefect(*run).returncode == 0, "nothing to complain of: nobody is called"
     done = site.prefect(*run, "-p", 'datasets=["svhn"]')
     assert done.returncode == 1, "a failed run is a failed command"
     assert "ValueError: unknown dataset 'svhn'" in " ".join(done.stdout.split()), "whoever watches sees why"

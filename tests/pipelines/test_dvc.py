@@ -210,7 +210,6 @@ def test_what_is_stale_after_a_change(stubbed: Path) -> None:
     assert "prepare@mnist5k" in stale(stubbed), "raw data are a dependency"
 
 
-@pytest.mark.repeated
 @slow_alone
 @pytest.mark.timeout(400)
 def test_dvcs_commands_without_errors(stubbed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

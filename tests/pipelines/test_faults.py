@@ -18,7 +18,6 @@ def test_a_case_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "no case has 'typo' in its name: name one of " in capsys.readouterr().err
 
 
-@pytest.mark.repeated
 @slow_alone
 @pytest.mark.timeout(1800)
 def test_nothing_is_lost_or_doubled() -> None:

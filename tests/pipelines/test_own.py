@@ -833,7 +833,11 @@ def test_dvc_sees_a_changed_picture_and_nothing_else(folder: Path, tmp_path: Pat
     lock = yaml.safe_load((project / "own/dvc.lock").read_text())["stages"]
     recorded = lock["prepare@first"]["outs"][0]["md5"]
     assert recorded == load_dataset(project / "data/first.safetensors").data_hash
-    for change in (lambda: fill(folder, 1, first=77), lambda: picture(9).save(folder / "3.png")):
+    for change in (
+        lambda: fill(folder, 1, first=77),
+        (folder / "77.png").unlink,
+        lambda: picture(9).save(folder / "3.png"),
+    ):
         change()
         assert stale() == {"prepare@first"}
         call("dvc", "commit", "-q", "-f", "own/dvc.yaml:prepare@first")

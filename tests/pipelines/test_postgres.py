@@ -127,7 +127,6 @@ def test_a_lost_database_is_restored_as_the_page_says(
     assert in_process(lambda: check("mnist5k", num_versions=1, num_runs=1)) == 0
 
 
-@pytest.mark.repeated
 @slow_alone
 @pytest.mark.timeout(600)
 def test_a_training_with_both(postgres: str, tmp_path: Path) -> None:

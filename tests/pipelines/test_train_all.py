@@ -101,9 +101,9 @@ def test_whoever_is_stopped_leaves_nothing_running(folder: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_pairs_are_trained_and_compared(project: Path, prefect_server: str) -> None:
-    """Two that are fine, one without data, and one that does not exist."""
+    """Two that are fine, one without data, one that does not exist, and one that is a folder's name."""
     with pytest.raises(ChildProcessError) as caught:
-        train_all([PAIR, "pixelcnn-mnist", "pixelcnn-nope", GATED], at_once=2)
+        train_all([PAIR, "pixelcnn-mnist", "pixelcnn-nope", f"models/{PAIR}", GATED], at_once=2)
     text = str(caught.value)
     assert "pixelcnn-nope (unknown pair 'pixelcnn-nope'. Known pairs in params.yaml: " in text
     assert "pixelcnn-mnist (data/mnist.safetensors does not exist. Make it: " in text
@@ -121,10 +121,9 @@ def test_pairs_are_trained_and_compared(project: Path, prefect_server: str) -> N
         found = [one for one in client.read_artifacts() if one.key == "comparison"]
     artifact = max(found, key=lambda one: one.created)  # other tests of this server's session make some, too
     rows = json.loads(str(artifact.data))
-    assert {row["pair"] for row in rows} == {PAIR, GATED, "pixelcnn-mnist", "pixelcnn-nope"}
+    assert {row["pair"] for row in rows} == {PAIR, GATED, "pixelcnn-mnist", "pixelcnn-nope", f"models/{PAIR}"}
 
 
-@pytest.mark.repeated
 @slow_alone
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the process's children are read from /proc")
 def test_a_cancelled_run_stops_its_trainings(project: Path, prefect_server: str) -> None:

@@ -987,7 +987,6 @@ def test_a_bug_is_not_hidden(project: Path, monkeypatch: pytest.MonkeyPatch, err
         steps.main(["prepare", "mnist5k"])
 
 
-@pytest.mark.repeated
 @slow_alone
 def test_two_processes_may_make_one_new_database(tmp_path: Path) -> None:
     """Without a lock the second dies in the middle of the first one's schema."""

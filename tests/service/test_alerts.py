@@ -111,7 +111,6 @@ def champion(folder: Path, version: str, seed: int, reference: list[float] | Non
     return store.export(checkpoint, {**metadata, "version": version})
 
 
-@pytest.mark.repeated
 @slow_alone
 @needs_prometheus
 @pytest.mark.timeout(600)

@@ -70,7 +70,6 @@ def is_ready(port: int) -> bool:
     return False
 
 
-@pytest.mark.repeated
 @slow_alone
 @pytest.mark.timeout(300 + 90 * NUM_RESTARTS)
 def test_rolling_restarts_fail_no_request(tmp_path, monkeypatch):

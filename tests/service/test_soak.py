@@ -43,7 +43,6 @@ def served_version(url: str) -> str:
     return answer.json()["model"]["version"]
 
 
-@pytest.mark.repeated
 @slow_alone
 @pytest.mark.timeout(240 + SECONDS)
 def test_under_a_steady_load_nothing_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
