@@ -202,8 +202,9 @@ class Plan:
             if map_.op in ("image", "context"):
                 self.add_buffer(map_)
             elif map_.op == "gate":
-                source, rows_up = self.located(map_.inputs[0])
-                self.plan_unit(Step(kind="gate", turn=None, out=self.add_buffer(map_), source=source, rows_up=rows_up))
+                # A shifted map is copied: its own may have the channels in the order of turns, and no zeros above.
+                source = self.stored(map_.inputs[0])
+                self.plan_unit(Step(kind="gate", turn=None, out=self.add_buffer(map_), source=source))
             elif map_.op == "attend":
                 self.plan_attention(map_)
             else:

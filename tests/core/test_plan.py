@@ -283,6 +283,36 @@ def test_what_a_network_may_add_up_is_sampled_exactly(layer) -> None:
         assert torch.equal(cached_sample(model, images), naive_sample(model, images))
 
 
+def test_a_gate_of_rows_that_moved_down_is_sampled_exactly() -> None:
+    """Of a map whose channels lie in the order of the colours' turns, and of the map of a drawing."""
+
+    class Moved(AutoregressiveModel):
+        def __init__(self, config: ModelConfig) -> None:
+            super().__init__(config, in_maps=4)
+            groups = colour_groups(4, 2)
+            self.first = MaskedConv2d(raster_mask("A", 3, torch.arange(2), groups.repeat(2)), right=1)
+            self.out, self.context = masked_1x1("B", groups.repeat(2), groups), Pointwise(2, 4, bias=False)
+
+        def features(self, x, label, context):
+            h = self.first(x)
+            y = self.out(h) + gate(shift_down(h))
+            return y if context is None else y + self.context(gate(shift_down(context)))
+
+    torch.manual_seed(0)
+    model = Moved(ModelConfig(image_shape=(2, 4, 4), num_levels=3, num_features=4, context_features=4)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(32, 2, 4, 4, generator=generator, dtype=torch.float64)
+    drawing = torch.randint(0, 3, u.shape, generator=generator)
+    observed = torch.rand(32, 1, 4, 4, generator=generator) < 0.5
+    for seen in ({}, {"drawing": drawing, "observed": observed}):
+        expected = naive_sample(model, u, **seen)
+        assert torch.equal(sample(model, u, **seen), expected)
+        assert torch.equal(cached_sample(model, u, **seen), expected)
+
+
 @pytest.mark.parametrize("is_by_row", [True, False])
 def test_biases_by_label_and_by_place_may_be_added_at_once(is_by_row: bool) -> None:
     class Biased(Refused):
