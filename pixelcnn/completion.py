@@ -93,7 +93,8 @@ def _summed_out(
     """
     index, column = of.nonzero(as_tuple=True)
     if len(index):
-        missing, done = missing[index], levels[index]
+        # Compiled code is compiled anew for other strides.
+        missing, done = missing[index].contiguous(), levels[index].contiguous()
         known = torch.where(missing[:, None], 0, done)
         scores = draw(model, Canvas((done + 1).double(), column - 1, 1.0, known, missing, on_row))[1]
         assert scores is not None

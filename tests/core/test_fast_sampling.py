@@ -15,6 +15,7 @@ from torch import Tensor
 import pixelcnn.sampling.compiled as compiled
 import pixelcnn.sampling.fast as fast_sampling
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig, build_model, level_probs, log_prob, naive_sample, sample
+from pixelcnn.completion import score_completions
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.attentive_pixelcnn import AttentivePixelCNNConfig
 from pixelcnn.packing.coder import code
@@ -239,6 +240,17 @@ def test_nothing_is_compiled_anew_for_a_label_that_is_expanded() -> None:
     u = torch.rand(3, *model.config.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected, known = sample(model, u, torch.tensor([1, 1, 1])), list(compiled.kernels._rows.signatures)
     assert torch.equal(sample(model, u, torch.tensor(1).expand(3)), expected)
+    assert compiled.kernels._rows.signatures == known
+
+
+def test_nothing_is_compiled_anew_for_images_that_lie_otherwise_in_memory() -> None:
+    model = model_of(configs()[-1], torch.float64)
+    channels, height, width = model.config.image_shape
+    levels = torch.randint(0, model.config.num_levels, (3, channels, width, height)).transpose(2, 3)
+    observed = (torch.rand(3, 1, width, height) < 0.5).transpose(2, 3)
+    expected = score_completions(model, levels.contiguous(), observed.contiguous())
+    known = list(compiled.kernels._rows.signatures)
+    assert torch.equal(score_completions(model, levels, observed), expected)
     assert compiled.kernels._rows.signatures == known
 
 
