@@ -48,6 +48,7 @@ class Convolution(Block):
 
     right = 0
     weight: Tensor
+    bias: Tensor | None
 
     def masked_weight(self) -> Tensor:  # (out, in, kh, kw)
         return self.weight
@@ -62,6 +63,8 @@ class Convolution(Block):
             raise ValueError(f"{type(self).__name__} of {taps.shape[1]} channels got a map of {x.num_channels}.")
         if taps.shape[3] > 1:
             check_window(x)
+        if x.op == "context" and self.bias is not None:
+            raise ValueError("no sampler follows from a bias on the map of a drawing: use context_projection.")
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right
         used = taps.any(dim=1).any(dim=0)  # (kh, kw)
         offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]

@@ -362,23 +362,30 @@ def test_a_gate_of_halves_that_are_known_at_different_turns_is_refused() -> None
 
 
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "what"),
     [
-        lambda: Layer(lambda x, wide: wide(x), MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)),
-        lambda: Layer(lambda x, wide: wide(shift_down(x)), MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)),
-        lambda: Layer(lambda x, attention: attention(x, x), BlockAttention(4, 1, 1, 4, 4, 4)),
+        (lambda: MaskedConv2d(torch.ones(4, 4, 1, 3), right=0), "kernel of several columns"),
+        (
+            lambda: Layer(lambda x, wide: wide(shift_down(x)), MaskedConv2d(torch.ones(4, 4, 1, 3), right=0)),
+            "kernel of several columns",
+        ),
+        (
+            lambda: Layer(lambda x, attention: attention(x, x), BlockAttention(4, 1, 1, 4, 4, 4)),
+            "kernel of several columns",
+        ),
+        (lambda: Pointwise(4, 4), "bias"),  # it would be added where there is no drawing, too
     ],
-    ids=["a kernel", "a kernel on rows above", "attention"],
+    ids=["a kernel", "a kernel on rows above", "attention", "a bias"],
 )
-def test_a_wide_window_on_the_map_of_a_drawing_is_refused(layer) -> None:
-    class Wide(RandomNetwork):
+def test_what_the_map_of_a_drawing_must_not_enter_by_is_refused(layer, what: str) -> None:
+    class Entered(RandomNetwork):
         def features(self, x, label, context):
             h = super().features(x, label, context)
-            return h if context is None else h + self.wide(context)
+            return h if context is None else h + self.enter(context)
 
-    model = Wide(RandomConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, context_features=4, seed=0))
-    model.wide = layer()
-    with pytest.raises(ValueError, match="no sampler follows from a kernel of several columns on the map of a drawing"):
+    model = Entered(RandomConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4, context_features=4, seed=0))
+    model.enter = layer()
+    with pytest.raises(ValueError, match=f"no sampler follows from a {what} on the map of a drawing"):
         model.described()
 
 
