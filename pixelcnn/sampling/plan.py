@@ -203,8 +203,9 @@ class Plan:
                 self.add_buffer(map_)
             elif map_.op == "gate":
                 # A shifted map is copied: its own may have the channels in the order of turns, and no zeros above.
-                source = self.stored(map_.inputs[0])
-                self.plan_unit(Step(kind="gate", turn=None, out=self.add_buffer(map_), source=source))
+                source, buffer = self.stored(map_.inputs[0]), self.add_buffer(map_)
+                for turn in buffer.in_turn:
+                    self.add_step(Step(kind="gate", turn=turn, out=buffer, source=source))
             elif map_.op == "attend":
                 self.plan_attention(map_)
             else:
@@ -218,11 +219,6 @@ class Plan:
             return buffer, rows_up + 1
         return self.stored(map_), 0
 
-    def plan_unit(self, step: Step) -> None:
-        """Plan a step for a whole row, or once for each turn."""
-        for turn in step.out.in_turn:
-            self.add_step(replace(step, turn=turn))
-
     def plan_attention(self, map_: Map) -> None:
         query, source = (self.stored(x) for x in map_.inputs)
         attention = map_.block.weights(query.order, source.order)
@@ -234,7 +230,8 @@ class Plan:
         self.add_step(replace(step, kind="keys", source=keys))
         buffer = self.add_buffer(map_)
         keys.readers.append((buffer, math.inf, True))  # all later rows read them
-        self.plan_unit(Step(kind="attend", turn=None, out=buffer, source=query, attention=attention))
+        for turn in buffer.in_turn:
+            self.add_step(Step(kind="attend", turn=turn, out=buffer, source=query, attention=attention))
 
     def summed(self, map_: Map, is_top: bool = False) -> list[Map]:
         """Return the maps that a sum adds up; what is used elsewhere, too, is stored once and added as it is."""
