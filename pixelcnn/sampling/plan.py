@@ -17,6 +17,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,14 +139,16 @@ class Plan:
         self.row_steps: list[Step] = []
         self.pixel_steps: list[Step] = []
         self.uses: Counter[Map] = Counter()
-        # Maps say where things lie in tensors on the CPU: the weights come there, too.
+        # Maps say where things lie in tensors on the CPU, whatever the default device is: the weights come there, too.
         model = model if model.head.weight.device.type == "cpu" else copy.deepcopy(model).cpu()
         if not all(bool(p.isfinite().all()) for p in joint_parameters(model)):
             raise ValueError("the model's weights are not finite numbers: its training diverged. Use an earlier model.")
-        result = model.described()
+        is_default = torch.get_default_device().type == "cpu"
         try:
-            self.count_uses(result)
-            self.logits = self.stored(result)
+            with nullcontext() if is_default else torch.device("cpu"):  # which slows each call of torch
+                result = model.described()
+                self.count_uses(result)
+                self.logits = self.stored(result)
         except RecursionError:
             raise ValueError("no sampler follows from so deep a network: use at most 200 blocks in a row.") from None
         self.pixel_steps.sort(key=lambda step: step.turn or 0)

@@ -335,6 +335,13 @@ def test_biases_by_label_and_by_place_may_be_added_at_once(is_by_row: bool) -> N
         assert torch.equal(cached_sample(model, u, label), naive_sample(model, u, label))
 
 
+def test_the_default_device_is_not_the_plans() -> None:
+    model, u = random_network(1), torch.rand(2, *random_network(1).config.image_shape, dtype=torch.float64)
+    expected = naive_sample(model, u)
+    with torch.device("meta"):  # as with CUDA, tensors that are made without a device lie elsewhere
+        assert torch.equal(cached_sample(model, u), expected)
+
+
 def test_weights_that_are_no_numbers_are_not_sampled() -> None:
     model, u = random_network(0), torch.zeros(1, *random_network(0).config.image_shape)
     with torch.no_grad():
