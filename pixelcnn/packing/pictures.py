@@ -3,13 +3,13 @@
 import io
 import os
 import shutil
-import tokenize
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from pixelcnn.images import from_png, to_png
 from pixelcnn.packing.container import is_plain
 
 LABELS_FILE = "labels.npy"
-# What NumPy raises of a file that is damaged, or none.
-DAMAGED = (ValueError, EOFError, SyntaxError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+# What NumPy raises of a damaged header; and of a file that is damaged elsewhere, or none.
+_OF_HEADERS = (ValueError, TypeError, OverflowError, SyntaxError, TokenError)
+DAMAGED = (*_OF_HEADERS, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)

@@ -307,11 +307,13 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
     np.savez(tmp_path / "several.npz", array)
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
     (tmp_path / "cut.npy").write_bytes((tmp_path / "several.npy").read_bytes()[:-9])
-    (tmp_path / "flipped.npy").write_bytes((tmp_path / "in.npy").read_bytes().replace(b"(4", b"((", 1))
-    for name in ("broken.npy", "pickle.npy", "several.npy", "cut.npy", "flipped.npy"):
+    whole = (tmp_path / "in.npy").read_bytes()
+    for name, shape in {"flipped": b"((, 1, 4, 5)", "huge": b"(4%s,)" % (b"0" * 30), "odd": b"(True, 1, 4)"}.items():
+        (tmp_path / f"{name}.npy").write_bytes(whole.replace(b"(4, 1, 4, 5)", shape, 1))
+    for name in ("broken.npy", "pickle.npy", "several.npy", "cut.npy", "flipped.npy", "huge.npy", "odd.npy"):
         with pytest.raises(ValueError, match=f"{name} is no .npy array"):
             pack(checkpoint, tmp_path / name, tmp_path / "x.pxl")
-    for name in ("several.npy", "cut.npy", "flipped.npy"):
+    for name in ("several.npy", "cut.npy", "flipped.npy", "huge.npy", "odd.npy"):
         (tmp_path / name).unlink()
     np.save(tmp_path / "labels.npy", np.array([0, 1, 2, 0]))
     np.save(tmp_path / "few.npy", np.array([0, 1]))
