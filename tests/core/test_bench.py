@@ -80,14 +80,23 @@ def test_an_extrapolated_baseline_says_so() -> None:
     assert time_naive(model, 2, 60.0, CROPPED, passes=10).note == "1 thread; extrapolated from 10 of 30 passes"
 
 
-def test_a_compiler_that_is_missing_is_a_skipped_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (RuntimeError("no C++ compiler\nmore"), "skipped: RuntimeError: no C++ compiler"),
+        (AssertionError(), "skipped: AssertionError: "),
+    ],
+)
+def test_a_compiler_that_is_missing_is_a_skipped_row(
+    error: Exception, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_, **__):
-        raise RuntimeError("no C++ compiler\nmore")
+        raise error
 
     monkeypatch.setattr(torch, "compile", broken)
     timing = time_sampler(NAIVE_COMPILED, model_of(CONFIG, torch.float32), 1, 0.1)
     assert math.isnan(timing.seconds)
-    assert timing.note == "skipped: RuntimeError: no C++ compiler"
+    assert timing.note == note
 
 
 def test_the_sampler_in_torch_is_not_taken_for_the_compiled_one(
