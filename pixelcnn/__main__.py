@@ -272,7 +272,7 @@ def bench_command(
     seconds: Annotated[float, Option(help="how long to measure each figure, about", min=0.01, max=600)] = 3.0,
     exact_images: Annotated[int, Option(help="images to compare with the model; 0 for none", min=0)] = 16,
     sides: Annotated[list[int], Option(help="image sides at which to time a pixel", min=1, max=MAX_SIDE)] = [],  # noqa: B006
-    out: Annotated[Path | None, Option(help="JSON file to write, too")] = None,
+    out: Annotated[Path | None, Option(help="JSON file to write, too", dir_okay=False)] = None,
 ) -> None:
     """Time the samplers on a checkpoint."""
     if unknown := set(samplers) - set(SAMPLERS):

@@ -256,6 +256,7 @@ def test_an_absent_gpu_is_named(
         ["evaluate", "--checkpoint", "x", "--data", "x", "--num-images", "0"],
         *(["sample", "--checkpoint", "x", "--out", "x.png", "--seed", seed] for seed in ("-1", str(2**63))),
         *(["sample", "--checkpoint", "x", "--out", out] for out in (".", "x.jpg")),
+        ["bench", "--checkpoint", "x", "--out", "."],
     ],
 )
 def test_words_that_are_no_command_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
