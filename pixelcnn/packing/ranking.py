@@ -64,7 +64,9 @@ def rank(
     split: str = "test",
     on_progress: Callable[[int, int], None] = lambda done, num: None,
 ) -> Ranking:
-    """Rank pictures by how strange a model finds them; ValueError if there are none, or one does not fit the model.
+    """Rank pictures by how strange a model finds them.
+
+    ValueError if there are none, one does not fit the model, or its likelihoods are no numbers.
 
     Args:
         images, split: as `pixelcnn.packing.pack` takes them; here levels that the model does not have are rounded.
@@ -78,6 +80,8 @@ def rank(
         stop = min(start + SCORED_BATCH, source.num)
         levels = source.read(start, stop)
         nats[start:stop] = -log_prob(model, levels)
+        if not bool(nats[start:stop].isfinite().all()):
+            raise ValueError("the model's likelihoods are not finite: its training diverged. Use an earlier model.")
         sizes = [len(to_png(image, config.num_levels, optimize=True)) for image in levels]
         png_bytes[start:stop] = torch.tensor(sizes)
         on_progress(stop, source.num)

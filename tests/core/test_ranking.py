@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks.ranking import auroc
-from pixelcnn import load_checkpoint, log_prob, save_dataset
+from pixelcnn import load_checkpoint, log_prob, save_checkpoint, save_dataset
 from pixelcnn.__main__ import main
 from pixelcnn.images import to_png
 from pixelcnn.packing import rank
@@ -153,6 +153,18 @@ def test_pictures_that_cannot_be_ranked_are_named(checkpoint, tmp_path, capsys, 
     assert "--out must be a .png in a folder that exists" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "out.jpg")]) == 2
     assert "out.jpg must end in .png." in capsys.readouterr().err
+
+
+def test_a_model_that_diverged_is_named(checkpoint, tmp_path, capsys) -> None:
+    model, scores = load_checkpoint(checkpoint)
+    torch.nn.init.constant_(model.logits.bias, float("nan"))
+    save_checkpoint(tmp_path / "model", model, scores)
+    np.save(tmp_path / "in.npy", random_levels(SHAPE, 4, 3).byte().numpy())
+    images = ["--images", str(tmp_path / "in.npy"), "--out", str(tmp_path / "out.png")]
+    assert main(["rank", "--checkpoint", str(tmp_path / "model"), *images]) == 1
+    assert capsys.readouterr().err == (
+        "error: the model's likelihoods are not finite: its training diverged. Use an earlier model.\n"
+    )
 
 
 def test_a_sheet_that_cannot_be_written_is_said_before_any_work(tmp_path, capsys, monkeypatch) -> None:
