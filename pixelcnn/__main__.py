@@ -130,6 +130,7 @@ def train_command(
     if rank == 0:
         num_parameters = sum(p.numel() for p in model.parameters())
         print(f"{architecture} on {dataset.name} ({dataset.protocol}): {num_parameters:,} parameters")
+    out = out if out.name else out.resolve()  # `.` has no name
     out.parent.mkdir(parents=True, exist_ok=True)
     state_file = out.with_name(f"{out.name}.state")
     if init_from is not None and state_file.exists() and rank == 0:
@@ -387,9 +388,7 @@ def _trainer_of(architecture: str, config_class: type) -> Callable[..., None]:
     """Return the train command of an architecture, whose options are its config's and TrainConfig's fields."""
 
     def command(**arguments: Any) -> None:
-        settings: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()
-        }
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
         train_command(architecture, **settings)
 
     _, *common, _ = inspect.signature(train_command).parameters.values()

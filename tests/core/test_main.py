@@ -78,6 +78,16 @@ def test_train_says_before_its_work_what_it_would_replace(
     assert "it holds notes.txt, which would be lost" in capsys.readouterr().err
 
 
+def test_train_writes_into_the_folder_that_it_stands_in(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["train", "pixelcnn", "--data", str(data_file), "--out", ".", *NETWORK, *SCHEDULE]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "here.state"]
+    load_checkpoint(tmp_path / "here")
+
+
 def test_train_goes_on_from_its_state(checkpoint: Path, data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     longer = [*SCHEDULE[:-3], "3", "--warmup-steps", "0"]
     assert main(["train", "pixelcnn", "--data", str(data_file), "--out", str(checkpoint), *NETWORK, *longer]) == 0
