@@ -55,12 +55,9 @@ def ink_of(levels: Tensor, num_levels: int) -> Mask:
 
 def _spread(mask: Mask) -> Mask:
     """Return the pixels of a mask and their eight neighbours: (B, H, W) -> (B, H, W)."""
-    tall: Mask = mask.copy()
-    tall[:, 1:] |= mask[:, :-1]
-    tall[:, :-1] |= mask[:, 1:]
-    wide: Mask = tall.copy()
-    wide[:, :, 1:] |= tall[:, :, :-1]
-    wide[:, :, :-1] |= tall[:, :, 1:]
+    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+    tall = padded[:, 2:] | padded[:, 1:-1] | padded[:, :-2]
+    wide: Mask = tall[:, :, 2:] | tall[:, :, 1:-1] | tall[:, :, :-2]
     return wide
 
 
