@@ -6,15 +6,16 @@ in settings.py.
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import bentoml
 from bentoml.images import Image
@@ -26,7 +27,7 @@ from app.service import gate, wire
 from app.service.batching import Batcher, Job
 from app.service.champions import Champion, Champions, pinned_models, released_by_dataset, store_folder
 from app.service.images import to_lists
-from app.service.jobs import LikelihoodJob, SamplingJob
+from app.service.jobs import LikelihoodJob, ReadingJob, SamplingJob
 from app.service.metrics import metrics
 from app.service.openapi import amended
 from app.service.operation.drawings import Drawings
@@ -58,6 +59,7 @@ logging.getLogger("bentoml._internal.server.http_app").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], wire.RequestError))
 )
 
+_Kind = TypeVar("_Kind", bound=Job)
 models_app = FastAPI(title="models", docs_url=None, redoc_url=None, openapi_url=None)
 
 
@@ -113,6 +115,18 @@ class PixelCNNService:
         line_of_request.get({}).update(dataset=dataset, version=champion.identity.version)
         return champion
 
+    async def _read(
+        self, kind: Callable[..., _Kind], request: wire.GenerateRequest | wire.LikelihoodRequest, *more: Any
+    ) -> _Kind:
+        """Return the job of a request; RequestError if it does not fit the champion."""
+        read = functools.partial(kind, self._champion(request.dataset), request, *more)
+        if not isinstance(getattr(request, "image", None), str):
+            return read()
+        reading = ReadingJob(read)
+        reading.client = gate.client.get()
+        self.batcher.submit(reading)
+        return cast(_Kind, await asyncio.wrap_future(reading.done))
+
     def _submit(self, job: Job) -> None:
         line, start = line_of_request.get({}), time.perf_counter()
         job.on_call = lambda: line.setdefault("waited_s", round(time.perf_counter() - start, 4))
@@ -159,7 +173,7 @@ class PixelCNNService:
     @bentoml.api
     async def complete(self, request: wire.CompleteRequest, /) -> wire.CompleteAnswer:
         """Fill in the missing pixels of an image, several times."""
-        job = SamplingJob(self._champion(request.dataset), request)
+        job = await self._read(SamplingJob, request)
         answer: wire.CompleteAnswer = await self._answer("complete", request.dataset, job)
         # Once the answer is on its way.
         asyncio.get_running_loop().call_soon(self.drawings.completed, "complete", job)
@@ -169,6 +183,7 @@ class PixelCNNService:
     async def complete_stream(self, request: wire.CompleteRequest, /) -> AsyncGenerator[str, None]:
         """Do the same, sending each finished row: events `rows`, then `result` (or `error`)."""
         loop = asyncio.get_running_loop()
+        end = loop.time() + settings.timeout_s
         # Unbounded, but it holds one image's rows at most: the sampler never waits for a slow reader.
         events: asyncio.Queue[str | None] = asyncio.Queue()
 
@@ -178,10 +193,9 @@ class PixelCNNService:
         def on_row(row: int, levels: Tensor) -> None:
             put(wire.server_sent_event("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])})))
 
-        job = SamplingJob(self._champion(request.dataset), request, on_row)
+        job = await self._read(SamplingJob, request, on_row)
         self._submit(job)
         job.done.add_done_callback(lambda _: put(None))
-        end = loop.time() + settings.timeout_s
         try:
             with self._measured("complete_stream", request.dataset):
                 yield ": drawing\n\n"  # The answer has begun: BentoML's own timeout no longer applies.
@@ -202,13 +216,13 @@ class PixelCNNService:
     @bentoml.api
     async def generate(self, request: wire.GenerateRequest, /) -> wire.GenerateAnswer:
         """Sample whole images."""
-        job = SamplingJob(self._champion(request.dataset), request)
+        job = await self._read(SamplingJob, request)
         return cast(wire.GenerateAnswer, await self._answer("generate", request.dataset, job))
 
     @bentoml.api
     async def likelihood(self, request: wire.LikelihoodRequest, /) -> wire.LikelihoodAnswer:
         """Score an image: its log-probability, and how surprising each pixel is."""
-        job = LikelihoodJob(self._champion(request.dataset), request)
+        job = await self._read(LikelihoodJob, request)
         answer: wire.LikelihoodAnswer = await self._answer("likelihood", request.dataset, job)
         metrics().drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
         return answer

@@ -256,11 +256,12 @@ def test_a_thread_that_cannot_start_ends_no_lane(batches, monkeypatch):
 
 @pytest.mark.usefixtures("client", "use_home")
 def test_no_dataset_can_have_the_name_of_another_lane():
-    """Its requests would wait until no other does, or behind all likelihoods."""
+    """Its requests would wait until no other does, or behind all likelihoods or pictures."""
     instance = service.PixelCNNService.inner()
     instance.champions.refresh()
     request = wire.LikelihoodRequest(dataset="grey", image=[[0] * 4] * 5)
-    lanes = [batching.IDLE_LANE, jobs.LikelihoodJob(instance.champions.get("grey"), request).lane]
+    likelihood = jobs.LikelihoodJob(instance.champions.get("grey"), request)
+    lanes = [batching.IDLE_LANE, likelihood.lane, jobs.ReadingJob(lambda: likelihood).lane]
     assert [lane for lane in lanes if NAME.fullmatch(lane)] == []
 
 

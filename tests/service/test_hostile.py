@@ -5,13 +5,15 @@ import gzip
 import io
 import json
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from app.service import wire
+from app.service import images, wire
 
 HEADERS = {"Content-Type": "application/json"}
 OBSERVED = [[0] * 4] * 5
@@ -139,6 +141,27 @@ def test_a_damaged_png_is_refused_or_read_but_never_an_error_of_ours(client):
         assert response.status_code in (200, 400), response.text
         if response.status_code == 400:
             error_of(response)
+
+
+@pytest.mark.parametrize("path", ["/complete", "/complete_stream", "/likelihood"])
+def test_a_picture_that_takes_long_to_read_holds_up_nobody_else(client, monkeypatch, path):
+    """A PNG of 60 kB can hold sixty comments of a megabyte each: a quarter of a second."""
+    begun, go = threading.Event(), threading.Event()
+
+    def read_slowly(*arguments, **options):
+        begun.set()
+        assert go.wait(5)
+        raise ValueError("image was slow")
+
+    monkeypatch.setattr(images, "from_png", read_slowly)
+    request = {"dataset": "grey", "image": base64.b64encode(png()).decode()}
+    request |= {} if path == "/likelihood" else {"observed": OBSERVED}
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(client.post, path, json=request)
+        assert begun.wait(10)
+        assert client.post("/generate", json={"dataset": "grey"}).status_code == 200
+        go.set()
+        assert error_of(slow.result()) == "image was slow"
 
 
 @pytest.mark.parametrize("path", ["/generate", "/complete", "/likelihood"])
