@@ -86,13 +86,15 @@ class SamplingJob(Job):
     def run_together(jobs: list["SamplingJob"]) -> None:
         if jobs[0].levels is None:
             SamplingJob._draw(jobs)
-            # With a label network the sampler goes through endings again to say how probable they are: of each request
-            # in another call, behind all who have no images yet, and only as long as its client does not draw on.
+            # With a label network and no label the sampler goes through endings again to say how probable they are: of
+            # each request in another call, behind all who have no images yet, and only as long as its client does not
+            # draw on.
             if jobs[0].champion.model.label_network is not None and bool(jobs[0].observed.any()):
-                for job in jobs:
+                later = [job for job in jobs if job.request.label in (None, -1)]
+                for job in later:
                     if job.on_row is not None:
                         job.not_before = time.monotonic() + REST_S
-                return
+                jobs = [job for job in jobs if job not in later]
         for job in jobs:
             if not job.done.done():
                 with contextlib.suppress(_NobodyWaits):

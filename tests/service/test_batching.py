@@ -16,6 +16,7 @@ import torch
 from app.service import api as service
 from app.service import batching, jobs, wire
 from app.service.batching import Batcher, Job
+from app.service.champions import Champion
 from pipelines.datasets.entry import NAME
 from pipelines.registry import store
 from pixelcnn import build_model
@@ -508,12 +509,15 @@ def test_endings_that_nobody_waits_for_are_not_scored(monkeypatch):
 
 def test_endings_drawn_live_are_scored_once_the_hand_rests():
     model = build_model(dataclasses.replace(GREY, context_features=2, completer_features=4, label_features=2))
-    champion = SimpleNamespace(model=model, config=model.config, num_parameters=1)
+    identity = wire.Identity(**dict.fromkeys(wire.Identity.model_fields, "toy"))
+    champion = Champion(model, identity, {})
     request = wire.CompleteRequest(dataset="grey", image=[[1] * 4] * 5, observed=[[1] * 4, *[[0] * 4] * 4])
     streamed = jobs.SamplingJob(champion, request, on_row=lambda *_: None)
     awaited = jobs.SamplingJob(champion, request)
+    told = jobs.SamplingJob(champion, request.model_copy(update={"label": 2}), on_row=lambda *_: None)
     start = time.monotonic()
-    jobs.SamplingJob.run_together([streamed, awaited])
+    jobs.SamplingJob.run_together([streamed, told, awaited])
+    assert len(told.done.result(0).log_probs) == 1, "whose label is known is scored already"
     assert streamed.not_before >= start + jobs.REST_S
     assert awaited.not_before == 0
     assert streamed.key != awaited.key  # each is scored in a call of its own
