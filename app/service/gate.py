@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import random
 from collections import Counter
 from contextvars import ContextVar
@@ -44,7 +45,7 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        sent, wanted = headers.get(b"authorization", b""), b"Bearer " + self.token.encode()
+        sent, wanted = headers.get(b"authorization", b""), b"Bearer " + os.fsencode(self.token)
         # Constant time: how long it takes tells nothing of how much of the token is right.
         if self.token and scope["path"] not in HEALTH_CHECKS and not hmac.compare_digest(sent, wanted):
             text = "this service wants a token: send the header Authorization: Bearer with its PIXELCNN_TOKEN."

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import httpx
@@ -25,7 +26,7 @@ async def hello(scope, receive, send) -> None:
     await PlainTextResponse("hello")(scope, receive, send)
 
 
-def ask(path: str, method: str = "GET", token: str = TOKEN, **headers: str) -> httpx.Response:
+def ask(path: str, method: str = "GET", token: str = TOKEN, **headers: str | bytes) -> httpx.Response:
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(gate.Gate(hello, token))
         async with httpx.AsyncClient(transport=transport, base_url="http://service.test") as client:
@@ -50,6 +51,14 @@ def test_with_the_token_or_without_one_set_everything_is_answered():
     assert ask("/models", token="").text == "hello"
     for path in OPEN:
         assert ask(path).text == "hello"
+
+
+def test_a_token_that_is_no_text_is_one_all_the_same():
+    """It comes from the environment, as os.fsdecode reads it; else every request failed, health checks among them."""
+    token = b"s3cret-\xff"
+    assert ask("/models", token=os.fsdecode(token), Authorization=b"Bearer " + token).text == "hello"
+    assert ask("/models", token=os.fsdecode(token), Authorization="Bearer s3cret-?").status_code == 401
+    assert ask("/livez", token=os.fsdecode(token)).text == "hello"
 
 
 def test_the_token_is_compared_in_constant_time(monkeypatch):
