@@ -25,7 +25,7 @@ from torch import Tensor
 
 from app.service import gate, wire
 from app.service.batching import Batcher, Job
-from app.service.champions import Champion, Champions, pinned_models, released_by_dataset, store_folder
+from app.service.champions import Champions, pinned_models, released_by_dataset, store_folder
 from app.service.images import to_lists
 from app.service.jobs import LikelihoodJob, ReadingJob, SamplingJob
 from app.service.metrics import metrics
@@ -110,16 +110,13 @@ class PixelCNNService:
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, json.dumps({"error": reason}))
         return True
 
-    def _champion(self, dataset: str) -> Champion:
-        champion = self.champions.get(dataset)
-        line_of_request.get({}).update(dataset=dataset, version=champion.identity.version)
-        return champion
-
     async def _read(
         self, kind: Callable[..., _Kind], request: wire.GenerateRequest | wire.LikelihoodRequest, *more: Any
     ) -> _Kind:
         """Return the job of a request; RequestError if it does not fit the champion."""
-        read = functools.partial(kind, self._champion(request.dataset), request, *more)
+        champion = self.champions.get(request.dataset)
+        line_of_request.get({}).update(dataset=request.dataset, version=champion.identity.version)
+        read = functools.partial(kind, champion, request, *more)
         if not isinstance(getattr(request, "image", None), str):
             return read()
         reading = ReadingJob(read)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import bentoml
@@ -206,7 +205,7 @@ class Champions:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
 
-    def start(self, released: Mapping[str, Path] = MappingProxyType({})) -> None:
+    def start(self, released: Mapping[str, Path] | None = None) -> None:
         """Load what is there, then poll the store about once a second; `released` checkpoints, by dataset, are served
         where it has no champion, until it has one."""
         self.refresh()
@@ -216,7 +215,7 @@ class Champions:
             compile_in_background()
         elif not self._loaded:
             threading.Thread(target=compile_sampler, name="compile", daemon=True).start()
-        for dataset, folder in released.items():
+        for dataset, folder in (released or {}).items():
             if (dataset, "champion") not in self._attempts:  # one that is refused has no silent substitute
                 try:
                     self._put(dataset, "champion", load_released(dataset, folder))
