@@ -167,19 +167,19 @@ def beside(environment: dict[str, str], status: Path, steps: list[list[str]]) ->
                 for part in log:
                     line += part
                     if line.endswith(b"\n"):
-                        said = hear(line.decode(errors="replace").strip(), said, status)
+                        said = note_progress(line.decode(errors="replace").strip(), said, status)
                         line = b""
             if process.returncode != 0:
-                tell(status, {"doing": "failed"})
+                write_status(status, {"doing": "failed"})
                 failed = f"`{' '.join(step)}` failed: {LOG} says why."
                 print(f"The canvas stays, without the quick start: {failed}", flush=True)
                 return
     if said:
-        tell(status, {"doing": "done"})
+        write_status(status, {"doing": "done"})
 
 
-def hear(line: str, said: dict[str, str], status: Path) -> dict[str, str]:
-    """Tell of what a line of the log says, after what was said before; return that."""
+def note_progress(line: str, said: dict[str, str], status: Path) -> dict[str, str]:
+    """Return what is known after a line of the log; one of a stage or a training is printed, and goes into `status`."""
     if found := STAGE.search(line):
         said = {"doing": found[1], "what": found[2]}
     elif found := PROGRESS.search(line):
@@ -187,12 +187,12 @@ def hear(line: str, said: dict[str, str], status: Path) -> dict[str, str]:
     else:
         return said
     print(f"beside: {line}", flush=True)
-    tell(status, said)
+    write_status(status, said)
     return said
 
 
-def tell(status: Path, said: dict[str, str]) -> None:
-    """Write the file that tells the canvas, which never sees a part of it."""
+def write_status(status: Path, said: dict[str, str]) -> None:
+    """Replace the file that the canvas reads, in one step: it never sees half of one."""
     written = status.with_suffix(".new")
     written.write_text(json.dumps(said))
     written.replace(status)

@@ -78,7 +78,7 @@ class PixelCNNService:
 
     def __init__(self) -> None:
         set_sampler_threads(settings.threads)
-        self.champions = Champions(store_folder(), self._look)
+        self.champions = Champions(store_folder(), self._on_poll)
         self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue)
         self.drawings = Drawings(self.batcher, self.champions)
 
@@ -86,7 +86,7 @@ class PixelCNNService:
     def start(self) -> None:
         """Load the champions before the first request."""
         self.champions.start(released_by_dataset() if settings.released else {})
-        drain_on_sigterm(self._look)
+        drain_on_sigterm(self._on_poll)
         # gc.freeze(): full collections of all that is loaded would stall the event loop for about 100 ms.
         gc.collect()
         gc.freeze()
@@ -99,8 +99,8 @@ class PixelCNNService:
         self.champions.stop()
         self.batcher.close()
 
-    def _look(self) -> None:
-        """Tell of what a look at the store, or SIGTERM, has changed."""
+    def _on_poll(self) -> None:
+        """Bring the readiness gauge and the watched drawings up to what is served: after each poll, and at SIGTERM."""
         metrics().ready.set(not why_not_ready(self.champions.describe()))
         self.drawings.forget()
 

@@ -63,7 +63,7 @@ class _Watched:
         drift = self.drifts.get(name)
         if drift is None or not drift.add(value):
             return
-        _tell(self.dataset, self)
+        _set_gauges(self.dataset, self)
         drifted = any(one.has_drifted for one in self.drifts.values())
         if drifted and self.since is None:
             self.since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -79,12 +79,12 @@ class _Watched:
         self.end_challenge_but(challenger)
         if challenger is not None:
             self.paired.add(bits[1] - bits[0])
-        _tell(self.dataset, self)
+        _set_gauges(self.dataset, self)
 
     def end_challenge_but(self, challenger: Champion | None) -> None:
         if self.challenger is not challenger:  # another one, or none any more
             self.challenger, self.paired = challenger, Paired()
-            _tell(self.dataset, self)
+            _set_gauges(self.dataset, self)
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers of it."""
@@ -104,7 +104,7 @@ class _Watched:
         }
 
 
-def _tell(dataset: str, watched: _Watched | None) -> None:
+def _set_gauges(dataset: str, watched: _Watched | None) -> None:
     """Set the gauges of a dataset: NaN where nothing is known, or compared."""
     paired, drifts = (watched.paired, watched.drifts) if watched else (Paired(), {})
     metrics().drift_watched.labels(dataset).set(bool(drifts) if watched else math.nan)
@@ -137,7 +137,7 @@ class Drawings:
             if watched is None or watched.champion is not champion:
                 self._drop(dataset)
                 watched = self._watched[dataset] = _Watched(dataset, champion, drifts_from(champion.reference))
-                _tell(dataset, watched)
+                _set_gauges(dataset, watched)
             for name, value in shares.items():
                 metrics().drawn_share.labels(dataset, name).observe(value.item())
                 watched.add(name, value.item())
@@ -190,7 +190,7 @@ class Drawings:
             for dataset, watched in list(self._watched.items()):
                 if watched.champion is not self._champions.find(dataset):
                     self._drop(dataset)
-                    _tell(dataset, None)
+                    _set_gauges(dataset, None)
                 elif watched.challenger is not None:
                     watched.end_challenge_but(self._challenger_of(watched.champion, dataset))
 
