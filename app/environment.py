@@ -18,7 +18,8 @@ def setting(variable: str, field: str) -> str:
     """Return what a variable says, or in its place the named environment's `field`; empty for neither.
 
     Raises:
-        LookupError: the environment is unknown or lacks it, or the variable says something else: nothing is mixed.
+        LookupError: the file cannot be read, the environment is unknown or lacks it, or the variable says something
+            else: nothing is mixed.
     """
     said = os.environ.get(variable, "").strip()
     name = os.environ.get(VARIABLE, "").strip() or DEVELOPMENT
@@ -26,6 +27,8 @@ def setting(variable: str, field: str) -> str:
         known = yaml.safe_load(FILE.read_text())
     except FileNotFoundError:
         known = {}
+    except OSError as error:  # such as the folder that Docker makes where the file of a mount is missing
+        raise LookupError(f"{FILE} cannot be read ({error.strerror}). Put the file there, or remove it.") from None
     except (yaml.YAMLError, UnicodeError):
         known = None
     if not (isinstance(known, dict) and all(isinstance(one, dict) for one in known.values())):

@@ -95,6 +95,10 @@ def test_the_named_environment_says_the_store(tmp_path, monkeypatch):
         Path("environments.yaml").write_text(text)
         with pytest.raises(BentoMLConfigException, match="must give each environment a registry, a store"):
             store_folder()
+    Path("environments.yaml").unlink()
+    Path("environments.yaml").mkdir()
+    with pytest.raises(BentoMLConfigException, match=r"environments\.yaml cannot be read \(Is a directory\)\. Put the"):
+        store_folder()
 
 
 def test_the_readme_has_every_setting_with_its_default():
