@@ -6,6 +6,7 @@ import sys
 import httpx
 import pytest
 
+from app.service.api import PixelCNNService
 from pipelines.registry import store
 from tests.local import run
 from tests.service.champions import COLOUR, GREY, put
@@ -45,6 +46,13 @@ def test_the_document_names_what_is_served(client):
     assert "get" in document["paths"]["/models"]
     assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
     assert "InvalidArgument" not in str(document)
+
+
+def test_the_document_is_not_made_anew_for_each_who_asks(client, monkeypatch):
+    """It takes as long as a drawing, and no gate bounds who reads."""
+    before = client.get("/docs.json").json()
+    monkeypatch.setattr(type(PixelCNNService), "openapi_spec", None)
+    assert client.get("/docs.json").json() == before
 
 
 @pytest.mark.slow
