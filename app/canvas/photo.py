@@ -115,7 +115,9 @@ def find_ink(data: bytes, shape: tuple[int, int], layout: Layout) -> np.ndarray:
     scale = min(layout.fill * shape[0] / ink.height, layout.fill * shape[1] / ink.width)
     reach = round((layout.stroke / scale - _stroke(found[box])) / 2)
     if reach > 0:  # a thin pen would fade away when it is scaled down
-        ink = ImageOps.expand(ink, reach).filter(ImageFilter.MaxFilter(2 * reach + 1))
+        ink = ImageOps.expand(ink, reach)
+        for _ in range(reach):  # as one of 2 * reach + 1 pixels, whose time would grow with their square
+            ink = ink.filter(ImageFilter.MaxFilter(3))
         scale = min(layout.fill * shape[0] / ink.height, layout.fill * shape[1] / ink.width)
     return _placed(np.asarray(_reduced(ink, scale), dtype=np.int64), shape, layout.by_mass)
 

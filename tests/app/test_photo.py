@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFilter
 import PIL.ImageOps
 import pytest
 import safetensors.numpy
@@ -112,6 +113,14 @@ def test_a_thin_pen_becomes_a_stroke() -> None:
     thin = find_ink(saved(photo(235, 40, width=5)), SHAPE, Layout())
     assert (thin >= 128).sum() >= 60
     assert agreement(thin, CLEAN) >= 0.6
+
+
+def test_a_thin_pen_does_not_keep_the_page_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow works for as long as a filter's window has pixels, and no other visit gets an answer meanwhile."""
+    sizes, max_filter = set(), PIL.ImageFilter.MaxFilter
+    monkeypatch.setattr(PIL.ImageFilter, "MaxFilter", lambda size: sizes.add(size) or max_filter(size))
+    find_ink(saved(photo(235, 40, width=4)), SHAPE, Layout())
+    assert sizes == {3}
 
 
 def test_ink_on_a_clear_ground_and_pictures_as_small_as_the_grid() -> None:
