@@ -128,7 +128,7 @@ class Visit:
     def keep(self, ending: Endings) -> None:
         """Take up endings that have come: they are the last ones, and answer the last request."""
         self.gallery = [ending, *self.gallery][:GALLERY]
-        self.answered, self.unfinished = ending.request, None
+        self.answered, self.unfinished, self.unanswered = ending.request, None, False
         if self.live and self.live.drawing == ending.drawing:  # else they are newer: the page has yet to take them
             self.live = None
         self.answer_came()

@@ -146,6 +146,14 @@ def test_an_earlier_answer_leaves_what_came_live(visit: Visit) -> None:
     assert visit.live is None
 
 
+def test_what_was_answered_since_is_not_asked_again(visit: Visit) -> None:
+    """Where something else fails later, and is tried again."""
+    visit.unanswered = True  # a stroke found no service; the next one did
+    visit.keep(answered(visit, STROKE))
+    visit.retry()
+    assert not visit.pending
+
+
 def test_a_visit_keeps_its_last_endings_alone(visit: Visit) -> None:
     for seed in range(GALLERY + 2):
         visit.keep(replace(answered(visit, STROKE), seed=seed))
