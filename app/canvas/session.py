@@ -53,7 +53,7 @@ class Visit:
     drawn: dict[tuple[int, ...], str] = field(default_factory=dict)  # the grid's state, by shape; for the other pages
     linked: str = ""  # the drawing of the address that the visit began with
     example_wanted: bool = False
-    example: tuple[str, np.ndarray] | None = None  # (dataset, strengths) of the last picture made to start from
+    example: tuple[Any, np.ndarray] | None = None  # ((dataset, shape), strengths) of the last picture to start from
     layouts: dict[str, Layout] = field(default_factory=dict)  # by the SHA-256 of the weights
     load: dict[tuple[int, ...], dict[str, str]] = field(default_factory=dict)  # {revision, ink} for the grid of a shape
     generate_wanted: bool = True

@@ -815,6 +815,18 @@ def test_a_picture_put_on_one_grid_leaves_others_of_as_many_cells(
     assert loads[32, 48] is None
 
 
+def test_a_made_picture_goes_with_the_shape_of_its_champion(service: StubService, open_page: OpenPage) -> None:
+    """The next champion's images may be of another one."""
+    page = open_page()
+    page.button_group(key="source").set_value("model").run()
+    press(page, "Make a picture")
+    service.models["mnist5k"] = {**service.models["mnist5k"], "shape": [1, 32, 48]}
+    page.session_state["visit"].models_at = -math.inf
+    page.run()
+    assert not page.exception
+    assert not any(button.label == "Put it on the grid" for button in page.button)
+
+
 def test_a_label_is_said_in_french_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (say_label("Ankle boot"), say_label("kind 3")) == ("Ankle boot", "kind 3")
     monkeypatch.setattr("app.canvas.texts.language", lambda: "fr")

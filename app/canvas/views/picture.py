@@ -57,6 +57,7 @@ def start_from_picture(visit: Visit, dataset: str, model: ServedModel, label: in
 def made_picture(visit: Visit, dataset: str, model: ServedModel, label: int | None) -> np.ndarray | None:
     """Show a button that has the model make a picture; return the strengths of the last one, or None."""
     want = functools.partial(setattr, visit, "example_wanted")
+    kind = (dataset, shape_of(model))
     st.button(say("make_picture"), icon=":material/auto_awesome:", on_click=want, args=[True])
     if visit.example_wanted:  # still, if a stroke interrupted the page
 
@@ -65,8 +66,8 @@ def made_picture(visit: Visit, dataset: str, model: ServedModel, label: int | No
 
         try:
             [answer] = wait_for(ask, "picture", say("drawing"), lambda: want(False))
-            visit.example = (dataset, strength_of(np.array(answer.images[0]), model.levels))
+            visit.example = (kind, strength_of(np.array(answer.images[0]), model.levels))
         except ServiceError as error:
             st.warning(in_words(error))
         want(False)
-    return visit.example[1] if visit.example and visit.example[0] == dataset else None
+    return visit.example[1] if visit.example and visit.example[0] == kind else None
