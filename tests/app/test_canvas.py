@@ -663,6 +663,17 @@ def test_surprise_of_the_drawing(service: StubService, open_page: OpenPage) -> N
     assert re.findall(r"<td>(\d+ %)</td>", html_text(page)) == shares
 
 
+def test_after_a_picture_that_cannot_be_read_another_one_can_be_pasted(
+    open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = at(open_page, "Surprise")
+    shown: list[object] = []
+    monkeypatch.setattr("app.canvas.views.surprise.companion", shown.append)
+    page.get("file_uploader")[0].set_value(("a.png", b"no picture", "image/png")).run()
+    assert page.warning[0].value.startswith("This file is no picture")
+    assert shown == [None]
+
+
 def test_a_promoted_model_is_asked_for_its_own_surprise(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
     page.toggle(key="surprise_beside").set_value(True).run()

@@ -28,6 +28,7 @@ def surprise_page(visit: Visit) -> None:
         shape = shape_of(model)
         strength, trouble = upload_picture(say("own_picture"), visit, dataset)
         label = choose_label(model.labels, say("told"))
+        companion(None)  # it gives the upload what is pasted or dropped
     if trouble:
         right.warning(trouble)
         return
@@ -79,7 +80,6 @@ def surprise_page(visit: Visit) -> None:
         if by_label:
             st.html(labels_html(model.labels, by_label))
         st.caption(say("by", model=version_of(answer.model)))
-        companion(None)
 
 
 def likelihoods(
