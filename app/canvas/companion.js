@@ -6,7 +6,7 @@
 //   Streamlit's query parameters nor anything else here makes one. The grid hears of it by the event `address`.
 // - A picture that is pasted, or dropped anywhere, goes to the page's uploader, whose part of the page opens. The uploader
 //   offers a phone's camera, and is named to screen readers (Streamlit gives its section a role that hides the name).
-// - Copy link, and a button that shows the drawing in place of its endings as long as it is held.
+// - Where there are endings: Copy link, and a button that shows the drawing in place of them as long as it is held.
 //
 // data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing, or ""; copy,
 // copied: what the button says}.
@@ -134,6 +134,7 @@ function createCompanion(root) {
     update(newData) {
       data = newData;
       compare.hidden = !data.drawing;
+      button.hidden = !data.query;
       sync();
       rest();
     },

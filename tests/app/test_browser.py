@@ -1124,6 +1124,8 @@ def test_the_address_is_that_of_the_answer_and_makes_no_history(open_page: OpenP
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as in the local network
     page.get_by_role("button", name="Copy link").press("Enter")
     expect(page.get_by_role("button", name=re.compile("Copy link|Copied"))).to_be_focused()
+    page.keyboard.press("Delete")  # the address is still that of what was drawn
+    expect(page.get_by_role("button", name=re.compile("Copy link|Copied"))).to_be_hidden()
 
 
 def test_endings_of_something_else_do_not_look_like_the_answer(open_page: OpenPage) -> None:

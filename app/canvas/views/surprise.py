@@ -28,7 +28,7 @@ def surprise_page(visit: Visit) -> None:
         shape = shape_of(model)
         strength, trouble = upload_picture(say("own_picture"), visit, dataset)
         label = choose_label(model.labels, say("told"))
-        companion(None)  # it gives the upload what is pasted or dropped
+        companion(None)  # for the upload
     if trouble:
         right.warning(trouble)
         return
