@@ -77,9 +77,13 @@ function createCompanion(root) {
     return `${location.origin}${location.pathname}${query.size ? `?${query}` : ""}`;
   }
 
-  // Browsers offer a clipboard to secure pages alone, which one in the local network is not.
+  // Browsers offer a clipboard to secure pages alone, which one in the local network is not, and may still refuse it.
   async function copy(text) {
-    if (navigator.clipboard) return navigator.clipboard.writeText(text);
+    try {
+      return await navigator.clipboard.writeText(text);
+    } catch {
+      // The older way is left.
+    }
     const field = document.createElement("textarea");
     field.value = text;
     document.body.append(field);

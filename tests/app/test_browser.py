@@ -1117,6 +1117,11 @@ def test_the_address_is_that_of_the_answer_and_makes_no_history(open_page: OpenP
     drawing = encode_drawing(Drawing(255 * last, last))
     page.wait_for_url(f"**seed={service.requests[-1][1]['seed']}&d={drawing}**")
     assert page.evaluate("history.length") == entries
+    refusing = "{ value: { writeText: () => Promise.reject() }, configurable: true }"  # as in another page's frame
+    page.evaluate(f"Object.defineProperty(navigator, 'clipboard', {refusing})")
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    page.evaluate("delete navigator.clipboard")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy link").click()
     expect(page.get_by_role("button", name="Copied")).to_be_visible()
