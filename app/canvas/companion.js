@@ -8,8 +8,8 @@
 //   offers a phone's camera, and is named to screen readers (Streamlit gives its section a role that hides the name).
 // - Where there are endings: Copy link, and a button that shows the drawing in place of them as long as it is held.
 //
-// data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing, or ""; copy,
-// copied: what the button says}.
+// data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing, or ""; copied:
+// what the button then says; token: of a shared page, or ""}.
 
 const REST_MS = 500;
 const COPIED_MS = 2000;
@@ -17,6 +17,7 @@ const COPIED_MS = 2000;
 function createCompanion(root) {
   const button = root.querySelector(".copy");
   const compare = root.querySelector(".compare");
+  const copyText = button.textContent;
   let data = {};
   let timer = null;
 
@@ -69,11 +70,8 @@ function createCompanion(root) {
   // A shared page is open to who has its token (`make demo SHARE=1`): it stays in the address, whatever else changes.
   function link() {
     const query = new URLSearchParams(data.query || location.search);
-    const token = new URLSearchParams(location.search).get("token") ?? sessionStorage.getItem("pixelcnn-token");
-    if (token) {
-      sessionStorage.setItem("pixelcnn-token", token);
-      query.set("token", token);
-    }
+    const token = data.token || new URLSearchParams(location.search).get("token");
+    if (token) query.set("token", token);
     return `${location.origin}${location.pathname}${query.size ? `?${query}` : ""}`;
   }
 
@@ -97,7 +95,7 @@ function createCompanion(root) {
     await copy(link());
     button.textContent = root.querySelector("span").textContent = data.copied;
     setTimeout(() => {
-      button.textContent = data.copy;
+      button.textContent = copyText;
       root.querySelector("span").textContent = "";
     }, COPIED_MS);
   });

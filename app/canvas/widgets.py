@@ -211,7 +211,7 @@ def companion(ending: Endings | None) -> None:
         data={
             "query": ending.link if ending else "",
             "drawing": ending.drawing if ending else "",
-            "copy": say("copy_link"),
             "copied": say("copied"),
+            "token": st.session_state.get("admitted", ""),
         },
     )

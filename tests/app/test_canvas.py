@@ -772,6 +772,16 @@ def test_a_shared_page_admits_who_has_the_token(
     assert not page.exception
     assert "http://192.0.2.1:8501/?token=s3cret" in [code.value for code in page.code]
     assert 'alt="The link as a QR code"' in html_text(page)
+    told: dict[str, Any] = {}
+
+    def mount(**options: Any) -> SimpleNamespace:
+        told[options["key"]] = options["data"]
+        return SimpleNamespace(**options.get("default", {}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamlit.components.v2.component", lambda *_, **__: mount)
+        page.run()
+    assert told["companion"]["token"] == "s3cret"  # for the link that is copied
     del page.query_params["token"]  # the page changes its address
     assert not page.run().error
     for kept, refused in (("s3cret", []), ("s3cre", [refusal])):  # by the browser, where an address has lost it

@@ -80,7 +80,7 @@ def admit() -> None:
     if "admitted" not in st.session_state and not hmac.compare_digest(sent.encode(), token.encode()):
         st.error(say("not_invited"))
         st.stop()
-    st.session_state.admitted = True
+    st.session_state.admitted = token  # a link that is copied has it, too
     st.components.v2.component("keep_token", js=KEEP_TOKEN)(data=f"{COOKIE}={token}", key="keep_token")
 
 
