@@ -1076,6 +1076,8 @@ def test_everything_is_in_one_view(open_page: OpenPage, page_url: str, dataset: 
         captions = page.evaluate(CAPTIONS)
         for (_, right, top), (left, _, next_top) in itertools.pairwise(captions):
             assert right <= left or top < next_top, width
+    page.set_viewport_size({"width": 320, "height": 480})
+    assert grid(page).bounding_box()["width"] >= 200  # what does not fit in is scrolled to
 
 
 def test_first_ten_seconds(open_page: OpenPage, service: StubService) -> None:
