@@ -56,6 +56,8 @@ def choose_dataset(served: Mapping[str, ServedModel]) -> str:
         st.selectbox(say("dataset"), [], key="no_dataset", placeholder=say("none_yet"))
         return ""
     offered = list(served)
+    if st.session_state.get("linked_dataset", offered[0]) not in offered:
+        st.session_state.pop("linked_label", None)  # of the address, too: it would be another dataset's
     first = offered.index(linked_default("dataset", offered, offered[0]))
     return st.selectbox(say("dataset"), offered, first, format_func=name_of, key="dataset", persist_state="session")
 

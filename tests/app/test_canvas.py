@@ -517,6 +517,16 @@ def test_link_draws_the_same_at_once(service: StubService, open_page: OpenPage) 
     assert service.requests[-1][1]["seed"] != first["seed"]  # the next press draws anew
 
 
+def test_a_link_to_what_is_not_served_labels_nothing_else(service: StubService, open_page: OpenPage) -> None:
+    page = complete(open_page())
+    again = AppTest.from_file(str(PAGE), default_timeout=20)
+    for name, value in (link_of(page) | {"dataset": "fashion_mnist", "label": "1"}).items():
+        again.query_params[name] = value
+    del service.models["fashion_mnist"]
+    again.run()
+    assert (service.requests[-1][1]["dataset"], service.requests[-1][1]["label"]) == ("mnist5k", -1)
+
+
 def test_what_was_chosen_since_comes_before_the_address(service: StubService, open_page: OpenPage) -> None:
     """A browser whose canvas is started anew goes on in a new session, at the address of its last endings."""
     page = complete(open_page())
