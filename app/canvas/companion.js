@@ -33,7 +33,9 @@ function createCompanion(root) {
     if (event.clipboardData?.getData("text") && event.target.closest?.("input, textarea")) return;
     const files = (event.clipboardData ?? event.dataTransfer)?.files;
     const input = document.querySelector('[data-testid="stFileUploader"] input[type="file"]');
-    if (!root.isConnected || !input || ![...(files ?? [])].some((file) => file.type.startsWith("image/"))) return;
+    if (!root.isConnected) return;
+    if (event.type === "drop" && files?.length) event.preventDefault(); // or the browser leaves the page for it
+    if (!input || ![...(files ?? [])].some((file) => file.type.startsWith("image/"))) return;
     event.preventDefault();
     event.stopPropagation(); // or the uploader takes what is dropped on it twice
     const details = input.closest("details");

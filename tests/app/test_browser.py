@@ -620,6 +620,15 @@ async ([picture64, text]) => {
 """
 
 
+DROP = """
+() => {
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File(["no picture"], "a.txt", { type: "text/plain" }));
+  return document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+}
+"""
+
+
 def test_picture_and_grey(open_page: OpenPage, service: StubService, page_url: str) -> None:
     page = open_page(url=f"{page_url}/?dataset=fashion_mnist")
     page.locator(".grey input").fill("120")
@@ -638,6 +647,7 @@ def test_picture_and_grey(open_page: OpenPage, service: StubService, page_url: s
     page.get_by_role("textbox", name="Seed").focus()
     assert page.evaluate(PASTE, [picture, "7"]), "the text did not come to the field"
     assert not page.evaluate(PASTE, [picture, ""])  # but a picture alone goes where pictures go
+    assert not page.evaluate(DROP), "what is no picture would take the place of the page"
     page.get_by_alt_text("The picture, as the grid will show it").wait_for()
     wait_until_still(page)
     page.get_by_role("button", name="Put it on the grid").click()
