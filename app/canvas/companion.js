@@ -74,7 +74,7 @@ function createCompanion(root) {
     const query = new URLSearchParams(data.query || location.search);
     const token = data.token || new URLSearchParams(location.search).get("token");
     if (token) query.set("token", token);
-    return `${location.origin}${location.pathname}${query.size ? `?${query}` : ""}`;
+    return `${location.origin}${location.pathname}?${query}`.replace(/\?$/, "");
   }
 
   // Browsers offer a clipboard to secure pages alone, which one in the local network is not, and may still refuse it.
