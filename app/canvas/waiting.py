@@ -69,10 +69,9 @@ def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> 
     threading.Thread(target=ask, daemon=True).start()
     try:
         while True:
-            try:
+            event = None
+            with contextlib.suppress(queue.Empty):
                 event = answers.get(timeout=WAIT_S)
-            except queue.Empty:
-                event = None
             if event is END:
                 return
             if isinstance(event, Exception):

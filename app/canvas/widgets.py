@@ -196,10 +196,7 @@ def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: 
 
 
 def companion(ending: Endings | None) -> None:
-    """Keep the address at that of endings; show buttons that copy it, and that compare endings with their drawing.
-
-    It gives the page's upload what is pasted or dropped, also where there are no endings.
-    """
+    """Hand what is pasted or dropped to uploads; keep the address at that of endings; offer to copy it, to compare."""
     compare = f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
     copy = f'<button type="button" class="copy">{say("copy_link")}</button><span role="status"></span>'
     component = st.components.v2.component(
