@@ -21,9 +21,18 @@ from pixelcnn.images import from_png, to_png
 from pixelcnn.packing.container import is_plain
 
 LABELS_FILE = "labels.npy"
-# What NumPy raises of a damaged header; and of a file that is damaged elsewhere, or none.
-_OF_HEADERS = (ValueError, TypeError, OverflowError, SyntaxError, TokenError)
-DAMAGED = (*_OF_HEADERS, EOFError, RuntimeError, BadZipFile, zlib.error)
+# What NumPy raises of a file that is damaged, or none.
+DAMAGED = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    TokenError,
+    BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
