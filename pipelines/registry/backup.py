@@ -131,7 +131,7 @@ def restore(file: Path, replace: bool = False) -> str:
         store.put_back(folder / _STORE)  # first: its disk may be full
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         old = [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
-        kept = [path for path in (artifacts, *old) if path.exists()]
+        kept = [path for path in (artifacts, *old) if os.path.lexists(path)]  # or a link to a disk that is away
         for path in kept:
             path.rename(path.with_name(f"{path.name}.before-{stamp}"))
         (folder / _ARTIFACTS).rename(artifacts)

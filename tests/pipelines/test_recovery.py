@@ -390,6 +390,17 @@ def test_a_backup_holds_what_is_behind_links(toy):
     assert not Path("../without").exists()
 
 
+def test_artifacts_on_a_disk_that_is_away_are_restored_in_the_place_of_their_link(toy):
+    served = toy.served()
+    assert steps.main(["backup", "../backup"]) == 0
+    remove("mlruns")
+    Path("mlruns").symlink_to("../away")
+    run("restore", "../backup", "--replace")
+    check(served, 2)
+    (link,) = Path().glob("mlruns.before-*")
+    assert link.is_symlink()
+
+
 def test_a_folder_that_cannot_be_read_is_not_left_out(toy, monkeypatch, capsys):
     scandir = os.scandir
 
