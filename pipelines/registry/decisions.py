@@ -163,11 +163,13 @@ def champions(found: list[Report]) -> list[str]:
 
 
 def _report(run: mlflow.entities.Run) -> Report | None:
-    """Return the report of a decision; None if it was lost."""
+    """Return the report of a decision; None if it was lost, or is damaged."""
     try:
         return dict(mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/report.json"))
-    except MlflowException:  # a store that is away fails here, too
-        if any(file.path == "report.json" for file in tracking.client().list_artifacts(run.info.run_id)):
+    except MlflowException as error:  # a store that is away fails here, too
+        is_damaged = isinstance(error.__cause__, ValueError)  # no JSON: a power cut leaves files empty
+        files = tracking.client().list_artifacts(run.info.run_id)
+        if not is_damaged and any(file.path == "report.json" for file in files):
             raise
         return None
 

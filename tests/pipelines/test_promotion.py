@@ -581,13 +581,15 @@ def test_rollback(toy):
     assert not registry.versions(toy.name)[1].rolled_back
 
 
-def test_a_lost_report_is_no_lost_decision(toy):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["lost", "empty"])
+def test_a_lost_report_is_no_lost_decision(toy, damage):
     first, second, third = (toy.register(ink) for ink in (0.3, 0.2, INK))
     for number in (first, second, third):
         assert toy.promote(number)["decision"] == "promoted"
     for wanted in (second, first):
         for run in decision_runs(toy):
-            Path(urlsplit(run.info.artifact_uri).path, "report.json").unlink(missing_ok=True)
+            if (report := Path(urlsplit(run.info.artifact_uri).path, "report.json")).exists():
+                damage(report)
         assert run_rollback(toy.name)["new"] == wanted
     said = [line.split("  ", 1)[1].split() for line in decisions.history(toy.name)]
     assert [" ".join(words) for words in said] == [
