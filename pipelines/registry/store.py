@@ -79,10 +79,9 @@ def set_feeder(told: Mapping[str, str]) -> None:
 def metadata_of(tag: str) -> dict[str, Any]:
     """Return what `export` was given with a model; OSError if it is not there, ValueError if its file is damaged."""
     try:
-        found = yaml.safe_load((folder_of(tag) / "model.yaml").read_text())["metadata"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        return dict(yaml.safe_load((folder_of(tag) / "model.yaml").read_text())["metadata"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the model.yaml of {tag} is damaged ({error}). Promote it again.") from None
-    return dict(found)
 
 
 def checkout(tag: str, folder: Path) -> Path:
@@ -101,7 +100,7 @@ def is_intact(tag: str, lineage: Mapping[str, Any]) -> bool:
         metadata = metadata_of(tag)
         told = {key: value for key, value in metadata.items() if key != "manifest_sha256"}
         manifest = manifest_of(folder_of(tag), told)
-    except (ValueError, OSError):
+    except (ValueError, TypeError, OSError):  # TypeError: of what YAML knows and JSON does not, such as a date
         return False
     return metadata.get("manifest_sha256") == manifest and lineage.items() <= metadata.items()
 

@@ -364,6 +364,10 @@ def test_again_changes_nothing_and_repairs_the_store(toy):
     (folder / "more").mkdir()
     toy.promote()
     assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
+    for metadata in ("", " text", " {promoted_at: 2026-01-01}"):
+        (folder / "model.yaml").write_text(f"metadata:{metadata}")
+        toy.promote()
+        assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
     shutil.rmtree(folder)
     (store.home() / ".promote-killed").mkdir()
     assert store.latest(toy.model_name) is None
