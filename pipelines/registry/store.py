@@ -62,10 +62,10 @@ def served() -> list[str]:
 
 
 def feeder() -> dict[str, str] | None:
-    """Return the `registry` that feeds this store, where it is (`at`) and on which `host`; None if none did yet."""
+    """Return the `registry` that feeds this store, where it is (`at`) and on which `host`; None if no file says it."""
     try:
         return dict(json.loads((home() / _REGISTRY_FILE).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a damaged one says as little as none
         return None
 
 

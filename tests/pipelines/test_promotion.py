@@ -368,6 +368,10 @@ def test_again_changes_nothing_and_repairs_the_store(toy):
         (folder / "model.yaml").write_text(f"metadata:{metadata}")
         toy.promote()
         assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
+    fed = store.feeder()
+    (store.home() / "pixelcnn-registry.json").write_text("")
+    toy.promote()
+    assert store.feeder() == fed
     shutil.rmtree(folder)
     (store.home() / ".promote-killed").mkdir()
     assert store.latest(toy.model_name) is None
