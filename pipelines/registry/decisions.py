@@ -185,12 +185,11 @@ def _of_tags(run: mlflow.entities.Run) -> Report:
 
 
 def _decision_runs(dataset: str) -> list[mlflow.entities.Run]:
-    client = tracking.client()
-    experiment = client.get_experiment_by_name(DECISIONS_EXPERIMENT)
+    experiment = tracking.client().get_experiment_by_name(DECISIONS_EXPERIMENT)
     if experiment is None:
         return []
     about, order = f"tags.dataset = '{dataset}'", ["attributes.start_time ASC"]
-    return list(client.search_runs([experiment.experiment_id], about, order_by=order, max_results=10_000))
+    return mlflow.search_runs([experiment.experiment_id], about, order_by=order, output_format="list")  # page by page
 
 
 def history(dataset: str) -> list[str]:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import mlflow
 import pytest
 import torch
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import get_client
 from safetensors import SafetensorError
@@ -626,6 +627,20 @@ def test_each_rollback_goes_further_back_and_says_who_and_why(toy):
     lines = decisions.history(toy.name)
     assert lines[3].endswith(f"version 2 replaced version 3, asked for; {made[0]['who']}: too much ink")
     assert lines[4].endswith("version 1 replaced version 2, asked for")
+
+
+def test_the_newest_decisions_count_however_many_there_are(toy, monkeypatch):
+    """One answer of MLflow holds a limited number of them, the oldest first."""
+    for ink in (0.3, 0.2, INK):
+        toy.promote(toy.register(ink))
+    search = MlflowClient.search_runs
+
+    def at_most_two(client, experiments, text, kind=1, max_results=1000, order_by=None, page_token=None):
+        return search(client, experiments, text, kind, min(max_results, 2), order_by, page_token)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", at_most_two)
+    assert run_rollback(toy.name)["new"] == "2"
+    assert len(decisions.decisions(toy.name)) == 4
 
 
 def test_rollback_to_a_version_passes_over_all_that_came_after(toy):
