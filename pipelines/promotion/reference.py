@@ -49,9 +49,13 @@ def write_reference(checkpoint: Path, dataset: str, data_hash: str, known: Path 
         data_hash: of the data that it was trained on.
         known: its file, if somebody has made it; else it is made of the data, if they are here.
     """
-    data_file = prepared_file(dataset)
     if known is not None and known.exists():
         shutil.copyfile(known, checkpoint / REFERENCE_FILE)
-    elif data_file.exists() and (data := load_dataset(data_file)).data_hash == data_hash:
+        return True
+    try:
+        data = load_dataset(prepared_file(dataset))
+    except ValueError:  # they are not here, or damaged: nobody waits for a rollback because of that
+        return False
+    if data.data_hash == data_hash:
         (checkpoint / REFERENCE_FILE).write_text(json.dumps(reference_of(checkpoint, data)))
-    return (checkpoint / REFERENCE_FILE).exists()
+    return data.data_hash == data_hash

@@ -610,6 +610,14 @@ def test_a_lost_report_is_no_lost_decision(toy, damage):
     ]
 
 
+def test_a_damaged_data_file_keeps_nobody_from_rolling_back(mnist5k):
+    for ink in (0.3, INK):
+        mnist5k.promote(mnist5k.register(ink))
+    shutil.rmtree(store.folder_of(mnist5k.model_name) / mnist5k.stored()[0])
+    Path("data/mnist5k.safetensors").write_bytes(b"cut off")
+    assert run_rollback("mnist5k")["new"] == mnist5k.served()["version"] == "1"
+
+
 def test_each_rollback_goes_further_back_and_says_who_and_why(toy):
     versions = [toy.register(ink) for ink in (0.3, 0.2, INK)]
     for number in versions:
