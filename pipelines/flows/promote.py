@@ -1,6 +1,7 @@
 """The Prefect flows that move champions: promote on evidence, roll back on demand."""
 
 import json
+from contextlib import suppress
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -27,8 +28,8 @@ def _write_report(report: Report) -> None:
 
 
 def _shown(report: Report) -> Report:
-    show_decision(report)
     print(report["text"])
+    show_decision(report)
     return report
 
 
@@ -80,16 +81,17 @@ def promote(
         cause = explained(error)
         text = f"{dataset}: {'' if isinstance(error, UnfinishedMoveError) else 'nothing new moved: '}{cause}"
         if not dry_run:
-            _write_report({"dataset": dataset, "decision": FAILED, "reason": cause, "text": text})
+            with suppress(OSError):  # a disk that is full, too, would hide what this tells
+                _write_report({"dataset": dataset, "decision": FAILED, "reason": cause, "text": text})
         if isinstance(error, (LookupError, ValueError)):
             raise
         raise OSError(text) from error
     report["text"] = " ".join([*registered, report["text"]])
-    if dry_run:
-        print(report["text"])
-        return report
-    _write_report(report)
-    return _shown(report)
+    print(report["text"])  # first: the report may fail, and nothing else says that the champion has moved
+    if not dry_run:
+        _write_report(report)
+        show_decision(report)
+    return report
 
 
 @flow(name="rollback", persist_result=False, log_prints=True)

@@ -974,6 +974,21 @@ def test_a_report_does_not_deny_what_has_moved(mnist5k, without_prefect, monkeyp
     assert re.search(r"Done: .*champion is version 1.* Failed: .* is served \(\[Errno 5\] Input/output error\)", text)
 
 
+def test_a_report_that_cannot_be_written_hides_nothing(mnist5k, without_prefect, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    mnist5k.register(INK)
+    monkeypatch.setattr(promotion_flow, "atomic_write", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "set_alias", fail)
+        with pytest.raises(OSError, match="carried out in part"):
+            promotion_flow.promote.fn("mnist5k")
+    with pytest.raises(OSError, match="No space left"):
+        promotion_flow.promote.fn("mnist5k")
+    assert "version 1 is the new champion" in capsys.readouterr().out
+
+
 def test_a_report_does_not_deny_what_was_completed(mnist5k, without_prefect, monkeypatch):
     first = mnist5k.register(INK)
 
