@@ -74,8 +74,12 @@ def promote(
         data = load(dataset)
         if not dry_run:
             # A registry that was lost and begun anew goes on with the champion that is served.
-            served = [] if registry.champion(dataset) else repair(dataset)
-            registered = [*served, *register_trained(dataset)]
+            try:
+                registered = [] if registry.champion(dataset) else repair(dataset)
+            except ValueError:  # what is served is damaged, and the error says to promote another one
+                if version is None:
+                    raise
+            registered += register_trained(dataset)
         report = run_promotion(dataset, data, params.promote, _score, dry_run, version, why)
     except Exception as error:
         cause = explained(error)

@@ -1023,6 +1023,16 @@ def test_a_new_registry_takes_what_is_there(mnist5k, without_prefect, new_databa
     assert len(registry.versions("mnist5k")) == 1
 
 
+def test_where_no_champion_is_known_and_the_served_one_is_damaged_a_version_is_named(mnist5k, without_prefect):
+    mnist5k.promote(mnist5k.register(INK))
+    registry.remove_alias("mnist5k", tracking.CHAMPION, "1")
+    (store.folder_of(str(store.latest(mnist5k.model_name))) / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"is damaged\. Restore a backup, or promote another version"):
+        promotion_flow.promote.fn("mnist5k")
+    assert promotion_flow.promote.fn("mnist5k", version=1)["decision"] == "promoted"
+    assert mnist5k.aliases == {"champion": "1"}
+
+
 def test_the_same_weights_on_new_data_compete(mnist5k):
     first = mnist5k.train(INK)
     mnist5k.promote()
