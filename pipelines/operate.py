@@ -117,7 +117,7 @@ def deploy(environment: Mapping[str, str]) -> None:
         active = there.pop("active")
         for schedule in deployment.get("schedules", ()):
             alone = next(iter(active.values())) if len(active) == 1 else schedule.get("active", True)  # of another time
-            schedule["active"] = active.get(schedule["cron"], alone)
+            schedule["active"] = active.get(schedule.get("cron", ""), alone)  # another has an interval, say
         deployment |= there
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings, file)

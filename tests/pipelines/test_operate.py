@@ -309,6 +309,20 @@ def test_of_the_scheduled_runs_that_were_missed_one_starts(url: str, monkeypatch
     assert limits == {"evaluate-champions": one_alone, "watch-drift": one_alone}
 
 
+def test_a_schedule_may_be_an_interval(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As prefect.yaml may say anywhere else."""
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    text = Path("prefect.yaml").read_text()
+    Path("prefect.yaml").write_text(text.replace('cron: "0 3 * * *", timezone: UTC', "interval: 3600"))
+    for active in (True, False):
+        known = {"evaluate-champions": {"active": {"": active}}}
+        monkeypatch.setattr(operate, "read_server", lambda known=known: ({operate.POOL}, known))
+        operate.deploy(os.environ)
+        deployments = yaml.safe_load(Path("deployed.yaml").read_text())["deployments"]
+        (schedule,) = next(one["schedules"] for one in deployments if one["name"] == "evaluate-champions")
+        assert schedule == {"interval": 3600, "active": active}
+
+
 def test_an_unknown_environment_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
