@@ -26,6 +26,7 @@ import yaml
 from prefect.automations import Automation
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer import Option, Typer
 
@@ -87,9 +88,14 @@ def has_worker() -> bool:
 
 
 def read_server() -> tuple[set[str], dict[str, dict[str, Any]]]:
-    """Return the server's work pools, and what somebody may have set of its deployments, by their names."""
+    """Return this environment's work pool if there is one, and what somebody may have set of its deployments, by name.
+
+    Of that pool alone: others may have deployments of the same names, and more than one answer of the server holds.
+    """
+    ours = WorkPoolFilter(name=WorkPoolFilterName(any_=[in_prefect(POOL)]))
     with get_client(sync_client=True) as client:
-        pools, deployments = client.read_work_pools(), client.read_deployments()
+        pools = client.read_work_pools(work_pool_filter=ours)
+        deployments = client.read_deployments(work_pool_filter=ours)
     known: dict[str, dict[str, Any]] = {}
     for one in deployments:
         limit: Any = one.global_concurrency_limit and one.global_concurrency_limit.limit

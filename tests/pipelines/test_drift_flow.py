@@ -21,6 +21,7 @@ from app.service.champions import load_champion
 from app.service.operation.drift import SCORE_EVERY, drifts_from
 from pipelines import operate
 from pipelines.flows import drift
+from pipelines.flows.evaluate import evaluate_champions
 from pipelines.promotion.move import run_shadow
 from pipelines.promotion.reference import NUM_DRAWINGS, reference_of
 from pipelines.promotion.register import release, repair_all
@@ -232,15 +233,21 @@ def test_a_dataset_that_the_registry_lacks_does_not_hide_the_others(monkeypatch:
     assert trained == ["a"]
 
 
-def test_what_somebody_has_set_is_asked_of_the_server(prefect_server: str) -> None:
+def test_what_somebody_has_set_is_asked_of_the_server(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(operate, "POOL", "there")
+    assert operate.read_server() == (set(), {})
     with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name="there", type="process"))
-    drift.watch_drift.to_deployment(name="switched-on", cron="*/15 * * * *").apply()
+        for name in ("there", "of-others"):
+            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+    deploy = drift.watch_drift.to_deployment
+    deploy(name="switched-on", cron="*/15 * * * *", work_pool_name="there").apply()
     limit = ConcurrencyLimitConfig(limit=2, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     for name, set_limit in (("limited", 3), ("cancelling", limit)):
-        drift.watch_drift.to_deployment(name=name, paused=True, concurrency_limit=set_limit).apply()
+        deploy(name=name, paused=True, concurrency_limit=set_limit, work_pool_name="there").apply()
+    evaluate_champions.to_deployment(name="limited", work_pool_name="of-others").apply()  # the newest of this name
     pools, known = operate.read_server()
-    assert "there" in pools
+    assert (pools, known.keys()) == ({"there"}, {"switched-on", "limited", "cancelling"})
     assert known["switched-on"] == {"paused": False, "concurrency_limit": None, "active": {"*/15 * * * *": True}}
     assert known["limited"] == {"paused": True, "concurrency_limit": 3, "active": {}}
     assert known["cancelling"]["concurrency_limit"] == {"limit": 2, "collision_strategy": "CANCEL_NEW"}
