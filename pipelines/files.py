@@ -1,4 +1,4 @@
-"""Files that several processes share: locks that die with their holder, text written whole or not at all, dvc.lock."""
+"""Files that several processes share: locks that die with their holder, writing whole or not at all, dvc.lock."""
 
 import os
 import secrets
@@ -42,12 +42,12 @@ def file_lock(path: Path, what: str, log: Callable[[str], object]) -> Iterator[b
         lock.release()
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a process that is killed meanwhile leaves the old text or the new."""
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Replace a file's content in one step: a process that is killed meanwhile leaves the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write at once
     try:
-        new.write_text(text)
+        new.write_bytes(content if isinstance(content, bytes) else content.encode())
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)

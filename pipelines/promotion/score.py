@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from pipelines.files import atomic_write
 from pipelines.promotion.rule import Candidate
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import core_sha256
@@ -53,9 +54,5 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
             by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size, score_completions)
             completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
             nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            # On the same disk, which a file can be moved within.
-            with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as beside:
-                save_file(nats, Path(beside) / "nats")
-                (Path(beside) / "nats").replace(kept)
+            atomic_write(kept, save(nats))
     return Candidate(version.version, nats["joint"], nats["completion"])

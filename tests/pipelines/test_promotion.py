@@ -726,7 +726,9 @@ def test_scores_are_kept_for_the_next_decision(toy, monkeypatch):
     report = toy.promote()
     assert len(scored) == 1
     assert report["total_difference"] == dry["total_difference"]
+    (usual := Path("usual")).touch()
     for path in score.SCORES_FOLDER.iterdir():
+        assert path.stat().st_mode == usual.stat().st_mode, "whoever shares the folder may read it"
         path.write_bytes(b"damaged")
     toy.promote()
     assert len(scored) == 3, "both anew"
