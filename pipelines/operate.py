@@ -9,6 +9,7 @@ started again from its checkpoint.
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def deploy(environment: Mapping[str, str]) -> None:
 def automate() -> None:
     """Put the automations into the server as the file has them; what notifies, where there is somebody to be notified.
 
-    One that somebody has switched off stays off.
+    One that somebody has switched off stays off. What notifies is this environment's own, as is its webhook.
     """
     known: Any = Automation  # its methods are awaited in a coroutine, done at once here
     text, on_call = AUTOMATIONS_FILE.read_text(), None
@@ -145,10 +146,15 @@ def automate() -> None:
         webhook: Any = CustomWebhookNotificationBlock
         told = {"text": "{{subject}}\n{{body}}"}
         block = webhook(name="on-call", url="{{url}}", secrets={"url": url}, json_data=told)  # whoever has it may post
-        on_call = str(block.save("on-call", overwrite=True))
+        name = re.sub("[^a-z0-9]+", "-", in_prefect("on-call").lower())  # all that Prefect takes
+        on_call = str(block.save(name, overwrite=True))
+    ours = {"prefect.resource.role": "work-pool", "prefect.resource.name": in_prefect(POOL)}
     for values in yaml.safe_load(text.replace("block_document_id: on-call", f"block_document_id: {on_call}")):
-        if on_call is None and any(action["type"] == "send-notification" for action in values["actions"]):
-            continue
+        if any(action["type"] == "send-notification" for action in values["actions"]):
+            if on_call is None:
+                continue
+            values["name"] = in_prefect(values["name"])
+            values["trigger"]["match_related"] = [values["trigger"]["match_related"], ours]
         try:
             there = known.read(name=values["name"])
         except ValueError:

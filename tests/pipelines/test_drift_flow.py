@@ -282,3 +282,25 @@ def test_a_failure_is_told_where_somebody_is_on_call(
         block.notify("mnist5k version 1 is damaged", "evaluate-champions is Failed")
         (sent,) = other.sent
     assert json.loads(sent)["text"] == "evaluate-champions is Failed\nmnist5k version 1 is damaged"
+
+
+def test_each_environment_calls_its_own_webhook(
+    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its own runs: on a common server the last one to begin would else be called for all, and no other."""
+    monkeypatch.chdir(tmp_path)
+    Path("environments.yaml").write_text("Eu_1: {registry: a, store: b}\n")
+    for variable in ("MLFLOW_TRACKING_URI", "BENTOML_HOME", "PIXELCNN_SERVICE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    for environment in ("development", "Eu_1"):
+        monkeypatch.setenv("PIXELCNN_ENVIRONMENT", environment)
+        monkeypatch.setenv("PIXELCNN_NOTIFY_URL", f"http://127.0.0.1/{environment}")
+        operate.automate()
+    for environment, end, block_name in (("development", "", "on-call"), ("Eu_1", "-Eu_1", "on-call-eu-1")):
+        automation = Automation.read(name=f"a failed watch notifies{end}")
+        block = CustomWebhookNotificationBlock.load(block_name)
+        assert block.secrets.get_secret_value() == {"url": f"http://127.0.0.1/{environment}"}
+        assert [action.block_document_id for action in automation.actions] == [block._block_document_id]
+        flows, pool = automation.trigger.model_dump(mode="json")["match_related"]
+        assert flows["prefect.resource.name"] == ["evaluate-champions", "watch-drift"]
+        assert pool == {"prefect.resource.role": "work-pool", "prefect.resource.name": f"pixelcnn{end}"}
