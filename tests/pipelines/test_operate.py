@@ -249,6 +249,14 @@ def test_a_run_that_has_ended_is_not_a_silent_one() -> None:
     assert variable in (ROOT / "docs/operations.md").read_text(), "so do workers of other machines"
 
 
+def test_a_run_that_is_started_by_hand_is_not_a_silent_one() -> None:
+    """It is of no worker's, and was shown as crashed while it went on."""
+    code = "import pipelines.flows, prefect; print(prefect.settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value())"
+    environment = {name: value for name, value in os.environ.items() if "HEARTBEAT" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == operate.HEARTBEAT_S
+
+
 def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the runs of one would act on the registry and the model store of the other."""
     Path("environments.yaml").write_text("staging: {registry: a, store: b}\nproduction: {registry: c, store: d}\n")
