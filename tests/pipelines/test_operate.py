@@ -245,6 +245,8 @@ def test_a_run_that_has_ended_is_not_a_silent_one() -> None:
     ended = {state.value.title() for state in TERMINAL_STATES} | {"TimedOut"}  # a state FAILED of another name
     assert {f"prefect.flow-run.{name}" for name in ended} <= set(silent["expect"])
     assert silent["within"] >= 3 * operate.HEARTBEAT_S, "else one that lives is declared dead"
+    flows = [one["name"] for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]]
+    assert silent["match_related"]["prefect.resource.name"] == sorted(flows), "nor are those of other projects"
     variable = f"export PREFECT_FLOWS_HEARTBEAT_FREQUENCY={operate.HEARTBEAT_S}\n"
     assert variable in (ROOT / "docs/operations.md").read_text(), "so do workers of other machines"
 
