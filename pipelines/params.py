@@ -245,7 +245,6 @@ def _sentence(error: ValidationError) -> str:
 def _fields_at(place: tuple[int | str, ...]) -> set[str]:
     """Return the keys that are known at a place of the file."""
     model: Any = Params
-    for name in place:  # one that is no field is the name of a pair
-        found = model.model_fields[name].annotation if name in model.model_fields else model
-        model = get_args(found)[1] if get_args(found) else found
+    for name in place:  # in a mapping, that of a dataset or a pair
+        model = get_args(model)[1] if get_args(model) else model.model_fields[name].annotation
     return set(model.model_fields)

@@ -244,6 +244,13 @@ def test_a_mistake_in_ones_own_entry_is_named_with_its_file(tmp_path: Path, valu
         load(tmp_path, values)
 
 
+@pytest.mark.parametrize("name", ["fit", "source", "flips"])
+def test_a_dataset_may_be_named_like_a_key(tmp_path: Path, values: dict, name: str) -> None:
+    values["datasets"][name] = values["datasets"]["mnist"] | {"use_labels": True}
+    with pytest.raises(ValueError, match=rf"unknown key 'datasets\.{name}\.use_labels'\. Known: fit, flips, ground, "):
+        load(tmp_path, values)
+
+
 def test_no_name_stands_in_both_files(tmp_path: Path, values: dict) -> None:
     (tmp_path / "own").mkdir()
     text = yaml.safe_dump({"datasets": {"mnist": values["datasets"]["mnist"]}})
