@@ -222,7 +222,7 @@ def _read(path: Path) -> Any:
         return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # C: in a fifth
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist here ({Path.cwd()}). Run this in the project's folder.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
 
 

@@ -203,6 +203,9 @@ def test_no_file_and_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("")
     with pytest.raises(ValueError, match=r"the file must be a mapping .* got None"):
         load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_bytes(b"\xff\xfed")  # as some editors of Windows write
+    with pytest.raises(ValueError, match=r"params\.yaml is no YAML: 'utf-8' codec can't decode"):
+        load_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("text", ["datasets: [a]", "pairs: 5", "[]", "5", "sample: {}"])
