@@ -70,6 +70,8 @@ def evaluate(
     model, record = load_checkpoint(trained)
     if record["data_hash"] != data.data_hash:
         raise ValueError(f"{trained} was trained on other data than data/{data.name}.safetensors. Train it again.")
+    judges_of = params.evaluate.judges.get(data.name)
+    judges = {which: load_judge(judges_of, which, data) for which in JUDGES} if judges_of else {}
     # How models are scored, or the code, was changed since: the scores do not follow from those inputs.
     if record.get("inputs_sha256") not in [inputs_of(name, params, data, half) for half in (False, True)]:
         record.pop("inputs_sha256", None)
@@ -98,8 +100,7 @@ def evaluate(
         nll = evaluation.format_nll(scores[key], data.image_shape, data.num_levels)
         log(f"{key}: {nll} ({data.name} {data.protocol})")
     model.cpu()  # where sampling is fast
-    if judges_of := params.evaluate.judges.get(data.name):
-        judges = {which: load_judge(judges_of, which, data) for which in JUDGES}
+    if judges:
         images = judged_images(model, data, params.evaluate.judged_images or None)
         for which, judge in judges.items():
             shares = acceptance(images, data.num_levels, judge)

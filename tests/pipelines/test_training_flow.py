@@ -895,6 +895,16 @@ def test_weights_of_other_data_are_not_scored(trained, tmp_path: Path, monkeypat
     assert not (tmp_path / "model").exists()
 
 
+def test_a_missing_judge_is_named_before_anything_is_scored(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = tiny_params()
+    values["evaluate"]["judges"] = {"mnist5k": "mnist5k"}
+    write_params(Path(), values)
+    monkeypatch.setattr(evaluate_stage.evaluation, "evaluate", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(ValueError, match=r"judges/mnist5k-judge\.safetensors is no judge of mnist5k"):
+        evaluate_stage.evaluate(PAIR, OUT, Path("models/judged"), Path("reports/judged"))
+    write_params(Path(), tiny_params())
+
+
 def test_how_settings_went_that_changed_on_the_way() -> None:
     phases = [{"from_step": 0, "learning_rate": 0.01, "batch_size": 8}]
     phases += [{"from_step": 6, "learning_rate": 0.02, "batch_size": 8, "ema_decay": 0.9}]
