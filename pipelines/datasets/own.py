@@ -129,6 +129,8 @@ def look_at(source: Source, wishes: Wishes) -> Look:
             f"{MIN_PICTURES} are needed, PNG, JPEG, WebP or BMP; some hundreds make sense."
         )
     look.lost = (looks[-1].num_blank - look.num_blank) / look.num
+    if labels and (unlabelled := look.num - labels.total()):  # IDX files, of which one part has them
+        raise ValueError(f"{source.path}: {unlabelled} pictures have no label. Add theirs, or say --no-labels.")
     folded: dict[str, str] = {}
     for label, num in sorted(labels.items()):
         # Folders: one file system keeps both, another mixes them. Arrays name theirs on purpose: letters A and a.

@@ -167,6 +167,13 @@ def idx_with_fewer_labels(folder: Path) -> None:
     (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 29) + bytes(29))
 
 
+def idx_with_labels_of_one_part(folder: Path) -> None:
+    for part in ("train", "t10k"):
+        header = struct.pack(">4B3i", 0, 0, 8, 3, 30, 8, 8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + np.random.default_rng(len(part)).bytes(30 * 64))
+    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 30) + bytes(30))
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (only(0), "holds no pictures: at least 20 are needed"),
     "one": (only(1), "holds 1 picture: at least 20 are needed"),
@@ -201,6 +208,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "train-images-idx3-ubyte.gz is no IDX file of unsign",
     ),
     "idx labels": (idx_with_fewer_labels, "train has 30 images and 29 labels"),
+    "idx without labels": (idx_with_labels_of_one_part, "30 pictures have no label. Add theirs, or say --no-labels."),
 }
 
 
