@@ -15,7 +15,7 @@ MAX_SIDE = 64
 NAME = re.compile(r"[a-z](?:[a-z0-9_]{0,38}[a-z0-9])?")
 NAMES = "use small letters, digits and _, a letter first, no _ at the end, 40 at most"
 
-_LEVELS = {DYNAMIC_PROTOCOL: (2, 2), THRESHOLD_PROTOCOL: (2, 2), BYTES_PROTOCOL: (256, 256)}
+_LEVELS = {DYNAMIC_PROTOCOL: 2, THRESHOLD_PROTOCOL: 2, BYTES_PROTOCOL: 256}  # of others it is free
 
 
 class Frozen(BaseModel):
@@ -53,9 +53,8 @@ class DatasetParams(Frozen):
         if channels not in (1, 3) or not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
             shape = list(self.image_shape)
             raise ValueError(f"image_shape must be [1 or 3, height, width], sides up to {MAX_SIDE}, got {shape}.")
-        least, most = _LEVELS.get(self.protocol, (2, 256))
-        if not least <= self.num_levels <= most:
-            raise ValueError(f"protocol {self.protocol!r} has {least} levels, got num_levels {self.num_levels}.")
+        if self.num_levels != (num_levels := _LEVELS.get(self.protocol, self.num_levels)):
+            raise ValueError(f"protocol {self.protocol!r} has {num_levels} levels, got num_levels {self.num_levels}.")
         if len(set(self.label_names)) < len(self.label_names):
             raise ValueError("label_names holds one twice.")
         if self.source.kind == "official":

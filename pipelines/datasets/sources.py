@@ -15,7 +15,6 @@ import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ def _source(name: str, download: Path) -> tuple[Path, str]:
     socket.setdefaulttimeout(SILENT_S)  # torchvision sets none: a network that stalls would never end
     try:
         _official(name)(download, download=True)
-    except (RuntimeError, URLError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         raise ValueError(
             f"{name} could not be downloaded ({' '.join(str(error).split())}). "
             f"Try again, or set PIXELCNN_DATA to a folder that holds {MIRROR_FOLDERS[name]}/ with the official files."

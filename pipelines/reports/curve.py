@@ -4,7 +4,6 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,13 @@ class Curve:
         # Rows from this step on are of work that was lost when the run was stopped, and done again.
         self.rows = [row for row in self.rows if row["step"] < report.step]
         mean = math.fsum(self._nats) / len(self._nats)
-        values = {**asdict(report), "train_nll_nats": mean}
-        row = {name: values[name] for name in _COLUMNS}
         if (part := self.path.stem) in PARTS:
             completion = report.validation_completion_nats
             validated = report.validation_nll_nats if completion is None else completion
             row = {"step": report.step, f"{part}_epoch": report.epoch, f"{part}_train_nats": mean}
             row |= {f"{part}_validation_nats": validated, f"{part}_learning_rate": report.learning_rate}
+        else:
+            row = {name: getattr(report, name) for name in _COLUMNS} | {"train_nll_nats": mean}
         self.rows.append(row)
         self._nats = []
         text = io.StringIO()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import reason
 from pipelines.files import atomic_write
 from pipelines.registry import runs as tracking
 from pipelines.registry.runs import Training
@@ -67,5 +68,4 @@ class LiveRun:
             work()
         except Exception as error:
             self._silent_until = time.monotonic() + TRACKER_PAUSE_S
-            reason = str(error).partition("\n")[0]
-            self._log(f"MLflow failed ({reason}). The training goes on; its run shows it later.")
+            self._log(f"MLflow failed ({reason(error)}). The training goes on; its run shows it later.")
