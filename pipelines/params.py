@@ -162,11 +162,6 @@ class Params(Frozen):
 
     @model_validator(mode="after")
     def _check_names(self) -> "Params":
-        for name, pair in self.pairs.items():
-            if name != f"{pair.model}-{pair.dataset}":
-                raise ValueError(
-                    f"pair {name!r} must be named MODEL-DATASET, '{pair.model}-{pair.dataset}' for its values."
-                )
         for dataset in sorted(self.evaluate.datasets):
             self.dataset(dataset)
         return self
@@ -209,12 +204,17 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
             if both := set(known) & set(added):
                 raise ValueError(f"{min(both)!r} stands in {PARAMS_FILE} and in {OWN_FILE}: take it out of one.")
             values[section] = {**known, **added}
+    of_own = [(section, name) for section, added in own.items() for name in added or ()]
     try:
-        return Params.model_validate(values, context={})
+        params = Params.model_validate(values, context={})
     except ValidationError as error:
-        section, name, *_ = *error.errors(include_url=False)[0]["loc"], "", ""
-        of_own = name in (own.get(str(section)) or {})
-        raise ValueError(f"{OWN_FILE if of_own else PARAMS_FILE}: {_sentence(error)}") from None
+        file = OWN_FILE if error.errors(include_url=False)[0]["loc"][:2] in of_own else PARAMS_FILE
+        raise ValueError(f"{file}: {_sentence(error)}") from None
+    for name, pair in params.pairs.items():
+        if name != (right := f"{pair.model}-{pair.dataset}"):
+            file = OWN_FILE if ("pairs", name) in of_own else PARAMS_FILE
+            raise ValueError(f"{file}: pair {name!r} must be named MODEL-DATASET, {right!r} for its values.")
+    return params
 
 
 def _read(path: Path) -> Any:

@@ -245,6 +245,9 @@ def test_a_mistake_in_ones_own_entry_is_named_with_its_file(tmp_path: Path, valu
     (tmp_path / "own/params.yaml").write_text(yaml.safe_dump(own))
     with pytest.raises(ValueError, match=r"^own/params\.yaml: datasets\.glyphs\.num_levels must be .* got 1"):
         load(tmp_path, values)
+    (tmp_path / "own/params.yaml").write_text(yaml.safe_dump({"pairs": {"mine": values["pairs"]["pixelcnn-mnist"]}}))
+    with pytest.raises(ValueError, match=r"^own/params\.yaml: pair 'mine' must be named .* 'pixelcnn-mnist' for its"):
+        load(tmp_path, values)
 
 
 @pytest.mark.parametrize("name", ["fit", "source", "flips"])
