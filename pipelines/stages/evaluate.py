@@ -12,7 +12,7 @@ import torch
 from pipelines.files import atomic_write
 from pipelines.judging.acceptance import KNOWN, acceptance, judged_images
 from pipelines.judging.judge import JUDGES, load_judge
-from pipelines.params import load_params
+from pipelines.params import load_params, repro_command
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
 from pipelines.stages.train import TRAINED_FOLDER, Log, inputs_of, load, set_torch_threads
@@ -67,6 +67,8 @@ def evaluate(
     report = report or REPORTS_FOLDER / name
     check_replaceable(out)
     data = load(pair.dataset)
+    if not trained.exists():
+        raise ValueError(f"{trained} does not exist. Make it: {repro_command('train', name)}")
     model, record = load_checkpoint(trained)
     if record["data_hash"] != data.data_hash:
         raise ValueError(f"{trained} was trained on other data than data/{data.name}.safetensors. Train it again.")

@@ -954,6 +954,10 @@ def test_baselines_of_256_levels_by_hand() -> None:
             "train-pair: unknown pair 'pixelcnn-svhn'. Known pairs in params.yaml: ",
         ),
         ("train pixelcnn-mnist", "train: data/mnist.safetensors does not exist. Make it: dvc repro full/dvc.yaml:"),
+        (
+            "evaluate pixelcnn-mnist5k",
+            "evaluate: trained/pixelcnn-mnist5k does not exist. Make it: dvc repro train@pixelcnn-mnist5k",
+        ),
         ("prepare svhn", "prepare: unknown dataset 'svhn'. Known: mnist5k, mnist, fashion_mnist, cifar10."),
     ],
 )
