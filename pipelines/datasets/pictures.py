@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipelines.datasets.entry import QUANTIZED_PROTOCOL, THRESHOLD_PROTOCOL, DatasetParams, Source
+from pipelines.errors import reason
 from pixelcnn.packing.pictures import DAMAGED, check_absent
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -230,14 +231,16 @@ def _decoded(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded before we look
             file = Image.open(path, formats=sorted(set(FORMATS.values())))
         with file:
-            if odd := _odd_size(*file.size):
-                raise ValueError(f"is {odd}")  # not decoded
-            if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:  # a phone's JPEG, with small copies
-                raise ValueError("is animated: save one of its frames as a picture")
-            file.load()
-            image = ImageOps.exif_transpose(file)
-    except ValueError:
-        raise
+            odd = _odd_size(*file.size)
+            is_animated = file.format != "MPO" and getattr(file, "n_frames", 1) > 1  # a phone's JPEG, with small copies
+            if not odd and not is_animated:
+                file.load()
+                image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I"):  # 16 bits
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                if image.has_transparency_data:
+                    return image.convert("RGBA")
+                return image if image.mode == "L" else image.convert("RGB")
     except PermissionError:
         raise ValueError("may not be read: change its permissions") from None
     except UnidentifiedImageError:
@@ -245,12 +248,8 @@ def _decoded(path: Path) -> Image.Image:
     except Image.DecompressionBombError:  # by its header, of more pixels than Pillow opens at all
         raise ValueError(f"has far too many pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read") from None
     except Exception as error:  # a decoder that is fed with anything may raise anything
-        raise ValueError(f"is damaged ({' '.join(str(error).split())})") from None
-    if image.mode.startswith("I"):  # 16 bits
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        return image.convert("RGBA")
-    return image if image.mode == "L" else image.convert("RGB")
+        raise ValueError(f"is damaged ({reason(error)})") from None
+    raise ValueError(f"is {odd}" if odd else "is animated: save one of its frames as a picture")
 
 
 def _of_arrays(path: Path) -> Iterator[Picture]:

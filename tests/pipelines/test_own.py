@@ -97,6 +97,13 @@ def short_chunk(folder: Path) -> None:
     (folder / "x.png").write_bytes(head + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + end)
 
 
+def short_header(folder: Path) -> None:
+    chunk = b"IHDR" + bytes(5)
+    (folder / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 5) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
+
+
 def tiny_picture(folder: Path) -> None:
     picture(1, 1, 1).save(folder / "x.png")
 
@@ -185,6 +192,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (write("x.png", b"hello"), "'x.png' is no picture of PNG, JPEG, WebP or BMP"),
     "truncated": (truncated, "'x.png' is damaged ("),
     "short chunk": (short_chunk, "'x.png' is damaged ("),
+    "short header": (short_header, "'x.png' is damaged (Truncated IHDR chunk)"),
     "newline": (write("a\nb ü.png", b""), r"'a\nb ü.png' is empty"),
     "not utf-8": (lambda folder: Path(os.fsdecode(bytes(folder) + b"/\xff.png")).touch(), "is no name in UTF-8"),
     "1 x 1": (tiny_picture, "'x.png' is 1 x 1 pixels: sides of 4 to 4096 can be read"),
