@@ -5,6 +5,7 @@ from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import Field, InstanceOf, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from pipelines.datasets.checks import CheckParams
 from pipelines.datasets.entry import NAME, NAMES, OFFICIAL, DatasetParams, Frozen
@@ -208,8 +209,9 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     try:
         params = Params.model_validate(values, context={})
     except ValidationError as error:
-        file = OWN_FILE if error.errors(include_url=False)[0]["loc"][:2] in of_own else PARAMS_FILE
-        raise ValueError(f"{file}: {_sentence(error)}") from None
+        # Of a pair that lacks a key no config was made, which is none of its mistakes.
+        first = min(error.errors(include_url=False), key=lambda one: one["type"] == "is_instance_of")
+        raise ValueError(f"{OWN_FILE if first['loc'][:2] in of_own else PARAMS_FILE}: {_sentence(first)}") from None
     for name, pair in params.pairs.items():
         if name != (right := f"{pair.model}-{pair.dataset}"):
             file = OWN_FILE if ("pairs", name) in of_own else PARAMS_FILE
@@ -226,20 +228,19 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
 
 
-def _sentence(error: ValidationError) -> str:
-    """Return the first thing that is wrong, with its key, its value and what is known."""
-    first = error.errors(include_url=False)[0]
-    key, kind = ".".join(map(str, first["loc"])), first["type"]
+def _sentence(error: ErrorDetails) -> str:
+    """Return what is wrong, with its key, its value and what is known."""
+    key, kind = ".".join(map(str, error["loc"])), error["type"]
     if kind == "extra_forbidden":
-        return f"unknown key {key!r}. Known: {', '.join(sorted(_fields_at(first['loc'][:-1])))}."
+        return f"unknown key {key!r}. Known: {', '.join(sorted(_fields_at(error['loc'][:-1])))}."
     if kind == "missing":
         return f"key {key!r} is missing."
     if kind == "value_error":  # our own words, or the core's, which begin with the key where it has one
-        return f"{key}{'.' if key else ''}{first['ctx']['error']}"
+        return f"{key}{'.' if key else ''}{error['ctx']['error']}"
     if kind == "model_type":
-        return f"{key or 'the file'} must be a mapping of names to values, got {first['input']!r}."
-    what = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key} must be {what}, got {first['input']!r}."
+        return f"{key or 'the file'} must be a mapping of names to values, got {error['input']!r}."
+    what = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key} must be {what}, got {error['input']!r}."
 
 
 def _fields_at(place: tuple[int | str, ...]) -> set[str]:

@@ -189,6 +189,13 @@ def test_missing_keys_are_named(tmp_path: Path, values: dict) -> None:
         load(tmp_path, values)
 
 
+@pytest.mark.parametrize("key", ["network", "train"])
+def test_a_pair_without_a_section_is_told_so(tmp_path: Path, values: dict, key: str) -> None:
+    del values["pairs"]["pixelcnn-mnist"][key]
+    with pytest.raises(ValueError, match=rf"^params\.yaml: key 'pairs\.pixelcnn-mnist\.{key}' is missing\.$"):
+        load(tmp_path, values)
+
+
 def test_unknown_pair(tmp_path: Path, values: dict) -> None:
     with pytest.raises(ValueError, match=r"unknown pair 'pixelcnn-svhn'\. Known pairs in params\.yaml: pixelcnn-"):
         load(tmp_path, values).pair("pixelcnn-svhn")
