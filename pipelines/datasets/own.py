@@ -291,7 +291,7 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
             else:
                 atomic_write(own, before)
             raise
-        return [*said(look, spec, data, twice), f"as it is learned: {sheet}", f"entry: {OWN_FILE}, also of {pair}"]
+        return [*summary(look, spec, data, twice), f"as it is learned: {sheet}", f"entry: {OWN_FILE}, also of {pair}"]
 
 
 def own_pairs(name: str) -> list[str]:
@@ -399,7 +399,7 @@ def _record(name: str) -> None:
         raise ValueError(f"DVC could not record {stage}: {(errors or said[-1:])[0]}")
 
 
-def said(look: Look, spec: DatasetParams, data: Dataset, twice: int) -> list[str]:
+def summary(look: Look, spec: DatasetParams, data: Dataset, twice: int) -> list[str]:
     """Return what was found, and what was chosen, in lines of text."""
     channels, height, width = spec.image_shape
     commonest = look.sizes.most_common(4)
