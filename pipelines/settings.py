@@ -55,7 +55,11 @@ def environments() -> dict[str, Environment]:
     for (name, one), (other, another) in combinations(found.items(), 2):
         for field in _VARIABLES:
             said = getattr(one, field), getattr(another, field)
-            if all(said) and _place(said[0]) == _place(said[1]):  # not shown: it may hold a password
+            try:
+                is_shared = all(said) and _place(said[0]) == _place(said[1])
+            except (ValueError, RuntimeError):  # a bracket that is not closed, a ~user whom nobody knows
+                raise LookupError(f"{ENVIRONMENTS_FILE}: the {field} of {name} or {other} cannot be read.") from None
+            if is_shared:  # not shown: it may hold a password
                 raise LookupError(f"{ENVIRONMENTS_FILE}: {name} and {other} share a {field}. Give each its own.")
     return found
 

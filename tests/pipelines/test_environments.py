@@ -306,3 +306,16 @@ def test_a_place_written_in_two_ways_is_shared(tmp_path, monkeypatch, field, one
     is_shared = not another.endswith(("host=b", "host/b"))
     with pytest.raises(LookupError, match=f"a and b share a {field}") if is_shared else contextlib.nullcontext():
         environments()
+
+
+@pytest.mark.parametrize(("field", "place"), [("service", "http://[s3cret"), ("store", "~unknown.user/s3cret")])
+def test_a_place_that_cannot_be_read_shows_no_secret(tmp_path, monkeypatch, field, place):
+    """Pydantic shows all variables, the token among them, of a ValueError."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXELCNN_TOKEN", "s3cret")
+    said = {name: {"registry": name, "store": name, "service": f"http://{name}"} for name in "ab"}
+    said["a"][field] = place
+    Path("environments.yaml").write_text(json.dumps(said))
+    with pytest.raises(LookupError, match=f"the {field} of a or b cannot be read") as raised:
+        Settings()
+    assert "s3cret" not in str(raised.value)
