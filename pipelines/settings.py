@@ -46,6 +46,8 @@ def environments() -> dict[str, Environment]:
         found = TypeAdapter(dict[str, Environment]).validate_python(yaml.safe_load(ENVIRONMENTS_FILE.read_text()))
     except FileNotFoundError:
         return {}
+    except OSError as error:  # such as the folder that Docker makes where the file of a mount is missing
+        raise LookupError(f"{ENVIRONMENTS_FILE} cannot be read ({error.strerror}). Mend or remove it.") from None
     except (yaml.YAMLError, UnicodeError, ValidationError) as error:
         wrong = error.errors() if isinstance(error, ValidationError) else []  # without its values: passwords are there
         why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong) or "it is no YAML"

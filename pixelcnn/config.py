@@ -1,7 +1,7 @@
 """Settings of any architecture: frozen, keyword-only, checked when they are made."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Self
 
 MAX_SIDE = 256  # of an image: attention's mask grows with the fourth power of it
@@ -133,10 +133,12 @@ def check_odd(name: str, value: Any) -> None:
 
 def checked_config(config_class: type, values: dict[str, Any], where: str) -> Any:
     """Make a dataclass from a mapping; ValueError, begun with `where`, for a wrong or missing key, or a wrong value."""
-    known = {f.name for f in fields(config_class)}
+    known = fields(config_class)
     for key in values:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}. Known: {', '.join(sorted(known))}.")
+        if key not in (names := {f.name for f in known}):
+            raise ValueError(f"{where}: unknown key {key!r}. Known: {', '.join(sorted(names))}.")
+    if missing := [f.name for f in known if f.name not in values and f.default is f.default_factory is MISSING]:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given, too.")
     try:
         return config_class(**values)
     except TypeError as error:

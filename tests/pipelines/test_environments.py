@@ -285,6 +285,13 @@ def test_environments_are_not_mixed(two_environments, monkeypatch, capsys, text,
     assert "s3cret" not in str(raised.value), "passwords stand in that file"
 
 
+def test_environments_that_cannot_be_read_are_told_of(two_environments):
+    Path("environments.yaml").unlink()
+    Path("environments.yaml").mkdir()
+    with pytest.raises(LookupError, match=r"environments\.yaml cannot be read \(Is a directory\)\. Mend or remove it"):
+        Settings()
+
+
 @pytest.mark.parametrize(
     ("field", "one", "another"),
     [

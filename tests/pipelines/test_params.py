@@ -70,6 +70,7 @@ def test_every_model_and_dataset_is_a_pair() -> None:
         ("pairs.pixelcnn-mnist.train.learning_rate", -1, r"pairs\.pixelcnn-mnist\.train: learning_rate must .* got -1"),
         ("pairs.pixelcnn-mnist.train.learning_rate", "fast", r"learning_rate must be a number .* got 'fast'"),
         ("pairs.pixelcnn-mnist.train.batch_size", 2.5, r"batch_size must be a whole number .* got 2\.5"),
+        ("pairs.pixelcnn-mnist.train", {}, r"train: batch_size, learning_rate, max_epochs must be given, too\.$"),
         ("pairs.pixelcnn-mnist.train", None, r"pairs\.pixelcnn-mnist\.train: it must be a mapping .* got None"),
         ("pairs.pixelcnn-mnist.network.kernel_size", 4, r"pairs\.pixelcnn-mnist\.network: kernel_size must be odd"),
         ("pairs.pixelcnn-cifar10.network.num_features", 4, r"num_features must be a multiple of the 3 colour"),
