@@ -323,6 +323,12 @@ def test_the_limit_keeps_the_rate_of_false_alarms_that_it_states():
     assert distance([0, 0, 1], [1, 1, 2]) == pytest.approx(2 / 3)
 
 
+def test_the_rounding_of_a_reference_is_no_distance():
+    """Shares are of few pixels: 13 of 28 rows, rounded, would lie beside all drawings of as many."""
+    rows = np.random.default_rng(0).integers(10, 20, WINDOW) / 28
+    assert distance(rows.tolist(), [round(share, 5) for share in rows.tolist()]) == 0
+
+
 def test_the_interval_of_differences_may_be_looked_at_each_time():
     rng, num_missed = np.random.default_rng(0), 0
     for _ in range(100):
