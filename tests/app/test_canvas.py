@@ -707,6 +707,8 @@ def test_models(open_page: OpenPage, service: StubService) -> None:
     for value in ("d41d8cd98f00b204e9800998ecf8427e", "0123456789abcdef", "0a1b2c"):
         assert value in text
     assert "2025-01-01T00:00:00+00:00" in text
+    for number in ("724,850", "17,034.3", "98.765"):  # not 7.248e+05
+        assert f"<td>{number}</td>" in text
     assert page.metric[0].label == "test NLL (dynamic)"  # digits first
     assert [metric.value for metric in page.metric] == ["98.77 nats", "3.2100 bits/dim", "3.2100 bits/dim"]
     service.close()

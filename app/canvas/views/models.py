@@ -28,7 +28,12 @@ def models_page(visit: Visit) -> None:
             st.html(facts_html(lineage | {say("promoted"): model.promoted_at}))
             with st.expander(say("all_scores")):
                 numbers = {name: value for name, value in model.scores.items() if isinstance(value, int | float)}
-                st.html(facts_html({name: f"{value:,.4g}" for name, value in sorted(numbers.items())}))
+                st.html(facts_html({name: number_text(value) for name, value in sorted(numbers.items())}))
+
+
+def number_text(value: float) -> str:
+    """Write a count in full, and any other score in six digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def facts_html(facts: Mapping[str, str]) -> str:
