@@ -1,11 +1,15 @@
 """Short trainings compared at equal time."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import pixelcnn
 from benchmarks.command import command
 from benchmarks.sizes import compare
+from pixelcnn.data import Dataset
+from pixelcnn.training import Network, StepReport, TrainConfig
 from tests.pipelines.projects import PAIR, tiny_params, write_params
 
 
@@ -25,6 +29,21 @@ def test_a_row_for_each_variant(project: Path, capsys: pytest.CaptureFixture[str
     for row in rows:
         assert 100 < float(row.split(" | ")[-1].removesuffix(" nats |")) < 1000
         assert f"{PAIR} {row}" in printed
+
+
+def test_a_context_network_is_compared_by_whole_images_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[StepReport] = []
+
+    def fit(model: Network, data: Dataset, config: TrainConfig, on_step: Callable[[StepReport], None]) -> float:
+        return pixelcnn.fit(model, data, config, lambda report: reports.append(report) or on_step(report))
+
+    monkeypatch.setattr("benchmarks.sizes.fit", fit)
+    row = "{network: {context_features: 2}, train: {context_share: 0.75}}"
+    Path("variants.yaml").write_text(f"minutes: 0.01\nnum_images: 8\npairs: {{{PAIR}: [{row}]}}\n")
+    assert command(compare, ["--variants", "variants.yaml", "--out", "table.md"]) == 0
+    whole = reports[-1].validation_nll_nats
+    assert whole is not None
+    assert Path("table.md").read_text().endswith(f" | {whole:.2f} nats |\n"), "not a mean with missing parts"
 
 
 def test_what_was_measured_of_other_pairs_stays(project: Path) -> None:
