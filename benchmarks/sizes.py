@@ -19,6 +19,7 @@ from typer import Argument
 from benchmarks.command import command
 from pipelines.files import atomic_write
 from pipelines.params import PairParams, load_params
+from pipelines.stages.train import set_torch_threads
 from pixelcnn.config import checked_config
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.evaluation import format_nll
@@ -53,7 +54,7 @@ def measure(
     network = {**vars(settings.network.without_context()), "head_features": 0, **changes.get("network", {})}
     fixed = {"max_minutes": minutes, "num_validations": 1, "num_validation_images": num_images}
     train = checked_config(TrainConfig, {**vars(settings.train), **changes.get("train", {}), **fixed}, where=pair)
-    torch.set_num_threads(settings.num_threads or torch.get_num_threads())
+    set_torch_threads(settings)
     torch.manual_seed(train.seed)
     model = build_model(checked_config(type(settings.network), network, where=pair))
     # The average looks back over a tenth of the run at most: these runs are short.
