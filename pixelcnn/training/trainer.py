@@ -77,11 +77,12 @@ OnStep = Callable[[StepReport], None]
 def format_progress(report: StepReport, data: Dataset, of_labels: bool = False) -> str:
     """Return one line for a person: how far, how good, how fast, how long still; `of_labels`: of a label network."""
     minutes, seconds = divmod(round(report.remaining_s), 60)
-    num_levels = 2 if of_labels else data.num_levels  # a label has no dimensions: nats, as for binary images
+    # A label has no dimensions: nats, as for binary images. Nobody is to take them for an image's.
+    num_levels, of = (2, "of labels ") if of_labels else (data.num_levels, "")
     loss = format_nll(report.train_nll_nats, data.image_shape, num_levels)
-    line = f"step {report.step}, epoch {report.epoch:.2f}: train {loss}"
+    line = f"step {report.step}, epoch {report.epoch:.2f}: train {of}{loss}"
     if report.validation_nll_nats is not None:
-        line += f", validation {format_nll(report.validation_nll_nats, data.image_shape, num_levels)}"
+        line += f", validation {of}{format_nll(report.validation_nll_nats, data.image_shape, num_levels)}"
     if report.validation_completion_nats is not None:
         line += f" (completion {report.validation_completion_nats:.2f} nats)"
     return f"{line}, {report.images_per_s:.0f} images/s, {minutes}:{seconds:02d} left"

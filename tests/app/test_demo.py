@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from app.canvas.views.demo import status_text
-from app.demo import beside, main, own_steps, port_of
+from app.demo import beside, main, note_progress, own_steps, port_of
 from benchmarks.interrupts import marked_processes
 from pixelcnn.training.trainer import StepReport, format_progress
 from tests.local import free_port
@@ -188,6 +188,16 @@ def test_a_part_that_fails_ends_all(demo: Demo, program: str) -> None:
     assert sentence.endswith("; its message stands above.")
     assert process.returncode == 1
     assert marked_processes(demo.mark) == {}
+
+
+def test_the_nats_of_labels_are_not_told_as_those_of_images(tmp_path: Path) -> None:
+    """While the label network learned, the page said `validation 0.60 nats` of digits that cost 90."""
+    data: Any = SimpleNamespace(image_shape=(1, 28, 28), num_levels=2)
+    speed = {"learning_rate": 0.005, "images_per_s": 690.0, "train_nll_nats": 0.7}
+    report = StepReport(step=90, epoch=1.5, remaining_s=40.0, validation_nll_nats=0.6, **speed)
+    said = {"doing": "train", "what": "gated_pixelcnn-mnist5k", "validation": "90.70 nats", "left": "0:01"}
+    line = f"02:05:28 {format_progress(report, data, of_labels=True)}"
+    assert note_progress(line, said, tmp_path / "status.json") == {**said, "left": "0:40"}
 
 
 @pytest.mark.timeout(400)  # a loaded machine is no failure

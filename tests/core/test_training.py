@@ -610,7 +610,7 @@ def test_progress_for_a_person():
     )
     report = dataclasses.replace(report, train_nll_nats=2.25, validation_nll_nats=1.5)
     assert format_progress(report, colour, of_labels=True) == (
-        "step 40, epoch 1.50: train 2.25 nats, validation 1.50 nats, 123 images/s, 2:05 left"
+        "step 40, epoch 1.50: train of labels 2.25 nats, validation of labels 1.50 nats, 123 images/s, 2:05 left"
     )
 
 
