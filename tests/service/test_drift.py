@@ -204,6 +204,7 @@ def test_a_challenger_for_other_images_or_labels_scores_nothing(model, reference
     batcher: Any = SimpleNamespace(submit=submitted.append)
     draw(watching(tmp_path, batcher, champion, challenger), champion, *drawings(SCORE_EVERY, seed=3))
     assert [score.models for score in submitted] == [[champion]], "its own score is not lost"
+    assert [score.client for score in submitted] == ["strokes"], "datasets take turns, as clients do"
 
 
 def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fast(model, reference, tmp_path):

@@ -1,12 +1,14 @@
 """Who may enter, how many at once, and what happens to those who dawdle or leave."""
 
 import asyncio
+import base64
 import logging
 import os
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp
@@ -14,8 +16,10 @@ from starlette.types import ASGIApp
 from app.client import ServiceClient, ServiceError
 from app.service import api as service
 from app.service import gate, wire
+from app.service.batching import IDLE_LANE
 from app.service.operation.requests import RequestLog
 from app.service.settings import settings
+from pixelcnn.images import to_png
 from tests.service.test_metrics import read
 
 TOKEN = "s3cret-token"
@@ -73,6 +77,14 @@ def test_the_token_is_not_logged(caplog):
         ask("/models", Authorization=f"Bearer {TOKEN}")
         ask("/models", Authorization=f"Bearer {TOKEN}-wrong")
     assert TOKEN not in caplog.text
+
+
+def test_a_path_of_any_length_makes_no_long_line(caplog):
+    caplog.set_level(logging.INFO, "bentoml.pixelcnn.requests")
+    scope = {"type": "http", "method": "GET", "path": "/" + 9999 * "x", "headers": []}
+    connection = Connection()
+    asyncio.run(RequestLog(hello, ["/complete"])(scope, connection.receive, connection.send))
+    assert caplog.records[-1].line["path"] == "/" + 59 * "x"
 
 
 def test_the_client_sends_the_token_of_its_environment(monkeypatch):
@@ -374,14 +386,18 @@ def test_a_request_waits_for_its_clients_turn(client, monkeypatch):
     submit, clients = service.Batcher.submit, []
 
     def note(self, job) -> None:
-        clients.extend([job.client] if job.lane == "grey" else [])  # a drawing that is scored is nobody's
+        clients.extend([] if job.lane == IDLE_LANE else [job.client])  # a drawing that is scored is nobody's
         submit(self, job)
 
     monkeypatch.setattr(service.Batcher, "submit", note)
     for name in ("one", "two", "one"):
         assert client.post("/generate", json={"dataset": "grey"}, headers={"X-Client": name}).status_code == 200
-    one, two, again = clients
+    picture = base64.b64encode(to_png(torch.zeros(1, 5, 4, dtype=torch.int64), 2)).decode()
+    body = {"dataset": "grey", "image": picture}
+    assert client.post("/likelihood", json=body, headers={"X-Client": "two"}).status_code == 200
+    one, two, again, *of_picture = clients
     assert one == again != two
+    assert of_picture == [two, two], "to be read, and to be scored"
 
 
 def test_a_stream_ends_in_time(client, monkeypatch):
@@ -399,9 +415,9 @@ def test_a_stream_ends_in_time(client, monkeypatch):
 def test_requests_that_come_together_are_read_one_per_turn_of_the_loop():
     turn, read = 0, []
 
-    async def count_turns() -> None:
+    async def count_turns(num: int) -> None:
         nonlocal turn
-        while len(read) < 8:
+        while len(read) < num:
             turn += 1
             await asyncio.sleep(0)
 
@@ -413,11 +429,14 @@ def test_requests_that_come_together_are_read_one_per_turn_of_the_loop():
         await wire.GenerateRequest.from_http_request(Request(scope, receive), None)
         read.append(turn)
 
-    async def together() -> None:
-        await asyncio.gather(count_turns(), *(read_one() for _ in range(8)))
+    async def together(num: int) -> None:
+        await asyncio.gather(count_turns(len(read) + num), *(read_one() for _ in range(num)))
 
-    asyncio.run(together())
+    asyncio.run(together(8))
     assert len(set(read)) == 8
+    before = turn
+    asyncio.run(together(1))
+    assert read[-1] <= before + 2, "who comes alone waits for nobody who was before"
 
 
 def test_clients_are_told_apart_by_their_name_or_else_their_address() -> None:

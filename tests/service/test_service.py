@@ -613,14 +613,16 @@ def test_a_dataset_that_leaves_the_store_is_no_longer_served(tmp_path, monkeypat
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     (tmp_path / "bentoml").mkdir()
     champions = Champions(tmp_path / "bentoml/models")
-    store.serve(put(tmp_path, "grey", GREY, "1", seed=0))
+    store.serve(put(tmp_path, "leaving", GREY, "1", seed=0))
     store.serve(put(tmp_path, "colour", COLOUR, "1", seed=0))
     champions.refresh()
-    shutil.rmtree(tmp_path / "bentoml/models/pixelcnn-grey")
+    assert read("pixelcnn_champion", dataset="leaving") == 1
+    shutil.rmtree(tmp_path / "bentoml/models/pixelcnn-leaving")
     champions.refresh()
     assert set(champions.describe()) == {"colour"}
-    with pytest.raises(wire.RequestError, match="there is no champion for dataset 'grey'"):
-        champions.get("grey")
+    with pytest.raises(wire.RequestError, match="there is no champion for dataset 'leaving'"):
+        champions.get("leaving")
+    assert read("pixelcnn_champion", dataset="leaving") == 0, "nor do the metrics say that it is served"
 
 
 def test_released_weights_are_served_until_the_store_has_a_champion(tmp_path, monkeypatch, caplog):
