@@ -100,6 +100,7 @@ def test_whoever_is_stopped_leaves_nothing_running(folder: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # four processes, and a server: two minutes beside other work
 def test_pairs_are_trained_and_compared(project: Path, prefect_server: str) -> None:
     """Two that are fine, one without data, one that does not exist, and one that is a folder's name."""
     with pytest.raises(ChildProcessError) as caught:
