@@ -217,7 +217,8 @@ def test_a_stroke_that_comes_while_the_page_runs_keeps_its_endings(
     assert stopped == ["older"]
 
 
-@pytest.mark.parametrize("text", ["-1", "9" * 19, "1" * 5000], ids=len)  # of so many digits Python makes no number
+# Of a superscript, or so many digits, Python makes no number.
+@pytest.mark.parametrize("text", ["\u00b2", "-1", "9" * 19, "1" * 5000], ids=len)
 def test_wrong_seed_is_said_and_nothing_is_sent(service: StubService, open_page: OpenPage, text: str) -> None:
     page = open_page()
     page.text_input(key="typed_seed").set_value(text).run()

@@ -261,6 +261,8 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("no picture")
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "c:a.png").write_bytes(to_png(torch.zeros(SHAPE, dtype=torch.int64), 3))
     for name, picture in {
         "large": Image.new("L", (6, 4)),
         "grey": Image.new("L", (5, 4), 100),
@@ -290,6 +292,7 @@ def test_what_cannot_be_packed_is_named(checkpoint, tmp_path) -> None:
         "empty": "{} holds no PNG file (*.png).",
         "other": "{} holds no PNG file (*.png).",
         "nowhere": "{} does not exist.",
+        "named": "{}: the name 'c:a.png' cannot be kept. Rename that file.",
         "large": "'{}/00001.png' does not fit the model: image must be 5 x 4 pixels, got 6 x 4.",
         "grey": "'{}/00001.png' " + levels,
         "red": "'{}/00001.png' " + levels,

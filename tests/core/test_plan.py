@@ -230,6 +230,11 @@ def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) ->
         Refused(CONFIG, layer).described()
 
 
+def test_a_block_that_says_that_it_looks_down_is_refused() -> None:
+    with pytest.raises(ValueError, match="a conv looks at rows below its own: no sampler can know it in time"):
+        Map("conv", (), None, 4, 1)
+
+
 class Layer(nn.Module):
     """Maps `make`s of features and of blocks."""
 

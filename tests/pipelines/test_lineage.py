@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,15 @@ def test_forward_from_the_data(found: registry.Version, capsys: pytest.CaptureFi
     assert f"champion, served as {NAME}:v1-" in versions[0]
     assert versions[1].startswith(f"{NAME} version 2: ")
     assert versions[1].endswith(", challenger")
+
+
+def test_the_beginning_of_several_data_hashes_is_none(
+    found: registry.Version, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained_on = [replace(found, tags=found.tags | {"data_hash": data_hash}) for data_hash in ("abcdef1", "abcdef2")]
+    monkeypatch.setattr(registry, "versions", lambda _: trained_on)
+    said = "lineage: abcdef is the beginning of several data hashes: abcdef1, abcdef2. Give more of it.\n"
+    assert ask(capsys, "--data", "abcdef") == (1, "", said)
 
 
 def test_verified(found: registry.Version, capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,6 +258,37 @@ def test_without_permission(folder: Path, capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == f"add: {folder} may not be read: change its permissions.\n"
 
 
+def test_a_folder_within_that_cannot_be_read_is_not_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir, within = os.scandir, folder / "within"
+    fill(within, 5, first=100)
+
+    def refuse(path: str) -> object:
+        if str(path) == str(within):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert add(folder, "--no-labels") == 1
+    assert capsys.readouterr().err == f"add: {within} cannot be read: Permission denied.\n"
+
+
+def test_a_picture_that_may_not_be_read_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Image.open
+
+    def refuse(path: Path, **options: object) -> Image.Image:
+        if path.name == "7.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, **options)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    assert add(folder) == 1
+    assert "add: '7.png' may not be read: change its permissions. Mend or remove it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("at", ["pixelcnn.data.save", "pipelines.datasets.own._record"])
 def test_a_full_disk(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, at: str
@@ -508,6 +539,21 @@ def test_a_dataset_that_params_yaml_names_stays(folder: Path, capsys: pytest.Cap
     assert NAME not in yaml.safe_load(Path("own/params.yaml").read_text())["datasets"]
 
 
+def test_what_is_left_of_an_earlier_dataset_of_the_name_keeps_nobody_out(folder: Path) -> None:
+    """Its entry was taken out by hand: other pictures are no change of what is there no more."""
+    assert add(folder) == 0
+    Path("own/params.yaml").unlink()
+    inverted(folder)
+    assert add(folder) == 0
+
+
+def test_nothing_is_fetched_of_pictures_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert add(folder) == 0
+    assert steps.main(["fetch", NAME]) == 1
+    said = f"fetch: {NAME} is not fetched: its images are read where they lie, in {folder}.\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_key_that_is_there_twice_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert add(folder) == 0
     with open("own/params.yaml", "a") as file:
@@ -632,6 +678,12 @@ def test_odd_arrays(folder: Path, tmp_path: Path, arrays: dict[str, np.ndarray],
     np.savez(tmp_path / "x.npz", **{"images": images, "labels": np.arange(30) % 3, **arrays})
     with pytest.raises(ValueError, match=message):
         own.add("x", tmp_path / "x.npz", own.Wishes())
+
+
+def test_arrays_of_other_names_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "x.npz", pictures=np.zeros((30, 8, 8), np.uint8))
+    assert add(tmp_path / "x.npz") == 1
+    assert capsys.readouterr().err == f"add: {tmp_path}/x.npz has no array 'images', only pictures.\n"
 
 
 def test_damaged_arrays_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
