@@ -99,7 +99,8 @@ def test_masks_depend_on_seed_and_step_alone_and_a_resumed_run_is_the_same_run(t
     with pytest.raises(Interrupted):
         fit(copy.deepcopy(model), data, config(max_epochs=4), stop, state)
     resumed = copy.deepcopy(model)
-    fit(resumed, data, config(max_epochs=4), state_file=state)
+    _, reports = run(resumed, data, config(max_epochs=4), state_file=state)
+    assert reports[0].step == 6, "it went on, not started afresh"
     assert same(weights(resumed), weights(whole))
 
 

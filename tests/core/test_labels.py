@@ -191,12 +191,16 @@ def test_a_label_network_learns_from_what_is_known_alone(tmp_path):
         batch_size=16, learning_rate=0.02, max_epochs=40, label_dropout=0, ema_decay=0.9, save_minutes=0
     )
 
+    steps: list[int] = []
+
     def trained(stop_after: int | None = None):
+        steps.clear()
         torch.manual_seed(0)
         model = build_model(tiny_config("gated_pixelcnn", (1, 4, 4), 2, 2, **network))
         assert model.label_network is not None
 
         def on_step(report):
+            steps.append(report.step)
             if report.step == stop_after:
                 raise KeyboardInterrupt
 
@@ -208,6 +212,7 @@ def test_a_label_network_learns_from_what_is_known_alone(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained(stop_after=30)
     resumed, _ = trained(stop_after=1000)
+    assert steps[0] == 31, "it went on, not started afresh"
     weights = model.label_network.state_dict()
     assert all(torch.equal(weights[name], w) for name, w in resumed.label_network.state_dict().items())
     levels, observed = torch.ones(2, 1, 4, 4, dtype=torch.int64), torch.zeros(2, 1, 4, 4, dtype=torch.bool)
