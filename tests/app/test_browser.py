@@ -1079,11 +1079,13 @@ def test_everything_is_in_one_view(open_page: OpenPage, page_url: str, dataset: 
         page.set_viewport_size({"width": width, "height": height})
         page.screenshot(path=tmp_path / f"{dataset}-{width}x{height}.png")
         margins = np.array(page.evaluate(NEEDED))  # (grid, button, switch and three endings; four sides)
+        assert margins.shape == (6, 4), "an ending that is not shown is not in view"
         assert margins.min() >= -1, (width, height, margins.round().tolist())
     for width in range(320, 1601, 80):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         captions = page.evaluate(CAPTIONS)
+        assert len(captions) == 9
         for (_, right, top), (left, _, next_top) in itertools.pairwise(captions):
             assert right <= left or top < next_top, width
     page.set_viewport_size({"width": 320, "height": 480})
