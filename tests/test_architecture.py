@@ -106,6 +106,7 @@ def third_party(module: str) -> set[str]:
 
 def test_the_modules_are_found() -> None:
     assert {*PACKAGES, "pixelcnn.models", "pixelcnn.likelihood", "benchmarks.plot", "tests.core.tiny"} <= set(modules())
+    assert {*PROGRAMS, "app.client", "app.canvas", "app.service", "benchmarks.service"} <= set(modules())
     assert within("pixelcnn.models", *imports("pixelcnn.models.gated_pixelcnn")) is False
     assert "pixelcnn.models.masks" in imports("pixelcnn.models.gated_pixelcnn")
 
