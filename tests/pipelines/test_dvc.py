@@ -301,6 +301,7 @@ def test_repro_for_real(copy: Path) -> None:
         process.wait()
     done = dvc(copy, "repro", "evaluate@pixelcnn-mnist5k", **environment)
     assert ran(done) == ["train@pixelcnn-mnist5k", "evaluate@pixelcnn-mnist5k"]
+    assert "epoch 1.00: train " in done.stderr
     assert "step 1," not in done.stderr, "the killed training went on where it was"
     assert list(copy.glob("trained/.*.run-*")) == [], "states of trainings that are done are removed"
     metrics = json.loads((copy / "reports/pixelcnn-mnist5k/metrics.json").read_text())
