@@ -100,7 +100,7 @@ def test_whoever_is_stopped_leaves_nothing_running(folder: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)  # four processes, and a server: two minutes beside other work
+@pytest.mark.timeout(400)  # a server and four processes, two of which compile the sampler where nobody has
 def test_pairs_are_trained_and_compared(project: Path, prefect_server: str) -> None:
     """Two that are fine, one without data, one that does not exist, and one that is a folder's name."""
     with pytest.raises(ChildProcessError) as caught:
