@@ -239,13 +239,15 @@ def measure(
         images = open_images(folder, "test", load_checkpoint(checkpoint)[0].config)
         levels = images.read(0, min(num_images, images.num))
         tables.append(measured(checkpoint, f"pictures of a folder, `{folder.name}`", levels, num_alone))
-    for pair in [] if folder else pairs or sorted(path.name for path in Path("weights").iterdir()):
+    for pair in [] if folder else pairs or sorted(path.parent.name for path in Path("weights").glob("*/config.json")):
         data = Path("data") / f"{pair.rpartition('-')[2]}.safetensors"
         if not pairs and not data.exists():
             print(f"left out: {pair}, for want of {data}")
             continue
         levels = load_dataset(data).levels("test", slice(0, num_images))
         tables.append(measured(Path("weights") / pair, "test images", levels, num_alone))
+    if not tables:
+        raise ValueError(f"nothing is measured, and {PAGE} stays: prepare data, or name --folder and --checkpoint.")
     begin = BEGIN.format(" --folder" if folder else "")
     before, rest = PAGE.read_text().split(begin)
     after = rest.split(END, 1)[1]

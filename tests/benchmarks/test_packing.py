@@ -44,6 +44,23 @@ def test_its_mistakes_are_named(tmp_path, monkeypatch, capsys) -> None:
         assert f"Invalid value for '{option}'" in capsys.readouterr().err
 
 
+def test_without_data_the_page_keeps_its_tables(tmp_path, monkeypatch, capsys) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(packing.PAGE.read_text())
+    (tmp_path / "weights/gated_pixelcnn-mnist").mkdir(parents=True)
+    (tmp_path / "weights/gated_pixelcnn-mnist/config.json").touch()
+    (tmp_path / "weights/.gated_pixelcnn-mnist.lock").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(packing, "TOOLS", ())
+    monkeypatch.setattr(packing, "PAGE", page)
+    before = page.read_text()
+    assert command(packing.measure, []) == 1
+    said = capsys.readouterr()
+    assert said.out == "left out: gated_pixelcnn-mnist, for want of data/mnist.safetensors\n"
+    assert said.err.startswith("packing: nothing is measured")
+    assert page.read_text() == before
+
+
 def test_the_best_of_a_file_each_is_none_of_all(tmp_path) -> None:
     checkpoint, levels = checkpoint_of(tmp_path / "own-mine"), random_levels((1, 4, 5), 3, 6)
     sizes = {"ours": 600, "some of ours": 600, "the sampler": 0, "PNG": 900, "all, xz": 700}
