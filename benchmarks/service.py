@@ -188,7 +188,7 @@ def visits(
 
 
 def main(
-    url: Annotated[str, Option()] = service_url(),
+    url: Annotated[str | None, Option(help="of the service; that of the environment if left out")] = None,
     requests: Annotated[int, Option(help="per dataset and row of the first table")] = 30,
     datasets: Annotated[list[str] | None, Option(help="all that are served by default; one each")] = None,
     clients: Annotated[list[int], Option(help="of a row of the second table; one each")] = [1, 8, 32, 128],  # noqa: B006
@@ -200,6 +200,7 @@ def main(
 ) -> None:
     """Print the tables, or what canvases see."""
     try:
+        url = url or service_url()
         served = ServiceClient(url).models()
     except ServiceError as error:
         raise SystemExit(f"error: {error}") from None

@@ -2,6 +2,7 @@
 
 import random
 import time
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -46,4 +47,11 @@ def test_its_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ServiceClient, "models", away)
     with pytest.raises(SystemExit, match=r"error: It does not answer\."):
+        service.main()
+
+
+def test_an_environment_that_is_not_described_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXELCNN_ENVIRONMENT", "staging")
+    with pytest.raises(SystemExit, match=r"error: PIXELCNN_ENVIRONMENT is 'staging', which environments\.yaml"):
         service.main()
