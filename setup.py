@@ -14,7 +14,7 @@ class BuildWithWeights(build_py):
         super().run()
         if not self.editable_mode:  # a clone has them beside the code
             names = ("config.json", "model.safetensors", "scores.json", "README.md")
-            for file in (path for name in names for path in Path("weights").glob(f"*/{name}")):
+            for file in (path for name in names for path in Path("weights").glob(f"[!.]*/{name}")):  # whole ones
                 target = Path(self.build_lib) / "pixelcnn" / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)

@@ -239,7 +239,8 @@ def measure(
         images = open_images(folder, "test", load_checkpoint(checkpoint)[0].config)
         levels = images.read(0, min(num_images, images.num))
         tables.append(measured(checkpoint, f"pictures of a folder, `{folder.name}`", levels, num_alone))
-    for pair in [] if folder else pairs or sorted(path.parent.name for path in Path("weights").glob("*/config.json")):
+    released = sorted(path.parent.name for path in Path("weights").glob("[!.]*/config.json"))
+    for pair in [] if folder else pairs or released:
         data = Path("data") / f"{pair.rpartition('-')[2]}.safetensors"
         if not pairs and not data.exists():
             print(f"left out: {pair}, for want of {data}")

@@ -34,6 +34,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     removed = folder / "source/build/lib/pixelcnn/removed.py"
     removed.parent.mkdir(parents=True)
     removed.touch()
+    # A checkpoint that is being written, or was cut off.
+    unfinished = folder / "source/weights/.pixelcnn-mnist.new/config.json"
+    unfinished.parent.mkdir()
+    unfinished.touch()
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
     done = subprocess.run([sys.executable, "-c", build], cwd=folder / "source", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -56,6 +60,7 @@ def test_it_holds_code_assets_and_weights(wheel: Path) -> None:
     }
     assert wanted | weights <= names
     assert "pixelcnn/removed.py" not in names
+    assert {name for name in names if name.startswith("pixelcnn/weights/.")} == set()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"app", "pipelines", "pixelcnn"}
 
 
