@@ -34,7 +34,8 @@ def sha256_of(path: Path) -> str:
 
 def released() -> dict[str, Path]:
     """Return the folder of each checkpoint that was released with this code, by its name, MODEL-DATASET."""
-    return {file.parent.name: file.parent for place in _RELEASED for file in sorted(place.glob(f"*/{CONFIG_FILE}"))}
+    files = [file for place in _RELEASED for file in sorted(place.glob(f"[!.]*/{CONFIG_FILE}"))]  # none half-written
+    return {file.parent.name: file.parent for file in files}
 
 
 def check_replaceable(folder: str | Path) -> None:

@@ -173,7 +173,7 @@ def release_all(why: str | None = None) -> list[str]:
     Raises:
         ValueError: a checkpoint is damaged, or does not score what it says.
     """
-    folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("*") if (folder / CONFIG_FILE).exists())
+    folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("[!.]*") if (folder / CONFIG_FILE).exists())
     nats = {folder: stage.load_evaluated(folder)[1][registry.VALIDATION_METRIC] for folder in folders}
     return [release(folder.name, why) for folder in sorted(folders, key=nats.__getitem__)]
 

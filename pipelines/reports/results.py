@@ -17,7 +17,7 @@ PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
 def results_text(weights: Path) -> str:
     """Return RESULTS.md for the checkpoints in `weights/PAIR/`; ValueError if scores or configuration are damaged."""
     released: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for folder in sorted(path.parent for path in weights.glob(f"*/{SCORES_FILE}")):
+    for folder in sorted(path.parent for path in weights.glob(f"[!.]*/{SCORES_FILE}")):
         try:
             config, scores = (json.loads((folder / name).read_text()) for name in (CONFIG_FILE, SCORES_FILE))
             released.setdefault(scores["dataset"], []).append((config, {**scores, "pair": folder.name}))

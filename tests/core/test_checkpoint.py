@@ -71,6 +71,14 @@ def test_saving_again_replaces_the_whole_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_save_that_was_cut_off_leaves_no_released_weights(tmp_path, monkeypatch):
+    for name in ("tiny-digits", ".tiny-digits.new"):  # the latter without scores, which the service reads first
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    monkeypatch.setattr(checkpoint, "_RELEASED", (tmp_path,))
+    assert checkpoint.released() == {"tiny-digits": tmp_path / "tiny-digits"}
+
+
 def test_a_folder_that_is_there_comes_before_released_weights_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = next(iter(checkpoint.released()))

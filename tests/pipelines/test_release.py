@@ -20,6 +20,7 @@ DATA = Path("data/mnist5k.safetensors")
 
 
 def test_released_weights_become_the_first_champion_once(weights: Path) -> None:
+    shutil.copytree(weights, weights.with_name(f".{PAIR}.new"))  # a save that was cut off
     (text,) = release_all("a first one")
     assert decisions.history("mnist5k")[-1].endswith(": a first one")
     assert text == (
