@@ -685,6 +685,19 @@ def test_after_a_picture_that_cannot_be_read_another_one_can_be_pasted(
     assert shown == [None]
 
 
+@pytest.mark.parametrize("shape", [(1, 14, 14), (3, 28, 28)])
+def test_examples_are_offered_to_a_model_of_their_shape_alone(
+    service: StubService, open_page: OpenPage, shape: tuple[int, int, int]
+) -> None:
+    service.models = {"mnist5k": served(shape, 16, [], "quantized")}
+    page = open_page()
+    assert not page.exception
+    assert "gallery examples" not in html_text(page)
+    go_to(page, "Surprise")
+    assert not page.exception
+    assert np.shape(service.requests[-1][1]["image"]) == ((14, 14) if shape[0] == 1 else (28, 28, 3))
+
+
 def test_a_promoted_model_is_asked_for_its_own_surprise(service: StubService, open_page: OpenPage) -> None:
     page = open_page()
     page.toggle(key="surprise_beside").set_value(True).run()

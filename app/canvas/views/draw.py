@@ -76,7 +76,8 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
         note = st.container()
         actions = st.container(key="actions", horizontal=True, vertical_alignment="center")
     model, levels = settings.model, settings.levels
-    beginnings = beginnings_of(settings.dataset)
+    # A dataset's name promises no shape: a checkpoint of smaller images may have been registered under it.
+    beginnings = [one for one in beginnings_of(settings.dataset) if one.strength.shape == settings.shape]
     live = st.session_state.get("live", True)
     with grid_place:
         drawing = show_grid(visit, settings, live, beginnings)

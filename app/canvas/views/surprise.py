@@ -32,7 +32,8 @@ def surprise_page(visit: Visit) -> None:
     if trouble:
         right.warning(trouble)
         return
-    drawing, examples = parse_drawing(visit.drawn.get(shape), shape), real_images(dataset)
+    drawing = parse_drawing(visit.drawn.get(shape), shape)
+    examples = [one for one in real_images(dataset) if one.shape == shape]  # see `board`
     is_example = strength is None and not drawing.mark.any() and bool(examples)
     if is_example:
         strength = examples[0]
