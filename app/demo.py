@@ -82,14 +82,15 @@ def port_of(variable: str, default: int, what: str, host: str = HOST) -> int:
     return port
 
 
-def answers(port: int, path: str) -> bool:
-    """Tell whether a server of this machine answers a path with 200."""
+def asked(port: int, path: str) -> tuple[int, bytes]:
+    """Return the status with which a server of this machine answers a path, and what it says; 0 where none answers."""
     with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=1)) as connection:
         try:
             connection.request("GET", path)
-            return connection.getresponse().status == 200
+            response = connection.getresponse()
+            return response.status, response.read()
         except (OSError, http.client.HTTPException):
-            return False
+            return 0, b""
 
 
 def descendants() -> set[int]:
@@ -241,9 +242,9 @@ def main(words: list[str]) -> None:
             if start(command, environment).wait() != 0:
                 raise SystemExit(f"error: `{' '.join(command)}` failed; its message stands above.")
         # The released weights at once, as they lie in the clone; `release` registers them.
-        at_once = {} if name else {"PIXELCNN_RELEASED": "1", "PIXELCNN_DATASETS": "mnist"}
+        shown = {"PIXELCNN_DATASETS": name} if name else {"PIXELCNN_RELEASED": "1", "PIXELCNN_DATASETS": "mnist"}
         servers = {
-            "service": start([*SERVICE, str(service_port)], {**environment, **at_once}),
+            "service": start([*SERVICE, str(service_port)], {**environment, **shown}),
             "canvas": start(canvas, environment),
         }
         quick_start = beside(environment, status, [] if name else BESIDE)
@@ -254,7 +255,9 @@ def main(words: list[str]) -> None:
                     raise SystemExit(f"error: the {what} ended by itself; its message stands above.")
             if is_ready:  # not before: what is shown first comes first
                 next(quick_start, None)
-            elif answers(canvas_port, "/_stcore/health") and answers(service_port, "/readyz"):
+            elif (readiness := asked(service_port, "/readyz"))[0] == 503:  # what there is was loaded before it answers
+                raise SystemExit(f"error: there is nothing to draw with: {json.loads(readiness[1])['error']}")
+            elif readiness[0] == 200 and asked(canvas_port, "/_stcore/health")[0] == 200:
                 is_ready = True
                 print(f"\nReady: draw at {canvas_url}{path} (service: {service_url}). Ctrl-C ends all.\n", flush=True)
                 if shared:

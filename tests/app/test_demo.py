@@ -176,6 +176,21 @@ def test_own_pictures_are_learned_before_they_are_served(demo: Demo) -> None:
     assert [words[3] for words in steps if words[0] == "python"] == ["letters", "add", "promote"]
 
 
+def test_pictures_of_which_no_champion_came_end_it_at_once(demo: Demo) -> None:
+    """As where `promote` finds the model no better than the uniform distribution: it moves nothing, and says so."""
+    refusing = """
+        wanted = __import__("os").environ["PIXELCNN_DATASETS"]
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(b'{"error": "no champion of %s is served."}' % wanted.encode())
+"""
+    ready = "\n        self.send_response(200)\n        self.end_headers()\n"
+    demo.stand_in("bentoml", SERVER.replace(ready, refusing))
+    said, _ = demo.start("own", NAME="glyphs").communicate(timeout=20)
+    assert said == "error: there is nothing to draw with: no champion of glyphs is served.\n"
+    assert marked_processes(demo.mark) == {}
+
+
 @pytest.mark.parametrize("program", ["make", "bentoml", "streamlit"])
 def test_a_part_that_fails_ends_all(demo: Demo, program: str) -> None:
     demo.stand_in(program, "raise SystemExit('no space left')")
