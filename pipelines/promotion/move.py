@@ -111,9 +111,13 @@ def check_feeder() -> None:
         )
     this, known, whose = _this_registry(), store.feeder(), ""
     if known is None:
-        strange = [tag for tag in store.served() if find_run(str(store.metadata_of(tag).get("run_id"))) is None]
-        if strange:
-            whose = f"serves {strange[0]}, which this registry does not know"
+        for tag in store.served():
+            try:
+                run_id = str(store.metadata_of(tag).get("run_id"))
+            except (ValueError, OSError):  # damaged, as by a power cut: it tells of no registry
+                continue
+            if find_run(run_id) is None:
+                whose = f"serves {tag}, which this registry does not know"
     elif (known["at"], known["host"]) == (this["at"], this["host"]):
         pass  # this registry, or one that was lost and begun anew
     elif known["registry"] != this["registry"]:

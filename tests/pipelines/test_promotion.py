@@ -373,6 +373,11 @@ def test_again_changes_nothing_and_repairs_the_store(toy):
     (store.home() / "pixelcnn-registry.json").write_text("")
     toy.promote()
     assert store.feeder() == fed
+    for file in (store.home() / "pixelcnn-registry.json", folder / "model.yaml"):  # a power cut empties both
+        file.write_text("")
+    toy.promote()
+    assert store.feeder() == fed
+    assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
     shutil.rmtree(folder)
     (store.home() / ".promote-killed").mkdir()
     assert store.latest(toy.model_name) is None
