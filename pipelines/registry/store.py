@@ -50,7 +50,7 @@ def tag_of(lineage: Mapping[str, Any]) -> str:
 def latest(name: str, pointer: str = "latest") -> str | None:
     """Return the tag that is served of a name, or that of another pointer of `serve`; None if there is none."""
     try:
-        version = (folder_of(name) / pointer).read_text().strip()
+        version = (folder_of(name) / pointer).read_text(errors="replace").strip()  # as the service does
     except FileNotFoundError:
         return None
     return f"{name}:{version}" if version and folder_of(f"{name}:{version}").is_dir() else None

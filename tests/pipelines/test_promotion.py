@@ -378,6 +378,10 @@ def test_again_changes_nothing_and_repairs_the_store(toy):
     toy.promote()
     assert store.feeder() == fed
     assert store.is_intact(served, registry.versions(toy.name)[0].lineage())
+    for damage in (b"\xff\xfe", b"\0", b""):
+        (folder.parent / "latest").write_bytes(damage)
+        toy.promote()
+        assert store.latest(toy.model_name) == served
     shutil.rmtree(folder)
     (store.home() / ".promote-killed").mkdir()
     assert store.latest(toy.model_name) is None
