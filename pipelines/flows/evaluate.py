@@ -137,13 +137,17 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, n
                     raise ConnectionError(f"the service at {url} asks for a token: set PIXELCNN_TOKEN to its own")
                 if answer.status_code != 200:
                     raise ConnectionError(f"the service at {url} answered {answer.status_code}: {answer.text[:200]}")
-                body = answer.json()
-                if str(body["model"]["version"]) != version:
+                try:
+                    body = answer.json()
+                    served, log_prob = str(body["model"]["version"]), body["log_prob"]
+                except (ValueError, LookupError, TypeError):  # a proxy's page for people to log in, say
+                    raise ConnectionError(f"what answers at {url} is not the service: name its address") from None
+                if served != version:
                     raise ValueError(
-                        f"the service at {url} answers with version {body['model']['version']}: point it to the model "
-                        f"store of this pipeline (BENTOML_HOME)"
+                        f"the service at {url} answers with version {served}: point it to the model store of this "
+                        "pipeline (BENTOML_HOME)"
                     )
-                total -= body["log_prob"]
+                total -= log_prob
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConnectionError(
             f"the service at {url} cannot be reached ({error}): start it with make serve, or unset PIXELCNN_SERVICE_URL"

@@ -208,6 +208,13 @@ def test_colours_come_last_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.tensor(sent), data.levels("test", slice(0, 3)).permute(0, 2, 3, 1))
 
 
+@pytest.mark.parametrize("page", ["<html>Log in</html>", "[]", "{}", '{"model": null}'])
+def test_what_is_not_the_service_is_told_so(monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    monkeypatch.setattr(evaluation_flow, "_post", lambda *_: httpx.Response(200, text=page))
+    with pytest.raises(ConnectionError, match=r"what answers at http://proxy is not the service: name its address"):
+        score_through_service("http://proxy", "mnist", "1", tiny_dataset("mnist"), 1)
+
+
 def test_a_champion_that_scores_something_else_is_named(
     weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
