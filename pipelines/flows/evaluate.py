@@ -105,7 +105,7 @@ def _evaluate(name: str, version: Version, url: str | None, num_images: int) -> 
         tracking.client().log_metric(run_id, f"service/{CHECKED_SCORE.replace('/', '_')}", served)
         if not abs(served - nats) <= TOLERANCE_NATS:
             raise ValueError(
-                f"the service at {url} scores {served:.2f} nats on the first {CHECKED_IMAGES} test images, registered "
+                f"the service at {url} scores {served:.2f} nats on up to {CHECKED_IMAGES} test images, registered "
                 f"are {nats:.2f}: restart it, and if that does not help, promote {name} again"
             )
         get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, url, served, nats)

@@ -52,7 +52,7 @@ def register_checkpoint(folder: Path, released: bool = False) -> tuple[Version, 
         checked += "the prepared data are others than those it was measured on"
     else:
         check_scores(str(folder), model, scores, data)
-        checked = f"checksum checked, scored afresh on {CHECKED_IMAGES} test images"
+        checked = f"checksum checked, scored afresh on up to {CHECKED_IMAGES} test images"
     identity = tracking.identity(folder)
     if identity not in {version.identity for version in registry.versions(dataset)}:
         report = REPORTS_FOLDER / folder.name if folder.parent == MODELS_FOLDER else None

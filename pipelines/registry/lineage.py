@@ -201,7 +201,7 @@ def _verify_store(version: Version) -> str:
 def _verify_score(version: Version) -> str:
     data = _load_same(version)
     check_scores(str(version), *registry.load(version), data)
-    return f"the first {CHECKED_IMAGES} test images score what its training recorded"
+    return f"up to {CHECKED_IMAGES} test images score what its training recorded"
 
 
 @app.command()

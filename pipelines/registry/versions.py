@@ -182,6 +182,6 @@ def check_scores(what: str, model: AutoregressiveModel, scores: Mapping[str, Any
     found = checked_score(model, data)
     if not abs(found - recorded) <= TOLERANCE_NATS:
         raise ValueError(
-            f"{what} does not score what it says: {found:.2f} nats on the first {CHECKED_IMAGES} test images, "
+            f"{what} does not score what it says: {found:.2f} nats on up to {CHECKED_IMAGES} test images, "
             f"its scores.json says {recorded:.2f}. Fetch the weights again."
         )
