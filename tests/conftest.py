@@ -14,6 +14,8 @@ for _name in list(os.environ):
     _theirs = "PIXELCNN_(?!TEST_|KILLS)|MLFLOW_(TRACKING|REGISTRY)_URI|PREFECT_API_URL|OTEL_|PROMETHEUS_MULTIPROC_DIR"
     if re.match(_theirs, _name):
         del os.environ[_name]
+# A command that is called in a test comes too late for its own setting of this: Prefect is imported by then.
+os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
 os.environ |= {"PREFECT_HOME": str(_folder / "prefect"), "BENTOML_HOME": str(_folder / "bentoml")}
 
 
