@@ -87,12 +87,17 @@ def most_text(num_packed: int) -> int:
     return min(MAX_HEADER_BYTES, MIN_HEADER_BYTES + MAX_RATIO * num_packed)
 
 
+def is_text(name: str) -> bool:
+    """Return whether a name is one in UTF-8: what a file system gives may hold other bytes."""
+    return name.encode(errors="ignore").decode() == name
+
+
 def is_plain(name: Any) -> bool:
     """Return whether a name can be written below a folder, and nowhere else."""
     if not isinstance(name, str) or not name.endswith(".png") or set(name) & {"\0", "\\", ":"}:
         return False
-    is_text = name.encode(errors="ignore").decode() == name
-    return is_text and str(PurePosixPath(name)) == name and ".." not in name.split("/") and not name.startswith("/")
+    is_below = str(PurePosixPath(name)) == name and ".." not in name.split("/") and not name.startswith("/")
+    return is_below and is_text(name)
 
 
 def block_bytes(header: bytes, number: int, code: bytes, images_crc: int) -> bytes:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pixelcnn.config import ModelConfig
 from pixelcnn.data import SPLITS, Dataset, generator_for, load_dataset
 from pixelcnn.images import from_png, to_png
-from pixelcnn.packing.container import is_plain
+from pixelcnn.packing.container import is_plain, is_text
 
 LABELS_FILE = "labels.npy"
 # What NumPy raises of a file that is damaged, or none.
@@ -56,22 +56,24 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
     ValueError if there are none of the model's shape.
 
     Args:
-        exact: refuse what is not all levels of the model. If not, PNG files are rounded to them, and intensities, the
-            training images of a binary dataset, become one Bernoulli sample, always the same.
+        exact: refuse what is not all levels of the model, and names that a packed file does not keep. If not, PNG files
+            are rounded to them, and intensities, the training images of a binary dataset, become one Bernoulli sample,
+            always the same.
     """
+    is_kept = is_plain if exact else is_text
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         pictures = [file for file in files if file.name.endswith(".png")]
         if not pictures:
             raise ValueError(f"{path} holds no PNG file (*.png).")
         num, names = len(pictures), [file.relative_to(path).as_posix() for file in pictures]
-        if strange := [name for name in names if not is_plain(name)]:
+        if strange := [name for name in names if not is_kept(name)]:
             raise ValueError(f"{path}: the name {strange[0]!r} cannot be kept. Rename that file.")
         return Images(num, lambda i, j: _read_pngs(pictures[i:j], config, exact), names, len(files) - num)
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     if path.suffix == ".png":
-        kept = [path.name] if is_plain(path.name) else None
+        kept = [path.name] if is_kept(path.name) else None
         return Images(1, lambda start, stop: _read_pngs([path], config, exact), kept)
     data = None
     if path.suffix == ".npy":

@@ -70,6 +70,20 @@ def test_files_named_by_numbers_are_named(checkpoint, tmp_path) -> None:
     assert rank(checkpoint, tmp_path / "in" / "00000.png").names == ["00000.png"]
 
 
+def test_names_that_no_packed_file_keeps_are_ranked(checkpoint, tmp_path, capsys) -> None:
+    """Screenshots are named by the time, with colons."""
+    (tmp_path / "in").mkdir()
+    names = ["2024-01-01 12:30:00.png", "back\\slash.png"]
+    for name, image in zip(names, random_levels(SHAPE, 4, 2), strict=True):
+        (tmp_path / "in" / name).write_bytes(to_png(image, 4))
+    assert sorted(rank(checkpoint, tmp_path / "in").names) == names
+    assert rank(checkpoint, tmp_path / "in" / names[0]).names == names[:1]
+    (tmp_path / "in" / os.fsdecode(b"\xff.png")).write_bytes(to_png(image, 4))
+    given = ["--checkpoint", str(checkpoint), "--images", str(tmp_path / "in"), "--out", str(tmp_path / "out.png")]
+    assert main(["rank", *given]) == 1
+    assert r"the name '\udcff.png' cannot be kept. Rename that file." in capsys.readouterr().err
+
+
 def test_the_table_and_the_sheet(checkpoint, tmp_path, capsys) -> None:
     levels = random_levels(SHAPE, 4, 40)
     (tmp_path / "in" / "more").mkdir(parents=True)
