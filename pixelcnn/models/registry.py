@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pixelcnn.config import ModelConfig, checked_config
 from pixelcnn.models.layers import LabelNetwork
+from pixelcnn.models.maps import Map
 
 if TYPE_CHECKING:
     from pixelcnn.models.base import AutoregressiveModel
@@ -89,11 +91,20 @@ def code_beside(name: str) -> list[str]:
 def build_model(config: ModelConfig) -> "AutoregressiveModel":
     """Build the architecture that a config describes, with fresh weights.
 
-    Raises ValueError if the config is of no registered architecture, or no sampler follows from its network.
+    Raises ValueError if the config is of no registered architecture, no sampler follows from its network, or that
+    keeps a block where torch does not find it.
     """
     model = _assembled(config)
     for network in filter(None, (model, model.completer)):
-        network.described()
+        parts, maps, seen = set(network.modules()), [network.described()], set[Map]()
+        for map_ in maps:  # those that it is made of follow
+            if isinstance(map_.block, nn.Module) and map_.block not in parts:
+                raise ValueError(
+                    f"{type(network).__name__} uses a {type(map_.block).__name__} that is no part of it, and would be "
+                    "neither trained nor saved: keep it as an attribute or in an nn.ModuleList, not in a list."
+                )
+            maps += [x for x in map_.inputs if x not in seen]
+            seen.update(map_.inputs)
     return model
 
 

@@ -445,3 +445,27 @@ def test_rows_and_columns_are_kept_only_as_far_as_they_are_read() -> None:
     assert max(max(buffer.left, buffer.right) for buffer in plan.buffers) == 2
     # The vertical stack's rows are read by two layers that each look two rows up, and by a link one row down.
     assert max(buffer.reach for buffer in plan.buffers) == 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedConfig(ModelConfig):
+    pass
+
+
+class Listed(AutoregressiveModel):
+    """Keeps its block in a list, where torch does not find it."""
+
+    def __init__(self, config: ListedConfig) -> None:
+        super().__init__(config, in_maps=4)
+        self.blocks = [MaskedConv2d(raster_mask("A", 3, torch.arange(1), colour_groups(4, 1)), right=1)]
+
+    def features(self, x, label, context):
+        return F.relu(self.blocks[0](x))
+
+
+def test_a_block_that_would_not_be_saved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a network was trained in part, and loaded with other weights than it was saved with."""
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    registry.register("listed", ListedConfig)(Listed)
+    with pytest.raises(ValueError, match="Listed uses a MaskedConv2d that is no part of it, and would be neither"):
+        build_model(ListedConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4))
