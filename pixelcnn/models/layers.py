@@ -87,10 +87,13 @@ class MaskedConv2d(Convolution):
     def __init__(self, mask: Tensor, right: int) -> None:
         super().__init__()
         out_maps, _, height, width = mask.shape
+        if not 0 <= right < width:
+            raise ValueError(f"right must be from 0 to {width - 1}, for the mask has {width} columns, got {right}.")
         self.right = right
         self.padding = (width - 1 - right, right, height - 1, 0)  # left, right, top, bottom
         self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.zeros(out_maps))
+        mask = mask.to(self.weight.dtype)
         self.register_buffer("mask", mask, persistent=False)
         # Unit variance is kept, counting only the taps that the mask lets through; on the meta device there are none.
         fan_in = 1.0 if mask.is_meta else max(mask.sum(dim=(1, 2, 3)).mean().item(), 1.0)

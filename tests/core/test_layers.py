@@ -34,6 +34,24 @@ def test_cropped_kernel_equals_full_masked_kernel(num_colours, mask_type, kernel
         torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-12)
 
 
+def test_a_mask_may_be_of_any_dtype():
+    torch.manual_seed(0)
+    mask = raster_mask("A", 3, colour_groups(1, 1), colour_groups(2, 1))
+    convs = [MaskedConv2d(mask.to(dtype), right=1) for dtype in (torch.float32, torch.bool, torch.int64, torch.float64)]
+    x = torch.randn(1, 1, 3, 3)
+    for conv in convs:
+        conv.load_state_dict(convs[0].state_dict())
+        assert torch.equal(conv(x), convs[0](x))
+
+
+@pytest.mark.parametrize("right", [-1, 3, 4])
+def test_a_centre_outside_of_the_kernel_is_refused(right):
+    """With 4 it saw the pixel itself and later ones, and described itself as causal."""
+    mask = raster_mask("A", 3, colour_groups(1, 1), colour_groups(2, 1))
+    with pytest.raises(ValueError, match=f"right must be from 0 to 2, for the mask has 3 columns, got {right}."):
+        MaskedConv2d(mask, right)
+
+
 def test_masked_weights_are_never_used():
     torch.manual_seed(0)
     groups = colour_groups(3, 3)
