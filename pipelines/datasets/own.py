@@ -24,7 +24,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from pipelines.datasets.checks import DATA_FOLDER, REPORTS_FOLDER, forget
 from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetParams, Source
-from pipelines.datasets.pictures import FORMATS, MIN_PICTURE, Left, load_pictures, read_pictures
+from pipelines.datasets.pictures import FORMATS, MIN_PICTURE, Left, fixed_levels, load_pictures, read_pictures
 from pipelines.datasets.prepare import write
 from pipelines.files import atomic_write, file_lock, read_lock
 from pipelines.params import (
@@ -262,15 +262,19 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         spec = choose(source, look, wishes)
         found, twice = load_pictures(spec)
         num = len(found["train"][0]) if "train" in found else 0
+        height, width = spec.image_shape[1:]
         if num and found["train"][0].min() == found["train"][0].max():
-            raise ValueError(
-                f"{images}: with {spec.num_levels} levels every picture is blank, for strengths are from "
-                f"{min(look.values)} to {max(look.values)} of 255. Scale them, or save arrays as bool or as floats "
-                "from 0 to 1."
-            )
+            darkest, brightest = min(look.values), max(look.values)
+            why = f"for strengths are from {darkest} to {brightest} of 255. Scale them, or save arrays as bool or as "
+            why += "floats from 0 to 1"
+            if len(fixed_levels(torch.tensor([darkest, brightest], dtype=torch.uint8), spec).unique()) > 1:
+                why = f"once it is {width} x {height}: its lines are too thin. Say a larger --side, or more --levels"
+            raise ValueError(f"{images}: with {spec.num_levels} levels every picture is blank, {why}.")
         if num < MIN_PICTURES:
+            alike = f" {twice} others are like them once they are {width} x {height} with {spec.num_levels} levels."
             raise ValueError(
                 f"{images} holds {num} different pictures to learn from: at least {MIN_PICTURES} are needed."
+                f"{alike if twice else ''}"
             )
         spec = spec.model_copy(update={"num_validation": min(max(num // 10, 2), 5000)})
         pair, sheet, own = f"{MODEL}-{name}", REPORTS_FOLDER / f"{name}.png", Path(OWN_FILE)

@@ -154,6 +154,17 @@ def same(folder: Path) -> None:
         picture(0).save(file)
 
 
+def thin_lines(width: int, height: int, pen: int) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        only(0)(folder)
+        for i in range(30):
+            image = Image.new("L", (width, height), 255)
+            image.paste(0, (i * pen, 0, (i + 1) * pen, height))
+            image.save(folder / f"{i}.png")
+
+    return build
+
+
 def two_broken(folder: Path) -> None:
     for name in ("x.png", "y.png"):
         (folder / name).touch()
@@ -188,6 +199,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no image": (no_picture, "holds no pictures (30 files of other kinds)"),
     "all alike": (same, "holds 1 different pictures to learn from: at least 20"),
     "tests alone": (only_tests, "holds 0 different pictures to learn from: at least 20"),
+    "thin": (
+        thin_lines(600, 600, 5),
+        "every picture is blank, once it is 28 x 28: its lines are too thin. Say a larger",
+    ),
+    "thin alike": (
+        thin_lines(400, 400, 8),
+        "different pictures to learn from: at least 20 are needed. 16 others are like them",
+    ),
     "zero bytes": (write("x.png", b""), "'x.png' is empty. Mend or remove it, or leave such pictures out"),
     "text": (write("x.png", b"hello"), "'x.png' is no picture of PNG, JPEG, WebP or BMP"),
     "truncated": (truncated, "'x.png' is damaged ("),
