@@ -12,12 +12,14 @@ predicts, which does not depend on the draw of those before it: the same loss on
 """
 
 import ctypes
+import hashlib
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -387,8 +389,19 @@ class Trainer:
         return {
             "model": {k: v for k, v in config_to_dict(self.learner.config).items() if k not in left_out},
             "train settings": {k: v for k, v in asdict(self.config).items() if k not in left_out},
-            "data hash": self.data.data_hash,
+            "data hash": self.data_hash,
         }
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Return the dataset's hash; of one made in memory, which has none, that of what a run reads of it."""
+        if self.data.data_hash:
+            return self.data.data_hash
+        found = hashlib.md5()
+        for split in ("train", "validation"):
+            for values in (self.data.images[split], self.data.labels[split]):
+                found.update(values.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def phase(self) -> dict[str, Any]:
         """Return the settings that may change when a run goes on."""

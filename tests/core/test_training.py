@@ -207,6 +207,19 @@ def test_the_state_of_another_run_is_refused(tmp_path, changes, other_model, oth
     assert state.read_bytes() == before
 
 
+@pytest.mark.parametrize("part", ["images", "labels"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_dataset_in_memory_is_known_by_what_it_holds(tmp_path, split, part):
+    """It has no hash: a finished run on another one was gone on with, and its weights taken."""
+    data, state = toy_dataset(data_hash=""), tmp_path / "state"
+    best, _ = run(toy_model(data), data, CONFIG, state_file=state)
+    assert run(toy_model(data), data, CONFIG, state_file=state) == (best, [])
+    other = toy_dataset(data_hash="")
+    getattr(other, part)[split][0] = 1 - getattr(other, part)[split][0].clamp(max=1)
+    with pytest.raises(ValueError, match="is the state of a run that differs in its data hash"):
+        fit(toy_model(data), other, CONFIG, state_file=state)
+
+
 def test_the_state_of_other_weights_is_refused(tmp_path):
     """As of a label network of another width, or where the code of an architecture has changed."""
     data, state = toy_dataset(), tmp_path / "state"
