@@ -83,6 +83,8 @@ class AutoregressiveModel(nn.Module):
 
     def __init__(self, config: ModelConfig, in_maps: int) -> None:
         super().__init__()
+        if not config.head_features:
+            raise ValueError(f"{type(config).__name__}.__post_init__ must begin with super().__post_init__().")
         self.config = config
         self.layer_config = config.of_joint()
         num_groups = config.num_groups

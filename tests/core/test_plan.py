@@ -469,3 +469,14 @@ def test_a_block_that_would_not_be_saved_is_refused(monkeypatch: pytest.MonkeyPa
     registry.register("listed", ListedConfig)(Listed)
     with pytest.raises(ValueError, match="Listed uses a MaskedConv2d that is no part of it, and would be neither"):
         build_model(ListedConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4))
+
+
+def test_a_config_that_was_not_completed_is_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class BareConfig(ModelConfig):
+        def __post_init__(self) -> None:
+            assert self.num_features > 2
+
+    config = BareConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
+    with pytest.raises(ValueError, match=r"BareConfig.__post_init__ must begin with super\(\).__post_init__\(\)\."):
+        Listed(config)
