@@ -141,7 +141,7 @@ def resample(
     Raises:
         ValueError: a shape, dtype or range differs from the above.
     """
-    if u.dim() != 5 or len(u) != len(image) or choice.shape != image.shape[:1]:
+    if u.dim() != 5 or len(u) != len(image) or not u.shape[1] or choice.shape != image.shape[:1]:
         raise ValueError(
             f"u must have shape (B, M, C, H, W) and choice (B,) for {len(image)} images, "
             f"got {tuple(u.shape)} and {tuple(choice.shape)}."

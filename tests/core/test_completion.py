@@ -231,3 +231,5 @@ def test_a_choice_needs_noise_of_its_own():
     message = "u must have shape (B, M, C, H, W) and choice (B,) for 2 images, got (2, 1, 2, 3) and (2,)."
     with pytest.raises(ValueError, match=exactly(message)):
         resample(model, image, observed, noise(SHAPE, 2), torch.rand(2))
+    with pytest.raises(ValueError, match=r"for 2 images, got \(2, 0, 1, 2, 3\) and \(2,\)"):
+        resample(model, image, observed, torch.rand(2, 0, *SHAPE), torch.rand(2))
