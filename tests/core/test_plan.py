@@ -480,3 +480,14 @@ def test_a_config_that_was_not_completed_is_refused() -> None:
     config = BareConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
     with pytest.raises(ValueError, match=r"BareConfig.__post_init__ must begin with super\(\).__post_init__\(\)\."):
         Listed(config)
+
+
+def test_a_network_with_a_forward_of_its_own_is_refused() -> None:
+    """Samplers went on drawing from what it overrides."""
+
+    class Colder(Refused):
+        def forward(self, *inputs):
+            return 2 * super().forward(*inputs)
+
+    with pytest.raises(ValueError, match=r"no sampler follows from the forward of Colder: change features instead\."):
+        Colder(CONFIG, nn.ReLU()).described()
