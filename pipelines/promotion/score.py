@@ -1,6 +1,7 @@
 """The scores that versions are compared by: NLL image by image, of whole images and of their missing parts."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -54,5 +55,6 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
             by_mask = per_image_completion_nll(model, data, "validation", NUM_COMPLETED, batch_size, score_completions)
             completion = torch.stack([by_mask[mask] for mask in SCORED]).mean(dim=0)
             nats = {"joint": per_image_nll(model, data, "validation", batch_size=batch_size), "completion": completion}
-            atomic_write(kept, save(nats))
+            with suppress(OSError):  # a full disk: to keep them spares time, and is no part of the score
+                atomic_write(kept, save(nats))
     return Candidate(version.version, nats["joint"], nats["completion"])

@@ -1,5 +1,6 @@
 """Promotion on evidence, with a real MLflow registry (SQLite) and a real BentoML store, and models known by hand."""
 
+import errno
 import getpass
 import json
 import math
@@ -744,6 +745,15 @@ def test_scores_are_kept_for_the_next_decision(toy, monkeypatch):
     monkeypatch.setattr(score, "core_sha256", lambda: "other code")
     toy.promote()
     assert len(scored) == 5
+
+
+def test_scores_that_cannot_be_kept_count(toy, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(score, "atomic_write", fail)
+    toy.register(INK)
+    assert toy.promote()["decision"] == "promoted"
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a disk of its own, of Linux")
