@@ -130,7 +130,7 @@ def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
     ):
         for left in home().glob(f"{_TEMPORARY}*"):  # by a process that was killed
             if left != Path(temporary):
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)  # another user may have left it, for nobody else to open
         own = ModelStore(temporary)
         with bentoml.models.create(
             tag, labels={"dataset": metadata["dataset"]}, metadata=dict(metadata), _model_store=own
