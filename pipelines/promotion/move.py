@@ -110,6 +110,8 @@ def check_feeder() -> None:
             "nothing moved. Promote what it made once it is applied: dvc exp apply NAME."
         )
     this, known, whose = _this_registry(), store.feeder(), ""
+    if known is not None:
+        known["at"] = tracking.one_spelling(known["at"])  # earlier releases wrote it as it was typed
     if known is None:
         for tag in store.served():
             try:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -70,7 +71,12 @@ def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
     uri = tracking_uri()
     parts = urlsplit(uri)
-    return str(sqlite_file(uri) or f"{parts.netloc.rpartition('@')[2]}{parts.path}")
+    return str(sqlite_file(uri) or one_spelling(f"{parts.netloc.rpartition('@')[2]}{parts.path}"))
+
+
+def one_spelling(place: str) -> str:
+    """Return a `location` as all write it: with the number of this machine, and no / at its end."""
+    return re.sub("^localhost(?=[:/]|$)", "127.0.0.1", place.rstrip("/"))
 
 
 def is_shared() -> bool:

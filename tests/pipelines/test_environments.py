@@ -138,6 +138,10 @@ def test_a_registry_that_is_moved_or_begun_anew_keeps_its_store(clone, monkeypat
         ("http://mlflow:5000", {"at": "elsewhere:5000"}, "of which this registry is a copy"),
         ("http://127.0.0.1:5000", {"host": "other"}, "of which this registry is a copy"),  # but not this one
         ("postgresql:///mlflow", {"host": "other"}, "of which this registry is a copy"),
+        ("http://mlflow:5000/", {"at": "mlflow:5000"}, None),
+        ("http://mlflow:5000", {"at": "mlflow:5000/"}, None),  # of earlier releases
+        ("http://localhost:5000/", {"at": "127.0.0.1:5000"}, None),
+        ("http://localhost.example:5000", {"at": "127.0.0.1.example:5000"}, "of which this registry is a copy"),
         ("http://mlflow:5000", {"registry": "new"}, None),  # lost, and begun anew
         ("http://mlflow:5000", {"registry": "new", "host": "other"}, "fed by another registry"),
     ],
