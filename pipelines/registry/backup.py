@@ -19,6 +19,7 @@ from socket import gethostname
 from urllib.parse import unquote, urlsplit
 
 from pipelines.errors import reason
+from pipelines.params import DECISIONS_EXPERIMENT
 from pipelines.registry import decisions, store
 from pipelines.registry.runs import location, sqlite_file
 from pixelcnn.packing.pictures import check_absent
@@ -63,7 +64,7 @@ def backup(file: Path) -> str:
         )
     with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as temporary:
         manifest, snapshot, new = (Path(temporary) / name for name in (_MANIFEST, _DATABASE, "new"))
-        manifest.write_text(json.dumps({"registry": decisions.registry_id(), "artifacts": str(artifacts)}))
+        manifest.write_text(json.dumps({"registry": _registry_id(database), "artifacts": str(artifacts)}))
         with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(snapshot)) as target:
             source.backup(target)
         with tarfile.open(new, "w:gz", compresslevel=1, dereference=True) as archive:  # a restore takes no links
@@ -76,6 +77,14 @@ def backup(file: Path) -> str:
                         archive.add(path, f"{name}/{path.relative_to(top)}")
         new.replace(file)
     return f"{file} holds {database}, its artifacts, and the model store {store.home()}."
+
+
+def _registry_id(database: Path) -> str:
+    """Return a registry's identity, of an earlier MLflow's database, too, which this one does not open."""
+    query = "SELECT value FROM experiment_tags JOIN experiments USING (experiment_id) WHERE name = ? AND key = ?"
+    with closing(sqlite3.connect(database)) as connection:
+        found = connection.execute(query, (DECISIONS_EXPERIMENT, decisions.REGISTRY_TAG)).fetchone()
+    return str(found[0]) if found else decisions.registry_id()
 
 
 def _files(top: Path) -> Iterator[Path]:

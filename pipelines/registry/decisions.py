@@ -24,7 +24,7 @@ from pipelines.registry.versions import utc
 PROMOTED, KEPT, FAILED, ROLLED_BACK, RELEASED = "promoted", "kept", "failed", "rolled back", "released"
 _MOVES_TAG = "moves"  # of a decision's run: begun, then ended, the latter after the run itself
 _COMPARED_TAG = "compared"  # the versions, with commas between them
-_REGISTRY_TAG = "registry"  # of the experiment
+REGISTRY_TAG = "registry"  # of the experiment
 
 Report = dict[str, Any]
 
@@ -32,9 +32,9 @@ Report = dict[str, Any]
 def registry_id() -> str:
     """Return the identity of this registry, which stays its own wherever it is moved."""
     client, experiment = tracking.client(), tracking.experiment_id(DECISIONS_EXPERIMENT)
-    if _REGISTRY_TAG not in client.get_experiment(experiment).tags:
-        client.set_experiment_tag(experiment, _REGISTRY_TAG, uuid.uuid4().hex)
-    return str(client.get_experiment(experiment).tags[_REGISTRY_TAG])
+    if REGISTRY_TAG not in client.get_experiment(experiment).tags:
+        client.set_experiment_tag(experiment, REGISTRY_TAG, uuid.uuid4().hex)
+    return str(client.get_experiment(experiment).tags[REGISTRY_TAG])
 
 
 def _who() -> str:

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -445,6 +447,16 @@ def test_a_registry_on_a_server_is_backed_up_there(monkeypatch, capsys):
         assert "the registry host:5432/mlflow is no SQLite file: back up its database" in error
         assert "pg_dump" in error
         assert "secret" not in error
+
+
+def test_a_registry_of_an_earlier_mlflow_is_backed_up(toy, capfd):
+    """Before `mlflow db upgrade`, as MLflow then asks for."""
+    with closing(sqlite3.connect("mlflow.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'cc1f77228345'")
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": ""}
+    words = [sys.executable, "-m", "pipelines.steps", "backup", "../backup"]
+    assert subprocess.run(words, env=environment, check=False).returncode == 0, capfd.readouterr().err
+    restore(Path("../backup"), replace=True)
 
 
 def test_nothing_to_back_up(tmp_path, monkeypatch, capsys):
