@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from pipelines.errors import reason
 from pipelines.params import DECISIONS_EXPERIMENT
 from pipelines.registry import decisions, store
-from pipelines.registry.runs import location, sqlite_file
+from pipelines.registry.runs import location, registered_name, sqlite_file
 from pixelcnn.packing.pictures import check_absent
 
 _MANIFEST, _DATABASE, _ARTIFACTS, _STORE = "backup.json", "mlflow.db", "mlruns", "store"
@@ -62,6 +62,11 @@ def backup(file: Path) -> str:
             f"{database} says that its artifacts lie in {elsewhere[0]}, not in {artifacts}: nothing is backed up. If "
             "they were moved, put them there, and then: python -m pipelines.steps repair --take-over."
         )
+    if (version := _of_server(database)) is not None:
+        raise ValueError(
+            f"{version} in {database} has its files with an MLflow server, which alone knows where: nothing is backed "
+            "up. Copy the database and the server's artifacts where it runs."
+        )
     with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as temporary:
         manifest, snapshot, new = (Path(temporary) / name for name in (_MANIFEST, _DATABASE, "new"))
         manifest.write_text(json.dumps({"registry": _registry_id(database), "artifacts": str(artifacts)}))
@@ -77,6 +82,17 @@ def backup(file: Path) -> str:
                         archive.add(path, f"{name}/{path.relative_to(top)}")
         new.replace(file)
     return f"{file} holds {database}, its artifacts, and the model store {store.home()}."
+
+
+def _of_server(database: Path) -> str | None:
+    """Return a version of ours that was registered by way of a server, which has its files; None without one."""
+    query = (
+        "SELECT name, version FROM model_versions WHERE name LIKE ? AND current_stage != 'Deleted_Internal' AND "
+        "COALESCE(storage_location, source) LIKE 'mlflow-artifacts:%'"
+    )
+    with closing(sqlite3.connect(database)) as connection:
+        found = connection.execute(query, (registered_name("%"),)).fetchone()
+    return found and "{} version {}".format(*found)
 
 
 def _registry_id(database: Path) -> str:

@@ -459,6 +459,18 @@ def test_a_registry_of_an_earlier_mlflow_is_backed_up(toy, capfd):
     restore(Path("../backup"), replace=True)
 
 
+def test_artifacts_of_a_server_are_not_left_out(toy, capsys):
+    """What was trained by way of `mlflow server` lies where that keeps it, beside what was trained without."""
+    with closing(sqlite3.connect("mlflow.db")) as connection, connection:
+        there = "mlflow-artifacts:/1/models/m-1/artifacts"
+        connection.execute("UPDATE model_versions SET storage_location = ? WHERE version = 2", (there,))
+    assert steps.main(["backup", "../backup"]) == 1
+    assert "pixelcnn-mnist5k version 2 in" in capsys.readouterr().err
+    assert not Path("../backup").exists()
+    tracking.client().delete_model_version(NAME, "2")
+    assert steps.main(["backup", "../backup"]) == 0
+
+
 def test_nothing_to_back_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     monkeypatch.chdir(tmp_path)
