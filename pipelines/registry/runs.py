@@ -127,7 +127,7 @@ def client() -> mlflow.MlflowClient:
 
 
 def experiment_id(name: str) -> str:
-    """Return the ID of an experiment, which is created if there is none of this name."""
+    """Return the ID of an experiment, which is created if there is none of this name; ValueError for a deleted one."""
     c = client()
     experiment = c.get_experiment_by_name(name)
     if experiment is None:
@@ -140,6 +140,11 @@ def experiment_id(name: str) -> str:
             experiment = c.get_experiment_by_name(name)
             if experiment is None:
                 raise
+    if experiment.lifecycle_stage != "active":
+        raise ValueError(
+            f"the experiment {name} was deleted in MLflow, where its name stays taken. Bring it back, with "
+            f"MLFLOW_TRACKING_URI set: mlflow experiments restore --experiment-id {experiment.experiment_id}."
+        )
     return experiment.experiment_id
 
 

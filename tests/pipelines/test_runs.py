@@ -51,6 +51,18 @@ def test_options_of_the_database_are_no_part_of_its_name(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
+def test_an_experiment_that_was_deleted_says_what_brings_it_back(project: Path) -> None:
+    number = runs.experiment_id("promotions")
+    runs.client().delete_experiment(number)
+    told = (
+        rf"^the experiment promotions was deleted in MLflow, .*: mlflow experiments restore --experiment-id {number}\.$"
+    )
+    with pytest.raises(ValueError, match=told):
+        runs.create_run("promotions", "one", {})
+    runs.client().restore_experiment(number)
+    assert runs.experiment_id("promotions") == number
+
+
 def test_registered_models_in_another_place_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup would not hold them."""
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", runs.tracking_uri())
