@@ -65,7 +65,12 @@ def save_checked(out: Path, data: Dataset, extra: dict[str, torch.Tensor], limit
     last, new = _paths(out.parent, data.name)
     summary = summary_of(data)
     if last.exists():
-        found = changes(json.loads(last.read_text()), summary, limits)
+        try:
+            found = changes(json.loads(last.read_text()), summary, limits)
+        except (ValueError, LookupError, TypeError):  # a power cut leaves files empty
+            raise ValueError(
+                f"{last}, with which {data.name} is compared, is damaged. Remove it to prepare without a comparison."
+            ) from None
         rows = [f"| {what} | {text} | {'**beyond**' if beyond else 'within'} |" for what, text, beyond in found]
         head = f"# {data.name}: this version beside the last\n\n| what | change | limit |\n| --- | --- | --- |\n"
         atomic_write(REPORTS_FOLDER / f"{data.name}.md", head + "\n".join(rows) + "\n")

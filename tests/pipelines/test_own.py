@@ -884,6 +884,19 @@ def test_a_changed_dataset_waits_to_be_confirmed(
     assert f"no version of {NAME} waits to be confirmed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["", "{}", "[]"])
+def test_a_damaged_summary_of_the_last_version_is_named(
+    folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert add(folder) == 0
+    last = Path(f"data/checked/{NAME}.json")
+    last.write_text(damage)
+    assert steps.main(["prepare", NAME]) == 1
+    assert f"prepare: {last}, with which {NAME} is compared, is damaged. Remove it" in capsys.readouterr().err
+    last.unlink()
+    assert steps.main(["prepare", NAME]) == 0
+
+
 def test_a_failure_of_dvc_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --quiet DVC says nothing but its exit code."""
     monkeypatch.chdir(tmp_path)
