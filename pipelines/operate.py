@@ -125,7 +125,8 @@ def deploy(environment: Mapping[str, str]) -> None:
         for schedule in deployment.get("schedules", ()):
             alone = next(iter(active.values())) if len(active) == 1 else schedule.get("active", True)  # of another time
             schedule["active"] = active.get(schedule.get("cron", ""), alone)  # another has an interval, say
-        deployment |= there
+        # One of an earlier release has no limit that anybody has set: it gets the file's.
+        deployment |= {key: value for key, value in there.items() if value is not None}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings, file)
         file.flush()

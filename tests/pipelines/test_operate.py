@@ -309,9 +309,14 @@ def test_what_somebody_has_set_in_prefect_stays(url: str, monkeypatch: pytest.Mo
     assert Path("pools").read_text().split() == [operate.POOL], "one that is there keeps its limit and its pause"
 
 
-def test_of_the_scheduled_runs_that_were_missed_one_starts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [{}, {"active": {}, "paused": False, "concurrency_limit": None}], ids=["new", "old"])
+def test_of_the_scheduled_runs_that_were_missed_one_starts(
+    url: str, monkeypatch: pytest.MonkeyPatch, known: dict
+) -> None:
+    """Also of deployments that an earlier release made, without a limit."""
+    there = {"evaluate-champions": known, "watch-drift": {**known}} if known else {}
     monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
-    monkeypatch.setattr(operate, "read_server", lambda: (set(), {}))
+    monkeypatch.setattr(operate, "read_server", lambda: ({operate.POOL} if known else set(), there))
     operate.deploy(os.environ)
     deployments = yaml.safe_load(Path("deployed.yaml").read_text())["deployments"]
     limits = {one["name"]: one.get("concurrency_limit") for one in deployments if one.get("schedules")}
