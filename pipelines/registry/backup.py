@@ -62,6 +62,11 @@ def backup(file: Path) -> str:
             f"{database} says that its artifacts lie in {elsewhere[0]}, not in {artifacts}: nothing is backed up. If "
             "they were moved, put them there, and then: python -m pipelines.steps repair --take-over."
         )
+    if not os.path.lexists(artifacts) and not _is_empty(database):
+        raise ValueError(
+            f"{artifacts}, the artifacts of {database}, is not there: nothing is backed up. Put it back, or restore an "
+            "earlier backup: python -m pipelines.steps restore FILE --replace."
+        )
     if (version := _of_server(database)) is not None:
         raise ValueError(
             f"{version} in {database} has its files with an MLflow server, which alone knows where: nothing is backed "

@@ -459,6 +459,14 @@ def test_a_registry_of_an_earlier_mlflow_is_backed_up(toy, capfd):
     restore(Path("../backup"), replace=True)
 
 
+def test_artifacts_that_are_gone_are_not_left_out(toy, capsys):
+    """As of a disk that is not mounted: a backup of each night would take the place of the last whole one."""
+    remove("mlruns")
+    assert steps.main(["backup", "../backup"]) == 1
+    assert "mlruns, the artifacts of " in capsys.readouterr().err
+    assert not Path("../backup").exists()
+
+
 def test_artifacts_of_a_server_are_not_left_out(toy, capsys):
     """What was trained by way of `mlflow server` lies where that keeps it, beside what was trained without."""
     with closing(sqlite3.connect("mlflow.db")) as connection, connection:
