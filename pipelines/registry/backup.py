@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipelines.errors import reason
@@ -45,6 +46,12 @@ def _database() -> Path:
     return database
 
 
+def _ask(database: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
+    """Return the rows that a database answers with, without MLflow."""
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(query, values).fetchall()
+
+
 def backup(file: Path) -> str:
     """Write registry and model store into a new file, whole or not at all; return what was done, in one sentence.
 
@@ -56,21 +63,21 @@ def backup(file: Path) -> str:
     if not database.exists():
         raise LookupError(f"there is no registry {database} to back up. Set MLFLOW_TRACKING_URI to the one you mean.")
     check_absent(file)
-    artifacts = database.with_name(_ARTIFACTS)
-    if elsewhere := [root for root in _roots(database) if root != artifacts]:
+    artifacts, roots = database.with_name(_ARTIFACTS), _roots(database)
+    if elsewhere := [root for root in roots if root != artifacts]:
         raise ValueError(
             f"{database} says that its artifacts lie in {elsewhere[0]}, not in {artifacts}: nothing is backed up. If "
             "they were moved, put them there, and then: python -m pipelines.steps repair --take-over."
-        )
-    if not os.path.lexists(artifacts) and not _is_empty(database):
-        raise ValueError(
-            f"{artifacts}, the artifacts of {database}, is not there: nothing is backed up. Put it back, or restore an "
-            "earlier backup: python -m pipelines.steps restore FILE --replace."
         )
     if (version := _of_server(database)) is not None:
         raise ValueError(
             f"{version} in {database} has its files with an MLflow server, which alone knows where: nothing is backed "
             "up. Copy the database and the server's artifacts where it runs."
+        )
+    if roots and not os.path.lexists(artifacts) and not _is_empty(database):
+        raise ValueError(
+            f"{artifacts}, the artifacts of {database}, is not there: nothing is backed up. Put it back, or restore an "
+            "earlier backup: python -m pipelines.steps restore FILE --replace."
         )
     with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as temporary:
         manifest, snapshot, new = (Path(temporary) / name for name in (_MANIFEST, _DATABASE, "new"))
@@ -95,17 +102,15 @@ def _of_server(database: Path) -> str | None:
         "SELECT name, version FROM model_versions WHERE name LIKE ? AND current_stage != 'Deleted_Internal' AND "
         "COALESCE(storage_location, source) LIKE 'mlflow-artifacts:%'"
     )
-    with closing(sqlite3.connect(database)) as connection:
-        found = connection.execute(query, (registered_name("%"),)).fetchone()
-    return found and "{} version {}".format(*found)
+    found = _ask(database, query, registered_name("%"))
+    return "{} version {}".format(*found[0]) if found else None
 
 
 def _registry_id(database: Path) -> str:
     """Return a registry's identity, of an earlier MLflow's database, too, which this one does not open."""
     query = "SELECT value FROM experiment_tags JOIN experiments USING (experiment_id) WHERE name = ? AND key = ?"
-    with closing(sqlite3.connect(database)) as connection:
-        found = connection.execute(query, (DECISIONS_EXPERIMENT, decisions.REGISTRY_TAG)).fetchone()
-    return str(found[0]) if found else decisions.registry_id()
+    found = _ask(database, query, DECISIONS_EXPERIMENT, decisions.REGISTRY_TAG)
+    return str(found[0][0]) if found else decisions.registry_id()
 
 
 def _files(top: Path) -> Iterator[Path]:
@@ -172,13 +177,10 @@ def restore(file: Path, replace: bool = False) -> str:
 
 def _is_empty(database: Path) -> bool:
     """Say whether a registry has no runs; one that cannot be read may have some."""
-    if not database.exists():
-        return True
-    with closing(sqlite3.connect(database)) as connection:
-        try:
-            return connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is None
-        except sqlite3.DatabaseError:
-            return False
+    try:
+        return not database.exists() or not _ask(database, "SELECT 1 FROM runs LIMIT 1")
+    except sqlite3.DatabaseError:
+        return False
 
 
 def _plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
@@ -224,8 +226,7 @@ def follow_artifacts() -> list[str]:
 
 def _roots(database: Path) -> list[Path]:
     """Return the folders where a database says that our artifacts lie; other experiments' have other names."""
-    with closing(sqlite3.connect(database)) as connection:
-        found = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+    found = _ask(database, "SELECT DISTINCT artifact_location FROM experiments")
     roots = [Path(unquote(urlsplit(location).path)) for (location,) in found]
     return [root for root in roots if root.name == _ARTIFACTS]
 
