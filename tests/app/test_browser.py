@@ -1252,6 +1252,16 @@ def test_a_palm_leaves_the_stroke_of_a_pen(open_page: OpenPage) -> None:
     assert not drawn[16:].any()
 
 
+@pytest.mark.parametrize("palm", [[(8, 20)], [(8, 20), (20, 24)]])
+def test_a_pen_draws_where_a_palm_was_first(open_page: OpenPage, palm: list[tuple[float, float]]) -> None:
+    page = open_page(has_touch=True)
+    touch(page, *(("touchStart", palm[: i + 1]) for i in range(len(palm))))
+    draw(page, HALF_DIGIT)
+    drawn = ink(page)
+    assert all(drawn[int(y), int(x)] for x, y in (HALF_DIGIT[0], HALF_DIGIT[-1]))
+    assert not drawn[16:].any()
+
+
 def test_a_setting_that_is_changed_while_endings_come_is_taken(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     page.get_by_text("Advanced").click()

@@ -366,9 +366,11 @@ function createGrid(root, data) {
   }
 
   canvas.addEventListener("pointerdown", (event) => {
-    if (event.pointerType === "touch") fingers.set(event.pointerId, [event.clientX, event.clientY]);
-    if (fingers.size > 1 && fingers.has(stroke?.id)) dropStroke(); // a pen's stays, with a palm beside it
-    if (stroke || fingers.size > 1 || event.button !== 0) return;
+    const isFinger = event.pointerType === "touch";
+    if (isFinger) fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    // A pen's stays with a palm beside it, and begins where the palm was first.
+    if (fingers.has(stroke?.id) && (fingers.size > 1 || !isFinger)) dropStroke();
+    if (stroke || (isFinger && fingers.size > 1) || event.button !== 0) return;
     canvas.setPointerCapture(event.pointerId);
     const [x, y] = place(event);
     begin(event.pointerId, x, y);
