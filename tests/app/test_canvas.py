@@ -826,6 +826,15 @@ def test_the_grid_serves_other_apps() -> None:
     assert page.markdown[0].value == "9 cells of ink, 18 known"
 
 
+def test_the_grid_obeys_its_side_in_browsers_without_round() -> None:
+    """With a variable in it the declaration is no error there, and nothing stands in for it: the width is `auto`."""
+    css = re.sub(r"/\*.*?\*/", "", (ROOT / "app/canvas/grid/grid.css").read_text(), flags=re.DOTALL)
+    for_all = re.sub(r"@supports \(width: round[^{]*\{[^{}]*\{[^{}]*\}\s*\}", "", css)
+    assert "round(" in css
+    assert "round(" not in for_all
+    assert "width: var(--side);" in for_all
+
+
 def test_a_picture_of_another_shape_does_not_take_the_place_of_a_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a change of the dataset."""
     given: dict[str, Any] = {}
