@@ -226,7 +226,7 @@ def main(words: list[str]) -> None:
     link = f"http://{shared}:{canvas_port}{path}" if shared else ""
     temporary = tempfile.mkdtemp(prefix="demo-")  # what is killed leaves its temporary files there
     status = Path(temporary) / "status.json"
-    for_canvas = {"PIXELCNN_DEMO_STATUS": str(status), "PIXELCNN_DEMO_SHARE": link}
+    for_canvas = {"PIXELCNN_DEMO_STATUS": "" if name else str(status), "PIXELCNN_DEMO_SHARE": link}
     environment = {**os.environ, "PIXELCNN_SERVICE_URL": service_url, "TMPDIR": temporary, **for_canvas}
     # Pages of other origins stay refused: the address by which it is reached is named.
     address = [ANYWHERE, "--browser.serverAddress", shared] if shared else [HOST]
@@ -247,7 +247,7 @@ def main(words: list[str]) -> None:
             "service": start([*SERVICE, str(service_port)], {**environment, **shown}),
             "canvas": start(canvas, environment),
         }
-        quick_start = beside(environment, status, [] if name else BESIDE)
+        quick_start = iter(()) if name else beside(environment, status, BESIDE)
         is_ready, deadline = False, time.monotonic() + START_S
         while True:
             for what, process in servers.items():

@@ -160,6 +160,10 @@ def test_under_nohup_a_closed_terminal_ends_nothing(demo: Demo) -> None:
 def test_own_pictures_are_learned_before_they_are_served(demo: Demo) -> None:
     for program in ("python", "dvc"):
         demo.stand_in(program, f"import sys; open('ran', 'a').write(' '.join(['{program}', *sys.argv[1:]]) + chr(10))")
+    demo.stand_in("streamlit", f"import os; open('told', 'w').write(os.environ['PIXELCNN_DEMO_STATUS'])\n{SERVER}")
+    log = demo.folder / ".logs" / "quick-start.log"
+    log.parent.mkdir()
+    log.write_text("why it failed")
     process = demo.start("own", IMAGES="my pictures", NAME="glyphs", SIDE="48x32", LEVELS="", MINUTES="2")
     demo.await_line(f"Ready: draw at http://127.0.0.1:{demo.ports['CANVAS_PORT']}/?dataset=glyphs (")
     os.killpg(process.pid, signal.SIGINT)
@@ -171,6 +175,8 @@ def test_own_pictures_are_learned_before_they_are_served(demo: Demo) -> None:
         "dvc repro own/dvc.yaml:evaluate@gated_pixelcnn-glyphs",
         "python -m pipelines.steps promote glyphs",
     ]
+    assert (demo.folder / "told").read_text() == "", "the page looks for a quick start all the time"
+    assert log.read_text() == "why it failed"
     name, steps = own_steps({"NAME": ""})
     assert name == "letters"
     assert [words[3] for words in steps if words[0] == "python"] == ["letters", "add", "promote"]

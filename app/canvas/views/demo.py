@@ -13,7 +13,7 @@ import streamlit as st
 from app.canvas.session import Visit
 from app.canvas.texts import say
 
-STATUS_VARIABLE = "PIXELCNN_DEMO_STATUS"  # a file that app/demo.py writes
+STATUS_VARIABLE = "PIXELCNN_DEMO_STATUS"  # a file that app/demo.py writes; none, or empty, without a quick start
 SHARE_VARIABLE = "PIXELCNN_DEMO_SHARE"  # the link, with its token; none where nobody else can come
 TOKEN = "token"  # its name in the link
 COOKIE = "pixelcnn_token"  # keeps it while the address changes
@@ -47,7 +47,7 @@ def status_text(status: dict[str, str]) -> str:
 
 def training_line(visit: Visit) -> None:
     """Show that line, and keep it up to date as long as something is trained, or its model is not served yet."""
-    if STATUS_VARIABLE not in os.environ:
+    if not os.environ.get(STATUS_VARIABLE):
         return
 
     def told() -> dict[str, str]:
