@@ -6,10 +6,11 @@
 //   Streamlit's query parameters nor anything else here makes one. The grid hears of it by the event `address`.
 // - A picture that is pasted, or dropped anywhere, goes to the page's uploader, whose part of the page opens. The uploader
 //   offers a phone's camera, and is named to screen readers (Streamlit gives its section a role that hides the name).
-// - Where there are endings: Copy link, and a button that shows the drawing in place of them as long as it is held.
+// - Where there is such an address: Copy link; where there are endings, a button that shows the drawing in place of them
+//   as long as it is held.
 //
-// data: {query: of the address that draws the last endings again, or ""; drawing: the text of their drawing, or ""; copied:
-// what the button then says; token: of a shared page, or ""}.
+// data: {query: of the address that draws the last endings again, or shows what surprises in a drawing, or ""; drawing: the
+// text of the endings' drawing, or ""; copied: what the button then says; token: of a shared page, or ""}.
 
 const REST_MS = 500;
 const COPIED_MS = 2000;

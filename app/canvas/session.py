@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import streamlit as st
 
-from app.canvas.drawing import strength_of
+from app.canvas.drawing import Drawing, decode_drawing, parse_drawing, strength_of
 from app.canvas.endings import Endings, Request, Settings, parse_seed
 from app.canvas.photo import Layout, layout_of
 from app.canvas.texts import language, say
@@ -92,6 +92,11 @@ class Visit:
             images = self.client.generate(dataset, num_samples=NUM_MEASURED, seed=0).images
             self.layouts[weights] = layout_of(strength_of(np.array(images), model.levels))
         return self.layouts[weights]
+
+    def drawing(self, shape: tuple[int, ...]) -> Drawing:
+        """Return what was last on the grid of a shape, as far as it is known here; at first what the address says."""
+        kept = self.drawn.get(shape)
+        return decode_drawing(self.linked, shape) if kept is None else parse_drawing(kept, shape)
 
     def fail(self, error: ServiceError) -> None:
         """Note what keeps an answer away, and when to ask again if that may help."""

@@ -195,8 +195,11 @@ def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: 
                 st.download_button(say(f"save_{what}"), data, name, mime, key=f"save_{what}", on_click="ignore")
 
 
-def companion(ending: Endings | None) -> None:
-    """Hand what is pasted or dropped to uploads; keep the address at that of endings; offer to copy it, to compare."""
+def companion(query: str, drawing: str = "") -> None:
+    """Hand what is pasted or dropped to uploads; keep the address at what is shown; offer to copy it, to compare.
+
+    `query` is of the address that shows it again, `drawing` the text of the grid that endings are of; "" for none.
+    """
     compare = f'<button type="button" class="compare" aria-pressed="false">{say("compare")}</button>'
     copy = f'<button type="button" class="copy">{say("copy_link")}</button><span role="status"></span>'
     component = st.components.v2.component(
@@ -208,8 +211,8 @@ def companion(ending: Endings | None) -> None:
     component(
         key="companion",
         data={
-            "query": ending.link if ending else "",
-            "drawing": ending.drawing if ending else "",
+            "query": query,
+            "drawing": drawing,
             "copied": say("copied"),
             "token": st.session_state.get("admitted", ""),
         },

@@ -682,7 +682,25 @@ def test_after_a_picture_that_cannot_be_read_another_one_can_be_pasted(
     monkeypatch.setattr("app.canvas.views.surprise.companion", shown.append)
     page.get("file_uploader")[0].set_value(("a.png", b"no picture", "image/png")).run()
     assert page.warning[0].value.startswith("This file is no picture")
-    assert shown == [None]
+    assert shown == [""]
+
+
+def test_a_reload_keeps_what_the_page_of_surprise_is_about(
+    service: StubService, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that nothing was drawn yet: the grid, which remembers, is on another page."""
+    page = at(open_page, "Surprise")
+    shown: list[str] = []
+    monkeypatch.setattr("app.canvas.views.surprise.companion", shown.append)
+    page.selectbox(key="label").set_value(4).run()
+    again = AppTest.from_file(str(PAGE), default_timeout=20)
+    for name, value in parse_qsl(shown[-1]):
+        again.query_params[name] = value
+    asked = len(service.requests)
+    go_to(again, "Surprise")
+    assert service.requests[asked:] == [("/likelihood", {"dataset": "mnist5k", "image": INK.tolist(), "label": 4})]
+    again.get("file_uploader")[0].set_value(("a.png", b"no picture", "image/png")).run()
+    assert shown[-1] == "", "the address would be that of something else"
 
 
 @pytest.mark.parametrize("shape", [(1, 14, 14), (3, 28, 28)])

@@ -9,7 +9,7 @@ import numpy as np
 import streamlit as st
 
 from app.canvas import widgets
-from app.canvas.drawing import Drawing, decode_drawing, drawing_text, levels_of, parse_drawing
+from app.canvas.drawing import Drawing, drawing_text, levels_of
 from app.canvas.endings import Endings, Settings, asked_of, nats, nll_of, order_of, version_of
 from app.canvas.examples import beginnings_of
 from app.canvas.grid import drawing_grid
@@ -167,7 +167,7 @@ def show_actions(last: Endings | None, drawing: Drawing, settings: Settings, ord
         shown = levels_of(drawing, settings.levels)
         chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
         widgets.download(last, settings.coloured, order, 3, chosen)
-    widgets.companion(last)
+    widgets.companion(last.link if last else "", last.drawing if last else "")
     return st.toggle(say("surprise"), key="surprise_beside", persist_state="session")
 
 
@@ -211,13 +211,12 @@ def name_endings(visit: Visit, ending: Endings, model: ServedModel) -> None:
 def show_grid(visit: Visit, settings: Settings, live: bool, beginnings: list[Drawing]) -> Drawing:
     """Show the grid; return what is on it. Its key holds the shape alone: a drawing outlives a change of dataset."""
     shape = settings.shape
-    kept = visit.drawn.get(shape)
     drawing = drawing_grid(
         shape,
         key=f"grid-{'x'.join(map(str, shape))}",
         levels=settings.levels,
         known=settings.mode,
-        value=decode_drawing(visit.linked, shape) if kept is None else parse_drawing(kept, shape),
+        value=visit.drawing(shape),
         demonstration=beginnings[0] if beginnings else None,
         load=visit.load.get(shape),
         live=live,

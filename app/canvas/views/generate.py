@@ -72,4 +72,4 @@ def generate_page(visit: Visit) -> None:
             st.code(str(visit.generated.seed), language=None, width="content")
         st.caption(say("likeliest_first", model=version_of(visit.generated.model)), width="stretch")
         widgets.download(visit.generated, coloured=False, order="likely", columns=4)
-        widgets.companion(visit.generated)
+        widgets.companion(visit.generated.link)

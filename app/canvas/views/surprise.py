@@ -3,11 +3,12 @@
 import functools
 import html
 from collections.abc import Iterable
+from urllib.parse import urlencode
 
 import numpy as np
 import streamlit as st
 
-from app.canvas.drawing import TOUCHED, Drawing, levels_of, parse_drawing
+from app.canvas.drawing import TOUCHED, Drawing, encode_drawing, levels_of
 from app.canvas.endings import bits_per_dim, nats, shape_of, version_of
 from app.canvas.examples import real_images
 from app.canvas.rendering import heat_pixels, img, png_size, whole_pixels
@@ -28,11 +29,14 @@ def surprise_page(visit: Visit) -> None:
         shape = shape_of(model)
         strength, trouble = upload_picture(say("own_picture"), visit, dataset)
         label = choose_label(model.labels, say("told"))
-        companion(None)  # for the upload
+        drawing = visit.drawing(shape)
+        is_own = strength is None and not trouble and bool(drawing.mark.any())
+        # The grid is on another page: after a reload the address alone knows what was drawn.
+        link = {"dataset": dataset, "label": -1 if label is None else label, "d": encode_drawing(drawing)}
+        companion(urlencode(link) if is_own else "")  # always there, for the upload
     if trouble:
         right.warning(trouble)
         return
-    drawing = parse_drawing(visit.drawn.get(shape), shape)
     examples = [one for one in real_images(dataset) if one.shape == shape]  # see `board`
     is_example = strength is None and not drawing.mark.any() and bool(examples)
     if is_example:
