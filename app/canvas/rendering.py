@@ -77,9 +77,10 @@ def enlarged(pixels: np.ndarray, cell: int) -> Image.Image:
 
 
 def saved_picture(ending: Endings, coloured: bool, order: str, columns: int) -> bytes:
-    """Return all endings side by side as one large PNG to keep: each cell a crisp square."""
+    """Return all endings, at most so many side by side, as one large PNG to keep: each cell a crisp square."""
     images = [ending.images[i] for i in order_of(ending, order)]
     tiles = [enlarged(ending_pixels(image, ending.known, ending.levels, coloured), SAVED_CELL) for image in images]
+    columns = min(columns, len(tiles))
     width, height, rows = tiles[0].width + SAVED_GAP, tiles[0].height + SAVED_GAP, -(-len(tiles) // columns)
     paper = Image.new("RGB", (columns * width + SAVED_GAP, rows * height + SAVED_GAP), (226, 226, 226))
     for i, tile in enumerate(tiles):

@@ -164,6 +164,8 @@ def test_saved_sheet_is_large_and_crisp() -> None:
     assert saved.shape == (110, 160, 3)
     assert (saved[10:30, 10:30] == PAPER).all()
     assert (saved[10:30, 30:50] == INK).all()
+    alone = PIL.Image.open(io.BytesIO(saved_picture(replace(ending, images=ending.images[:1]), True, "drawn", 3)))
+    assert alone.size == (60, 60), "no room for endings that are not there"
 
 
 def test_record_is_a_request_that_gives_the_same_result(service: StubService) -> None:
