@@ -83,7 +83,7 @@ def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
                 name = "CompleteRequest" if path.startswith("/complete") else f"{path[1:].capitalize()}Request"
                 schema = {"$ref": f"#/components/schemas/{name}"}
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-            [answer] = [text for status, text in operation["responses"].items() if str(status) == "200"]
+            answer = operation["responses"]["200"]
             if "text/event-stream" in answer.get("content", {}):
                 answer["content"]["text/event-stream"]["schema"] = EVENT
             operation["responses"] = {"200": answer, **_errors(HEALTH_ERRORS.get(path, ERRORS[method]))}
