@@ -20,7 +20,7 @@ from pipelines.params import load_params
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.stages import evaluate, register, train
-from pixelcnn.checkpoint import CARD_FILE, SCORES_FILE, save_checkpoint
+from pixelcnn.checkpoint import CARD_FILE, save_checkpoint
 
 MAX_ATTEMPTS = 3  # of a deployment's run that crashes: its checkpoint brings nothing if the cause is still there
 
@@ -59,8 +59,9 @@ def find_task(inputs: str, dataset: str, out: Path, report: Path) -> dict[str, s
     with tempfile.TemporaryDirectory() as folder:
         tracking.download_files(version.run_id, Path(folder))
         card = (Path(folder) / CARD_FILE).read_text()
-        beside = shutil.ignore_patterns(CARD_FILE, SCORES_FILE)
-        shutil.copytree(folder, report, ignore=beside, dirs_exist_ok=True)
+        report.mkdir(parents=True, exist_ok=True)
+        for file in (path for name in register.REPORT_FILES if (path := Path(folder) / name).exists()):
+            shutil.copyfile(file, report / file.name)
     save_checkpoint(out, model, scores, getattr(torch, scores["weights_dtype"]), card)
     get_run_logger().info(
         "not trained again: %s version %s, run %s, followed from the same data, settings and code",

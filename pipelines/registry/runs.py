@@ -26,7 +26,7 @@ import pixelcnn
 from pipelines.files import file_lock
 from pipelines.registry.provenance import prepared_file
 from pipelines.settings import Settings
-from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE
+from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE
 from pixelcnn.evaluation import format_nll
 
 # Read when mlflow is imported: no usage reports, and no progress bars in the flow's log.
@@ -244,7 +244,7 @@ def log_training_run(
     """Complete the run that `start_training_run` began, with its model; return the logged model's ID.
 
     Args:
-        folder: the checkpoint; its files become the logged model.
+        folder: the checkpoint; its own files, and nothing else that lies there, become the logged model.
         scores: measured values; the numbers among them become metrics.
         curves: as `log_curve` takes them; no name is in two of them.
         pictures: files to keep with the run.
@@ -294,7 +294,8 @@ def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
     levels = np.zeros((1, *config["image_shape"]), dtype=np.int64)
     with tempfile.TemporaryDirectory() as temporary:
         # MLflow keeps the folder's own name, which differs from run to run; readers want to know it.
-        checkpoint = shutil.copytree(folder, Path(temporary) / CHECKPOINT_NAME)
+        checkpoint, own = Path(temporary) / CHECKPOINT_NAME, {CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE, CARD_FILE}
+        shutil.copytree(folder, checkpoint, ignore=lambda _, names: {*names} - own)
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("logged_model.py")),

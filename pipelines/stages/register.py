@@ -12,10 +12,13 @@ from typing import Any
 from pipelines.registry import runs as tracking
 from pipelines.registry.runs import Training
 from pipelines.registry.versions import VALIDATION_METRIC
+from pipelines.reports.comparison import PICTURES
 from pipelines.reports.curve import CURVE_FILES, read_curve
 from pipelines.stages.train import Log
 from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, load_checkpoint
 from pixelcnn.models.base import AutoregressiveModel
+
+REPORT_FILES = ("metrics.json", *CURVE_FILES, *PICTURES)  # what `evaluate` writes into a folder of reports
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,9 @@ def register(
     )
     key = f"registered-{config['weights_sha256']}-{training.data_hash}"
     run_id = tracking.start_training_run(training, key, scores.get("run_id"))
-    files = [*sorted(folder.glob("*.png")), folder / CARD_FILE, *(sorted(report.glob("*")) if report else [])]
+    # Nothing else of the report's folder: it may be the project's own, with registry and passwords.
+    reported = [report / name for name in REPORT_FILES] if report else []
+    files = [*sorted(folder.glob("*.png")), folder / CARD_FILE, *reported]
     curves = [read_curve(report / name) for name in CURVE_FILES if report and (report / name).exists()]
     kept = [file for file in files if file.is_file()]
     model_id = tracking.log_training_run(run_id, training, folder, scores, curves, kept)

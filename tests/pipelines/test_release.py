@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from pipelines import steps
@@ -13,6 +14,7 @@ from pipelines.promotion.register import register_trained, release, release_all
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
+from pipelines.stages import register as stage
 from pixelcnn.__main__ import main as core
 from tests.pipelines.projects import PAIR, write_weights
 
@@ -59,6 +61,28 @@ def test_a_checkpoint_is_registered_once(weights: Path, capsys: pytest.CaptureFi
     (weights / "scores.json").write_text(json.dumps(scores))
     assert steps.main(["register", str(weights)]) == 1
     assert "scores.json of weights/pixelcnn-mnist5k lacks data_hash, label_names." in capsys.readouterr().err
+
+
+def test_nothing_else_that_lies_in_the_folders_is_logged(weights: Path, tmp_path: Path) -> None:
+    """A report or a checkpoint may lie in the project's folder, with the registry and passwords: `--report .`."""
+    report = tmp_path / "report"
+    for folder in (weights, report):
+        (folder / "notes").mkdir(parents=True)
+        for name in ("environments.yaml", "mlflow.db", ".env", "notes/secret"):
+            (folder / name).write_text("a password")
+    (report / "README.md").write_text("the project's")
+    for name in ("metrics.json", "samples.png", "completer.csv"):
+        (report / name).write_text("step\n" if name.endswith(".csv") else "{}")
+    (weights / "README.md").write_text("the card")
+    found = stage.register(weights, report)
+    logged = {file.path for file in tracking.client().list_artifacts(found["run_id"])}
+    assert logged == {"README.md", "scores.json", "metrics.json", "samples.png", "completer.csv"}
+    tracking.download_files(found["run_id"], tmp_path / "run")
+    assert (tmp_path / "run/README.md").read_text() == "the card"
+    top = mlflow.artifacts.download_artifacts(f"models:/pixelcnn-mnist5k/{found['version']}", dst_path=str(tmp_path))
+    checkpoint = Path(top) / "artifacts" / tracking.CHECKPOINT_NAME
+    own = ["README.md", "config.json", "model.safetensors", "scores.json"]
+    assert sorted(path.name for path in checkpoint.iterdir()) == own
 
 
 def test_a_checkpoint_that_the_core_trained_is_registered(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
