@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,14 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
     try:
         tensors = load(weights)
         num_weights = sum(tensor.numel() for tensor in tensors.values())
-        # A mixture has any number of levels.
-        sizes = [value for name, value in values.items() if name != "num_levels" or not model_config.num_mixtures]
-        is_large = any(isinstance(size, int) and size > num_weights for size in sizes)
+        # A mixture has any number of levels. Each layer has tensors of its own, and takes memory before it has weights.
+        most = dict.fromkeys(("num_layers", "num_blocks"), len(tensors))
+        most |= {"num_levels": sys.maxsize} if model_config.num_mixtures else {}
+        is_large = any(isinstance(size, int) and size > most.get(name, num_weights) for name, size in values.items())
         if is_large or count_weights(model_config) > num_weights:
-            raise OverflowError(f"a network of these sizes has more than its {num_weights:,} weights")
+            raise OverflowError(
+                f"a network of these sizes has more than its {num_weights:,} weights in {len(tensors)} tensors"
+            )
         model = build_model(model_config)
         model.load_state_dict(tensors)
     except (RuntimeError, OverflowError, KeyError, safetensors.SafetensorError) as error:

@@ -292,6 +292,21 @@ def test_a_network_of_more_weights_than_its_file_takes_no_memory(tmp_path, monke
     assert built == []
 
 
+@pytest.mark.parametrize(("architecture", "depth"), [("gated_pixelcnn", "num_layers"), ("pixelcnn", "num_blocks")])
+def test_a_network_of_more_layers_than_its_file_has_tensors_is_not_even_counted(
+    tmp_path, monkeypatch, architecture, depth
+):
+    """Of so many weights in one tensor, each claimed layer took 20 kB: a file of 1 MB more than the memory."""
+    folder = saved(tmp_path / "model", architecture)
+    config = json.loads((folder / "config.json").read_text()) | {depth: 999}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"all": torch.zeros(1000)}, folder / "model.safetensors")
+    refresh_sha256(folder)
+    monkeypatch.delattr("pixelcnn.checkpoint.count_weights")
+    with pytest.raises(ValueError, match=r"a network of these sizes has more than its 1,000 weights in 1 tensors"):
+        load_checkpoint(folder)
+
+
 def test_a_constructor_that_looks_at_numbers_is_counted_by_none(monkeypatch):
     config = tiny_model("pixelcnn", (1, 3, 3), 2).config
     assert count_weights(config) > 0
