@@ -4,6 +4,7 @@ The model is scored twice: as the registry has it, in this process; and as the s
 address is set. Whatever differs from the registered score is a failed run.
 """
 
+import re
 import time
 from typing import Annotated, Any
 
@@ -105,18 +106,28 @@ def _evaluate(name: str, version: Version, url: str | None, num_images: int) -> 
         tracking.client().log_metric(run_id, f"service/{CHECKED_SCORE.replace('/', '_')}", served)
         if not abs(served - nats) <= TOLERANCE_NATS:
             raise ValueError(
-                f"the service at {url} scores {served:.2f} nats on up to {CHECKED_IMAGES} test images, registered "
-                f"are {nats:.2f}: restart it, and if that does not help, promote {name} again"
+                f"the service at {shown(url)} scores {served:.2f} nats on up to {CHECKED_IMAGES} test images, "
+                f"registered are {nats:.2f}: restart it, and if that does not help, promote {name} again"
             )
-        get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, url, served, nats)
+        get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, shown(url), served, nats)
     return scores
 
 
+def shown(url: str) -> str:
+    """Return an address as it is told and logged: without a password."""
+    return re.sub("(?<=://)[^/]*@", "", url)
+
+
 def client_of(url: str) -> httpx.Client:
-    """Return a client of the service, with its token; as a neighbour it is never asked by way of a proxy."""
-    token = Settings().token
+    """Return a client of the service, with its token, or with the name and password that are in the address.
+
+    As a neighbour it is never asked by way of a proxy. httpx's errors and log lines hold the address that it is given.
+    """
+    token, address = Settings().token, httpx.URL(url)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx.Client(base_url=url, timeout=SERVICE_TIMEOUT_S, trust_env=False, headers=headers)
+    auth = httpx.BasicAuth(address.username, address.password) if address.userinfo and not token else None
+    base = address.copy_with(userinfo=b"")
+    return httpx.Client(base_url=base, timeout=SERVICE_TIMEOUT_S, trust_env=False, headers=headers, auth=auth)
 
 
 def score_through_service(url: str, dataset: str, version: str, data: Dataset, num: int) -> float:
@@ -128,29 +139,30 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, n
     """
     levels = data.levels("test", slice(0, num))  # (N, C, H, W)
     images = levels[:, 0] if data.image_shape[0] == 1 else levels.permute(0, 2, 3, 1)
-    total = 0.0
+    total, where = 0.0, shown(url)
     try:
         with client_of(url) as http:
             for image in images.tolist():
                 answer = _post(http, "/likelihood", {"dataset": dataset, "image": image})
                 if answer.status_code == 401:
-                    raise ConnectionError(f"the service at {url} asks for a token: set PIXELCNN_TOKEN to its own")
+                    raise ConnectionError(f"the service at {where} asks for a token: set PIXELCNN_TOKEN to its own")
                 if answer.status_code != 200:
-                    raise ConnectionError(f"the service at {url} answered {answer.status_code}: {answer.text[:200]}")
+                    raise ConnectionError(f"the service at {where} answered {answer.status_code}: {answer.text[:200]}")
                 try:
                     body = answer.json()
                     served, log_prob = str(body["model"]["version"]), body["log_prob"]
                 except (ValueError, LookupError, TypeError):  # a proxy's page for people to log in, say
-                    raise ConnectionError(f"what answers at {url} is not the service: name its address") from None
+                    raise ConnectionError(f"what answers at {where} is not the service: name its address") from None
                 if served != version:
                     raise ValueError(
-                        f"the service at {url} answers with version {served}: point it to the model store of this "
+                        f"the service at {where} answers with version {served}: point it to the model store of this "
                         "pipeline (BENTOML_HOME)"
                     )
                 total -= log_prob
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConnectionError(
-            f"the service at {url} cannot be reached ({error}): start it with make serve, or unset PIXELCNN_SERVICE_URL"
+            f"the service at {where} cannot be reached ({error}): start it with make serve, or unset "
+            "PIXELCNN_SERVICE_URL"
         ) from error
     return total / len(images)
 

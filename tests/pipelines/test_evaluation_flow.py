@@ -1,5 +1,6 @@
 """Scoring the champions again."""
 
+import base64
 import json
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from prefect import tags
 
 from pipelines.flows import evaluate as evaluation_flow
+from pipelines.flows.drift import watch_drift
 from pipelines.flows.evaluate import evaluate_champions, score_through_service
 from pipelines.params import EVALUATIONS_EXPERIMENT
 from pipelines.promotion.register import release
@@ -136,7 +138,7 @@ class Service(LocalServer):
 
 
 def test_the_service_is_asked_and_must_agree(
-    weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+    weights: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     release("pixelcnn-mnist5k")
     with Service(weights) as service:
@@ -157,7 +159,8 @@ def test_the_service_is_asked_and_must_agree(
     with Service(weights, version="7") as service, pytest.raises(RuntimeError, match=another):
         evaluate_champions(["mnist5k"], service.url)
     with pytest.raises(RuntimeError, match=r"cannot be reached \(.*\): start it with make serve, or unset"):
-        evaluate_champions(["mnist5k"], "http://127.0.0.1:9")
+        evaluate_champions(["mnist5k"], "http://bob:hidden@127.0.0.1:9")
+    assert "hidden" not in caplog.text
 
 
 def test_a_promotion_meanwhile_is_no_failure(
@@ -186,7 +189,8 @@ def test_a_token_is_sent_and_a_busy_service_waited_for(weights: Path, monkeypatc
         with pytest.raises(ConnectionError, match="asks for a token: set PIXELCNN_TOKEN to its own"):
             score_through_service(service.url, "mnist5k", "1", data, 2)
         monkeypatch.setenv("PIXELCNN_TOKEN", "secret")
-        assert score_through_service(service.url, "mnist5k", "1", data, 2) > 0
+        with_password = service.url.replace("://", "://bob:hidden@")
+        assert score_through_service(with_password, "mnist5k", "1", data, 2) > 0
         assert (service.refused, waited) == ([401, 429, 503], [7, 7])
     with (
         Service(weights, token="secret", busy=10_000) as service,
@@ -208,11 +212,27 @@ def test_colours_come_last_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.tensor(sent), data.levels("test", slice(0, 3)).permute(0, 2, 3, 1))
 
 
+def test_a_password_in_the_address_is_sent_and_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect keeps each error and log line for whoever opens its pages."""
+    sent = []
+
+    class Refusing(Handler):
+        def do_GET(self) -> None:
+            sent.append(self.headers["Authorization"])
+            self.reply(500)
+
+    monkeypatch.setenv("PIXELCNN_TOKEN", "")
+    with LocalServer(Refusing) as server, pytest.raises(ConnectionError, match=r"the service at http://127") as error:
+        watch_drift.fn(service_url=server.url.replace("://", "://bob:hidden@"))
+    assert sent == ["Basic " + base64.b64encode(b"bob:hidden").decode()]
+    assert "hidden" not in str(error.value)
+
+
 @pytest.mark.parametrize("page", ["<html>Log in</html>", "[]", "{}", '{"model": null}'])
 def test_what_is_not_the_service_is_told_so(monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.setattr(evaluation_flow, "_post", lambda *_: httpx.Response(200, text=page))
-    with pytest.raises(ConnectionError, match=r"what answers at http://proxy is not the service: name its address"):
-        score_through_service("http://proxy", "mnist", "1", tiny_dataset("mnist"), 1)
+    with pytest.raises(ConnectionError, match=r"what answers at http://proxy/a is not the service: name its address"):
+        score_through_service("http://bob:hid@den@proxy/a", "mnist", "1", tiny_dataset("mnist"), 1)
 
 
 def test_a_champion_that_scores_something_else_is_named(
