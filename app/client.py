@@ -134,7 +134,8 @@ class ServiceClient:
         except (httpx.InvalidURL, UnicodeError):  # the latter of a name that no network knows
             is_address = False
         if not is_address:
-            raise ServiceError(f"{URL_VARIABLE} must be an address like {DEFAULT_URL}, got '{url}'. Set it anew.")
+            shown = url.rpartition("@")[2]  # visitors may see it: without a password
+            raise ServiceError(f"{URL_VARIABLE} must be an address like {DEFAULT_URL}, got '{shown}'. Set it anew.")
         self.url = str(parsed.copy_with(userinfo=b""))  # what is told to visitors
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not (token.isascii() and token.isprintable()):

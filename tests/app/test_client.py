@@ -335,6 +335,9 @@ def test_a_stream_that_is_left_while_it_waits_is_hung_up_at_once(has_come: bool)
 def test_what_is_no_address_is_said(url: str) -> None:
     with pytest.raises(ServiceError, match=r"PIXELCNN_SERVICE_URL must be an address like http://127"):
         ServiceClient(url)
+    with pytest.raises(ServiceError, match=r"got '[^']*'") as error:
+        ServiceClient(url.replace("://", "://bob:secret@") if "://" in url else f"http//bob:secret@{url}")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("token", ["", "key"])
