@@ -21,7 +21,8 @@ from torch import Tensor
 SPLITS = ("train", "validation", "test")
 DYNAMIC_PROTOCOL = "dynamic"  # Bernoulli sample at each read in training, one fixed sample for validation and test
 BYTES_PROTOCOL = "8-bit"
-DAMAGED = (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError)  # what `load_tensors` raises
+# What `load_tensors` raises.
+DAMAGED = (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,9 @@ def test_a_truncated_file_is_named(tmp_path, keep):
         load_dataset(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"dataset": "{"}, {"dataset": "{}"}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"dataset": "{"}, {"dataset": "{}"}, {"dataset": "[" * 10**5}]
+)
 def test_another_safetensors_file_is_named(tmp_path, metadata):
     path = tmp_path / "mnist.safetensors"
     save_file({"weights": torch.zeros(2)}, path, metadata=metadata)
