@@ -42,7 +42,7 @@ def find_version(text: str) -> Version:
         return _registered(name, number)
     try:
         answer = json.loads(Path(text).read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{text} is no JSON. Save an answer of the service, or its `model`.") from None
     model = answer.get("model", answer) if isinstance(answer, dict) else None
     if not isinstance(model, dict) or not {"name", "version"} <= model.keys():
@@ -60,8 +60,8 @@ def find_version(text: str) -> Version:
     for key, value in version.lineage().items():
         if str(model.get(key, value)) != value:
             raise ValueError(
-                f"{text} says {key} {model[key]}, but {version} has {value}: set MLFLOW_TRACKING_URI to the "
-                "registry that it was served from."
+                f"{text} says {key} {ascii(str(model[key]))[1:-1]}, but {version} has {value}: set MLFLOW_TRACKING_URI "
+                "to the registry that it was served from."
             )
     return version
 
@@ -73,7 +73,7 @@ def _registered(name: str, number: str) -> Version:
         raise LookupError(f"no model {name!r} is registered in {tracking.location()}. Known: {known}.")
     versions = {version.version: version for version in registry.versions(by_name[name])}
     if number not in versions:
-        raise LookupError(f"{name} has no version {number}. Known: {', '.join(versions)}.")
+        raise LookupError(f"{name} has no version {ascii(number)[1:-1]}. Known: {', '.join(versions)}.")
     return versions[number]
 
 

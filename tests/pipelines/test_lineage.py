@@ -123,6 +123,12 @@ def test_back_from_an_answer_of_the_service(
     code, out, err = ask(capsys, "--version", str(path))
     assert (code, out) == (1, "")
     assert "answer.json says weights_sha256 beef, but pixelcnn-mnist5k version 1 has " in err
+    for strange in ({"version": "\x1b[2J"}, {"run_id": "\x1b[2J"}):  # which a terminal would take for commands
+        path.write_text(json.dumps({"model": found.lineage() | strange}))
+        code, out, err = ask(capsys, "--version", str(path))
+        assert (code, out, "\x1b" in err) == (1, "", False)
+    path.write_text("[" * 10**5)
+    assert "answer.json is no JSON. Save an answer" in ask(capsys, "--version", str(path))[2]
     # Of released weights, which the service served before this registry had them.
     released = found.lineage() | {"version": "released", "run_id": "of another registry"}
     path.write_text(json.dumps({"model": released}))
