@@ -162,7 +162,7 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
         folder = released().get(str(folder), folder)
     folder, (config, scores_text, weights) = _read_files(folder)
     try:
-        values, scores = json.loads(config), json.loads(scores_text)
+        values, scores = json.loads(config), dict(json.loads(scores_text))
         expected = values.pop("weights_sha256")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder} is no checkpoint: {CONFIG_FILE} or {SCORES_FILE} is damaged ({error}).") from None

@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 def load_evaluated(folder: Path) -> tuple[AutoregressiveModel, dict[str, Any]]:
     """Load a checkpoint; ValueError if it is damaged, or its scores do not say what it is and how good."""
     model, scores = load_checkpoint(folder)
-    needed = ("dataset", "protocol", "data_hash", "label_names", VALIDATION_METRIC)
-    if missing := [key for key in needed if key not in scores]:
+    kinds: dict[str, Any] = {"dataset": str, "protocol": str, "data_hash": str, "label_names": list}
+    kinds |= {VALIDATION_METRIC: int | float, "pair": str, "settings": dict, "run_id": str}
+    told = {"pair": "", "settings": {}, "run_id": "", **scores}
+    if missing := [key for key, kind in kinds.items() if not isinstance(told.get(key), kind)]:
         raise ValueError(f"the scores.json of {folder} lacks {', '.join(missing)}. Train it by the pipeline.")
     return model, scores
 

@@ -265,6 +265,14 @@ def test_a_damaged_config_is_named(tmp_path, text):
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("text", ["3", "null", "[1, 2]", '"text"'])
+def test_damaged_scores_are_named(tmp_path, text):
+    folder = saved(tmp_path / "model")
+    (folder / "scores.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model is no checkpoint: config.json or scores.json is damaged"):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -180,6 +180,27 @@ def test_scores_that_cannot_be_checked_are_refused(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "strange"),
+    [
+        *(
+            ("dataset", 7),
+            ("protocol", None),
+            ("data_hash", ["a"]),
+            ("label_names", "ab"),
+            ("validation/nll_nats", "90"),
+        ),
+        *(("pair", 7), ("settings", ["a"]), ("run_id", 7)),
+    ],
+)
+def test_scores_of_another_kind_are_refused(weights: Path, key: str, strange: object) -> None:
+    """A stranger may have written them."""
+    scores = json.loads((weights / "scores.json").read_text())
+    (weights / "scores.json").write_text(json.dumps(scores | {key: strange}))
+    with pytest.raises(ValueError, match=rf"scores.json of weights/pixelcnn-mnist5k lacks {key}\."):
+        stage.load_evaluated(weights)
+
+
+@pytest.mark.parametrize(
     "damage",
     [
         lambda folder: (folder / "model.safetensors").write_bytes(b"damaged"),
