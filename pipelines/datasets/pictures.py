@@ -73,6 +73,8 @@ def read_pictures(source: Source, use_labels: bool, left: Left) -> Iterator[Pict
         if source.kind == "folder":
             yield from _of_folder(path, use_labels, left)
         else:
+            if source.kind != "arrays":
+                list(_files(path))  # ValueError where a link leads out
             yield from {"arrays": _of_arrays, "idx": _of_idx, "cifar": _of_cifar}[source.kind](path)
     except OSError as error:
         raise ValueError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from None

@@ -180,6 +180,16 @@ def empty_cifar(folder: Path) -> None:
     (folder / "x.bin").touch()
 
 
+def cifar_with_links_out(folder: Path) -> None:
+    odd_cifar(folder)
+    (folder / "batches.meta.txt").symlink_to("/etc/passwd")  # to /dev/zero it was read until no memory was left
+
+
+def idx_with_links_out(folder: Path) -> None:
+    (folder.parent / "outside").write_bytes(struct.pack(">4B3i", 0, 0, 8, 3, 30, 8, 8) + bytes(30 * 64))
+    (folder / "train-images-idx3-ubyte").symlink_to(folder.parent / "outside")
+
+
 def idx_with_fewer_labels(folder: Path) -> None:
     (folder / "train-images-idx3-ubyte").write_bytes(struct.pack(">4B3i", 0, 0, 8, 3, 30, 8, 8) + bytes(30 * 64))
     (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, 29) + bytes(29))
@@ -229,6 +239,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "larger bomb": (lambda folder: bomb(folder, 20_000), "'x.png' has far too many pixels: sides of 4 to 4096"),
     "odd cifar": (odd_cifar, "x.bin is no file of CIFAR's: its length is no multiple of 3073 or 3074"),
     "empty cifar": (empty_cifar, "x.bin is no file of CIFAR's: its length is no multiple of 3073 or 3074"),
+    "link of cifar": (cifar_with_links_out, "'batches.meta.txt' is a link that leads out of "),
+    "link of idx": (idx_with_links_out, "'train-images-idx3-ubyte' is a link that leads out of "),
     "other idx": (write("train-images-idx3-ubyte", b"no IDX"), "no IDX file of unsigned bytes (its first bytes are"),
     "idx in part": (
         write("train-images-idx3-ubyte.gz", b"\x1f\x8b"),
