@@ -23,6 +23,7 @@ CARD_FILE = "README.md"
 # Where released weights lie: in an installed package, and beside the code in a clone.
 _RELEASED = (Path(__file__).with_name("weights"), Path(__file__).parents[1] / "weights")
 MAX_READS = 10  # of a checkpoint that is replaced each time while it is read
+MAX_REASON = 1000  # characters of torch's, which names each weight that is missing
 # What a checkpoint's folder may hold beside these: the curves of its training, and pictures.
 _BESIDE = (".csv", ".png")
 
@@ -170,7 +171,7 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
     if found != expected:
         raise ValueError(
             f"{folder / WEIGHTS_FILE} is not the file that was saved: its SHA-256 is {found[:12]}..., "
-            f"{CONFIG_FILE} says {str(expected)[:12]}.... Fetch the checkpoint again."
+            f"{CONFIG_FILE} says {ascii(str(expected)[:12])[1:-1]}.... Fetch the checkpoint again."
         )
     model_config = config_from_dict(values)
     try:
@@ -187,7 +188,9 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
         model = build_model(model_config)
         model.load_state_dict(tensors)
     except (RuntimeError, OverflowError, KeyError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
+        # In one line, and as text: it holds names of tensors, which a terminal may take for commands.
+        why = ascii(" ".join(str(error).split())[:MAX_REASON])[1:-1]
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {why}") from None
     return model.eval(), scores, found
 
 

@@ -23,6 +23,7 @@ MAGIC, VERSION = b"\x89PXL\r\n\x1a\n", 1
 _START, _FRAME = struct.Struct("<8sHII"), struct.Struct("<III")
 MAX_HEADER_BYTES = 2**26
 MAX_RATIO, MIN_HEADER_BYTES = 64, 2**16  # names that differ are compressed by less: more is made to take memory
+MAX_TEXT = 1000  # characters of a text
 MAX_BLOCK_IMAGES = 4096
 MAX_BATCH_IMAGES = 64  # whose states are in memory at once
 
@@ -56,7 +57,8 @@ class Header:
         check_int("block_images", self.block_images, 1, MAX_BLOCK_IMAGES)
         check_int("batch_images", self.batch_images, 1, MAX_BATCH_IMAGES)
         for name in ("weights_sha256", "engine", "arithmetic", "probe"):
-            if not isinstance(getattr(self, name), str):
+            text = getattr(self, name)  # which an error may show on a terminal
+            if not (isinstance(text, str) and text.isprintable() and len(text) <= MAX_TEXT):
                 raise ValueError(f"{name} must be a text.")
         if self.names is not None:
             names = self.names

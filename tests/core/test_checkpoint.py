@@ -385,11 +385,20 @@ def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
         load_checkpoint(folder)
 
 
-def test_weights_of_other_names_are_refused(tmp_path):
+@pytest.mark.parametrize("name", ["weight", "\x1b[2J", "x" * 10_000])
+def test_weights_of_other_names_are_refused(tmp_path, name):
+    """In one line of text, whatever a stranger has named them: a terminal takes some characters for commands."""
     folder = saved(tmp_path / "model")
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    save_file({name: torch.zeros(1000), **load_file(folder / "model.safetensors")}, folder / "model.safetensors")
     refresh_sha256(folder)
-    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json: .*Unexpected key") as error:
+        load_checkpoint(folder)
+    text = str(error.value).removeprefix(str(folder))
+    assert text.isprintable()
+    assert len(text) < 1100
+    config = json.loads((folder / "config.json").read_text()) | {"weights_sha256": "\x1b[2J"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json says \\x1b\[2J\.\.\.\. Fetch the checkpoint again"):
         load_checkpoint(folder)
 
 

@@ -591,7 +591,7 @@ def test_names_cannot_lead_out_of_the_folder(name: str) -> None:
 def test_a_header_says_what_it_must_and_can_be_read_again(monkeypatch) -> None:
     header = header_of("a.png", "b.png")
     for changes, message in (
-        *(({name: 1}, f"{name} must be a text.") for name in TEXTS),
+        *(({name: value}, f"{name} must be a text.") for name in TEXTS for value in (1, "\x1b[2J", "x" * 1001)),
         ({"names": ["a.png"] * 2}, "names must differ."),
     ):
         with pytest.raises(ValueError, match=exactly(message)):
