@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from urllib.request import getproxies_environment
@@ -40,9 +41,14 @@ def tool_of(error: BaseException | None) -> str | None:
     return package if package in _OUTSIDE else None
 
 
+def without_passwords(text: str) -> str:
+    """Return a text in which addresses have no name and password any more: it is told, logged and kept."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def reason(error: BaseException) -> str:
     """Return an error's text in one line; a long one loses its middle, for causes stand at the end."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_passwords(" ".join(str(error).split())) or type(error).__name__
     if len(text) <= _MAX_CHARACTERS:
         return text
     return f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
@@ -56,7 +62,8 @@ def reason_or_raise(error: Exception) -> str:
 
 
 def one_line(record: logging.LogRecord) -> bool:
-    """Keep Prefect's log of a failed task or flow, without the traceback where a person is to mend the cause."""
+    """Keep a line of Prefect's log, without passwords, and without the traceback where a person mends the cause."""
+    record.msg, record.args = without_passwords(record.getMessage()), ()
     if record.exc_info and is_for_user(record.exc_info[1]):
         record.exc_info = None
     return True

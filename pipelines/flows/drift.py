@@ -7,7 +7,8 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.deployments import run_deployment
 
-from pipelines.flows.evaluate import client_of, shown
+from pipelines.errors import without_passwords
+from pipelines.flows.evaluate import client_of
 from pipelines.flows.shown import artifact_key, tag_run
 from pipelines.registry import versions as registry
 from pipelines.settings import Settings, in_prefect
@@ -39,7 +40,7 @@ def watch_drift(
         with client_of(url) as http:
             drawn = http.get("/drawings", timeout=TIMEOUT_S).raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # a page that is no JSON is not the service's
-        raise ConnectionError(f"the service at {shown(url)} does not tell of drawings ({error})") from error
+        raise ConnectionError(f"the service at {without_passwords(url)} does not tell of drawings ({error})") from error
     tag_run(*drawn)
     for dataset, told in drawn.items():
         if action != "nothing" and not told["watched"]:

@@ -4,7 +4,6 @@ The model is scored twice: as the registry has it, in this process; and as the s
 address is set. Whatever differs from the registered score is a failed run.
 """
 
-import re
 import time
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ import httpx
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from pipelines.errors import reason_or_raise
+from pipelines.errors import reason_or_raise, without_passwords
 from pipelines.flows.shown import show_scores, tag_run
 from pipelines.params import EVALUATIONS_EXPERIMENT, load_params
 from pipelines.registry import runs as tracking
@@ -104,18 +103,14 @@ def _evaluate(name: str, version: Version, url: str | None, num_images: int) -> 
             get_run_logger().info("%s is champion no more: the service is not compared", version)
             return scores
         tracking.client().log_metric(run_id, f"service/{CHECKED_SCORE.replace('/', '_')}", served)
+        where = without_passwords(url)
         if not abs(served - nats) <= TOLERANCE_NATS:
             raise ValueError(
-                f"the service at {shown(url)} scores {served:.2f} nats on up to {CHECKED_IMAGES} test images, "
+                f"the service at {where} scores {served:.2f} nats on up to {CHECKED_IMAGES} test images, "
                 f"registered are {nats:.2f}: restart it, and if that does not help, promote {name} again"
             )
-        get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, shown(url), served, nats)
+        get_run_logger().info("%s: the service at %s scores %.2f nats, registered %.2f", name, where, served, nats)
     return scores
-
-
-def shown(url: str) -> str:
-    """Return an address as it is told and logged: without a password."""
-    return re.sub("(?<=://)[^/]*@", "", url)
 
 
 def client_of(url: str) -> httpx.Client:
@@ -139,7 +134,7 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, n
     """
     levels = data.levels("test", slice(0, num))  # (N, C, H, W)
     images = levels[:, 0] if data.image_shape[0] == 1 else levels.permute(0, 2, 3, 1)
-    total, where = 0.0, shown(url)
+    total, where = 0.0, without_passwords(url)
     try:
         with client_of(url) as http:
             for image in images.tolist():

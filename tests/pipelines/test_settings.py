@@ -1,5 +1,6 @@
 """The environment's settings, in one class."""
 
+import logging
 import os
 import re
 import sys
@@ -9,7 +10,8 @@ from urllib.request import getproxies, proxy_bypass
 import pytest
 from mlflow.exceptions import MlflowException
 
-from pipelines.errors import run
+from pipelines import steps
+from pipelines.errors import one_line, run
 from pipelines.settings import Settings
 from tests import local
 from tests.pipelines.projects import ROOT
@@ -45,6 +47,22 @@ def test_a_tools_error_of_many_lines_is_one(capsys: pytest.CaptureFixture[str]) 
 
     assert run("history", work) == 1
     assert capsys.readouterr().err == "history: These failed: ##### File report.json ##### No such artifact\n"
+
+
+def test_a_password_in_an_address_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow's errors hold the address that MLFLOW_TRACKING_URI gives it; a training logs them, too."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:hid@den@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert steps.main(["history", "svhn"]) == 1
+    assert "API request to http://127.0.0.1:9/api" in (said := capsys.readouterr().err)
+    assert "den" not in said
+    line = logging.LogRecord(
+        "prefect.task_runs", logging.ERROR, "", 1, "failed: %s", ("http://bob:hid@den@host/a",), None
+    )
+    assert one_line(line)
+    assert line.getMessage() == "failed: http://host/a"
 
 
 def test_no_other_module_reads_our_variables() -> None:
