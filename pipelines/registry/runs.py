@@ -70,7 +70,7 @@ def tracking_uri() -> str:
 def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
     uri = tracking_uri()
-    parts = urlsplit(uri)
+    parts = urlsplit(re.sub("(?<=://)[^:/@]*:[^@]*@", "", uri))  # a password may hold a slash
     return str(sqlite_file(uri) or one_spelling(f"{parts.netloc.rpartition('@')[2]}{parts.path}"))
 
 

@@ -44,6 +44,12 @@ def test_two_who_make_a_database_take_turns(
     assert second.result().get_experiment_by_name("first")
 
 
+@pytest.mark.parametrize("who", ["", "bob@", "bob:secret@", "bob:sec/ret@", "bob:sec/r:et@", "bob:sec@ret@"])
+def test_a_registry_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql+psycopg://{who}host:5432/mlflow?sslmode=require")
+    assert runs.location() == "host:5432/mlflow"
+
+
 def test_options_of_the_database_are_no_part_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db?timeout=60")
     assert runs.client().search_experiments()
