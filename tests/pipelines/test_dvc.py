@@ -66,7 +66,7 @@ WITHOUT_EFFECT = {
         *("pipelines/settings.py", "pixelcnn/"),
     ),
     "prepare": (
-        *("pipelines/params.py", "pipelines/datasets/checks.py", "pipelines/files.py"),
+        *("pipelines/params.py", "pipelines/datasets/checks.py", "pipelines/errors.py", "pipelines/files.py"),
         *("pipelines/settings.py", "pixelcnn/"),
     ),
     "train": (
