@@ -220,6 +220,18 @@ def test_a_dataset_in_memory_is_known_by_what_it_holds(tmp_path, split, part):
         fit(toy_model(data), other, CONFIG, state_file=state)
 
 
+def test_an_older_state_of_a_dataset_in_memory_goes_on(tmp_path, monkeypatch):
+    """Earlier releases wrote no hash for it."""
+    data, state = toy_dataset(data_hash=""), tmp_path / "state"
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "data_hash", "")
+        best, _ = run(toy_model(data), data, CONFIG, state_file=state)
+    assert run(toy_model(data), data, CONFIG, state_file=state) == (best, [])
+    hashed = toy_dataset(data_hash="of a file")
+    with pytest.raises(ValueError, match="is the state of a run that differs in its data hash"):
+        fit(toy_model(data), hashed, CONFIG, state_file=state)
+
+
 def test_the_state_of_other_weights_is_refused(tmp_path):
     """As of a label network of another width, or where the code of an architecture has changed."""
     data, state = toy_dataset(), tmp_path / "state"
