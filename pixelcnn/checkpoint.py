@@ -23,6 +23,7 @@ CARD_FILE = "README.md"
 # Where released weights lie: in an installed package, and beside the code in a clone.
 _RELEASED = (Path(__file__).with_name("weights"), Path(__file__).parents[1] / "weights")
 MAX_READS = 10  # of a checkpoint that is replaced each time while it is read
+MAX_SHARING = 200  # layers that may share their weights; from more no sampler follows
 MAX_REASON = 1000  # characters of torch's, which names each weight that is missing
 # What a checkpoint's folder may hold beside these: the curves of its training, and pictures.
 _BESIDE = (".csv", ".png")
@@ -177,8 +178,8 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
     try:
         tensors = load(weights)
         num_weights = sum(tensor.numel() for tensor in tensors.values())
-        # A mixture has any number of levels. Each layer has tensors of its own, and takes memory before it has weights.
-        most = dict.fromkeys(("num_layers", "num_blocks"), len(tensors))
+        # A mixture has any number of levels. A layer takes memory before it has weights; some may share their tensors.
+        most = dict.fromkeys(("num_layers", "num_blocks"), max(len(tensors), MAX_SHARING))
         most |= {"num_levels": sys.maxsize} if model_config.num_mixtures else {}
         is_large = any(isinstance(size, int) and size > most.get(name, num_weights) for name, size in values.items())
         if is_large or count_weights(model_config) > num_weights:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixelcnn import checkpoint, load_checkpoint, save_checkpoint
+from pixelcnn.config import ModelConfig
+from pixelcnn.models import registry
+from pixelcnn.models.base import AutoregressiveModel
+from pixelcnn.models.layers import MaskedConv2d, masked_1x1
+from pixelcnn.models.masks import colour_groups, raster_mask
 from pixelcnn.models.registry import count_weights
 from tests.core.tiny import ARCHITECTURES, beginning, exactly, random_levels, tiny_model
 
@@ -313,6 +319,34 @@ def test_a_network_of_more_layers_than_its_file_has_tensors_is_not_even_counted(
     monkeypatch.delattr("pixelcnn.checkpoint.count_weights")
     with pytest.raises(ValueError, match=r"a network of these sizes has more than its 1,000 weights in 1 tensors"):
         load_checkpoint(folder)
+
+
+def test_layers_that_share_their_weights_are_loaded(tmp_path, monkeypatch):
+    """An architecture may use one block for all of its layers, which then has fewer tensors than layers."""
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+
+    @dataclass(frozen=True, kw_only=True)
+    class SharingConfig(ModelConfig):
+        num_layers: int
+
+    @registry.register("sharing", SharingConfig)
+    class Sharing(AutoregressiveModel):
+        def __init__(self, config):
+            super().__init__(config, in_maps=4)
+            self.first = MaskedConv2d(raster_mask("A", 3, torch.arange(1), colour_groups(4, 1)), right=1)
+            self.block = masked_1x1("B", colour_groups(4, 1), colour_groups(4, 1))
+
+        def features(self, x, label, context):
+            x = self.first(x)
+            for _ in range(self.config.num_layers):
+                x = x + self.block(torch.relu(x))
+            return x
+
+    config = SharingConfig(image_shape=SHAPE, num_levels=2, num_features=4, num_layers=30)
+    model = registry.build_model(config).eval()
+    save_checkpoint(tmp_path / "model", model, SCORES)
+    levels = random_levels(SHAPE, 2, num=4)
+    assert torch.equal(load_checkpoint(tmp_path / "model")[0](levels), model(levels))
 
 
 def test_a_constructor_that_looks_at_numbers_is_counted_by_none(monkeypatch):
