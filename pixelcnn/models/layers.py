@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.models.maps import NEVER_WAITS, Map, check_window
+from pixelcnn.models.maps import NEVER_WAITS, Map, check_window, is_of_drawing
 from pixelcnn.models.masks import centre_mask
 
 
@@ -63,7 +63,7 @@ class Convolution(Block):
             raise ValueError(f"{type(self).__name__} of {taps.shape[1]} channels got a map of {x.num_channels}.")
         if taps.shape[3] > 1:
             check_window(x)
-        if x.op == "context" and self.bias is not None:
+        if self.bias is not None and is_of_drawing(x):
             raise ValueError("no sampler follows from a bias on the map of a drawing: use context_projection.")
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right
         used = taps.any(dim=1).any(dim=0)  # (kh, kw)

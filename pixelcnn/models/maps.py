@@ -66,6 +66,16 @@ class Map:
         raise refusal(" with ".join([getattr(function, "__name__", str(function)), *changed]))
 
 
+def is_of_drawing(x: Map) -> bool:
+    """Return whether a map is made of that of a drawing alone, so that without a drawing there is none."""
+    if x.lead != NEVER_WAITS:  # it is of the image, too
+        return False
+    maps = [x]
+    for map_ in maps:  # those that it is made of follow
+        maps += [y for y in map_.inputs if y not in maps]
+    return all(map_.inputs or map_.op == "context" for map_ in maps)
+
+
 def check_window(x: Map) -> None:
     """Refuse windows of several columns on the map of a drawing: samplers keep it without zeros beside it."""
     while x.op == "shift":

@@ -386,8 +386,9 @@ def test_a_gate_of_halves_that_are_known_at_different_turns_is_refused() -> None
             "kernel of several columns",
         ),
         (lambda: Pointwise(4, 4), "bias"),  # it would be added where there is no drawing, too
+        (lambda: nn.Sequential(Pointwise(4, 4, bias=False), nn.ReLU(), Pointwise(4, 4)), "bias"),
     ],
-    ids=["a kernel", "a kernel on rows above", "attention", "a bias"],
+    ids=["a kernel", "a kernel on rows above", "attention", "a bias", "a bias of a second layer"],
 )
 def test_what_the_map_of_a_drawing_must_not_enter_by_is_refused(layer, what: str) -> None:
     class Entered(RandomNetwork):
