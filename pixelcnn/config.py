@@ -133,11 +133,11 @@ def check_odd(name: str, value: Any) -> None:
 
 def checked_config(config_class: type, values: dict[str, Any], where: str) -> Any:
     """Make a dataclass from a mapping; ValueError, begun with `where`, for a wrong or missing key, or a wrong value."""
-    known = fields(config_class)
+    known = {f.name: f.default is f.default_factory is MISSING for f in fields(config_class)}  # which must be given
     for key in values:
-        if key not in (names := {f.name for f in known}):
-            raise ValueError(f"{where}: unknown key {key!r}. Known: {', '.join(sorted(names))}.")
-    if missing := [f.name for f in known if f.name not in values and f.default is f.default_factory is MISSING]:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}. Known: {', '.join(sorted(known))}.")
+    if missing := [name for name, is_needed in known.items() if is_needed and name not in values]:
         raise ValueError(f"{where}: {', '.join(missing)} must be given, too.")
     try:
         return config_class(**values)
