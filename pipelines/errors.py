@@ -43,7 +43,7 @@ def tool_of(error: BaseException | None) -> str | None:
 
 def without_passwords(text: str) -> str:
     """Return a text in which addresses have no name and password any more: it is told, logged and kept."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+    return re.sub(r"(?<=://)([^/\s]*|[^:/@\s]*:[^@\s]*)@", "", text)  # a password may hold a slash
 
 
 def reason(error: BaseException) -> str:

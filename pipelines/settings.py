@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pipelines.errors import without_passwords
+
 ENVIRONMENTS_FILE = Path("environments.yaml")
 DEVELOPMENT = "development"  # what no file needs to describe: the variables, or this folder
 _NAME = "PIXELCNN_ENVIRONMENT"
@@ -31,7 +33,7 @@ class Environment(BaseModel):
 
 def _place(text: str) -> str:
     """Return where a registry, store or service is, the same for each way to write it."""
-    parts = urlsplit(re.sub("(?<=://)[^:/@]*(:[^@]*)?@", "", text.strip()))  # a password may hold anything
+    parts = urlsplit(without_passwords(text.strip()))
     if parts.scheme and not parts.scheme.startswith("sqlite"):
         host = parts.netloc.lower() or parts.query  # PostgreSQL's may stand there
         host = re.sub("^localhost(?=:|$)", "127.0.0.1", host)

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 import pixelcnn
+from pipelines.errors import without_passwords
 from pipelines.files import file_lock
 from pipelines.registry.provenance import prepared_file
 from pipelines.settings import Settings
@@ -70,7 +71,7 @@ def tracking_uri() -> str:
 def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
     uri = tracking_uri()
-    parts = urlsplit(re.sub("(?<=://)[^:/@]*:[^@]*@", "", uri))  # a password may hold a slash
+    parts = urlsplit(without_passwords(uri))
     return str(sqlite_file(uri) or one_spelling(f"{parts.netloc.rpartition('@')[2]}{parts.path}"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from pipelines import steps
-from pipelines.errors import one_line, run
+from pipelines.errors import one_line, run, without_passwords
 from pipelines.settings import Settings
 from tests import local
 from tests.pipelines.projects import ROOT
@@ -63,6 +63,15 @@ def test_a_password_in_an_address_is_not_told(
     )
     assert one_line(line)
     assert line.getMessage() == "failed: http://host/a"
+
+
+@pytest.mark.parametrize("who", ["bob@", "bob:hidden@", "bob:hid@den@", "bob:hid/den@", "bob:hid/d:en@"])
+def test_an_address_is_told_without_who_asks(who: str) -> None:
+    """A password of PostgreSQL's may hold a slash."""
+    text = "({0}host:5432/mlflow) failed: no such table, see https://mlflow.org/docs, or write to a@b.org"
+    assert without_passwords(text.format(f"postgresql://{who}")) == text.format("postgresql://")
+    path = "sqlite:////home/a@b/mlflow.db"
+    assert without_passwords(path) == path
 
 
 def test_no_other_module_reads_our_variables() -> None:
