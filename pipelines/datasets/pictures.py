@@ -72,10 +72,11 @@ def read_pictures(source: Source, use_labels: bool, left: Left) -> Iterator[Pict
     try:
         if source.kind == "folder":
             yield from _of_folder(path, use_labels, left)
+        elif source.kind == "arrays":
+            yield from _of_arrays(path)
         else:
-            if source.kind != "arrays":
-                list(_files(path))  # ValueError where a link leads out
-            yield from {"arrays": _of_arrays, "idx": _of_idx, "cifar": _of_cifar}[source.kind](path)
+            list(_files(path))  # ValueError where a link leads out
+            yield from (_of_idx if source.kind == "idx" else _of_cifar)(path)
     except OSError as error:
         raise ValueError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from None
 
@@ -211,7 +212,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 except OSError:
                     raise ValueError(f"{shown!r} is a link that leads nowhere or to itself: remove it.") from None
                 if os.path.commonpath([top, target]) != top:
-                    raise ValueError(f"{shown!r} is a link that leads out of {folder}: put the picture itself there.")
+                    raise ValueError(f"{shown!r} is a link that leads out of {folder}: put the file itself there.")
                 if os.path.isdir(target):
                     raise ValueError(f"{shown!r} is a link to a folder: put the folder itself there.")
         yield from (Path(where, name) for name in names if not name.startswith("."))
