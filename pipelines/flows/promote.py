@@ -75,7 +75,8 @@ def promote(
         if not dry_run:
             # A registry that was lost and begun anew goes on with the champion that is served.
             try:
-                registered = [] if registry.champion(dataset) else repair(dataset)
+                if not registry.champion(dataset):
+                    registered += repair(dataset)
             except ValueError:  # what is served is damaged, and the error says to promote another one
                 if version is None:
                     raise
