@@ -192,7 +192,7 @@ def test_pictures_of_which_no_champion_came_end_it_at_once(demo: Demo) -> None:
 """
     ready = "\n        self.send_response(200)\n        self.end_headers()\n"
     demo.stand_in("bentoml", SERVER.replace(ready, refusing))
-    said, _ = demo.start("own", NAME="glyphs").communicate(timeout=20)
+    said, _ = demo.start("own", NAME="glyphs").communicate(timeout=60)
     assert said == "error: there is nothing to draw with: no champion of glyphs is served.\n"
     assert marked_processes(demo.mark) == {}
 

@@ -150,7 +150,7 @@ def test_a_picture_that_takes_long_to_read_holds_up_nobody_else(client, monkeypa
 
     def read_slowly(*arguments, **options):
         begun.set()
-        assert go.wait(5)
+        assert go.wait(30)  # a loaded machine is no failure
         raise ValueError("image was slow")
 
     monkeypatch.setattr(images, "from_png", read_slowly)
@@ -158,7 +158,7 @@ def test_a_picture_that_takes_long_to_read_holds_up_nobody_else(client, monkeypa
     request |= {} if path == "/likelihood" else {"observed": OBSERVED}
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(client.post, path, json=request)
-        assert begun.wait(10)
+        assert begun.wait(30)
         assert client.post("/generate", json={"dataset": "grey"}).status_code == 200
         go.set()
         assert error_of(slow.result()) == "image was slow"
