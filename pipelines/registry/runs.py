@@ -72,17 +72,18 @@ def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
     uri = tracking_uri()
     parts = urlsplit(without_passwords(uri))
-    return str(sqlite_file(uri) or one_spelling(f"{parts.netloc.rpartition('@')[2]}{parts.path}"))
+    return str(sqlite_file(uri) or one_spelling(f"{parts.netloc}{parts.path}"))
 
 
 def one_spelling(place: str) -> str:
-    """Return a `location` as all write it: with the number of this machine, and no / at its end."""
-    return re.sub("^localhost(?=[:/]|$)", "127.0.0.1", place.rstrip("/"))
+    """Return a `location` as all write it: without a password, with the number of this machine, no / at its end."""
+    place = without_passwords(f"://{place}").removeprefix("://").rstrip("/")
+    return re.sub("^localhost(?=[:/]|$)", "127.0.0.1", place)
 
 
 def is_shared() -> bool:
     """Say whether the registry is a server whose address means the same on every machine."""
-    host = urlsplit(tracking_uri()).hostname
+    host = urlsplit(without_passwords(tracking_uri())).hostname
     return host is not None and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
