@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ Colour = Literal["binary", "grey", "rgb"]
 Fit = Literal["crop", "pad", "stretch"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Wishes:
     """What a person wants of a dataset; None is chosen after a look at the pictures."""
 
@@ -63,6 +63,7 @@ class Wishes:
     colour: Colour | None = None
     levels: int | None = None
     fit: Fit | None = None
+    _: KW_ONLY
     flips: bool = False
     labels: bool = True
     skip_broken: bool = False
@@ -185,8 +186,10 @@ def _few_levels(values: set[int]) -> int:
     return next(apart, MANY)
 
 
-def side_of(text: str) -> tuple[int, int]:
-    """Return (height, width) of `28`, or of `48x32`, which is width x height. ValueError for anything else."""
+def side_of(text: str | None) -> tuple[int, int] | None:
+    """Return (height, width) of `28`, or of `48x32`, which is width x height; None for none. ValueError for another."""
+    if not text:
+        return None
     numbers = text.lower().split("x")
     if len(numbers) > 2 or not all(n.isdecimal() and MIN_PICTURE <= int(n) <= MAX_SIDE for n in numbers):
         raise ValueError(f"a side is {MIN_PICTURE} to {MAX_SIDE} pixels, such as 28, or 48x32, got {text!r}.")
