@@ -15,7 +15,7 @@ from pixelcnn.training import TrainConfig
 
 PARAMS_FILE = "params.yaml"
 # MLflow's experiments that hold no trainings; those of a dataset lie in the one of its name.
-DECISIONS_EXPERIMENT, EVALUATIONS_EXPERIMENT = "promotions", "evaluations"
+EXPERIMENTS = DECISIONS_EXPERIMENT, EVALUATIONS_EXPERIMENT = "promotions", "evaluations"
 OWN_FILE = "own/params.yaml"  # datasets and pairs that somebody added: `python -m pipelines.steps add`
 QUICK_START = "mnist5k"  # its stages are in the root's dvc.yaml; full/ and own/ hold those of the other datasets
 

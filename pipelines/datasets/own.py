@@ -27,14 +27,7 @@ from pipelines.datasets.entry import MAX_SIDE, NAME, NAMES, OFFICIAL, DatasetPar
 from pipelines.datasets.pictures import FORMATS, MIN_PICTURE, Left, fixed_levels, load_pictures, read_pictures
 from pipelines.datasets.prepare import write
 from pipelines.files import atomic_write, file_lock, read_lock
-from pipelines.params import (
-    DECISIONS_EXPERIMENT,
-    EVALUATIONS_EXPERIMENT,
-    OWN_FILE,
-    PARAMS_FILE,
-    load_params,
-    repro_command,
-)
+from pipelines.params import EXPERIMENTS, OWN_FILE, PARAMS_FILE, load_params, repro_command
 from pixelcnn.data import BYTES_PROTOCOL, SPLITS, Dataset
 from pixelcnn.images import to_sheet
 
@@ -253,7 +246,7 @@ def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str
         params = load_params()
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a dataset: {NAMES}.")
-        if name in (DECISIONS_EXPERIMENT, EVALUATIONS_EXPERIMENT):
+        if name in EXPERIMENTS:
             raise ValueError(f"{name!r} is an experiment of MLflow's that holds no trainings: choose another name.")
         source = source_of(images)
         if keep and name in params.datasets and params.datasets[name].source == source:
