@@ -193,11 +193,8 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     values, own_path = _read(Path(path)), Path(path).parent / OWN_FILE
     own = _read(own_path) if own_path.exists() else {}
     # A section may be empty, as it is once its last entry was taken out.
-    if (
-        not isinstance(own, dict)
-        or set(own) - {"datasets", "pairs"}
-        or not all(isinstance(added, dict | None) for added in own.values())
-    ):
+    has_sections = isinstance(own, dict) and not set(own) - {"datasets", "pairs"}
+    if not (has_sections and all(isinstance(added, dict | None) for added in own.values())):
         raise ValueError(f"{OWN_FILE} must hold entries by name under `datasets` and `pairs`, and nothing else.")
     for section, added in own.items():
         known = values.get(section) if isinstance(values, dict) else None
