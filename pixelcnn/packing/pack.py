@@ -17,7 +17,7 @@ from torch import Tensor
 from pixelcnn.checkpoint import load_with_hash
 from pixelcnn.packing.coder import ENGINE, Coder, OnImages
 from pixelcnn.packing.container import MAX_BLOCK_IMAGES, Block, DamagedError, Header, Reader, block_bytes
-from pixelcnn.packing.pictures import Unpacked, check_absent, load_labels, number_name, open_images
+from pixelcnn.packing.pictures import OnProgress, Unpacked, check_absent, load_labels, number_name, open_images
 
 BATCH_IMAGES = 16  # more of them cost less per image for the coder, and more for the sampler's memory
 # A block is decoded as a whole; its 12 bytes, and 4 that a code ends with, should not count.
@@ -25,7 +25,6 @@ BLOCK_BYTES = 24 * 1024
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-OnProgress = Callable[[int, int], None]  # images done, and of how many
 
 
 @dataclass(frozen=True, kw_only=True)

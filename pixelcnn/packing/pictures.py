@@ -20,18 +20,13 @@ from pixelcnn.data import SPLITS, Dataset, generator_for, load_dataset
 from pixelcnn.images import from_png, to_png
 from pixelcnn.packing.container import is_plain, is_text
 
+OnProgress = Callable[[int, int], None]  # called with how many images are done, and of how many
+
 LABELS_FILE = "labels.npy"
 # What NumPy raises of a file that is damaged, or none.
 DAMAGED = (
-    ValueError,
-    TypeError,
-    OverflowError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    TokenError,
-    BadZipFile,
-    zlib.error,
+    *(ValueError, TypeError, OverflowError, SyntaxError, EOFError, RuntimeError),
+    *(TokenError, BadZipFile, zlib.error),
 )
 
 
@@ -118,7 +113,6 @@ def load_labels(path: Path, split: str, num_images: int, config: ModelConfig) ->
 
 
 def _split_of(path: Path, split: str) -> Dataset:
-    """Return a prepared dataset that has this split."""
     if split not in SPLITS:
         raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}.")
     return load_dataset(path)

@@ -5,7 +5,6 @@ general codec says how complex a picture is; but its bytes are set against the m
 pictures at hand, for a codec has costs of its own, such as a header (docs/ranking.md compares).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pixelcnn.config import ModelConfig
 from pixelcnn.evaluation import SCORED_BATCH
 from pixelcnn.images import to_png
 from pixelcnn.likelihood import log_prob
-from pixelcnn.packing.pictures import open_images
+from pixelcnn.packing.pictures import OnProgress, open_images
 
 FIT_STEPS = 50
 NUM_SHOWN = 16  # of each end of a ranking
@@ -58,11 +57,7 @@ def beyond_complexity(nats: Tensor, png_bytes: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def rank(
-    checkpoint: Path,
-    images: Path,
-    *,
-    split: str = "test",
-    on_progress: Callable[[int, int], None] = lambda done, num: None,
+    checkpoint: Path, images: Path, *, split: str = "test", on_progress: OnProgress = lambda done, num: None
 ) -> Ranking:
     """Rank pictures by how strange a model finds them.
 
