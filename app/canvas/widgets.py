@@ -71,15 +71,10 @@ def choose_label(names: list[str], text: str) -> int | None:
     if state.setdefault("label_of", names) != names:  # the index kept, or linked to, would be another label's
         state.label_of, state.label = names, -1
         state.pop("linked_label", None)
-    offered = [-1, *range(len(names))]
-    label: int = st.selectbox(
-        text,
-        offered,
-        offered.index(linked_default("label", offered, -1)),
-        format_func=lambda index: say("anything") if index < 0 else say_label(names[index]),
-        key="label",
-        persist_state="session",
-    )
+    shown = {-1: say("anything")} | {i: say_label(name) for i, name in enumerate(names)}
+    offered = list(shown)
+    first = offered.index(linked_default("label", offered, -1))
+    label: int = st.selectbox(text, offered, first, format_func=shown.__getitem__, key="label", persist_state="session")
     return None if label < 0 else label
 
 
@@ -208,12 +203,5 @@ def companion(query: str, drawing: str = "") -> None:
         css=(HERE / "companion.css").read_text(),
         js=(HERE / "companion.js").read_text(),
     )
-    component(
-        key="companion",
-        data={
-            "query": query,
-            "drawing": drawing,
-            "copied": say("copied"),
-            "token": st.session_state.get("admitted", ""),
-        },
-    )
+    admitted = st.session_state.get("admitted", "")
+    component(key="companion", data={"query": query, "drawing": drawing, "copied": say("copied"), "token": admitted})
