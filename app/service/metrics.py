@@ -35,10 +35,7 @@ class Metrics:
             "pixelcnn_left_requests", "Requests left, or out of time, before the answer.", ["endpoint", "dataset"]
         )
         self.seconds = histogram(
-            "pixelcnn_request_seconds",
-            "From a checked request to its answer, wait too.",
-            "endpoint dataset",
-            SECONDS,
+            "pixelcnn_request_seconds", "From a checked request to its answer, wait too.", "endpoint dataset", SECONDS
         )
         self.waiting = gauge("pixelcnn_waiting_requests", "Requests that wait for a call.")
         self.batch_requests = histogram("pixelcnn_batch_requests", "Requests that shared a call.", "lane", COUNTS)

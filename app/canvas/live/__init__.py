@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 from pydantic import BaseModel, ValidationError
@@ -46,18 +47,10 @@ def live_path() -> str:
 def live_endings(visit: Visit, settings: Settings, last: Endings | None, is_on: bool) -> None:
     """Show the endings that come without the page, in place of `last`, the page's, as long as they are newer."""
     component = st.components.v2.component("live_endings", js=(HERE / "live.js").read_text(), isolate_styles=False)
-    component(
-        key="live_endings",
-        data={
-            "url": live_path(),
-            "visit": visit.name,
-            "settings": repr((settings.query, settings.seed, settings.coloured, visit.order)),
-            "drawing": last.drawing if last else "",
-            "pending": visit.pending,
-            "on": is_on,
-        },
-        on_came_change=lambda: None,
-    )
+    data: dict[str, Any] = {"url": live_path(), "visit": visit.name, "pending": visit.pending, "on": is_on}
+    data["settings"] = repr((settings.query, settings.seed, settings.coloured, visit.order))
+    data["drawing"] = last.drawing if last else ""
+    component(key="live_endings", data=data, on_came_change=lambda: None)
 
 
 async def answer_live(request: HttpRequest) -> Response:
@@ -87,9 +80,7 @@ async def answer_live(request: HttpRequest) -> Response:
     visit.asked = asked.request
     SPOKEN.set(visit.language)
     return StreamingResponse(
-        _events(visit, settings, asked),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store"},
+        _events(visit, settings, asked), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
     )
 
 
