@@ -146,17 +146,13 @@ def beside(environment: dict[str, str], status: Path, steps: list[list[str]]) ->
     """
     LOG.parent.mkdir(exist_ok=True)
     said: dict[str, str] = {}
+    unbuffered = {**environment, "PYTHONUNBUFFERED": "1"}
     line = b""
     LOG.write_bytes(b"")
     with LOG.open("ab", buffering=0) as output, LOG.open("rb") as log:
         for step in steps:
-            process = start(
-                step,
-                {**environment, "PYTHONUNBUFFERED": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: os.nice(19),  # from the first moment on, and so for all that it starts
-            )
+            # Nice from the first moment on, and so for all that it starts.
+            process = start(step, unbuffered, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(19))
             # Where Linux shares processors between sessions first. The process does not do it itself before it begins:
             # this program would wait for it as long as others are busy.
             with contextlib.suppress(OSError):
