@@ -125,16 +125,9 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None, first:
         if first is None:
             return done
         became = f"it is version {first.version} and" if scored else f"version {first.version} is"
-        report: Report = {
-            "dataset": dataset,
-            "decision": RELEASED,
-            "reason": cause,
-            "text": f"{dataset}: {cause}; {became} champion now{scored}.",
-            "new": first.version,
-            "old": None,
-            "candidate": first.lineage(),
-            "data_hash": first.tags["data_hash"],
-        }
+        report: Report = {"dataset": dataset, "decision": RELEASED, "reason": cause, "new": first.version, "old": None}
+        report |= {"candidate": first.lineage(), "data_hash": first.tags["data_hash"]}
+        report["text"] = f"{dataset}: {cause}; {became} champion now{scored}."
         with decisions.decision_run(dataset, "release", why) as run_id:
             record_and_carry_out(run_id, report)
         return [*done, report["text"]]
