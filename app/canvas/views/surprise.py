@@ -125,10 +125,8 @@ def map_html(surprise: np.ndarray) -> str:
         f'<i style="background: rgb{tuple(colour)}" data-p="{100 * np.exp(-nats):.3g} %"></i>'
         for colour, nats in zip(heat_pixels(surprise).reshape(-1, 3).tolist(), surprise.ravel(), strict=True)
     ]
-    label = html.escape(say("heat_map"))
-    return (
-        f'<div class="map" role="img" aria-label="{label}" style="--width: {surprise.shape[1]}">{"".join(cells)}</div>'
-    )
+    label, width = html.escape(say("heat_map")), surprise.shape[1]
+    return f'<div class="map" role="img" aria-label="{label}" style="--width: {width}">{"".join(cells)}</div>'
 
 
 def labels_html(names: list[str], log_probs: list[float], most: int = 1000) -> str:
