@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.models.base import OTHER_NETWORKS, AutoregressiveModel
+from pixelcnn.models.base import OTHER_NETWORKS, AutoregressiveModel, joint_parameters
 from pixelcnn.models.layers import shift_down
 from pixelcnn.sampling import cached
 from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas, sample_by_network
@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 MAX_BATCH_IMAGES = 4  # that a thread samples as one batch
 _NOT_IN_ENGINE = {*OTHER_NETWORKS, "context_network"}  # parts of a model whose weights its engine does not have
 
-_engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine]]" = weakref.WeakKeyDictionary()
+# Of each model what its weights were told by, the engine, and the memory of those weights: no others can lie there.
+_engines: "weakref.WeakKeyDictionary[AutoregressiveModel, tuple[Any, Engine, Any]]" = weakref.WeakKeyDictionary()
 _num_threads: int | None = None  # of the sampler; None: as many as torch has
 _compiling: threading.Thread | None = None  # compiles the sampler in the background
 
@@ -82,7 +83,8 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
             left_out = _NOT_IN_ENGINE if module is model else ()
             modules += [x for name, x in module._modules.items() if x is not None and name not in left_out]
     if model not in _engines or _engines[model][0] != key:
-        _engines[model] = key, build_engine(model)
+        memory = [x.untyped_storage() for x in (*joint_parameters(model), *model.buffers())]
+        _engines[model] = key, build_engine(model), memory
     return _engines[model][1]
 
 

@@ -1,10 +1,12 @@
 """The compiled cached sampler is the naive one: the same levels, the same logits, only sooner."""
 
+import gc
 import itertools
 import logging
 import os
 import sys
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -269,6 +271,22 @@ def test_changed_weights_are_noticed() -> None:
     seen.append(sample(model, u))
     assert torch.equal(seen[-1], naive_sample(model, u))
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
+
+
+def test_no_other_weights_come_to_lie_where_those_of_the_engine_lay() -> None:
+    """They would pass for them, as after `load_state_dict(..., assign=True)`, twice between two samples."""
+    model, u = tiny()
+    values = np.array([9.0, 0.0, 0.0])
+    memory = weakref.ref(values)
+    model.logits.bias = torch.nn.Parameter(torch.from_numpy(values))
+    del values
+    sample(model, u)
+    model.logits.bias = torch.nn.Parameter(torch.zeros_like(model.logits.bias))
+    gc.collect()
+    assert memory() is not None
+    sample(model, u)
+    gc.collect()
+    assert memory() is None, "nor is it kept for longer"
 
 
 @pytest.mark.parametrize("config", [*configs()[::3], *WIDE], ids=name)
