@@ -63,7 +63,7 @@ def read_by(path: str) -> set[Path]:
 WITHOUT_EFFECT = {
     "fetch": (
         *("pipelines/params.py", "pipelines/datasets/checks.py", "pipelines/datasets/entry.py", "pipelines/files.py"),
-        *("pipelines/settings.py", "pixelcnn/"),
+        *("pipelines/errors.py", "pipelines/settings.py", "pixelcnn/"),
     ),
     "prepare": (
         *("pipelines/params.py", "pipelines/datasets/checks.py", "pipelines/errors.py", "pipelines/files.py"),
