@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SCORES_FILE = "scores.json"
 CARD_FILE = "README.md"
+OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE, CARD_FILE}  # of a checkpoint
 # Where released weights lie: in an installed package, and beside the code in a clone.
 _RELEASED = (Path(__file__).with_name("weights"), Path(__file__).parents[1] / "weights")
 MAX_READS = 10  # of a checkpoint that is replaced each time while it is read
@@ -47,8 +48,7 @@ def check_replaceable(folder: str | Path) -> None:
     if not folder.exists():
         return
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["other things"]
-    own = {CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE, CARD_FILE}
-    foreign = [name for name in names if name not in own and not name.endswith(_BESIDE)]
+    foreign = [name for name in names if name not in OWN_FILES and not name.endswith(_BESIDE)]
     try:
         is_ours = "weights_sha256" in json.loads((folder / CONFIG_FILE).read_text())
     except (OSError, ValueError, TypeError):

@@ -27,7 +27,7 @@ from pipelines.errors import without_passwords
 from pipelines.files import file_lock
 from pipelines.registry.provenance import prepared_file
 from pipelines.settings import Settings
-from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE
+from pixelcnn.checkpoint import CONFIG_FILE, OWN_FILES, SCORES_FILE
 from pixelcnn.evaluation import format_nll
 
 # Read when mlflow is imported: no usage reports, and no progress bars in the flow's log.
@@ -296,8 +296,8 @@ def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
     levels = np.zeros((1, *config["image_shape"]), dtype=np.int64)
     with tempfile.TemporaryDirectory() as temporary:
         # MLflow keeps the folder's own name, which differs from run to run; readers want to know it.
-        checkpoint, own = Path(temporary) / CHECKPOINT_NAME, {CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE, CARD_FILE}
-        shutil.copytree(folder, checkpoint, ignore=lambda _, names: {*names} - own)
+        checkpoint = Path(temporary) / CHECKPOINT_NAME
+        shutil.copytree(folder, checkpoint, ignore=lambda _, names: {*names} - OWN_FILES)
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("logged_model.py")),

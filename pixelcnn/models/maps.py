@@ -66,14 +66,20 @@ class Map:
         raise refusal(" with ".join([getattr(function, "__name__", str(function)), *changed]))
 
 
+def made_of(x: Map) -> list[Map]:
+    """Return a map and all those that it is made of, each once."""
+    maps, seen = [x], {x}
+    for map_ in maps:  # those that it is made of follow
+        maps += [y for y in dict.fromkeys(map_.inputs) if y not in seen]
+        seen.update(map_.inputs)
+    return maps
+
+
 def is_of_drawing(x: Map) -> bool:
     """Return whether a map is made of that of a drawing alone, so that without a drawing there is none."""
     if x.lead != NEVER_WAITS:  # it is of the image, too
         return False
-    maps = [x]
-    for map_ in maps:  # those that it is made of follow
-        maps += [y for y in map_.inputs if y not in maps]
-    return all(map_.inputs or map_.op == "context" for map_ in maps)
+    return all(map_.inputs or map_.op == "context" for map_ in made_of(x))
 
 
 def check_window(x: Map) -> None:

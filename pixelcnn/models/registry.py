@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from pixelcnn.config import ModelConfig, checked_config
 from pixelcnn.models.layers import LabelNetwork
-from pixelcnn.models.maps import Map
+from pixelcnn.models.maps import made_of
 
 if TYPE_CHECKING:
     from pixelcnn.models.base import AutoregressiveModel
@@ -96,15 +96,13 @@ def build_model(config: ModelConfig) -> "AutoregressiveModel":
     """
     model = _assembled(config)
     for network in filter(None, (model, model.completer)):
-        parts, maps, seen = set(network.modules()), [network.described()], set[Map]()
-        for map_ in maps:  # those that it is made of follow
+        parts = set(network.modules())
+        for map_ in made_of(network.described()):
             if isinstance(map_.block, nn.Module) and map_.block not in parts:
                 raise ValueError(
                     f"{type(network).__name__} uses a {type(map_.block).__name__} that is no part of it, and would be "
                     "neither trained nor saved: keep it as an attribute or in an nn.ModuleList, not in a list."
                 )
-            maps += [x for x in map_.inputs if x not in seen]
-            seen.update(map_.inputs)
     return model
 
 

@@ -30,10 +30,12 @@ def surprise_page(visit: Visit) -> None:
         strength, trouble = upload_picture(say("own_picture"), visit, dataset)
         label = choose_label(model.labels, say("told"))
         drawing = visit.drawing(shape)
-        is_own = strength is None and not trouble and bool(drawing.mark.any())
-        # The grid is on another page: after a reload the address alone knows what was drawn.
-        link = {"dataset": dataset, "label": -1 if label is None else label, "d": encode_drawing(drawing)}
-        companion(urlencode(link) if is_own else "")  # always there, for the upload
+        query = ""
+        if strength is None and not trouble and drawing.mark.any():
+            # The grid is on another page: after a reload the address alone knows what was drawn.
+            link = {"dataset": dataset, "label": -1 if label is None else label, "d": encode_drawing(drawing)}
+            query = urlencode(link)
+        companion(query)  # always there, for the upload
     if trouble:
         right.warning(trouble)
         return
