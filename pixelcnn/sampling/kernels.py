@@ -363,22 +363,11 @@ def _to_sigmoids(values, num):
 
 
 @_inlined
-def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
-    """Find the components' means, inverse scales and weights for colour c, the pixel's earlier ones being known.
-
-    p: as outputs.LogisticMixture has them. The first rows of scratch hold what is found, which the next colour goes on
-    with, after `_prob_of_mixture`.
-    """
-    means, inverses, weights, terms = scratch[0], scratch[1], scratch[2], scratch[3]
+def _place_components(p, c, levels, scratch, num_mixtures, num_levels):
+    """Find the components' means and inverse scales for colour c, the pixel's earlier ones being known."""
+    means, inverses, terms = scratch[0], scratch[1], scratch[3]
     num_colours = levels.size
-    if c == 0:
-        total, _ = _exponentials(p, weights, num_mixtures, 1.0)
-    else:
-        for i in range(num_mixtures):
-            weights[i] = terms[i]
-        total = _sum(weights, num_mixtures)
     for i in range(num_mixtures):
-        weights[i] /= total
         means[i] = p[(1 + c) * num_mixtures + i]
         inverses[i] = _exp64(max(-max(np.float64(p[(1 + num_colours + c) * num_mixtures + i]), MIN_LOG_SCALE), -1400.0))
     for before in range(c):
@@ -388,6 +377,25 @@ def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
         _to_sigmoids(terms, num_mixtures)
         for i in range(num_mixtures):
             means[i] += (2.0 * terms[i] - 1.0) * (levels[before] * (2.0 / (num_levels - 1)) - 1.0)
+
+
+@_inlined
+def _weigh_components(p, c, levels, scratch, num_mixtures, num_levels):
+    """Find what `_place_components` does, and the components' weights.
+
+    p: as outputs.LogisticMixture has them. The first rows of scratch hold what is found, which the next colour goes on
+    with, after `_prob_of_mixture` or `_log_prob_of_far_level`.
+    """
+    weights, terms = scratch[2], scratch[3]
+    if c == 0:
+        total, _ = _exponentials(p, weights, num_mixtures, 1.0)
+    else:
+        for i in range(num_mixtures):
+            weights[i] = terms[i]
+        total = _sum(weights, num_mixtures)
+    for i in range(num_mixtures):
+        weights[i] /= total
+    _place_components(p, c, levels, scratch, num_mixtures, num_levels)
 
 
 @_inlined
@@ -410,6 +418,56 @@ def _prob_of_mixture(scratch, level, num_mixtures, num_levels):
 
 
 @_inlined
+def _log_sigmoid(x):
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+
+
+@_inlined
+def _log_of_sum(logs, num):
+    most, total = _largest(logs, num), 0.0
+    for i in range(num):
+        total += math.exp(logs[i] - most)
+    return most + math.log(total)
+
+
+@_compiled
+def _log_prob_of_far_level(p, c, levels, level, scratch, num_mixtures, num_levels):
+    """The log-probability of a level that is too far from all components for `_prob_of_mixture`: by logs, so slower.
+
+    The components' weights are found anew too: those that an earlier colour is far from may be too small for a product.
+    """
+    means, inverses, terms = scratch[0], scratch[1], scratch[3]
+    logs, before = scratch[2, num_mixtures:], 0.0
+    for i in range(num_mixtures):
+        logs[i] = p[i]
+    for colour in range(c + 1):
+        before = _log_of_sum(logs, num_mixtures)
+        _place_components(p, colour, levels, scratch, num_mixtures, num_levels)
+        this = level if colour == c else levels[colour]
+        x = this * (2.0 / (num_levels - 1)) - 1.0
+        for i in range(num_mixtures):
+            half, centre = inverses[i] / (num_levels - 1), (x - means[i]) * inverses[i]
+            if this < num_levels - 1:
+                logs[i] += _log_sigmoid(centre + half)
+            if this > 0:
+                logs[i] += _log_sigmoid(half - centre)
+            if 0 < this < num_levels - 1:
+                logs[i] += math.log(-math.expm1(-2.0 * half))
+    after = _log_of_sum(logs, num_mixtures)
+    for i in range(num_mixtures):
+        terms[i] = math.exp(logs[i] - after)
+    return after - before
+
+
+@_inlined
+def _log_prob_of_mixture(p, c, levels, level, scratch, num_mixtures, num_levels):
+    prob = _prob_of_mixture(scratch, level, num_mixtures, num_levels)
+    if prob > 1e-60:  # far above what one component has at least there
+        return math.log(prob)
+    return _log_prob_of_far_level(p, c, levels, level, scratch, num_mixtures, num_levels)
+
+
+@_inlined
 def _reached_by_mixture(scratch, start, step, num, num_mixtures, num_levels):
     """Return the cumulative probabilities of levels start, start + step, ..., at their upper edges: `num` of them."""
     means, inverses, weights, edges, sums = scratch[0], scratch[1], scratch[2], scratch[4], scratch[5]
@@ -427,7 +485,7 @@ def _reached_by_mixture(scratch, start, step, num, num_mixtures, num_levels):
 
 
 @_compiled
-def _draw_from_mixture(scratch, num_mixtures, num_levels, u, temperature):
+def _draw_from_mixture(p, c, levels, scratch, num_mixtures, num_levels, u, temperature):
     """Return the level that is drawn from what `_weigh_components` found, and its nats at temperature 1.
 
     At temperature 1 the cumulative distribution is looked at for SPLITS levels at a time, which are then a step apart;
@@ -436,7 +494,7 @@ def _draw_from_mixture(scratch, num_mixtures, num_levels, u, temperature):
     level, step = int(u) - 1, 1  # to be scored, as in `_draw`
     if temperature != 1:
         for k in range(num_levels):
-            scratch[4, k] = math.log(_prob_of_mixture(scratch, k, num_mixtures, num_levels))
+            scratch[4, k] = _log_prob_of_mixture(p, c, levels, k, scratch, num_mixtures, num_levels)
         level, _ = _draw(scratch[4], scratch[5], num_levels, u, temperature)
     elif u < 1:  # the smallest whose cumulative probability exceeds u lies in level..level + step - 1
         level, step = 0, num_levels
@@ -448,7 +506,7 @@ def _draw_from_mixture(scratch, num_mixtures, num_levels, u, temperature):
             k += 1
         level += k * step
     level = min(level, num_levels - 1)
-    return level, -math.log(_prob_of_mixture(scratch, level, num_mixtures, num_levels))
+    return level, -_log_prob_of_mixture(p, c, levels, level, scratch, num_mixtures, num_levels)
 
 
 @_compiled
@@ -647,15 +705,18 @@ def _rows(program, s, scratch, work, index, holes, temperature, y0, y1):
                     for c in range(step.colour, levels.shape[1] if num_mixtures else step.colour + 1):
                         for g in range(num_images):
                             i, own, found = index[g], s[of + g * size : of + g * size + n], scratch[g]
+                            colours = levels[i, :, y, x]
                             if num_mixtures and missing[i, y, x]:
-                                _weigh_components(own, c, levels[i, :, y, x], found, num_mixtures, num_levels)
+                                _weigh_components(own, c, colours, found, num_mixtures, num_levels)
                             if work.coder:
                                 _level_probs(own, found, num_mixtures, num_levels, work.probs[i])
                                 work.coded[i] = levels[i, c, y, x]
                             elif missing[i, y, x]:
                                 u = work.u[i, c, y, x]
                                 if num_mixtures:
-                                    level, cost = _draw_from_mixture(found, num_mixtures, num_levels, u, temperature)
+                                    level, cost = _draw_from_mixture(
+                                        own, c, colours, found, num_mixtures, num_levels, u, temperature
+                                    )
                                 else:
                                     level, cost = _draw(own, found[0], num_levels, u, temperature)
                                 levels[i, c, y, x] = level

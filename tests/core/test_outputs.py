@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixelcnn import bits_per_dim, build_model, complete, level_probs, log_prob, naive_sample, pixel_log_prob, sample
-from pixelcnn.completion import complete_and_score, completion_log_prob
+from pixelcnn.completion import complete_and_score, completion_log_prob, score_completions
 from pixelcnn.likelihood import count_leaks
 from pixelcnn.sampling.cached import cached_sample
 from tests.core.tiny import ARCHITECTURES, all_images, random_levels, sample_and_score, tiny_config
@@ -81,6 +81,19 @@ def test_components_narrower_and_wider_than_the_levels():
     levels, score = sample_and_score(model, u)
     torch.testing.assert_close(score(), log_prob(model, levels).detach(), rtol=0, atol=1e-9)
     torch.testing.assert_close(level_probs(model, levels).sum(dim=1), torch.ones(3, 3, 3, 4, dtype=torch.float64))
+
+
+def test_levels_far_from_all_components_have_their_own_probability():
+    """Their logs, down to thousands below zero, count at high temperatures and where such levels are scored."""
+    model = mixture_model("gated_pixelcnn", (3, 2, 3), 17)
+    with torch.no_grad():
+        model.logits.bias[3:12], model.logits.bias[12:21] = torch.linspace(1.5, 3.0, 9), -7.0
+    u = torch.rand(4, 3, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(sample(model, u, temperature=100.0), naive_sample(model, u, temperature=100.0))
+    levels, nothing = random_levels((3, 2, 3), 17, num=4), torch.zeros(4, 1, 2, 3, dtype=torch.bool)
+    expected = log_prob(model, levels).detach()
+    assert expected.max() < -10_000
+    torch.testing.assert_close(score_completions(model, levels, nothing), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
