@@ -112,7 +112,7 @@ def score_completions(
     """
     if engine_name(model) != "cached, compiled":
         return completion_log_prob(model, levels, observed, label).double()
-    check_observed(levels, observed, model.config)
+    check_observed(levels, observed, model.config, "levels")
     check_levels(levels, model.config)
     label = torch.full((len(levels),), -1) if label is None else label
     check_label(label, len(levels), model.config)

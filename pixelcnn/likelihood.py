@@ -105,7 +105,7 @@ def completion_log_prob(
     Raises:
         ValueError: a shape, dtype or range differs from the above.
     """
-    check_observed(levels, observed, model.config)
+    check_observed(levels, observed, model.config, "levels")
 
     def given(levels: Tensor, observed: Tensor, label: Tensor | None) -> Tensor:
         seen = (levels, observed) if model.config.context_features else (None, None)
