@@ -38,8 +38,15 @@ MIN_LABEL_PROB = 0.05
 ADDED_SHARES = (0.73, 0.25)
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Raise ValueError unless a value, called by `name`, is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}: torch.as_tensor makes one of an array.")
+
+
 def check_levels(levels: Tensor, config: ModelConfig, name: str = "levels") -> None:
     """Raise ValueError unless `levels` is (B, C, H, W) int64 in [0, K) for this config."""
+    check_tensor(name, levels)
     if levels.dim() != 4 or tuple(levels.shape[1:]) != config.image_shape:
         expected = ", ".join(map(str, config.image_shape))
         raise ValueError(f"{name} must have shape (B, {expected}), got {tuple(levels.shape)}.")
@@ -64,6 +71,8 @@ def check_label(label: Tensor, batch_size: int, config: ModelConfig) -> None:
 
 def check_observed(image: Tensor, observed: Tensor, config: ModelConfig, name: str = "image") -> None:
     """Raise ValueError unless `observed` is (B, 1, H, W) bool and the observed pixels of `image` are levels."""
+    check_tensor(name, image)
+    check_tensor("observed", observed)
     expected = (len(image), 1, *config.image_shape[1:])
     if observed.dtype != torch.bool or tuple(observed.shape) != expected:
         raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelcnn.models.base import AutoregressiveModel, check_label, check_observed
+from pixelcnn.models.base import AutoregressiveModel, check_label, check_observed, check_tensor
 from pixelcnn.models.outputs import draw_level
 
 # Called with a row's index and its levels, (B, C, W) int64, once the row is finished in every image.
@@ -54,6 +54,7 @@ def new_canvas(
     config, device = model.config, model.head.weight.device
     if device.type == "mps":
         raise ValueError("mps has no float64, in which levels are drawn: move the model to the CPU.")
+    check_tensor("u", u)
     if u.device != device:
         raise ValueError(f"u must be on the model's device, {device}, got {u.device}.")
     if u.dim() != 4 or tuple(u.shape[1:]) != config.image_shape:

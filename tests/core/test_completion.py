@@ -142,6 +142,8 @@ def test_every_image_has_its_own_mask():
 
 IMAGE, OBSERVED = torch.zeros(2, *SHAPE, dtype=torch.int64), torch.ones(2, 1, 2, 3, dtype=torch.bool)
 BAD = [
+    ({"image": IMAGE.numpy()}, "image must be a tensor, got ndarray: torch.as_tensor makes one of an array."),
+    ({"observed": OBSERVED.tolist()}, "observed must be a tensor, got list: torch.as_tensor makes one of an array."),
     (
         {"observed": OBSERVED[:, 0]},
         "observed must be bool of shape (2, 1, 2, 3), True where a pixel is known, got torch.bool of shape (2, 2, 3).",

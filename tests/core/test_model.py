@@ -111,6 +111,7 @@ def test_logits_come_in_the_dtype_of_the_weights(architecture):
 
 
 BAD_INPUT = [
+    ({"levels": [[[[0, 0]]]]}, "levels must be a tensor, got list: torch.as_tensor makes one of an array."),
     ({"levels": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"levels must have shape (B, 1, 2, 3), got (1, 2, 3)."),
     ({"levels": torch.zeros(1, 1, 3, 2, dtype=torch.int64)}, r"levels must have shape (B, 1, 2, 3), got (1, 1, 3, 2)."),
     ({"levels": torch.zeros(1, 1, 2, 3)}, "levels must be int64 levels 0..2, got dtype torch.float32."),

@@ -138,6 +138,7 @@ GOOD = torch.full((2, 1, 2, 3), 0.5)
 IMAGE = torch.zeros(2, 1, 2, 3, dtype=torch.int64)
 OBSERVED = torch.ones(2, 1, 2, 3, dtype=torch.bool)
 BAD = [
+    ({"u": GOOD.numpy()}, "u must be a tensor, got ndarray: torch.as_tensor makes one of an array."),
     ({"u": GOOD[0]}, "u must have shape (B, 1, 2, 3), got (1, 2, 3)."),
     ({"u": GOOD.transpose(2, 3)}, "u must have shape (B, 1, 2, 3), got (2, 1, 3, 2)."),
     ({"u": GOOD.to("meta")}, "u must be on the model's device, cpu, got meta."),
