@@ -58,10 +58,11 @@ test-slow: export PIXELCNN_TEST_SWAPS ?= 20
 test-slow: install ## what is repeated, as often as docs/reliability.md wants: hours of kills, requests and load
 	python -m pytest -s -m repeated
 
-check: install ## format, lint, types
+check: install ## format, lint, types, architecture
 	ruff format --check .
 	ruff check .
 	mypy
+	python -m pytest -q tests/test_architecture.py
 
 # Its tools live apart, so that the bill of materials names what the project needs and nothing else.
 audit: install ## known faults of the dependencies, and a bill of materials: reports/audit/sbom.json

@@ -67,6 +67,10 @@ def test_an_installation_that_was_interrupted_begins_anew(tmp_path: Path) -> Non
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "-m venv --clear --upgrade-deps .venv"
 
 
+def test_make_check_asks_for_the_architecture_too() -> None:
+    assert "tests/test_architecture.py" in run(["make", "-n", "check"], cwd=ROOT).stdout
+
+
 def test_the_bento_takes_what_the_service_does() -> None:
     """And pins what the bits depend on at the build: tests/service/test_bento.py."""
     packages = yaml.safe_load((ROOT / "bentofile.yaml").read_text())["python"]["packages"]
