@@ -106,7 +106,7 @@ def find_ink(data: bytes, shape: tuple[int, int], layout: Layout) -> np.ndarray:
     found = beyond > threshold
     if min(found.shape) >= WORK_SIDE // 4:  # single pixels are grain
         found = np.asarray(Image.fromarray(found).convert("L").filter(ImageFilter.MedianFilter(3))) > 0
-    if not found.any() or beyond[found].mean() - beyond[~found].mean() < LEAST_CONTRAST:
+    if found.all() or not found.any() or beyond[found].mean() - beyond[~found].mean() < LEAST_CONTRAST:
         raise ValueError(say("picture_no_ink"))
     box = _box(found)
     strength = np.where(found, beyond, 0)[box]

@@ -164,9 +164,9 @@ def test_the_layout_is_measured() -> None:
         (b"no picture", "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (saved(photo(200, 200)), "No ink was found in this picture. Take it nearer, on plain paper."),
-        (
-            saved(PIL.Image.new("L", (300, 200), 255)),
-            "No ink was found in this picture. Take it nearer, on plain paper.",
+        *(
+            (saved(PIL.Image.new("L", size, 255)), "No ink was found in this picture. Take it nearer, on plain paper.")
+            for size in ((300, 200), (1, 1))
         ),
     ],
 )
