@@ -2,7 +2,8 @@
 
 This is its one place that imports private modules of BentoML. Usage reports are off unless BENTOML_DO_NOT_TRACK asks
 for them; but `bentoml serve` has cached that variable before it imports this. The counts for /metrics are kept in one
-folder per model store, which each start empties; here each `bentoml serve` has its own folder, and takes it away.
+folder per model store, which each start empties; here each `bentoml serve` has its own folder, and takes it away. It
+is one in memory, unless TMPDIR says where: on a full disk a worker that counts something new is killed (SIGBUS).
 BentoML's own are off: each path that a client sends, be it without the token, would be a time series of theirs.
 """
 
@@ -22,7 +23,8 @@ usage_stats.do_not_track.cache_clear()
 
 _folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # given by a person, or to a worker by its server
 if not _folder:
-    _counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-")  # until this process ends
+    _memory = None if os.environ.get("TMPDIR") or not os.access("/dev/shm", os.W_OK) else "/dev/shm"
+    _counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-", dir=_memory)  # until this process ends
     _folder = _counts.name
 BentoMLContainer.prometheus_multiproc_dir.set(_folder)
 RunnerTrafficMetricsMiddleware.__call__ = lambda self, *message: self.app(*message)  # type: ignore[method-assign]
