@@ -28,7 +28,8 @@ def summary_of(data: Dataset) -> dict[str, Any]:
     """Return what is compared of a dataset, JSON-ready: of the training images, but for the counts."""
     images, labels = data.images["train"], data.labels["train"]
     most = 255 if data.protocol == DYNAMIC_PROTOCOL else data.num_levels - 1
-    # Bytes are counted first: to find the bin of each sub-pixel would copy them all, widened, several times.
+    # Images are read as bytes: to find the bin of each sub-pixel would copy them all, widened, several times, and
+    # torch's mean would once.
     bins = (torch.arange(256) * (_BINS - 1) / most).round().long().clamp(max=_BINS - 1)
     histogram = torch.zeros(_BINS).long().index_add(0, bins, torch.bincount(images.flatten(), minlength=256))
     counts = torch.bincount(labels.clamp(min=0), minlength=len(data.label_names)).tolist()
@@ -37,7 +38,7 @@ def summary_of(data: Dataset) -> dict[str, Any]:
         "image_shape": list(data.image_shape),
         "strengths": (histogram / histogram.sum()).tolist(),
         "labels": {name: counts[i] / len(labels) for i, name in enumerate(data.label_names)},
-        "mean_image": (images.double().mean(dim=0) / most).flatten().tolist(),
+        "mean_image": (images.numpy().mean(axis=0, dtype=float) / most).flatten().tolist(),
     }
 
 

@@ -421,6 +421,8 @@ def summary(look: Look, spec: DatasetParams, data: Dataset, twice: int) -> list[
 
 def num_near(data: Dataset) -> int:
     """Count the training images that look like an earlier one: the same means of 8 x 8 fields, roughly."""
-    levels = data.images["train"].float() / max(float(data.images["train"].max()), 1.0)
-    fields = (F.adaptive_avg_pool2d(levels, 8) * 8).round().to(torch.uint8).flatten(1)
+    images = data.images["train"]
+    most = max(float(images.max()), 1.0)
+    means = torch.cat([F.adaptive_avg_pool2d(some.float() / most, 8) for some in images.split(1024)])
+    fields = (means * 8).round().to(torch.uint8).flatten(1)
     return len(fields) - len(np.unique(fields.numpy(), axis=0))
