@@ -28,19 +28,18 @@ def complete(
     u: Tensor,
     label: Tensor | None = None,
     temperature: float = 1.0,
-    on_row: OnRow | None = None,
 ) -> Tensor:
     """Return images with their missing pixels filled in, in raster order: `sample`, with the image as its drawing.
 
     Args:
         image: (B, C, H, W) int64 levels in [0, K), kept where observed, ignored elsewhere.
         observed: (B, 1, H, W) bool, True where the pixel is known.
-        u, label, temperature, on_row: as `naive_sample` and `sample` take them.
+        u, label, temperature: as `naive_sample` takes them.
 
     Raises:
         ValueError: a shape, dtype or range differs from the above.
     """
-    return sample(model, u, label, temperature, drawing=image, observed=observed, on_row=on_row)
+    return sample(model, u, label, temperature, drawing=image, observed=observed)
 
 
 @torch.no_grad()
