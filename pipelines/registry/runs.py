@@ -63,16 +63,10 @@ logger = logging.getLogger(__name__)
 _ready: set[str] = set()
 
 
-def tracking_uri() -> str:
-    """Return the URI of the tracking store and registry."""
-    return Settings().registry
-
-
 def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
-    uri = tracking_uri()
-    parts = urlsplit(without_passwords(uri))
-    return str(sqlite_file(uri) or one_spelling(f"{parts.netloc}{parts.path}"))
+    parts = urlsplit(without_passwords(Settings().registry))
+    return str(sqlite_file() or one_spelling(f"{parts.netloc}{parts.path}"))
 
 
 def one_spelling(place: str) -> str:
@@ -83,13 +77,13 @@ def one_spelling(place: str) -> str:
 
 def is_shared() -> bool:
     """Say whether the registry is a server whose address means the same on every machine."""
-    host = urlsplit(without_passwords(tracking_uri())).hostname
+    host = urlsplit(without_passwords(Settings().registry)).hostname
     return host is not None and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
-def sqlite_file(uri: str = "") -> Path | None:
-    """Return the registry's file, or that of `uri`, if it is a SQLite database; None for another one, or a server."""
-    uri = uri or tracking_uri()
+def sqlite_file() -> Path | None:
+    """Return the registry's file, if it is a SQLite database; None for another one, or a server."""
+    uri = Settings().registry
     path = uri.removeprefix("sqlite:///").partition("?")[0]  # SQLAlchemy's options follow
     return Path(path).resolve() if uri.startswith("sqlite:///") else None
 
@@ -105,7 +99,7 @@ def client() -> mlflow.MlflowClient:
             talker.setLevel(logging.WARNING)
     settings = Settings()
     uri = settings.registry
-    database = sqlite_file(uri)
+    database = sqlite_file()
     if settings.registry_uri not in (None, uri):
         raise ValueError("MLFLOW_REGISTRY_URI names another place than MLFLOW_TRACKING_URI. Unset it.")
     mlflow.set_tracking_uri(uri)
@@ -133,9 +127,9 @@ def experiment_id(name: str) -> str:
     c = client()
     experiment = c.get_experiment_by_name(name)
     if experiment is None:
-        uri = tracking_uri()
-        folder = database.parent if (database := sqlite_file(uri)) else Path.cwd()
-        artifacts = None if uri.startswith("http") else (folder / "mlruns").as_uri()  # a server has its own
+        folder = database.parent if (database := sqlite_file()) else Path.cwd()
+        is_server = Settings().registry.startswith("http")  # which has a place of its own
+        artifacts = None if is_server else (folder / "mlruns").as_uri()
         try:
             return c.create_experiment(name, artifact_location=artifacts)
         except MlflowException:  # another process was first
@@ -174,7 +168,7 @@ def monitor_machine(run_id: str) -> Any:
     monitor_class, wanted = untyped
     if not wanted.get():
         return None
-    monitor = monitor_class(run_id, resume_logging=True, tracking_uri=tracking_uri())
+    monitor = monitor_class(run_id, resume_logging=True, tracking_uri=Settings().registry)
     monitor.start()
     return monitor
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.files import file_lock
 from pipelines.registry import runs
+from pipelines.settings import Settings
 
 
 def test_a_database_whose_making_was_interrupted_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +72,7 @@ def test_an_experiment_that_was_deleted_says_what_brings_it_back(project: Path) 
 
 def test_registered_models_in_another_place_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup would not hold them."""
-    monkeypatch.setenv("MLFLOW_REGISTRY_URI", runs.tracking_uri())
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", Settings().registry)
     assert runs.client().search_experiments()
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{project}/other.db")
     with pytest.raises(ValueError, match=r"names another place than MLFLOW_TRACKING_URI\. Unset it\."):
