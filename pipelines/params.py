@@ -187,8 +187,7 @@ class Params(Frozen):
 def load_params(path: str | Path = PARAMS_FILE) -> Params:
     """Read and check params.yaml, and own/params.yaml if it is there.
 
-    Raises:
-        ValueError: the file is missing or no YAML; a key is unknown or missing, or a value is impossible.
+    ValueError if the file is missing or no YAML, a key is unknown or missing, or a value is impossible.
     """
     values, own_path = _read(Path(path)), Path(path).parent / OWN_FILE
     own = _read(own_path) if own_path.exists() else {}

@@ -139,8 +139,7 @@ def released_by_dataset() -> dict[str, Path]:
 def store_folder() -> Path:
     """Return where the models are: in BENTOML_HOME, or else in `.bentoml` of this folder, where a promotion puts them.
 
-    Raises:
-        BentoMLConfigException: the environment that PIXELCNN_ENVIRONMENT names is unknown, or has another store.
+    BentoMLConfigException if the environment that PIXELCNN_ENVIRONMENT names is unknown, or has another store.
     """
     # A Bento without BENTOML_HOME has them where `bentoml import` put it and them.
     default = "~/bentoml" if BENTO_FILE.exists() else ".bentoml"

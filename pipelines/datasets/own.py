@@ -231,16 +231,10 @@ def source_of(images: Path) -> Source:
 
 
 def add(name: str, images: Path, wishes: Wishes, keep: bool = False) -> list[str]:
-    """Add a dataset and a pair that suits it, and prepare it; whatever fails, nothing stays behind.
+    """Add a dataset and a pair that suits it, and prepare it; return what was found and chosen, in lines of text.
 
-    Args:
-        keep: leave one as it is that has this name and the same pictures.
-
-    Returns:
-        What was found and chosen, in lines of text.
-
-    Raises:
-        ValueError: the name is taken or no name, or the pictures cannot be learned from.
+    With `keep` one that has this name and the same pictures is left as it is. Whatever fails, nothing stays behind.
+    ValueError if the name is taken or no name, or the pictures cannot be learned from.
     """
     with file_lock(CHANGES_LOCK, f"adding {name}", logger.warning):
         params = load_params()

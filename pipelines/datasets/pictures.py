@@ -85,13 +85,9 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
     """Return all pictures of an entry as they are learned: the parts `train`, and `test` where the source has one.
 
     One that is there twice is taken once: on both sides of a split it would flatter every score. Files of a folder are
-    compared as they are learned, images of arrays by their strengths.
-
-    Returns:
-        By part, (N, C, H, W) as of `fixed_levels`, and (N,) int64 labels, -1 without; and the number of doubles.
-
-    Raises:
-        ValueError: the source is not as it should be, or a picture is broken and broken ones are not left out.
+    compared as they are learned, images of arrays by their strengths. Returned are by part (N, C, H, W) as of
+    `fixed_levels`, and (N,) int64 labels, -1 without; and the number of doubles. ValueError if the source is not as it
+    should be, or a picture is broken and broken ones are not left out.
     """
     left, seen, twice = Left(), set(), 0
     index = {name: i for i, name in enumerate(spec.label_names)}

@@ -37,13 +37,8 @@ def write(
 ) -> Dataset:
     """Cut validation (and test, where there is none) off a permutation, which the file keeps; draw binary levels.
 
-    Equal inputs give equal bytes.
-
-    Args:
-        found: `train`, and `test` if the dataset has one, as `fixed_levels` makes them.
-
-    Raises:
-        ValueError: there are too few images, or they have changed beyond the limits since they were prepared last.
+    `found` has `train`, and `test` if the dataset has one, as `fixed_levels` makes them. Equal inputs give equal bytes.
+    ValueError if there are too few images, or they have changed beyond the limits since they were prepared last.
     """
     held_out = [spec.num_validation] * (1 if "test" in found else 2)
     num_found = len(found["train"][0]) if "train" in found else 0

@@ -14,15 +14,9 @@ NUM_CUTS = 12  # a few seconds for 32x32x3 images, where pixelcnn.likelihood.cou
 
 
 def check_candidate(model: AutoregressiveModel, levels: torch.Tensor, max_sample_s: float) -> None:
-    """Check that a model gives numbers, does not look ahead, and samples an image in time.
+    """Raise ValueError unless a model gives numbers, does not look ahead, and samples an image in time.
 
-    Args:
-        model: on the CPU, in eval mode.
-        levels: (C, H, W) int64 in [0, K), any image.
-        max_sample_s: seconds that one image may take.
-
-    Raises:
-        ValueError: it fails one of these; the message says which.
+    It is on the CPU, in eval mode; `levels` are any image, (C, H, W) int64 in [0, K).
     """
     leaks = sum(count_leaking_cuts(network, levels) for network in (model, model.completer) if network is not None)
     if leaks:
@@ -35,13 +29,7 @@ def count_leaking_cuts(model: AutoregressiveModel, levels: torch.Tensor) -> int:
 
     A convolution that reaches too far does so everywhere but at a border, so that a few cuts, among them all colours of
     each pixel cut at, find it. Attention can leak at some rows alone: for it the cuts are a sample, and
-    `pixelcnn.likelihood.count_leaks` is the full test.
-
-    Args:
-        levels: (C, H, W) int64 in [0, K).
-
-    Raises:
-        ValueError: a logit is not a finite number.
+    `pixelcnn.likelihood.count_leaks` is the full test. ValueError if a logit is not a finite number.
     """
     model = copy.deepcopy(model).cpu().double().eval()
     channels, height, width = levels.shape

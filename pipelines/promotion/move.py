@@ -57,10 +57,8 @@ def explained(error: Exception) -> str:
 def export(version: Version, reference: Path | None = None) -> str:
     """Put a version into the model store, not yet served; return its tag.
 
-    One that is there, whole, stays, and gets the reference of its drawings if it has none and there is one now.
-
-    Args:
-        reference: its file, in another store; else it is made of the data, if they are here.
+    One that is there, whole, stays, and gets the reference of its drawings if it has none and there is one now: a file
+    in another store, or else made of the data, if they are here.
     """
     lineage, dataset = version.lineage(), version.tags["dataset"]  # the tag: a version of MLflow's own pages has none
     tag = store.tag_of(lineage)

@@ -30,16 +30,10 @@ WEIGHTS_FOLDER = Path("weights")
 
 
 def register_checkpoint(folder: Path, released: bool = False) -> tuple[Version, str]:
-    """Register a checkpoint; the same weights, measured on the same data, stay one version.
+    """Register a checkpoint; return its version, and what was checked.
 
-    Args:
-        released: say so in the run's tags.
-
-    Returns:
-        Its version, and what was checked.
-
-    Raises:
-        ValueError: it is damaged, its scores do not say what it is, or it does not score what it says.
+    The same weights, measured on the same data, stay one version. ValueError if it is damaged, its scores do not say
+    what it is, or it does not score what it says.
     """
     model, scores = stage.load_evaluated(folder)
     dataset, data_hash = scores["dataset"], scores["data_hash"]
@@ -162,9 +156,7 @@ def release_all(why: str | None = None) -> list[str]:
     """Register every pair of `weights/`; return one sentence for each.
 
     The likeliest on its validation split comes first: it becomes champion where several pairs share a dataset.
-
-    Raises:
-        ValueError: a checkpoint is damaged, or does not score what it says.
+    ValueError as `register_checkpoint`.
     """
     folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("[!.]*") if (folder / CONFIG_FILE).exists())
     nats = {folder: stage.load_evaluated(folder)[1][registry.VALIDATION_METRIC] for folder in folders}

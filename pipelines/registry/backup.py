@@ -135,11 +135,8 @@ def _files(top: Path) -> Iterator[Path]:
 def restore(file: Path, replace: bool = False) -> str:
     """Put a backup into the place of registry and store, to be served once `repair` has run; say what was done.
 
-    Args:
-        replace: a registry with runs in it, too, which is kept aside; and the store of another registry.
-
-    Raises:
-        ValueError: the file is no whole backup, the registry is not empty, or the store is another's; all is as it was.
+    `replace` allows for a registry with runs in it, which is kept aside, and for a store that another one feeds.
+    ValueError, and all is as it was, if the file is no whole backup, the registry is not empty, or the store another's.
     """
     database = _database()
     if not replace and not _is_empty(database):

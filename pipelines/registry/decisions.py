@@ -195,8 +195,7 @@ def _decision_runs(dataset: str) -> list[mlflow.entities.Run]:
 def history(dataset: str) -> list[str]:
     """Say who replaced whom in a dataset, when, and by how much: a line for each decision, the oldest first.
 
-    Raises:
-        LookupError: nothing was decided yet.
+    LookupError if nothing was decided yet.
     """
     found = decisions(dataset)
     if not found:
