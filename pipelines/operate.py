@@ -240,7 +240,6 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
     return run_typer(app, "operate", "python -m pipelines.operate", argv)
 
 

@@ -117,7 +117,6 @@ class EvaluateParams(Frozen):
 
     @property
     def datasets(self) -> set[str]:
-        """Return the datasets that are named here."""
         return {*self.completion_images, *self.judges, *self.judges.values()}
 
 
@@ -180,7 +179,6 @@ class Params(Frozen):
         return self.pairs[name]
 
     def pairs_of(self, dataset: str) -> list[str]:
-        """Return the names of a dataset's pairs."""
         return [name for name, pair in self.pairs.items() if pair.dataset == dataset]
 
 

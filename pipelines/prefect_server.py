@@ -25,7 +25,6 @@ class OwnOrigins:
         self.app, self.allowed = app, PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value().split(",")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or close the WebSocket."""
         origin = Headers(scope=scope).get("origin") if scope["type"] == "websocket" else None
         if origin is None or origin in self.allowed or urlsplit(origin).netloc == Headers(scope=scope).get("host"):
             await self.app(scope, receive, send)
@@ -34,7 +33,6 @@ class OwnOrigins:
 
 
 def main() -> None:
-    """Run the command."""
     if {"-b", "--background"} & set(sys.argv):
         sys.exit("error: in the background Prefect's server would answer to every name. Run it without.")
     host = urlsplit(PREFECT_API_URL.value() or "").hostname or "localhost"

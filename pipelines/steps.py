@@ -331,7 +331,6 @@ def results() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     return run_typer(app, words[0] if words else "steps", "python -m pipelines.steps", words)
 

@@ -45,7 +45,6 @@ def show_page(name: str, show: Callable[[Visit], None], visit: Visit) -> None:
 
 
 def main() -> None:
-    """Show the page."""
     st.set_page_config(page_title="PixelCNN canvas", page_icon="\N{PENCIL}\N{VARIATION SELECTOR-16}", layout="wide")
     st.html(Path(__file__).with_name("page.css"))
     # Streamlit calls every page English.

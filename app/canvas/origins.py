@@ -16,7 +16,6 @@ class OwnOrigin:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or close the WebSocket."""
         headers = Headers(scope=scope) if scope["type"] == "websocket" else {}
         if "origin" in headers and urlsplit(headers["origin"]).netloc != headers.get("host"):
             await send({"type": "websocket.close", "code": 1008})

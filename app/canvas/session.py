@@ -109,7 +109,6 @@ class Visit:
         return math.isfinite(self.retry_at)
 
     def answer_came(self) -> None:
-        """Note that the service answers."""
         self.trouble, self.retry_at = None, math.inf
 
     def retry(self) -> None:

@@ -39,7 +39,6 @@ class Leaving:
             end()
 
     def leave(self) -> None:
-        """End the request."""
         self.left.set()
         for end in self._ends:
             end()

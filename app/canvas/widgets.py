@@ -102,7 +102,6 @@ def choose_known(painting: bool, sees_all: bool) -> str:
 
 
 def choose_temperature() -> float:
-    """Show the temperature; return it."""
     first = linked_default("temperature", [round(0.05 * i, 2) for i in range(31)], TEMPERATURE)
     text, help_text = say("temperature"), say("temperature_help")
     temperature: float = st.slider(

@@ -76,7 +76,6 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait."""
         return sum(job.lane != IDLE_LANE for job in self._waiting)
 
     def submit(self, job: Job) -> None:

@@ -65,11 +65,9 @@ class Difference:
         return self.mean - half, self.mean + half
 
     def below_zero(self, level: float) -> bool:
-        """Say whether the interval lies wholly below zero."""
         return self.interval(level)[1] < 0
 
     def text(self, level: float) -> str:
-        """Say the interval in words."""
         low, high = self.interval(level)
         return f"[{low:+.3f}, {high:+.3f}] nats"
 

@@ -67,7 +67,6 @@ def decision_run(dataset: str, kind: str, why: str | None = None) -> Iterator[st
 
 
 def begin_moves(run_id: str, report: Report) -> None:
-    """Record a decision, and that it is being carried out."""
     record_decision(run_id, report)
     tracking.client().set_tag(run_id, _MOVES_TAG, "begun")
 

@@ -229,7 +229,6 @@ def trace(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
     return run_typer(app, "lineage", "python -m pipelines.registry.lineage", argv)
 
 

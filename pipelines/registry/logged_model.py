@@ -18,7 +18,6 @@ class LoggedModel(PythonModel):
     _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
-        """Read the checkpoint among the artifacts."""
         self.model, self.scores = load_checkpoint(context.artifacts["checkpoint"])
 
     def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:

@@ -189,7 +189,6 @@ class Training:
     tags: Mapping[str, str] = field(default_factory=dict)  # what else identifies the run
 
     def all_tags(self) -> dict[str, str]:
-        """Return the run's tags."""
         return {**self.tags, "pair": self.pair, "dataset": self.dataset, "data_hash": self.data_hash}
 
 

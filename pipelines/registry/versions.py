@@ -119,13 +119,11 @@ def aliases(dataset: str) -> dict[str, str]:
 
 
 def champion(dataset: str) -> Version | None:
-    """Return the champion of a dataset, if there is one."""
     number = aliases(dataset).get(tracking.CHAMPION)
     return next((version for version in versions(dataset) if version.version == number), None)
 
 
 def set_alias(dataset: str, alias: str, version: str) -> None:
-    """Point an alias at a version."""
     tracking.client().set_registered_model_alias(tracking.registered_name(dataset), alias, version)
 
 
@@ -141,7 +139,6 @@ def mark_rolled_back(version: Version, when: str) -> None:
 
 
 def unmark_rolled_back(version: Version) -> None:
-    """Take the tag away."""
     if version.rolled_back:
         tracking.client().delete_model_version_tag(version.name, version.version, ROLLED_BACK_TAG)
 

@@ -72,7 +72,6 @@ class Header:
         return -(-self.num_images // self.block_images)
 
     def images_of(self, block: int) -> range:
-        """Return which images a block holds."""
         return range(block * self.block_images, min((block + 1) * self.block_images, self.num_images))
 
     def to_bytes(self) -> bytes:

@@ -231,7 +231,6 @@ def chosen_now() -> dict[str, Any]:
 
 
 def choose_settings(visit: Visit) -> Settings:
-    """Show the settings; return them."""
     first, second = st.columns(2)
     with first:
         dataset = widgets.choose_dataset(visit.models)
@@ -255,7 +254,6 @@ def choose_settings(visit: Visit) -> Settings:
 
 
 def introduction(settings: Settings) -> str:
-    """Say what to do here."""
     what = "digit" if settings.dataset.startswith("mnist") or not settings.dataset else "other"
     beginning = "begin_paint" if len(settings.shape) == 3 else f"begin_{what}{'' if settings.sees_all else '_top'}"
     key = "intro_one" if settings.num_samples == 1 else "intro"
