@@ -31,13 +31,17 @@ class Environment(BaseModel):
     service: str | None = None  # like PIXELCNN_SERVICE_URL
 
 
+def one_spelling(place: str) -> str:
+    """Return an address as all write it: without a password, with the number of this machine, no / at its end."""
+    place = without_passwords(f"://{place}").removeprefix("://").rstrip("/")
+    return re.sub("^localhost(?=[:/]|$)", "127.0.0.1", place)
+
+
 def _place(text: str) -> str:
     """Return where a registry, store or service is, the same for each way to write it."""
     parts = urlsplit(without_passwords(text.strip()))
     if parts.scheme and not parts.scheme.startswith("sqlite"):
-        host = parts.netloc.lower() or parts.query  # PostgreSQL's may stand there
-        host = re.sub("^localhost(?=:|$)", "127.0.0.1", host)
-        return f"{host}{parts.path}".rstrip("/")
+        return one_spelling(f"{parts.netloc.lower() or parts.query}{parts.path}")  # PostgreSQL's host may be an option
     path = parts.path.removeprefix("/") if parts.scheme else text.strip()
     return str(Path(os.path.expandvars(path)).expanduser().resolve())
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -26,7 +25,7 @@ import pixelcnn
 from pipelines.errors import without_passwords
 from pipelines.files import file_lock
 from pipelines.registry.provenance import prepared_file
-from pipelines.settings import Settings
+from pipelines.settings import Settings, one_spelling
 from pixelcnn.checkpoint import CONFIG_FILE, OWN_FILES, SCORES_FILE
 from pixelcnn.evaluation import format_nll
 
@@ -67,12 +66,6 @@ def location() -> str:
     """Return where the registry is: the file of a SQLite database, or else its host and path, without a password."""
     parts = urlsplit(without_passwords(Settings().registry))
     return str(sqlite_file() or one_spelling(f"{parts.netloc}{parts.path}"))
-
-
-def one_spelling(place: str) -> str:
-    """Return a `location` as all write it: without a password, with the number of this machine, no / at its end."""
-    place = without_passwords(f"://{place}").removeprefix("://").rstrip("/")
-    return re.sub("^localhost(?=[:/]|$)", "127.0.0.1", place)
 
 
 def is_shared() -> bool:
