@@ -269,9 +269,7 @@ def run_promotion(
 ) -> Report:
     """Decide, record the decision, and move; complete first what an earlier process was killed at.
 
-    Args:
-        data, scorer, only: see `Decision`.
-        dry_run: decide only; nothing is moved, exported or recorded.
+    `data`, `scorer` and `only` are those of `Decision`. A `dry_run` decides; it moves, exports and records nothing.
 
     Raises:
         LookupError: nothing is registered, or no such version, or another registry feeds the store.
@@ -309,10 +307,8 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
     """Make an earlier champion the champion again, and serve it; the present one becomes `previous`.
 
     All that were champion since are passed over by promotions from then on, and by rollbacks: a second one goes further
-    back. A rollback that was cut off is completed, and no second one is made unless it is to another version.
-
-    Args:
-        to: a version that was champion; None for the one before the present champion.
+    back. A rollback that was cut off is completed, and no second one is made unless it is to another version. `to` is a
+    version that was champion; None for the one before the present champion.
 
     Raises:
         LookupError: there is none, or another registry feeds the store; nothing but what was cut off has moved.
@@ -372,8 +368,7 @@ def _now() -> str:
 def run_shadow(dataset: str, number: int | None = None) -> str:
     """Let a version score the drawings that the champion completes, beside it; return what was done, in a sentence.
 
-    Args:
-        number: of the version, the champion's to end it; None for the alias `challenger`.
+    It is version `number`, the champion to end it; None for the alias `challenger`.
 
     Raises:
         LookupError: there is no such version; nothing has changed.

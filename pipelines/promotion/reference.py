@@ -45,9 +45,8 @@ def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
 def write_reference(checkpoint: Path, dataset: str, data_hash: str, known: Path | None = None) -> bool:
     """Write the reference beside a checkpoint, if it can be had; return whether it could.
 
-    Args:
-        data_hash: of the data that it was trained on.
-        known: its file, if somebody has made it; else it is made of the data, if they are here.
+    It is copied from the file `known`, if somebody has made it, or else made of the data that the checkpoint was
+    trained on, those of `data_hash`, if they are here.
     """
     if known is not None and known.exists():
         shutil.copyfile(known, checkpoint / REFERENCE_FILE)

@@ -130,8 +130,7 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None, first:
 def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
     """Repair each dataset that the registry or the store knows; return what was done, in sentences.
 
-    Args:
-        take_over: see `repair`; artifacts that were moved with the registry are found again, too.
+    With `take_over`, for which see `repair`, artifacts that were moved with the registry are found again, too.
 
     Raises:
         LookupError: another registry feeds the store.

@@ -49,9 +49,7 @@ def _who() -> str:
 def decision_run(dataset: str, kind: str, why: str | None = None) -> Iterator[str]:
     """Open the run that records a decision; it is marked FAILED by an exception, and ends by `end_decision` alone.
 
-    Args:
-        kind: promotion, rollback or release.
-        why: somebody asked for it; recorded beside who did.
+    `kind` is promotion, rollback or release; `why` somebody asked for it is recorded beside who did.
     """
     tags = {"dataset": dataset, "kind": kind, "who": _who(), **({"why": why} if why else {})}
     # Their order is that of their times: a clock that was put back must not change it.

@@ -43,16 +43,14 @@ def register(
 ) -> dict[str, str]:
     """Complete the MLflow run of a training, or begin one where this registry has none; make its model a version.
 
-    The same checkpoint twice makes no second version, and no second run.
+    The same checkpoint twice makes no second version, and no second run. Return `run_id`, `version` and `out`, the
+    checkpoint's folder.
 
     Args:
         folder: the checkpoint that `evaluate` wrote, `models/PAIR` say.
         report: its folder of reports, whose curves and pictures the run keeps; None where there is none.
         released: say so in the run's tags.
         scores: those of the checkpoint if `load_evaluated` has returned them already.
-
-    Returns:
-        `run_id`, `version` and `out`, the checkpoint's folder.
     """
     scores = scores or load_evaluated(folder)[1]
     config = json.loads((folder / CONFIG_FILE).read_text())
