@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.models.layers import Block, Pointwise, masked_1x1
-from pixelcnn.models.maps import NEVER_WAITS, Map, check_window, row_matrix
+from pixelcnn.models.maps import NEVER_WAITS, Map, check_cells, check_window, row_matrix
 from pixelcnn.models.masks import colour_groups, device_of_numbers
 
 BLOCK = 2  # rows and columns of a block
@@ -120,6 +120,8 @@ class BlockAttention(Block):
 
     def described(self, v: Map, h: Map) -> Map:
         check_window(v)
+        for map_ in (v, h):
+            check_cells(map_)
         maps = self.heads * self.key_features
         query = self.query(h) + Map("constant", (), self.query_positions, maps, NEVER_WAITS)
         # Queries that see rows above alone are known before the pixel's first turn.

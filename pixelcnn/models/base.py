@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.layers import ContextNetwork, LabelNetwork, masked_1x1, scaled
-from pixelcnn.models.maps import NEVER_WAITS, Map
+from pixelcnn.models.maps import NEVER_WAITS, Map, is_same_without_drawing, made_of
 from pixelcnn.models.masks import colour_groups
 from pixelcnn.models.outputs import Categorical, LogisticMixture
 
@@ -185,10 +185,24 @@ class AutoregressiveModel(nn.Module):
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)
         label: Any = Map("labels", (), None, 0, NEVER_WAITS) if self.config.num_labels else None
-        logits = self._logits(image, label, [x and x.described() for x in self.context_networks()])
+        contexts = [x and x.described() for x in self.context_networks()]
+        logits, name = self._logits(image, label, contexts), type(self).__name__
         due = colour_groups(logits.num_channels, self.config.num_groups)
         if logits.lead > -1 if logits.turns is None else bool((logits.turns > due).any()):
-            raise ValueError(f"{type(self).__name__} is not causal: its logits see the pixel itself, or later ones.")
+            raise ValueError(f"{name} is not causal: its logits see the pixel itself, or later ones.")
+        maps, (_, *size) = made_of(logits), self.config.image_shape
+        if all(x.op != "image" for x in maps):
+            raise ValueError(f"{name} does not look at the image: its features see nothing of what they are given.")
+        if any(x.op == "constant" and list(x.block().shape[1:]) != size for x in maps):
+            raise ValueError(f"{name} has attention, or a bias by place, for images of another size than {size}.")
+        if any(x.op == "label" and len(x.block.table) < self.config.num_labels for x in maps):
+            raise ValueError(f"{name} has a LabelBias of fewer than its {self.config.num_labels} labels.")
+        nothing: list[Any] = [None for _ in contexts]
+        if self.config.context_features and not is_same_without_drawing(logits, self._logits(image, label, nothing)):
+            raise ValueError(
+                f"{name} is another network without a drawing than with a map of zeros: add what depends on the map to "
+                "others, by context_projection or other layers without a bias, and change nothing else."
+            )
         return logits
 
     def context_networks(self) -> list[ContextNetwork | None]:

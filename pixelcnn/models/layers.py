@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
-from pixelcnn.models.maps import NEVER_WAITS, Map, check_window, is_of_drawing
+from pixelcnn.models.maps import NEVER_WAITS, Map, check_cells, check_window, is_of
 from pixelcnn.models.masks import centre_mask
 
 
@@ -35,8 +35,13 @@ class Block(nn.Module):
             cls.described = Block.described  # type: ignore[method-assign]
 
     def __call__(self, *inputs: Any) -> Any:
-        is_symbolic = any(isinstance(x, Map) for x in inputs)
-        return self.described(*inputs) if is_symbolic else super().__call__(*inputs)
+        if not any(isinstance(x, Map) for x in inputs):
+            if any(x is None for x in inputs):
+                raise ValueError(f"{type(self).__name__} got None: leave it out where there is no label or no drawing.")
+            return super().__call__(*inputs)
+        if self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self):
+            raise ValueError(f"no sampler follows from {type(self).__name__}: its forward has hooks, or is replaced.")
+        return self.described(*inputs)
 
     def described(self, *inputs: Any) -> Map:
         """Return what the block makes of symbolic maps."""
@@ -61,9 +66,11 @@ class Convolution(Block):
         taps = self.taps()
         if x.num_channels != taps.shape[1]:
             raise ValueError(f"{type(self).__name__} of {taps.shape[1]} channels got a map of {x.num_channels}.")
+        if taps.shape[2:].numel() > 1:
+            check_cells(x)
         if taps.shape[3] > 1:
             check_window(x)
-        if self.bias is not None and is_of_drawing(x):
+        if self.bias is not None and is_of("context", x):
             raise ValueError("no sampler follows from a bias on the map of a drawing: use context_projection.")
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right
         used = taps.any(dim=1).any(dim=0)  # (kh, kw)
@@ -248,6 +255,8 @@ def gate(x: Any) -> Any:
     """Return tanh of the first half of the maps times sigmoid of the second: (B, 2p, H, W) -> (B, p, H, W)."""
     if isinstance(x, Map):
         turns = None if x.turns is None else x.turns.chunk(2)
+        if x.num_channels % 2:
+            raise ValueError(f"a gate's maps must have two halves, got {x.num_channels}.")
         if turns and not torch.equal(*turns):
             raise ValueError("the halves of a gate's maps must be known at the same turns of their pixel.")
         return Map("gate", (x,), None, x.num_channels // 2, x.lead, turns[0] if turns else None)
@@ -259,5 +268,6 @@ def gate(x: Any) -> Any:
 def shift_down(x: Any) -> Any:
     """Move every row down by one; the first row becomes zero, the last one falls out."""
     if isinstance(x, Map):
+        check_cells(x)
         return Map("shift", (x,), None, x.num_channels, x.lead - 1)
     return F.pad(x, (0, 0, 1, -1))  # one call keeps the layout of memory, in the gradient too; slices would not

@@ -44,10 +44,13 @@ class Map:
         return combined("add", (self, other))
 
     def _refuse(self, *_: object) -> Any:
-        raise refusal("other arithmetic than +, in place or with numbers,")
+        raise refusal("other arithmetic than +, in place or with numbers, or a comparison")
 
     # In place another name of the same map would change with it.
     __iadd__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __getitem__ = _refuse
+    __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __abs__ = __and__ = __or__ = __setitem__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse
+    __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -67,19 +70,42 @@ class Map:
 
 
 def made_of(x: Map) -> list[Map]:
-    """Return a map and all those that it is made of, each once."""
-    maps, seen = [x], {x}
-    for map_ in maps:  # those that it is made of follow
-        maps += [y for y in dict.fromkeys(map_.inputs) if y not in seen]
-        seen.update(map_.inputs)
-    return maps
+    """Return all the maps that one is made of, each once and after its own, and itself at the end."""
+    found, left = dict[Map, None](), [x]
+    while left:
+        if missing := [y for y in left[-1].inputs if y not in found]:
+            left += missing
+        else:
+            found[left.pop()] = None
+    return list(found)
 
 
-def is_of_drawing(x: Map) -> bool:
-    """Return whether a map is made of that of a drawing alone, so that without a drawing there is none."""
+def is_of(op: str, x: Map) -> bool:
+    """Return whether a map is made of `context` alone, so that without a drawing there is none; or of `label`."""
     if x.lead != NEVER_WAITS:  # it is of the image, too
         return False
-    return all(map_.inputs or map_.op == "context" for map_ in made_of(x))
+    return all(map_.inputs or map_.op == op for map_ in made_of(x))
+
+
+def is_same_without_drawing(x: Map, other: Map) -> bool:
+    """Return whether a network's map, less what a drawing adds to it, is the other, which it makes without one."""
+    keys, numbers = dict[Map, int | None](), dict[Any, int]()  # None: without a drawing it is not there, or zero
+    for map_ in (*made_of(x), *made_of(other)):
+        inputs = [keys[y] for y in map_.inputs]
+        there = [key for key in inputs if key is not None]
+        if map_.op == "context" or (inputs and not there):
+            keys[map_] = None
+        elif map_.op == "add" and len(there) == 1:
+            keys[map_] = there[0]
+        else:
+            keys[map_] = numbers.setdefault((map_.op, map_.block, *inputs), len(numbers))
+    return keys[x] == keys[other]
+
+
+def check_cells(x: Map) -> None:
+    """Refuse to tell apart the cells of what a label gives: it has but one."""
+    if is_of("label", x):
+        raise ValueError("no sampler follows from a window, a shift or attention on a label's bias: add it to a map.")
 
 
 def check_window(x: Map) -> None:

@@ -196,6 +196,12 @@ class Doubled(Doubling, Pointwise):
     pass
 
 
+def hooked() -> Pointwise:
+    layer = Pointwise(4, 4)
+    layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -217,17 +223,56 @@ class Doubled(Doubling, Pointwise):
         (Halved(4, 4), "no sampler follows from Halved: it does not say what it computes."),
         (Doubled(4, 4), "no sampler follows from Doubled: it does not say what it computes."),
         (lambda x: x + gate(x), "a map of 4 channels can only be added to another one, got one of 2"),
+        (lambda x: x**2, "no sampler follows from other arithmetic than"),
+        (lambda x: F.relu(x) > 0, "no sampler follows from other arithmetic than"),
+        (lambda x: {0: x}[x == 0], "no sampler follows from other arithmetic than"),
+        (lambda x: gate(gate(gate(x))), "a gate's maps must have two halves, got 1."),
+        (hooked(), "no sampler follows from Pointwise: its forward has hooks, or is replaced."),
+        (BlockAttention(4, 1, 1, 4, 4, 5), "Refused has attention, or a bias by place, for images of another size"),
     ],
     ids=[
         *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
         *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part", "to a tensor", "a tensor"),
         *("a layer of other channels", "a layer that computes something else", "a layer changed from the side"),
-        "a sum of other channels",
+        *("a sum of other channels", "power", "comparison", "equality", "a gate of one channel", "hook", "other size"),
     ],
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Refused(CONFIG, layer).described()
+        Refused(
+            CONFIG, Layer(lambda x, attend: attend(x, x), layer) if isinstance(layer, BlockAttention) else layer
+        ).described()
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (lambda net, x, label, context: x + shift_down(net.bias(label)), "a shift or attention on a label's bias"),
+        (lambda net, x, label, context: x + net.window(net.bias(label)), "a shift or attention on a label's bias"),
+        (lambda net, x, label, context: net.bias(label), "Entering does not look at the image"),
+        (lambda net, x, label, context: x + net.few(label), "Entering has a LabelBias of fewer than its 2 labels"),
+        (lambda net, x, label, context: x + net.enter(context), "Pointwise got None: leave it out where"),
+        (
+            lambda net, x, label, context: net.layer(x) if context is None else x + net.enter(context),
+            "Entering is another network without a drawing",
+        ),
+        (
+            lambda net, x, label, context: x if context is None else x + net.layer(F.relu(x + net.enter(context))),
+            "Entering is another network without a drawing",
+        ),
+    ],
+    ids=["shift", "window", "label alone", "few labels", "no drawing", "another path", "a path more"],
+)
+def test_labels_and_drawings_that_enter_in_other_ways_are_refused(features, message: str) -> None:
+    class Entering(Refused):
+        def features(self, x, label, context):
+            return features(self, self.first(x), label, context)
+
+    model = Entering(replace(CONFIG, num_labels=2, context_features=3), Pointwise(4, 4))
+    model.bias, model.few, model.enter = LabelBias(2, 4), LabelBias(1, 4), Pointwise(3, 4, bias=False)
+    model.window = MaskedConv2d(torch.ones(4, 4, 2, 1), right=0)
+    with pytest.raises(ValueError, match=message):
+        model.described()
 
 
 def test_a_block_that_says_that_it_looks_down_is_refused() -> None:
