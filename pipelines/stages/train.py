@@ -159,6 +159,7 @@ def _fit_all(
         origin = {"git_commit": code["git_commit"], "hardware": _hardware(model)}
         before = read_state(state_file)[0].step if state_file.exists() else 0
         if not before:
+            curve.rows.clear()  # of a training that was begun before, whose state is gone
             atomic_write(origin_file, json.dumps(origin))
         origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
         learner: Any = getattr(part, "added", None) or part

@@ -38,7 +38,7 @@ from pipelines.registry import provenance
 from pipelines.registry import runs as tracking
 from pipelines.reports import curve as training_report
 from pipelines.reports.card import model_card
-from pipelines.reports.curve import PARTS
+from pipelines.reports.curve import PARTS, read_curve
 from pipelines.stages import evaluate as evaluate_stage
 from pipelines.stages import live_run
 from pipelines.stages import register as register_stage
@@ -845,7 +845,7 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     assert client.get_run(run_id).data.params["completer.learning_rate"] == "0.02"
     # With larger budgets both go on, what follows the completer anew, and the record says by which code each began.
     monkeypatch.setattr(train_stage, "git_state", lambda: {"git_commit": "later", "git_dirty": "false"})
-    pair["train"]["max_epochs"], pair["completer"]["max_epochs"] = 0.06, 0.07
+    pair["train"]["max_epochs"], pair["completer"]["max_epochs"], pair["halves"]["max_epochs"] = 0.06, 0.07, 0.1
     write_params(Path(), values)
     (state / "labels.safetensors").unlink()
     train_stage.train(PAIR, Path("models/longer"), state)
@@ -858,6 +858,7 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     assert card.count(", by the code of commit `unknown`") == 3
     last = {name: (state / name).read_text().splitlines()[-1].split(",")[0] for name in ("curve.csv", "completer.csv")}
     assert last == {"curve.csv": "8", "completer.csv": "9"}
+    assert [row["step"] for row in read_curve(state / "halves.csv")] == [6, 12], "none of those before it began anew"
 
 
 def test_the_state_of_other_settings_stays_beside(project: Path) -> None:
