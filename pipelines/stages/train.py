@@ -35,6 +35,7 @@ from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import build_model, code_beside, config_to_dict
 from pixelcnn.sampling.fast import warm_up
 from pixelcnn.training import ContextPredictor, Network, StepReport, TrainConfig, fit, read_state, tell_progress
+from pixelcnn.training.config import check_compiler
 
 TRAINED_FOLDER = Path("trained")
 # The part of the package pixelcnn that decides the weights; dvc.yaml lists the same.
@@ -133,6 +134,8 @@ def _fit_all(
     model, and the record of all that, JSON-ready.
     """
     pair = params.pair(name)
+    if any(config and config.compiled for config in _trainings(pair).values()):
+        check_compiler()  # now: not hours later, where that part begins
     began = load_checkpoint(pair.added_begins_with)[0].completer if pair.added_begins_with else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(pair.train.seed)

@@ -49,6 +49,7 @@ from pixelcnn.data import load_dataset, save_dataset
 from pixelcnn.evaluation import per_image_nll
 from pixelcnn.likelihood import log_prob
 from pixelcnn.models.registry import build_model, config_to_dict
+from pixelcnn.training import config as training_config
 from pixelcnn.training import read_state, trainer
 from tests.local import run, slow_alone
 from tests.pipelines.projects import ROOT, tiny_dataset, tiny_params, write_params
@@ -859,6 +860,20 @@ def test_context_completer_and_label_network_are_trained_after_the_joint_model(
     last = {name: (state / name).read_text().splitlines()[-1].split(",")[0] for name in ("curve.csv", "completer.csv")}
     assert last == {"curve.csv": "8", "completer.csv": "9"}
     assert [row["step"] for row in read_curve(state / "halves.csv")] == [6, 12], "none of those before it began anew"
+
+
+def test_a_compiler_that_is_missing_is_told_before_anything_is_trained(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tiny_params()
+    pair = values["pairs"][PAIR]
+    pair["network"] |= {"context_features": 2, "completer_features": 2}
+    pair["completer"] = {**pair["train"], "compiled": True}
+    write_params(Path(), values)
+    monkeypatch.setattr(training_config, "CXX", "no-such-compiler")
+    monkeypatch.setattr(train_stage, "fit", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"^compiled must be false: it takes the C\+\+ compiler no-such-compiler and "):
+        train_stage.train(PAIR, Path("models/uncompiled"))
 
 
 def test_the_state_of_other_settings_stays_beside(project: Path) -> None:
