@@ -1,11 +1,13 @@
 """Where a training comes from: the state of the code, and the prepared data that DVC recorded."""
 
 import hashlib
+import inspect
 import subprocess
 from pathlib import Path
 
 import pixelcnn
 from pipelines.files import read_lock
+from pixelcnn.models.registry import architectures
 
 LOCK_FILES = ("dvc.lock", "full/dvc.lock", "own/dvc.lock")
 # DVC writes its lock during a stage, and removes a stage's metrics that git tracks before it runs the stage.
@@ -16,8 +18,11 @@ _CODE = ("pixelcnn/*.py", "pipelines/*.py", "app/*.py")  # git's * crosses folde
 def git_state() -> dict[str, str]:
     """Return `git_commit` and `git_dirty` of the project in the current folder; both `unknown` outside a repository.
 
-    `true` is dirty: a tracked file was changed, what DVC writes aside, or a Python module was added to the packages.
+    `true` is dirty: a tracked file was changed, what DVC writes aside, or a Python module was added to the packages, or
+    beside them as an architecture of one's own.
     """
+    classes = [one for one in architectures().values() if not one.__module__.startswith("pixelcnn.")]
+    own = [str(f) for one in classes if (f := Path(inspect.getfile(one)).resolve()).is_relative_to(Path.cwd())]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -25,7 +30,7 @@ def git_state() -> dict[str, str]:
     try:
         commit = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN_BY_DVC)
-        added = git("ls-files", "--others", "--exclude-standard", "--", *_CODE)
+        added = git("ls-files", "--others", "--exclude-standard", "--", *_CODE, *own)
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "unknown", "git_dirty": "unknown"}
     return {"git_commit": commit, "git_dirty": str(bool(changed or added)).lower()}

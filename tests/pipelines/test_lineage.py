@@ -1,5 +1,6 @@
 """Lineage both ways, on released weights in a real registry and store; and every damage to them is found."""
 
+import importlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.promotion.register import release
-from pipelines.registry import decisions, lineage, store
+from pipelines.registry import decisions, lineage, provenance, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import git_state
@@ -310,6 +311,15 @@ def test_what_makes_a_tree_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("pixelcnn/sampling/fast.py").write_text("changed")
     assert git_state()["git_dirty"] == "true"
     git("checkout", "--", "pixelcnn")
+    Path("mine.py").write_text("class Config: ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"mine": importlib.import_module("mine").Config}
+    assert git_state()["git_dirty"] == "false"
+    monkeypatch.setattr(provenance, "architectures", lambda: own)
+    assert git_state()["git_dirty"] == "true", "an architecture of one's own is code as well"
+    git("add", "mine.py")
+    git("commit", "-m", "mine")
+    assert git_state()["git_dirty"] == "false"
     Path("README.md").write_text("changed")
     assert git_state()["git_dirty"] == "true", "tracked, though of no package"
 
