@@ -190,13 +190,14 @@ def start_training_run(training: Training, key: str, run_id: str | None = None) 
 
     Args:
         key: of this training and no other: a tag by which the run is found if it was killed before it knew the ID.
-        run_id: of the run that it began; another one is begun if the store has lost it or the settings have changed.
+        run_id: of the run that it began; another one is begun if the store has lost it, or settings or data differ.
     """
     c, settings = client(), training.params
     begun = c.search_runs([experiment_id(training.dataset)], f"tags.{_KEY_TAG} = '{key}'", max_results=1)
     for run in filter(None, (find_run(run_id) if run_id else None, *begun)):
         known, known_id = run.data.params, str(run.info.run_id)
-        if run.info.lifecycle_stage == "active" and all(settings.get(k) == v for k, v in known.items()):
+        is_ours = run.info.lifecycle_stage == "active" and run.data.tags.get("data_hash") == training.data_hash
+        if is_ours and all(settings.get(k) == v for k, v in known.items()):
             c.log_batch(known_id, params=[Param(k, v) for k, v in settings.items() if k not in known])
             c.update_run(known_id, status="RUNNING")
             return known_id

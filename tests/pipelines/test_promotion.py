@@ -1078,10 +1078,12 @@ def test_the_same_weights_on_new_data_compete(mnist5k):
     assert known.version == first, "measured on the old data, they are the version that is there"
     model, scores = load_checkpoint(folder)
     measured = {**scores, **evaluate(model, mnist5k.data), "data_hash": mnist5k.data.data_hash}
+    measured["run_id"] = known.run_id  # as the pipeline writes it
     measured["test/nll_nats_first_200"] = measured["test/nll_nats"]
     save_checkpoint(folder, model, measured)
     assert register.register_checkpoint(folder)[0].version == "2"
     assert register.register_checkpoint(folder)[0].version == "2", "once"
+    assert tracking.find_run(known.run_id).data.tags["data_hash"] == scores["data_hash"], "its run is as it was"
     worse = mnist5k.register(0.3)
     registry.set_alias(mnist5k.name, tracking.CHAMPION, worse)
     report = mnist5k.promote()
