@@ -307,7 +307,8 @@ def release(why: _Why = None) -> None:
     """Register the weights of weights/PAIR/; they serve where a dataset has no champion yet."""
     from pipelines.promotion.register import release_all
 
-    print(*release_all(why), sep="\n")
+    for text in release_all(why):
+        print(text, flush=True)
 
 
 @app.command()

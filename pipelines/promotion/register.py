@@ -5,6 +5,7 @@ there, the model is scored afresh on the images that its scores name, so that a 
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.datasets.entry import NAME, NAMES
@@ -151,15 +152,16 @@ def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
     return done
 
 
-def release_all(why: str | None = None) -> list[str]:
-    """Register every pair of `weights/`; return one sentence for each.
+def release_all(why: str | None = None) -> Iterator[str]:
+    """Register every pair of `weights/`; yield one sentence for each, once it is done.
 
     The likeliest on its validation split comes first: it becomes champion where several pairs share a dataset.
     ValueError as `register_checkpoint`.
     """
     folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("[!.]*") if (folder / CONFIG_FILE).exists())
     nats = {folder: stage.load_evaluated(folder)[1][registry.VALIDATION_METRIC] for folder in folders}
-    return [release(folder.name, why) for folder in sorted(folders, key=nats.__getitem__)]
+    for folder in sorted(folders, key=nats.__getitem__):
+        yield release(folder.name, why)
 
 
 def release(pair: str, why: str | None = None) -> str:

@@ -118,7 +118,7 @@ def test_released_weights_need_no_entry_of_their_dataset(weights: Path, capsys: 
     assert "promote: unknown dataset 'letters'. Known: mnist5k, " in capsys.readouterr().err
     (Path("weights/pixelcnn-letters") / "scores.json").write_text(json.dumps(scores | {"dataset": "../x"}))
     with pytest.raises(ValueError, match=r"weights/pixelcnn-letters is of '../x', which is no name of a dataset: use"):
-        release_all()
+        list(release_all())
 
 
 def test_a_champion_that_is_there_stays(weights: Path) -> None:
@@ -151,7 +151,7 @@ def test_of_two_pairs_of_a_dataset_the_likelier_becomes_champion(weights: Path, 
     assert second.endswith("version 1 stays champion until a promotion decides otherwise.")
 
 
-def test_other_weights_under_the_same_scores_are_refused(weights: Path) -> None:
+def test_other_weights_under_the_same_scores_are_refused(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = (weights / "scores.json").read_text()
     write_weights(seed=1)
     (weights / "scores.json").write_text(scores)
@@ -159,6 +159,12 @@ def test_other_weights_under_the_same_scores_are_refused(weights: Path) -> None:
         release(PAIR)
     assert registry.versions("mnist5k") == []
     assert store.latest("pixelcnn-mnist5k") is None
+    likelier = write_weights(seed=0, pair="gated_pixelcnn-mnist5k") / "scores.json"
+    likelier.write_text(json.dumps(json.loads(likelier.read_text()) | {"validation/nll_nats": 1.0}))
+    assert steps.main(["release"]) == 1
+    said = capsys.readouterr()
+    assert "gated_pixelcnn-mnist5k: released weights are version 1" in said.out, "what was done before is told"
+    assert "release: weights/pixelcnn-mnist5k does not score what it says" in said.err
 
 
 def test_without_the_data_the_checksum_alone_is_checked(weights: Path) -> None:
