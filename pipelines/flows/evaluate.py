@@ -142,7 +142,7 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, n
                 if answer.status_code == 401:
                     raise ConnectionError(f"the service at {where} asks for a token: set PIXELCNN_TOKEN to its own")
                 if answer.status_code != 200:
-                    raise ConnectionError(f"the service at {where} answered {answer.status_code}: {answer.text[:200]}")
+                    raise ConnectionError(f"the service at {where} answered {answer.status_code}: {answer.text}")
                 try:
                     body = answer.json()
                     served, log_prob = str(body["model"]["version"]), body["log_prob"]

@@ -13,6 +13,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from prefect import tags
 
+from pipelines.errors import reason
 from pipelines.flows import evaluate as evaluation_flow
 from pipelines.flows.drift import watch_drift
 from pipelines.flows.evaluate import evaluate_champions, score_through_service
@@ -198,6 +199,14 @@ def test_a_token_is_sent_and_a_busy_service_waited_for(weights: Path, monkeypatc
     ):
         score_through_service(service.url, "mnist5k", "1", data, 2)
     assert sum(waited) <= 14 + evaluation_flow.MAX_BUSY_S, "within bounds"
+
+
+def test_what_a_service_says_keeps_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"a failure of {'many ' * 100} words: No space left"
+    monkeypatch.setattr(evaluation_flow, "_post", lambda *_: httpx.Response(500, text=said))
+    with pytest.raises(ConnectionError) as failed:
+        score_through_service("http://127.0.0.1:9", "cifar10", "1", tiny_dataset("cifar10", 256, (3, 2, 4)), 2)
+    assert reason(failed.value).endswith("No space left")
 
 
 def test_colours_come_last_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
