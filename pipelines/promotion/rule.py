@@ -60,7 +60,10 @@ class Difference:
     stderr: float
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Return the ends of the normal confidence interval at a level such as 0.95."""
+        """Return the ends of the normal confidence interval at a level such as 0.95.
+
+        Of few images it is too narrow: one of 0.95 misses the mean of ten 8 times in 100, of hundreds 5 times.
+        """
         half = NormalDist().inv_cdf((1 + level) / 2) * self.stderr
         return self.mean - half, self.mean + half
 
