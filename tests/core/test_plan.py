@@ -162,6 +162,17 @@ def test_random_architectures_are_sampled_exactly() -> None:
             assert torch.equal(cached_sample(model, u, label, **seen), expected), f"torch, seed {seed}"
 
 
+class Layer(nn.Module):
+    """Maps `make`s of features and of blocks."""
+
+    def __init__(self, make, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.make, self.blocks = make, nn.ModuleList(blocks)
+
+    def forward(self, x):
+        return self.make(x, *self.blocks)
+
+
 class Refused(AutoregressiveModel):
     """A network whose features go through `layer`."""
 
@@ -228,7 +239,10 @@ def hooked() -> Pointwise:
         (lambda x: {0: x}[x == 0], "no sampler follows from other arithmetic than"),
         (lambda x: gate(gate(gate(x))), "a gate's maps must have two halves, got 1."),
         (hooked(), "no sampler follows from Pointwise: its forward has hooks, or is replaced."),
-        (BlockAttention(4, 1, 1, 4, 4, 5), "Refused has attention, or a bias by place, for images of another size"),
+        (
+            Layer(lambda x, attend: attend(x, x), BlockAttention(4, 1, 1, 4, 4, 5)),
+            "Refused has attention, or a bias by place, for images of another size",
+        ),
     ],
     ids=[
         *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
@@ -239,9 +253,7 @@ def hooked() -> Pointwise:
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Refused(
-            CONFIG, Layer(lambda x, attend: attend(x, x), layer) if isinstance(layer, BlockAttention) else layer
-        ).described()
+        Refused(CONFIG, layer).described()
 
 
 @pytest.mark.parametrize(
@@ -278,17 +290,6 @@ def test_labels_and_drawings_that_enter_in_other_ways_are_refused(features, mess
 def test_a_block_that_says_that_it_looks_down_is_refused() -> None:
     with pytest.raises(ValueError, match="a conv looks at rows below its own: no sampler can know it in time"):
         Map("conv", (), None, 4, 1)
-
-
-class Layer(nn.Module):
-    """Maps `make`s of features and of blocks."""
-
-    def __init__(self, make, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.make, self.blocks = make, nn.ModuleList(blocks)
-
-    def forward(self, x):
-        return self.make(x, *self.blocks)
 
 
 class Place(Block):
