@@ -78,7 +78,14 @@ def add(
     from pipelines.datasets.own import add as add_dataset
 
     wishes = Wishes(
-        side_of(side), colour, levels, fit, flips=flips, labels=not no_labels, skip_broken=skip_broken, minutes=minutes
+        side=side_of(side),
+        colour=colour,
+        levels=levels,
+        fit=fit,
+        flips=flips,
+        labels=not no_labels,
+        skip_broken=skip_broken,
+        minutes=minutes,
     )
     print(*add_dataset(name, images, wishes, keep), sep="\n")
 

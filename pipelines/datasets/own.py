@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ Colour = Literal["binary", "grey", "rgb"]
 Fit = Literal["crop", "pad", "stretch"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wishes:
     """What a person wants of a dataset; None is chosen after a look at the pictures."""
 
@@ -56,7 +56,6 @@ class Wishes:
     colour: Colour | None = None
     levels: int | None = None
     fit: Fit | None = None
-    _: KW_ONLY
     flips: bool = False
     labels: bool = True
     skip_broken: bool = False

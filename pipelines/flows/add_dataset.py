@@ -36,7 +36,14 @@ def add_dataset(
     """
     tag_run(name)
     chosen = Wishes(
-        side_of(side), colour, levels, fit, flips=flips, labels=labels, skip_broken=skip_broken, minutes=minutes
+        side=side_of(side),
+        colour=colour,
+        levels=levels,
+        fit=fit,
+        flips=flips,
+        labels=labels,
+        skip_broken=skip_broken,
+        minutes=minutes,
     )
     lines = add(name, Path(images), chosen)
     for line in lines:

@@ -144,11 +144,17 @@ def pack(
             for block, nats in blocks:
                 file.write(block)
                 total += nats
-        sizes = {"num_bytes": new.stat().st_size, "num_header_bytes": len(start)}
+        num_bytes = new.stat().st_size
         new.rename(out)
     finally:
         new.unlink(missing_ok=True)
-    return Packed(num_images=source.num, nats=total, num_left_out=source.num_left_out, **sizes)
+    return Packed(
+        num_images=source.num,
+        num_bytes=num_bytes,
+        num_header_bytes=len(start),
+        nats=total,
+        num_left_out=source.num_left_out,
+    )
 
 
 def unpack(

@@ -88,10 +88,13 @@ class _Watched:
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers of it."""
-        shadow: dict[str, Any] | None = None
+        shadow = None
         if self.challenger is not None and self.paired.num > 1:
-            shadow = {"version": self.challenger.identity.version, "drawings": self.paired.num}
-            shadow["bits_per_dim_difference"] = self.paired.interval()  # challenger minus champion
+            shadow = {
+                "version": self.challenger.identity.version,
+                "drawings": self.paired.num,
+                "bits_per_dim_difference": self.paired.interval(),  # challenger minus champion
+            }
         return {
             "version": self.champion.identity.version,
             "watched": bool(self.drifts),
