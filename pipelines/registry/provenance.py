@@ -1,13 +1,12 @@
 """Where a training comes from: the state of the code, and the prepared data that DVC recorded."""
 
 import hashlib
-import inspect
 import subprocess
 from pathlib import Path
 
 import pixelcnn
 from pipelines.files import read_lock
-from pixelcnn.models.registry import architectures
+from pixelcnn.models.registry import architectures, files_beside
 
 LOCK_FILES = ("dvc.lock", "full/dvc.lock", "own/dvc.lock")
 # DVC writes its lock during a stage, and removes a stage's metrics that git tracks before it runs the stage.
@@ -21,8 +20,6 @@ def git_state() -> dict[str, str]:
     `true` is dirty: a tracked file was changed, what DVC writes aside, or a Python module was added to the packages, or
     beside them as an architecture of one's own.
     """
-    classes = [one for one in architectures().values() if not one.__module__.startswith("pixelcnn.")]
-    own = [str(f) for one in classes if (f := Path(inspect.getfile(one)).resolve()).is_relative_to(Path.cwd())]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -30,6 +27,8 @@ def git_state() -> dict[str, str]:
     try:
         commit = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN_BY_DVC)
+        beside = [file for name in architectures() for file in files_beside(name)]
+        own = [str(file) for file in beside if file.is_relative_to(Path.cwd())]
         added = git("ls-files", "--others", "--exclude-standard", "--", *_CODE, *own)
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "unknown", "git_dirty": "unknown"}

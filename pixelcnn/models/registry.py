@@ -80,12 +80,16 @@ def unknown_model(name: Any) -> str:
     return f"unknown model {name!r}. Known: {known}. One of your own: {own} (docs/architectures.md)."
 
 
-def code_beside(name: str) -> list[str]:
-    """Return the SHA-256 of the files outside of this package that define an architecture; none for one of ours."""
+def files_beside(name: str) -> list[Path]:
+    """Return the files outside of this package that define an architecture; none for one of ours."""
     classes: tuple[Any, ...] = _ARCHITECTURES[name]
     files = {Path(inspect.getfile(one)).resolve() for one in classes}
-    beside = sorted(file for file in files if not file.is_relative_to(Path(__file__).resolve().parents[1]))
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in beside]
+    return sorted(file for file in files if not file.is_relative_to(Path(__file__).resolve().parents[1]))
+
+
+def code_beside(name: str) -> list[str]:
+    """Return the SHA-256 of each of an architecture's `files_beside`."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files_beside(name)]
 
 
 def build_model(config: ModelConfig) -> "AutoregressiveModel":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.promotion.register import release
-from pipelines.registry import decisions, lineage, provenance, store
+from pipelines.registry import decisions, lineage, store
 from pipelines.registry import runs as tracking
 from pipelines.registry import versions as registry
 from pipelines.registry.provenance import git_state
@@ -313,9 +313,9 @@ def test_what_makes_a_tree_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     git("checkout", "--", "pixelcnn")
     Path("mine.py").write_text("class Config: ...")
     monkeypatch.syspath_prepend(tmp_path)
-    own = {"mine": importlib.import_module("mine").Config}
+    own = importlib.import_module("mine").Config
     assert git_state()["git_dirty"] == "false"
-    monkeypatch.setattr(provenance, "architectures", lambda: own)
+    monkeypatch.setattr("pixelcnn.models.registry._ARCHITECTURES", {"mine": (own, own)})
     assert git_state()["git_dirty"] == "true", "an architecture of one's own is code as well"
     git("add", "mine.py")
     git("commit", "-m", "mine")
