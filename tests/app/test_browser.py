@@ -106,8 +106,10 @@ def running_page(port: int, service_url: str, log: Path) -> Iterator[str]:
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.05)
         yield url
-        # Of the page's own code: a browser that leaves while it connects makes Streamlit's server log a traceback.
-        assert f'File "{ROOT}/app/' not in log.read_text(), log.read_text()
+        # Of the page's own code: a browser that leaves while it connects makes Streamlit's server log a traceback, in
+        # which origins.py passes on what it got.
+        said = log.read_text()
+        assert not re.search(rf'File "{ROOT}/app/(?!canvas/origins\.py)', said), said
     finally:
         process.terminate()
         process.wait(10)
