@@ -26,12 +26,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order and trace the tests.
 
-    Modules with a long test come first: else one process works at the last of them long after the others have ended.
+    Modules with a long test come first, then the larger ones: else one process works at the last of them long after
+    the others have ended.
     Of a test's parameters the last is traced, not all: it takes Python twice the time. The first may compile a sampler.
     """
     marks = ("slow", "repeated", "timeout")
     long = {item.path for item in items if any(map(item.get_closest_marker, marks))}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path not in long, -item.path.stat().st_size))
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
