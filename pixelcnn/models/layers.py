@@ -36,7 +36,7 @@ class Block(nn.Module):
 
     def __call__(self, *inputs: Any) -> Any:
         if not any(isinstance(x, Map) for x in inputs):
-            if any(x is None for x in inputs):
+            if inputs and all(x is None for x in inputs):
                 raise ValueError(f"{type(self).__name__} got None: leave it out where there is no label or no drawing.")
             return super().__call__(*inputs)
         if self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self):

@@ -364,6 +364,27 @@ def test_a_gate_of_rows_that_moved_down_is_sampled_exactly() -> None:
         assert torch.equal(cached_sample(model, u, **seen), expected)
 
 
+def test_a_block_may_be_called_without_what_is_left_out() -> None:
+    class Entering(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.enter = Pointwise(4, 4), Pointwise(3, 4, bias=False)
+
+        def forward(self, x, context):
+            return self.out(x) if context is None else self.out(x) + self.enter(context)
+
+        def described(self, x, context):
+            return self.forward(x, context)
+
+    class Entered(Refused):
+        def features(self, x, label, context):
+            return self.layer(self.first(x), context)
+
+    model = Entered(replace(CONFIG, context_features=3), Entering()).double().eval()
+    u = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(sample(model, u), naive_sample(model, u))
+
+
 @pytest.mark.parametrize("is_by_row", [True, False])
 def test_biases_by_label_and_by_place_may_be_added_at_once(is_by_row: bool) -> None:
     class Biased(Refused):
