@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pixelcnn.config import ModelConfig
 from pixelcnn.models.layers import ContextNetwork, LabelNetwork, masked_1x1, scaled
-from pixelcnn.models.maps import NEVER_WAITS, Map, is_same_without_drawing, made_of
+from pixelcnn.models.maps import NEVER_WAITS, Map, is_same_without, made_of
 from pixelcnn.models.masks import colour_groups
 from pixelcnn.models.outputs import Categorical, LogisticMixture
 
@@ -198,10 +198,15 @@ class AutoregressiveModel(nn.Module):
         if any(x.op == "label" and len(x.block.table) < self.config.num_labels for x in maps):
             raise ValueError(f"{name} has a LabelBias of fewer than its {self.config.num_labels} labels.")
         nothing: list[Any] = [None for _ in contexts]
-        if self.config.context_features and not is_same_without_drawing(logits, self._logits(image, label, nothing)):
+        if self.config.context_features and not is_same_without("context", logits, self._logits(image, label, nothing)):
             raise ValueError(
                 f"{name} is another network without a drawing than with a map of zeros: add what depends on the map to "
                 "others, by context_projection or other layers without a bias, and change nothing else."
+            )
+        if label is not None and not is_same_without("label", logits, self._logits(image, None, contexts)):
+            raise ValueError(
+                f"{name} is another network without labels than with the label -1: add what depends on the label to "
+                "others, by LabelBias or other layers without a bias, and change nothing else."
             )
         return logits
 

@@ -87,13 +87,13 @@ def is_of(op: str, x: Map) -> bool:
     return all(map_.inputs or map_.op == op for map_ in made_of(x))
 
 
-def is_same_without_drawing(x: Map, other: Map) -> bool:
-    """Return whether a network's map, less what a drawing adds to it, is the other, which it makes without one."""
-    keys, numbers = dict[Map, int | None](), dict[Any, int]()  # None: without a drawing it is not there, or zero
+def is_same_without(op: str, x: Map, other: Map) -> bool:
+    """Return whether a network's map, less what `context` or `label` add, is the other, which it makes without them."""
+    keys, numbers = dict[Map, int | None](), dict[Any, int]()  # None: without them it is not there, or zero
     for map_ in (*made_of(x), *made_of(other)):
         inputs = [keys[y] for y in map_.inputs]
         there = [key for key in inputs if key is not None]
-        if map_.op == "context" or (inputs and not there):
+        if map_.op == op or (inputs and not there and getattr(map_.block, "bias", None) is None):
             keys[map_] = None
         elif map_.op == "add" and len(there) == 1:
             keys[map_] = there[0]

@@ -272,8 +272,20 @@ def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) ->
             lambda net, x, label, context: x if context is None else x + net.layer(F.relu(x + net.enter(context))),
             "Entering is another network without a drawing",
         ),
+        (lambda net, x, label, context: x + net.bias(label), "LabelBias got None: leave it out where"),
+        (
+            lambda net, x, label, context: net.layer(x) if label is None else x + net.bias(label),
+            "Entering is another network without labels than with the label -1",
+        ),
+        (
+            lambda net, x, label, context: x if label is None else x + net.layer(net.bias(label)),
+            "Entering is another network without labels than with the label -1",
+        ),
     ],
-    ids=["shift", "window", "label alone", "few labels", "no drawing", "another path", "a path more"],
+    ids=[
+        *("shift", "window", "label alone", "few labels", "no drawing", "another path", "a path more", "no label"),
+        *("another path without a label", "a bias of the label -1"),
+    ],
 )
 def test_labels_and_drawings_that_enter_in_other_ways_are_refused(features, message: str) -> None:
     class Entering(Refused):
@@ -390,7 +402,8 @@ def test_biases_by_label_and_by_place_may_be_added_at_once(is_by_row: bool) -> N
     class Biased(Refused):
         def features(self, x, label, context):
             h = self.first(x)
-            y = (self.layer(h) if is_by_row else h) + self.place(h) + self.label_bias(label)
+            y = (self.layer(h) if is_by_row else h) + self.place(h)
+            y = y if label is None else y + self.label_bias(label)
             return h + shift_down(y) if is_by_row else y
 
     torch.manual_seed(0)
