@@ -207,9 +207,9 @@ class Doubled(Doubling, Pointwise):
     pass
 
 
-def hooked() -> Pointwise:
+def changed(change) -> Pointwise:
     layer = Pointwise(4, 4)
-    layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    change(layer)
     return layer
 
 
@@ -238,7 +238,15 @@ def hooked() -> Pointwise:
         (lambda x: F.relu(x) > 0, "no sampler follows from other arithmetic than"),
         (lambda x: {0: x}[x == 0], "no sampler follows from other arithmetic than"),
         (lambda x: gate(gate(gate(x))), "a gate's maps must have two halves, got 1."),
-        (hooked(), "no sampler follows from Pointwise: its forward has hooks, or is replaced."),
+        (lambda x: x if x else F.relu(x), "no sampler follows from other arithmetic than"),
+        *(
+            (changed(change), "no sampler follows from Pointwise: its forward has hooks, or is replaced.")
+            for change in (
+                lambda layer: layer.register_forward_hook(lambda layer, inputs, output: 2 * output),
+                lambda layer: layer.register_forward_pre_hook(lambda layer, inputs: F.relu(inputs[0])),
+                lambda layer: setattr(layer, "forward", F.relu),
+            )
+        ),
         (
             Layer(lambda x, attend: attend(x, x), BlockAttention(4, 1, 1, 4, 4, 5)),
             "Refused has attention, or a bias by place, for images of another size",
@@ -248,7 +256,8 @@ def hooked() -> Pointwise:
         *("batch norm", "open convolution", "tanh", "flip", "sees the right", "constant"),
         *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part", "to a tensor", "a tensor"),
         *("a layer of other channels", "a layer that computes something else", "a layer changed from the side"),
-        *("a sum of other channels", "power", "comparison", "equality", "a gate of one channel", "hook", "other size"),
+        *("a sum of other channels", "power", "comparison", "equality", "a gate of one channel", "truth"),
+        *("hook", "hook before", "another forward", "other size"),
     ],
 )
 def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) -> None:
@@ -261,6 +270,7 @@ def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) ->
     [
         (lambda net, x, label, context: x + shift_down(net.bias(label)), "a shift or attention on a label's bias"),
         (lambda net, x, label, context: x + net.window(net.bias(label)), "a shift or attention on a label's bias"),
+        (lambda net, x, label, context: x + net.attend(x, net.bias(label)), "a shift or attention on a label's bias"),
         (lambda net, x, label, context: net.bias(label), "Entering does not look at the image"),
         (lambda net, x, label, context: x + net.few(label), "Entering has a LabelBias of fewer than its 2 labels"),
         (lambda net, x, label, context: x + net.enter(context), "Pointwise got None: leave it out where"),
@@ -283,8 +293,8 @@ def test_what_no_sampler_follows_from_is_refused_by_name(layer, message: str) ->
         ),
     ],
     ids=[
-        *("shift", "window", "label alone", "few labels", "no drawing", "another path", "a path more", "no label"),
-        *("another path without a label", "a bias of the label -1"),
+        *("shift", "window", "attention", "label alone", "few labels", "no drawing", "another path", "a path more"),
+        *("no label", "another path without a label", "a bias of the label -1"),
     ],
 )
 def test_labels_and_drawings_that_enter_in_other_ways_are_refused(features, message: str) -> None:
@@ -294,7 +304,7 @@ def test_labels_and_drawings_that_enter_in_other_ways_are_refused(features, mess
 
     model = Entering(replace(CONFIG, num_labels=2, context_features=3), Pointwise(4, 4))
     model.bias, model.few, model.enter = LabelBias(2, 4), LabelBias(1, 4), Pointwise(3, 4, bias=False)
-    model.window = MaskedConv2d(torch.ones(4, 4, 2, 1), right=0)
+    model.window, model.attend = MaskedConv2d(torch.ones(4, 4, 2, 1), right=0), BlockAttention(4, 1, 1, 4, 4, 4)
     with pytest.raises(ValueError, match=message):
         model.described()
 
