@@ -19,8 +19,8 @@ from ruamel.yaml.error import YAMLError
 def file_lock(path: Path, what: str, log: Callable[[str], object]) -> Iterator[bool]:
     """Hold a lock between processes; yield whether another one held it before, and so has just done something.
 
-    The lock is the kernel's (`flock`): however its holder dies, it is free at once. Its file names the holder. If
-    it has to wait, `log` is told so in one sentence, with `what` is done under it.
+    The lock is the kernel's (`flock`): however its holder dies, it is free at once. Its file names the holder. If it
+    has to wait, `log` is told in one sentence, which begins with `what` is done under it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, waited, holder = FileLock(path), False, ""

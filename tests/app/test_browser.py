@@ -109,7 +109,7 @@ def running_page(port: int, service_url: str, log: Path) -> Iterator[str]:
         # Of the page's own code: a browser that leaves while it connects makes Streamlit's server log a traceback, in
         # which origins.py passes on what it got.
         said = log.read_text()
-        assert not re.search(rf'File "{ROOT}/app/(?!canvas/origins\.py)', said), said
+        assert not re.search(rf'File "{re.escape(str(ROOT))}/app/(?!canvas/origins\.py)', said), said
     finally:
         process.terminate()
         process.wait(10)
