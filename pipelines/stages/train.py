@@ -163,6 +163,7 @@ def _fit_all(
         before = read_state(state_file)[0].step if state_file.exists() else 0
         if not before:
             curve.rows.clear()  # of a training that was begun before, whose state is gone
+            curve.path.unlink(missing_ok=True)  # now: killed before its own first row, this one would take it up
             atomic_write(origin_file, json.dumps(origin))
         origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
         learner: Any = getattr(part, "added", None) or part

@@ -876,6 +876,22 @@ def test_a_compiler_that_is_missing_is_told_before_anything_is_trained(
         train_stage.train(PAIR, Path("models/uncompiled"))
 
 
+def test_a_training_that_begins_anew_keeps_no_row_though_it_is_killed_before_its_first(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    state = Path("training/state")
+    train_stage.train(PAIR, Path("models/first"), state)
+    assert read_curve(state / "curve.csv")
+    (state / "state.safetensors").unlink()
+    monkeypatch.setattr(train_stage, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage.train(PAIR, Path("models/second"), state)
+    assert not (state / "curve.csv").exists()
+
+
 def test_the_state_of_other_settings_stays_beside(project: Path) -> None:
     said: list[str] = []
     data = load_dataset("data/mnist5k.safetensors")
