@@ -180,7 +180,7 @@ class AutoregressiveModel(nn.Module):
 
         Raises ValueError if the network is not causal, or a part of it cannot be computed pixel by pixel; it is named.
         """
-        if type(self).forward is not AutoregressiveModel.forward:
+        if getattr(self.forward, "__func__", None) is not AutoregressiveModel.forward:
             raise ValueError(f"no sampler follows from the forward of {type(self).__name__}: change features instead.")
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)

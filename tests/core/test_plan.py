@@ -580,5 +580,8 @@ def test_a_network_with_a_forward_of_its_own_is_refused() -> None:
         def forward(self, *inputs):
             return 2 * super().forward(*inputs)
 
-    with pytest.raises(ValueError, match=r"no sampler follows from the forward of Colder: change features instead\."):
-        Colder(CONFIG, nn.ReLU()).described()
+    replaced = Refused(CONFIG, nn.ReLU())
+    replaced.forward = lambda *inputs: 2 * Refused.forward(replaced, *inputs)
+    for model in (Colder(CONFIG, nn.ReLU()), replaced):
+        with pytest.raises(ValueError, match=r"no sampler follows from the forward of \w+: change features instead\."):
+            model.described()
