@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from urllib.request import getproxies_environment
 
 from typer import Typer
@@ -69,43 +69,36 @@ def one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def run(command: str, work: Callable[[], int | None]) -> int:
-    """Do the work of a command; return its exit code, 0 for None. What a person can mend is one sentence on stderr."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -> int:
+    """Run a command line, called as its `program`, by this process's words if `argv` is None; return its exit code.
+
+    What a person can mend is one sentence on stderr, which begins with `name`.
+    """
+    for variable, value in _SETTINGS.items():
+        os.environ.setdefault(variable, value)
     if proxies := getproxies_environment():  # not for Prefect's own server, which is a neighbour
         direct = [*filter(None, [proxies.get("no")]), "127.0.0.1", "localhost"]
         os.environ["no_proxy"] = ",".join(dict.fromkeys(direct))
     # What the stages log, and how far a scoring is; inside a flow stages log by way of Prefect.
-    loggers, handler = [logging.getLogger(name) for name in _SHOWN], logging.StreamHandler()
+    loggers, handler = [logging.getLogger(shown) for shown in _SHOWN], logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     try:
-        return work() or 0
+        get_command(app)(argv, prog_name=program)
+        return 0
+    except SystemExit as end:  # typer's way to end a command
+        if isinstance(end.code, str):  # somebody else's, who says why
+            raise
+        return int(end.code or 0)
     except Exception as error:
         if not is_for_user(error):
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
         text = reason(error) if tool_of(error) else text  # of many lines, some of them
-        print(f"{command}: {text}", file=sys.stderr)
+        print(f"{name}: {text}", file=sys.stderr)
         return 1
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-
-
-def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -> int:
-    """Run a command line, called as its `program`, as `run` does; by this process's words if `argv` is None."""
-
-    def work() -> int:
-        try:
-            get_command(app)(argv, prog_name=program)
-        except SystemExit as end:  # typer's way to end a command
-            if isinstance(end.code, str):  # somebody else's, who says why
-                raise
-            return int(end.code or 0)
-        return 0
-
-    return run(name, work)

@@ -4,17 +4,26 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.request import getproxies, proxy_bypass
 
 import pytest
 from mlflow.exceptions import MlflowException
+from typer import Typer
 
 from pipelines import steps
-from pipelines.errors import one_line, run, without_passwords
+from pipelines.errors import one_line, run_typer, without_passwords
 from pipelines.settings import Settings
 from tests import local
 from tests.pipelines.projects import ROOT
+
+
+def run(name: str, work: Callable[[], None]) -> int:
+    """Run a command line of one command."""
+    app = Typer()
+    app.command()(work)
+    return run_typer(app, name, name, [])
 
 
 def test_what_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +45,7 @@ def test_what_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_neighbours_are_not_reached_by_way_of_a_proxy(monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:
     for name, value in (("http_proxy", "http://proxy:8080"), ("no_proxy", before)):
         monkeypatch.setenv(name, value)
-    assert run("test", lambda: 0) == 0
+    assert run("test", lambda: None) == 0
     assert getproxies()["no"] == after
     assert proxy_bypass("127.0.0.1:4200")
 
