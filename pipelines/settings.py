@@ -32,9 +32,8 @@ class Environment(BaseModel):
 
 
 def one_spelling(place: str) -> str:
-    """Return an address as all write it: without a password, with the number of this machine, no / at its end."""
-    place = without_passwords(f"://{place}").removeprefix("://").rstrip("/")
-    return re.sub("^localhost(?=[:/]|$)", "127.0.0.1", place)
+    """Return a host and path as all write it: with the number of this machine, no / at its end."""
+    return re.sub("^localhost(?=[:/]|$)", "127.0.0.1", place.rstrip("/"))
 
 
 def _place(text: str) -> str:

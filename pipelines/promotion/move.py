@@ -32,7 +32,7 @@ from pipelines.registry import versions as registry
 from pipelines.registry.decisions import ROLLED_BACK, Report
 from pipelines.registry.runs import CHALLENGER, CHAMPION, PREVIOUS, find_run, is_shared, location, registered_name
 from pipelines.registry.versions import Version
-from pipelines.settings import Settings, one_spelling
+from pipelines.settings import Settings
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import Dataset
 
@@ -108,8 +108,6 @@ def check_feeder() -> None:
             "nothing moved. Promote what it made once it is applied: dvc exp apply NAME."
         )
     this, known, whose = _this_registry(), store.feeder(), ""
-    if known is not None:
-        known["at"] = one_spelling(known["at"])  # earlier releases wrote it as it was typed
     if known is None:
         for tag in store.served():
             try:

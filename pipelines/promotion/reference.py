@@ -16,7 +16,7 @@ from pixelcnn.completion import complete, drawing_bits_per_dim, shares_of_drawin
 from pixelcnn.data import Dataset, load_dataset
 from pixelcnn.observed import beginnings, ink_of, pen_noise
 
-REFERENCE_FILE = "beginnings.json"  # a reference.json holds other kinds of known, too, and counts as none
+REFERENCE_FILE = "beginnings.json"
 NUM_DRAWINGS = 200
 BATCH = 20
 PARTS = (0.1, 0.7)  # of the ink, as in training

@@ -181,8 +181,8 @@ def _is_empty(database: Path) -> bool:
 
 
 def _plain(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
-    """Return what a member is unpacked as; a backup holds no symbolic links, not even such as stay inside."""
-    if not (member.isfile() or member.isdir() or member.islnk()):  # a hard one is in those of earlier releases
+    """Return what a member is unpacked as; a backup holds no links, not even such as stay inside."""
+    if not (member.isfile() or member.isdir()):
         raise tarfile.SpecialFileError(member)
     return tarfile.data_filter(member, path)
 

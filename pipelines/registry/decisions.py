@@ -81,14 +81,8 @@ def unfinished_decisions(dataset: str) -> list[tuple[str, Report | None]]:
 
     The report is None if it was not yet decided.
     """
-    found: list[tuple[str, Report | None]] = []
-    for run in filter(_is_unfinished, _decision_runs(dataset)):
-        moves = run.data.tags.get(_MOVES_TAG)
-        if moves == "ended":  # as recorded by earlier releases, first: all is moved, and may have been undone since
-            end_decision(run.info.run_id)
-        else:
-            found.append((run.info.run_id, _report(run) if moves else None))
-    return found
+    unfinished = filter(_is_unfinished, _decision_runs(dataset))
+    return [(run.info.run_id, _report(run) if run.data.tags.get(_MOVES_TAG) else None) for run in unfinished]
 
 
 def _is_unfinished(run: mlflow.entities.Run) -> bool:

@@ -139,8 +139,7 @@ def test_a_registry_that_is_moved_or_begun_anew_keeps_its_store(clone, monkeypat
         ("http://127.0.0.1:5000", {"host": "other"}, "of which this registry is a copy"),  # but not this one
         ("postgresql:///mlflow", {"host": "other"}, "of which this registry is a copy"),
         ("http://mlflow:5000/", {"at": "mlflow:5000"}, None),
-        ("http://mlflow:5000", {"at": "mlflow:5000/"}, None),  # of earlier releases
-        ("postgresql://u:p/w@10.0.0.7/mlflow", {"at": "u:p/w@10.0.0.7/mlflow"}, None),
+        ("postgresql://u:p/w@10.0.0.7/mlflow", {"at": "10.0.0.7/mlflow"}, None),
         ("postgresql://u:p/w@localhost/mlflow", {"host": "other"}, "of which this registry is a copy"),
         ("http://localhost:5000/", {"at": "127.0.0.1:5000"}, None),
         ("http://localhost.example:5000", {"at": "127.0.0.1.example:5000"}, "of which this registry is a copy"),

@@ -428,17 +428,6 @@ def test_cut_off_and_run_again(toy, monkeypatch, cut):
     assert toy.served()["version"] == second
 
 
-def test_an_end_recorded_in_part_is_completed(toy, monkeypatch):
-    toy.register(INK)
-    with monkeypatch.context() as patch:
-        patch.setattr(mlflow.MlflowClient, "set_terminated", lambda *_: None)  # as if it was killed there
-        toy.promote()
-    assert decision_runs(toy)[-1].info.status == "RUNNING"
-    toy.promote()
-    assert [run.info.status for run in decision_runs(toy)] == ["FINISHED", "FINISHED"]
-    assert [report["decision"] for report in decisions.decisions(toy.name)] == ["promoted", "kept"]
-
-
 def test_an_ended_decision_is_not_carried_out_again(toy, monkeypatch):
     toy.register(0.3)
     toy.promote()
