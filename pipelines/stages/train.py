@@ -156,15 +156,15 @@ def _fit_all(
     def draw(step: int) -> None:
         training_report.draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
 
-    def fit_part(part: Network, config: TrainConfig, curve: Curve, state_file: Path) -> dict[str, Any]:
+    def fit_part(part: Network, config: TrainConfig, curve_file: Path, state_file: Path) -> dict[str, Any]:
         """Train one of the networks; return the record of that."""
         origin_file = state_file.with_suffix(".json")  # of a state that is taken up it says what began it
         origin = {"git_commit": code["git_commit"], "hardware": _hardware(model)}
         before = read_state(state_file)[0].step if state_file.exists() else 0
         if not before:
-            curve.rows.clear()  # of a training that was begun before, whose state is gone
-            curve.path.unlink(missing_ok=True)  # now: killed before its own first row, this one would take it up
+            curve_file.unlink(missing_ok=True)  # of a training that was begun before, whose state is gone
             atomic_write(origin_file, json.dumps(origin))
+        curve = Curve(curve_file)
         origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
         learner: Any = getattr(part, "added", None) or part
         num_parameters = sum(p.numel() for p in learner.parameters())
@@ -192,7 +192,7 @@ def _fit_all(
         }
 
     try:
-        record = fit_part(model, pair.train, Curve(work / CURVE_FILES[0]), work / "state.safetensors")
+        record = fit_part(model, pair.train, work / CURVE_FILES[0], work / "state.safetensors")
         record["train_git_commit"] = record.pop("git_commit")
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
@@ -208,8 +208,8 @@ def _fit_all(
                 completer.added = added
                 completer.begin_added(began)
             if part is not None and config is not None:
-                curve = Curve(work / f"{name_of_part}.csv")
-                found = fit_part(part, config, curve, work / f"{name_of_part}.safetensors")
+                curve_file = work / f"{name_of_part}.csv"
+                found = fit_part(part, config, curve_file, work / f"{name_of_part}.safetensors")
                 record[f"num_{name_of_part}_parameters"] = found.pop("num_parameters")
                 record |= {f"{name_of_part}_{key}": value for key, value in found.items()}
         model = whole.eval()
