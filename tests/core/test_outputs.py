@@ -127,6 +127,12 @@ def test_a_compiled_loss_of_wide_components_is_the_same():
         assert plain.isfinite().all()
         assert torch.allclose(plain, compiled, atol=1e-5)
 
+    def of_a_level(parameters):
+        return output.level_logits(parameters, 0, levels).log_softmax(dim=1)[:, 7].sum()
+
+    for value in torch.autograd.functional.vjp(of_a_level, parameters):  # nobody compiles it
+        assert value.isfinite().all()
+
 
 def mixture_copy(model):
     copied = build_model(model.config).double().eval()
