@@ -47,8 +47,8 @@ class AttentivePixelCNNConfig(GatedPixelCNNConfig):
 class AttentiveLayer(GatedLayer):
     """A gated layer whose horizontal gate also hears what attention found; at first it does not."""
 
-    def __init__(self, config: AttentivePixelCNNConfig, context_features: int) -> None:
-        super().__init__(config, context_features, is_first=False)
+    def __init__(self, config: AttentivePixelCNNConfig, context_features: int, number: int) -> None:
+        super().__init__(config, context_features, number)
         p, num_groups = config.num_features, config.num_groups
         self.attention = BlockAttention(p, num_groups, config.num_heads, config.key_features, *config.image_shape[1:])
         found = colour_groups(num_groups * config.num_heads * config.key_features, num_groups)
@@ -67,5 +67,5 @@ class AttentivePixelCNN(GatedPixelCNN):
 
     def make_layer(self, number: int) -> GatedLayer:
         if number and number % self.config.attention_every == 0:
-            return AttentiveLayer(self.config, self.layer_config.context_features)
+            return AttentiveLayer(self.config, self.layer_config.context_features, number)
         return super().make_layer(number)

@@ -1,6 +1,8 @@
 """Gated PixelCNN, van den Oord et al. 2016, arXiv:1606.05328: two stacks without a blind spot, and gated units.
 
-Departures: kernels are stored cropped (masks.py). Not implemented: the autoencoder of the paper's section 2.4.
+Departures: kernels are stored cropped (masks.py); the vertical stack's may be dilated, as those of WaveNet are (van den
+Oord et al. 2016, arXiv:1609.03499), so that few layers see a whole image. Not implemented: the autoencoder of the
+paper's section 2.4.
 """
 
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixelcnn.config import ModelConfig, check_int, check_odd
+from pixelcnn.config import MAX_SIDE, ModelConfig, check_int, check_odd
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.layers import LabelBias, MaskedConv2d, Pointwise, context_projection, gate, masked_1x1, shift_down
 from pixelcnn.models.masks import colour_groups, row_mask
@@ -22,15 +24,18 @@ class GatedPixelCNNConfig(ModelConfig):
     Args:
         num_layers: gated layers, the first (mask A) included.
         kernel_size: n of the paper's n x n vertical and 1 x n horizontal kernels, odd.
+        max_dilation: the vertical kernels' dilation doubles from layer to layer up to it, and then begins anew with 1.
     """
 
     num_layers: int
     kernel_size: int
+    max_dilation: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("num_layers", self.num_layers, 1)
         check_odd("kernel_size", self.kernel_size)
+        check_int("max_dilation", self.max_dilation, 1, MAX_SIDE)
 
 
 class GatedLayer(nn.Module):
@@ -41,20 +46,20 @@ class GatedLayer(nn.Module):
     spot without a leak.
     """
 
-    def __init__(self, config: GatedPixelCNNConfig, context_features: int, is_first: bool) -> None:
+    def __init__(self, config: GatedPixelCNNConfig, context_features: int, number: int) -> None:
         super().__init__()
         p, num_groups, num_labels = config.num_features, config.num_groups, config.num_labels
-        mask_type, in_maps = ("A", config.image_shape[0]) if is_first else ("B", p)
+        mask_type, in_maps = ("A", config.image_shape[0]) if number == 0 else ("B", p)
         features = colour_groups(p, num_groups)
         gates = features.repeat(2)  # tanh and sigmoid halves, each in colour groups
         # The link's shift already hides the current row, so the vertical stack needs no colour mask.
-        half = config.kernel_size // 2
-        self.v_conv = MaskedConv2d(torch.ones(2 * p, in_maps, half + 1, config.kernel_size), right=half)
+        half, dilation = config.kernel_size // 2, 2 ** (number % config.max_dilation.bit_length())
+        self.v_conv = MaskedConv2d(torch.ones(2 * p, in_maps, half + 1, config.kernel_size), half, dilation)
         mask = row_mask(mask_type, config.kernel_size, colour_groups(in_maps, num_groups), gates)
         self.h_conv = MaskedConv2d(mask, right=0)
         self.link = Pointwise(2 * p, 2 * p)
         self.h_out = masked_1x1("B", features, features)
-        self.has_residual = not is_first  # its input is the image
+        self.has_residual = number > 0  # the first one's input is the image
         self.v_label_bias = LabelBias(num_labels, 2 * p) if num_labels else None
         self.h_label_bias = LabelBias(num_labels, 2 * p) if num_labels else None
         self.v_context = context_projection(context_features, 2 * p)
@@ -96,7 +101,7 @@ class GatedPixelCNN(AutoregressiveModel):
 
     def make_layer(self, number: int) -> GatedLayer:
         """Return a layer with fresh weights; the first sees the image, through mask A."""
-        return GatedLayer(self.config, self.layer_config.context_features, is_first=number == 0)
+        return GatedLayer(self.config, self.layer_config.context_features, number)
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         v = h = x

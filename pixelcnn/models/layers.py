@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelcnn.config import ModelConfig
+from pixelcnn.config import MAX_SIDE, ModelConfig, check_int
 from pixelcnn.models.maps import NEVER_WAITS, Map, check_cells, check_window, is_of
 from pixelcnn.models.masks import centre_mask
 
@@ -52,6 +52,7 @@ class Convolution(Block):
     """A convolution whose kernel has its centre in its last row, `right` columns from the right end."""
 
     right = 0
+    spacing = 1  # rows and columns from one of its taps to the next
     weight: Tensor
     bias: Tensor | None
 
@@ -75,7 +76,7 @@ class Convolution(Block):
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right
         used = taps.any(dim=1).any(dim=0)  # (kh, kw)
         offsets = [row - num_rows + 1 for row in range(num_rows) if bool(used[row].any())]
-        lead = max((x.lead + offset for offset in offsets), default=NEVER_WAITS)
+        lead = max((x.lead + offset * self.spacing for offset in offsets), default=NEVER_WAITS)
         turns = None
         if x.turns is not None and offsets and offsets[-1] == 0 and not bool(used[-1, centre + 1 :].any()):
             turns = torch.where(taps[:, :, -1, centre], x.turns, 0).amax(dim=1)
@@ -85,19 +86,22 @@ class Convolution(Block):
 class MaskedConv2d(Convolution):
     """A convolution whose kernel is multiplied by a mask, (out, in, kh, kw), and only ever reaches up and left.
 
-    The centre is in the last row, `right` taps from the right end, which rows above it may cover: see masks.py.
+    The centre is in the last row, `right` taps from the right end, which rows above it may cover: see masks.py. From a
+    tap to the next it is `dilation` rows or columns.
     """
 
     mask: Tensor
     described = Convolution.described
 
-    def __init__(self, mask: Tensor, right: int) -> None:
+    def __init__(self, mask: Tensor, right: int, dilation: int = 1) -> None:
         super().__init__()
+        check_int("dilation", dilation, 1, MAX_SIDE)
         out_maps, _, height, width = mask.shape
         if not 0 <= right < width:
             raise ValueError(f"right must be from 0 to {width - 1}, for the mask has {width} columns, got {right}.")
-        self.right = right
-        self.padding = (width - 1 - right, right, height - 1, 0)  # left, right, top, bottom
+        self.right, self.spacing = right, dilation
+        sides = (width - 1 - right, right, height - 1, 0)  # left, right, top, bottom
+        self.padding = tuple(dilation * taps for taps in sides)
         self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.zeros(out_maps))
         mask = mask.to(self.weight.dtype)
@@ -108,7 +112,7 @@ class MaskedConv2d(Convolution):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the masked convolution, of the same height and width: (B, in, H, W) -> (B, out, H, W)."""
-        return F.conv2d(F.pad(x, self.padding), self.masked_weight(), self.bias)
+        return F.conv2d(F.pad(x, self.padding), self.masked_weight(), self.bias, dilation=self.spacing)
 
     def masked_weight(self) -> Tensor:
         return self.weight * self.mask

@@ -95,6 +95,7 @@ class _Product:
     weight: Tensor  # (out, in, rows, columns), the centre in the last row, `right` columns from the right end
     taps: Tensor  # (rows, columns) bool, where anything of it can be other than zero
     right: int = 0
+    spacing: int = 1  # rows and columns from one of its taps to the next
     is_copy: bool = False
     is_of_positive: bool = False
 
@@ -104,25 +105,25 @@ class _Product:
         return self.is_copy and not self.rows_up and a == b
 
     def steps(self, out: Buffer, turn: int | None) -> Iterator[Step]:
-        """Yield the steps that add it to channels of `out`: one for each row of the kernel."""
+        """Yield the steps that add it to channels of `out`: for each row of the kernel, or tap of a dilated one."""
         weight = self.weight[out.order[out.channels_of(turn)]][:, self.source.order]
         num_rows, num_columns = self.taps.shape
         centre = num_columns - 1 - self.right
         for row in range(num_rows):
-            rows_up = self.rows_up + num_rows - 1 - row
+            rows_up = self.rows_up + (num_rows - 1 - row) * self.spacing
             is_by_pixel = self.source.turns is not None and rows_up == 0
             if is_by_pixel if out.is_part else turn is not None and not is_by_pixel:
                 continue
-            columns = [i - centre for i in range(num_columns) if self.taps[row, i] and (turn is None or i <= centre)]
-            if not columns:
-                continue
-            first, last = columns[0], columns[-1]
-            matrix = row_matrix(weight[:, :, row, first + centre : last + centre + 1])
-            if turn is not None and last == 0:  # of the centre, what is known by now
-                matrix = matrix[: -first * self.source.num_channels + self.source.num_known(turn)]
-            if len(matrix):
-                step = Step(kind="sum", turn=turn, out=out, source=self.source, rows_up=rows_up, matrix=matrix)
-                yield replace(step, first_column=first, is_of_positive=self.is_of_positive)
+            used = [i for i in range(num_columns) if self.taps[row, i] and (turn is None or i <= centre)]
+            runs = [(i, i) for i in used] if self.spacing > 1 else [(used[0], used[-1])] if used else []
+            for first, last in runs:
+                matrix = row_matrix(weight[:, :, row, first : last + 1])
+                if turn is not None and last == centre:  # of the centre, what is known by now
+                    matrix = matrix[: (centre - first) * self.source.num_channels + self.source.num_known(turn)]
+                if len(matrix):
+                    step = Step(kind="sum", turn=turn, out=out, source=self.source, rows_up=rows_up, matrix=matrix)
+                    column = (first - centre) * self.spacing
+                    yield replace(step, first_column=column, is_of_positive=self.is_of_positive)
 
 
 class Plan:
@@ -251,7 +252,8 @@ class Plan:
         # A rectifier beside a pixel's stored sum needs no map of its own: who reads one cell takes what is positive.
         is_inside = x.op == "relu" and map_.turns is not None and taps.numel() == 1 and self.uses[x.inputs[0]] > 1
         source = self.located(x.inputs[0] if is_inside else x)
-        return _Product(*source, weight.detach(), taps, map_.block.right, is_of_positive=x.op == "relu")
+        block, is_of_positive = map_.block, x.op == "relu"
+        return _Product(*source, weight.detach(), taps, block.right, block.spacing, is_of_positive=is_of_positive)
 
     def plan_sum(self, map_: Map) -> None:
         """Plan a sum of convolutions, biases and stored maps, and perhaps a rectifier after it."""

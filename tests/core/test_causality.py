@@ -161,14 +161,15 @@ def pixelcnn_reach(shape: Shape, first_kernel_size: int, kernel_size: int, num_b
     return reach_of_a_convolution(shape, seen, [], "B")
 
 
-def gated_pixelcnn_reach(shape: Shape, kernel_size: int, num_layers: int):
+def gated_pixelcnn_reach(shape: Shape, kernel_size: int, dilations: tuple[int, ...]):
     half = kernel_size // 2
-    vertical_taps = [(down, right) for down in range(-half, 1) for right in range(-half, half + 1)]
+    taps = [(down, right) for down in range(-half, 1) for right in range(-half, half + 1)]
     left = [(0, -i) for i in range(1, half + 1)]
     channels = shape[0]
     vertical = horizontal = image_itself(shape)
-    for i in range(num_layers):
-        vertical = reach_of_a_convolution(shape, vertical, vertical_taps, None)
+    for i, dilation in enumerate(dilations):
+        apart = [(down * dilation, right * dilation) for down, right in taps]
+        vertical = reach_of_a_convolution(shape, vertical, apart, None)
         horizontal = reach_of_a_convolution(shape, horizontal, left, "A" if i == 0 else "B")
         for row, column, channel in horizontal:
             for other in range(channels):
@@ -196,8 +197,16 @@ def test_gated_pixelcnn_sees_every_earlier_sub_pixel(shape, kernel_size, num_lay
 )
 def test_shallow_gated_pixelcnn_sees_what_its_kernels_reach(shape, kernel_size, num_layers):
     seen = influences("gated_pixelcnn", shape, kernel_size=kernel_size, num_layers=num_layers)
-    expected = as_matrix(shape, gated_pixelcnn_reach(shape, kernel_size, num_layers))
+    expected = as_matrix(shape, gated_pixelcnn_reach(shape, kernel_size, (1,) * num_layers))
     assert 0 < expected.sum() < torch.ones_like(seen).tril(-1).sum()
+    assert torch.equal(seen, expected)
+
+
+def test_dilated_gated_pixelcnn_sees_what_its_kernels_reach():
+    shape = (1, 9, 9)
+    seen = influences("gated_pixelcnn", shape, kernel_size=3, num_layers=4, max_dilation=3)
+    expected = as_matrix(shape, gated_pixelcnn_reach(shape, 3, (1, 2, 1, 2)))
+    assert as_matrix(shape, gated_pixelcnn_reach(shape, 3, (1, 1, 1, 1))).sum() < expected.sum()
     assert torch.equal(seen, expected)
 
 

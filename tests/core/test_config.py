@@ -48,6 +48,8 @@ def test_impossible_values_are_named(config_class, bad, message):
         (PixelCNNConfig, {"num_blocks": 0}, "num_blocks must be"),
         (PixelCNNConfig, {"first_kernel_size": 6}, "first_kernel_size must be odd"),
         (GatedPixelCNNConfig, {"num_layers": 0}, "num_layers must be"),
+        (GatedPixelCNNConfig, {"max_dilation": 0}, "max_dilation must be"),
+        (GatedPixelCNNConfig, {"max_dilation": 257}, "max_dilation must be at most 256"),
     ],
 )
 def test_impossible_values_of_one_architecture_are_named(config_class, bad, name):

@@ -41,7 +41,7 @@ def configs() -> list[ModelConfig]:
             GatedPixelCNNConfig(**common, num_features=4 * colours, num_layers=layers, kernel_size=kernel)
             for kernel, layers in ((3, 3), (5, 1), (5, 2))
         ]
-        attention = {"attention_every": 1, "num_heads": 2, "key_features": 3}
+        attention = {"attention_every": 1, "num_heads": 2, "key_features": 3, "max_dilation": 2}
         found.append(
             AttentivePixelCNNConfig(**common, **attention, num_features=4 * colours, num_layers=3, kernel_size=3)
         )

@@ -101,25 +101,25 @@ def changed_maps(layer, x: torch.Tensor, in_map: int) -> list[int]:
     return (layer(x) != layer(other))[0, :, 1, 1].nonzero().flatten().tolist()
 
 
-def gated_layer(num_colours: int, num_features: int, is_first: bool = False) -> GatedLayer:
+def gated_layer(num_colours: int, num_features: int, number: int = 1) -> GatedLayer:
     shape = (num_colours, 3, 3)
     config = GatedPixelCNNConfig(
         image_shape=shape, num_levels=2, num_features=num_features, num_layers=2, kernel_size=3
     )
-    return GatedLayer(config, 0, is_first)
+    return GatedLayer(config, 0, number)
 
 
 @pytest.mark.parametrize(
-    ("is_first", "expected"),
+    ("number", "expected"),
     [
         # What each input map changes at its own pixel: of three colours, by mask A; of two maps per colour, by mask B.
-        (True, [[2, 3, 4, 5], [4, 5], []]),
-        (False, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [2, 3, 4, 5], [4, 5], [4, 5]]),
+        (0, [[2, 3, 4, 5], [4, 5], []]),
+        (1, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [2, 3, 4, 5], [4, 5], [4, 5]]),
     ],
 )
-def test_colour_groups_of_the_gated_layer(is_first, expected):
+def test_colour_groups_of_the_gated_layer(number, expected):
     torch.manual_seed(0)
-    layer = gated_layer(3, 6, is_first).double()
+    layer = gated_layer(3, 6, number).double()
     x = torch.randn(1, len(expected), 3, 3, dtype=torch.float64)
     assert [changed_maps(lambda h: layer(x, h, None, None)[1], x, i) for i in range(len(expected))] == expected
 
@@ -142,11 +142,11 @@ def test_colour_groups_of_the_residual_block_and_the_1x1s():
 def test_residual_is_on_the_horizontal_stack_and_not_in_the_first_layer():
     torch.manual_seed(0)
     v, h = torch.randn(2, 1, 4, 3, 3)
-    for is_first in (True, False):
-        layer = gated_layer(4, 4, is_first)
+    for number in (0, 1):
+        layer = gated_layer(4, 4, number)
         with torch.no_grad():
             layer.h_out.weight.zero_()
-        assert torch.equal(layer(v, h, None, None)[1], torch.zeros_like(h) if is_first else h)
+        assert torch.equal(layer(v, h, None, None)[1], h if number else torch.zeros_like(h))
         with torch.no_grad():
             layer.v_conv.weight.zero_()
         assert not layer(v, h, None, None)[0].any()

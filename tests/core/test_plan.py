@@ -54,7 +54,7 @@ class RandomLayer(nn.Module):
 
         def holed(mask: Tensor, right: int) -> MaskedConv2d:
             holes = torch.from_numpy(rng.random(mask.shape[2:]) < 0.6) if chance(0.3) else torch.ones(mask.shape[2:])
-            return MaskedConv2d(mask * holes, right)
+            return MaskedConv2d(mask * holes, right, dilation=int(rng.integers(1, 4)))
 
         self.v_unit, self.h_unit = (gate if chance(0.5) else F.relu for _ in range(2))
         v_groups, h_groups = (groups.repeat(2 if unit is gate else 1) for unit in (self.v_unit, self.h_unit))
