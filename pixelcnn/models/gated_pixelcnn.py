@@ -1,8 +1,7 @@
 """Gated PixelCNN, van den Oord et al. 2016, arXiv:1606.05328: two stacks without a blind spot, and gated units.
 
-Departures: kernels are stored cropped (masks.py); the vertical stack's may be dilated, as those of WaveNet are (van den
-Oord et al. 2016, arXiv:1609.03499), so that few layers see a whole image. Not implemented: the autoencoder of the
-paper's section 2.4.
+Departures: kernels are stored cropped (masks.py), and the vertical stack's may be dilated. Not implemented: the
+autoencoder of the paper's section 2.4.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,16 @@ from torch import Tensor, nn
 
 from pixelcnn.config import MAX_SIDE, ModelConfig, check_int, check_odd
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.layers import LabelBias, MaskedConv2d, Pointwise, context_projection, gate, masked_1x1, shift_down
+from pixelcnn.models.layers import (
+    LabelBias,
+    MaskedConv2d,
+    Pointwise,
+    context_projection,
+    dilation_of,
+    gate,
+    masked_1x1,
+    shift_down,
+)
 from pixelcnn.models.masks import colour_groups, row_mask
 from pixelcnn.models.registry import register
 
@@ -24,7 +32,7 @@ class GatedPixelCNNConfig(ModelConfig):
     Args:
         num_layers: gated layers, the first (mask A) included.
         kernel_size: n of the paper's n x n vertical and 1 x n horizontal kernels, odd.
-        max_dilation: the vertical kernels' dilation doubles from layer to layer up to it, and then begins anew with 1.
+        max_dilation: the largest of the vertical kernels, which differ from layer to layer (`layers.dilation_of`).
     """
 
     num_layers: int
@@ -53,7 +61,7 @@ class GatedLayer(nn.Module):
         features = colour_groups(p, num_groups)
         gates = features.repeat(2)  # tanh and sigmoid halves, each in colour groups
         # The link's shift already hides the current row, so the vertical stack needs no colour mask.
-        half, dilation = config.kernel_size // 2, 2 ** (number % config.max_dilation.bit_length())
+        half, dilation = config.kernel_size // 2, dilation_of(number, config.max_dilation)
         self.v_conv = MaskedConv2d(torch.ones(2 * p, in_maps, half + 1, config.kernel_size), half, dilation)
         mask = row_mask(mask_type, config.kernel_size, colour_groups(in_maps, num_groups), gates)
         self.h_conv = MaskedConv2d(mask, right=0)

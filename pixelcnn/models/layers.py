@@ -269,6 +269,14 @@ def gate(x: Any) -> Any:
     return torch.tanh(a) * torch.sigmoid(b)
 
 
+def dilation_of(layer: int, most: int) -> int:
+    """Return the dilation of a layer, the first being number 0: 1, 2, 4, ..., at most `most`, and then from 1 again.
+
+    So few layers see a whole image: WaveNet, van den Oord et al. 2016, arXiv:1609.03499.
+    """
+    return 2 ** (layer % most.bit_length())
+
+
 def shift_down(x: Any) -> Any:
     """Move every row down by one; the first row becomes zero, the last one falls out."""
     if isinstance(x, Map):

@@ -1,6 +1,7 @@
 """PixelCNN, van den Oord et al. 2016, arXiv:1601.06759: a stack of masked convolutions in residual blocks.
 
-Departures: see base.py and layers.py. Not implemented: the multi-scale PixelCNN, the recurrent networks.
+Departures: see base.py and layers.py; the blocks' kernels may be dilated. Not implemented: the multi-scale PixelCNN,
+the recurrent networks.
 """
 
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelcnn.config import ModelConfig, check_int, check_odd
+from pixelcnn.config import MAX_SIDE, ModelConfig, check_int, check_odd
 from pixelcnn.models.base import AutoregressiveModel
-from pixelcnn.models.layers import LabelBias, MaskedConv2d, context_projection, masked_1x1
+from pixelcnn.models.layers import LabelBias, MaskedConv2d, context_projection, dilation_of, masked_1x1
 from pixelcnn.models.masks import colour_groups, raster_mask
 from pixelcnn.models.registry import register
 
@@ -23,17 +24,20 @@ class PixelCNNConfig(ModelConfig):
         num_blocks: residual blocks after the first layer.
         first_kernel_size: the first layer's kernel (mask A), odd.
         kernel_size: the residual blocks' kernel (mask B), odd.
+        max_dilation: the largest of those kernels, which differ from block to block (`layers.dilation_of`).
     """
 
     num_blocks: int
     first_kernel_size: int = 7
     kernel_size: int = 3
+    max_dilation: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("num_blocks", self.num_blocks, 1)
         check_odd("first_kernel_size", self.first_kernel_size)
         check_odd("kernel_size", self.kernel_size)
+        check_int("max_dilation", self.max_dilation, 1, MAX_SIDE)
 
 
 class ResidualBlock(nn.Module):
@@ -42,14 +46,14 @@ class ResidualBlock(nn.Module):
     Also gives the skip connection's contribution to the head.
     """
 
-    def __init__(self, config: PixelCNNConfig, context_features: int) -> None:
+    def __init__(self, config: PixelCNNConfig, context_features: int, number: int) -> None:
         super().__init__()
         h, num_groups = config.num_features, config.num_groups
         outer, inner = colour_groups(2 * h, num_groups), colour_groups(h, num_groups)
         head = colour_groups(config.head_features, num_groups)
         self.reduce = masked_1x1("B", outer, inner)
         mask = raster_mask("B", config.kernel_size, inner, inner)
-        self.conv = MaskedConv2d(mask, right=config.kernel_size // 2)
+        self.conv = MaskedConv2d(mask, config.kernel_size // 2, dilation_of(number, config.max_dilation))
         self.expand = masked_1x1("B", inner, outer)
         self.skip = masked_1x1("B", inner, head)
         self.label_bias = LabelBias(config.num_labels, h) if config.num_labels else None
@@ -86,7 +90,7 @@ class PixelCNN(AutoregressiveModel):
         self.first = MaskedConv2d(first_mask, right=config.first_kernel_size // 2)
         self.first_skip = masked_1x1("B", outer, colour_groups(config.head_features, num_groups))
         context_features = self.layer_config.context_features
-        self.blocks = nn.ModuleList(ResidualBlock(config, context_features) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(config, context_features, i) for i in range(config.num_blocks))
 
     def features(self, x: Tensor, label: Tensor | None, context: Tensor | None) -> Tensor:
         x = self.first(x)  # (B, 2h, H, W)

@@ -148,15 +148,19 @@ def raster_taps(kernel_size: int) -> list[tuple[int, int]]:
     return [tap for tap in window if tap < (0, 0)]
 
 
+def apart(taps: list[tuple[int, int]], dilation: int) -> list[tuple[int, int]]:
+    return [(down * dilation, right * dilation) for down, right in taps]
+
+
 def image_itself(shape: Shape) -> dict[SubPixel, set[SubPixel]]:
     channels, height, width = shape
     return {(r, c, k): {(r, c, k)} for r in range(height) for c in range(width) for k in range(channels)}
 
 
-def pixelcnn_reach(shape: Shape, first_kernel_size: int, kernel_size: int, num_blocks: int):
+def pixelcnn_reach(shape: Shape, first_kernel_size: int, kernel_size: int, dilations: tuple[int, ...]):
     seen = reach_of_a_convolution(shape, image_itself(shape), raster_taps(first_kernel_size), "A")
-    for _ in range(num_blocks):
-        seen = reach_of_a_convolution(shape, seen, raster_taps(kernel_size), "B")
+    for dilation in dilations:
+        seen = reach_of_a_convolution(shape, seen, apart(raster_taps(kernel_size), dilation), "B")
     # 1x1 layers with mask B, after the first layer and in every block: earlier colours of the same pixel.
     return reach_of_a_convolution(shape, seen, [], "B")
 
@@ -168,8 +172,7 @@ def gated_pixelcnn_reach(shape: Shape, kernel_size: int, dilations: tuple[int, .
     channels = shape[0]
     vertical = horizontal = image_itself(shape)
     for i, dilation in enumerate(dilations):
-        apart = [(down * dilation, right * dilation) for down, right in taps]
-        vertical = reach_of_a_convolution(shape, vertical, apart, None)
+        vertical = reach_of_a_convolution(shape, vertical, apart(taps, dilation), None)
         horizontal = reach_of_a_convolution(shape, horizontal, left, "A" if i == 0 else "B")
         for row, column, channel in horizontal:
             for other in range(channels):
@@ -202,12 +205,20 @@ def test_shallow_gated_pixelcnn_sees_what_its_kernels_reach(shape, kernel_size, 
     assert torch.equal(seen, expected)
 
 
-def test_dilated_gated_pixelcnn_sees_what_its_kernels_reach():
-    shape = (1, 9, 9)
-    seen = influences("gated_pixelcnn", shape, kernel_size=3, num_layers=4, max_dilation=3)
-    expected = as_matrix(shape, gated_pixelcnn_reach(shape, 3, (1, 2, 1, 2)))
-    assert as_matrix(shape, gated_pixelcnn_reach(shape, 3, (1, 1, 1, 1))).sum() < expected.sum()
-    assert torch.equal(seen, expected)
+@pytest.mark.parametrize(
+    ("architecture", "depth", "reach"),
+    [
+        ("gated_pixelcnn", "num_layers", gated_pixelcnn_reach),
+        ("pixelcnn", "num_blocks", lambda shape, kernel_size, dilations: pixelcnn_reach(shape, 3, 3, dilations)),
+    ],
+)
+def test_dilated_kernels_reach_as_far_as_they_say(architecture, depth, reach):
+    shape, changes = (1, 9, 9), {"kernel_size": 3, depth: 3}
+    if architecture == "pixelcnn":
+        changes["first_kernel_size"] = 3
+    expected = as_matrix(shape, reach(shape, 3, (1, 2, 1)))  # doubled up to 3, and then from 1 again
+    assert as_matrix(shape, reach(shape, 3, (1, 1, 1))).sum() < expected.sum()
+    assert torch.equal(influences(architecture, shape, max_dilation=3, **changes), expected)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +238,7 @@ def test_pixelcnn_sees_everything_earlier_but_its_blind_spot(shape, first_kernel
     seen = influences(
         "pixelcnn", shape, first_kernel_size=first_kernel_size, kernel_size=kernel_size, num_blocks=num_blocks
     )
-    expected = as_matrix(shape, pixelcnn_reach(shape, first_kernel_size, kernel_size, num_blocks))
+    expected = as_matrix(shape, pixelcnn_reach(shape, first_kernel_size, kernel_size, (1,) * num_blocks))
     assert torch.equal(seen, expected)
 
 
@@ -256,7 +267,9 @@ def test_the_blind_spot_as_drawn_by_hand(picture, first_kernel_size):
     here = "".join(rows).index("X")
     drawn = "".join("X" if i == here else ".#"[int(seen)] for i, seen in enumerate(model_reach[here]))
     assert drawn == "".join(rows)
-    assert torch.equal(as_matrix(shape, pixelcnn_reach(shape, first_kernel_size, 3, len(rows) + 1)), model_reach)
+    assert torch.equal(
+        as_matrix(shape, pixelcnn_reach(shape, first_kernel_size, 3, (1,) * (len(rows) + 1))), model_reach
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])

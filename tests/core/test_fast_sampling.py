@@ -35,7 +35,9 @@ def configs() -> list[ModelConfig]:
         common = {"image_shape": shape, "num_levels": num_levels, "num_labels": 3}
         found.append(PixelCNNConfig(**common, num_features=4 * colours, num_blocks=3))
         found.append(
-            PixelCNNConfig(**common, num_features=9 * colours, num_blocks=1, kernel_size=5, first_kernel_size=5)
+            PixelCNNConfig(
+                **common, num_features=9 * colours, num_blocks=2, kernel_size=5, first_kernel_size=5, max_dilation=2
+            )
         )
         found += [
             GatedPixelCNNConfig(**common, num_features=4 * colours, num_layers=layers, kernel_size=kernel)

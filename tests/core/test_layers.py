@@ -127,7 +127,7 @@ def test_colour_groups_of_the_gated_layer(number, expected):
 def test_colour_groups_of_the_residual_block_and_the_1x1s():
     torch.manual_seed(0)
     config = PixelCNNConfig(image_shape=(3, 3, 3), num_levels=2, num_features=3, num_blocks=1)
-    block = ResidualBlock(config, 0).double()
+    block = ResidualBlock(config, 0, 0).double()
     x = torch.rand(1, 6, 3, 3, dtype=torch.float64) + 0.1
     with torch.no_grad():
         for conv in (block.reduce, block.conv, block.expand, block.skip):
