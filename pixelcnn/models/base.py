@@ -119,15 +119,16 @@ class AutoregressiveModel(nn.Module):
         """Let the network that is added to this one's logits begin with the weights of a trained one, or add nothing.
 
         A part of its logits is added to a part of this one's (`ADDED_SHARES`): a weighted geometric mean of both
-        distributions. ValueError if the trained one is of other sizes.
+        distributions. ValueError if the trained one is of other sizes or dilations.
         """
         if self.added is None:
             raise ValueError("this network has none whose logits are added: set added_features.")
         shares = (1.0, 0.0) if trained is None else ADDED_SHARES
         if trained is not None:
             sizes, expected = ({n: w.shape for n, w in x.state_dict().items()} for x in (trained, self.added))
-            if sizes != expected:
-                raise ValueError("the network to begin with is of other sizes than the one that is added.")
+            dilations, wanted = ([getattr(part, "spacing", 1) for part in x.modules()] for x in (trained, self.added))
+            if sizes != expected or dilations != wanted:
+                raise ValueError("the network to begin with is of other sizes or dilations than the one that is added.")
             self.added.load_state_dict(trained.state_dict())
         for network, share in zip((self, self.added), shares, strict=True):
             for weight in network.logits.parameters():

@@ -125,6 +125,9 @@ def test_what_cannot_begin_is_refused_and_nothing_changed() -> None:
         completer.begin_added(tiny_model("gated_pixelcnn", SHAPE, 2, num_features=4, context_features=3))
     with pytest.raises(ValueError, match="of other sizes"):
         completer.begin_added(tiny_model("pixelcnn", SHAPE, 2, num_features=3, context_features=3))
+    dilated = tiny_model("gated_pixelcnn", SHAPE, 2, num_features=3, context_features=3, max_dilation=2)
+    with pytest.raises(ValueError, match="of other sizes or dilations than"):
+        completer.begin_added(dilated)
     assert all(torch.equal(weight, before[name]) for name, weight in completer.state_dict().items())
     with pytest.raises(ValueError, match="added_features"):
         alone(completer).begin_added(None)
