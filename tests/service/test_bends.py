@@ -9,7 +9,7 @@ from app.service.jobs import noise
 from pixelcnn import load_checkpoint
 from pixelcnn.completion import complete
 
-WEIGHTS = Path(__file__).parents[2] / "weights" / "attentive_pixelcnn-mnist"
+WEIGHTS = Path(__file__).parents[2] / "weights" / "gated_pixelcnn-mnist"
 
 
 def test_a_tiny_stroke_changes_at_most_45_cells_of_an_ending() -> None:
