@@ -193,6 +193,8 @@ def pair_for(name: str, spec: DatasetParams, minutes: float) -> dict[str, Any]:
     small = max(spec.image_shape[1:]) <= 16
     network: dict[str, Any] = {"num_features": 24 if spec.num_levels == 2 else 36, "num_layers": 6}
     network |= {"kernel_size": 3 if small else 5, "context_features": 16}  # endings see the whole drawing
+    if spec.num_levels == 2 and not small:  # 28 x 28 letters, 100 s each: 45.63 nats instead of 46.28
+        network["max_dilation"] = 4
     if spec.num_levels > MIXTURE_LEVELS:
         network |= {"output": "logistic_mixture", "num_mixtures": 5}
     # 32 x 32 icons in colour, three minutes each: 0.98 bits/dim by batches of 16, 0.73 by batches of 4. Of small images
