@@ -10,7 +10,8 @@ A network's symbolic maps (models/maps.py) say when each can be known:
 Both engines follow the same plan: cached.py in torch, compiled.py in compiled code. Neither knows any architecture.
 
 Values lie in memory as (row, column, channel), the channels in the order of their turns. So the taps of a kernel's row
-are one run of numbers, and so are what lies left of a pixel and those channels at its centre that are known by then.
+are one run of numbers (of a dilated kernel each by itself), and so are what lies left of a pixel and those channels at
+its centre that are known by then.
 """
 
 import copy
