@@ -116,8 +116,8 @@ class _Product:
             if is_by_pixel if out.is_part else turn is not None and not is_by_pixel:
                 continue
             used = [i for i in range(num_columns) if self.taps[row, i] and (turn is None or i <= centre)]
-            runs = [(i, i) for i in used] if self.spacing > 1 else [(used[0], used[-1])] if used else []
-            for first, last in runs:
+            for run in [used] if used and self.spacing == 1 else [[i] for i in used]:
+                first, last = run[0], run[-1]
                 matrix = row_matrix(weight[:, :, row, first : last + 1])
                 if turn is not None and last == centre:  # of the centre, what is known by now
                     matrix = matrix[: (centre - first) * self.source.num_channels + self.source.num_known(turn)]

@@ -206,19 +206,17 @@ def test_shallow_gated_pixelcnn_sees_what_its_kernels_reach(shape, kernel_size, 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "depth", "reach"),
+    ("architecture", "depth", "reach", "kernels"),
     [
-        ("gated_pixelcnn", "num_layers", gated_pixelcnn_reach),
-        ("pixelcnn", "num_blocks", lambda shape, kernel_size, dilations: pixelcnn_reach(shape, 3, 3, dilations)),
+        ("gated_pixelcnn", "num_layers", gated_pixelcnn_reach, {"kernel_size": 3}),
+        ("pixelcnn", "num_blocks", pixelcnn_reach, {"first_kernel_size": 3, "kernel_size": 3}),
     ],
 )
-def test_dilated_kernels_reach_as_far_as_they_say(architecture, depth, reach):
-    shape, changes = (1, 9, 9), {"kernel_size": 3, depth: 3}
-    if architecture == "pixelcnn":
-        changes["first_kernel_size"] = 3
-    expected = as_matrix(shape, reach(shape, 3, (1, 2, 1)))  # doubled up to 3, and then from 1 again
-    assert as_matrix(shape, reach(shape, 3, (1, 1, 1))).sum() < expected.sum()
-    assert torch.equal(influences(architecture, shape, max_dilation=3, **changes), expected)
+def test_dilated_kernels_reach_as_far_as_they_say(architecture, depth, reach, kernels):
+    shape = (1, 9, 9)
+    expected = as_matrix(shape, reach(shape, **kernels, dilations=(1, 2, 1)))  # doubled up to 3, and then from 1 again
+    assert as_matrix(shape, reach(shape, **kernels, dilations=(1, 1, 1))).sum() < expected.sum()
+    assert torch.equal(influences(architecture, shape, max_dilation=3, **kernels, **{depth: 3}), expected)
 
 
 @pytest.mark.parametrize(
