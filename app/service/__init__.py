@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 
+import uvicorn.config
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.utils.analytics import usage_stats
@@ -27,6 +28,7 @@ if not _folder:
     _counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-", dir=_memory)  # until this process ends
     _folder = _counts.name
 BentoMLContainer.prometheus_multiproc_dir.set(_folder)
+uvicorn.config.HTTP_PROTOCOLS["auto"] = "app.service.connection:Connection"
 RunnerTrafficMetricsMiddleware.__call__ = lambda self, *message: self.app(*message)  # type: ignore[method-assign]
 
 for _handler in logging.getLogger("bentoml").handlers:

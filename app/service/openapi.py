@@ -9,6 +9,11 @@ from typing import Any
 
 from app.service.settings import HEALTH_CHECKS
 
+INFO = {
+    "title": "PixelCNN",
+    "version": "1",  # of the requests and answers
+    "description": "Images completed, generated and scored by PixelCNN models: exact likelihoods, pixel by pixel.",
+}
 ERROR = {
     "type": "object",
     "title": "Error",
@@ -88,4 +93,4 @@ def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
                 answer["content"]["text/event-stream"]["schema"] = EVENT
             operation["responses"] = {"200": answer, **_errors(HEALTH_ERRORS.get(path, ERRORS[method]))}
     # From 3.1 on the schemas are JSON Schema, as pydantic writes it.
-    return {**document, "openapi": "3.1.0"}
+    return {**document, "openapi": "3.1.0", "info": INFO}

@@ -82,18 +82,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_num_waiting = 0  # for a turn of the event loop
-
-
-async def _wait_for_turn() -> None:
-    """Let a turn pass for each waiting request: one is parsed per turn, and others are refused in between."""
-    global _num_waiting
-    _num_waiting += 1
-    try:
-        for _ in range(_num_waiting):
-            await asyncio.sleep(0)
-    finally:
-        _num_waiting -= 1
+_turn = asyncio.Lock()  # one request is parsed per turn of the event loop, and others are refused in between
 
 
 class ApiRequest(bentoml.IODescriptor):
@@ -114,7 +103,8 @@ class ApiRequest(bentoml.IODescriptor):
                 f"the request must have the header Content-Type: application/json, got {quoted(content_type)}.", 415
             )
         body = await read_body(request)
-        await _wait_for_turn()
+        async with _turn:
+            await asyncio.sleep(0)
         if not body.strip():
             raise RequestError(f"the request is empty: send a JSON object with the fields {known}.")
         try:
