@@ -80,11 +80,12 @@ def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> 
         leaving.leave()
 
 
-def busy_line(what: str, text: str, on_stop: Callable[[], None]) -> None:
-    """Say by a text what the model does, `what` for short, and offer to stop it; both unseen in the first moment."""
+def busy_line(what: str, text: str, on_stop: Callable[[], None] | None) -> None:
+    """Say by a text what the model does, `what` for short; offer to stop it, if it can be. Unseen at first."""
     with st.container(key=f"busy-{what}", horizontal=True, vertical_alignment="center"):
         st.markdown(text)
-        st.button(say("stop"), on_click=on_stop, key=f"stop-{what}", width="content")
+        if on_stop is not None:
+            st.button(say("stop"), on_click=on_stop, key=f"stop-{what}", width="content")
 
 
 def redraw() -> NoReturn:
@@ -116,7 +117,7 @@ def wait_for(
     ask_for: Callable[[OnOpen], Generator[Event, None, None]],
     what: str,
     text: str,
-    on_stop: Callable[[], None],
+    on_stop: Callable[[], None] | None = None,
     show: Callable[[Event], object] | None = None,
 ) -> list[Event]:
     """Return what the service answers, or give it to `show` as it comes, and return none. Raises ServiceError.

@@ -465,8 +465,13 @@ def test_slow_endings_can_be_stopped(open_page: OpenPage, service: StubService) 
     wait_until_still(page)
     service.row_s = 0.5
     draw(page, HALF_DIGIT)
-    page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_role("button", name="Stop")).to_have_count(0)
+    stop = page.get_by_role("button", name="Stop")
+    expect(stop).to_be_visible()
+    colours = "button => [getComputedStyle(button).backgroundColor, getComputedStyle(button.querySelector('p')).color]"
+    ground, text = stop.evaluate(colours)
+    assert ground != text, "nobody can read it"
+    stop.click()
+    expect(stop).to_have_count(0)
     expect(page.locator(".live .endings")).to_have_count(0)
     asked = len(service.requests)
     page.wait_for_timeout(1000)
@@ -879,6 +884,18 @@ def test_start_from_half_a_generated_picture(
 
 
 @pytest.mark.slow
+def test_a_page_of_surprise_that_waits_says_so(open_page: OpenPage, service: StubService) -> None:
+    page = open_page()
+    service.row_s = 60
+    go_to(page, "Surprise")
+    expect(page.get_by_text("The model is looking at it")).to_be_visible()
+    expect(page.get_by_role("button", name="Stop")).to_have_count(0)  # it would ask again
+    service.hurry.set()
+    expect(page.get_by_text("log-probability")).to_be_visible()
+    expect(page.get_by_text("The model is looking at it")).to_have_count(0)
+
+
+@pytest.mark.slow
 def test_generated_rows_appear_and_can_be_stopped(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     page = open_page()
     go_to(page, "Generate")
@@ -975,6 +992,7 @@ def test_in_french(open_page: OpenPage, page_url: str) -> None:
 def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: Path) -> None:
     page = open_page(390, 844, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator(".stMain").evaluate("main => main.scrollWidth") <= 390
     draw_by_finger(page, HALF_DIGIT)
     by_finger = ink(page)
     assert by_finger.any()

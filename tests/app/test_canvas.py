@@ -655,6 +655,12 @@ def test_a_french_page_says_in_french_what_keeps_an_answer_away(
     assert page.metric[0].label == "NLL de test (dynamic)"
 
 
+def test_released_weights_were_not_promoted(service: StubService, open_page: OpenPage) -> None:
+    for promoted_at, is_shown in (("2025-01-01T00:00:00+00:00", True), ("", False)):
+        service.models = {"mnist5k": {**service.models["mnist5k"], "promoted_at": promoted_at}}
+        assert ("<th>promoted</th>" in html_text(at(open_page, "Models"))) == is_shown
+
+
 def test_surprise_of_the_drawing(service: StubService, open_page: OpenPage) -> None:
     page = at(open_page, "Surprise")
     assert service.requests == [("/likelihood", {"dataset": "mnist5k", "image": INK.tolist(), "label": -1})]

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 from streamlit import net_util
 
+from app.canvas import live
 from app.canvas.drawing import TOUCHED, Drawing, drawing_text
 from app.canvas.endings import Endings, Settings, asked_of
 from app.canvas.live import LIVE_PATH, MAX_BYTES, answer_live
@@ -203,6 +204,16 @@ def test_who_leaves_while_a_drawing_is_sent_is_no_error() -> None:
     assert asyncio.run(answer_live(request)).status_code == 400
 
 
+def test_a_drawing_that_does_not_come_is_not_awaited_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def receive() -> dict[str, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(live, "BODY_TIMEOUT_S", 0.1)
+    request = Request({"type": "http", "method": "POST", "headers": [(b"content-length", b"9")]}, receive)
+    assert asyncio.run(answer_live(request)).status_code == 408
+
+
 def test_a_service_that_fails_ends_the_answer(url: str, visit: Visit, service: StubService) -> None:
     service.break_stream = True
     with httpx.stream("POST", url, json=body(STROKE)) as response:
@@ -270,7 +281,7 @@ def test_a_page_of_another_origin_is_refused_before_anything_is_asked(monkeypatc
     async def accept(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.accept"})
 
-    for app, origin in ((canvas, "elsewhere.test"), (OwnOrigin(accept), "127.0.0.1:8501")):
+    for app, origin in ((canvas, "elsewhere.test"), (canvas, "["), (OwnOrigin(accept), "127.0.0.1:8501")):
         headers = [(b"host", b"127.0.0.1:8501"), (b"origin", f"http://{origin}".encode())]
         asyncio.run(app({"type": "websocket", "path": "/_stcore/stream", "headers": headers}, receive, send))
-    assert sent == ["websocket.close", "websocket.accept"]
+    assert sent == ["websocket.close", "websocket.close", "websocket.accept"]

@@ -28,6 +28,7 @@ from app.client import ServiceError
 HERE = Path(__file__).parent
 LIVE_PATH = "/live"
 MAX_BYTES = 2**20  # of what is sent; the largest drawing has a tenth of them
+BODY_TIMEOUT_S = 10.0
 
 
 class Stroke(BaseModel):
@@ -60,9 +61,13 @@ async def answer_live(request: HttpRequest) -> Response:
     """
     length = request.headers.get("content-length", "")
     if not length.isdecimal() or int(length) > MAX_BYTES:
-        return Response("Send a drawing, of at most 1 MiB.", status_code=413)
+        return Response("Send a drawing, of at most 1 MiB, and its length.", status_code=413)
     try:
-        stroke = Stroke.model_validate_json(await request.body())
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await request.body()
+        stroke = Stroke.model_validate_json(body)
+    except TimeoutError:
+        return Response("Send it in one go.", status_code=408)
     except (ValidationError, ClientDisconnect):  # who has left hears nothing
         return Response("Send JSON: {visit, drawing, fresh}.", status_code=400)
     visit = VISITS.get(stroke.visit)

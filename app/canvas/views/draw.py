@@ -161,9 +161,8 @@ def show_actions(last: Endings | None, drawing: Drawing, settings: Settings, ord
     """Show what can be done with the last endings; return whether a map of surprise is wanted beside them."""
     if last:
         names = {key: say(f"order_{key}") for key in ORDERS}
-        widgets.choose(
-            say("order"), names, ORDERS[0], label_visibility="collapsed", key="order", persist_state="session"
-        )
+        options: dict[str, Any] = {"label_visibility": "collapsed", "persist_state": "session", "wrap": True}
+        widgets.choose(say("order"), names, ORDERS[0], key="order", **options)
         shown = levels_of(drawing, settings.levels)
         chosen = next((i for i, ending in enumerate(last.images) if np.array_equal(ending, shown)), None)
         widgets.download(last, settings.coloured, order, 3, chosen)

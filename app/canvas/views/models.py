@@ -25,7 +25,8 @@ def models_page(visit: Visit) -> None:
             if (papers := f"papers_{dataset}") in TEXTS:
                 st.caption(say("beside", papers=say(papers)))
             lineage = {say(key): model.model[key] for key in ("data_hash", "git_commit", "run_id", "weights_sha256")}
-            st.html(facts_html(lineage | {say("promoted"): model.promoted_at}))
+            promoted = {say("promoted"): model.promoted_at} if model.promoted_at else {}  # released weights are not
+            st.html(facts_html(lineage | promoted))
             with st.expander(say("all_scores")):
                 numbers = {name: value for name, value in model.scores.items() if isinstance(value, int | float)}
                 st.html(facts_html({name: number_text(value) for name, value in sorted(numbers.items())}))

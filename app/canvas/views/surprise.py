@@ -48,8 +48,11 @@ def surprise_page(visit: Visit) -> None:
     image = levels_of(drawing, model.levels)
     question = (dataset, model.model.get("weights_sha256"), image.tolist(), label)
     if not visit.surprise or visit.surprise[0] != question:
+        asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for _ in range(1))
         try:
-            visit.surprise = (question, visit.client.likelihood(dataset, image.tolist(), label=label), None)
+            with right:
+                [answer] = wait_for(lambda _: asked, "surprise", say("scoring"))
+            visit.surprise = (question, answer, None)
             visit.answer_came()
         except ServiceError as error:
             visit.fail(error)
