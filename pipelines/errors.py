@@ -95,8 +95,8 @@ def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -
     except Exception as error:
         if not is_for_user(error):
             raise
-        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else error
-        text = reason(error) if tool_of(error) else text  # of many lines, some of them
+        text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+        text = reason(error) if tool_of(error) else without_passwords(" ".join(text.split()))
         print(f"{name}: {text}", file=sys.stderr)
         return 1
     finally:

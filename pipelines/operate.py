@@ -31,7 +31,7 @@ from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer import Option, Typer
 
-from pipelines.errors import run_typer
+from pipelines.errors import reason, run_typer
 from pipelines.settings import Settings, in_prefect
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
@@ -113,10 +113,25 @@ def deploy(environment: Mapping[str, str]) -> None:
     A pool that is there stays as it is; a deployment stays paused, limited, and with its schedules on or off, as
     somebody has set it.
     """
-    settings, pool = yaml.safe_load(Path("prefect.yaml").read_text()), in_prefect(POOL)
+    pool, (pools, known) = in_prefect(POOL), read_server()
+    try:
+        settings = _settings(pool, known)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"prefect.yaml cannot be deployed ({reason(error)}). Mend what was changed in it.") from None
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(settings, file)
+        file.flush()
+        make_pool = [] if pool in pools else [("work-pool", "create", pool, "--type", "process")]
+        for words in (*make_pool, ("deploy", "--all", "--prefect-file", file.name)):
+            if subprocess.run([PREFECT, "--no-prompt", *words], env=dict(environment), check=False).returncode != 0:
+                raise OSError(f"`prefect {' '.join(words)}` failed; its message stands above.")
+
+
+def _settings(pool: str, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return prefect.yaml with this environment's names, and what somebody has set of `known` deployments."""
+    settings: dict[str, Any] = yaml.safe_load(Path("prefect.yaml").read_text())
     # Whichever worker takes a run: it acts on the registry and the store of this environment.
     variables = {"env": {"PIXELCNN_ENVIRONMENT": Settings().environment}}
-    pools, known = read_server()
     for deployment in settings["deployments"]:
         deployment["name"] = in_prefect(deployment["name"])
         deployment["work_pool"] |= {"name": pool, "job_variables": variables}
@@ -127,13 +142,7 @@ def deploy(environment: Mapping[str, str]) -> None:
             schedule["active"] = active.get(schedule.get("cron", ""), alone)  # another has an interval, say
         # One of an earlier release has no limit that anybody has set: it gets the file's.
         deployment |= {key: value for key, value in there.items() if value is not None}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(settings, file)
-        file.flush()
-        make_pool = [] if pool in pools else [("work-pool", "create", pool, "--type", "process")]
-        for words in (*make_pool, ("deploy", "--all", "--prefect-file", file.name)):
-            if subprocess.run([PREFECT, "--no-prompt", *words], env=dict(environment), check=False).returncode != 0:
-                raise OSError(f"`prefect {' '.join(words)}` failed; its message stands above.")
+    return settings
 
 
 def automate() -> None:

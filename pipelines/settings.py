@@ -24,10 +24,10 @@ _VARIABLES = {"registry": "MLFLOW_TRACKING_URI", "store": "BENTOML_HOME", "servi
 class Environment(BaseModel):
     """A named environment; no two of them share any of these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
-    registry: str  # like MLFLOW_TRACKING_URI
-    store: str  # like BENTOML_HOME
+    registry: str = Field(min_length=1)  # like MLFLOW_TRACKING_URI
+    store: str = Field(min_length=1)  # like BENTOML_HOME
     service: str | None = None  # like PIXELCNN_SERVICE_URL
 
 
@@ -55,7 +55,7 @@ def environments() -> dict[str, Environment]:
         raise LookupError(f"{ENVIRONMENTS_FILE} cannot be read ({error.strerror}). Mend or remove it.") from None
     except (yaml.YAMLError, UnicodeError, ValidationError) as error:
         wrong = error.errors() if isinstance(error, ValidationError) else []  # without its values: passwords are there
-        why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in wrong) or "it is no YAML"
+        why = "; ".join(": ".join((*map(str, one["loc"]), one["msg"])) for one in wrong) or "it is no YAML"
         raise LookupError(
             f"{ENVIRONMENTS_FILE} must give each environment a registry, a store and, if there is one, a service: {why}"
         ) from None

@@ -3,6 +3,7 @@
 A mistake of the person who calls is one sentence on stderr and exit code 1; a traceback is a bug of ours.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,12 +230,12 @@ def promote(
 ) -> None:
     """Register what is in models/ for a dataset, and let the best version become champion, on evidence."""
     load_params()
+    _check_known(dataset)
     if to is not None:
         from pipelines.promotion.register import copy_served
 
         if dry_run or version is not None:
             raise ValueError("--to copies what is served here: it takes neither --version nor --dry-run.")
-        _check_known(dataset)
         print(copy_served(dataset, to, why)["text"])
         return
     from pipelines.flows.promote import promote as decide
@@ -344,4 +345,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: what is half done is removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

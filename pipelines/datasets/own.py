@@ -212,7 +212,10 @@ def pair_for(name: str, spec: DatasetParams, minutes: float) -> dict[str, Any]:
 
 def source_of(images: Path) -> Source:
     """Return the source that a path is; ValueError if it does not exist, or is of no known kind."""
-    path, here = images.expanduser().resolve(), Path.cwd().resolve()
+    try:
+        path, here = images.expanduser().resolve(), Path.cwd().resolve()
+    except RuntimeError as error:  # a ~user whom nobody knows, a link to itself
+        raise ValueError(f"{images} names no folder ({error}).") from None
     if not path.exists():
         raise ValueError(f"{images} does not exist. Name a folder of pictures, or a .npy or .npz file.")
     if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
@@ -317,7 +320,7 @@ def remove(name: str) -> list[str]:
         _edit({"datasets": {name: None}, "pairs": dict.fromkeys(pairs)})
         if lock:  # or data of another dataset of this name would not be those that DVC recorded
             gone = {f"prepare@{name}", *(f"{stage}@{pair}" for stage in ("train", "evaluate") for pair in pairs)}
-            lock["stages"] = {stage: told for stage, told in lock["stages"].items() if stage not in gone}
+            lock["stages"] = {stage: told for stage, told in lock.get("stages", {}).items() if stage not in gone}
             _write_yaml(LOCK_FILE, lock)
         forget(name)
     kept = [folder for pair in pairs for folder in (Path("trained", pair), Path("models", pair)) if folder.exists()]

@@ -324,7 +324,8 @@ def _idx(folder: Path, name: str, num_dims: int) -> np.ndarray | None:
 
 def _of_cifar(folder: Path) -> Iterator[Picture]:
     """Read the binary version of CIFAR-10 or -100: labels, then red, green and blue of 32 x 32; never a pickle."""
-    names = [file.read_text().split() for file in sorted(folder.glob("*meta.txt")) + sorted(folder.glob("fine_*.txt"))]
+    named = sorted(folder.glob("*meta.txt")) + sorted(folder.glob("fine_*.txt"))
+    names = [file.read_text("utf-8", "replace").split() for file in named]
     files = sorted(folder.glob("*.bin"))
     if not files:
         raise ValueError(f"{folder} has no .bin file: take the binary version of CIFAR, not the one of pickles.")
@@ -335,5 +336,5 @@ def _of_cifar(folder: Path) -> Iterator[Picture]:
             raise ValueError(f"{file} is no file of CIFAR's: its length is no multiple of {size + 1} or {size + 2}.")
         rows = raw.reshape(-1, size + num_labels)
         images = rows[:, num_labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
-        labels, named = rows[:, num_labels - 1], names[-1] if names else []
-        yield from _of_arrays_in_memory(np.ascontiguousarray(images), labels, named, file.stem, "test" in file.name)
+        labels, of_labels = rows[:, num_labels - 1], names[-1] if names else []
+        yield from _of_arrays_in_memory(np.ascontiguousarray(images), labels, of_labels, file.stem, "test" in file.name)

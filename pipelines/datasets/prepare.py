@@ -26,6 +26,10 @@ def prepare(name: str, spec: DatasetParams, raw: Path, out: Path, params: DataPa
         official = read(spec.source.path, raw, f"fetch it again: {again}")
         if (shape := official["train"][0].shape[1:]) != spec.image_shape:
             raise ValueError(f"{name} has images of shape {list(shape)}: set image_shape in its entry to that.")
+        if (num := max(int(labels.max()) for _, labels in official.values()) + 1) > len(spec.label_names):
+            raise ValueError(
+                f"{name} has {num} labels: name as many in its entry, got {len(spec.label_names)} label_names."
+            )
         found = {part: (fixed_levels(images, spec), labels) for part, (images, labels) in official.items()}
     else:
         found = load_pictures(spec)[0]

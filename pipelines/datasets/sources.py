@@ -13,6 +13,7 @@ import socket
 import tarfile
 import tempfile
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _source(name: str, download: Path) -> tuple[Path, str]:
     socket.setdefaulttimeout(SILENT_S)  # torchvision sets none: a network that stalls would never end
     try:
         _official(name)(download, download=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
         raise ValueError(
             f"{name} could not be downloaded ({' '.join(str(error).split())}). "
             f"Try again, or set PIXELCNN_DATA to a folder that holds {MIRROR_FOLDERS[name]}/ with the official files."

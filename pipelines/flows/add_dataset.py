@@ -1,8 +1,10 @@
 """The Prefect flow that makes a dataset of pictures on the machine of its worker."""
 
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow
+from pydantic import Field
 
 from pipelines.datasets.own import Colour, Fit, Wishes, add, side_of
 from pipelines.flows.shown import tag_run
@@ -14,9 +16,9 @@ def add_dataset(
     images: str,
     side: str | None = None,
     colour: Colour | None = None,
-    levels: int | None = None,
+    levels: Annotated[int | None, Field(ge=2, le=256)] = None,
     fit: Fit | None = None,
-    minutes: float = 4.0,
+    minutes: Annotated[float, Field(ge=0.01)] = 4.0,
     labels: bool = True,
     flips: bool = False,
     skip_broken: bool = False,

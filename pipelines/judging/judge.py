@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipelines.errors import reason
 from pixelcnn.data import DYNAMIC_PROTOCOL, Dataset, generator_for, save_tensors
 from pixelcnn.training.config import resolved_precision
 from pixelcnn.training.redrawn import by_another_hand
@@ -159,7 +160,7 @@ def train_judge(data: Dataset, config: JudgeConfig, log: Callable[[str], object]
     images, labels = (part["train"][config.half :: 2] for part in (data.images, data.labels))
     fast = resolved_precision("auto", torch.device("cpu")) == "bfloat16"
     most = 255 if data.protocol == DYNAMIC_PROTOCOL else data.num_levels - 1
-    num_steps = round(config.epochs * len(images) / BATCH)
+    num_steps = max(1, round(config.epochs * len(images) / BATCH))
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
     for step in range(num_steps):
@@ -212,6 +213,6 @@ def load_judge(dataset: str, which: str, data: Dataset) -> Judge:
         judge.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is no judge of {data.name} ({error}). Make it: python -m pipelines.steps judge {dataset}"
+            f"{path} is no judge of {data.name} ({reason(error)}). Make it: python -m pipelines.steps judge {dataset}"
         ) from None
     return judge.eval()

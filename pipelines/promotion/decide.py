@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.errors import reason, reason_or_raise
 from pipelines.params import PromoteParams
 from pipelines.promotion.checks import check_candidate
-from pipelines.promotion.rule import Candidate, Choice, choose, corrected, differences
+from pipelines.promotion.rule import ALLOWED_NATS, Candidate, Choice, choose, corrected, differences
 from pipelines.promotion.score import MisfitError
 from pipelines.registry import versions as registry
 from pipelines.registry.decisions import KEPT, PROMOTED, Report, versions_compared
@@ -20,7 +20,7 @@ from pixelcnn.data import Dataset
 from pixelcnn.evaluation import format_nll
 
 # What a better completion may cost the joint model, and the other way round: of binary images, and of others.
-ALLOWED_NATS, ALLOWED_BITS_PER_DIM = 0.3, 0.01
+ALLOWED_BITS_PER_DIM = 0.01
 
 Scorer = Callable[[Version, Dataset, int], Candidate]
 

@@ -143,8 +143,8 @@ def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
     for dataset in sorted({*registry.datasets(), *served}):
         try:
             done += repair(dataset, take_over, why)
-        except LookupError:
-            raise
+        except LookupError as error:
+            raise LookupError(" ".join([*done, str(error)])) from None
         except Exception as error:  # one damaged champion does not keep out the others
             failed.append(f"{dataset} ({reason_or_raise(error)})")
     if failed:
@@ -159,6 +159,8 @@ def release_all(why: str | None = None) -> Iterator[str]:
     ValueError as `register_checkpoint`.
     """
     folders = sorted(folder for folder in WEIGHTS_FOLDER.glob("[!.]*") if (folder / CONFIG_FILE).exists())
+    if not folders:
+        raise LookupError(f"there are no released weights in {WEIGHTS_FOLDER.resolve()}: run this in a clone.")
     nats = {folder: stage.load_evaluated(folder)[1][registry.VALIDATION_METRIC] for folder in folders}
     for folder in sorted(folders, key=nats.__getitem__):
         yield release(folder.name, why)

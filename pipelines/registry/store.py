@@ -22,6 +22,7 @@ import yaml
 # No public way leads to a store other than that of BENTOML_HOME as bentoml found it: the export makes one aside.
 from bentoml._internal.models import ModelStore
 
+from pipelines.errors import reason
 from pipelines.files import atomic_write, file_lock
 from pipelines.settings import Settings
 from pixelcnn.checkpoint import CONFIG_FILE, SCORES_FILE, WEIGHTS_FILE, sha256_of
@@ -34,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 def home() -> Path:
     """Return BentoML's folder: BENTOML_HOME, or else `.bentoml` in the current folder."""
-    return Path(os.path.expandvars(Settings().store)).expanduser()
+    try:
+        return Path(os.path.expandvars(Settings().store)).expanduser()
+    except RuntimeError as error:  # a ~user whom nobody knows
+        raise ValueError(f"BENTOML_HOME, {Settings().store}, names no folder: {error}") from None
 
 
 def folder_of(tag: str) -> Path:
@@ -64,9 +68,10 @@ def served() -> list[str]:
 def feeder() -> dict[str, str] | None:
     """Return the `registry` that feeds this store, where it is (`at`) and on which `host`; None if no file says it."""
     try:
-        return dict(json.loads((home() / _REGISTRY_FILE).read_text()))
-    except (FileNotFoundError, ValueError):  # a damaged one says as little as none
+        told = dict(json.loads((home() / _REGISTRY_FILE).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # a damaged one says as little as none
         return None
+    return told if {"registry", "at", "host"} <= told.keys() else None
 
 
 def set_feeder(told: Mapping[str, str]) -> None:
@@ -81,7 +86,7 @@ def metadata_of(tag: str) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load((folder_of(tag) / "model.yaml").read_text())["metadata"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the model.yaml of {tag} is damaged ({error}). Promote it again.") from None
+        raise ValueError(f"the model.yaml of {tag} is damaged ({reason(error)}). Promote it again.") from None
 
 
 def checkout(tag: str, folder: Path) -> Path:

@@ -148,20 +148,18 @@ def download(version: Version, folder: Path) -> Path:
     tracking.client()  # sets the URI
     top = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
     checkpoint = top / "artifacts" / tracking.CHECKPOINT_NAME
-    for name in (WEIGHTS_FILE, CONFIG_FILE, SCORES_FILE):
+    clean = folder / "checkpoint"
+    clean.mkdir()
+    for name in (WEIGHTS_FILE, CONFIG_FILE, SCORES_FILE):  # whatever else an artifact folder holds goes no further
         if not (checkpoint / name).is_file():
             raise ValueError(f"{version} holds no {name}. {RESTORE}")
-    found, expected = sha256_of(checkpoint / WEIGHTS_FILE), version.tags.get("weights_sha256", "")
+        shutil.copyfile(checkpoint / name, clean / name)
+    found, expected = sha256_of(clean / WEIGHTS_FILE), version.tags.get("weights_sha256", "")
     if found != expected:
         raise ValueError(
             f"{version} does not hold the weights that were registered: their SHA-256 is {found[:12]}..., its tag says "
             f"{expected[:12] or 'nothing'}.... {RESTORE}"
         )
-    # Only a checkpoint's own files go any further: whatever else an artifact folder holds stays behind.
-    clean = folder / "checkpoint"
-    clean.mkdir()
-    for name in (CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE):
-        shutil.copyfile(checkpoint / name, clean / name)
     return clean
 
 

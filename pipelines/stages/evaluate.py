@@ -70,6 +70,10 @@ def evaluate(
     if not trained.exists():
         raise ValueError(f"{trained} does not exist. Make it: {repro_command('train', name)}")
     model, record = load_checkpoint(trained)
+    if not {"data_hash", "pair", "weights_dtype"} <= record.keys():
+        raise ValueError(
+            f"{trained} was not written by the train stage. Register it: pipelines.steps register {trained}"
+        )
     if record["data_hash"] != data.data_hash:
         raise ValueError(f"{trained} was trained on other data than data/{data.name}.safetensors. Train it again.")
     judges_of = params.evaluate.judges.get(data.name)

@@ -58,6 +58,7 @@ class LiveRun:
         if self._monitor is not None:
             self._monitor.finish()
         if self._started:
+            self._silent_until = 0.0  # there is no later try
             status = "FAILED" if isinstance(error, Exception) else "KILLED" if error else "FINISHED"
             self._try(lambda: tracking.client().set_terminated(self.run_id, status))
 

@@ -149,9 +149,9 @@ def _fit_all(
     settings = {key: str(value) for key, value in _settings(name, params).items()}
     code = git_state()  # now: what is committed while it trains is not what trains
     identity = {"pair": name, "dataset": data.name, "data_hash": data.data_hash}
-    live = LiveRun(work, Training(**identity, params=settings, tags={**code, "protocol": data.protocol}), log)
     sheets = work / "samples"
     sheets.mkdir(exist_ok=True)
+    live = LiveRun(work, Training(**identity, params=settings, tags={**code, "protocol": data.protocol}), log)
 
     def draw(step: int) -> None:
         training_report.draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)

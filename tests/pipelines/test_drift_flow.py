@@ -189,7 +189,7 @@ def test_a_service_is_asked_with_its_token_and_by_no_proxy(monkeypatch: pytest.M
     for name in ("no_proxy", "NO_PROXY", "PIXELCNN_TOKEN"):
         monkeypatch.setenv(name, "")
     with Other("2030-01-01T00:00:00+00:00", token="secret") as other:
-        with pytest.raises(ConnectionError, match=r"does not tell of drawings \(.*401"):
+        with pytest.raises(ConnectionError, match=r"asks for a token: set PIXELCNN_TOKEN to its own"):
             drift.watch_drift.fn("nothing", other.url)
         monkeypatch.setenv("PIXELCNN_TOKEN", "secret")
         assert drift.watch_drift.fn("nothing", other.url) == {"mnist5k": ["ink_share"]}
@@ -203,7 +203,7 @@ def test_each_time_that_drift_begins_the_champions_pair_is_trained_once(monkeypa
     monkeypatch.setattr(drift, "get_run_logger", logging.getLogger)
     monkeypatch.setattr(drift.registry, "versions", lambda _: versions)
     for dataset, since in (("a", "monday"), ("a", "monday"), ("a", "tuesday"), ("b", "monday")):
-        drift._retrain(dataset, {"version": "2", "drifted_since": since})
+        drift._retrain(dataset, "2", since)
     first, again, *others = (values["idempotency_key"] for values in asked)
     assert first == again
     assert len({first, *others}) == 3, "of a key Prefect never makes a second run"
@@ -212,7 +212,7 @@ def test_each_time_that_drift_begins_the_champions_pair_is_trained_once(monkeypa
 
 
 def test_a_dataset_that_the_registry_lacks_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def retrain(dataset: str, _: dict) -> None:
+    def retrain(dataset: str, version: str, since: str) -> None:
         if dataset == "b":
             raise LookupError("which this registry has not.")
         trained.append(dataset)
@@ -231,6 +231,20 @@ def test_a_dataset_that_the_registry_lacks_does_not_hide_the_others(monkeypatch:
     with LocalServer(Telling) as server, pytest.raises(LookupError, match=r"^which this registry has not\.$"):
         drift.watch_drift.fn("retrain", server.url)
     assert trained == ["a"]
+
+
+@pytest.mark.parametrize("answer", [b"[]", b'{"a": 1}', b'{"a": {"version": "1"}}', b"<html>"])
+def test_another_answer_than_the_services_is_one_sentence(answer: bytes) -> None:
+    class Other(Handler):
+        def do_GET(self) -> None:
+            self.reply(200, answer)
+
+    with (
+        LocalServer(Other) as server,
+        pytest.raises(ConnectionError, match=r"does not tell of drawings \(.*\)$") as raised,
+    ):
+        drift.watch_drift.fn("nothing", server.url)
+    assert "\n" not in str(raised.value)
 
 
 def test_what_somebody_has_set_is_asked_of_the_server(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

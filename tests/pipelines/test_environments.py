@@ -180,7 +180,7 @@ def test_a_store_that_another_registry_feeds_meanwhile_stays_its_own(clone, monk
 def test_two_who_write_down_the_feeder_take_turns(tmp_path, monkeypatch, caplog):
     """Promotions of two datasets, for instance: their temporary file has one name."""
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
-    lock, told = tmp_path / ".pixelcnn-registry.json.lock", {"registry": "known"}
+    lock, told = tmp_path / ".pixelcnn-registry.json.lock", {"registry": "known", "at": "a", "host": "b"}
     with ThreadPoolExecutor() as pool, file_lock(lock, "this test", print):
         second = pool.submit(store.set_feeder, told)
         while "writing pixelcnn-registry.json waits for process" not in caplog.text:
@@ -189,6 +189,16 @@ def test_two_who_write_down_the_feeder_take_turns(tmp_path, monkeypatch, caplog)
         assert store.feeder() is None
     assert second.result() is None
     assert (store.feeder(), [path.name for path in tmp_path.iterdir()]) == (told, ["pixelcnn-registry.json"])
+
+
+@pytest.mark.parametrize("damage", ["null", "5", "[]", "{}", '{"registry": "known"}', "{", "\xff"])
+def test_a_feeder_that_is_damaged_is_none(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
+    (tmp_path / "pixelcnn-registry.json").write_bytes(damage.encode("latin-1"))
+    assert store.feeder() is None
+    told = {"registry": "known", "at": "a", "host": "b"}
+    store.set_feeder(told)
+    assert store.feeder() == told
 
 
 @pytest.fixture
@@ -272,13 +282,27 @@ def test_a_copy_is_of_what_is_served_and_of_no_version_that_is_named(two_environ
     [
         (None, {"PIXELCNN_ENVIRONMENT": "tests"}, r"'tests', which environments\.yaml .*Known: staging, production\."),
         (None, {"BENTOML_HOME": "/elsewhere"}, r"BENTOML_HOME is set, but not to the store of staging\. Unset it, or "),
-        ("staging: {registry: s3cret}", {}, r"a store and, if there is one, a service: staging\.store: Field required"),
+        ("staging: {registry: s3cret}", {}, r"a store and, if there is one, a service: staging: store: Field required"),
         ("a: {registry: x, store: y}\nb: {registry: z, store: y}", {}, "a and b share a store. Give each its own"),
         ("a: {registry: s3cret, store: x}\nb: {registry: s3cret, store: y}", {}, "a and b share a registry"),
+        ("a: {registry: '', store: s3cret}", {}, r"a service: a: registry: String should have at least 1 character$"),
+        ("a: {registry: s3cret, store: '  '}", {}, r"a service: a: store: String should have at least 1 character$"),
+        ("- s3cret", {}, "a service: Input should be a valid dictionary$"),
         ("a: [s3cret", {}, "it is no YAML$"),
         ("a: s\xe9cret", {}, "it is no YAML$"),
     ],
-    ids=["unknown", "mixed", "lacking", "shared store", "shared registry", "no YAML", "no UTF-8"],
+    ids=[
+        "unknown",
+        "mixed",
+        "lacking",
+        "shared store",
+        "shared registry",
+        "empty",
+        "blank",
+        "a list",
+        "no YAML",
+        "no UTF-8",
+    ],
 )
 def test_environments_are_not_mixed(two_environments, monkeypatch, capsys, text, variables, said):
     if text is not None:

@@ -279,10 +279,33 @@ def test_environments_share_a_server_and_nothing_on_it(url: str, monkeypatch: py
             assert deployment["work_pool"]["name"] == pool
             variables = deployment["work_pool"]["job_variables"]
             assert variables == {"env": {"PIXELCNN_ENVIRONMENT": environment or "development"}}
-        drift._retrain("mnist5k", {"version": "1", "drifted_since": "now"})
+        drift._retrain("mnist5k", "1", "now")
         assert asked[-1].removeprefix("train-pair/") in names[-len(deployments) :], "by the environment's own name"
     assert {"pixelcnn", "promote", "pixelcnn-staging", "promote-staging", "promote-production"} <= set(names)
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("name: train-pair", "nome: train-pair"),
+        ("deployments:", "deployments: {"),
+        ("schedules:", "schedules: 3 #"),
+        ("work_pool: &pool {name: pixelcnn}", "work_pool: &pool pixelcnn"),
+        ("deployments:", "deployments: x\nothers:"),
+    ],
+)
+def test_a_mistake_in_prefect_yaml_is_one_sentence(
+    url: str, monkeypatch: pytest.MonkeyPatch, damage: tuple[str, str]
+) -> None:
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT", raising=False)
+    path = Path("prefect.yaml")
+    text = path.read_text()
+    assert damage[0] in text
+    path.unlink()  # it may be a link
+    path.write_text(text.replace(*damage, 1))
+    with pytest.raises(ValueError, match=r"^prefect\.yaml cannot be deployed \(.*\)\. Mend what was changed in it\.$"):
+        operate.deploy(os.environ)
 
 
 def test_deployments_that_could_not_be_made_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from prefect.exceptions import ParameterTypeError
 
 from pipelines import steps
 from pipelines.datasets import own
@@ -769,7 +770,12 @@ def test_one_that_is_there_is_kept_if_it_is_of_the_same_place(
 
 @pytest.mark.parametrize(
     ("images", "said"),
-    [(".", "holds the project itself"), ("..", "holds the project itself"), ("params.yaml", "is no folder, and no")],
+    [
+        (".", "holds the project itself"),
+        ("..", "holds the project itself"),
+        ("params.yaml", "is no folder, and no"),
+        ("~unknown.user/x", "~unknown.user/x names no folder (Could not determine home directory.)"),
+    ],
 )
 def test_what_is_no_place_of_pictures(folder: Path, images: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert add(Path(images)) == 1
@@ -830,6 +836,9 @@ def test_the_flow_adds_a_dataset(folder: Path, without_prefect: None) -> None:
     from pipelines.flows.add_dataset import add_dataset
 
     (folder / "x.png").write_bytes(b"")
+    for wrong in ({"levels": 300}, {"levels": 1}, {"minutes": 0}):
+        with pytest.raises(ParameterTypeError, match=f"{next(iter(wrong))}: Input should be "):
+            add_dataset.validate_parameters({"name": NAME, "images": str(folder), **wrong})
     lines = add_dataset.fn(NAME, str(folder), side="10x6", flips=True, skip_broken=True)
     assert any(line.startswith("learned as: 10 x 6, grey, 16 levels") for line in lines)
     assert load_params().datasets[NAME].flips

@@ -14,6 +14,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Iterator
+from http.client import IncompleteRead
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,9 @@ def test_a_second_dataset_of_official_files(mirror: Path, tmp_path: Path) -> Non
         stage.prepare("mnist_grey", grey, raw, out, SEEDS, PARAMS.checks)
     for _ in range(2):
         sources.fetch("mnist", raw)  # again, as its advice says
+    few = grey.model_copy(update={"label_names": ["0", "1"]})
+    with pytest.raises(ValueError, match=r"mnist_grey has \d+ labels: name as many in its entry, got 2 label_names"):
+        stage.prepare("mnist_grey", few, raw, out, SEEDS, PARAMS.checks)
     small = grey.model_copy(update={"image_shape": (1, 14, 14)})
     with pytest.raises(ValueError, match=r"mnist_grey has images of shape \[1, 28, 28\]: set image_shape in its entry"):
         stage.prepare("mnist_grey", small, raw, out, SEEDS, PARAMS.checks)
@@ -338,6 +342,18 @@ def test_a_download_from_a_silent_server_is_given_up(
         with pytest.raises(ValueError, match=r"mnist could not be downloaded .*Try again"):
             prepare("mnist", tmp_path / "data/mnist.safetensors", SEEDS)
     assert socket.getdefaulttimeout() is None
+
+
+def test_a_download_that_is_cut_off_is_one_sentence(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: object, **__: object) -> None:
+        raise IncompleteRead(b"x" * 10)
+
+    monkeypatch.delenv("PIXELCNN_DATA")
+    monkeypatch.setattr(sources, "_official", lambda _: cut_off)
+    with pytest.raises(ValueError, match=r"not be downloaded \(IncompleteRead\(10 bytes read\)\)\. Try again"):
+        prepare("mnist", tmp_path / "data/mnist.safetensors", SEEDS)
 
 
 def test_a_prepared_file_that_was_changed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,16 @@ def test_of_two_pairs_of_a_dataset_the_likelier_becomes_champion(weights: Path, 
     assert second.endswith("version 1 stays champion until a promotion decides otherwise.")
 
 
+def test_where_nothing_was_released_nothing_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert steps.main(["release"]) == 1
+    said = f"release: there are no released weights in {tmp_path}/weights: run this in a clone.\n"
+    assert capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_weights_under_the_same_scores_are_refused(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = (weights / "scores.json").read_text()
     write_weights(seed=1)

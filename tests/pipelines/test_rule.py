@@ -152,7 +152,7 @@ def test_an_intransitive_circle_is_walked_once_at_most() -> None:
 )
 def test_one_part_may_cost_the_other_what_is_allowed(cost: float, gain: float, moves: bool) -> None:
     first, second = Candidate("1", *scores(5.0, 3.0, 1)), Candidate("2", *scores(5 + cost, 3 - gain, 2))
-    choice = choose(first, [second], allowance=0.3)
+    choice = choose(first, [second])
     assert (choice.version == "2") == moves, choice.reason
     if cost == 0.4:
         assert choice.reason.endswith("lies below zero, but its joint NLL is 0.400 nats worse, 0.3 allowed")

@@ -50,12 +50,18 @@ def test_neighbours_are_not_reached_by_way_of_a_proxy(monkeypatch: pytest.Monkey
     assert proxy_bypass("127.0.0.1:4200")
 
 
-def test_a_tools_error_of_many_lines_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_many_lines_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise MlflowException("These failed:\n##### File report.json #####\n  No such artifact")
 
     assert run("history", work) == 1
     assert capsys.readouterr().err == "history: These failed: ##### File report.json ##### No such artifact\n"
+
+    def ours() -> None:
+        raise ValueError("a: wrong\n  b: wrong, at http://me:s3cret@host")
+
+    assert run("add", ours) == 1
+    assert capsys.readouterr().err == "add: a: wrong b: wrong, at http://host\n"
 
 
 def test_a_password_in_an_address_is_not_told(

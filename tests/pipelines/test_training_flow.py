@@ -529,6 +529,14 @@ def test_a_diverging_training_is_a_failed_run(trained, monkeypatch: pytest.Monke
     assert failed.info.status == "FAILED"
 
 
+def test_a_training_that_fails_soon_after_the_store_is_a_failed_run_too(trained, tmp_path: Path) -> None:
+    identity = {"pair": PAIR, "dataset": "mnist5k", "data_hash": "0"}
+    live = live_run.LiveRun(tmp_path, tracking.Training(**identity, params={}, tags={}), print)
+    live._try(lambda: (tmp_path / "absent").read_text())  # it is left alone from now on
+    live.end(FloatingPointError("the loss is not finite"))
+    assert tracking.client().get_run(live.run_id).info.status == "FAILED"
+
+
 def test_a_training_that_is_stopped_is_a_killed_run(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {run.info.run_id for run in runs()}
 
@@ -925,6 +933,14 @@ def test_weights_of_other_data_are_not_scored(trained, tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match=r"was trained on other data than data/mnist5k\.safetensors\. Train it again"):
         evaluate_stage.evaluate(PAIR, OUT, tmp_path / "model", tmp_path / "report")
     assert not (tmp_path / "model").exists()
+
+
+def test_weights_that_the_core_trained_are_not_scored(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained[0])
+    model, record = load_checkpoint(OUT)
+    save_checkpoint(tmp_path / "core", model, {key: record[key] for key in ("data_hash", "protocol", "label_names")})
+    with pytest.raises(ValueError, match=r"not written by the train stage\. Register it: pipelines\.steps register "):
+        evaluate_stage.evaluate(PAIR, tmp_path / "core", tmp_path / "model", tmp_path / "report")
 
 
 def test_a_missing_judge_is_named_before_anything_is_scored(trained, monkeypatch: pytest.MonkeyPatch) -> None:
