@@ -39,10 +39,11 @@ class _WholeKernel(MaskedConv2d):
     """The same convolution with its kernel stored whole, zeros right and below included, on contiguous images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right, top, _ = self.padding
+        left, right, top, _ = (size // self.spacing for size in self.padding)
         side = max(left, right)
         kernel = F.pad(self.weight * self.mask, (side - left, side - right, 0, top))
-        return F.conv2d(x.contiguous(), kernel, self.bias, padding=(top, side))
+        padding = (top * self.spacing, side * self.spacing)
+        return F.conv2d(x.contiguous(), kernel, self.bias, padding=padding, dilation=self.spacing)
 
 
 def plain_network(model: AutoregressiveModel) -> AutoregressiveModel:

@@ -36,6 +36,7 @@ from pixelcnn.likelihood import bits_per_dim, count_leaks, log_prob
 from pixelcnn.models.base import AutoregressiveModel
 from pixelcnn.models.registry import architectures, build_model
 from pixelcnn.sampling.fast import compile_sampler, sample, what_compiling_lacks
+from pixelcnn.sampling.plan import Plan
 from pixelcnn.training import TrainConfig, fit, tell_progress
 
 # What the dataset fixes; and the networks that the pipeline trains as parts of their own.
@@ -81,7 +82,12 @@ def _load_with_noise(
 
 def _write_sheet(levels: Tensor, num_levels: int, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    to_sheet(levels, num_levels, num_columns=min(8, len(levels)), zoom=4).save(out, format="PNG")
+    new = out.with_name(f".{out.name}.new")
+    try:
+        to_sheet(levels, num_levels, num_columns=min(8, len(levels)), zoom=4).save(new, format="PNG")
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _join_processes(device: torch.device) -> tuple[torch.device, int]:
@@ -126,6 +132,8 @@ def train_command(
     model = build_model(config)
     if init_from is not None:
         load_joint_weights(model, init_from)
+    for part in filter(None, (model, model.completer)):
+        Plan(part)  # now: a network that is too deep for the samplers is not trained in vain
     model = model.to(place)
     if rank == 0:
         num_parameters = sum(p.numel() for p in model.parameters())
@@ -283,6 +291,8 @@ def bench_command(
     if out is not None:
         write_json(out, result)
         print(f"wrote {out}")
+    if result.get("exactness", {}).get("float64", {}).get("num_levels_that_differ"):
+        raise ValueError("in float64 the sampler is not the network: a block computes other than it describes.")
 
 
 def _progress_printer(verb: str, noun: str = "images") -> Callable[[int, int], None]:

@@ -136,12 +136,12 @@ def time_naive(
 
 def time_sampler(name: str, model: AutoregressiveModel, batch_size: int, seconds: float) -> Timing:
     """Time one of SAMPLERS on whole images of random noise."""
-    if name in (NAIVE, CROPPED):
-        return time_naive(model, batch_size, seconds, name)
-    if name == NAIVE_COMPILED:
+    if name == NAIVE:
+        return time_naive(model, batch_size, seconds)
+    if name in (CROPPED, NAIVE_COMPILED):
         try:
             return time_naive(model, batch_size, seconds, name)
-        except Exception as error:  # whatever the compiler lacks here
+        except Exception as error:  # whatever the compiler lacks here; weights that depend on the image's size
             reason = str(error).strip().partition("\n")[0]  # an assert of its own may say nothing
             return Timing(math.nan, f"skipped: {type(error).__name__}: {reason[:60]}")
     u = torch.rand(batch_size, *model.config.image_shape, generator=torch.Generator().manual_seed(0))
@@ -296,5 +296,8 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write the figures that `bench` returned; a file is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    new.replace(path)
+    try:
+        new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -76,14 +76,20 @@ def save_checkpoint(
     Args:
         model: as `build_model` makes it, also after `torch.compile`.
         scores: JSON-ready values, e.g. of `evaluate`.
-        dtype: of the stored weights, e.g. torch.float16; None for the model's own. They are float32 again when loaded.
+        dtype: of the stored weights, e.g. torch.float16; None for the model's own. Half precision is float32 again when
+            loaded.
         card: text of a model card to keep with them, as `README.md`.
 
     Raises:
-        ValueError: a weight lies outside the range of `dtype`; or the folder is there and no checkpoint.
+        ValueError: a weight lies outside the range of `dtype`; the scores are none; or the folder is there and no
+            checkpoint.
         OSError: the folder cannot be written; one that was there before is left as it was.
     """
     check_replaceable(folder)
+    try:
+        text = json.dumps(dict(scores), indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scores must be values that JSON has, by name ({error}).") from None
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: the names of its weights are loaded
     folder = _target(Path(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +106,7 @@ def save_checkpoint(
             (new / CARD_FILE).write_text(card)
         config = {**config_to_dict(model.config), "weights_sha256": sha256_of(new / WEIGHTS_FILE)}
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        (new / SCORES_FILE).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
+        (new / SCORES_FILE).write_text(text)
         old = _set_aside(folder)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -187,6 +193,8 @@ def load_with_hash(folder: str | Path) -> tuple[AutoregressiveModel, dict[str, A
                 f"a network of these sizes has more than its {num_weights:,} weights in {len(tensors)} tensors"
             )
         model = build_model(model_config)
+        if all(tensor.dtype == torch.float64 for tensor in tensors.values()):
+            model.double()
         model.load_state_dict(tensors)
     except (RuntimeError, OverflowError, KeyError, safetensors.SafetensorError) as error:
         # In one line, and as text: it holds names of tensors, which a terminal may take for commands.

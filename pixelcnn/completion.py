@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixelcnn.evaluation import in_batches
 from pixelcnn.likelihood import completion_log_prob, log_prob, pixel_log_prob
-from pixelcnn.models.base import AutoregressiveModel, check_label, check_levels, check_observed
+from pixelcnn.models.base import AutoregressiveModel, check_label, check_levels, check_observed, check_tensor
 from pixelcnn.observed import ink_of
 from pixelcnn.sampling.fast import draw, engine_name, sample
 from pixelcnn.sampling.naive import Canvas, OnRow, new_canvas
@@ -140,11 +140,15 @@ def resample(
     Raises:
         ValueError: a shape, dtype or range differs from the above.
     """
+    for name, value in (("image", image), ("observed", observed), ("u", u), ("choice", choice)):
+        check_tensor(name, value)
     if u.dim() != 5 or len(u) != len(image) or not u.shape[1] or choice.shape != image.shape[:1]:
         raise ValueError(
             f"u must have shape (B, M, C, H, W) and choice (B,) for {len(image)} images, "
             f"got {tuple(u.shape)} and {tuple(choice.shape)}."
         )
+    if not bool(((choice >= 0) & (choice < 1)).all()):
+        raise ValueError("choice must lie in [0, 1), as torch.rand gives it.")
     num = u.shape[1]
     repeated = [x.repeat_interleave(num, dim=0) for x in (image, observed)]
     label = None if label is None else label.repeat_interleave(num)

@@ -75,6 +75,7 @@ class ModelConfig:
         for name, other in needed:
             if getattr(self, name) and not getattr(self, other):
                 raise ValueError(f"{name} must be 0 where {other} is 0, got {getattr(self, name)}.")
+        check_int("context_scales", self.context_scales, 0, MAX_SIDE.bit_length())  # beyond, nothing is left to halve
         if self.context_width == 0:
             object.__setattr__(self, "context_width", self.context_features)
         if self.head_features == 0:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pixelcnn.models.base import AutoregressiveModel, check_label, check_observed
+from pixelcnn.models.base import AutoregressiveModel, check_label, check_levels, check_observed, check_tensor
 
 ROUNDING = 1e-12  # in float64: where an image lies in a batch may move the last bits
 
@@ -186,8 +186,10 @@ def count_leaks(
         How many sub-pixels reach their own or an earlier logit: 0 for a correct model. And how many reach a later one:
         all but the last, unless its weights are dead there.
 
-    Raises ValueError if a logit is not a finite number.
+    Raises ValueError if a logit is not a finite number, or for levels as `log_prob` does.
     """
+    check_tensor("levels", levels)
+    check_levels(levels[None], model.config)
     model = copy.deepcopy(model).cpu().double().eval()
     every = torch.arange(levels.numel())
     leaks = reaching = 0

@@ -174,20 +174,25 @@ class AutoregressiveModel(nn.Module):
             label: (B,) int64, -1 for none; None for none at all.
             context: (B, context_features, H, W), the map of a drawing; None without one.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define features.")
 
     def described(self) -> Map:
         """Return the logits as a symbolic map, (C * K channels), from which the samplers follow.
 
         Raises ValueError if the network is not causal, or a part of it cannot be computed pixel by pixel; it is named.
         """
-        if getattr(self.forward, "__func__", None) is not AutoregressiveModel.forward:
-            raise ValueError(f"no sampler follows from the forward of {type(self).__name__}: change features instead.")
+        name, forward = type(self).__name__, getattr(self.forward, "__func__", None)
+        if (forward, type(self).__call__) != (AutoregressiveModel.forward, nn.Module.__call__):
+            raise ValueError(f"no sampler follows from the forward of {name}: change features instead.")
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise ValueError(f"no sampler follows from the hooks of {name}: change features instead.")
+        if type(self.output) not in (Categorical, LogisticMixture):
+            raise ValueError(f"no sampler follows from the output of {name}: choose one of models/outputs.py.")
         num_colours = self.config.image_shape[0]
         image: Any = Map("image", (), None, num_colours, 0, torch.arange(num_colours) + 1)
         label: Any = Map("labels", (), None, 0, NEVER_WAITS) if self.config.num_labels else None
         contexts = [x and x.described() for x in self.context_networks()]
-        logits, name = self._logits(image, label, contexts), type(self).__name__
+        logits = self._logits(image, label, contexts)
         due = colour_groups(logits.num_channels, self.config.num_groups)
         if logits.lead > -1 if logits.turns is None else bool((logits.turns > due).any()):
             raise ValueError(f"{name} is not causal: its logits see the pixel itself, or later ones.")
@@ -224,7 +229,11 @@ class AutoregressiveModel(nn.Module):
 
     def _logits(self, x: Any, label: Any, contexts: list[Any]) -> Any:
         """Return the output's parameters as maps, (B, P, H, W), of tensors or of symbolic maps."""
-        hidden = F.relu(self.head(F.relu(self.features(x, label, contexts[0]))))
+        features: Any = self.features(x, label, contexts[0])
+        if type(features) is not type(x):
+            found, kind = type(features).__name__, type(x).__name__
+            raise ValueError(f"features of {type(self).__name__} must return a {kind} for a {kind}, got {found}.")
+        hidden = F.relu(self.head(F.relu(features)))
         if self.config.output == "categorical" or isinstance(hidden, Map):
             logits = self.logits(hidden)
         else:  # rounded to bfloat16, means and scales would cost tenths of a bit

@@ -71,6 +71,8 @@ class Convolution(Block):
             check_cells(x)
         if taps.shape[3] > 1:
             check_window(x)
+        if not taps.is_meta and bool((self.masked_weight()[~taps] != 0).any()):
+            raise ValueError(f"no sampler follows from {type(self).__name__}: its masked_weight exceeds its taps.")
         if self.bias is not None and is_of("context", x):
             raise ValueError("no sampler follows from a bias on the map of a drawing: use context_projection.")
         num_rows, centre = taps.shape[2], taps.shape[3] - 1 - self.right

@@ -49,7 +49,7 @@ class Map:
     # In place another name of the same map would change with it.
     __iadd__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __getitem__ = _refuse
     __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __abs__ = __and__ = __or__ = __setitem__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __len__ = __float__ = __int__ = _refuse
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:

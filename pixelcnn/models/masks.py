@@ -21,7 +21,8 @@ def device_of_numbers() -> torch.device:
 
 def colour_groups(num_maps: int, num_colours: int) -> Tensor:
     """Return the colour of each map, (num_maps,) int64, in equal runs: 6 maps, 3 colours -> 0 0 1 1 2 2."""
-    assert num_maps % num_colours == 0, (num_maps, num_colours)
+    if num_maps % num_colours:
+        raise ValueError(f"{num_maps} maps do not divide into {num_colours} colours: take a multiple of that.")
     return torch.arange(num_colours, device=device_of_numbers()).repeat_interleave(num_maps // num_colours)
 
 
@@ -30,7 +31,8 @@ def centre_mask(mask_type: str, in_groups: Tensor, out_groups: Tensor) -> Tensor
 
     Mask A: strictly earlier colours only. Mask B: the same colour too.
     """
-    assert mask_type in ("A", "B"), mask_type
+    if mask_type not in ("A", "B"):
+        raise ValueError(f"a mask is of type 'A' or 'B', got {mask_type!r}.")
     if torch.get_default_device().type == "meta":
         return torch.empty(len(out_groups), len(in_groups))
     out, in_ = out_groups[:, None], in_groups[None, :]

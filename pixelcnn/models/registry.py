@@ -156,5 +156,6 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     name = values.pop("model", None)
     if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise ValueError(unknown_model(name))
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}  # JSON's lists
     config: ModelConfig = checked_config(_ARCHITECTURES[name][0], values, where=name)
     return config

@@ -57,7 +57,8 @@ def open_images(path: Path, split: str, config: ModelConfig, exact: bool = True)
     """
     is_kept = is_plain if exact else is_text
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        # Links, too: one to nothing cannot be read, one to a folder is left out.
+        files = sorted(file for file in path.rglob("*") if file.is_file() or file.is_symlink())
         pictures = [file for file in files if file.name.endswith(".png")]
         if not pictures:
             raise ValueError(f"{path} holds no PNG file (*.png).")

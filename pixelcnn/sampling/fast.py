@@ -78,7 +78,9 @@ def _engine_of(model: AutoregressiveModel) -> "Engine":
     for module in modules:
         for p in (*module._parameters.values(), *module._buffers.values()):
             if p is not None:
-                key.append((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype))
+                # A tensor of inference mode has no counter: its bytes tell.
+                version = hash(p.numpy().tobytes()) if p.is_inference() else p._version
+                key.append((p.data_ptr(), version, p.dtype))
         if module._modules:
             left_out = _NOT_IN_ENGINE if module is model else ()
             modules += [x for name, x in module._modules.items() if x is not None and name not in left_out]
@@ -181,7 +183,8 @@ def sample(
     """Sample images in raster order: the arguments and the result are those of `naive_sample`.
 
     Equal to it in float64; in float32 a level can differ where `u` lies within rounding of a boundary between two.
-    Weights may have changed since the last call, in place under `torch.no_grad()`; a change of `.data` goes unnoticed.
+    Weights may have changed since the last call, in place under `torch.no_grad()`. What else changes of a network (a
+    weight's `.data`, a hook, what `features` reads) goes unnoticed: copy the model then.
 
     Args:
         on_row: called with each finished row's index and (B, C, W) levels, in order; what it raises stops the sampling.

@@ -4,7 +4,7 @@ A sampler is a function of (model, u): the noise is an argument, so the same `u`
 """
 
 import itertools
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +64,8 @@ def new_canvas(
     # Image by image, and zeros by numpy: nothing here is for torch's threads, for which a compiled sampler would pay.
     if not all(bool(((image >= 0) & (image < 1)).all()) for image in u):
         raise ValueError("u must lie in [0, 1), as torch.rand gives it.")
-    if not math.isfinite(temperature) or temperature < 0:
+    is_number = isinstance(temperature, int | float | np.number) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
     if label is None:
         label = torch.full((len(u),), -1, device=u.device)
@@ -162,6 +163,8 @@ def naive_sample(
         for channel in range(channels if here.any() else 0):
             parameters = model(levels, canvas.label, *seen)[..., row, column]
             logits = model.output.level_logits(parameters, channel, levels[:, :channel, row, column])  # (B, K)
+            if logits.isnan().any():
+                raise ValueError("the model's logits are not numbers: its training diverged. Use an earlier model.")
             drawn = draw_level(logits, canvas.u[:, channel, row, column], temperature)
             levels[:, channel, row, column] = torch.where(here, drawn, levels[:, channel, row, column])
     return levels

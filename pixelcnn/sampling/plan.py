@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pixelcnn.models.attention import BLOCK, Attention
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
-from pixelcnn.models.maps import Map, row_matrix
+from pixelcnn.models.maps import Map, made_of, row_matrix
 
 
 @dataclass(eq=False, kw_only=True)
@@ -140,7 +140,6 @@ class Plan:
         self.places: dict[Map, Buffer] = {}  # of maps, in the order in which they are computed
         self.row_steps: list[Step] = []
         self.pixel_steps: list[Step] = []
-        self.uses: Counter[Map] = Counter()
         # Maps say where things lie in tensors on the CPU, whatever the default device is: the weights come there, too.
         model = model if model.head.weight.device.type == "cpu" else copy.deepcopy(model).cpu()
         if not all(bool(p.isfinite().all()) for p in joint_parameters(model)):
@@ -149,7 +148,7 @@ class Plan:
         try:
             with nullcontext() if is_default else torch.device("cpu"):  # which slows each call of torch
                 result = model.described()
-                self.count_uses(result)
+                self.uses = Counter(x for map_ in made_of(result) for x in map_.inputs)
                 self.logits = self.stored(result)
         except RecursionError:
             raise ValueError("no sampler follows from so deep a network: use at most 200 blocks in a row.") from None
@@ -163,12 +162,6 @@ class Plan:
             for reader, rows_up, is_sideways in buffer.readers:
                 buffer.reach = max(buffer.reach, reader.reach + rows_up)
                 buffer.is_for_draws_alone &= not (rows_up or is_sideways) and reader.is_for_draws_alone
-
-    def count_uses(self, map_: Map) -> None:
-        for x in map_.inputs:
-            self.uses[x] += 1
-            if self.uses[x] == 1:
-                self.count_uses(x)
 
     def add_buffer(self, map_: Map) -> Buffer:
         if map_.turns is None:

@@ -7,10 +7,11 @@ from benchmarks.training import PLAIN, TRAINERS, bench_training, plain_network
 from tests.core.tiny import ARCHITECTURES, random_levels, tiny_model
 
 
+@pytest.mark.parametrize("max_dilation", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 4, 5), (3, 3, 4)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_plain_network_is_the_same_function(architecture, shape):
-    model = tiny_model(architecture, shape, 4)
+def test_the_plain_network_is_the_same_function(architecture, shape, max_dilation):
+    model = tiny_model(architecture, shape, 4, max_dilation=max_dilation)
     plain = plain_network(model)
     levels = random_levels(shape, 4, 3)
     with torch.no_grad():

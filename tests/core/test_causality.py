@@ -296,3 +296,14 @@ def test_every_leak_is_counted(architecture):
 
     model.forward = leaky
     assert count_leaks(model, levels)[0] == 2
+
+
+def test_leaks_are_counted_in_a_tensor_of_the_models_levels():
+    model, levels = tiny_model("pixelcnn", (1, 3, 3), 4), random_levels((1, 3, 3), 4, 1)[0]
+    for wrong, message in (
+        (levels.numpy(), "levels must be a tensor, got ndarray"),
+        (levels.float(), "levels must be int64 levels 0..3, got dtype torch.float32"),
+        (levels + 4, "levels must lie in 0..3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            count_leaks(model, wrong)

@@ -141,7 +141,9 @@ def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, fai
         if failure == "rename":  # of the new folder; others go through
             patch.setattr(Path, "rename", lambda self, to: fail() if ".new" in self.name else rename(self, to))
         scores = {"test/nll_nats": float("nan")} if failure == "scores" else SCORES
-        expected = (ValueError, "JSON compliant") if failure == "scores" else (OSError, "/model could not be saved: ")
+        expected = (
+            (ValueError, "values that JSON has") if failure == "scores" else (OSError, "/model could not be saved")
+        )
         with pytest.raises(expected[0], match=expected[1]):
             save_checkpoint(folder, model, scores)
     assert content(tmp_path) == old
@@ -489,3 +491,20 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path, theirs, text):
     (folder / "notes.txt").touch()
     with pytest.raises(ValueError, match=r"it holds notes\.txt, which would be lost"):
         saved(folder)
+
+
+def test_what_are_no_scores_does_not_take_the_place_of_a_checkpoint(tmp_path):
+    folder = saved(tmp_path / "model")
+    old, (model, _) = content(folder), load_checkpoint(folder)
+    for scores in (None, [0.5], {"test/nll_nats": torch.tensor(0.5)}):
+        with pytest.raises(ValueError, match="scores must be values that JSON has, by name"):
+            save_checkpoint(folder, model, scores)
+    assert content(folder) == old
+
+
+def test_float64_stays(tmp_path):
+    model = tiny_model("gated_pixelcnn", SHAPE, 2)
+    save_checkpoint(tmp_path / "model", model, {})
+    loaded, _ = load_checkpoint(tmp_path / "model")
+    levels = torch.zeros(1, *SHAPE, dtype=torch.int64)
+    assert torch.equal(loaded(levels), model(levels))

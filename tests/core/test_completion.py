@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -235,3 +236,8 @@ def test_a_choice_needs_noise_of_its_own():
         resample(model, image, observed, noise(SHAPE, 2), torch.rand(2))
     with pytest.raises(ValueError, match=r"for 2 images, got \(2, 0, 1, 2, 3\) and \(2,\)"):
         resample(model, image, observed, torch.rand(2, 0, *SHAPE), torch.rand(2))
+    for choice in (torch.tensor([0.5, 1.0]), torch.tensor([-0.1, 0.5]), torch.tensor([math.nan, 0.5])):
+        with pytest.raises(ValueError, match=exactly("choice must lie in [0, 1), as torch.rand gives it.")):
+            resample(model, image, observed, torch.rand(2, 3, *SHAPE), choice)
+    with pytest.raises(ValueError, match="u must be a tensor, got ndarray"):
+        resample(model, image, observed, torch.rand(2, 3, *SHAPE).numpy(), torch.rand(2))

@@ -275,6 +275,16 @@ def test_changed_weights_are_noticed() -> None:
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
 
 
+def test_changed_weights_of_inference_mode_are_noticed_which_has_no_counters() -> None:
+    with torch.inference_mode():
+        model, u = tiny()
+        before = sample(model, u)
+        for weight in model.parameters():
+            weight.mul_(-3)
+        assert torch.equal(sample(model, u), naive_sample(model, u))
+        assert not torch.equal(sample(model, u), before)
+
+
 def test_no_other_weights_come_to_lie_where_those_of_the_engine_lay() -> None:
     """They would pass for them, as after `load_state_dict(..., assign=True)`, twice between two samples."""
     model, u = tiny()

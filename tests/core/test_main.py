@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixelcnn import TrainConfig, load_checkpoint, load_dataset, log_prob, save_dataset
+from pixelcnn import TrainConfig, level_probs, load_checkpoint, load_dataset, log_prob, save_dataset
 from pixelcnn.__main__ import main
 from pixelcnn.data import Dataset
 from pixelcnn.images import to_png
@@ -201,6 +201,28 @@ def test_bench_prints_and_writes_its_figures(
     assert [row["sampler"] for row in json.loads(out.read_text())["timings"]] == ["naive", "cached, compiled"]
     assert "float64: 0 of 16 images differ" in printed
     assert printed.endswith(f"wrote {out}\n")
+
+
+def test_bench_fails_where_the_sampler_is_not_the_network(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pixelcnn.bench.level_probs", lambda model, levels: level_probs(model, levels).flip(1))
+    command = ["bench", "--checkpoint", str(checkpoint), "--batch-sizes", "1", "--seconds", "0.01"]
+    assert main([*command, "--samplers", "cached, compiled"]) == 1
+    assert "error: in float64 the sampler is not the network: a block computes other" in capsys.readouterr().err
+
+
+def test_train_refuses_before_its_work_what_cannot_be_sampled(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: object) -> None:
+        raise ValueError("no sampler follows from so deep a network: use at most 200 blocks in a row.")
+
+    monkeypatch.setattr("pixelcnn.__main__.Plan", refuse)
+    command = ["train", "pixelcnn", "--data", str(data_file), "--out", str(tmp_path / "deep"), *NETWORK, *SCHEDULE]
+    assert main(command) == 1
+    assert "use at most 200 blocks in a row" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_label_beyond_64_bits_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

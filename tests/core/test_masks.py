@@ -25,14 +25,14 @@ def full_mask(mask_type: str, height: int, width: int, in_groups: torch.Tensor, 
 def test_colour_groups_are_equal_runs():
     assert colour_groups(6, 3).tolist() == [0, 0, 1, 1, 2, 2]
     assert colour_groups(4, 1).tolist() == [0, 0, 0, 0]
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="4 maps do not divide into 3 colours: take a multiple of that"):
         colour_groups(4, 3)
 
 
 def test_centre_of_a_grey_image():
     assert centre_mask("A", GREY, GREY).tolist() == [[0]]
     assert centre_mask("B", GREY, GREY).tolist() == [[1]]
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="a mask is of type 'A' or 'B', got 'C'"):
         centre_mask("C", GREY, GREY)
 
 

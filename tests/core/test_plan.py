@@ -28,6 +28,7 @@ from pixelcnn.models.layers import (
 )
 from pixelcnn.models.maps import NEVER_WAITS, Map
 from pixelcnn.models.masks import colour_groups, raster_mask, row_mask
+from pixelcnn.models.outputs import Categorical
 from pixelcnn.sampling.cached import cached_sample
 from pixelcnn.sampling.plan import Plan
 
@@ -207,6 +208,11 @@ class Doubled(Doubling, Pointwise):
     pass
 
 
+class Unmasked(MaskedConv2d):
+    def masked_weight(self):
+        return self.weight
+
+
 def changed(change) -> Pointwise:
     layer = Pointwise(4, 4)
     change(layer)
@@ -239,6 +245,9 @@ def changed(change) -> Pointwise:
         (lambda x: {0: x}[x == 0], "no sampler follows from other arithmetic than"),
         (lambda x: gate(gate(gate(x))), "a gate's maps must have two halves, got 1."),
         (lambda x: x if x else F.relu(x), "no sampler follows from other arithmetic than"),
+        (lambda x: x if len(x) else F.relu(x), "no sampler follows from other arithmetic than"),
+        (Unmasked(torch.zeros(4, 4, 1, 1), 0), "no sampler follows from Unmasked: its masked_weight exceeds its taps."),
+        (lambda x: None, "features of Refused must return a Map for a Map, got NoneType."),
         *(
             (changed(change), "no sampler follows from Pointwise: its forward has hooks, or is replaced.")
             for change in (
@@ -257,6 +266,7 @@ def changed(change) -> Pointwise:
         *("relu in place", "weighted sum", "sum in place", "sum from 0", "factor", "part", "to a tensor", "a tensor"),
         *("a layer of other channels", "a layer that computes something else", "a layer changed from the side"),
         *("a sum of other channels", "power", "comparison", "equality", "a gate of one channel", "truth"),
+        *("length", "no mask", "nothing"),
         *("hook", "hook before", "another forward", "other size"),
     ],
 )
@@ -582,8 +592,31 @@ def test_a_network_with_a_forward_of_its_own_is_refused() -> None:
 
     replaced = Refused(CONFIG, nn.ReLU())
     replaced.forward = lambda *inputs: 2 * Refused.forward(replaced, *inputs)
-    for model, name in ((Colder(CONFIG, nn.ReLU()), "Colder"), (replaced, "Refused")):
+
+    class Called(Refused):
+        def __call__(self, *inputs):
+            return 2 * super().__call__(*inputs)
+
+    models = (Colder(CONFIG, nn.ReLU()), replaced, Called(CONFIG, nn.ReLU()))
+    for model, name in zip(models, ("Colder", "Refused", "Called"), strict=True):
         with pytest.raises(
             ValueError, match=rf"no sampler follows from the forward of {name}: change features instead\."
         ):
             model.described()
+
+
+def test_a_network_with_hooks_or_an_output_of_its_own_is_refused() -> None:
+    for hook in ("register_forward_hook", "register_forward_pre_hook"):
+        hooked = Refused(CONFIG, nn.ReLU())
+        getattr(hooked, hook)(lambda *arguments: arguments[-1])
+        with pytest.raises(ValueError, match="no sampler follows from the hooks of Refused: change features instead"):
+            hooked.described()
+
+    class Cold(Categorical):
+        def level_logits(self, *arguments):
+            return 2 * super().level_logits(*arguments)
+
+    model = Refused(CONFIG, nn.ReLU())
+    model.output = Cold(CONFIG)
+    with pytest.raises(ValueError, match=r"no sampler follows from the output of Refused: choose one of models/out"):
+        model.described()

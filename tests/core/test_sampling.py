@@ -149,6 +149,9 @@ BAD = [
     ({"temperature": -0.1}, "temperature must be 0 (the most likely level) or a positive number, got -0.1."),
     ({"temperature": math.nan}, "temperature must be 0 (the most likely level) or a positive number, got nan."),
     ({"temperature": math.inf}, "temperature must be 0 (the most likely level) or a positive number, got inf."),
+    ({"temperature": 10**400}, f"temperature must be 0 (the most likely level) or a positive number, got {10**400}."),
+    ({"temperature": "1"}, "temperature must be 0 (the most likely level) or a positive number, got 1."),
+    ({"temperature": None}, "temperature must be 0 (the most likely level) or a positive number, got None."),
     ({"label": torch.tensor([0, 2])}, "label must lie in -1..1 (-1 for none), got 0..2."),
     ({"label": 3}, "label must have shape (2,) and dtype int64, got 3."),
     ({"label": torch.tensor([0])}, "label must have shape (2,) and dtype int64, got (1,) and torch.int64."),
@@ -180,4 +183,13 @@ def test_a_device_without_float64_is_refused(sampler, monkeypatch):
     model = tiny_model("pixelcnn", (1, 2, 3), 2)
     monkeypatch.setattr(type(model.head), "weight", SimpleNamespace(device=torch.device("mps")), raising=False)
     with pytest.raises(ValueError, match="mps has no float64, in which levels are drawn: move the model to the CPU"):
+        sampler(model, GOOD)
+
+
+@SAMPLERS
+def test_weights_that_are_no_numbers_are_not_sampled(sampler):
+    model = tiny_model("pixelcnn", (1, 2, 3), 2)
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="its training diverged"):
         sampler(model, GOOD)
