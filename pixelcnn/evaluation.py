@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pixelcnn.config import ModelConfig
+from pixelcnn.config import ModelConfig, check_int
 from pixelcnn.data import Dataset
 from pixelcnn.likelihood import bits_per_dim, completion_log_prob, log_prob, pixel_log_prob
 from pixelcnn.models.base import AutoregressiveModel
@@ -53,6 +53,11 @@ def _batches(
     model: AutoregressiveModel, data: Dataset, split: str, batch_size: int, num_images: int | None, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a split's first images, on the model's device; log now and then how far they are, and how long still."""
+    check_int("batch_size", batch_size, 1)
+    if num_images is not None:
+        check_int("num_images", num_images, 1)
+    if split not in data.images:
+        raise ValueError(f"split must be one of {', '.join(data.images)}, got {split!r}.")
     device = next(model.parameters()).device
     total, done = min(num_images or math.inf, len(data.images[split])), 0
     start = last = time.monotonic()

@@ -63,6 +63,8 @@ def from_png(
         file = Image.open(io.BytesIO(png), formats=["PNG"])
         picture = file.convert(mode) if file.size == (width, height) else None
         alpha = file.convert("RGBA").tobytes()[3::4] if picture is not None and file.has_transparency_data else b""
+    except Image.DecompressionBombError:
+        raise ValueError(f"image must be {width} x {height} pixels, got many more.") from None
     except Exception as error:  # a decoder that is fed with anything may raise anything
         # Of what is no PNG at all, Pillow's sentence names an object in memory.
         why = f" ({error})" if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) else ""

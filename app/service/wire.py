@@ -111,7 +111,10 @@ class ApiRequest(bentoml.IODescriptor):
             # As text: given bytes, Python would also read UTF-16 and others.
             values = json.loads(body.decode(), object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"the request is no readable JSON: {quoted(str(error))}.") from None
+            why = quoted(str(error))
+            if isinstance(error, json.JSONDecodeError):  # whose words hold none of the request's
+                why = f"{error.msg}, at character {error.pos}"
+            raise RequestError(f"the request is no readable JSON: {why}.") from None
         # Not by pydantic: it would describe each of a hundred thousand, and the event loop wait a third of a second.
         for name in values if isinstance(values, dict) else ():
             if name not in cls.model_fields:

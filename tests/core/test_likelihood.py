@@ -7,7 +7,7 @@ import torch
 from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, evaluation, fit, log_prob, pixel_log_prob
 from pixelcnn.evaluation import evaluate_completion
 from pixelcnn.likelihood import expected_log_prob
-from tests.core.tiny import ARCHITECTURES, all_images, random_levels, tiny_model, toy_dataset
+from tests.core.tiny import ARCHITECTURES, all_images, exactly, random_levels, tiny_model, toy_dataset
 
 SPACES = [
     ((1, 2, 2), 2),
@@ -134,3 +134,15 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch, caplog):
         *(f"test, given the label: {done} of 7 images" for done in (2, 4, 6)),
         "test, completion: 5 of 6 images",
     ]
+
+
+def test_what_is_to_be_scored_must_be_there():
+    data = toy_dataset()
+    model = tiny_model("pixelcnn", data.image_shape, data.num_levels)
+    for wrong, message in (
+        ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0."),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0."),
+        ({"splits": ("tests",)}, "split must be one of train, validation, test, got 'tests'."),
+    ):
+        with pytest.raises(ValueError, match=exactly(message)):
+            evaluate(model, data, **wrong)

@@ -3,7 +3,10 @@
 import logging
 import os
 import re
+import runpy
+import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from urllib.request import getproxies, proxy_bypass
@@ -104,3 +107,17 @@ def test_a_persons_settings_do_not_reach_the_tests(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import os, tests.conftest; print(*os.environ)"]
     done = local.run(command, cwd=ROOT, env={**os.environ, **theirs, "TMPDIR": str(tmp_path)})
     assert theirs.keys() & set(done.stdout.split()) == {"PIXELCNN_TEST_CASES"}
+
+
+def test_a_command_that_is_ended_removes_what_is_half_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the exception that Ctrl-C raises in its place: on SIGTERM Python would leave temporary folders."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["steps", "--help"])
+    try:
+        with pytest.raises(SystemExit):
+            runpy.run_module("pipelines.steps", run_name="__main__")
+        with pytest.raises(SystemExit, match="143"), tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
