@@ -31,9 +31,10 @@ def choose(label: str, names: Mapping[str, str], default: str, **options: Any) -
 
 
 def main_button(label: str, on_click: Callable[[], None] | None = None) -> bool:
-    """Show the page's main button, which the key F presses, too; return whether it was pressed."""
-    icon = ":material/auto_awesome:"
-    return st.button(label, on_click=on_click, key="main", shortcut="F", type="primary", icon=icon, width="stretch")
+    """Show the page's main button, which the key F presses, too, if keys do; return whether it was pressed."""
+    options: dict[str, Any] = {"shortcut": "F"} if st.session_state.get("shortcuts", True) else {}
+    options |= {"type": "primary", "icon": ":material/auto_awesome:", "width": "stretch"}
+    return st.button(label, on_click=on_click, key="main", **options)
 
 
 def linked_default(key: str, offered: Any, default: Any, name: str | None = None) -> Any:

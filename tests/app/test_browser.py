@@ -323,6 +323,23 @@ def test_brush_widths_and_fast_strokes(open_page: OpenPage) -> None:
 
 
 @pytest.mark.slow
+def test_keys_can_be_switched_off(open_page: OpenPage, service: StubService) -> None:
+    """Who speaks to the machine, or types by a switch, may press letters without meaning a tool."""
+    page = open_page()
+    draw(page, HALF_DIGIT)
+    page.locator("summary", has_text="Keys").click()
+    page.locator("label", has_text="Keys choose tools").click()
+    expect(page.locator(".st-key-main button")).not_to_contain_text("F")  # its key
+    wait_until_still(page)
+    for key in ("e", "h", "Delete", "f"):
+        page.keyboard.press(key)
+    page.wait_for_timeout(300)
+    assert ink(page).any()
+    expect(tool(page, "Pen")).to_have_attribute("aria-pressed", "true")
+    assert service.requests == []
+
+
+@pytest.mark.slow
 def test_what_is_known(open_page: OpenPage, service: StubService) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)

@@ -39,6 +39,7 @@ def draw_page(visit: Visit) -> None:
     with right:
         picture_place = st.container()
         with st.expander(say("keys")):
+            st.toggle(say("shortcuts"), value=True, key="shortcuts", persist_state="session")
             st.markdown("\n".join(say(key) for key in TEXTS if key.startswith("key_")))  # the rows of a table
     with left:
         settings = choose_settings(visit)
@@ -219,6 +220,7 @@ def show_grid(visit: Visit, settings: Settings, live: bool, beginnings: list[Dra
         demonstration=beginnings[0] if beginnings else None,
         load=visit.load.get(shape),
         live=live,
+        shortcuts=st.session_state.get("shortcuts", True),
     )
     visit.drawn[shape] = drawing_text(drawing)
     return drawing
