@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -25,8 +26,8 @@ from app.canvas.live import LIVE_PATH, MAX_BYTES, answer_live
 from app.canvas.main import app as canvas
 from app.canvas.origins import OwnOrigin
 from app.canvas.session import GALLERY, VISITS, Visit
-from app.canvas.waiting import drawn
-from app.client import ServedModel, ServiceClient
+from app.canvas.waiting import Leaving, drawn
+from app.client import Rows, ServedModel, ServiceClient, ServiceError
 from tests.app.stub_service import MODELS, StubService
 
 INK = np.zeros((28, 28), dtype=np.int64)
@@ -285,3 +286,39 @@ def test_a_page_of_another_origin_is_refused_before_anything_is_asked(monkeypatc
         headers = [(b"host", b"127.0.0.1:8501"), (b"origin", f"http://{origin}".encode())]
         asyncio.run(app({"type": "websocket", "path": "/_stcore/stream", "headers": headers}, receive, send))
     assert sent == ["websocket.close", "websocket.close", "websocket.accept"]
+
+
+def test_who_stops_stops_what_the_browser_gets_too(visit):
+    stopped = []
+    visit.stop_live = lambda: stopped.append("live")
+    visit.want_no_endings()
+    assert stopped == ["live"]
+
+
+def test_a_request_that_opens_once_the_page_has_left_is_ended():
+    leaving, ended = Leaving(), []
+    leaving.leave()
+    leaving.on_open(lambda: ended.append("it"))
+    assert ended == ["it"]
+
+
+def test_one_level_too_many_is_of_another_champion(visit):
+    def stream(**_):
+        yield Rows(start=0, rows=[[[2] * 28]] * 9)
+
+    client = SimpleNamespace(complete_stream=stream)
+    with pytest.raises(ServiceError, match="more levels"):
+        list(drawn(client, asked_of(STROKE, visit.settings, seed=5), lambda end: None))
+
+
+def test_what_found_no_service_is_wanted_again(visit):
+    visit.unanswered = True
+    visit.retry()
+    assert visit.pending
+    assert not visit.unanswered
+
+
+def test_what_is_not_drawn_yet_is_no_level(visit):
+    asked = asked_of(STROKE, visit.settings, seed=5)
+    assert (asked.images[:, asked.known == 0] == -1).all()
+    assert (asked.images[:, asked.known == 1] >= 0).all()

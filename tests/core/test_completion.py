@@ -6,7 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixelcnn import complete, completion_log_prob, log_prob, naive_sample, resample, sample
+import pixelcnn.sampling.fast as fast
+from pixelcnn import (
+    GatedPixelCNNConfig,
+    build_model,
+    complete,
+    completion_log_prob,
+    log_prob,
+    naive_sample,
+    resample,
+    sample,
+)
+from pixelcnn.completion import complete_and_score, drawing_bits_per_dim, shares_of_drawing
 from tests.core.tiny import ARCHITECTURES, all_images, exactly, fillings, interval_noise, random_levels, tiny_model
 
 SHAPE = (1, 2, 3)
@@ -241,3 +252,59 @@ def test_a_choice_needs_noise_of_its_own():
             resample(model, image, observed, torch.rand(2, 3, *SHAPE), choice)
     with pytest.raises(ValueError, match="u must be a tensor, got ndarray"):
         resample(model, image, observed, torch.rand(2, 3, *SHAPE).numpy(), torch.rand(2))
+
+
+def test_known_rows_are_not_shared_between_labels():
+    config = GatedPixelCNNConfig(
+        image_shape=(1, 6, 5), num_levels=3, num_features=4, num_layers=2, kernel_size=3, num_labels=2
+    )
+    model = build_model(config).double().eval()
+    generator = torch.Generator().manual_seed(2)
+    u = torch.rand(4, 1, 6, 5, generator=generator, dtype=torch.float64)
+    drawing = torch.randint(0, 3, (1, 1, 6, 5), generator=generator).repeat(4, 1, 1, 1)
+    observed = torch.zeros(4, 1, 6, 5, dtype=torch.bool)
+    observed[:, :, :3] = True
+    label = torch.tensor([0, 1, 0, -1])
+    levels, score = complete_and_score(model, drawing, observed, u, label)
+    torch.testing.assert_close(score(), completion_log_prob(model, levels, observed, label), rtol=1e-12, atol=0)
+
+
+def test_proposals_are_scored_with_the_label_that_they_were_drawn_with():
+    model, shape = tiny_model("gated_pixelcnn", (1, 3, 3), 2, num_labels=2), (1, 3, 3)
+    image, observed = random_levels(shape, 2, 4), torch.zeros(4, 1, 3, 3, dtype=torch.bool)
+    observed[:, :, :1] = True  # all that is known comes first: a proposal is a sample of the joint model
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(4, 5, *shape, generator=generator, dtype=torch.float64)
+    _, effective = resample(model, image, observed, u, torch.rand(4, generator=generator), torch.tensor([0, 1, 0, 1]))
+    torch.testing.assert_close(effective, torch.full((4,), 5.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5, 2.0])
+def test_the_score_is_that_of_temperature_1(temperature):
+    model, shape = tiny_model("pixelcnn", (1, 4, 5), 3), (1, 4, 5)
+    observed = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
+    observed[:, :, 0] = True
+    u = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels, score = complete_and_score(model, random_levels(shape, 3, 2), observed, u, temperature=temperature)
+    torch.testing.assert_close(score(), completion_log_prob(model, levels, observed).double(), rtol=1e-12, atol=0)
+
+
+def test_a_slice_is_scored_with_its_own_labels(monkeypatch):
+    monkeypatch.setattr(fast, "what_compiling_lacks", lambda: "numba is not installed")
+    model, label = tiny_model("pixelcnn", (1, 3, 3), 2, num_labels=2), torch.tensor([0, 1, 1])
+    observed = torch.zeros(3, 1, 3, 3, dtype=torch.bool)
+    u = torch.rand(3, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels, score = complete_and_score(model, random_levels((1, 3, 3), 2, 3), observed, u, label)
+    expected = completion_log_prob(model, levels, observed, label)
+    torch.testing.assert_close(score(slice(1, 3)), expected[1:])
+
+
+def test_bits_are_per_known_sub_pixel():
+    model, images = tiny_model("pixelcnn", (3, 2, 2), 3), random_levels((3, 2, 2), 3, 2)
+    found = drawing_bits_per_dim(model, images, torch.ones(2, 1, 2, 2, dtype=torch.bool))
+    torch.testing.assert_close(found, -log_prob(model, images).detach() / (12 * math.log(2)))
+
+
+def test_ink_that_is_not_known_does_not_count():
+    known = torch.tensor([[[[True, False]]]])
+    assert shares_of_drawing(torch.ones(1, 1, 1, 2, dtype=torch.int64), known, 2)["ink_share"].item() == 0.5

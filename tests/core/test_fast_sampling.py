@@ -509,3 +509,15 @@ def test_the_log_probability_of_its_steps_is_that_of_the_finished_image(config: 
     levels, score = sample_and_score(model, u, label)
     with torch.no_grad():
         torch.testing.assert_close(score(), log_prob(model, levels, label), rtol=0, atol=1e-9)
+
+
+def test_keys_of_known_rows_far_above_are_there():
+    config = AttentivePixelCNNConfig(image_shape=(1, 14, 5), num_levels=3, num_features=4, num_layers=3, kernel_size=3)
+    model = model_of(config, torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    u = torch.rand(8, 1, 14, 5, generator=generator, dtype=torch.float64)
+    drawing = torch.randint(0, 3, u.shape, generator=generator)
+    observed = torch.zeros(8, 1, 14, 5, dtype=torch.bool)
+    observed[:, :, :12] = True
+    expected = naive_sample(model, u, drawing=drawing, observed=observed)
+    assert torch.equal(sample(model, u, drawing=drawing, observed=observed), expected)

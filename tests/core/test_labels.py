@@ -238,3 +238,16 @@ def test_a_label_network_learns_from_what_is_known_alone(tmp_path):
 def test_impossible_label_networks_are_refused(changes, message):
     with pytest.raises(ValueError, match=exactly(message)):
         tiny_config("gated_pixelcnn", SHAPE, 2, **{"num_labels": 3, **changes})
+
+
+def test_the_noise_that_chose_a_label_does_not_choose_the_first_pixel_too():
+    num, model = 3000, label_model(shape=(1, 1, 3))
+    image = torch.tensor([[[[0, 1, 0]]]])
+    observed = torch.tensor([[[[False, True, True]]]])
+    u = torch.full((num, 1, 1, 3), 0.5, dtype=torch.float64)
+    u[:, 0, 0, 0] = (torch.arange(num) + 0.5) / num
+    drawn = complete(model, image.expand(num, -1, -1, -1), observed.expand(num, -1, -1, -1), u)[:, 0, 0, 0]
+    filled = image.repeat(2, 1, 1, 1)
+    filled[1, 0, 0, 0] = 1
+    p = completion_log_prob(model, filled, observed.expand(2, -1, -1, -1)).exp()
+    assert abs((drawn == 1).double().mean() - p[1]) < 10 / num, ((drawn == 1).double().mean(), p)

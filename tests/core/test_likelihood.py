@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, evaluation, fit, log_prob, pixel_log_prob
-from pixelcnn.evaluation import evaluate_completion
-from pixelcnn.likelihood import expected_log_prob
+from pixelcnn.evaluation import checked_score, evaluate_completion, per_image_completion_nll, per_image_nll
+from pixelcnn.likelihood import count_leaks, expected_log_prob
 from tests.core.tiny import ARCHITECTURES, all_images, exactly, random_levels, tiny_model, toy_dataset
 
 SPACES = [
@@ -146,3 +146,21 @@ def test_what_is_to_be_scored_must_be_there():
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             evaluate(model, data, **wrong)
+
+
+def test_masks_do_not_depend_on_the_batch():
+    model, data = tiny_model("pixelcnn", (1, 3, 3), 3), toy_dataset()
+    one, all_ = (per_image_completion_nll(model, data, "test", batch_size=n)["pixels50"] for n in (2, 7))
+    torch.testing.assert_close(one, all_)
+
+
+def test_what_is_checked_is_of_the_test_split():
+    model, data = tiny_model("pixelcnn", (1, 3, 3), 3), toy_dataset()
+    assert checked_score(model, data) == per_image_nll(model, data, "test").mean().item()
+
+
+def test_counting_leaks_leaves_the_model():
+    model = tiny_model("pixelcnn", (1, 2, 2), 2).float().train()
+    count_leaks(model, random_levels((1, 2, 2), 2, 1)[0])
+    assert model.training
+    assert model.head.weight.dtype == torch.float32

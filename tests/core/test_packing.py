@@ -626,3 +626,18 @@ def test_the_name_of_released_weights_is_enough(tmp_path, monkeypatch) -> None:
     pack(Path(released.name), tmp_path / "in.npy", tmp_path / "x.pxl")
     unpack(Path(released.name), tmp_path / "x.pxl", tmp_path / "out.npy")
     assert np.array_equal(np.load(tmp_path / "out.npy"), images.numpy())
+
+
+def test_blocks_that_change_places_are_noticed(checkpoint, tmp_path):
+    array_of(tmp_path / "images.npy", 48)
+    file = tmp_path / "images.pxl"
+    pack(checkpoint, tmp_path / "images.npy", file, block_images=16)
+    content, start, frames = file.read_bytes(), 18, []
+    place = begin = start + struct.unpack_from("<I", content, 10)[0]
+    while place < len(content):
+        length = 12 + struct.unpack_from("<I", content, place)[0]
+        frames.append(content[place : place + length])
+        place += length
+    file.write_bytes(content[:begin] + frames[1] + frames[0] + frames[2])
+    with pytest.raises(ValueError, match="checksum of block 0 is wrong"):
+        unpack(checkpoint, file, tmp_path / "out.npy")

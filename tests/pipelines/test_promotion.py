@@ -1185,3 +1185,42 @@ def test_a_champion_that_never_rests_is_left_alone(toy):
     with pytest.raises(OSError, match="changed 3 times during the decision"):
         run_promotion(toy.name, toy.data, PARAMS, scorer)
     assert decision_runs(toy)[-1].info.status == "FAILED"
+
+
+def test_a_rollback_is_served_before_the_registry_is_told(toy, monkeypatch):
+    first = toy.register(0.3)
+    toy.promote()
+    toy.register(INK)
+    toy.promote()
+
+    def away(*_):
+        raise OSError("MLflow is away")
+
+    monkeypatch.setattr(registry, "set_alias", away)
+    with pytest.raises(UnfinishedMoveError):
+        run_rollback(toy.name)
+    assert toy.served()["version"] == first
+
+
+def test_a_rollback_passes_over_versions_that_are_gone(toy):
+    first, second, third = (toy.register(ink) for ink in (0.3, 0.2, INK))
+    for number in (first, second, third):
+        toy.promote(number)
+    tracking.client().delete_registered_model_alias(tracking.registered_name(toy.name), "previous")
+    tracking.client().delete_model_version(tracking.registered_name(toy.name), second)
+    assert run_rollback(toy.name, int(first))["new"] == first
+    assert toy.aliases["champion"] == first
+
+
+def test_another_run_is_other(toy):
+    toy.register(INK)
+    toy.promote()
+    lineage = registry.champion(toy.name).lineage()
+    tag = store.tag_of(lineage)
+    assert store.is_intact(tag, lineage)
+    assert not store.is_intact(tag, {**lineage, "run_id": "another"})
+
+
+def test_of_one_that_was_champion_twice_the_later_time_counts():
+    made = [{"decision": decisions.PROMOTED, "new": n} for n in "1213"]
+    assert decisions.champions([*made, {"decision": decisions.ROLLED_BACK, "new": "1"}]) == ["1", "2", "1"]

@@ -1,6 +1,7 @@
 """Released weights: the first champion of their dataset, registered once, and only if they score what they say."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -233,3 +234,9 @@ def test_a_checkpoint_that_is_not_whole_does_not_keep_out_the_others(
     said = sorted(text.partition(" is ")[2][:14] for text in register_trained("mnist5k"))
     assert said == ["not registered", "registered as "]
     assert [version.tags["pair"] for version in registry.versions("mnist5k")] == ["gated_pixelcnn-mnist5k"]
+
+
+def test_a_score_that_is_no_number_is_not_what_was_said(monkeypatch):
+    monkeypatch.setattr(registry, "checked_score", lambda *_: math.nan)
+    with pytest.raises(ValueError, match="does not score what it says: nan nats"):
+        registry.check_scores("it", None, {registry.CHECKED_SCORE: 1.0}, None)

@@ -250,3 +250,21 @@ def test_the_correction_counts_every_pair() -> None:
     choice = choose(champion, [better], num_versions=40)
     assert choice.version is None
     assert choice.reason.startswith("the 99.994 % interval of version 2 minus champion 1, [")
+
+
+def test_a_damaged_oldest_candidate_is_no_measure_for_the_others():
+    short, good = torch.tensor([1.0]), torch.tensor([3.0, 4.0, 5.0])
+    choice = choose(None, [Candidate("1", short), Candidate("2", good)])
+    assert choice.version == "2"
+    assert list(choice.refused) == ["1"]
+
+
+def test_total_error_of_fewer_completions():
+    g = torch.Generator().manual_seed(0)
+    j, c = torch.randn(120, generator=g).double(), torch.randn(60, generator=g).double()
+    c = c + j[:60]
+    zero = Candidate("1", torch.zeros(120), torch.zeros(60))
+    found = differences(Candidate("2", j, c), zero)
+    cov = torch.cov(torch.stack([j[:60], c]))[0, 1].item()
+    expected = (j.var() / 120 + c.var() / 60 + 2 * cov / 120).item() ** 0.5
+    assert abs(found["total"].stderr - expected) < 1e-9

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -90,3 +91,10 @@ def test_users_of_one_server_have_locks_of_their_own(tmp_path: Path, monkeypatch
         monkeypatch.setattr(runs, "_ready", set())
         runs.client()
     assert len({path for path in locks if path.parent == tmp_path}) == 2
+
+
+def test_a_run_of_other_data_is_another_run(project):
+    training = runs.Training(pair="pair", dataset="toy", data_hash="a", params={"x": "1"})
+    first = runs.start_training_run(training, "key")
+    assert runs.start_training_run(training, "key", first) == first
+    assert runs.start_training_run(replace(training, data_hash="b"), "key", first) != first

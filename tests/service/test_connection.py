@@ -151,3 +151,21 @@ def test_a_client_that_sent_ahead_and_leaves_ends_what_is_answered() -> None:
         writer.transport.abort()
 
     converse(talk, lambda: "/stream" in left)
+
+
+def test_empty_lines_after_an_answer_keep_no_connection(monkeypatch):
+    monkeypatch.setattr(settings, "body_timeout_s", 0.3)
+    ended = []
+
+    async def talk(reader, writer):
+        writer.write(GET + b"\r\n")
+        while b"/livez 0" not in await reader.read(1000):
+            pass
+        await asyncio.sleep(0.1)
+        writer.write(b"\r\n")
+        async with asyncio.timeout(3):
+            await reader.read()
+        ended.append(True)
+
+    converse(talk)
+    assert ended
