@@ -28,7 +28,7 @@ if not _folder:
     _counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-", dir=_memory)  # until this process ends
     _folder = _counts.name
 BentoMLContainer.prometheus_multiproc_dir.set(_folder)
-uvicorn.config.HTTP_PROTOCOLS["auto"] = "app.service.connection:Connection"
+uvicorn.config.HTTP_PROTOCOLS["auto"] = "app.service.operation.connection:Connection"
 RunnerTrafficMetricsMiddleware.__call__ = lambda self, *message: self.app(*message)  # type: ignore[method-assign]
 
 for _handler in logging.getLogger("bentoml").handlers:

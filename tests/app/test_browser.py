@@ -904,7 +904,7 @@ def test_start_from_half_a_generated_picture(
 def test_a_page_of_surprise_that_waits_says_so(open_page: OpenPage, service: StubService) -> None:
     page = open_page()
     service.row_s = 60
-    go_to(page, "Surprise")
+    page.get_by_role("link", name="Surprise").click()
     expect(page.get_by_text("The model is looking at it")).to_be_visible()
     expect(page.get_by_role("button", name="Stop")).to_have_count(0)  # it would ask again
     service.hurry.set()

@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 
 import app.service  # noqa: F401 -- so that it is in use
-from app.service.connection import MAX_HEAD_BYTES
+from app.service.operation.connection import MAX_HEAD_BYTES
 from app.service.settings import settings
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
