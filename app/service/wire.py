@@ -7,6 +7,7 @@ import asyncio
 import json
 from http import HTTPStatus
 from typing import Annotated, Any, Self, cast
+from weakref import WeakKeyDictionary
 
 import bentoml
 from bentoml.exceptions import BentoMLException
@@ -82,7 +83,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_turn = asyncio.Lock()  # one request is parsed per turn of the event loop, and others are refused in between
+# One request is parsed per turn of its event loop, and others are refused in between.
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 class ApiRequest(bentoml.IODescriptor):
@@ -103,7 +105,7 @@ class ApiRequest(bentoml.IODescriptor):
                 f"the request must have the header Content-Type: application/json, got {quoted(content_type)}.", 415
             )
         body = await read_body(request)
-        async with _turn:
+        async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
             await asyncio.sleep(0)
         if not body.strip():
             raise RequestError(f"the request is empty: send a JSON object with the fields {known}.")
