@@ -69,7 +69,7 @@ class Gate:
             self.active += Counter()  # forget those without any
 
     async def _answer_while_connected(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless the client disconnects, or does not read the answer."""
+        """Answer, unless the client disconnects."""
         body_read = asyncio.Event()
         has_begun = False
 
@@ -81,20 +81,14 @@ class Gate:
                 await asyncio.Event().wait()  # until cancel_on_disconnect has cancelled it
             return message
 
-        async def send_in_time(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
             # A chunked body that is refused half-read may never end: close the connection.
             has_length = "content-length" in Headers(scope=scope)
             if message["type"] == "http.response.start" and not body_read.is_set() and not has_length:
                 MutableHeaders(scope=message)["connection"] = "close"
-            try:
-                async with asyncio.timeout(settings.send_timeout_s):
-                    await send(message)
-            except TimeoutError:
-                logger.warning("a client took nothing for %g s: its answer was cut off.", settings.send_timeout_s)
-                answer.cancel()
-                await asyncio.Event().wait()  # until it is cancelled, in whatever task of it this is
+            await send(message)
 
         async def cancel_on_disconnect() -> None:
             await body_read.wait()
@@ -102,7 +96,7 @@ class Gate:
                 pass
             answer.cancel()
 
-        answer = asyncio.create_task(self._answer(scope, receive_and_note_end, send_in_time))
+        answer = asyncio.create_task(self._answer(scope, receive_and_note_end, send_and_note))
         disconnect = asyncio.create_task(cancel_on_disconnect())
         try:
             await asyncio.wait((answer,))

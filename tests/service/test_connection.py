@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import pytest
 import uvicorn
@@ -18,7 +19,7 @@ left: list[str] = []  # the paths of requests that were told that their client h
 
 
 async def answer(scope, receive, send) -> None:
-    """Answer with the path and the body's length; /stream goes on until its client has left."""
+    """Answer with the path and the body's length; with much at /whole, and at /stream until the client has left."""
     length, more = 0, True
     while more:
         message = await receive()
@@ -26,12 +27,13 @@ async def answer(scope, receive, send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"transfer-encoding", b"chunked")]})
     leaving = asyncio.create_task(receive())
     while scope["path"] == "/stream" and not leaving.done():
-        await send({"type": "http.response.body", "body": b"x" * 1000, "more_body": True})
+        await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
         await asyncio.sleep(0.01)
     if leaving.done() and leaving.result()["type"] == "http.disconnect":
         left.append(scope["path"])
     leaving.cancel()
-    await send({"type": "http.response.body", "body": f"{scope['path']} {length}".encode()})
+    end = b"x" * 10_000_000 if scope["path"] == "/whole" else f"{scope['path']} {length}".encode()
+    await send({"type": "http.response.body", "body": end})
 
 
 def converse(talk: Talk, then: Callable[[], bool] = lambda: True) -> None:
@@ -151,6 +153,20 @@ def test_a_client_that_sent_ahead_and_leaves_ends_what_is_answered() -> None:
         writer.transport.abort()
 
     converse(talk, lambda: "/stream" in left)
+
+
+@pytest.mark.parametrize("path", ["stream", "whole"])
+def test_a_reader_that_takes_nothing_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    monkeypatch.setattr(settings, "send_timeout_s", 0.3)
+    left.clear()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        cast(asyncio.Transport, writer.transport).pause_reading()
+        writer.write(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+    converse(talk, lambda: "a client took nothing for" in caplog.text and (path == "whole" or "/stream" in left))
 
 
 def test_empty_lines_after_an_answer_keep_no_connection(monkeypatch):
