@@ -273,6 +273,7 @@ def repair(
     """After a loss: export champions that are not served; make champion what is served where the registry has none."""
     from pipelines.promotion.register import repair_all
 
+    load_params()  # in a folder that is none of ours, a registry would be made, and all be well
     print(*(repair_all(take_over, why) or ["nothing to repair: registry and model store agree."]), sep="\n")
 
 

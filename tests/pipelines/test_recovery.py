@@ -485,3 +485,12 @@ def test_nothing_to_back_up(tmp_path, monkeypatch, capsys):
     assert steps.main(["backup", "x"]) == 1
     assert "there is no registry" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_repaired_where_there_is_no_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert steps.main(["repair"]) == 1
+    assert "params.yaml does not exist here" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
