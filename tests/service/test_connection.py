@@ -15,12 +15,13 @@ from app.service.settings import settings
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /complete HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+servers: list[uvicorn.Server] = []
 left: list[str] = []  # the paths of requests that were told that their client has left
 
 
 async def answer(scope, receive, send) -> None:
-    """Answer with the path and the body's length; with much at /whole, and at /stream until the client has left."""
-    length, more = 0, True
+    """Answer with the path and the body's length; much at /whole, without end at /stream; late, unread at /slow."""
+    length, more = 0, scope["path"] != "/slow"
     while more:
         message = await receive()
         length, more = length + len(message.get("body", b"")), message.get("more_body", False)
@@ -32,7 +33,11 @@ async def answer(scope, receive, send) -> None:
     if leaving.done() and leaving.result()["type"] == "http.disconnect":
         left.append(scope["path"])
     leaving.cancel()
-    end = b"x" * 10_000_000 if scope["path"] == "/whole" else f"{scope['path']} {length}".encode()
+    await asyncio.sleep(0.5 * (scope["path"] == "/slow"))
+    connection = next(iter(servers[-1].server_state.connections), None)
+    while scope["path"] == "/little" and not connection.transport.get_write_buffer_size():
+        await send({"type": "http.response.body", "body": b"x" * 20_000, "more_body": True})
+    end = b"x" * 30_000_000 if scope["path"] == "/whole" else f"{scope['path']} {length}".encode()
     await send({"type": "http.response.body", "body": end})
 
 
@@ -42,6 +47,7 @@ def converse(talk: Talk, then: Callable[[], bool] = lambda: True) -> None:
     async def run() -> None:
         config = uvicorn.Config(answer, port=0, lifespan="off", log_level="error", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
+        servers.append(server)
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
@@ -155,18 +161,69 @@ def test_a_client_that_sent_ahead_and_leaves_ends_what_is_answered() -> None:
     converse(talk, lambda: "/stream" in left)
 
 
-@pytest.mark.parametrize("path", ["stream", "whole"])
+@pytest.mark.parametrize("path", ["stream", "whole", "little"])
 def test_a_reader_that_takes_nothing_is_cut_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
+    """Also one that leaves little of its answer, whose connection is closed already."""
     monkeypatch.setattr(settings, "send_timeout_s", 0.3)
     left.clear()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         cast(asyncio.Transport, writer.transport).pause_reading()
-        writer.write(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(f"GET /{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
 
-    converse(talk, lambda: "a client took nothing for" in caplog.text and (path == "whole" or "/stream" in left))
+    converse(talk, lambda: "a client took nothing for" in caplog.text and (path != "stream" or "/stream" in left))
+
+
+def test_a_reader_that_takes_its_time_has_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "send_timeout_s", 0.3)
+    taken: list[int] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"GET /whole HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        while part := await reader.read(1_000_000):
+            taken.append(len(part))
+            await asyncio.sleep(0.003)
+
+    converse(talk)
+    assert sum(taken) > 30_000_000
+
+
+@pytest.mark.parametrize("trailer", [b"a: b\r\n" * 1400, b"x" * 8000], ids=["many lines", "one line"])
+def test_trailers_without_end_are_refused(trailer: bytes) -> None:
+    head = b"POST /complete HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\na: "
+    assert refused(head, trailer)[0] == "HTTP/1.1 431 Request Header Fields Too Large"
+
+
+def test_what_is_sent_ahead_ends_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused after the answer, not within."""
+    monkeypatch.setattr(settings, "body_timeout_s", 0.2)
+    told: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.1)
+        writer.write(GET)  # a head without its end
+        told.append(await reader.read())
+
+    converse(talk)
+    answered, _, refusal = told[0].partition(b"/slow 0\r\n0\r\n\r\n")
+    assert answered.startswith(b"HTTP/1.1 200 OK")
+    assert refusal.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+
+
+def test_a_body_that_cannot_be_read_puts_no_refusal_into_an_answer() -> None:
+    told: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"POST /slow HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"no length\r\n")
+        told.append(await reader.read())
+
+    converse(talk)
+    assert told == [b""]
 
 
 def test_empty_lines_after_an_answer_keep_no_connection(monkeypatch):
