@@ -26,7 +26,7 @@ class OwnOrigins:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         origin = Headers(scope=scope).get("origin") if scope["type"] == "websocket" else None
-        if origin is None or origin in self.allowed or urlsplit(origin).netloc == Headers(scope=scope).get("host"):
+        if origin is None or origin in self.allowed or origin.partition("://")[2] == Headers(scope=scope).get("host"):
             await self.app(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})

@@ -29,7 +29,7 @@ from pixelcnn.bench import SAMPLERS, bench, write_json
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_joint_weights, save_checkpoint
 from pixelcnn.completion import complete, resample, score_completions
 from pixelcnn.config import MAX_SIDE, checked_config
-from pixelcnn.data import load_dataset
+from pixelcnn.data import load_dataset, replaced
 from pixelcnn.evaluation import evaluate, in_batches
 from pixelcnn.images import from_png, to_sheet
 from pixelcnn.likelihood import bits_per_dim, count_leaks, log_prob
@@ -81,13 +81,8 @@ def _load_with_noise(
 
 
 def _write_sheet(levels: Tensor, num_levels: int, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.new")
-    try:
+    with replaced(out) as new:
         to_sheet(levels, num_levels, num_columns=min(8, len(levels)), zoom=4).save(new, format="PNG")
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _join_processes(device: torch.device) -> tuple[torch.device, int]:

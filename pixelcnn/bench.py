@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
+from pixelcnn.data import replaced
 from pixelcnn.likelihood import level_probs
 from pixelcnn.models.base import AutoregressiveModel, joint_parameters
 from pixelcnn.models.outputs import draw_level
@@ -294,10 +295,5 @@ def _bench_sides(model: AutoregressiveModel, sides: list[int], seconds: float) -
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write the figures that `bench` returned; a file is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    try:
+    with replaced(path) as new:
         new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ protocol all images are stored as levels.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,23 +98,31 @@ def bernoulli(ink: Tensor) -> Tensor:
     return torch.stack([1 - ink, ink], dim=1)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[str, Any]) -> None:
-    """Write a safetensors file, with JSON-ready values of one kind; where it cannot be, what was there stays."""
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a file to write in place of another, which it then replaces; where that fails, the other stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[str, Any]) -> None:
+    """Write a safetensors file, with JSON-ready values of one kind; where it cannot be, what was there stays."""
     # One metadata entry: safetensors writes several in no fixed order, and equal data must be equal bytes.
     metadata = {kind: json.dumps(some, sort_keys=True) for kind, some in values.items()} or None
     try:
         # Not `save_file`, which would keep the file from everybody else.
-        new.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
-        new.replace(path)
+        with replaced(path) as new:
+            new.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
     except OSError as error:
         raise OSError(
             f"{path} could not be saved ({error}). Make room on its disk, then run the same command again: a training "
             "goes on from what was saved before, which is untouched."
         ) from None
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

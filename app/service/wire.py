@@ -115,7 +115,7 @@ class ApiRequest(bentoml.IODescriptor):
         except (ValueError, RecursionError) as error:
             why = quoted(str(error))
             if isinstance(error, json.JSONDecodeError):  # whose words hold none of the request's
-                why = f"{error.msg}, at character {error.pos}"
+                why = f"{error.msg}, at character {error.pos + 1}"
             raise RequestError(f"the request is no readable JSON: {why}.") from None
         # Not by pydantic: it would describe each of a hundred thousand, and the event loop wait a third of a second.
         for name in values if isinstance(values, dict) else ():

@@ -26,7 +26,8 @@ def prepare(name: str, spec: DatasetParams, raw: Path, out: Path, params: DataPa
         official = read(spec.source.path, raw, f"fetch it again: {again}")
         if (shape := official["train"][0].shape[1:]) != spec.image_shape:
             raise ValueError(f"{name} has images of shape {list(shape)}: set image_shape in its entry to that.")
-        if (num := max(int(labels.max()) for _, labels in official.values()) + 1) > len(spec.label_names):
+        num = max(int(labels.max()) for _, labels in official.values()) + 1
+        if 0 < len(spec.label_names) < num:
             raise ValueError(
                 f"{name} has {num} labels: name as many in its entry, got {len(spec.label_names)} label_names."
             )

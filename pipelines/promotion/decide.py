@@ -19,8 +19,7 @@ from pipelines.registry.versions import Version
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import format_nll
 
-# What a better completion may cost the joint model, and the other way round: of binary images, and of others.
-ALLOWED_BITS_PER_DIM = 0.01
+ALLOWED_BITS_PER_DIM = 0.01  # as ALLOWED_NATS, of images that are not binary
 
 Scorer = Callable[[Version, Dataset, int], Candidate]
 

@@ -143,9 +143,9 @@ def repair_all(take_over: bool = False, why: str | None = None) -> list[str]:
     for dataset in sorted({*registry.datasets(), *served}):
         try:
             done += repair(dataset, take_over, why)
-        except LookupError as error:
-            raise LookupError(" ".join([*done, str(error)])) from None
         except Exception as error:  # one damaged champion does not keep out the others
+            if type(error) is LookupError:  # nor does another registry's store change
+                raise LookupError(" ".join([*done, str(error)])) from None
             failed.append(f"{dataset} ({reason_or_raise(error)})")
     if failed:
         raise ValueError(" ".join([*done, f"These datasets could not be repaired: {'; '.join(failed)}."]))

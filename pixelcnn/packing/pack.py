@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pixelcnn.checkpoint import load_with_hash
+from pixelcnn.data import replaced
 from pixelcnn.packing.coder import ENGINE, Coder, OnImages
 from pixelcnn.packing.container import MAX_BLOCK_IMAGES, Block, DamagedError, Header, Reader, block_bytes
 from pixelcnn.packing.pictures import OnProgress, Unpacked, check_absent, load_labels, number_name, open_images
@@ -136,21 +137,15 @@ def pack(
         code, nats = coder.encode(levels, labels_of(some), count)
         return block_bytes(start, number, code, _crc(levels, labels_of(some))), nats
 
-    new, total = out.with_name(f".{out.name}.new"), 0.0
-    try:
-        encoded = _in_order(encode, range(header.num_blocks), source.num, on_progress)
-        with open(new, "wb") as file, closing(encoded) as blocks:
-            file.write(start)
-            for block, nats in blocks:
-                file.write(block)
-                total += nats
-        num_bytes = new.stat().st_size
-        new.rename(out)
-    finally:
-        new.unlink(missing_ok=True)
+    total, encoded = 0.0, _in_order(encode, range(header.num_blocks), source.num, on_progress)
+    with replaced(out) as new, open(new, "wb") as file, closing(encoded) as blocks:
+        file.write(start)
+        for block, nats in blocks:
+            file.write(block)
+            total += nats
     return Packed(
         num_images=source.num,
-        num_bytes=num_bytes,
+        num_bytes=out.stat().st_size,
         num_header_bytes=len(start),
         nats=total,
         num_left_out=source.num_left_out,

@@ -4,7 +4,8 @@ A sampler is a function of (model, u): the noise is an argument, so the same `u`
 """
 
 import itertools
-import sys
+import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +65,8 @@ def new_canvas(
     # Image by image, and zeros by numpy: nothing here is for torch's threads, for which a compiled sampler would pay.
     if not all(bool(((image >= 0) & (image < 1)).all()) for image in u):
         raise ValueError("u must lie in [0, 1), as torch.rand gives it.")
-    is_number = isinstance(temperature, int | float | np.number) and not isinstance(temperature, bool)
-    if not is_number or not 0 <= temperature <= sys.float_info.max:
+    is_number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature < math.inf or int(temperature) > 10**38:
         raise ValueError(f"temperature must be 0 (the most likely level) or a positive number, got {temperature}.")
     if label is None:
         label = torch.full((len(u),), -1, device=u.device)

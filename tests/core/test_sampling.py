@@ -1,6 +1,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,12 +147,10 @@ BAD = [
     ({"u": GOOD + 0.5}, "u must lie in [0, 1), as torch.rand gives it."),
     ({"u": GOOD - 0.51}, "u must lie in [0, 1), as torch.rand gives it."),
     ({"u": GOOD * math.nan}, "u must lie in [0, 1), as torch.rand gives it."),
-    ({"temperature": -0.1}, "temperature must be 0 (the most likely level) or a positive number, got -0.1."),
-    ({"temperature": math.nan}, "temperature must be 0 (the most likely level) or a positive number, got nan."),
-    ({"temperature": math.inf}, "temperature must be 0 (the most likely level) or a positive number, got inf."),
-    ({"temperature": 10**400}, f"temperature must be 0 (the most likely level) or a positive number, got {10**400}."),
-    ({"temperature": "1"}, "temperature must be 0 (the most likely level) or a positive number, got 1."),
-    ({"temperature": None}, "temperature must be 0 (the most likely level) or a positive number, got None."),
+    *(
+        ({"temperature": bad}, f"temperature must be 0 (the most likely level) or a positive number, got {bad}.")
+        for bad in (-0.1, math.nan, math.inf, 10**308, 10**400, np.float32(math.inf), np.complex64(1), "1", None, True)
+    ),
     ({"label": torch.tensor([0, 2])}, "label must lie in -1..1 (-1 for none), got 0..2."),
     ({"label": 3}, "label must have shape (2,) and dtype int64, got 3."),
     ({"label": torch.tensor([0])}, "label must have shape (2,) and dtype int64, got (1,) and torch.int64."),

@@ -256,6 +256,10 @@ def test_a_second_dataset_of_official_files(mirror: Path, tmp_path: Path) -> Non
         stage.prepare("mnist_grey", small, raw, out, SEEDS, PARAMS.checks)
     stage.prepare("mnist_grey", grey, raw, out, SEEDS, PARAMS.checks)
     assert load_dataset(out).images["test"].max() == 128
+    stage.prepare(
+        "unnamed", grey.model_copy(update={"label_names": []}), raw, tmp_path / "unnamed", SEEDS, PARAMS.checks
+    )
+    assert load_dataset(tmp_path / "unnamed").label_names == []
 
 
 def test_a_full_disk_is_not_a_damaged_archive(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

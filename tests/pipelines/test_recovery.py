@@ -21,6 +21,7 @@ import sqlalchemy
 
 from pipelines import steps
 from pipelines.flows.promote import promote
+from pipelines.promotion import register
 from pipelines.promotion.move import run_rollback
 from pipelines.registry import lineage, store
 from pipelines.registry import runs as tracking
@@ -224,6 +225,12 @@ def test_what_cannot_be_repaired_does_not_keep_out_the_others(toy, capsys):
     assert error.startswith("repair: other: the model store serves pixelcnn-other:v1-")
     assert " These datasets could not be repaired: mnist5k (pixelcnn-mnist5k version 2 does not hold" in error
     assert "; strange (pixelcnn-strange:1 in " in error
+
+
+def test_a_bug_is_no_mistake_of_the_operator(toy, monkeypatch):
+    monkeypatch.setattr(register, "repair", lambda *_: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        register.repair_all()
 
 
 @pytest.mark.slow

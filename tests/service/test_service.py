@@ -381,7 +381,7 @@ def test_label_for_a_model_without_labels(client):
     [
         (b"", "the request is empty: send a JSON object with the fields dataset, image, label."),
         (b"  \n", "the request is empty"),
-        (b"{", "the request is no readable JSON: Expecting property name enclosed in double quotes, at character 1."),
+        (b"{", "the request is no readable JSON: Expecting property name enclosed in double quotes, at character 2."),
         (b"dataset=grey", "the request is no readable JSON"),
         (b"\xff\xfe\x00", "the request is no readable JSON"),
         (b"[" * 100_000, "the request is no readable JSON"),
