@@ -103,7 +103,8 @@ def read_server() -> tuple[set[str], dict[str, dict[str, Any]]]:
         if limit and one.concurrency_options:
             limit = {"limit": limit, **one.concurrency_options.model_dump(mode="json", exclude_none=True)}
         active = {getattr(each.schedule, "cron", ""): each.active for each in one.schedules}  # in no order of ours
-        known[one.name] = {"paused": one.paused, "concurrency_limit": limit, "active": active}
+        folder = next((step.get("directory") for steps in one.pull_steps or () for step in steps.values()), None)
+        known[one.name] = {"paused": one.paused, "concurrency_limit": limit, "active": active, "folder": folder}
     return {pool.name for pool in pools}, known
 
 
@@ -114,6 +115,10 @@ def deploy(environment: Mapping[str, str]) -> None:
     somebody has set it.
     """
     pool, (pools, known) = in_prefect(POOL), read_server()
+    for place in sorted({str(one.pop("folder", "")) for one in known.values()} - {"", environment.get("PWD")}):
+        if Path(place).is_dir():  # a clone with the same server, or the same user, who has one database of Prefect
+            text = "and work in this folder from now on. Give each clone its own PREFECT_HOME, and port (--url)."
+            print(f"The deployments worked in {place}, {text}", flush=True)
     try:
         settings = _settings(pool, known)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
@@ -177,6 +182,8 @@ def automate() -> None:
 def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_API_URL if left out")] = None) -> None:
     """Keep the pipeline running here."""
     url = (url or Settings().prefect_url or DEFAULT_URL).rstrip("/")
+    if not re.fullmatch(r"https?://([^/\s]*@)?(\[[^]/\s]+]|[^]/\s:@[]+)(:\d+)?/.*", url):
+        raise ValueError(f"the address of Prefect's API must be like {DEFAULT_URL}, got {url!a}.")
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
     pool = in_prefect(POOL)

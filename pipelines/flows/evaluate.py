@@ -44,7 +44,7 @@ def evaluate_champions(
 
     Raises:
         ValueError: a dataset is unknown.
-        RuntimeError: at the end, naming the champions that do not score what was registered, or could not be scored.
+        ValueError: at the end, naming the champions that do not score what was registered, or could not be scored.
     """
     logger = get_run_logger()
     params = load_params()
@@ -71,7 +71,7 @@ def evaluate_champions(
             failures.append(f"{name} version {champion.version} ({reason_or_raise(error)})")
     if failures:
         text = "these champions do not score what was registered, or could not be scored: "
-        raise RuntimeError(text + "; ".join(failures))
+        raise ValueError(text + "; ".join(failures))
     return scores
 
 
@@ -156,8 +156,8 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, n
                 total -= log_prob
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConnectionError(
-            f"the service at {where} cannot be reached ({error}): start it with make serve, or unset "
-            "PIXELCNN_SERVICE_URL"
+            f"the service at {where} cannot be reached ({error}): start it with make serve, or name none "
+            "(service_url, PIXELCNN_SERVICE_URL)"
         ) from error
     return total / len(images)
 

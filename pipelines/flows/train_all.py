@@ -41,29 +41,24 @@ def train_all(pairs: list[str] | None = None, at_once: int = 1, again: bool = Fa
         again: train even those of which a version was registered from the same data, settings and code.
 
     Raises:
-        ValueError: at_once is no positive number.
+        ValueError: at_once is no positive number, or a pair is unknown; nothing was trained.
         ChildProcessError: at the end, naming the pairs that failed.
     """
     check_attempts()
     if at_once < 1:
         raise ValueError(f"at_once must be 1 or more, got {at_once}.")
-    params, logger = load_params(), get_run_logger()
-    folder = DEPLOYMENTS_FOLDER / str(flow_run.get_id())
-    commands, failures, tags = {}, {}, []
-    for pair in params.pairs_of(QUICK_START) if pairs is None else pairs:
-        try:
-            tags += [pair, params.pair(pair).dataset]
-        except ValueError as error:  # before its name becomes one of files
-            failures[pair] = str(error)
-            continue
+    params = load_params()
+    pairs = params.pairs_of(QUICK_START) if pairs is None else pairs
+    tag_run(*pairs, *[params.pair(pair).dataset for pair in pairs])
+    logger, folder, commands = get_run_logger(), DEPLOYMENTS_FOLDER / str(flow_run.get_id()), {}
+    for pair in pairs:
         words = ["--out", str(folder / pair), "--report", str(folder / "reports" / pair)]
         words += [] if again else ["--reuse"]
         commands[pair] = [sys.executable, "-m", "pipelines.steps", "train-pair", pair, *words]
-    tag_run(*tags)
     # Their runs belong to the server that this flow uses, even if it is one that was started for it alone.
     with get_client(sync_client=True) as client:
         environment = {**os.environ, "PREFECT_API_URL": str(client.api_url).rstrip("/")}
-    failures |= run_apart(commands, at_once, folder / "logs", environment, logger.info)
+    failures = run_apart(commands, at_once, folder / "logs", environment, logger.info)
     versions = {}
     for pair in (name for name in commands if name not in failures):
         identity = tracking.identity(folder / pair)

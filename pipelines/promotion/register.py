@@ -20,7 +20,7 @@ from pipelines.registry.backup import follow_artifacts
 from pipelines.registry.decisions import KEPT, PROMOTED, RELEASED, Report
 from pipelines.registry.provenance import prepared_file
 from pipelines.registry.versions import Version, check_scores
-from pipelines.settings import Settings, environment
+from pipelines.settings import DEVELOPMENT, Settings, environment, environments
 from pipelines.stages import register as stage
 from pipelines.stages.evaluate import MODELS_FOLDER, REPORTS_FOLDER
 from pixelcnn.checkpoint import CONFIG_FILE
@@ -192,8 +192,9 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
         ValueError: what is served here is damaged, or not what its scores say; nothing has moved.
     """
     here, tag = Settings().environment, store.latest(tracking.registered_name(dataset))
-    if to == here:
-        raise LookupError(f"this is {here} already: name another environment.")
+    others = sorted({DEVELOPMENT, *environments()} - {here})
+    if to not in others:
+        raise LookupError(f"{to!r} is no other environment than this one, {here}. Known: {', '.join(others)}.")
     if tag is None:
         raise LookupError(f"{here} serves no model of {dataset}, so there is nothing to copy to {to}.")
     with tempfile.TemporaryDirectory() as temporary:

@@ -139,6 +139,7 @@ def restore(file: Path, replace: bool = False) -> str:
     ValueError, and all is as it was, if the file is no whole backup, the registry is not empty, or the store another's.
     """
     database = _database()
+    file.open("rb").close()  # one that is not there is told first
     if not replace and not _is_empty(database):
         raise ValueError(
             f"{database} is not empty: nothing is restored. Set MLFLOW_TRACKING_URI to another place, or let it be "

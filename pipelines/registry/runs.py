@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -95,6 +96,8 @@ def client() -> mlflow.MlflowClient:
     database = sqlite_file()
     if settings.registry_uri not in (None, uri):
         raise ValueError("MLFLOW_REGISTRY_URI names another place than MLFLOW_TRACKING_URI. Unset it.")
+    if database is not None and not database.parent.is_dir():
+        raise ValueError(f"the registry's folder {database.parent} does not exist: make it, or name another registry.")
     mlflow.set_tracking_uri(uri)
     if not uri.startswith("http") and (uri not in _ready or (database is not None and not database.exists())):
         # Two processes that create the schema of one database at once would break it.
@@ -285,6 +288,8 @@ def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
         # MLflow keeps the folder's own name, which differs from run to run; readers want to know it.
         checkpoint = Path(temporary) / CHECKPOINT_NAME
         shutil.copytree(folder, checkpoint, ignore=lambda _, names: {*names} - OWN_FILES)
+        # It looks for a schema in type hints, too, in vain: the signature is given.
+        warnings.filterwarnings("ignore", "Failed to infer signature")
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("logged_model.py")),

@@ -10,10 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from websockets import Origin
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from pipelines import operate
 from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.data import save_dataset
 from tests.local import Webhook, stop
@@ -81,6 +83,9 @@ def test_a_deployment_runs_to_completed(site: Site) -> None:
     with sqlite3.connect(site.folder / "mlflow.db") as database:
         statuses = database.execute("select status from runs where name = ?", [PAIR]).fetchall()
     assert statuses == [("KILLED",)]
+
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{site.port}/api"}):
+        assert {one["folder"] for one in operate.read_server()[1].values()} == {str(site.folder)}
 
     # A page of another site may neither read runs nor start any.
     url = f"http://127.0.0.1:{site.port}/api/flow_runs/filter"

@@ -262,8 +262,13 @@ def test_what_somebody_has_set_is_asked_of_the_server(prefect_server: str, monke
     evaluate_champions.to_deployment(name="limited", work_pool_name="of-others").apply()  # the newest of this name
     pools, known = operate.read_server()
     assert (pools, known.keys()) == ({"there"}, {"switched-on", "limited", "cancelling"})
-    assert known["switched-on"] == {"paused": False, "concurrency_limit": None, "active": {"*/15 * * * *": True}}
-    assert known["limited"] == {"paused": True, "concurrency_limit": 3, "active": {}}
+    assert known["switched-on"] == {
+        "folder": None,
+        "paused": False,
+        "concurrency_limit": None,
+        "active": {"*/15 * * * *": True},
+    }
+    assert known["limited"] == {"folder": None, "paused": True, "concurrency_limit": 3, "active": {}}
     assert known["cancelling"]["concurrency_limit"] == {"limit": 2, "collision_strategy": "CANCEL_NEW"}
 
 

@@ -268,6 +268,21 @@ def test_production_gets_what_staging_served_by_hash(two_environments, without_p
     assert "is damaged. Restore a backup, or promote another version.\n" in capsys.readouterr().err
 
 
+def test_a_name_of_no_environment_or_no_folder_is_told(
+    two_environments, tmp_path, without_prefect, monkeypatch, capsys
+):
+    for name in ("staging", "prod"):
+        assert steps.main(["promote", "mnist5k", "--to", name]) == 1
+        said = f"{name!r} is no other environment than this one, staging. Known: development, production."
+        assert capsys.readouterr().err == f"promote: {said}\n"
+    monkeypatch.delenv("PIXELCNN_ENVIRONMENT")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nowhere/mlflow.db")
+    assert steps.main(["history", "mnist5k"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"history: the registry's folder {tmp_path}/nowhere does not exist: make it")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_copy_is_of_what_is_served_and_of_no_version_that_is_named(two_environments, without_prefect, capsys):
     for words in (["--version", "3"], ["--dry-run"]):
         assert steps.main(["promote", "mnist5k", "--to", "production", *words]) == 1

@@ -370,3 +370,21 @@ def test_an_unknown_environment_is_one_sentence(
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("operate: ")
     assert "environments.yaml" in sentence
+
+
+def test_an_address_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("127.0.0.1:4200", "http://127.0.0.1:4200x/api", "http:///api", "ftp://127.0.0.1/api"):
+        assert operate.main(["--url", wrong]) == 1
+        said = f"the address of Prefect's API must be like {operate.DEFAULT_URL}, got {wrong!r}."
+        assert capsys.readouterr().err == f"operate: {said}\n"
+    assert not Path("log").exists()
+
+
+def test_another_clone_is_told_of_deployments_that_move(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, is_said in ((tmp_path, False), (tmp_path / "gone", False), (tmp_path.parent, True)):
+        known = {"promote": {"active": {}, "folder": str(folder)}}
+        monkeypatch.setattr(operate, "read_server", lambda known=known: ({operate.POOL}, known))
+        operate.deploy({**os.environ, "PWD": str(tmp_path)})
+        assert (f"The deployments worked in {folder}, and work" in capsys.readouterr().out) == is_said

@@ -337,7 +337,7 @@ def test_what_is_no_backup_changes_nothing(toy, capsys):
     (tmp_path / "text.tar").write_text("a text")
     before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name in ("outside", "link", "inside", "file", "deep", "list", "empty", "cut", "end", "changed", "text", "none"):
-        assert steps.main(["restore", f"../{name}.tar", "--replace"]) == 1, name
+        assert steps.main(["restore", f"../{name}.tar", *(["--replace"] if name != "none" else [])]) == 1, name
         error = capsys.readouterr().err
         assert ("no whole backup" if name != "none" else "No such file") in error, error
         assert len(error.splitlines()) == 1

@@ -962,7 +962,12 @@ def test_how_settings_went_that_changed_on_the_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attempt", "said"), [(lambda: train_pair.fn("nope"), "unknown pair"), (lambda: train_all.fn(at_once=0), "at_once")]
+    ("attempt", "said"),
+    [
+        (lambda: train_pair.fn("nope"), "unknown pair"),
+        (lambda: train_all.fn(at_once=0), "at_once"),
+        (lambda: train_all.fn([PAIR, f"models/{PAIR}"]), "unknown pair"),
+    ],
 )
 def test_a_run_that_crashes_each_time_is_not_retried_for_ever(
     monkeypatch: pytest.MonkeyPatch, attempt: Callable[[], object], said: str
