@@ -288,9 +288,9 @@ def test_every_leak_is_counted(architecture):
     forward = model.forward
 
     def leaky(x, *arguments, **words):
-        """The last sub-pixel is seen by the first logit, and the second channel's first pixel by its own."""
+        """The last sub-pixel is seen by the first logit, if barely, and the second channel's first pixel by its own."""
         logits = forward(x, *arguments, **words).clone()
-        logits[:, 0, 0, 0, 0] += x[:, 1, 2, 2]
+        logits[:, 0, 0, 0, 0] += 1e-9 * x[:, 1, 2, 2]
         logits[:, 0, 1, 0, 0] += x[:, 1, 0, 0]
         return logits
 

@@ -14,10 +14,11 @@ from pixelcnn import (
     completion_log_prob,
     log_prob,
     naive_sample,
+    pixel_log_prob,
     resample,
     sample,
 )
-from pixelcnn.completion import complete_and_score, drawing_bits_per_dim, shares_of_drawing
+from pixelcnn.completion import complete_and_score, drawing_bits_per_dim, score_completions, shares_of_drawing
 from tests.core.tiny import ARCHITECTURES, all_images, exactly, fillings, interval_noise, random_levels, tiny_model
 
 SHAPE = (1, 2, 3)
@@ -182,14 +183,19 @@ def test_bad_arguments_are_named(bad, message):
     with pytest.raises(ValueError, match=exactly(message)):
         complete(model, u=torch.zeros(2, *SHAPE), **arguments)
     arguments["levels"] = arguments.pop("image")
-    with pytest.raises(ValueError, match=exactly(message.replace("image", "levels"))):
-        completion_log_prob(model, **arguments)
+    for score in (completion_log_prob, score_completions):
+        with pytest.raises(ValueError, match=exactly(message.replace("image", "levels"))):
+            score(model, **arguments)
 
 
-def test_the_missing_part_is_checked_when_it_is_scored():
-    model = tiny_model("pixelcnn", SHAPE, 2)
-    with pytest.raises(ValueError, match=r"levels must lie in 0..1, got 5..5."):
-        completion_log_prob(model, IMAGE + 5, ~OBSERVED)
+@pytest.mark.parametrize("changes", [{}, {"context_features": 2, "label_features": 2}])
+@pytest.mark.parametrize("score", [completion_log_prob, score_completions])
+def test_the_missing_part_and_the_label_are_checked_when_they_are_scored(score, changes):
+    model = tiny_model("pixelcnn", SHAPE, 2, num_labels=2, **changes)
+    with pytest.raises(ValueError, match=exactly("levels must lie in 0..1, got 5..5.")):
+        score(model, IMAGE + 5, ~OBSERVED)
+    with pytest.raises(ValueError, match=exactly("label must lie in -1..1 (-1 for none), got 0..2.")):
+        score(model, IMAGE, ~OBSERVED, torch.tensor([0, 2]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -300,9 +306,12 @@ def test_a_slice_is_scored_with_its_own_labels(monkeypatch):
 
 
 def test_bits_are_per_known_sub_pixel():
-    model, images = tiny_model("pixelcnn", (3, 2, 2), 3), random_levels((3, 2, 2), 3, 2)
-    found = drawing_bits_per_dim(model, images, torch.ones(2, 1, 2, 2, dtype=torch.bool))
-    torch.testing.assert_close(found, -log_prob(model, images).detach() / (12 * math.log(2)))
+    model, images = tiny_model("pixelcnn", (3, 2, 2), 3, num_labels=2), random_levels((3, 2, 2), 3, 3)
+    known, label = torch.ones(3, 1, 2, 2, dtype=torch.bool), torch.tensor([0, 1, -1])
+    known[1, :, 1], known[2] = False, False
+    nats = -(pixel_log_prob(model, images, label).detach() * known).sum(dim=(1, 2, 3))
+    bits = nats / (torch.tensor([12, 6, 0]) * math.log(2))
+    torch.testing.assert_close(drawing_bits_per_dim(model, images, known, label), bits, equal_nan=True)
 
 
 def test_ink_that_is_not_known_does_not_count():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from pixelcnn import GatedPixelCNNConfig, PixelCNNConfig
@@ -27,6 +29,7 @@ BAD = [
     ({"context_width": True}, "context_width must be a whole number of at least 0, got True."),
     ({"context_width": 8}, "context_width must be 0 where context_features is 0, got 8."),
     ({"context_scales": 2}, "context_scales must be 0 where context_features is 0, got 2."),
+    ({"context_features": 3, "context_scales": 10}, "context_scales must be at most 9, got 10."),
     ({"completer_features": 4}, "completer_features must be 0 where context_features is 0, got 4."),
     ({"completer_features": True}, "completer_features must be a whole number of at least 0, got True."),
     ({"kernel_size": 4}, "kernel_size must be odd, so that it has a centre, got 4."),
@@ -55,6 +58,17 @@ def test_impossible_values_are_named(config_class, bad, message):
 def test_impossible_values_of_one_architecture_are_named(config_class, bad, name):
     with pytest.raises(ValueError, match=name):
         config_class(**{**GOOD[config_class], **bad})
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [({}, True), ({"num_labels": 0}, True), ({"num_labels": 3}, False), ({"num_levels": 9}, False),
+     ({"image_shape": (3, 4, 4)}, False), ({"num_features": 9}, True)],
+)  # fmt: skip
+def test_models_are_for_the_same_images_unless_they_know_other_labels(changes, is_same):
+    one = tiny_config("pixelcnn", (3, 4, 5), 4, num_labels=2)
+    other = dataclasses.replace(one, **changes)
+    assert one.for_same_images(other) is other.for_same_images(one) is is_same
 
 
 def test_configs_are_keyword_only_and_frozen():

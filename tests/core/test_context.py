@@ -24,6 +24,7 @@ from pixelcnn import (
 from pixelcnn.checkpoint import load_joint_weights
 from pixelcnn.completion import complete_and_score, score_completions
 from pixelcnn.config import ModelConfig
+from pixelcnn.models.base import joint_parameters
 from pixelcnn.models.layers import ContextNetwork
 from pixelcnn.sampling.cached import cached_sample
 from tests.core.test_fast_sampling import model_of, name
@@ -175,7 +176,13 @@ def test_joint_weights_are_the_start_of_a_model_with_context(architecture, tmp_p
     drawing = tiny_config(architecture, (1, 4, 4), 3, 2, context_features=3, completer_features=4, label_features=2)
     complete = build_model(drawing)
     load_joint_weights(complete, tmp_path / "joint")
+    with torch.no_grad():
+        complete.completer.logits.bias += torch.randn(complete.completer.logits.bias.shape)
     save_checkpoint(tmp_path / "drawing", complete, {})
+    again = build_model(drawing)
+    load_joint_weights(again, tmp_path / "drawing")
+    seen = (levels, label, levels, observed)
+    assert torch.equal(again(*seen), complete(*seen)), "its completer has learned, and stays what it is"
     alone = build_model(joint.config).float()
     load_joint_weights(alone, tmp_path / "drawing")
     assert torch.equal(alone(levels, label), joint(levels, label))
@@ -420,3 +427,10 @@ def test_the_networks_of_a_config_with_all_parts():
     assert both.of_joint() == ModelConfig(**sizes)
     completer = ModelConfig(**{**sizes, "num_features": 8}, **{**drawn, "label_features": 0})
     assert both.of_completer() == completer
+
+
+def test_the_size_of_a_model_is_that_of_its_joint_network():
+    changes = {"context_features": 3, "completer_features": 8, "label_features": 2}
+    model = tiny_model("gated_pixelcnn", SHAPE, 2, 2, **changes)
+    joint = tiny_model("gated_pixelcnn", SHAPE, 2, 2)
+    assert sum(p.numel() for p in joint_parameters(model)) == sum(p.numel() for p in joint.parameters())

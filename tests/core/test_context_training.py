@@ -84,6 +84,10 @@ def test_masks_depend_on_seed_and_step_alone_and_a_resumed_run_is_the_same_run(t
     torch.manual_seed(9)
     again = batches_seen(copy.deepcopy(model), data, config(max_epochs=4))
     assert same(masks, [observed for _, _, _, observed in again])
+    blank = dataclasses.replace(data, images={split: x * 0 for split, x in data.images.items()})
+    of_seeds = [batches_seen(copy.deepcopy(model), blank, config(max_epochs=4, seed=seed)) for seed in (0, 1)]
+    distinct = {observed.numpy().tobytes() for seen in of_seeds for _, _, _, observed in seen}
+    assert len(distinct) == 2 * 12, "without ink to follow, a step of a seed has masks of its own"
     # Levels and labels are those of a model without a context network.
     joint = tiny_model("pixelcnn", (1, 4, 4), 2, 2)
     plain = batches_seen(joint, data, config(max_epochs=4))
@@ -341,6 +345,25 @@ def test_halves_are_those_of_images_that_are_not_drawn_anew():
     assert num_known.tolist() == torch.where(is_redrawn, 0, 8).tolist()
 
 
+def test_a_context_network_learns_the_mean_over_what_a_pixel_may_be():
+    data = toy_dataset((1, 4, 4), 2, protocol="dynamic")
+    trainer = training.trainer.ContextTrainer(ContextPredictor(context_model(data)), data, config())
+    levels, _, probabilities, _ = trainer.batch()
+    observed = torch.zeros(8, 1, 4, 4, dtype=torch.bool)
+    observed[:, :, 2:] = True
+    expected = -(probabilities * trainer.model(levels, observed).log_softmax(dim=1)).sum(dim=1) * ~observed
+    torch.testing.assert_close(trainer.nlls(levels, None, observed, probabilities), expected)
+
+
+def test_every_batch_of_a_validation_counts_with_masks_of_its_own():
+    data = mirrored_dataset()
+    trainer = training.Trainer(context_model(data), data, config())
+    total = 0.0
+    for i, levels in enumerate(data.levels("train", slice(0, 300)).split(250)):
+        total += trainer.nlls(levels, None, trainer.masks(levels, 3, i, share=1.0)[0]).sum().item()
+    assert trainer.masked_nll("train", 300, with_labels=False) == pytest.approx(total / 300, rel=1e-6)
+
+
 def test_completions_are_validated_given_the_labels_that_training_gives():
     data = toy_dataset((1, 4, 4), 2, num_labels=3)
     model = context_model(data, num_labels=3)
@@ -357,3 +380,4 @@ def test_completions_are_validated_given_the_labels_that_training_gives():
     assert without != given
     assert validated(0.5)[1] == without
     assert unlabelled.objective() != trainer.objective(), "the two scores do not compare"
+    assert math.isfinite(training.Trainer(context_model(data), data, config(label_dropout=0.0)).completion_nll(None))

@@ -13,6 +13,7 @@ from pixelcnn.evaluation import per_image_completion_nll
 from pixelcnn.sampling.cached import cached_sample
 from pixelcnn.sampling.naive import new_canvas
 from pixelcnn.training import fit
+from pixelcnn.training.trainer import LabelTrainer
 from tests.core.tiny import ARCHITECTURES, all_images, exactly, random_levels, tiny_config, tiny_model, toy_dataset
 
 SHAPE = (1, 2, 3)
@@ -167,6 +168,20 @@ def test_improbable_labels_are_left_out(monkeypatch: pytest.MonkeyPatch):
     assert torch.allclose(found.exp().sum(dim=1), torch.ones(16, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("times", [0.9, 1.1])
+@pytest.mark.parametrize(("num_labels", "least"), [(2, 0.05), (10, 0.05), (50, 0.01)])
+def test_which_labels_are_too_improbable(num_labels, least, times):
+    probs = torch.full((num_labels,), (1 - times * least) / (num_labels - 1))
+    probs[0] = times * least
+    model = label_model(num_labels=num_labels)
+    with torch.no_grad():
+        model.label_network.last.weight.zero_()
+        model.label_network.last.bias.copy_(probs.log())
+    everything = torch.ones(1, *SHAPE, dtype=torch.bool)
+    found = model.label_log_probs(random_levels(SHAPE, 2, 1), everything, torch.tensor([-1]))
+    assert found[0, 1:].isfinite().tolist() == [times > 1] + [True] * (num_labels - 1)
+
+
 def test_of_many_labels_those_that_are_left_are_drawn():
     """Of fifty that are about as likely none reaches a twentieth."""
     model, label = label_model(num_labels=50), torch.full((4,), -1)
@@ -222,6 +237,16 @@ def test_a_label_network_learns_from_what_is_known_alone(tmp_path):
         fit(model, data, config)
     scores = per_image_completion_nll(model, data, "test")
     assert scores["top"].isfinite().all()
+
+
+def test_a_label_that_is_withheld_teaches_the_label_network_nothing():
+    data, config = toy_dataset(num_levels=2), TrainConfig(batch_size=8, learning_rate=0.01, max_epochs=1)
+    model = label_model(shape=data.image_shape, num_labels=2).float()
+    trainer = LabelTrainer(model.label_network, data, config)
+    levels, observed = random_levels(data.image_shape, 2, 3), masks(3, data.image_shape)
+    log_probs = model.label_network(levels, observed).log_softmax(dim=1)
+    expected = torch.stack([-log_probs[0, 1], torch.zeros(()), -log_probs[2, 0]])
+    torch.testing.assert_close(trainer.nlls(levels, torch.tensor([1, -1, 0]), observed), expected)
 
 
 @pytest.mark.parametrize(

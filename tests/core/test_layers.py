@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from pixelcnn.models.gated_pixelcnn import GatedLayer, GatedPixelCNNConfig
-from pixelcnn.models.layers import LabelBias, MaskedConv2d, gate, masked_1x1, shift_down
+from pixelcnn.models.layers import LabelBias, MaskedConv2d, UNet, gate, masked_1x1, shift_down
 from pixelcnn.models.masks import colour_groups, raster_mask, row_mask
 from pixelcnn.models.pixelcnn import PixelCNNConfig, ResidualBlock
 from tests.core.test_masks import full_mask
@@ -69,6 +69,11 @@ def test_fresh_kernel_keeps_unit_variance_over_the_open_taps():
     y = conv(torch.randn(1, 1, 30, 30))[:, :, 3:, 3:-3]  # away from the zero padding
     assert 0.9 < y.std().item() < 1.1
     assert not conv.bias.any()
+
+
+def test_a_fresh_block_of_a_unet_adds_nothing():
+    x = torch.randn(1, 4, 3, 5)
+    assert torch.equal(UNet(4, num_scales=1)(x), x)
 
 
 def test_shift_down_by_hand():

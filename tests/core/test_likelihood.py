@@ -6,7 +6,7 @@ import torch
 
 from pixelcnn import Dataset, TrainConfig, bits_per_dim, evaluate, evaluation, fit, log_prob, pixel_log_prob
 from pixelcnn.evaluation import checked_score, evaluate_completion, per_image_completion_nll, per_image_nll
-from pixelcnn.likelihood import count_leaks, expected_log_prob
+from pixelcnn.likelihood import count_leaks, expected_log_prob, level_probs
 from tests.core.tiny import ARCHITECTURES, all_images, exactly, random_levels, tiny_model, toy_dataset
 
 SPACES = [
@@ -90,6 +90,7 @@ def test_log_prob_is_at_least_float32():
     levels = random_levels((1, 2, 2), 2, num=1)
     assert log_prob(model, levels).dtype == torch.float64
     assert log_prob(model.bfloat16(), levels).dtype == torch.float32
+    assert level_probs(model, levels).dtype == torch.float32
     with pytest.raises(ValueError, match=r"levels must lie in 0..1, got 2..2."):
         log_prob(model, torch.full((1, 1, 2, 2), 2))
 
@@ -138,7 +139,7 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch, caplog):
 
 def test_what_is_to_be_scored_must_be_there():
     data = toy_dataset()
-    model = tiny_model("pixelcnn", data.image_shape, data.num_levels)
+    model = tiny_model("pixelcnn", data.image_shape, data.num_levels).train()
     for wrong, message in (
         ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0."),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0."),
@@ -146,6 +147,7 @@ def test_what_is_to_be_scored_must_be_there():
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             evaluate(model, data, **wrong)
+        assert model.training  # as it came
 
 
 def test_masks_do_not_depend_on_the_batch():
@@ -154,9 +156,11 @@ def test_masks_do_not_depend_on_the_batch():
     torch.testing.assert_close(one, all_)
 
 
-def test_what_is_checked_is_of_the_test_split():
+def test_what_is_checked_is_the_beginning_of_the_test_split(monkeypatch):
     model, data = tiny_model("pixelcnn", (1, 3, 3), 3), toy_dataset()
     assert checked_score(model, data) == per_image_nll(model, data, "test").mean().item()
+    monkeypatch.setattr(evaluation, "CHECKED_IMAGES", 3)
+    assert checked_score(model, data) == per_image_nll(model, data, "test")[:3].mean().item()
 
 
 def test_counting_leaks_leaves_the_model():

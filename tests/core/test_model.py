@@ -81,6 +81,13 @@ def test_logits_equal_an_independent_reading_of_the_papers(architecture, shape):
             torch.testing.assert_close(logits[:, level, channel], expected[:, channel * 4 + level])
 
 
+def test_a_fresh_attentive_network_is_a_gated_one():
+    gated, attentive = (build_model(tiny_config(name, (1, 4, 4), 2)) for name in ARCHITECTURES[1:])
+    gated.load_state_dict(attentive.state_dict(), strict=False)
+    levels = random_levels((1, 4, 4), 2, num=2)
+    assert torch.equal(attentive(levels), gated(levels))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_of_no_images_there_are_no_logits(architecture):
     model = tiny_model(architecture, (1, 3, 4), num_levels=2)

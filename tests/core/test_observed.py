@@ -185,7 +185,7 @@ def test_surroundings_hold_the_drawing_and_follow_from_it():
 
 
 def test_ink_is_what_exceeds_a_quarter_of_the_range():
-    levels = torch.tensor([[[[0, 63, 64, 255]], [[0, 0, 0, 0]], [[0, 1, 2, 3]]]])
+    levels = torch.tensor([[[[0, 1, 2, 3]], [[0, 63, 64, 255]], [[0, 0, 0, 0]]]])
     assert ink_of(levels, 256).tolist() == [[[False, False, True, True]]]
     assert ink_of(torch.tensor([[[[0, 1]]]]), 2).tolist() == [[[False, True]]]
 

@@ -103,6 +103,20 @@ def test_nothing_leaks(architecture):
     assert (leaks, reaching) == (0, 35)
 
 
+@pytest.mark.parametrize("parameter", [0, 9, 18, 21])  # a weight, a mean, a log-scale, a coefficient
+def test_a_leak_into_any_parameter_is_counted(parameter):
+    model, levels = mixture_model("gated_pixelcnn", (3, 2, 2), 8), random_levels((3, 2, 2), 8, num=1)[0]
+    forward = model.forward
+
+    def leaky(x, *arguments, **words):
+        parameters = forward(x, *arguments, **words).clone()
+        parameters[:, parameter, 0, 0] += 0.01 * x[:, 2, 1, 1]
+        return parameters
+
+    model.forward = leaky
+    assert count_leaks(model, levels)[0] == 1
+
+
 def test_float32_is_stable_at_the_ends_and_far_from_the_means():
     model = mixture_model("gated_pixelcnn", (1, 3, 3), 256).float()
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelcnn import build_model, naive_sample, sample
+from pixelcnn import PixelCNNConfig, build_model, naive_sample, sample
 from pixelcnn.config import ModelConfig
 from pixelcnn.models import registry
 from pixelcnn.models.attention import BlockAttention
@@ -464,6 +464,15 @@ def test_a_name_is_registered_once_and_fits_into_a_file_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             registry.register(name, ModelConfig)(RandomNetwork)
+    with pytest.raises(ValueError, match="PixelCNNConfig already belongs to an architecture: give 'other' its own"):
+        registry.register("other", PixelCNNConfig)(RandomNetwork)
+
+
+def test_a_sum_is_known_once_all_of_it_is() -> None:
+    one, other = (Map("image", (), None, 2, 0, torch.tensor(turns)) for turns in ([1, 2], [2, 1]))
+    turns = (one + other).turns
+    assert turns is not None
+    assert turns.tolist() == [2, 2]
 
 
 def test_a_gate_of_halves_that_are_known_at_different_turns_is_refused() -> None:
@@ -500,6 +509,30 @@ def test_what_the_map_of_a_drawing_must_not_enter_by_is_refused(layer, what: str
     model.enter = layer()
     with pytest.raises(ValueError, match=f"no sampler follows from a {what} on the map of a drawing"):
         model.described()
+
+
+def test_a_completer_that_no_sampler_follows_from_is_refused_when_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The joint model beside it, which sees no drawings, is as it should be."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class DrawnConfig(ModelConfig):
+        """Of a network that a drawing enters with a bias."""
+
+    class Drawn(AutoregressiveModel):
+        def __init__(self, config: DrawnConfig) -> None:
+            super().__init__(config, in_maps=4)
+            self.first = MaskedConv2d(raster_mask("A", 3, torch.arange(1), colour_groups(4, 1)), right=1)
+            self.enter = Pointwise(2, 4)
+
+        def features(self, x, label, context):
+            return self.first(x) if context is None else self.first(x) + self.enter(context)
+
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    registry.register("drawn", DrawnConfig)(Drawn)
+    config = DrawnConfig(image_shape=(1, 4, 4), num_levels=2, num_features=4)
+    build_model(config)
+    with pytest.raises(ValueError, match="no sampler follows from a bias on the map of a drawing"):
+        build_model(replace(config, context_features=2, completer_features=4))
 
 
 def test_a_network_that_sees_its_own_pixel_is_refused_when_it_is_built() -> None:

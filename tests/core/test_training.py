@@ -21,6 +21,7 @@ from pixelcnn.models import registry
 from pixelcnn.models.pixelcnn import PixelCNN, PixelCNNConfig
 from pixelcnn.training import StepReport
 from pixelcnn.training import config as training_config
+from pixelcnn.training import redrawn as hand
 from pixelcnn.training import trainer as training
 from pixelcnn.training.optimizers import OPTIMIZERS
 from pixelcnn.training.trainer import format_progress, read_state
@@ -125,8 +126,12 @@ def test_every_epoch_is_a_permutation_of_the_training_images():
     assert epochs[0] != sorted(epochs[0])
 
 
-def test_the_seed_alone_decides():
-    data = toy_dataset(num_levels=2, protocol="dynamic")
+@pytest.mark.parametrize("protocol", ["8-bit", "dynamic"])
+def test_the_seed_alone_decides(protocol):
+    data = toy_dataset(num_levels=2, protocol=protocol)
+    if protocol == "dynamic":  # all the same grey: their order decides nothing, the draw alone does
+        grey = torch.full_like(data.images["train"], 128)
+        data = dataclasses.replace(data, images={**data.images, "train": grey})
     finals, batches = [], []
     for torch_seed, seed in ((1, 0), (2, 0), (1, 5)):
         model = toy_model(data)
@@ -308,15 +313,19 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     both = {"redrawn_share": 0.0, "compiled": False}
     first |= {"learning_rate": 0.01, "decay_fraction": 0.3, "ema_decay": 0.9, "batch_size": 8, **both}
     then |= {"learning_rate": 0.002, "decay_fraction": 0.2, "ema_decay": 0.8, "batch_size": 4, **both}
+    last = {**then, "batch_size": 24}
     losses, done = [], []
-    for epochs, settings in ((10, first), (20, first), (30, then), (40, then)):
+    for epochs, settings in ((10, first), (20, first), (30, then), (40, then), (41, last)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
         done.append((reports[0].epoch, reports[-1].epoch, reports[-1].step))
         losses.append([report.validation_nll_nats for report in reports if report.validation_nll_nats is not None])
-    assert read_state(state)[0].phases == [{"from_step": 0, **first}, {"from_step": 60, **then}]
+    assert read_state(state)[0].phases == [
+        {"from_step": 0, **first}, {"from_step": 60, **then}, {"from_step": 180, **last}
+    ]  # fmt: skip
     assert losses[2][0] < losses[0][0], "it went on from the weights that it found"
-    # An epoch takes 3 steps of 8 images, 6 of 4.
+    # An epoch takes 3 steps of 8 images, 6 of 4, 1 of 24.
     expected = [(0 + 1 / 3, 10, 30), (10 + 1 / 3, 20, 60), (20 + 1 / 6, 30, 120), (30 + 1 / 6, 40, 180)]
+    expected.append((41, 41, 181))
     torch.testing.assert_close(torch.tensor(done), torch.tensor(expected))
 
 
@@ -463,6 +472,33 @@ def test_horizontal_flips(flips):
     assert abs(mirrored.double().mean().item() - 0.5) < 0.1 if flips else not mirrored.any()
 
 
+@pytest.mark.parametrize(
+    ("changes", "area"),
+    [
+        ({}, 1),
+        ({"MAX_TURN": 0.6, "MAX_SLANT": 0.6, "MAX_SHIFT": 0.1}, 1),
+        ({"SCALES": (1.5, 1.5)}, 1.5**2),
+        ({"SCALES": (0.5, 0.5)}, 0.5**2),
+        ({"PENS": (1.0, 1.0)}, (10 / 8) ** 2),
+        ({"PENS": (-1.0, -1.0)}, (6 / 8) ** 2),
+    ],
+)
+def test_the_ink_of_another_hand(monkeypatch, changes, area):
+    still = {"MAX_TURN": 0.0, "MAX_SLANT": 0.0, "MAX_SHIFT": 0.0, "MAX_BEND": 0.0, "SCALES": (1, 1), "PENS": (0, 0)}
+    for name, value in (still | changes).items():
+        monkeypatch.setattr(hand, name, value)
+    square = torch.zeros(50, 1, 32, 32)
+    square[:, :, 12:20, 12:20] = 1
+    found = hand.by_another_hand(square, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.sum(dim=(1, 2, 3)) / 64, torch.full((50,), float(area)), rtol=0.06, atol=0)
+
+
+def test_without_strength_what_is_drawn_anew_is_the_image_in_crisp_ink(monkeypatch):
+    greys = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    monkeypatch.setattr(hand, "STRENGTH", 0.0)
+    assert torch.equal(hand.redrawn(greys, torch.Generator()), (greys > 127).long())
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_images_is_drawn_anew(share):
     data = toy_dataset((1, 8, 8), num_levels=2, protocol="dynamic", num_train=8)
@@ -567,6 +603,8 @@ def test_max_minutes_ends_the_run_and_the_schedule_with_it(monkeypatch):
     assert [r.step for r in reports if r.validation_nll_nats is not None] == [3, 5, 8, 10]
     assert reports[0].remaining_s == pytest.approx(54)
     assert reports[-1].remaining_s == 0
+    _, reports = run(toy_model(toy_dataset()), toy_dataset(), config(max_epochs=1, max_minutes=1))
+    assert len(reports) == 3, "the epochs end first"
 
 
 def test_reports(monkeypatch):
@@ -610,11 +648,25 @@ def test_the_clock_goes_on_where_a_stopped_run_left_it(monkeypatch, tmp_path):
     assert read_state(state)[0].elapsed_s == pytest.approx(60)
 
 
+def test_another_process_ends_when_the_first_one_says_and_with_its_weights(monkeypatch):
+    """By its own clock it would end at another step, and one of them would wait for the other for ever."""
+    sent = iter([30.0, 61.0, -5.0])  # the clock after each of two steps, the best score; then come weights
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, _: tensor.fill_(next(sent, 7.0)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    model = toy_model(toy_dataset())
+    assert fit(model, toy_dataset(), config(max_epochs=100, max_minutes=1)) == -5
+    assert all((w == 7).all() for w in weights(model))
+
+
 def test_num_validation_images():
     data = toy_dataset()
     model = toy_model(data)
-    best = fit(model, data, config(num_validation_images=2))
+    best, reports = run(model, data, config(num_validation_images=2, num_validations=1))
     assert best == pytest.approx(per_image_nll(model, data, "validation")[:2].mean().item(), rel=1e-9)
+    on_train = per_image_nll(model, data, "train")[:2].mean().item()
+    assert reports[-1].train_subset_nll_nats == pytest.approx(on_train, rel=1e-9)
 
 
 def test_part_of_an_epoch():
@@ -637,6 +689,18 @@ def test_progress_for_a_person():
     assert format_progress(report, colour, of_labels=True) == (
         "step 40, epoch 1.50: train of labels 2.25 nats, validation of labels 1.50 nats, 123 images/s, 2:05 left"
     )
+
+
+def test_a_person_is_told_every_few_seconds_and_of_each_validation(monkeypatch):
+    clock, told = Clock(0.0), []
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=clock.monotonic))
+    on_step = training.tell_progress(told.append, toy_dataset())
+    for step in range(1, 9):
+        clock.now = 2.0 * step
+        validated = 9.0 if step == 5 else None
+        on_step(StepReport(step=step, epoch=1, train_nll_nats=9, learning_rate=0.1, images_per_s=1, remaining_s=1,
+                           validation_nll_nats=validated))  # fmt: skip
+    assert [line.partition(",")[0] for line in told] == [f"step {step}" for step in (1, 4, 5, 8)]
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 1e9])
@@ -738,12 +802,16 @@ def test_without_a_compiler_it_says_what_to_do(monkeypatch):
 def test_evaluate_is_log_prob(architecture):
     data = toy_dataset()
     model = toy_model(data, architecture).train()
-    scores = evaluate(model, data, batch_size=4)
+    modes, per_image = set(), {}
+    model.register_forward_pre_hook(lambda module, _: modes.add(module.training))
+    scores = evaluate(model, data, batch_size=4, per_image=per_image)
+    assert modes == {False}
     assert model.training  # as it came
     expected = {}
     for split in ("validation", "test"):
         levels, label = data.images[split].long(), data.labels[split]
         nll = -log_prob(model, levels).detach()
+        torch.testing.assert_close(per_image[split], nll)
         expected[f"{split}/nll_nats"] = nll.mean().item()
         spread = ((nll - nll.mean()) ** 2).sum() / (len(nll) - 1)
         expected[f"{split}/nll_nats_stderr"] = (spread / len(nll)).sqrt().item()
@@ -790,6 +858,7 @@ def test_a_model_of_other_images_is_refused():
             "the model is for images (1, 3, 3) of 2 levels, toy has (1, 3, 3) of 3.",
         ),
         (tiny_model("pixelcnn", (1, 3, 3), 3, num_labels=5), "the model has 5 labels, toy has 2."),
+        (tiny_model("pixelcnn", (1, 3, 3), 3, num_labels=1), "the model has 1 labels, toy has 2."),
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             fit(model, toy_dataset(), CONFIG)
@@ -823,6 +892,12 @@ def test_a_batch_larger_than_the_split_is_refused():
         ({"ema_decay": -0.1}, "ema_decay must be a number from 0 to 1, got -0.1."),
         ({"clip_norm": 0}, "clip_norm must be above 0, got 0."),
         ({"label_dropout": None}, "label_dropout must be a number from 0 to 1, got None."),
+        ({"context_share": 1.5}, "context_share must be a number from 0 to 1, got 1.5."),
+        ({"halves_share": 1.5}, "halves_share must be a number from 0 to 1, got 1.5."),
+        ({"redrawn_share": -0.5}, "redrawn_share must be a number from 0 to 1, got -0.5."),
+        ({"joint_share": 1.5}, "joint_share must be a number from 0 to 1, got 1.5."),
+        ({"context_network_share": 1.5}, "context_network_share must be a number from 0 to 1, got 1.5."),
+        ({"optimizer": "sgd"}, "optimizer must be one of adam, muon, got 'sgd'."),
         ({"horizontal_flips": 1}, "horizontal_flips must be true or false, got 1."),
         ({"compiled": 1}, "compiled must be true or false, got 1."),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, auto, got 'float16'."),
