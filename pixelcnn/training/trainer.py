@@ -203,7 +203,7 @@ class Trainer:
         progress = (self.step + self.extra_steps) / self.max_steps
         if self.config.max_minutes:
             progress = max(progress, self.elapsed_s / (60 * self.config.max_minutes))
-        return min(progress, 1.0)
+        return 1.0 if progress > 1 - 1e-9 else progress  # epochs of several batch sizes are rounded
 
     def learning_rate(self) -> float:
         """Return the learning rate of the step to come: linear warm-up, constant, linear decay to zero."""

@@ -313,7 +313,7 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
     both = {"redrawn_share": 0.0, "compiled": False}
     first |= {"learning_rate": 0.01, "decay_fraction": 0.3, "ema_decay": 0.9, "batch_size": 8, **both}
     then |= {"learning_rate": 0.002, "decay_fraction": 0.2, "ema_decay": 0.8, "batch_size": 4, **both}
-    last = {**then, "batch_size": 24}
+    last = {**then, "batch_size": 12}
     losses, done = [], []
     for epochs, settings in ((10, first), (20, first), (30, then), (40, then), (41, last)):
         _, reports = run(toy_model(data), data, config(max_epochs=epochs, **settings), state_file=state)
@@ -323,9 +323,9 @@ def test_a_run_that_goes_on_may_shift_some_settings_and_remembers(tmp_path):
         {"from_step": 0, **first}, {"from_step": 60, **then}, {"from_step": 180, **last}
     ]  # fmt: skip
     assert losses[2][0] < losses[0][0], "it went on from the weights that it found"
-    # An epoch takes 3 steps of 8 images, 6 of 4, 1 of 24.
+    # An epoch takes 3 steps of 8 images, 6 of 4, 2 of 12.
     expected = [(0 + 1 / 3, 10, 30), (10 + 1 / 3, 20, 60), (20 + 1 / 6, 30, 120), (30 + 1 / 6, 40, 180)]
-    expected.append((41, 41, 181))
+    expected.append((40 + 1 / 2, 41, 182))
     torch.testing.assert_close(torch.tensor(done), torch.tensor(expected))
 
 
