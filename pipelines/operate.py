@@ -115,7 +115,7 @@ def deploy(environment: Mapping[str, str]) -> None:
     somebody has set it.
     """
     pool, (pools, known) = in_prefect(POOL), read_server()
-    for place in sorted({str(one.pop("folder", "")) for one in known.values()} - {"", environment.get("PWD")}):
+    for place in sorted({one.pop("folder", None) for one in known.values()} - {None, environment.get("PWD")}):
         if Path(place).is_dir():  # a clone with the same server, or the same user, who has one database of Prefect
             text = "and work in this folder from now on. Give each clone its own PREFECT_HOME, and port (--url)."
             print(f"The deployments worked in {place}, {text}", flush=True)

@@ -43,8 +43,8 @@ def evaluate_champions(
             environment's PIXELCNN_SERVICE_URL, and without that the service is not asked.
 
     Raises:
-        ValueError: a dataset is unknown.
-        ValueError: at the end, naming the champions that do not score what was registered, or could not be scored.
+        ValueError: a dataset is unknown; or, at the end, naming the champions that do not score what was registered, or
+            could not be scored.
     """
     logger = get_run_logger()
     params = load_params()

@@ -30,7 +30,7 @@ def drain_on_sigterm(on_drain: Callable[[], None]) -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # a client of the tests, whose process has its own way to end
     end: Any = signal.getsignal(signal.SIGTERM)
-    # Longer than any request takes: uvicorn waits without end for a connection whose client takes nothing.
+    # Longer than any request takes: uvicorn waits without end for a connection whose client takes a little at times.
     most_s = settings.body_timeout_s + settings.timeout_s + settings.send_timeout_s
     end.__self__.config.timeout_graceful_shutdown = most_s
     loop = asyncio.get_running_loop()
