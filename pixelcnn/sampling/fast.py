@@ -200,31 +200,24 @@ def _row_by_row(
 ) -> None:
     """Let threads advance batches row by row, and tell of each row that all have reached; what that raises stops them.
 
-    A thread takes the batch that is furthest behind, and waits for no other: one that the machine holds up holds up its
-    batch alone.
+    The batch that has waited longest is next, and none waits for another: one that the machine holds up is late alone.
     """
-    behind: queue.PriorityQueue[tuple[int, int]] = queue.PriorityQueue()  # that nobody works at, by their next row
     # Rows, each as often as a batch has reached it; or what a thread has raised.
     reached: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
     counts, is_stopped = Counter[int](), threading.Event()
 
-    def work() -> None:
+    def work(b: int, y: int) -> None:
+        if y == height or is_stopped.is_set():
+            return
         try:
-            while not is_stopped.is_set():
-                y, b = behind.get_nowait()
-                advance(b, y, y + 1)
-                if y + 1 < height:
-                    behind.put((y + 1, b))
-                reached.put(y)
-        except queue.Empty:
-            pass
+            advance(b, y, y + 1)
+            reached.put(y)
+            pool.submit(work, b, y + 1)
         except BaseException as error:
             reached.put(error)
 
     for b in range(num):
-        behind.put((0, b))
-    for _ in range(num):
-        pool.submit(work)
+        pool.submit(work, b, 0)
     try:
         for y in range(height):
             while counts[y] < num:
