@@ -56,24 +56,6 @@ MIN_LOG_SCALE = -7.0  # as in outputs.LogisticMixture
 _u: Any = np.uintp  # an index that cannot be negative: loops over it become vector instructions
 
 
-def _while(builder, first, holds, body):
-    """Write a loop: `values = first`, then `values = body(*values)` while `holds(*values)`; return the last values."""
-    before = builder.block
-    head, inside, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
-    builder.branch(head)
-    builder.position_at_end(head)
-    values = [builder.phi(value.type) for value in first]
-    builder.cbranch(holds(*values), inside, after)
-    builder.position_at_end(inside)
-    new = body(*values)
-    for value, start, next_ in zip(values, first, new, strict=True):
-        value.add_incoming(start, before)
-        value.add_incoming(next_, builder.block)
-    builder.branch(head)
-    builder.position_at_end(after)
-    return values
-
-
 def _tile(num_columns: int, is_sparse: bool = False) -> Any:
     """Return the innermost product, as vector instructions for numba's code.
 
@@ -99,6 +81,7 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
             lanes = VECTOR_BYTES // size
             vector = ir.VectorType(element, lanes)
             zero, undefined = ir.Constant(vector, None), ir.Constant(vector, ir.Undefined)
+            variable = partial(cgutils.alloca_once_value, builder)  # registers hold it
             fma_type = ir.FunctionType(vector, [vector] * 3)
             fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{lanes}f{8 * size}")
 
@@ -128,76 +111,62 @@ def _tile(num_columns: int, is_sparse: bool = False) -> Any:
 
             def product(num_vectors):
                 # A sum waits for its last addition: few vectors' sums are made of several, added at the end.
-                num_chains = max(1, UNROLLED // num_vectors)
-                is_whole = HAS_ROOM or num_columns == 1
+                num_chains, is_whole = max(1, UNROLLED // num_vectors), HAS_ROOM or num_columns == 1
                 for own in [range(num_vectors)] if is_whole else [[v] for v in range(num_vectors)]:
-                    cells, sums = [(r, v) for r in range(num_columns) for v in own], []
+                    sums = {}  # of each cell, (column, vector), the variables of its chains
+                    for cell in [(r, v) for r in range(num_columns) for v in own]:
+                        first = load(state, place(b, b_step, *cell)), load(weights, place(e, e_step, *cell))
+                        others = [variable(zero) for _ in range(1, num_chains)]
+                        sums[cell] = [variable(builder.fadd(*first)), *others]
                     for chains in [range(num_chains)] if is_whole else [[chain] for chain in range(num_chains)]:
-                        sums += sums_of(num_vectors, num_chains, cells, chains)
-                    write(num_vectors, cells, sums)
+                        step = whole(CHUNK if is_sparse else UNROLLED)
+                        with cgutils.for_range_slice(builder, whole(0), num_in, step) as (k, _):
+                            (add_positive if is_sparse else add_all)(sums, chains, num_vectors, k)
+                    for cell, chains in sums.items():
+                        write(cell, reduce(builder.fadd, map(builder.load, chains)), num_vectors)
 
-            def sums_of(num_vectors, num_chains, cells, chains):
-                """Return the sums of these cells, (column, vector), of each of these chains of a panel."""
+            def add_products(sums, chain, num_vectors, k, inputs):
+                """Add the products of input k, one number for each column, to a chain of each cell."""
+                row, splats = add(at, builder.mul(k, whole(num_vectors * lanes))), [splat(value) for value in inputs]
+                # Each vector of the panel is read once, for all columns.
+                panel = {v: load(weights, add(row, whole(v * lanes))) for v in dict.fromkeys(v for _, v in sums)}
+                for (r, v), chains in sums.items():
+                    builder.store(builder.call(fma, [splats[r], panel[v], builder.load(chains[chain])]), chains[chain])
 
-                def added(sums, chain, k, inputs):
-                    """Add the products of input k, one number for each column, to a chain's sums."""
-                    row, new = add(at, builder.mul(k, whole(num_vectors * lanes))), list(sums)
-                    own = dict.fromkeys(v for _, v in cells)  # each vector once, for all columns
-                    panel = {v: load(weights, add(row, whole(v * lanes))) for v in own}
-                    splats = [splat(value) for value in inputs]
-                    for i, (r, v) in enumerate(cells, chains.index(chain) * len(cells)):
-                        new[i] = builder.call(fma, [splats[r], panel[v], new[i]])
-                    return new
-
-                def dense(k, *sums):
-                    for i in range(UNROLLED):
+            def add_all(sums, chains, num_vectors, k):
+                num_chains = max(1, UNROLLED // num_vectors)
+                for i in range(UNROLLED):
+                    if i % num_chains in chains:
                         here = add(k, whole(i))
-                        if i % num_chains in chains:
-                            sums = added(sums, i % num_chains, here, [number(here, r) for r in range(num_columns)])
-                    return [add(k, whole(UNROLLED)), *sums]
+                        inputs = [number(here, r) for r in range(num_columns)]
+                        add_products(sums, i % num_chains, num_vectors, here, inputs)
 
-                def some(k, *values):
-                    """Take each chain's next positive input of the chunk: zero where there is none."""
-                    left, sums = list(values[:num_chains]), values[num_chains:]
-                    for chain, bits in enumerate(left):
+            def add_positive(sums, chains, num_vectors, k):
+                """Take each chain's next positive input of the chunk, or zero, as often as one of them has any."""
+                bits, own = positive(k), sum(1 << i for i in range(0, CHUNK, len(chains)))
+                left = [variable(builder.and_(bits, whole(own << chain))) for chain in chains]
+                nums = [builder.ctpop(builder.load(bits)) for bits in left]
+                most = reduce(lambda m, n: builder.select(builder.icmp_signed(">", m, n), m, n), nums)
+                with cgutils.for_range(builder, most):
+                    for chain in chains:
+                        bits = builder.load(left[chain])
                         next_ = builder.and_(builder.cttz(bits, ir.Constant(ir.IntType(1), 0)), whole(CHUNK - 1))
                         is_there, here = builder.icmp_signed("!=", bits, whole(0)), add(k, next_)
                         input_ = builder.select(is_there, number(here), ir.Constant(element, 0.0))
-                        sums = added(sums, chain, here, [input_])
-                        left[chain] = builder.and_(bits, builder.sub(bits, whole(1)))
-                    return [*left, *sums]
+                        add_products(sums, chain, num_vectors, here, [input_])
+                        builder.store(builder.and_(bits, builder.sub(bits, whole(1))), left[chain])
 
-                def chunk(k, *sums):
-                    bits, own = positive(k), sum(1 << i for i in range(0, CHUNK, num_chains))
-                    left = [builder.and_(bits, whole(own << chain)) for chain in range(num_chains)]
-                    values = _while(builder, [*left, *sums], is_some_left, partial(some, k))
-                    return [add(k, whole(CHUNK)), *values[num_chains:]]
-
-                def is_some_left(*values):
-                    return builder.icmp_signed("!=", reduce(builder.or_, values[:num_chains]), whole(0))
-
-                def is_left(k, *_):
-                    return builder.icmp_signed("<", k, num_in)
-
-                sums = [zero] * len(cells) * len(chains)
-                for i, cell in enumerate(cells if 0 in chains else ()):
-                    sums[i] = builder.fadd(load(state, place(b, b_step, *cell)), load(weights, place(e, e_step, *cell)))
-                return _while(builder, [whole(0), *sums], is_left, chunk if is_sparse else dense)[1:]
-
-            def write(num_vectors, cells, sums):
-                """Write the results of these cells, of which `sums` holds those of each chain."""
+            def write(cell, total, num_vectors):
                 least = splat(floor if element == floor.type else builder.fptrunc(floor, element))
-                for i, cell in enumerate(cells):
-                    total = reduce(builder.fadd, sums[i :: len(cells)])
-                    total = builder.select(builder.fcmp_ordered(">", total, least), total, least)
-                    pointer = builder.gep(state, [place(o, o_step, *cell)])
-                    is_whole = builder.icmp_signed(">=", count if num_vectors == 1 else whole(lanes), whole(lanes))
-                    with builder.if_else(is_whole) as (full, part):
-                        with full:
-                            builder.store(total, builder.bitcast(pointer, vector.as_pointer()), align=size)
-                        with part, cgutils.for_range(builder, count) as lane:
-                            value = builder.extract_element(total, builder.trunc(lane.index, i32))
-                            builder.store(value, builder.gep(pointer, [lane.index]))
+                total = builder.select(builder.fcmp_ordered(">", total, least), total, least)
+                pointer = builder.gep(state, [place(o, o_step, *cell)])
+                is_whole = builder.icmp_signed(">=", count if num_vectors == 1 else whole(lanes), whole(lanes))
+                with builder.if_else(is_whole) as (full, part):
+                    with full:
+                        builder.store(total, builder.bitcast(pointer, vector.as_pointer()), align=size)
+                    with part, cgutils.for_range(builder, count) as lane:
+                        value = builder.extract_element(total, builder.trunc(lane.index, i32))
+                        builder.store(value, builder.gep(pointer, [lane.index]))
 
             for num_vectors in PANELS:
                 with builder.if_then(builder.icmp_signed("==", vectors, whole(num_vectors))):
