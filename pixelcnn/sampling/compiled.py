@@ -4,7 +4,6 @@ Here a plan (plan.py) is laid out for the machine, in plain Python: weights in t
 buffer's place in an image's state, each step as a row of a table. kernels.py follows it.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,10 +70,7 @@ class _Layout:
         self.fresh: list[tuple[int, Tensor]] = []  # what is not zero at first, and where
         self.attentions: dict[Attention, dict[str, int]] = {}
         self.rectified = {step.out for step in (*plan.row_steps, *plan.pixel_steps) if step.is_rectified}
-        # What is read at its own pixel alone lies in the order in which it is read last: sums of products of several
-        # such maps then are one product.
-        last = {step.source: i for i, step in enumerate(plan.pixel_steps)}
-        self.places = {buffer: self.place(buffer) for buffer in sorted(plan.buffers, key=lambda b: last.get(b, -1))}
+        self.places = {buffer: self.place(buffer) for buffer in plan.buffers}
 
     def take(self, size: int) -> int:
         """Return where in a state so many numbers can be kept."""
@@ -178,22 +174,6 @@ class _Layout:
             first += width
         return steps
 
-    def merged(self, steps: list[Any]) -> list[Any]:
-        """Merge products that are added one after the other, where their sources lie one after the other, too."""
-        found: list[Any] = []
-        for step in steps:
-            last = found[-1] if found else step
-            is_next = step.base is step.out is last.out and step.bias is None and last.matrix is not None
-            is_next = is_next and all(
-                x.source.is_local and x.is_of_positive == step.is_of_positive for x in (last, step)
-            )
-            is_next = is_next and (last.source in self.rectified) == (step.source in self.rectified)
-            if is_next and self.places[last.source][0] + len(last.matrix) == self.places[step.source][0]:
-                matrix = torch.cat([found.pop().matrix, step.matrix])
-                step = replace(last, matrix=matrix, is_rectified=step.is_rectified)
-            found.append(step)
-        return found
-
 
 def build_engine(model: AutoregressiveModel) -> Engine:
     """Lay a model's weights, float32 or float64, out for compiled sampling."""
@@ -202,8 +182,7 @@ def build_engine(model: AutoregressiveModel) -> Engine:
     row_steps = [row for step in plan.row_steps for row in layout.laid_out(step)]
     pixel_steps: list[Any] = []
     for c in range(num_colours + 1):
-        of_turn = [step for step in plan.pixel_steps if step.turn == c]
-        pixel_steps += [row for step in layout.merged(of_turn) for row in layout.laid_out(step)]
+        pixel_steps += [row for step in plan.pixel_steps if step.turn == c for row in layout.laid_out(step)]
         if c < (1 if config.num_mixtures else num_colours):
             drawn = {"num_out": output.num_per_draw, "colour": c, "reach": FAR}  # the network sees known levels, too
             parameters = (plan.logits, c * output.num_per_draw)
