@@ -76,9 +76,8 @@ def feeder() -> dict[str, str] | None:
 
 def set_feeder(told: Mapping[str, str]) -> None:
     """Write down which registry feeds this store, as `feeder` returns it."""
-    with file_lock(home() / f".{_REGISTRY_FILE}.lock", f"writing {_REGISTRY_FILE}", logger.warning):
-        if feeder() != told:
-            atomic_write(home() / _REGISTRY_FILE, json.dumps(dict(told)))
+    if feeder() != told:
+        atomic_write(home() / _REGISTRY_FILE, json.dumps(dict(told)))
 
 
 def metadata_of(tag: str) -> dict[str, Any]:

@@ -4,14 +4,11 @@ import contextlib
 import json
 import shutil
 import socket
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipelines import steps
-from pipelines.files import file_lock
 from pipelines.flows.promote import promote
 from pipelines.promotion import move, reference
 from pipelines.promotion.move import run_promotion, run_rollback
@@ -175,20 +172,6 @@ def test_a_store_that_another_registry_feeds_meanwhile_stays_its_own(clone, monk
         run_promotion(one.name, one.data, PARAMS, scorer)
     assert store.feeder()["at"] == str(tmp_path / "other/mlflow.db")
     assert (one.aliases, store.latest(NAME)) == ({}, None)
-
-
-def test_two_who_write_down_the_feeder_take_turns(tmp_path, monkeypatch, caplog):
-    """Promotions of two datasets, for instance: their temporary file has one name."""
-    monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
-    lock, told = tmp_path / ".pixelcnn-registry.json.lock", {"registry": "known", "at": "a", "host": "b"}
-    with ThreadPoolExecutor() as pool, file_lock(lock, "this test", print):
-        second = pool.submit(store.set_feeder, told)
-        while "writing pixelcnn-registry.json waits for process" not in caplog.text:
-            assert not second.done()
-            time.sleep(0.01)
-        assert store.feeder() is None
-    assert second.result() is None
-    assert (store.feeder(), [path.name for path in tmp_path.iterdir()]) == (told, ["pixelcnn-registry.json"])
 
 
 @pytest.mark.parametrize("damage", ["null", "5", "[]", "{}", '{"registry": "known"}', "{", "\xff"])
