@@ -27,12 +27,13 @@ from pixelcnn.packing.pictures import check_absent
 
 _MANIFEST, _DATABASE, _ARTIFACTS, _STORE = "backup.json", "mlflow.db", "mlruns", "store"
 # Where MLflow writes down the artifacts' full path.
-_PATHS = {
-    "experiments": ["artifact_location"],
-    "runs": ["artifact_uri"],
-    "logged_models": ["artifact_location"],
-    "model_versions": ["source", "storage_location"],
-}
+_PATHS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 
 def _database() -> Path:
@@ -232,9 +233,8 @@ def _roots(database: Path) -> list[Path]:
 def _relocate(database: Path, old: Path, new: Path) -> None:
     """Let a database name artifacts where they are now."""
     with closing(sqlite3.connect(database)) as connection, connection:
-        for table, columns in _PATHS.items():
-            for column in columns:
-                for before, after in ((str(old), str(new)), (old.as_uri(), new.as_uri())):
-                    is_below = f"substr({column} || '/', 1, ?) = ?"
-                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {is_below}"
-                    connection.execute(moved, (after, len(before) + 1, len(before) + 1, f"{before}/"))
+        for table, column in _PATHS:
+            for before, after in ((str(old), str(new)), (old.as_uri(), new.as_uri())):
+                is_below = f"substr({column} || '/', 1, ?) = ?"
+                moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {is_below}"
+                connection.execute(moved, (after, len(before) + 1, len(before) + 1, f"{before}/"))
