@@ -31,7 +31,7 @@ def count_leaking_cuts(model: AutoregressiveModel, levels: torch.Tensor) -> int:
     each pixel cut at, find it. Attention can leak at some rows alone: for it the cuts are a sample, and
     `pixelcnn.likelihood.count_leaks` is the full test. ValueError if a logit is not a finite number.
     """
-    model = copy.deepcopy(model).cpu().double().eval()
+    model = copy.deepcopy(model).double()
     channels, height, width = levels.shape
     num_pixels = height * width
     order = torch.randperm(num_pixels, generator=torch.Generator().manual_seed(0))
