@@ -158,13 +158,11 @@ def create_run(experiment: str, name: str, tags: Mapping[str, str], start_ms: in
     return str(run.info.run_id)
 
 
-def monitor_machine(run_id: str) -> Any:
+def monitor_machine(run_id: str) -> SystemMetricsMonitor | None:
     """Log the machine's load to a run until `finish()`, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is true; else None."""
-    untyped: Any = SystemMetricsMonitor, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
-    monitor_class, wanted = untyped
-    if not wanted.get():
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
         return None
-    monitor = monitor_class(run_id, resume_logging=True, tracking_uri=Settings().registry)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=Settings().registry)
     monitor.start()
     return monitor
 
