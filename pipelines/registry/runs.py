@@ -219,8 +219,7 @@ def log_curve(run_id: str, curve: Sequence[Mapping[str, float]]) -> None:
         for name, value in row.items()
         if name != "step"
     ]
-    for start in range(0, len(metrics), 1000):  # the most that one request may hold
-        c.log_batch(run_id, metrics=metrics[start : start + 1000])
+    c.log_batch(run_id, metrics=metrics)
 
 
 def log_training_run(
