@@ -14,14 +14,10 @@ from pixelcnn.likelihood import log_prob
 class LoggedModel(PythonModel):
     """Scores images: (N, C, H, W) int64 levels -> (N,) float32 log-probabilities in nats."""
 
-    # MLflow else warns of missing type hints: it would make them the schema of a list of rows, which images are not.
-    _skip_type_hint_validation = True
-
     def load_context(self, context: Any) -> None:
-        self.model, self.scores = load_checkpoint(context.artifacts["checkpoint"])
+        self.model, _ = load_checkpoint(context.artifacts["checkpoint"])
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
-        """Return (N,) float32 log-probabilities, nats, of (N, C, H, W) int64 levels."""
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> np.ndarray:
         with torch.inference_mode():
             return log_prob(self.model, torch.as_tensor(np.asarray(model_input))).numpy()
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -285,8 +284,6 @@ def _log_model(c: mlflow.MlflowClient, run_id: str, folder: Path) -> str:
         # MLflow keeps the folder's own name, which differs from run to run; readers want to know it.
         checkpoint = Path(temporary) / CHECKPOINT_NAME
         shutil.copytree(folder, checkpoint, ignore=lambda _, names: {*names} - OWN_FILES)
-        # It looks for a schema in type hints, too, in vain: the signature is given.
-        warnings.filterwarnings("ignore", "Failed to infer signature")
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("logged_model.py")),
