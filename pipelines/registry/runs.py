@@ -58,6 +58,9 @@ _DESCRIPTION = (
 INPUTS_TAG = "inputs_sha256"  # of a run: what its training followed from
 
 logger = logging.getLogger(__name__)
+# A new database announces each step of its making otherwise, and a model each step of being logged.
+for _talker in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
+    logging.getLogger(_talker).setLevel(logging.WARNING)
 
 _ready: set[str] = set()
 
@@ -86,10 +89,6 @@ def client() -> mlflow.MlflowClient:
 
     ValueError where MLflow is to keep registered models elsewhere: backups and the store's feeder know one place.
     """
-    # A new database announces each step of its making otherwise, and a model each step of being logged.
-    for talker in map(logging.getLogger, ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc")):
-        if talker.level != logging.WARNING:  # each change makes all loggers look up theirs again
-            talker.setLevel(logging.WARNING)
     settings = Settings()
     uri = settings.registry
     database = sqlite_file()
