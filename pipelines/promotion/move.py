@@ -66,7 +66,7 @@ def export(version: Version, reference: Path | None = None) -> str:
     if not (is_there and (store.folder_of(tag) / REFERENCE_FILE).exists()):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            checkpoint = store.checkout(tag, folder / "checkpoint") if is_there else registry.download(version, folder)
+            checkpoint = store.checkout(tag, folder) if is_there else registry.download(version, folder)
             has_reference = write_reference(checkpoint, dataset, lineage["data_hash"], reference)
             if has_reference or not is_there:
                 _, scores = load_checkpoint(checkpoint)
@@ -147,18 +147,6 @@ def ensure_served(version: Version) -> str:
     return f"{tag} has a reference of its drawings now" if reference.exists() and not had_reference else ""
 
 
-@contextmanager
-def champion_lock(dataset: str, take_over: bool = False) -> Iterator[None]:
-    """Hold the lock of a dataset's champion, in a store that this registry feeds (`check_feeder`), or takes over."""
-    lock = store.home() / f".{registered_name(dataset)}.lock"
-    with file_lock(lock, f"the decision about {dataset}", lambda text: print(text, file=sys.stderr)):
-        if take_over:
-            store.set_feeder(_this_registry())
-        else:
-            check_feeder()
-        yield
-
-
 def record_and_carry_out(run_id: str, report: Report) -> None:
     """Record a decision, and make its moves; before the record, nothing has moved.
 
@@ -175,7 +163,7 @@ def record_and_carry_out(run_id: str, report: Report) -> None:
     if report["new"] is not None:
         report["served"] = export(found[report["new"]])
         decisions.begin_moves(run_id, report)
-        carry_out(run_id, report)
+        _carry_out(run_id, report, found)
         return
     if report["old"] is not None:
         champion = found[report["old"]]
@@ -189,11 +177,9 @@ def record_and_carry_out(run_id: str, report: Report) -> None:
     decisions.end_decision(run_id)
 
 
-def carry_out(run_id: str, report: Report) -> None:
+def _carry_out(run_id: str, report: Report, found: dict[str, Version]) -> None:
     """Make the moves of a recorded decision, or raise UnfinishedMoveError; those that were made stay as they are."""
-    dataset, previous = report["dataset"], report.get("old")
-    found = {version.version: version for version in registry.versions(dataset)}
-    new = found[report["new"]]
+    dataset, previous, new = report["dataset"], report.get("old"), found[report["new"]]
     tag = store.tag_of(new.lineage())
     marked = [found[number] for number in report.get("passed_over", []) if number in found]
     serve = (f"{tag} is served", lambda: store.serve(tag))
@@ -234,11 +220,8 @@ def _is_of(report: Report, found: dict[str, Version]) -> bool:
     return new is None or made.get("weights_sha256") in (None, new.lineage()["weights_sha256"])  # None: it was lost
 
 
-def complete_moves(dataset: str) -> list[Report]:
-    """Carry out what was decided by processes that were killed before they had; return the reports of that.
-
-    To be called under `champion_lock`. A decision that another one has overtaken is left, and shown as failed.
-    """
+def _complete_moves(dataset: str) -> list[Report]:
+    """Carry out each decision that was cut off; one that another has overtaken is left, and shown as failed."""
     done = []
     for run_id, report in decisions.unfinished_decisions(dataset):
         found = {version.version: version for version in registry.versions(dataset)}
@@ -251,9 +234,24 @@ def complete_moves(dataset: str) -> list[Report]:
         ):
             decisions.end_decision(run_id, "FAILED")
             continue
-        carry_out(run_id, report)
+        _carry_out(run_id, report, found)
         done.append({**report, "text": f"{dataset}: a decision that was cut off is carried out: {report['text']}"})
     return done
+
+
+@contextmanager
+def champion_lock(dataset: str, take_over: bool = False) -> Iterator[list[Report]]:
+    """Hold the lock of a dataset's champion, in a store that this registry feeds (`check_feeder`), or takes over.
+
+    What processes that were killed had decided, and not carried out, is carried out first; yield the reports of that.
+    """
+    lock = store.home() / f".{registered_name(dataset)}.lock"
+    with file_lock(lock, f"the decision about {dataset}", lambda text: print(text, file=sys.stderr)):
+        if take_over:
+            store.set_feeder(_this_registry())
+        else:
+            check_feeder()
+        yield _complete_moves(dataset)
 
 
 def run_promotion(
@@ -284,20 +282,18 @@ def run_promotion(
         raise LookupError(f"{registered_name(dataset)} has no version {only}. Known: {', '.join(numbers)}.")
     if dry_run:
         return Decision(dataset, data, params, only, scorer, dry_run).report
-    with champion_lock(dataset):
-        completed = complete_moves(dataset)
-        with decisions.decision_run(dataset, "promotion", why) as run_id:
-            for _ in range(MAX_DECISIONS):
-                report = Decision(dataset, data, params, only, scorer, dry_run).report
-                if registry.aliases(dataset).get(CHAMPION) == report["old"]:
-                    break
-            else:
-                raise OSError(
-                    f"the champion of {dataset} changed {MAX_DECISIONS} times during the decision: other machines "
-                    "promote, too. Run this again."
-                )
-            report["text"] = " ".join([*(one["text"] for one in completed), report["text"]])
-            record_and_carry_out(run_id, report)
+    with champion_lock(dataset) as completed, decisions.decision_run(dataset, "promotion", why) as run_id:
+        for _ in range(MAX_DECISIONS):
+            report = Decision(dataset, data, params, only, scorer, dry_run).report
+            if registry.aliases(dataset).get(CHAMPION) == report["old"]:
+                break
+        else:
+            raise OSError(
+                f"the champion of {dataset} changed {MAX_DECISIONS} times during the decision: other machines "
+                "promote, too. Run this again."
+            )
+        report["text"] = " ".join([*(one["text"] for one in completed), report["text"]])
+        record_and_carry_out(run_id, report)
     return report
 
 
@@ -313,8 +309,7 @@ def run_rollback(dataset: str, to: int | None = None, why: str | None = None) ->
         ValueError: the version cannot be fetched whole; nothing but what was cut off has moved.
         UnfinishedMoveError: it was carried out in part.
     """
-    with champion_lock(dataset):
-        completed = complete_moves(dataset)
+    with champion_lock(dataset) as completed:
         told = "".join(f"{one['text']} " for one in completed)
         for one in completed:
             if one["decision"] == ROLLED_BACK and to in (None, int(one["new"])):

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipelines.datasets.entry import NAME, NAMES
 from pipelines.errors import reason, reason_or_raise
 from pipelines.params import load_params
-from pipelines.promotion.move import champion_lock, complete_moves, ensure_served, export, record_and_carry_out
+from pipelines.promotion.move import champion_lock, ensure_served, export, record_and_carry_out
 from pipelines.promotion.reference import REFERENCE_FILE
 from pipelines.registry import decisions, store
 from pipelines.registry import runs as tracking
@@ -104,25 +104,25 @@ def repair(dataset: str, take_over: bool = False, why: str | None = None, first:
         LookupError: another registry feeds the store.
         ValueError: the champion's files are damaged.
     """
-    with champion_lock(dataset, take_over):
-        done = [report["text"] for report in complete_moves(dataset)]
+    with champion_lock(dataset, take_over) as completed:
+        done = [report["text"] for report in completed]
         served = store.latest(tracking.registered_name(dataset))
         if (champion := registry.champion(dataset)) is not None:
             what = ensure_served(champion)
             return [*done, f"{dataset}: {what}."] if what else done
-        cause, scored = "there was no champion", ""
         if served is not None:
             with tempfile.TemporaryDirectory() as folder:
-                first, checked = register_checkpoint(store.checkout(served, Path(folder) / "checkpoint"))
+                first, checked = register_checkpoint(store.checkout(served, Path(folder)))
             export(first, store.folder_of(served) / REFERENCE_FILE)
             cause = f"the registry had no champion, the store served {served}"
-            scored = f" ({checked})"
-        if first is None:
+            became = f"it is version {first.version} and champion now ({checked})"
+        elif first is not None:
+            cause, became = "there was no champion", f"version {first.version} is champion now"
+        else:
             return done
-        became = f"it is version {first.version} and" if scored else f"version {first.version} is"
         report: Report = {"dataset": dataset, "decision": RELEASED, "reason": cause, "new": first.version, "old": None}
         report |= {"candidate": first.lineage(), "data_hash": first.tags["data_hash"]}
-        report["text"] = f"{dataset}: {cause}; {became} champion now{scored}."
+        report["text"] = f"{dataset}: {cause}; {became}."
         with decisions.decision_run(dataset, "release", why) as run_id:
             record_and_carry_out(run_id, report)
         return [*done, report["text"]]
@@ -172,9 +172,8 @@ def release(pair: str, why: str | None = None) -> str:
     They need no data for that: there is nothing to compare them with. From then on they compete like any version.
     """
     version, checked = register_checkpoint(WEIGHTS_FOLDER / pair, released=True)
-    with champion_lock(version.dataset):
-        complete_moves(version.dataset)
-    champion = registry.champion(version.dataset)
+    with champion_lock(version.dataset):  # what was cut off is carried out
+        champion = registry.champion(version.dataset)
     if champion is None or champion.version == version.version:
         repair(version.dataset, why=why, first=version)
     became = "champion already." if champion is not None else "champion, as the first of its dataset."
@@ -198,11 +197,10 @@ def copy_served(dataset: str, to: str, why: str | None = None) -> Report:
     if tag is None:
         raise LookupError(f"{here} serves no model of {dataset}, so there is nothing to copy to {to}.")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = store.checkout(tag, Path(temporary) / "checkpoint")
+        folder = store.checkout(tag, Path(temporary))
         reference = store.folder_of(tag) / REFERENCE_FILE
         source = {**store.metadata_of(tag), "environment": here}
         with environment(to), champion_lock(dataset):
-            complete_moves(dataset)
             new, checked = register_checkpoint(folder)
             export(new, reference)
             champion = registry.champion(dataset)

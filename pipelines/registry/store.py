@@ -89,10 +89,9 @@ def metadata_of(tag: str) -> dict[str, Any]:
 
 
 def checkout(tag: str, folder: Path) -> Path:
-    """Copy the checkpoint of a model into a new folder; return the folder. ValueError if the model is damaged."""
+    """Copy the checkpoint of a model into an empty folder; return the folder. ValueError if the model is damaged."""
     if not is_intact(tag, metadata_of(tag)):
         raise ValueError(f"{tag} in {home()} is damaged. Restore a backup, or promote another version.")
-    folder.mkdir(parents=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE, SCORES_FILE):
         shutil.copyfile(folder_of(tag) / name, folder / name)
     return folder
