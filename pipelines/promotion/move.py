@@ -83,8 +83,7 @@ def export(version: Version, reference: Path | None = None) -> str:
                 "they are, and `python -m pipelines.steps repair` has run",
                 *(dataset, tag),
             )
-    check_feeder()  # again: another registry may feed the store since, for a decision takes minutes
-    store.set_feeder(_this_registry())
+    store.set_feeder(check_feeder())  # again: another registry may feed the store since, for a decision takes minutes
     return tag
 
 
@@ -96,11 +95,12 @@ def _this_registry() -> dict[str, str]:
     return this
 
 
-def check_feeder() -> None:
-    """Raise LookupError unless this registry feeds the model store; one that serves nothing yet is anybody's.
+def check_feeder() -> dict[str, str]:
+    """Return this registry, as `store.set_feeder` takes it; LookupError unless it may feed the model store.
 
-    It does, too, where its file was renamed, or where it was lost and begun anew in the same place. Any other place is
-    taken for that of a copy, whether or not the one that feeds the store can be seen from here.
+    A store that serves nothing yet is anybody's. A registry whose file was renamed feeds its store as before, and so
+    does one that was lost and begun anew in the same place. Any other place is taken for that of a copy, whether or not
+    the one that feeds the store can be seen from here.
     """
     if experiment := Settings().experiment:
         raise LookupError(
@@ -131,6 +131,7 @@ def check_feeder() -> None:
             "BENTOML_HOME to a store of this registry, or MLFLOW_TRACKING_URI to that one. If that one is lost, or was "
             "moved here, let this one take over what is served: python -m pipelines.steps repair --take-over."
         )
+    return this
 
 
 def ensure_served(version: Version) -> str:
@@ -179,7 +180,7 @@ def record_and_carry_out(run_id: str, report: Report) -> None:
 
 def _carry_out(run_id: str, report: Report, found: dict[str, Version]) -> None:
     """Make the moves of a recorded decision, or raise UnfinishedMoveError; those that were made stay as they are."""
-    dataset, previous, new = report["dataset"], report.get("old"), found[report["new"]]
+    dataset, new, old = report["dataset"], found[report["new"]], found.get(report.get("old") or "")
     tag = store.tag_of(new.lineage())
     marked = [found[number] for number in report.get("passed_over", []) if number in found]
     serve = (f"{tag} is served", lambda: store.serve(tag))
@@ -190,14 +191,14 @@ def _carry_out(run_id: str, report: Report, found: dict[str, Version]) -> None:
     ]
     if report["decision"] == ROLLED_BACK:  # whoever asks for that wants it served first of all
         moves.append(serve)
-    if previous in found:
-        moves.append((f"previous is version {previous}", lambda: registry.set_alias(dataset, PREVIOUS, previous)))
+    if old is not None:
+        moves.append((f"previous is version {old.version}", lambda: registry.set_alias(dataset, PREVIOUS, old.version)))
     moves += [
         (f"champion is version {new.version}", lambda: registry.set_alias(dataset, CHAMPION, new.version)),
         ("the new champion is no challenger", lambda: registry.remove_alias(dataset, CHALLENGER, new.version)),
         serve,
     ]
-    if previous in found and store.latest(new.name, "challenger") == store.tag_of(found[previous].lineage()):
+    if old is not None and store.latest(new.name, "challenger") == store.tag_of(old.lineage()):
         # Its challenge ended when it became champion, and is not to begin again now that it is none.
         moves.append(("the champion has no challenger", lambda: store.serve(tag, "challenger")))
     moves.append(("the record says that it is done", lambda: decisions.end_decision(run_id)))

@@ -34,10 +34,9 @@ def reference_of(checkpoint: Path, data: Dataset) -> dict[str, list[float]]:
     observed = torch.from_numpy(drawn if is_ink_alone else drawn | rows)[:, None]
     levels = levels * torch.from_numpy(drawn)[:, None]  # what is known and not drawn is blank
     u = torch.rand(levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values = shares_of_drawing(levels, observed, data.num_levels)
     batches = zip(*(torch.split(tensor, BATCH) for tensor in (levels, observed, u)), strict=True)
     bits = [drawing_bits_per_dim(model, complete(model, one, known, noise), known) for one, known, noise in batches]
-    values = {"bits_per_dim": torch.cat(bits), **values}
+    values = {"bits_per_dim": torch.cat(bits), **shares_of_drawing(levels, observed, data.num_levels)}
     is_drawn = observed.flatten(1).any(dim=1)  # an image without ink has no beginning
     return {name: [round(value, 5) for value in found[is_drawn].tolist()] for name, found in values.items()}
 

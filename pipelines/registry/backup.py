@@ -164,13 +164,12 @@ def restore(file: Path, replace: bool = False) -> str:
         _relocate(folder / _DATABASE, Path(told["artifacts"]), artifacts)
         store.put_back(folder / _STORE)  # first: its disk may be full
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        old = [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
-        kept = [path for path in (artifacts, *old) if os.path.lexists(path)]  # or a link to a disk that is away
-        for path in kept:
-            path.rename(path.with_name(f"{path.name}.before-{stamp}"))
+        old = [artifacts, *(database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm"))]
+        there = filter(os.path.lexists, old)  # or a link to a disk that is away
+        kept = [path.rename(path.with_name(f"{path.name}.before-{stamp}")).name for path in there]
         (folder / _ARTIFACTS).rename(artifacts)
         (folder / _DATABASE).rename(database)
-    aside = f" What was there is kept: {', '.join(f'{path.name}.before-{stamp}' for path in kept)}." if kept else ""
+    aside = f" What was there is kept: {', '.join(kept)}." if kept else ""
     return f"{database}, its artifacts and the models of {store.home()} are those of {file}.{aside}"
 
 

@@ -148,9 +148,9 @@ def export(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
 def put_back(folder: Path) -> None:
     """Add the models of a folder, NAME/VERSION each, that this store lacks; what is served stays as it is."""
     with file_lock(home() / ".export.lock", f"the restoring of {home()}", logger.warning):
-        for path in (path for path in folder.glob("*/*") if path.is_dir()):
+        for path in folder.glob("*/*"):
             target = home() / "models" / path.relative_to(folder)
-            if not target.exists():
+            if path.is_dir() and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=home(), prefix=_TEMPORARY) as temporary:
                     shutil.copytree(path, Path(temporary) / "model").rename(target)
