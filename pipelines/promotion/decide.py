@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -83,11 +82,13 @@ class Decision:
         pool, uniform = [], math.prod(self.data.image_shape) * math.log(self.data.num_levels)
         for number, version in enumerate(able, start=1):
             logger.info("%s: version %s, %d of %d", self.dataset, version.version, number, len(able))
-            with self._passing_over(version):
+            try:
                 scores = self.score(version)
                 if of_champion is None and scores.joint_nats.mean().item() >= uniform:
                     raise ValueError(f"it is no better than the uniform distribution, {self._format(uniform)}")
                 pool.append(scores)
+            except Exception as error:  # the next one may be fine
+                self.skipped[version.version] = reason_or_raise(error)
         choice = self._chosen(of_champion, pool)
         if misfit:
             choice = replace(choice, reason=misfit + choice.reason.removeprefix("there was no champion, and "))
@@ -106,14 +107,6 @@ class Decision:
         self.skipped[version.version] = why
         return False
 
-    @contextmanager
-    def _passing_over(self, version: Version) -> Iterator[None]:
-        """Pass over a version whose scoring or check fails, unless by a bug of ours: the next one may be fine."""
-        try:
-            yield
-        except Exception as error:
-            self.skipped[version.version] = reason_or_raise(error)
-
     def _chosen(self, champion: Candidate | None, pool: list[Candidate]) -> Choice:
         """Let the rule choose, and check its choice before it counts: a leak would win them all by cheating."""
         allowance = ALLOWED_BITS_PER_DIM * (math.prod(self.data.image_shape) * math.log(2))
@@ -127,10 +120,12 @@ class Decision:
             self.skipped |= choice.refused
             if choice.version is None:
                 break
-            with self._passing_over(chosen := self.by_number[choice.version]):
-                image = self.data.levels("validation", slice(0, 1))[0]
-                check_candidate(registry.load(chosen)[0], image, self.params.max_sample_s)
+            try:
+                model, _ = registry.load(self.by_number[choice.version])
+                check_candidate(model, self.data.levels("validation", slice(0, 1))[0], self.params.max_sample_s)
                 break
+            except Exception as error:  # the next one may be fine
+                self.skipped[choice.version] = reason_or_raise(error)
             pool = [scores for scores in pool if scores.version != choice.version]
         self.report["compared"] = sorted(compared, key=int)
         self.report["confidence"] = level = corrected(confidence, num_versions)
