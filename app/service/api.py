@@ -111,25 +111,26 @@ class PixelCNNService:
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, json.dumps({"error": reason}))
         return True
 
-    async def _read(
+    async def _submit(
         self, kind: Callable[..., _Kind], request: wire.GenerateRequest | wire.LikelihoodRequest, *more: Any
     ) -> _Kind:
-        """Return the job of a request; RequestError if it does not fit the champion."""
+        """Queue the job of a request, and return it; RequestError if it does not fit the champion."""
         champion = self.champions.get(request.dataset)
-        line_of_request.get({}).update(dataset=request.dataset, version=champion.identity.version)
+        client, line = gate.client.get(), line_of_request.get({})
+        line.update(dataset=request.dataset, version=champion.identity.version)
         read = functools.partial(kind, champion, request, *more)
-        if not isinstance(getattr(request, "image", None), str):
-            return read()
-        reading = ReadingJob(read)
-        reading.client = gate.client.get()
-        self.batcher.submit(reading)
-        return cast(_Kind, await asyncio.wrap_future(reading.done))
-
-    def _submit(self, job: Job) -> None:
-        line, start = line_of_request.get({}), time.perf_counter()
+        if isinstance(getattr(request, "image", None), str):
+            reading = ReadingJob(read)
+            reading.client = client
+            self.batcher.submit(reading)
+            job = cast(_Kind, await asyncio.wrap_future(reading.done))
+        else:
+            job = read()
+        start = time.perf_counter()
         job.on_call = lambda: line.setdefault("waited_s", round(time.perf_counter() - start, 4))
-        job.client = gate.client.get()
+        job.client = client
         self.batcher.submit(job)
+        return job
 
     @contextlib.contextmanager
     def _measured(self, endpoint: str, dataset: str) -> Iterator[None]:
@@ -144,7 +145,6 @@ class PixelCNNService:
                 metrics().seconds.labels(endpoint, dataset).observe(time.perf_counter() - start)
 
     async def _answer(self, endpoint: str, dataset: str, job: Job) -> Any:
-        self._submit(job)
         with self._measured(endpoint, dataset):
             return await asyncio.wrap_future(job.done)  # cancelled with the request
 
@@ -171,7 +171,7 @@ class PixelCNNService:
     @bentoml.api
     async def complete(self, request: wire.CompleteRequest, /) -> wire.CompleteAnswer:
         """Fill in the missing pixels of an image, several times."""
-        job = await self._read(SamplingJob, request)
+        job = await self._submit(SamplingJob, request)
         answer: wire.CompleteAnswer = await self._answer("complete", request.dataset, job)
         # Once the answer is on its way.
         asyncio.get_running_loop().call_soon(self.drawings.completed, "complete", job)
@@ -191,8 +191,7 @@ class PixelCNNService:
         def on_row(row: int, levels: Tensor) -> None:
             put(wire.server_sent_event("rows", json.dumps({"start": row, "rows": to_lists(levels[:, :, None])})))
 
-        job = await self._read(SamplingJob, request, on_row)
-        self._submit(job)
+        job = await self._submit(SamplingJob, request, on_row)
         job.done.add_done_callback(lambda _: put(None))
         try:
             with self._measured("complete_stream", request.dataset):
@@ -214,13 +213,13 @@ class PixelCNNService:
     @bentoml.api
     async def generate(self, request: wire.GenerateRequest, /) -> wire.GenerateAnswer:
         """Sample whole images."""
-        job = await self._read(SamplingJob, request)
+        job = await self._submit(SamplingJob, request)
         return cast(wire.GenerateAnswer, await self._answer("generate", request.dataset, job))
 
     @bentoml.api
     async def likelihood(self, request: wire.LikelihoodRequest, /) -> wire.LikelihoodAnswer:
         """Score an image: its log-probability, and how surprising each pixel is."""
-        job = await self._read(LikelihoodJob, request)
+        job = await self._submit(LikelihoodJob, request)
         answer: wire.LikelihoodAnswer = await self._answer("likelihood", request.dataset, job)
         metrics().drawn.labels("likelihood", request.dataset).observe(answer.bits_per_dim)
         return answer
