@@ -73,16 +73,9 @@ class _Watched:
             self.since = None
             logger.info("drawings of %s are like the reference again.", self.dataset)
 
-    def add_score(self, challenger: Champion | None, bits: list[float]) -> None:
-        """Add what the champion, and then the challenger if there is one, have said of a drawing."""
-        self.add("bits_per_dim", bits[0])
-        self.end_challenge_but(challenger)
-        if challenger is not None:
-            self.paired.add(bits[1] - bits[0])
-        _set_gauges(self.dataset, self)
-
-    def end_challenge_but(self, challenger: Champion | None) -> None:
-        if self.challenger is not challenger:  # another one, or none any more
+    def challenge(self, challenger: Champion | None) -> None:
+        """Compare with this challenger from now on, anew if it is another one than before, or none any more."""
+        if self.challenger is not challenger:
             self.challenger, self.paired = challenger, Paired()
             _set_gauges(self.dataset, self)
 
@@ -173,11 +166,14 @@ class Drawings:
         bits = score.done.result()
         with self._lock:
             watched = self._watched.get(score.dataset)
-            if others != [self._challenger_of(champion, score.dataset)]:
-                others = []  # its challenge has ended
-            if watched is not None and watched.champion is champion:
-                metrics().drawn.labels(score.endpoint, score.dataset).observe(bits[0])
-                watched.add_score(others[0] if others else None, bits)
+            if watched is None or watched.champion is not champion:
+                return
+            metrics().drawn.labels(score.endpoint, score.dataset).observe(bits[0])
+            watched.add("bits_per_dim", bits[0])
+            watched.challenge(self._challenger_of(champion, score.dataset))
+            if others == [watched.challenger]:  # otherwise its challenge has ended
+                watched.paired.add(bits[1] - bits[0])
+                _set_gauges(score.dataset, watched)
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /drawings answers."""
@@ -185,14 +181,14 @@ class Drawings:
             return {dataset: watched.describe() for dataset, watched in sorted(self._watched.items())}
 
     def forget(self) -> None:
-        """Drop what is known of drawings for champions that are no longer served."""
+        """Drop what is known of drawings for champions, and challengers, that are no longer served."""
         with self._lock:
             for dataset, watched in list(self._watched.items()):
                 if watched.champion is not self._champions.find(dataset):
                     self._drop(dataset)
                     _set_gauges(dataset, None)
-                elif watched.challenger is not None:
-                    watched.end_challenge_but(self._challenger_of(watched.champion, dataset))
+                else:
+                    watched.challenge(self._challenger_of(watched.champion, dataset))
 
     def _drop(self, dataset: str) -> None:
         """Forget a champion's drawings, also those that wait to be scored. The lock is held."""
