@@ -37,13 +37,11 @@ HEALTH_ERRORS = {**dict.fromkeys(HEALTH_CHECKS, ()), "/readyz": (503,)}
 ERRORS = {"get": (401, 500), "post": (400, 401, 404, 408, 413, 415, 429, 500, 504)}
 
 
-def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _error(status: int) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Error"}
     retry = {"Retry-After": {"description": "seconds", "required": True, "schema": {"type": "integer"}}}
-    errors = {str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
-    for status in errors.keys() & {"429", "503"}:
-        errors[status]["headers"] = retry
-    return errors
+    error = {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+    return {**error, "headers": retry} if status in (429, 503) else error
 
 
 def _nested(shape: list[int], items: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def _nested(shape: list[int], items: dict[str, Any]) -> dict[str, Any]:
     return items
 
 
-def _for_dataset(request: dict[str, Any], name: str, dataset: str, about: dict[str, Any]) -> dict[str, Any]:
+def _for_dataset(request: dict[str, Any], dataset: str, about: dict[str, Any]) -> dict[str, Any]:
     """Narrow a request's schema to one dataset: its champion's shape, levels and labels."""
     channels, *size = about["shape"]
     properties = {**request["properties"], "dataset": {"type": "string", "const": dataset}}
@@ -68,7 +66,7 @@ def _for_dataset(request: dict[str, Any], name: str, dataset: str, about: dict[s
     if "observed" in properties:
         bit = {"type": "integer", "minimum": 0, "maximum": 1}
         properties["observed"] = {**properties["observed"], **_nested(size, bit)}
-    return {**request, "title": f"{name} of {dataset}", "properties": properties}
+    return {**request, "title": f"{request['title']} of {dataset}", "properties": properties}
 
 
 def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
@@ -81,16 +79,17 @@ def amended(document: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:
         schema.pop("root_input", None)  # BentoML's own mark
         # The plain schema remains where nothing is served: `oneOf` must not be empty.
         if name.endswith("Request") and served:
-            schemas[name] = {"oneOf": [_for_dataset(schema, name, dataset, about) for dataset, about in served.items()]}
+            schemas[name] = {"oneOf": [_for_dataset(schema, *one) for one in served.items()]}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             if method == "post":
-                name = "CompleteRequest" if path.startswith("/complete") else f"{path[1:].capitalize()}Request"
-                schema = {"$ref": f"#/components/schemas/{name}"}
-                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+                content = operation["requestBody"]["content"]["application/json"]
+                content["schema"] = {"$ref": f"#/components/schemas/{content['schema']['title']}"}
+                operation["requestBody"]["required"] = True
             answer = operation["responses"]["200"]
             if "text/event-stream" in answer.get("content", {}):
                 answer["content"]["text/event-stream"]["schema"] = EVENT
-            operation["responses"] = {"200": answer, **_errors(HEALTH_ERRORS.get(path, ERRORS[method]))}
+            errors = {str(status): _error(status) for status in HEALTH_ERRORS.get(path, ERRORS[method])}
+            operation["responses"] = {"200": answer, **errors}
     # From 3.1 on the schemas are JSON Schema, as pydantic writes it.
     return {**document, "openapi": "3.1.0", "info": INFO}
