@@ -93,8 +93,6 @@ def load_champion(folder: Path) -> Champion:
 def load_released(dataset: str, folder: Path) -> Champion:
     """Load a checkpoint that no registry knows, as version `released`; the errors are those of `load_champion`."""
     lineage = dict.fromkeys(Identity.model_fields, "") | json.loads((folder / SCORES_FILE).read_text())
-    if missing := {"label_names", "protocol"} - lineage.keys():
-        raise ValueError(f"it does not say its {', '.join(sorted(missing))}: take the weights as they were released.")
     named = {"name": NAME_PREFIX + dataset, "version": RELEASED, "weights_sha256": sha256_of(folder / WEIGHTS_FILE)}
     return _champion(folder, lineage | named, {})
 
@@ -104,7 +102,7 @@ def _champion(folder: Path, metadata: dict[str, Any], reference: dict[str, list[
     model, scores, weights_sha256 = load_with_hash(folder)
     try:
         identity = Identity(**{name: metadata[name] for name in Identity.model_fields})
-        told = {"labels": list(metadata["label_names"]), "protocol": str(metadata["protocol"])}
+        labels, protocol = list(metadata["label_names"]), str(metadata["protocol"])
     except (KeyError, ValidationError) as error:
         raise ValueError(f"its metadata lacks the lineage ({error}). Promote it again.") from None
     if weights_sha256 != identity.weights_sha256:
@@ -122,8 +120,8 @@ def _champion(folder: Path, metadata: dict[str, Any], reference: dict[str, list[
         "architecture": model_name(config),
         "model": identity.model_dump(),
         "scores": scores,
-        **told,
-        "labels": told["labels"] if config.num_labels else [],
+        "labels": labels if config.num_labels else [],
+        "protocol": protocol,
         "promoted_at": str(metadata.get("promoted_at", "")),
     }
     return Champion(model, identity, description, reference)
@@ -200,7 +198,7 @@ class Champions:
         self._on_poll = on_poll  # called each time that the store was looked through
         self._loaded: dict[tuple[str, str], Champion] = {}  # by dataset and role
         self._attempts: dict[tuple[str, str], _Attempt] = {}
-        self._is_unreadable, self._was_there = False, False  # the store
+        self._is_readable: bool | None = None  # the store; None before it is there
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="champions", daemon=True)
 
@@ -259,13 +257,13 @@ class Champions:
             found = [f for f in self.folder.iterdir() if f.name.startswith(NAME_PREFIX) and f.is_dir()]
         except OSError as error:
             # A store that cannot be read is no order to stop serving; where there was none nothing was promoted yet.
-            is_new = isinstance(error, FileNotFoundError) and not self._was_there
-            if not (is_new or self._is_unreadable):
+            is_new = self._is_readable is None and isinstance(error, FileNotFoundError)
+            if self._is_readable is not False and not is_new:
+                self._is_readable = False
                 logger.error("the model store cannot be read (%s); what was loaded is still served.", error)
-            self._is_unreadable = not is_new
             metrics().store_readable.set(0)
             return
-        self._is_unreadable, self._was_there = False, True
+        self._is_readable = True
         metrics().store_readable.set(1)
         folders = {folder.name.removeprefix(NAME_PREFIX): folder for folder in found}
         for dataset, role in list(self._attempts):
