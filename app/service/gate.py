@@ -144,13 +144,13 @@ def _refusal(status: int, text: str, headers: dict[str, str] | None = None) -> J
 
 def _sentence_of(scope: Scope, status: int, body: bytes) -> str:
     """Return the sentence for an error that the service or BentoML made."""
-    if status == HTTPStatus.NOT_FOUND and not body.startswith(b"["):
-        return f"there is nothing at {quoted(scope['path'])}: /docs.json lists what there is."
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
-        return f"{quoted(scope['path'])} does not take {quoted(scope['method'])}: /docs.json says what it takes."
     try:
         values = json.loads(body)
         # BentoML wraps its own exceptions' text into a list.
         return str((values[0] if isinstance(values, list) else values)["error"])
     except (ValueError, LookupError, TypeError):
+        if status == HTTPStatus.NOT_FOUND:
+            return f"there is nothing at {quoted(scope['path'])}: /docs.json lists what there is."
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            return f"{quoted(scope['path'])} does not take {quoted(scope['method'])}: /docs.json says what it takes."
         return f"the request failed: {HTTPStatus(status).phrase}."
