@@ -73,8 +73,14 @@ class _Watched:
             self.since = None
             logger.info("drawings of %s are like the reference again.", self.dataset)
 
-    def challenge(self, challenger: Champion | None) -> None:
-        """Compare with this challenger from now on, anew if it is another one than before, or none any more."""
+    def challenge(self, found: Champion | None) -> None:
+        """Compare with this challenger, anew if it is another one; not if it is the champion, or for other images."""
+        is_rival = (
+            found is not None
+            and found.identity != self.champion.identity
+            and found.model.config.for_same_images(self.champion.model.config)
+        )
+        challenger = found if is_rival else None
         if self.challenger is not challenger:
             self.challenger, self.paired = challenger, Paired()
             _set_gauges(self.dataset, self)
@@ -111,7 +117,7 @@ def _set_gauges(dataset: str, watched: _Watched | None) -> None:
 
 
 class Drawings:
-    """Watch the drawings that are completed; a challenger that is the champion, or for other images, does not count."""
+    """Watch the drawings that are completed, for the champion and the challenger that are served."""
 
     def __init__(self, batcher: Batcher, champions: Champions) -> None:
         self._batcher, self._champions = batcher, champions
@@ -126,9 +132,8 @@ class Drawings:
             return
         shares = shares_of_drawing(job.image[:1], job.observed[:1], champion.model.config.num_levels)
         with self._lock:
-            watched = self._watched.get(dataset)
-            if watched is None or watched.champion is not champion:
-                self._drop(dataset)
+            watched = self._followed(dataset)
+            if watched is None:
                 watched = self._watched[dataset] = _Watched(dataset, champion, drifts_from(champion.reference))
                 _set_gauges(dataset, watched)
             for name, value in shares.items():
@@ -137,8 +142,7 @@ class Drawings:
             watched.num_drawings += 1
             if watched.num_drawings % SCORE_EVERY:
                 return
-            challenger = self._challenger_of(champion, dataset)
-            score = _Score(endpoint, job, [champion, *([challenger] if challenger else [])])
+            score = _Score(endpoint, job, [champion, *([watched.challenger] if watched.challenger else [])])
             score.on_call = functools.partial(self._begun, watched, score)
             if len(watched.unscored) == MAX_UNSCORED:
                 watched.unscored.popleft().done.cancel()
@@ -146,11 +150,6 @@ class Drawings:
         score.done.add_done_callback(lambda _: self._scored(score))
         with contextlib.suppress(RequestError):  # the service is about to end
             self._batcher.submit(score)
-
-    def _challenger_of(self, champion: Champion, dataset: str) -> Champion | None:
-        found = self._champions.find(dataset, "challenger")
-        is_other = found and found.identity != champion.identity
-        return found if found and is_other and found.model.config.for_same_images(champion.model.config) else None
 
     def _begun(self, watched: _Watched, score: _Score) -> None:
         with self._lock, contextlib.suppress(ValueError):  # it was dropped in this moment
@@ -165,12 +164,11 @@ class Drawings:
         champion, *others = score.models
         bits = score.done.result()
         with self._lock:
-            watched = self._watched.get(score.dataset)
+            watched = self._followed(score.dataset)
             if watched is None or watched.champion is not champion:
                 return
             metrics().drawn.labels(score.endpoint, score.dataset).observe(bits[0])
             watched.add("bits_per_dim", bits[0])
-            watched.challenge(self._challenger_of(champion, score.dataset))
             if others == [watched.challenger]:  # otherwise its challenge has ended
                 watched.paired.add(bits[1] - bits[0])
                 _set_gauges(score.dataset, watched)
@@ -183,15 +181,18 @@ class Drawings:
     def forget(self) -> None:
         """Drop what is known of drawings for champions, and challengers, that are no longer served."""
         with self._lock:
-            for dataset, watched in list(self._watched.items()):
-                if watched.champion is not self._champions.find(dataset):
-                    self._drop(dataset)
-                    _set_gauges(dataset, None)
-                else:
-                    watched.challenge(self._challenger_of(watched.champion, dataset))
+            for dataset in list(self._watched):
+                self._followed(dataset)
 
-    def _drop(self, dataset: str) -> None:
-        """Forget a champion's drawings, also those that wait to be scored. The lock is held."""
-        if watched := self._watched.pop(dataset, None):
-            for score in watched.unscored:
-                score.done.cancel()
+    def _followed(self, dataset: str) -> _Watched | None:
+        """Return what is known of drawings for the champion and challenger that are served now. The lock is held."""
+        watched = self._watched.get(dataset)
+        if watched is None:
+            return None
+        if watched.champion is self._champions.find(dataset):
+            watched.challenge(self._champions.find(dataset, "challenger"))
+            return watched
+        for score in self._watched.pop(dataset).unscored:
+            score.done.cancel()
+        _set_gauges(dataset, None)
+        return None
