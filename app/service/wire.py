@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import bentoml
 from bentoml.exceptions import BentoMLException
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
 from app.service.settings import settings
@@ -44,8 +45,6 @@ def _sentence(error: ValidationError, known: str) -> str:
         return f"{name} is missing: add it to the request."
     if not name:
         return f"the request must be a JSON object with the fields {known}."
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
     message = first["msg"].replace("Input should be", "must be")
     return f"{name} {message[0].lower()}{message[1:]}, got {quoted(first['input'])}."
 
@@ -130,7 +129,7 @@ class ApiRequest(bentoml.IODescriptor):
 def _not_tiny(temperature: float) -> float:
     # Logits divided by less than this could overflow.
     if 0 < temperature < MIN_TEMPERATURE:
-        raise ValueError(f"temperature must be 0, or from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {temperature}.")
+        raise PydanticCustomError("tiny", f"Input should be 0, or from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}")
     return temperature
 
 
