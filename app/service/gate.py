@@ -75,7 +75,7 @@ class Gate:
 
         async def receive_and_note_end() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
+            if not message.get("more_body"):  # nor has a disconnect any
                 body_read.set()
             if message["type"] == "http.disconnect":  # whoever reads the body would call that a failure of ours
                 await asyncio.Event().wait()  # until cancel_on_disconnect has cancelled it
