@@ -79,12 +79,13 @@ def test_the_token_is_not_logged(caplog):
     assert TOKEN not in caplog.text
 
 
-def test_a_path_of_any_length_makes_no_long_line(caplog):
+def test_a_path_or_method_of_any_length_makes_no_long_line(caplog):
     caplog.set_level(logging.INFO, "bentoml.pixelcnn.requests")
-    scope = {"type": "http", "method": "GET", "path": "/" + 9999 * "x", "headers": []}
+    scope = {"type": "http", "method": 9999 * "X", "path": "/" + 9999 * "x", "headers": []}
     connection = Connection()
     asyncio.run(RequestLog(hello, ["/complete"])(scope, connection.receive, connection.send))
     assert caplog.records[-1].line["path"] == "/" + 59 * "x"
+    assert caplog.records[-1].line["method"] == 60 * "X"
 
 
 def test_the_client_sends_the_token_of_its_environment(monkeypatch):

@@ -26,7 +26,7 @@ logger = logging.getLogger("bentoml.pixelcnn.requests")
 
 ID_HEADER = "x-request-id"
 ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-MAX_PATH = 60  # characters of it that are logged
+MAX_LOGGED = 60  # characters of a method, and of a path
 
 line_of_request: ContextVar[dict[str, Any]] = ContextVar("line_of_request")  # of the one that is being answered
 
@@ -56,7 +56,7 @@ class RequestLog:
             return await self.app(scope, receive, send)
         sent = Headers(scope=scope).get(ID_HEADER, "")
         line: dict[str, Any] = {"request_id": sent if ID.fullmatch(sent) else secrets.token_hex(8)}
-        line |= {"method": scope["method"], "path": scope["path"][:MAX_PATH]}
+        line |= {name: scope[name][:MAX_LOGGED] for name in ("method", "path")}
         line_of_request.set(line)
         start = time.perf_counter()
         status = 0
