@@ -86,18 +86,17 @@ def load_champion(folder: Path) -> Champion:
     """
     metadata = dict(bentoml.Model.from_path(folder).info.metadata)
     check_files(folder, metadata)
-    reference = folder / REFERENCE_FILE
-    return _champion(folder, metadata, json.loads(reference.read_text()) if reference.exists() else {})
+    return _champion(folder, metadata)
 
 
 def load_released(dataset: str, folder: Path) -> Champion:
     """Load a checkpoint that no registry knows, as version `released`; the errors are those of `load_champion`."""
     lineage = dict.fromkeys(Identity.model_fields, "") | json.loads((folder / SCORES_FILE).read_text())
     named = {"name": NAME_PREFIX + dataset, "version": RELEASED, "weights_sha256": sha256_of(folder / WEIGHTS_FILE)}
-    return _champion(folder, lineage | named, {})
+    return _champion(folder, lineage | named)
 
 
-def _champion(folder: Path, metadata: dict[str, Any], reference: dict[str, list[float]]) -> Champion:
+def _champion(folder: Path, metadata: dict[str, Any]) -> Champion:
     """Make a checkpoint ready to be served; beside the lineage, `metadata` name its labels and its protocol."""
     model, scores, weights_sha256 = load_with_hash(folder)
     try:
@@ -124,7 +123,8 @@ def _champion(folder: Path, metadata: dict[str, Any], reference: dict[str, list[
         "protocol": protocol,
         "promoted_at": str(metadata.get("promoted_at", "")),
     }
-    return Champion(model, identity, description, reference)
+    reference = folder / REFERENCE_FILE
+    return Champion(model, identity, description, json.loads(reference.read_text()) if reference.exists() else {})
 
 
 def released_by_dataset() -> dict[str, Path]:
@@ -311,11 +311,10 @@ class Champions:
         metrics().refused.labels(dataset, role).set(attempt.error != "")
 
     def _put(self, dataset: str, role: str, new: Champion) -> None:
-        old = self.find(dataset, role)
+        if old := self.find(dataset, role):
+            metrics().champion.labels(dataset, old.identity.version, role).set(0)
         self._loaded[dataset, role] = new
-        for model, value in ((old, 0), (new, 1)):
-            if model:
-                metrics().champion.labels(dataset, model.identity.version, role).set(value)
+        metrics().champion.labels(dataset, new.identity.version, role).set(1)
 
     def _forget(self, dataset: str, role: str) -> None:
         """Serve no more what has left the store; released weights never were there."""
