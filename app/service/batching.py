@@ -124,9 +124,8 @@ class Batcher:
                 if not taken or (job.key == taken[0].key and num_images + job.num_images <= self.max_images):
                     taken.append(job)
                     num_images += job.num_images
-            for job in taken:
-                self._turns.pop(job.client, None)
-                self._turns[job.client] = next(self._numbers)
+                    self._turns.pop(job.client, None)
+                    self._turns[job.client] = next(self._numbers)
             while len(self._turns) > MAX_CLIENTS:
                 del self._turns[next(iter(self._turns))]
             self._set_waiting([job for job in self._waiting if job not in taken])
