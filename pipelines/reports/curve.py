@@ -19,8 +19,15 @@ from pixelcnn.sampling.fast import sample
 from pixelcnn.training import StepReport
 
 _COLUMNS = ("step", "epoch", "train_nll_nats", "train_subset_nll_nats", "validation_nll_nats", "learning_rate")
-# What a model may have beside the joint network. Their columns have other names: all are curves of one run.
-PARTS = ("context", "completer", "halves", "added", "labels")
+# What a model may have beside the joint network, and what its curve shows. Their columns have other names: all are
+# curves of one run.
+PARTS = {
+    "context": "of missing pixels, each by itself, nats per image",
+    "completer": "-log p(missing | known), nats per image",
+    "halves": "-log p(missing | known), going on with halves",
+    "added": "-log p(missing | known), with the added network",
+    "labels": "-log p(label | known), nats",
+}
 NUM_EXTREMES = 8  # best and worst test images on their sheet
 CURVE_FILES = ("curve.csv", *(f"{part}.csv" for part in PARTS))
 
@@ -84,7 +91,7 @@ def draw_extremes(path: Path, data: Dataset, nll: torch.Tensor) -> None:
 
     order = nll.argsort().tolist()
     figure = Figure(figsize=(1.1 * NUM_EXTREMES, 3.2), layout="constrained")
-    grid = figure.subplots(2, NUM_EXTREMES, squeeze=False)
+    grid = figure.subplots(2, NUM_EXTREMES)
     for row, title, indices in ((0, "best", order), (1, "worst", order[::-1])):
         for axes in grid[row]:
             axes.set_axis_off()
@@ -119,29 +126,22 @@ def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")
-    all_axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    of_joint, *of_parts = figure.subplots(1, len(curves), squeeze=False)[0]
 
     def plot(axes: Any, rows: list[dict[str, float]], column: str, **style: Any) -> None:
         axes.plot([row["step"] for row in rows], [row[column] for row in rows], **style)
 
     (_, joint), *parts = curves.items()
-    plot(all_axes[0], joint, "train_nll_nats", label="train, batches since the last point or stop", color="0.8")
-    plot(all_axes[0], joint, "train_subset_nll_nats", label="train, averaged weights", marker=".")
-    plot(all_axes[0], joint, "validation_nll_nats", label="validation, averaged weights", marker=".")
-    all_axes[0].axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
-    all_axes[0].set(xlabel="step", ylabel="NLL, nats per image", title=title)
-    of_parts = {
-        "context": "of missing pixels, each by itself, nats per image",
-        "completer": "-log p(missing | known), nats per image",
-        "halves": "-log p(missing | known), going on with halves",
-        "added": "-log p(missing | known), with the added network",
-        "labels": "-log p(label | known), nats",
-    }
-    for axes, (file, rows) in zip(all_axes[1:], parts, strict=True):
+    plot(of_joint, joint, "train_nll_nats", label="train, batches since the last point or stop", color="0.8")
+    plot(of_joint, joint, "train_subset_nll_nats", label="train, averaged weights", marker=".")
+    plot(of_joint, joint, "validation_nll_nats", label="validation, averaged weights", marker=".")
+    of_joint.axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
+    of_joint.set(xlabel="step", ylabel="NLL, nats per image", title=title)
+    of_joint.legend()
+    for axes, (file, rows) in zip(of_parts, parts, strict=True):
         part = Path(file).stem
         plot(axes, rows, f"{part}_train_nats", label="train, batches", color="0.8")
         plot(axes, rows, f"{part}_validation_nats", label="validation", marker=".")
-        axes.set(xlabel="step", ylabel=of_parts[part], title="drawings, training's masks")
-    for axes in all_axes:
+        axes.set(xlabel="step", ylabel=PARTS[part], title="drawings, training's masks")
         axes.legend()
     figure.savefig(path, dpi=100)
