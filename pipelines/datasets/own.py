@@ -224,12 +224,11 @@ def source_of(images: Path) -> Source:
         raise ValueError(f"{images} holds the project itself. Put the pictures into a folder of their own.")
     if path.is_file() and path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{images} is no folder, and no .npy or .npz file.")
-    names = [file.name for file in path.iterdir()] if path.is_dir() else []
     kind = "arrays" if path.is_file() else "folder"
-    if any(name.startswith("train-images-idx3-ubyte") for name in names):
+    if any(path.glob("train-images-idx3-ubyte*")):
         kind = "idx"
-    elif any(name.endswith(".bin") for name in names):  # one beside pictures may be anything
-        kind = "folder" if any(file.suffix.lower() in FORMATS for file in path.rglob("*")) else "cifar"
+    elif any(path.glob("*.bin")) and not any(file.suffix.lower() in FORMATS for file in path.rglob("*")):
+        kind = "cifar"  # beside pictures a .bin may be anything
     shown = path.relative_to(here) if path.is_relative_to(here) else path
     return Source.model_validate({"kind": kind, "path": str(shown)})
 

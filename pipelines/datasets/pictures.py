@@ -90,8 +90,8 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
     should be, or a picture is broken and broken ones are not left out.
     """
     left, seen, twice = Left(), set(), 0
-    index = {name: i for i, name in enumerate(spec.label_names)}
-    parts: dict[str, list[tuple[Tensor, int]]] = {"train": [], "test": []}
+    index: dict[str | None, int] = {name: i for i, name in enumerate(spec.label_names)}
+    parts: dict[str, tuple[list[Tensor], list[int]]] = {"train": ([], []), "test": ([], [])}
     for picture in read_pictures(spec.source, bool(index), left):
         if index and picture.label not in index:
             named = f"label {picture.label!r}" if picture.label is not None else "no label"
@@ -103,15 +103,12 @@ def load_pictures(spec: DatasetParams) -> tuple[dict[str, tuple[Tensor, Tensor]]
             twice += 1
             continue
         seen.add(key)
-        label = index[picture.label] if picture.label is not None and index else -1
-        parts["test" if picture.is_test else "train"].append((levels, label))
+        images, labels = parts["test" if picture.is_test else "train"]
+        images.append(levels)
+        labels.append(index.get(picture.label, -1))
     if not spec.skip_broken:
         left.check()
-    found = {}
-    for part, pictures in parts.items():
-        if pictures:
-            images, labels = zip(*pictures, strict=True)
-            found[part] = torch.stack(images), torch.tensor(labels)
+    found = {part: (torch.stack(images), torch.tensor(labels)) for part, (images, labels) in parts.items() if images}
     return found, twice
 
 
@@ -286,10 +283,10 @@ def _of_arrays_in_memory(
     height, width = images.shape[1:3]
     if odd := _odd_size(width, height):
         raise ValueError(f"images are {odd}.")
+    named = dict(enumerate(names))
     for i, image in enumerate(images[..., 0] if images.shape[3:] == (1,) else images):
-        label = None if labels is None else int(labels[i])
-        named = None if label is None else names[label] if 0 <= label < len(names) else str(label)
-        yield Picture(f"{what} {i}", Image.fromarray(image), named, is_test)
+        label = None if labels is None else named.get(int(labels[i]), str(labels[i]))
+        yield Picture(f"{what} {i}", Image.fromarray(image), label, is_test)
 
 
 def _of_idx(folder: Path) -> Iterator[Picture]:
@@ -325,7 +322,7 @@ def _idx(folder: Path, name: str, num_dims: int) -> np.ndarray | None:
 def _of_cifar(folder: Path) -> Iterator[Picture]:
     """Read the binary version of CIFAR-10 or -100: labels, then red, green and blue of 32 x 32; never a pickle."""
     named = sorted(folder.glob("*meta.txt")) + sorted(folder.glob("fine_*.txt"))
-    names = [file.read_text("utf-8", "replace").split() for file in named]
+    names = named[-1].read_text("utf-8", "replace").split() if named else []
     files = sorted(folder.glob("*.bin"))
     if not files:
         raise ValueError(f"{folder} has no .bin file: take the binary version of CIFAR, not the one of pickles.")
@@ -336,5 +333,5 @@ def _of_cifar(folder: Path) -> Iterator[Picture]:
             raise ValueError(f"{file} is no file of CIFAR's: its length is no multiple of {size + 1} or {size + 2}.")
         rows = raw.reshape(-1, size + num_labels)
         images = rows[:, num_labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
-        labels, of_labels = rows[:, num_labels - 1], names[-1] if names else []
-        yield from _of_arrays_in_memory(np.ascontiguousarray(images), labels, of_labels, file.stem, "test" in file.name)
+        labels = rows[:, num_labels - 1]
+        yield from _of_arrays_in_memory(np.ascontiguousarray(images), labels, names, file.stem, "test" in file.name)
