@@ -29,7 +29,7 @@ PARTS = {
     "labels": "-log p(label | known), nats",
 }
 NUM_EXTREMES = 8  # best and worst test images on their sheet
-CURVE_FILES = ("curve.csv", *(f"{part}.csv" for part in PARTS))
+CURVE_FILES = {"train": "curve.csv", **{part: f"{part}.csv" for part in PARTS}}
 
 
 class Curve:
@@ -121,7 +121,7 @@ def draw_completions(path: Path, model: AutoregressiveModel, data: Dataset, para
 def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores: Mapping[str, Any], title: str) -> None:
     """Draw the curve of the joint model, with its test score across, and beside it those of its `PARTS`.
 
-    `curves` has the rows of each file of `CURVE_FILES` that there is, in their order.
+    `curves` has the rows of each of the `CURVE_FILES` that there is, by part, in their order.
     """
     from matplotlib.figure import Figure
 
@@ -138,8 +138,7 @@ def draw_curve(path: Path, curves: Mapping[str, list[dict[str, float]]], scores:
     of_joint.axhline(scores["test/nll_nats"], label="test, best weights", color="grey", linestyle=":")
     of_joint.set(xlabel="step", ylabel="NLL, nats per image", title=title)
     of_joint.legend()
-    for axes, (file, rows) in zip(of_parts, parts, strict=True):
-        part = Path(file).stem
+    for axes, (part, rows) in zip(of_parts, parts, strict=True):
         plot(axes, rows, f"{part}_train_nats", label="train, batches", color="0.8")
         plot(axes, rows, f"{part}_validation_nats", label="validation", marker=".")
         axes.set(xlabel="step", ylabel=PARTS[part], title="drawings, training's masks")

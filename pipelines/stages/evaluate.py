@@ -119,11 +119,11 @@ def evaluate(
     told = {key: value for key, value in scores.items() if isinstance(value, int | float) or key in texts}
     atomic_write(report / "metrics.json", json.dumps(told, indent=2) + "\n")
     curves = {}
-    for file in training_report.CURVE_FILES:
+    for part, file in training_report.CURVE_FILES.items():
         (report / file).unlink(missing_ok=True)  # of an earlier training, which may have had more parts
         if (trained / file).exists():
             shutil.copyfile(trained / file, report / file)
-            curves[file] = training_report.read_curve(report / file)
+            curves[part] = training_report.read_curve(report / file)
     training_report.draw_curve(report / "curve.png", curves, scores, f"{data.name}, {data.protocol}")
     training_report.draw_extremes(report / "extremes.png", data, per_image["test"])
     training_report.draw_samples(report / "samples.png", model, params.sample)

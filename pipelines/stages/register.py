@@ -18,7 +18,7 @@ from pipelines.stages.train import Log
 from pixelcnn.checkpoint import CARD_FILE, CONFIG_FILE, load_checkpoint
 from pixelcnn.models.base import AutoregressiveModel
 
-REPORT_FILES = ("metrics.json", *CURVE_FILES, *PICTURES)  # what `evaluate` writes into a folder of reports
+REPORT_FILES = ("metrics.json", *CURVE_FILES.values(), *PICTURES)  # what `evaluate` writes into a folder of reports
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def register(
     # Nothing else of the report's folder: it may be the project's own, with registry and passwords.
     reported = [report / name for name in REPORT_FILES] if report else []
     files = [*sorted(folder.glob("*.png")), folder / CARD_FILE, *reported]
-    curves = [read_curve(report / name) for name in CURVE_FILES if report and (report / name).exists()]
     kept = [file for file in files if file.is_file()]
+    curves = [read_curve(file) for file in kept if file.name in CURVE_FILES.values()]
     model_id = tracking.log_training_run(run_id, training, folder, scores, curves, kept)
     version = tracking.register(run_id, model_id, folder, training.pair, training.dataset)
     log(f"{tracking.registered_name(training.dataset)} version {version}, run {run_id}")

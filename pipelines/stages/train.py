@@ -25,7 +25,7 @@ from pipelines.params import PairParams, Params, load_params, repro_command
 from pipelines.registry.provenance import core_sha256, git_state, prepared_file, recorded_hash
 from pipelines.registry.runs import Training
 from pipelines.reports import curve as training_report
-from pipelines.reports.curve import CURVE_FILES, PARTS, Curve
+from pipelines.reports.curve import CURVE_FILES, Curve
 from pipelines.stages.live_run import RUN_ID_FILE, RUN_KEY_FILE, LiveRun
 from pixelcnn.checkpoint import check_replaceable, load_checkpoint, load_with_hash, save_checkpoint, sha256_of
 from pixelcnn.data import Dataset, load_dataset
@@ -114,8 +114,8 @@ def train(
         if inputs:
             record["inputs_sha256"] = inputs
         save_checkpoint(out, model, {**record, "weights_dtype": str(dtype).removeprefix("torch.")}, dtype)
-        for file, config in zip(CURVE_FILES, _trainings(pair).values(), strict=True):
-            if config is not None and (work / file).exists():  # a state that is carried over may have had more parts
+        for file in (CURVE_FILES[part] for part in _trainings(pair)):  # a state that is carried over may have had more
+            if (work / file).exists():
                 shutil.copyfile(work / file, out / file)
         if state is None:
             (work / _DONE_FILE).touch()
@@ -134,17 +134,16 @@ def _fit_all(
     model, and the record of all that, JSON-ready.
     """
     pair = params.pair(name)
-    if any(config and config.compiled for config in _trainings(pair).values()):
+    trainings = _trainings(pair)
+    if any(config.compiled for config in trainings.values()):
         check_compiler()  # now: not hours later, where that part begins
     began = load_checkpoint(pair.added_begins_with)[0].completer if pair.added_begins_with else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(pair.train.seed)
-    network = pair.network.of_joint()
-    model = build_model(network).to(device)
-    whole = model if network == pair.network else build_model(pair.network).to(device)
-    predictor = None
-    if pair.context is not None and whole.completer is not None:
-        predictor = ContextPredictor(whole.completer).to(device)
+    joint = pair.network.of_joint()
+    model = build_model(joint).to(device)
+    whole = model if joint == pair.network else build_model(pair.network).to(device)
+    predictor = ContextPredictor(whole.completer).to(device) if pair.context and whole.completer else None
     warm_up(model)
     settings = {key: str(value) for key, value in _settings(name, params).items()}
     code = git_state()  # now: what is committed while it trains is not what trains
@@ -152,12 +151,15 @@ def _fit_all(
     sheets = work / "samples"
     sheets.mkdir(exist_ok=True)
     live = LiveRun(work, Training(**identity, params=settings, tags={**code, "protocol": data.protocol}), log)
+    record: dict[str, Any] = {}
 
     def draw(step: int) -> None:
         training_report.draw_samples(sheets / f"step-{step:07d}.png", model, params.sample)
 
-    def fit_part(part: Network, config: TrainConfig, curve_file: Path, state_file: Path) -> dict[str, Any]:
-        """Train one of the networks; return the record of that."""
+    def fit_part(part: str, network: Network) -> None:
+        """Train one of the networks; add to the record how that went."""
+        is_joint, config, curve_file = part == "train", trainings[part], work / CURVE_FILES[part]
+        state_file = work / f"{'state' if is_joint else part}.safetensors"
         origin_file = state_file.with_suffix(".json")  # of a state that is taken up it says what began it
         origin = {"git_commit": code["git_commit"], "hardware": _hardware(model)}
         before = read_state(state_file)[0].step if state_file.exists() else 0
@@ -166,52 +168,47 @@ def _fit_all(
             atomic_write(origin_file, json.dumps(origin))
         curve = Curve(curve_file)
         origin = json.loads(origin_file.read_text()) if origin_file.exists() else {**origin, "git_commit": "unknown"}
-        learner: Any = getattr(part, "added", None) or part
+        learner: Any = getattr(network, "added", None) or network
         num_parameters = sum(p.numel() for p in learner.parameters())
         log(f"training {num_parameters} parameters on {device}")
-        tell = tell_progress(log, data, part is whole.label_network)
+        tell = tell_progress(log, data, part == "labels")
 
         def on_step(report: StepReport) -> None:
             curve.add(report)
             if report.validation_nll_nats is not None:
-                live.show(curve.rows, sheets / f"step-{report.step:07d}.png" if part is model else None)
+                live.show(curve.rows, sheets / f"step-{report.step:07d}.png" if is_joint else None)
             tell(report)
 
-        fit(part, data, config, on_step, state_file, draw if part is model else None)
+        fit(network, data, config, on_step, state_file, draw if is_joint else None)
         done, _ = read_state(state_file)
         if done.step > before:  # what went on from other weights begins anew
-            for follower in _FOLLOWERS.get(state_file.stem, ()):
+            for follower in _FOLLOWERS.get(part, ()):
                 (work / f"{follower}.safetensors").unlink(missing_ok=True)
-        return {
-            "train_minutes": done.elapsed_s / 60,
-            "num_parameters": num_parameters,
-            **origin,
-            # Those of steps that were taken: a finished run that is taken up with others has used none of them. What
-            # params.yaml says is in `settings`, and in MLflow's parameters.
-            "train_settings": _settings_taken(config, done.phases),
-        }
+        prefix = "" if is_joint else f"{part}_"
+        record[f"{prefix}train_minutes"] = done.elapsed_s / 60
+        record[f"num_{prefix}parameters"] = num_parameters
+        record[f"{prefix}hardware"], record[f"{part}_git_commit"] = origin["hardware"], origin["git_commit"]
+        # Those of steps that were taken: a finished run that is taken up with others has used none of them. What
+        # params.yaml says is in `settings`, and in MLflow's parameters.
+        record[f"{prefix}train_settings"] = _settings_taken(config, done.phases)
 
     try:
-        record = fit_part(model, pair.train, work / CURVE_FILES[0], work / "state.safetensors")
-        record["train_git_commit"] = record.pop("git_commit")
+        fit_part("train", model)
         if whole is not model:
             whole.load_state_dict(model.state_dict(), strict=False)
             whole.begin_completer()
         completer, added = whole.completer, None
         if completer is not None:
             added, completer.added = completer.added, None  # until its turn comes
-        parts: dict[str, Network | None] = {"context": predictor, "completer": completer, "halves": completer}
-        parts |= {"added": added and completer, "labels": whole.label_network}
-        for name_of_part, part in parts.items():
-            config = getattr(pair, name_of_part)
-            if name_of_part == "added" and added is not None and completer is not None:
-                completer.added = added
-                completer.begin_added(began)
-            if part is not None and config is not None:
-                curve_file = work / f"{name_of_part}.csv"
-                found = fit_part(part, config, curve_file, work / f"{name_of_part}.safetensors")
-                record[f"num_{name_of_part}_parameters"] = found.pop("num_parameters")
-                record |= {f"{name_of_part}_{key}": value for key, value in found.items()}
+        networks: dict[str, Any] = {"context": predictor, "completer": completer, "halves": completer}
+        networks |= {"added": completer, "labels": whole.label_network}
+        for part, network in networks.items():
+            if part not in trainings:  # the others' networks are there: params.yaml is checked for that
+                continue
+            if part == "added":
+                network.added = added
+                network.begin_added(began)
+            fit_part(part, network)
         model = whole.eval()
     except BaseException as error:
         live.end(error)
@@ -227,15 +224,15 @@ def _settings(name: str, params: Params) -> dict[str, Any]:
     """Return all settings that a pair's weights follow from, by their paths."""
     pair = params.pair(name)
     sections = {"network": config_to_dict(pair.network)}
-    sections |= {part: asdict(config) for part, config in _trainings(pair).items() if config}
+    sections |= {part: asdict(config) for part, config in _trainings(pair).items()}
     sections["data"] = params.data.model_dump()
     found = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {**found, **({"added_begins_with": pair.added_begins_with} if pair.added_begins_with else {})}
 
 
-def _trainings(pair: PairParams) -> dict[str, TrainConfig | None]:
-    """Return the settings of each network's training, by part; None for a part that the pair has not."""
-    return {part: getattr(pair, part) for part in ("train", *PARTS)}
+def _trainings(pair: PairParams) -> dict[str, TrainConfig]:
+    """Return the settings of each network's training, by part: `train`, the joint model's, and what else there is."""
+    return {part: config for part in CURVE_FILES if (config := getattr(pair, part))}
 
 
 def _settings_taken(config: TrainConfig, phases: list[dict[str, Any]]) -> dict[str, Any]:
