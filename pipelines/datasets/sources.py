@@ -118,24 +118,21 @@ def _read_mnist5k(path: Path) -> dict[str, Images]:
     return {"train": (torch.from_numpy(images).reshape(-1, 1, 28, 28), torch.from_numpy(labels))}
 
 
-def _check_md5(path: Path, expected: str, what: object) -> None:
+def _read_checked(path: Path, md5: str, what: object) -> bytes:
     if not path.is_file():
         raise ValueError(f"{what} is missing")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != expected:
-        size = path.stat().st_size
-        raise ValueError(f"{what} is damaged: it has {size} bytes and MD5 {found}, expected MD5 {expected}")
+    raw = path.read_bytes()
+    if (found := hashlib.md5(raw).hexdigest()) != md5:
+        raise ValueError(f"{what} is damaged: it has {len(raw)} bytes and MD5 {found}, expected MD5 {md5}")
+    return raw
 
 
 def _read_idx(cls: Any, folder: Path) -> dict[str, Images]:
     """Read the four gzipped IDX files of MNIST or Fashion-MNIST."""
-    for file, md5 in cls.resources:
-        _check_md5(folder / file, md5, folder / file)
+    packed = [_read_checked(folder / file, md5, folder / file) for file, md5 in cls.resources]
     # Their headers, of 16 and 8 bytes, are known once the MD5 is.
-    packed = [gzip.decompress((folder / file).read_bytes()) for file, _ in cls.resources]
-    images, labels, *of_test = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in packed]
-    parts = {"train": (images, labels), "test": of_test}
+    files = [torch.frombuffer(bytearray(gzip.decompress(raw)), dtype=torch.uint8) for raw in packed]
+    parts = {"train": files[:2], "test": files[2:]}
     return {part: (images[16:].reshape(-1, 1, 28, 28), labels[8:].long()) for part, (images, labels) in parts.items()}
 
 
@@ -156,7 +153,7 @@ def _read_cifar10(cls: Any, folder: Path) -> dict[str, Images]:
             raise ValueError(f"{archive} is damaged ({' '.join(str(error).split())})") from None
         for name, md5 in md5s.items():
             inside = f"{cls.base_folder}/{name}"
-            _check_md5(Path(root, inside), md5, f"{archive} is not the official archive: {inside}")
+            _read_checked(Path(root, inside), md5, f"{archive} is not the official archive: {inside}")
         parts = {"train": cls(root, train=True), "test": cls(root, train=False)}
     return {
         part: (torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
