@@ -14,7 +14,6 @@ from pipelines.params import repro_command
 from pixelcnn.likelihood import bits_per_dim
 
 _WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text())
-COMPLETES = "test/completion_top_nats"  # a score that every model with a context network has
 
 
 def title(pair: str, config: Mapping[str, Any]) -> str:
@@ -60,9 +59,9 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (title, score_text, given_label, minutes_text, repro_command)
-    words = {"known": KNOWN, "masks": _WORDS["masks"], "completes": COMPLETES}
-    environment.globals |= words | {f.__name__: f for f in functions}
+    environment.globals |= {f.__name__: f for f in (title, score_text, given_label, minutes_text, repro_command)}
+    # `completes` is a score that every model with a context network has.
+    environment.globals |= {"known": KNOWN, "masks": _WORDS["masks"], "completes": "test/completion_top_nats"}
     return environment.get_template(template).render(values)
 
 
