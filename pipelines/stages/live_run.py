@@ -34,22 +34,21 @@ class LiveRun:
         self._monitor: Any = None
         self._try(self._start)
 
-    def _start(self) -> str:
+    def _start(self) -> None:
         if not self._started:
             self.run_id = tracking.start_training_run(self._training, self._key, self.run_id)
             atomic_write(self._path, self.run_id)
             self._started = True
             self._monitor = tracking.monitor_machine(self.run_id)
-        return self.run_id
 
     def show(self, rows: list[dict[str, float]], sheet: Path | None) -> None:
         """Log the curve so far, and the newest sheet of samples if there is one."""
 
         def log_both() -> None:
-            run_id = self._start()
-            tracking.log_curve(run_id, rows)
+            self._start()
+            tracking.log_curve(self.run_id, rows)
             if sheet is not None:
-                tracking.client().log_artifact(run_id, str(sheet), "samples")
+                tracking.client().log_artifact(self.run_id, str(sheet), "samples")
 
         self._try(log_both)
 
