@@ -227,9 +227,9 @@ def _decoded(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded before we look
             file = Image.open(path, formats=sorted(set(FORMATS.values())))
         with file:
-            odd = _odd_size(*file.size)
             is_animated = file.format != "MPO" and getattr(file, "n_frames", 1) > 1  # a phone's JPEG, with small copies
-            if not odd and not is_animated:
+            odd = _odd_size(*file.size) or ("animated: save one of its frames as a picture" if is_animated else "")
+            if not odd:
                 file.load()
                 image = ImageOps.exif_transpose(file)
                 if image.mode.startswith("I"):  # 16 bits
@@ -245,7 +245,7 @@ def _decoded(path: Path) -> Image.Image:
         raise ValueError(f"has far too many pixels: sides of {MIN_PICTURE} to {MAX_PICTURE} can be read") from None
     except Exception as error:  # a decoder that is fed with anything may raise anything
         raise ValueError(f"is damaged ({reason(error)})") from None
-    raise ValueError(f"is {odd}" if odd else "is animated: save one of its frames as a picture")
+    raise ValueError(f"is {odd}")
 
 
 def _of_arrays(path: Path) -> Iterator[Picture]:
