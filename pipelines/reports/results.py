@@ -25,8 +25,6 @@ def results_text(weights: Path) -> str:
             raise ValueError(f"{folder} has no readable scores ({error!r}). Fetch the weights again.") from None
     # By dataset, its protocol and levels: those of params.yaml, and then those that are known by their weights alone.
     datasets = {name: (spec.protocol, spec.num_levels) for name, spec in load_params().datasets.items()}
-    for dataset, pairs in released.items():
-        config, scores = pairs[0]
-        datasets[dataset] = scores["protocol"], config["num_levels"]
+    datasets |= {name: (scores["protocol"], config["num_levels"]) for name, ((config, scores), *_) in released.items()}
     published = yaml.safe_load(PUBLISHED_FILE.read_text())
     return render("results.md.j2", released=released, datasets=datasets, published=published).rstrip() + "\n"
