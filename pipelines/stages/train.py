@@ -161,7 +161,7 @@ def _fit_all(
         is_joint, config, curve_file = part == "train", trainings[part], work / CURVE_FILES[part]
         state_file = work / f"{'state' if is_joint else part}.safetensors"
         origin_file = state_file.with_suffix(".json")  # of a state that is taken up it says what began it
-        origin = {"git_commit": code["git_commit"], "hardware": _hardware(model)}
+        origin = {"git_commit": code["git_commit"], "hardware": _hardware(device)}
         before = read_state(state_file)[0].step if state_file.exists() else 0
         if not before:
             curve_file.unlink(missing_ok=True)  # of a training that was begun before, whose state is gone
@@ -276,10 +276,9 @@ def _round_to_half(model: AutoregressiveModel, data: Dataset, log: Log) -> bool:
     return False
 
 
-def _hardware(model: AutoregressiveModel) -> str:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def _hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     num = torch.get_num_threads()
     return f"{num} CPU thread{'s' if num > 1 else ''} ({torch.backends.cpu.get_cpu_capability()})"
 
@@ -316,8 +315,8 @@ def inputs_of(name: str, params: Params, data: Dataset, half: bool) -> str:
 
     Of the code that is what stands in `pixelcnn/`; and the judges' weights count as settings do.
     """
-    settings, of_data = params.evaluate.model_dump(), data.name
-    settings |= {key: settings[key].get(of_data) for key in ("completion_images", "judges")}
+    settings = params.evaluate.model_dump()
+    settings |= {key: settings[key].get(data.name) for key in ("completion_images", "judges")}
     files = [judge_file(settings["judges"], which) for which in JUDGES] if settings["judges"] else []
     judges = [sha256_of(file) for file in files if file.exists()]
     every = [weights_key(name, params, data), half, settings, judges, params.sample.model_dump(), core_sha256()]
