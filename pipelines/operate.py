@@ -140,8 +140,8 @@ def _settings(pool: str, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     for deployment in settings["deployments"]:
         deployment["name"] = in_prefect(deployment["name"])
         deployment["work_pool"] |= {"name": pool, "job_variables": variables}
-        there = known.get(deployment["name"], {"active": {}})
-        active = there.pop("active")
+        there = known.get(deployment["name"], {})
+        active = there.pop("active", {})
         for schedule in deployment.get("schedules", ()):
             alone = next(iter(active.values())) if len(active) == 1 else schedule.get("active", True)  # of another time
             schedule["active"] = active.get(schedule.get("cron", ""), alone)  # another has an interval, say
@@ -186,45 +186,43 @@ def operate(url: Annotated[str | None, Option(help="of Prefect's API; PREFECT_AP
         raise ValueError(f"the address of Prefect's API must be like {DEFAULT_URL}, got {url!a}.")
     environment = {**os.environ, "PREFECT_API_URL": url, "PWD": os.getcwd()}
     environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_S)
-    pool = in_prefect(POOL)
-    processes: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}  # what is started here, by its command
+    address, pool = urlsplit(url), in_prefect(POOL)
+    listen = ("--host", address.hostname or "127.0.0.1", "--port", str(address.port or 4200))
+    commands = {"server": (*SERVER, *listen), "worker": (PREFECT, "worker", "start", "--pool", pool)}
+    processes: dict[str, subprocess.Popen[bytes]] = {}  # what is started here
 
-    def start(*words: str) -> None:
+    def start(name: str) -> None:
         # In a session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
-        command = [*SERVER, *words[1:]] if words[0] == "server" else [PREFECT, *words]
-        processes[words] = subprocess.Popen(command, env=environment, start_new_session=True)
-        if words[0] == "server":
-            await_server(processes[words], url)
+        processes[name] = subprocess.Popen(commands[name], env=environment, start_new_session=True)
+        if name == "server":
+            await_server(processes[name], url)
 
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` asks for
             signal.signal(number, interrupt)
     try:
         if not is_healthy(url):
-            address = urlsplit(url)
-            host, port = address.hostname or "127.0.0.1", str(address.port or 4200)
-            start("server", "--host", host, "--port", port)
+            start("server")
         with temporary_settings({PREFECT_API_URL: url}):
             deploy(environment)
             automate()
-            has_one = not processes and has_worker()
-        if has_one:
-            print(f"Ready: the pool {pool} of {url} has a worker already.", flush=True)
-        else:
-            start("worker", "start", "--pool", pool)
-            print(f"Ready: server at {url}, worker of the pool {pool}. Ctrl-C ends what was started here.", flush=True)
+            if not processes and has_worker():
+                print(f"Ready: the pool {pool} of {url} has a worker already.", flush=True)
+                return
+        start("worker")
+        print(f"Ready: server at {url}, worker of the pool {pool}. Ctrl-C ends what was started here.", flush=True)
         restarts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
-        while processes:
+        while True:
             time.sleep(POLL_S)
-            for words, process in list(processes.items()):
+            for name, process in processes.items():
                 code = process.poll()
                 if code is None:
                     continue
                 restarts.append(time.monotonic())
                 if len(restarts) > MAX_RESTARTS and restarts[-1] - restarts[0] < RESTARTS_S:
-                    raise OSError(f"the {words[0]} ended again and again, at last with exit code {code}; see above.")
-                print(f"the {words[0]} ended ({code}): another one is started", flush=True)
-                start(*words)
+                    raise OSError(f"the {name} ended again and again, at last with exit code {code}; see above.")
+                print(f"the {name} ended ({code}): another one is started", flush=True)
+                start(name)
     except KeyboardInterrupt:
         print("ending ...", flush=True)
     finally:
