@@ -68,7 +68,7 @@ subprocess.run([sys.executable, "-m", "pipelines.steps", "register", pair], chec
 """
 
 
-WITHOUT_TOOLS, WITH_DVC, WITH_PREFECT, FRESH = 1, 2, 3, 4  # lines of the table
+WITHOUT_TOOLS = 1  # the line of the table that those below it are compared with
 
 
 def main(
@@ -78,12 +78,12 @@ def main(
     """Train in five ways; say what each costs: scores beside `fit` alone, each tool beside those without tools."""
     dataset = load_params().pair(pair).dataset
     flow = ("-m", "pipelines.steps", "train-pair", pair)
-    lines = (
-        ("`fit` alone: load, train, save", ("-c", FIT, pair)),
-        ("with scores, reports and pictures", ("-c", WORK, pair)),
-        ("with DVC and MLflow: `dvc repro`, `register`", ("-c", REPRO, pair)),
-        ("with Prefect and MLflow: `train-pair`", flow),
-        ("the same on a fresh machine", flow),
+    lines = (  # what is done, by which command, and what that adds to the work
+        ("`fit` alone: load, train, save", ("-c", FIT, pair), ""),
+        ("with scores, reports and pictures", ("-c", WORK, pair), ""),
+        ("with DVC and MLflow: `dvc repro`, `register`", ("-c", REPRO, pair), "DVC and MLflow"),
+        ("with Prefect and MLflow: `train-pair`", flow, "Prefect and MLflow"),
+        ("the same on a fresh machine", flow, "On a fresh machine"),
     )
     print("| training | clock | processor | added, processor |\n| --- | --- | --- | --- |")
     found: list[float] = []  # seconds of the processor
@@ -91,26 +91,23 @@ def main(
         site = Site(Path(top))  # whose Prefect server all but the last use
         stack.callback(stop, site.start("server", "start", "--host", "127.0.0.1", "--port", str(site.port)))
         site.wait_until_healthy()
-        for number, (name, words) in enumerate(lines):
-            folder = Path(top) / str(number)
+        for number, (name, words, _) in enumerate(lines):
+            folder, is_fresh = Path(top) / str(number), number == len(lines) - 1
             _write_project(folder, pair, dataset, epochs)
             environment = {**os.environ, "PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": ""}
             environment |= {"PREFECT_HOME": str(folder / "prefect"), "GIT_CEILING_DIRECTORIES": top}
-            environment["PREFECT_API_URL"] = "" if number == FRESH else site.environment["PREFECT_API_URL"]
-            if number != FRESH:
+            environment["PREFECT_API_URL"] = "" if is_fresh else site.environment["PREFECT_API_URL"]
+            if not is_fresh:
                 _python(folder, environment, "-c", "from pipelines.registry import runs; runs.client()")
             start = time.monotonic()
             _, spent_s = timed(partial(_python, folder, environment, *words))
             added = f"{spent_s - found[min(number - 1, WITHOUT_TOOLS)]:+.1f} s" if found else ""
             print(f"| {name} | {time.monotonic() - start:.1f} s | {spent_s:.1f} s | {added} |", flush=True)
             found.append(spent_s)
-    for name, line in (
-        ("DVC and MLflow", WITH_DVC),
-        ("Prefect and MLflow", WITH_PREFECT),
-        ("On a fresh machine", FRESH),
-    ):
-        tools_s = found[line] - found[WITHOUT_TOOLS]
-        print(f"{name}: {tools_s:.1f} processor seconds, {100 * tools_s / TRAINING_S:.0f} % of a 60 s training.")
+    for (_, _, tools), spent_s in zip(lines, found, strict=True):
+        if tools:
+            tools_s = spent_s - found[WITHOUT_TOOLS]
+            print(f"{tools}: {tools_s:.1f} processor seconds, {100 * tools_s / TRAINING_S:.0f} % of a 60 s training.")
 
 
 def _python(folder: Path, environment: dict[str, str], *words: str) -> None:

@@ -65,10 +65,9 @@ def body_of(dataset: str, served: ServedModel, num_samples: int, seed: int, draw
     return json.dumps({**values, "num_samples": num_samples, "seed": seed}).encode()
 
 
-def percentiles(seconds: list[float]) -> tuple[float, float]:
-    """Return p50 and p99."""
-    p50, p99 = np.percentile(seconds or [math.nan], [50, 99])
-    return p50, p99
+def percentiles_ms(seconds: list[float], *wanted: int) -> list[float]:
+    """Return percentiles of seconds in milliseconds; NaN where there are none."""
+    return [1000 * value for value in np.percentile(seconds or [math.nan], wanted)]
 
 
 def time_of(ask: Callable[[bytes], object], bodies: list[bytes]) -> list[float]:
@@ -212,7 +211,7 @@ def main(
     if canvases:
         drawn, scored, lost = visits(url, dataset, served[dataset], canvases, strokes)
         print(f"{canvases} canvases, {dataset}: {len(drawn)} of {canvases * strokes} came; lost: {lost[:1] or 'none'}")
-        p50, p95 = (1000 * value for value in np.percentile(drawn or [math.nan], [50, 95]))
+        p50, p95 = percentiles_ms(drawn, 50, 95)
         print(f"nine endings: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
         before, p50 = sum(map(math.isfinite, scored)), 1000 * median(scored or [math.nan])
         print(f"how probable each is: {before} before the next stroke, p50 of all {p50:.0f} ms")
@@ -231,7 +230,7 @@ def main(
             complete(asked[0])
             whole = time_of(complete, asked[:requests])
             rows = time_of(lambda body: first_rows(http, body), asked[:requests])
-            cells = [f"{1000 * value:.0f} ms" for value in (*percentiles(whole), *percentiles(rows))]
+            cells = [f"{value:.0f} ms" for value in (*percentiles_ms(whole, 50, 99), *percentiles_ms(rows, 50, 99))]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
     print(f"\n| clients, {dataset} | answers per second | against 1 | p50 | p99 | refused | refusal: p99 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -242,11 +241,11 @@ def main(
         if found["others"]:
             raise SystemExit(f"error: {len(found['others'])} requests failed, the first with: {found['others'][0]}")
         alone = alone or found["per_s"] or math.nan
-        p50, p99 = percentiles(found["answered"])
-        refusal = f"{1000 * percentiles(found['refused'])[1]:.0f} ms" if found["refused"] else ""
+        p50, p99 = percentiles_ms(found["answered"], 50, 99)
+        refusal = f"{percentiles_ms(found['refused'], 99)[0]:.0f} ms" if found["refused"] else ""
         print(
-            f"| {num} | {found['per_s']:.1f} | {found['per_s'] / alone:.2f} x | {1000 * p50:.0f} ms | "
-            f"{1000 * p99:.0f} ms | {len(found['refused'])} | {refusal} |",
+            f"| {num} | {found['per_s']:.1f} | {found['per_s'] / alone:.2f} x | {p50:.0f} ms | {p99:.0f} ms | "
+            f"{len(found['refused'])} | {refusal} |",
             flush=True,
         )
 
