@@ -1,17 +1,23 @@
 """The pipeline's commands: `python -m pipelines.steps prepare DATASET` and so on. DVC's stages call these.
 
-A mistake of the person who calls is one sentence on stderr and exit code 1; a traceback is a bug of ours.
+A mistake of the person who calls is one sentence on stderr and exit code 1; a traceback is a bug of ours. What imports
+MLflow, Prefect, BentoML or Jinja is imported by the commands that need it: each takes long.
 """
 
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from typer import Argument, Option, Typer
 
+from pipelines.datasets import checks, own, sources
+from pipelines.datasets import prepare as preparation
+from pipelines.datasets.letters import write_letters
+from pipelines.datasets.pictures import write_pictures
 from pipelines.errors import run_typer
+from pipelines.judging.judge import write_judges
 from pipelines.params import load_params, repro_command
 from pipelines.registry.provenance import prepared_file
 
@@ -32,31 +38,25 @@ def _check_known(dataset: str) -> None:
 @app.command()
 def fetch(dataset: _Dataset) -> None:
     """Copy or download the official files of a dataset into `data/raw/DATASET`."""
-    from pipelines.datasets.sources import fetch as get
-
     source = load_params().dataset(dataset).source
     if source.kind != "official":
         raise ValueError(f"{dataset} is not fetched: its images are read where they lie, in {source.path}.")
-    get(source.path, _RAW / dataset)
+    sources.fetch(source.path, _RAW / dataset)
 
 
 @app.command()
 def prepare(dataset: _Dataset) -> None:
     """Write `data/DATASET.safetensors`, with fixed splits."""
-    from pipelines.datasets.prepare import prepare as write
-
     params = load_params()
     spec = params.dataset(dataset)
-    write(dataset, spec, _RAW / dataset, prepared_file(dataset), params.data, params.checks)
+    preparation.prepare(dataset, spec, _RAW / dataset, prepared_file(dataset), params.data, params.checks)
 
 
 @app.command()
 def confirm(dataset: _Dataset) -> None:
     """Accept the change of a dataset that `prepare` refused; then run `prepare` again."""
     load_params().dataset(dataset)
-    from pipelines.datasets.checks import confirm as accept
-
-    accept(dataset)
+    checks.confirm(dataset)
     print(f"confirmed. Go on: {repro_command('prepare', dataset)}")
 
 
@@ -65,9 +65,9 @@ def add(
     name: Annotated[str, Argument(help="small letters, digits and _")],
     images: Annotated[Path, Option(readable=False, help="folder of pictures, IDX files or CIFAR's .bin; .npy, .npz")],
     side: Annotated[str | None, Option(help="pixels, at most 64: 28, or 48x32 for width x height")] = None,
-    colour: Annotated[Literal["binary", "grey", "rgb"] | None, Option()] = None,
+    colour: Annotated[own.Colour | None, Option()] = None,
     levels: Annotated[int | None, Option(help="2 to 256", min=2, max=256)] = None,
-    fit: Annotated[Literal["crop", "pad", "stretch"] | None, Option(help="of pictures of another shape")] = None,
+    fit: Annotated[own.Fit | None, Option(help="of pictures of another shape")] = None,
     minutes: Annotated[float, Option(help="of training", min=0.01)] = 4.0,
     flips: Annotated[bool, Option("--flips", help="a mirrored picture is one of the same kind")] = False,
     no_labels: Annotated[bool, Option("--no-labels", help="sub-folders are no labels")] = False,
@@ -75,11 +75,8 @@ def add(
     keep: Annotated[bool, Option("--keep", help="keep one of this name that was added from the same path")] = False,
 ) -> None:
     """Make a dataset of pictures, and a pair that suits it; what is not said is chosen after a look at them."""
-    from pipelines.datasets.own import Wishes, side_of
-    from pipelines.datasets.own import add as add_dataset
-
-    wishes = Wishes(
-        side=side_of(side),
+    wishes = own.Wishes(
+        side=own.side_of(side),
         colour=colour,
         levels=levels,
         fit=fit,
@@ -88,7 +85,7 @@ def add(
         skip_broken=skip_broken,
         minutes=minutes,
     )
-    print(*add_dataset(name, images, wishes, keep), sep="\n")
+    print(*own.add(name, images, wishes, keep), sep="\n")
 
 
 @app.command()
@@ -97,8 +94,6 @@ def letters(
     variants: Annotated[int, Option(help="pictures of each letter in each font", min=1)] = 12,
 ) -> None:
     """Make pictures of letters, in the fonts that Matplotlib ships, to be added like any others."""
-    from pipelines.datasets.letters import write_letters
-
     print(f"{write_letters(out, variants)} letters: {out}")
 
 
@@ -108,8 +103,6 @@ def pictures(
     out: Annotated[Path, Option(help="folder to write")],
 ) -> None:
     """Write a dataset's pictures in the size that its models know, named as they are: `pixelcnn rank` takes them."""
-    from pipelines.datasets.pictures import write_pictures
-
     spec = load_params().dataset(dataset)
     if spec.source.kind == "official":
         raise ValueError(
@@ -126,19 +119,17 @@ def remove(
     force: Annotated[bool, Option("--force", help="even if a model on it is served, which goes on")] = False,
 ) -> None:
     """Take a dataset that was added out again, with its pairs and what was prepared; its pictures stay."""
-    from pipelines.datasets.own import own_pairs
-    from pipelines.datasets.own import remove as remove_dataset
     from pipelines.registry import store
     from pipelines.registry.runs import registered_name
 
-    own_pairs(name)  # first: nobody gives up a served model for a dataset that stays
+    own.own_pairs(name)  # first: nobody gives up a served model for a dataset that stays
     model = registered_name(name)
     if (served := store.latest(model)) and not force:
         raise ValueError(
             f"{served} is served: `BENTOML_HOME={store.home()} bentoml models delete {model}` ends that; or remove "
             "the dataset alone: --force."
         )
-    print(*remove_dataset(name), sep="\n")
+    print(*own.remove(name), sep="\n")
 
 
 @app.command()
@@ -229,7 +220,6 @@ def promote(
     why: _Why = None,
 ) -> None:
     """Register what is in models/ for a dataset, and let the best version become champion, on evidence."""
-    load_params()
     _check_known(dataset)
     if to is not None:
         from pipelines.promotion.register import copy_served
@@ -324,7 +314,6 @@ def release(why: _Why = None) -> None:
 def judge(dataset: _Dataset) -> None:
     """Train the judges of a dataset, who say what passes for one of its images, into `judges/`."""
     load_params().dataset(dataset)
-    from pipelines.judging.judge import write_judges
     from pipelines.stages.train import load
 
     write_judges(load(dataset), print)
