@@ -148,8 +148,7 @@ def beside(environment: dict[str, str], status: Path, steps: list[list[str]]) ->
     said: dict[str, str] = {}
     unbuffered = {**environment, "PYTHONUNBUFFERED": "1"}
     line = b""
-    LOG.write_bytes(b"")
-    with LOG.open("ab", buffering=0) as output, LOG.open("rb") as log:
+    with LOG.open("wb", buffering=0) as output, LOG.open("rb") as log:
         for step in steps:
             # Nice from the first moment on, and so for all that it starts.
             process = start(step, unbuffered, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(19))
