@@ -145,7 +145,7 @@ def score_through_service(url: str, dataset: str, version: str, data: Dataset, n
                     raise ConnectionError(f"the service at {where} answered {answer.status_code}: {answer.text}")
                 try:
                     body = answer.json()
-                    served, log_prob = str(body["model"]["version"]), body["log_prob"]
+                    served, log_prob = str(body["model"]["version"]), float(body["log_prob"])
                 except (ValueError, LookupError, TypeError):  # a proxy's page for people to log in, say
                     raise ConnectionError(f"what answers at {where} is not the service: name its address") from None
                 if served != version:

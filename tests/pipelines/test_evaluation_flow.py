@@ -237,7 +237,10 @@ def test_a_password_in_the_address_is_sent_and_not_told(monkeypatch: pytest.Monk
     assert "Q7secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("page", ["<html>Log in</html>", "[]", "{}", '{"model": null}'])
+PAGES = ["<html>Log in</html>", "[]", "{}", '{"model": null}', '{"model": {"version": "1"}, "log_prob": null}']
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_is_not_the_service_is_told_so(monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.setattr(evaluation_flow, "_post", lambda *_: httpx.Response(200, text=page))
     with pytest.raises(ConnectionError, match=r"what answers at http://proxy/a is not the service: name its address"):
