@@ -19,9 +19,9 @@ from typer import Argument
 from benchmarks.command import command
 from pipelines.files import atomic_write
 from pipelines.params import PairParams, load_params
-from pipelines.stages.train import set_torch_threads
+from pipelines.stages.train import load, set_torch_threads
 from pixelcnn.config import checked_config
-from pixelcnn.data import Dataset, load_dataset
+from pixelcnn.data import Dataset
 from pixelcnn.evaluation import format_nll
 from pixelcnn.models.registry import build_model
 from pixelcnn.training import StepReport, TrainConfig, fit
@@ -100,7 +100,7 @@ def compare(
         lines += [f"## {pair}", "", "| changed | parameters | images/s | images seen | validation NLL |"]
         lines += ["| --- | --- | --- | --- | --- |"]
         settings = load_params().pair(pair)
-        data = load_dataset(Path("data") / f"{settings.dataset}.safetensors")
+        data = load(settings.dataset)
         for changes in changed:
             lines.append(measure(pair, settings, data, changes or {}, minutes, num_images))
             print(pair, lines[-1], flush=True)
