@@ -20,6 +20,7 @@ from app.canvas.texts import say
 from app.client import OnOpen, Rows, ServiceClient, ServiceError
 
 Event = TypeVar("Event")
+AskFor = Callable[[OnOpen], Generator[Event, None, None]]
 WAIT_S = 0.01  # how often a page that waits looks whether it is to be redrawn
 SHOW_S = 0.06  # at most this often are unfinished images shown anew
 END = object()
@@ -30,42 +31,50 @@ class Leaving:
 
     def __init__(self) -> None:
         self.left = threading.Event()
-        self._ends: list[Callable[[], None]] = []
+        self._end: Callable[[], None] = lambda: None
 
     def on_open(self, end: Callable[[], None]) -> None:
         """Take what ends the request: an `OnOpen` of the client."""
-        self._ends.append(end)
+        self._end = end
         if self.left.is_set():
             end()
 
     def leave(self) -> None:
         self.left.set()
-        for end in self._ends:
-            end()
+        self._end()
 
 
-def in_background(ask_for: Callable[[OnOpen], Generator[Event, None, None]]) -> Generator[Event | None, None, None]:
-    """Yield the events of another thread, and None whenever nothing has come for a moment.
+def begin(ask_for: AskFor[Event], put: Callable[[Any], object]) -> Leaving:
+    """Have another thread `put` the events that it asks for, at last END or what they raise; return how to leave it.
 
-    A page is redrawn, or stopped, when it next calls Streamlit: `look_up` at each None keeps it responsive while a
-    service is slow. `ask_for` returns the events, and may tell what ends them while the other thread waits for one;
-    leaving the generator does so, and drops what still comes. Raises what the events raise.
+    `ask_for` returns the events, and may tell what ends them while they are waited for.
     """
-    answers: queue.Queue[Any] = queue.Queue()
     leaving = Leaving()
 
     def ask() -> None:
         try:
             with contextlib.closing(ask_for(leaving.on_open)) as events:  # ends the request
                 for event in events:
-                    answers.put(event)
+                    put(event)
                     if leaving.left.is_set():
-                        return
-            answers.put(END)
+                        break
+            put(END)
         except Exception as error:  # it is raised where it is awaited
-            answers.put(error)
+            put(error)
 
     threading.Thread(target=ask, daemon=True).start()
+    return leaving
+
+
+def in_background(ask_for: AskFor[Event]) -> Generator[Event | None, None, None]:
+    """Yield the events of another thread, and None whenever nothing has come for a moment.
+
+    A page is redrawn, or stopped, when it next calls Streamlit: `look_up` at each None keeps it responsive while a
+    service is slow. For `ask_for` see `begin`; leaving the generator ends the events, and drops what still comes.
+    Raises what the events raise.
+    """
+    answers: queue.Queue[Any] = queue.Queue()
+    leaving = begin(ask_for, answers.put)
     try:
         while True:
             event = None
@@ -114,7 +123,7 @@ def waiting_fragments() -> list[str]:
 
 
 def wait_for(
-    ask_for: Callable[[OnOpen], Generator[Event, None, None]],
+    ask_for: AskFor[Event],
     what: str,
     text: str,
     on_stop: Callable[[], None] | None = None,
@@ -123,8 +132,8 @@ def wait_for(
     """Return what the service answers, or give it to `show` as it comes, and return none. Raises ServiceError.
 
     Meanwhile the page says that it takes a while. It may leave this at any moment, also after the last answer: what
-    must not be lost is for `show` to keep. For `ask_for` see `in_background`: requests that it
-    sends one by one end once the page has left; for `what`, `text` and `on_stop` see `busy_line`.
+    must not be lost is for `show` to keep. For `ask_for` see `begin`: requests that it sends one by one end once the
+    page has left; for `what`, `text` and `on_stop` see `busy_line`.
     """
     found: list[Event] = []
     take = show or found.append

@@ -5,8 +5,8 @@ show, row by row. The page runs then, and finds the endings in its visit; where 
 """
 
 import asyncio
+import functools
 import json
-import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from app.canvas.endings import Endings, Settings, asked_of
 from app.canvas.rendering import endings_html
 from app.canvas.session import VISITS, Visit
 from app.canvas.texts import SPOKEN
-from app.canvas.waiting import Leaving, drawn
-from app.client import ServiceError
+from app.canvas.waiting import begin, drawn
 
 HERE = Path(__file__).parent
 LIVE_PATH = "/live"
@@ -91,22 +90,13 @@ async def answer_live(request: HttpRequest) -> Response:
 
 async def _events(visit: Visit, settings: Settings, asked: Endings) -> AsyncGenerator[str, None]:
     loop = asyncio.get_running_loop()
-    endings: asyncio.Queue[Endings | None] = asyncio.Queue()
-    leaving = Leaving()
-
-    def ask() -> None:
-        try:
-            for ending in drawn(visit.client, asked, leaving.on_open):
-                loop.call_soon_threadsafe(endings.put_nowait, ending)
-        except ServiceError:
-            pass  # the answer ends early: the page asks again, and says why
-        finally:
-            loop.call_soon_threadsafe(endings.put_nowait, None)
-
+    endings: asyncio.Queue[object] = asyncio.Queue()
+    ask_for = functools.partial(drawn, visit.client, asked)
+    leaving = begin(ask_for, lambda event: loop.call_soon_threadsafe(endings.put_nowait, event))
     visit.stop_live, visit.live_for = leaving.leave, (settings.query, settings.seed)
-    threading.Thread(target=ask, daemon=True).start()
     try:
-        while (ending := await endings.get()) and not leaving.left.is_set():
+        # An error ends the answer early: the page asks again, and says why.
+        while isinstance(ending := await endings.get(), Endings) and not leaving.left.is_set():
             is_finished = ending.log_probs is not None
             visit.live, visit.unfinished = (ending, None) if is_finished else (None, ending)
             shown = {"html": endings_html(ending, settings.coloured, visit.order), "finished": is_finished}
