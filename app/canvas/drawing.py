@@ -78,14 +78,8 @@ def known_cells(drawing: Drawing, mode: str, num_levels: int) -> np.ndarray:
     "touched": ink and known blanks; "mask": all but holes.
     """
     ink: np.ndarray = drawing.mark == TOUCHED if drawing.strength.ndim == 3 else levels_of(drawing, num_levels) > 0
-    if mode == "mask":
-        known = np.ones_like(ink)
-    elif mode == "touched":
-        known = drawing.mark == TOUCHED
-    else:
-        known = ink.copy()
-        if mode == "above" and ink.any():
-            known[: int(np.flatnonzero(ink.any(axis=1))[-1]) + 1] = True
+    is_above = np.arange(len(ink))[:, None] <= np.nonzero(ink)[0].max(initial=-1)  # (H, 1), down to the lowest ink
+    known = {"above": is_above, "ink": ink, "touched": drawing.mark == TOUCHED, "mask": True}[mode]
     return np.asarray(known & (drawing.mark != HOLE), dtype=np.int64)
 
 
