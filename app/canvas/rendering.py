@@ -40,17 +40,13 @@ def ending_pixels(image: np.ndarray, known: np.ndarray, levels: int, coloured: b
     an image in colour.
     """
     strength = np.clip(image, 0, None) / (levels - 1)
-    pixels = np.empty((*image.shape[:2], 4), dtype=np.uint8)
     if image.ndim == 3:
-        pixels[..., :3] = np.rint(255 * strength)
-        pixels[..., 3] = np.where((image < 0).any(axis=-1), 0, 255)
-        return pixels
-    drawn = (known == 1) | (not coloured)  # (H, W)
-    ink = np.where(drawn[..., None], INK, ADDED_INK)  # (H, W, 3)
-    paper = np.where(drawn[..., None], PAPER, ADDED_PAPER)
-    pixels[..., :3] = np.rint(paper + (ink - paper) * strength[..., None])
-    pixels[..., 3] = np.where(image < 0, 0, 255)
-    return pixels
+        colours, is_drawn = 255 * strength, image[..., 0] >= 0
+    else:
+        is_own = ((known == 1) | (not coloured))[..., None]  # (H, W, 1)
+        ink, paper = np.where(is_own, INK, ADDED_INK), np.where(is_own, PAPER, ADDED_PAPER)  # (H, W, 3)
+        colours, is_drawn = paper + (ink - paper) * strength[..., None], image >= 0
+    return np.dstack([np.rint(colours), 255 * is_drawn]).astype(np.uint8)
 
 
 def whole_pixels(image: np.ndarray, levels: int) -> np.ndarray:
