@@ -2,7 +2,6 @@
 
 import functools
 import uuid
-from collections.abc import Generator
 
 import numpy as np
 import streamlit as st
@@ -14,7 +13,7 @@ from app.canvas.session import Visit
 from app.canvas.texts import say
 from app.canvas.waiting import wait_for
 from app.canvas.widgets import choose, in_words, known_key, upload_picture
-from app.client import GeneratedImages, OnOpen, ServedModel, ServiceError
+from app.client import ServedModel, ServiceError
 
 
 def start_from_picture(visit: Visit, dataset: str, model: ServedModel, label: int | None, sees_all: bool) -> None:
@@ -60,12 +59,9 @@ def made_picture(visit: Visit, dataset: str, model: ServedModel, label: int | No
     kind = (dataset, shape_of(model))
     st.button(say("make_picture"), icon=":material/auto_awesome:", on_click=want, args=[True])
     if visit.example_wanted:  # still, if a stroke interrupted the page
-
-        def ask(_: OnOpen) -> Generator[GeneratedImages, None, None]:
-            yield visit.client.generate(dataset, label=label)
-
+        asked = (visit.client.generate(dataset, label=label) for _ in range(1))
         try:
-            [answer] = wait_for(ask, "picture", say("drawing"), lambda: want(False))
+            [answer] = wait_for(lambda _: asked, "picture", say("drawing"), lambda: want(False))
             visit.example = (kind, strength_of(np.array(answer.images[0]), model.levels))
         except ServiceError as error:
             st.warning(in_words(error))
