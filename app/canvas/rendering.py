@@ -142,15 +142,15 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
     num_added = int((known == 0).sum()) * (3 if ending.images.ndim == 4 else 1)
     figures = []
     for rank, i in enumerate(order_of(ending, order), start=1):
-        pixels, title = ending_pixels(ending.images[i], known, ending.levels, coloured), say(kind, rank=rank)
-        if ending.log_probs is None:
-            alt = title if is_drawn else f"{title}, {say('being_drawn')}"
-            picture, caption = img(pixels, alt), "\N{HORIZONTAL ELLIPSIS}"
-        else:
+        alt, caption = say(kind, rank=rank), "\N{HORIZONTAL ELLIPSIS}"
+        if ending.log_probs is not None:
             score, bits = nats(ending.log_probs[i]), bits_per_dim(ending.log_probs[i], num_added)
             name = ending.names[i] if ending.names else ""
+            alt = f"{alt}: {name} {score}" if name else f"{alt}: {score}"
             caption = (f"<b>{html.escape(name)}</b>" if name else "") + f'<span title="{bits}">{score}</span>'
-            picture = img(pixels, f"{title}: {name} {score}" if name else f"{title}: {score}")
+        elif not is_drawn:
+            alt = f"{alt}, {say('being_drawn')}"
+        picture = img(ending_pixels(ending.images[i], known, ending.levels, coloured), alt)
         if not sheet and ending.log_probs is not None:  # what is still drawn cannot be continued from
             label, title = say("continue", rank=rank), say("continue_help")
             picture = _continue_button(_ink(ending, i), picture, label, title, ' aria-pressed="false"')
