@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import streamlit as st
@@ -16,6 +16,7 @@ from app.canvas.session import Visit
 from app.canvas.texts import TEXTS, language, say, say_label
 from app.client import ServedModel, ServiceError
 
+Kind = TypeVar("Kind")
 HERE = Path(__file__).parent
 MAX_UPLOAD_MB = 10
 KNOWN_KEYS = ("known", "known_all", "known_paint")  # of the widgets that hold the mode of `known_cells`
@@ -37,12 +38,12 @@ def main_button(label: str, on_click: Callable[[], None] | None = None) -> bool:
     return st.button(label, on_click=on_click, key="main", **options)
 
 
-def linked_default(key: str, offered: Any, default: Any, name: str | None = None) -> Any:
+def linked_default(key: str, offered: Collection[Kind], default: Kind, name: str | None = None) -> Kind:
     """Return what a widget shows first, the address's value or the default; drop what it holds but cannot offer."""
     state = st.session_state
     if key in state and state[key] not in offered:
         del state[key]
-    linked = state.get(f"linked_{name or key}", default)
+    linked: Kind = state.get(f"linked_{name or key}", default)
     return linked if linked in offered else default
 
 
@@ -96,7 +97,7 @@ def choose_known(painting: bool, sees_all: bool) -> str:
     default = linked_default(key, modes, "ink" if painting or sees_all else "above", "known")
     mode = choose(say("known"), names, default, width="stretch", wrap=True, key=key, persist_state="session")
     if painting:
-        st.caption(say("help_paint" if mode == "ink" else f"help_paint_{mode}"))
+        st.caption(say(f"help_paint_{mode}"))
     else:
         st.caption(say("help_ink_seen" if mode == "ink" and sees_all else f"help_{mode}"))
     return mode
@@ -105,10 +106,7 @@ def choose_known(painting: bool, sees_all: bool) -> str:
 def choose_temperature() -> float:
     first = linked_default("temperature", [round(0.05 * i, 2) for i in range(31)], TEMPERATURE)
     text, help_text = say("temperature"), say("temperature_help")
-    temperature: float = st.slider(
-        text, 0.0, 1.5, first, 0.05, key="temperature", persist_state="session", help=help_text
-    )
-    return temperature
+    return st.slider(text, 0.0, 1.5, first, 0.05, key="temperature", persist_state="session", help=help_text)
 
 
 def choose_seed(key: str) -> tuple[int | None, str]:
