@@ -30,12 +30,11 @@ def surprise_page(visit: Visit) -> None:
         strength, trouble = upload_picture(say("own_picture"), visit, dataset)
         label = choose_label(model.labels, say("told"))
         drawing = visit.drawing(shape)
-        query = ""
+        link: dict[str, str | int] = {}
         if strength is None and not trouble and drawing.mark.any():
             # The grid is on another page: after a reload the address alone knows what was drawn.
             link = {"dataset": dataset, "label": -1 if label is None else label, "d": encode_drawing(drawing)}
-            query = urlencode(link)
-        companion(query)  # always there, for the upload
+        companion(urlencode(link))  # always there, for the upload
     if trouble:
         right.warning(trouble)
         return
@@ -78,8 +77,7 @@ def surprise_page(visit: Visit) -> None:
         second.metric(say("per_dimension"), bits_per_dim(answer.log_prob, image.size))
         if "test/nll_nats" in model.scores:
             third.metric(say("usual"), nats(-model.scores["test/nll_nats"]))
-        size = png_size(image, model.levels)
-        st.caption(say("packed", packed=answer.packed_bytes, png=size))
+        st.caption(say("packed", packed=answer.packed_bytes, png=png_size(image, model.levels)))
         if model.labels and st.button(say("which_label"), icon=":material/label:"):
             try:
                 given = likelihoods(visit, dataset, [image], range(len(model.labels)), "labels")
