@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from app.canvas.drawing import Drawing, drawing_text, encode_drawing, known_cell
 from app.canvas.texts import say
 from app.client import ServedModel
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1  # 19 digits
 
 
 def shape_of(model: ServedModel) -> tuple[int, ...]:
@@ -91,7 +92,7 @@ class Endings:
     images: np.ndarray
     log_probs: list[float] | None = None
     seed: int | None = None
-    model: dict[str, Any] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
     drawing: str = ""
     names: list[str] = field(default_factory=list)  # what each probably is; empty where nobody asked
@@ -134,7 +135,7 @@ def parse_seed(text: str) -> tuple[int | None, str]:
     text = text.strip()
     if not text:
         return None, ""
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_SEED)) and int(text) <= MAX_SEED):
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) > MAX_SEED:
         return None, say("seed_wrong", most=MAX_SEED, text=text)
     return int(text), ""
 
@@ -150,9 +151,8 @@ def record(ending: Endings) -> str:
     return json.dumps(values, indent=1)
 
 
-def version_of(model: Mapping[str, Any] | None) -> str:
+def version_of(model: Mapping[str, Any]) -> str:
     """Name the model that an answer comes from, and its version."""
-    model = model or {}
     return say("version", name=model.get("name"), version=model.get("version"))
 
 
@@ -168,8 +168,8 @@ def bits_per_dim(log_prob: float, num: int) -> str:
 
 def nll_of(served: ServedModel, nats: str = "nats") -> str | None:
     """Write a model's NLL on the test split in the unit of its levels, `nats` for two of them; None without a score."""
-    key, unit = ("test/bits_per_dim", "bits/dim") if served.levels > 2 else ("test/nll_nats", nats)
-    return f"{served.scores[key]:.{4 if served.levels > 2 else 2}f} {unit}" if key in served.scores else None
+    key, digits, unit = ("test/bits_per_dim", 4, "bits/dim") if served.levels > 2 else ("test/nll_nats", 2, nats)
+    return f"{served.scores[key]:.{digits}f} {unit}" if key in served.scores else None
 
 
 def order_of(ending: Endings, order: str) -> list[int]:
