@@ -77,18 +77,17 @@ def layout_of(images: np.ndarray) -> Layout:
 def fit_picture(data: bytes, shape: tuple[int, ...], dark_ink: bool) -> np.ndarray:
     """Return an uploaded picture, whole and centred, as (H, W) grey or (H, W, 3) colour, int64 of 0 to 255.
 
-    With `dark_ink` a grey one shows dark ink on light paper, as photographs do: dark becomes high. Raises ValueError as
+    With `dark_ink` it shows dark ink on light paper, as photographs do: dark becomes high. Raises ValueError as
     `open_picture`.
     """
     height, width = shape[:2]
-    colour = len(shape) == 3
-    invert = dark_ink and not colour
-    flat = _on_paper(open_picture(data), "white" if invert else "black", "RGB" if colour else "L")
+    paper = "white" if dark_ink else "black"
+    flat = _on_paper(open_picture(data), paper, "RGB" if len(shape) == 3 else "L")
     small = _reduced(flat, min(width / flat.width, height / flat.height))
-    whole = Image.new(flat.mode, (width, height), "white" if invert else "black")
+    whole = Image.new(flat.mode, (width, height), paper)
     whole.paste(small, ((width - small.width) // 2, (height - small.height) // 2))
     values = np.asarray(whole, dtype=np.int64)
-    return 255 - values if invert else values
+    return 255 - values if dark_ink else values
 
 
 @functools.lru_cache(maxsize=4)  # as above
