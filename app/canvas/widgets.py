@@ -146,14 +146,13 @@ def in_words(error: ServiceError) -> str:
 
 
 def show_trouble(visit: Visit) -> None:
-    """Say what keeps an answer away, in a visitor's words; count down to the next try if that may help."""
+    """Say what keeps an answer away, if anything does, in a visitor's words; count down to the next try if it helps."""
     if visit.trouble is None:
         return
     st.warning(in_words(visit.trouble))
     if visit.trouble.away:
         _count_down(visit)
-    with st.expander(say("operator")):
-        st.markdown(str(visit.trouble))
+    st.expander(say("operator")).markdown(str(visit.trouble))
 
 
 @st.fragment(run_every=1.0)

@@ -63,19 +63,16 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
         st.rerun()  # a setting was changed at the same moment as the drawing
     with st.container(key="board"):
         left, right = st.columns(2, gap="medium")
-    with left:
-        grid_place = st.container()
-        button_place = st.container(key="go", horizontal=True, vertical_alignment="center")
-        examples_place = st.container()
-    with right:
-        beside_place = st.container()
-        away_place = st.container()  # what is redrawn by itself must not stand in an `st.empty`, which may be gone then
-        live_place = st.container(key="live-endings")
-        status = st.empty()
-        with st.container(key="page-endings"):
-            place = st.empty()
-        note = st.container()
-        actions = st.container(key="actions", horizontal=True, vertical_alignment="center")
+    grid_place = left.container()
+    button_place = left.container(key="go", horizontal=True, vertical_alignment="center")
+    examples_place = left.container()
+    beside_place = right.container()
+    away_place = right.container()  # what is redrawn by itself must not stand in an `st.empty`, which may be gone then
+    live_place = right.container(key="live-endings")
+    status = right.empty()
+    place = right.container(key="page-endings").empty()
+    note = right.container()
+    actions = right.container(key="actions", horizontal=True, vertical_alignment="center")
     model, levels = settings.model, settings.levels
     # A dataset's name promises no shape: a checkpoint of smaller images may have been registered under it.
     beginnings = [one for one in beginnings_of(settings.dataset) if one.strength.shape == settings.shape]
@@ -153,9 +150,8 @@ def board(visit: Visit, settings: Settings, chosen: dict[str, Any], gallery_plac
         redraw()
     if visit.refresh_models():
         st.rerun()
-    if visit.trouble:
-        with away_place:
-            widgets.show_trouble(visit)
+    with away_place:
+        widgets.show_trouble(visit)
 
 
 def show_actions(last: Endings | None, drawing: Drawing, settings: Settings, order: str) -> bool:
@@ -245,9 +241,8 @@ def choose_settings(visit: Visit) -> Settings:
         first, second = st.columns(2)
         with first:
             temperature = widgets.choose_temperature()
-        with second:
-            default = widgets.linked_default("n", range(1, MAX_ENDINGS + 1), NUM_ENDINGS)
-            num_samples = st.slider(say("endings"), 1, MAX_ENDINGS, default, key="n", persist_state="session")
+        default = widgets.linked_default("n", range(1, MAX_ENDINGS + 1), NUM_ENDINGS)
+        num_samples = second.slider(say("endings"), 1, MAX_ENDINGS, default, key="n", persist_state="session")
         seed, trouble = widgets.choose_seed("typed_seed")
         named = st.toggle(say("named"), key="named", help=say("named_help"), persist_state="session")
         coloured = painting or st.toggle(say("coloured"), value=True, key="coloured", persist_state="session")

@@ -29,9 +29,7 @@ def generate_page(visit: Visit) -> None:
         if widgets.main_button(say("generate")):
             visit.generate_wanted = True
             visit.retry_at = math.inf  # at once
-    with right:
-        away_place = st.container()
-        trouble, place = st.empty(), st.empty()
+    away_place, trouble, place = right.container(), right.empty(), right.empty()
     settings = {"dataset": dataset, "label": str(-1 if label is None else label), "temperature": str(temperature)}
     if wrong_seed:
         trouble.warning(wrong_seed)
@@ -58,15 +56,14 @@ def generate_page(visit: Visit) -> None:
         except ServiceError as error:
             visit.fail(error)
             visit.generate_wanted = error.away  # then it is asked again
-    if visit.trouble:
-        with away_place:
-            widgets.show_trouble(visit)
+    with away_place:
+        widgets.show_trouble(visit)
     if visit.generated is None:
         place.html(f'<div class="endings waiting"><p>{say("sixteen")}</p></div>')
         return
     stale = visit.generated.settings != settings
     place.html(endings_html(visit.generated, coloured=False, order="likely", stale=stale, sheet=True))
-    with right, st.container(key="actions", horizontal=True, vertical_alignment="center"):
+    with right.container(key="actions", horizontal=True, vertical_alignment="center"):
         with st.container(key="seed", horizontal=True, vertical_alignment="center"):
             st.caption(say("seed"), width="content")
             st.code(str(visit.generated.seed), language=None, width="content")
