@@ -33,25 +33,24 @@ def as_png(picture: Image.Image, optimize: bool = False) -> bytes:
     return file.getvalue()
 
 
-def ending_pixels(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> np.ndarray:
-    """Return one ending, (H, W) or (H, W, 3) levels, -1 where not drawn yet, as (H, W, 4) uint8 pixels.
+def whole_pixels(image: np.ndarray, levels: int, added: np.ndarray | bool = False) -> np.ndarray:
+    """Return an image, (H, W) or (H, W, 3) levels, -1 where not drawn yet, as (H, W, 4) uint8 pixels.
 
-    `known`, (H, W), is 1 where the person drew it. With `coloured` what the model added has a colour of its own, but in
-    an image in colour.
+    Grey ones are ink on paper; where they are `added`, (H, W), these have a colour of their own.
     """
     strength = np.clip(image, 0, None) / (levels - 1)
     if image.ndim == 3:
         colours, is_drawn = 255 * strength, image[..., 0] >= 0
     else:
-        is_own = ((known == 1) | (not coloured))[..., None]  # (H, W, 1)
-        ink, paper = np.where(is_own, INK, ADDED_INK), np.where(is_own, PAPER, ADDED_PAPER)  # (H, W, 3)
+        is_added = np.asarray(added)[..., None]  # (H, W, 1)
+        ink, paper = np.where(is_added, ADDED_INK, INK), np.where(is_added, ADDED_PAPER, PAPER)  # (H, W, 3)
         colours, is_drawn = paper + (ink - paper) * strength[..., None], image >= 0
     return np.dstack([np.rint(colours), 255 * is_drawn]).astype(np.uint8)
 
 
-def whole_pixels(image: np.ndarray, levels: int) -> np.ndarray:
-    """Return an image, (H, W) or (H, W, 3) levels, as (H, W, 4) uint8 pixels: grey ones as ink on paper."""
-    return ending_pixels(image, np.ones(image.shape[:2]), levels, coloured=False)
+def ending_pixels(ending: Endings, image: np.ndarray, coloured: bool) -> np.ndarray:
+    """Return one image of some endings as `whole_pixels`; with `coloured`, what the model added has its own colour."""
+    return whole_pixels(image, ending.levels, coloured & (ending.known == 0))
 
 
 def png_size(image: np.ndarray, levels: int) -> int:
@@ -75,7 +74,7 @@ def enlarged(pixels: np.ndarray, cell: int) -> Image.Image:
 def saved_picture(ending: Endings, coloured: bool, order: str, columns: int) -> bytes:
     """Return all endings, at most so many side by side, as one large PNG to keep: each cell a crisp square."""
     images = [ending.images[i] for i in order_of(ending, order)]
-    tiles = [enlarged(ending_pixels(image, ending.known, ending.levels, coloured), SAVED_CELL) for image in images]
+    tiles = [enlarged(ending_pixels(ending, image, coloured), SAVED_CELL) for image in images]
     columns = min(columns, len(tiles))
     width, height, rows = tiles[0].width + SAVED_GAP, tiles[0].height + SAVED_GAP, -(-len(tiles) // columns)
     paper = Image.new("RGB", (columns * width + SAVED_GAP, rows * height + SAVED_GAP), (226, 226, 226))
@@ -84,9 +83,9 @@ def saved_picture(ending: Endings, coloured: bool, order: str, columns: int) -> 
     return as_png(paper)
 
 
-def large_image(image: np.ndarray, known: np.ndarray, levels: int, coloured: bool) -> bytes:
-    """Return one image, (H, W) or (H, W, 3) levels, as a large PNG to keep."""
-    return as_png(enlarged(ending_pixels(image, known, levels, coloured), SAVED_CELL))
+def large_image(ending: Endings, image: np.ndarray, coloured: bool) -> bytes:
+    """Return one image of some endings, (H, W) or (H, W, 3) levels, as a large PNG to keep."""
+    return as_png(enlarged(ending_pixels(ending, image, coloured), SAVED_CELL))
 
 
 def saved_animation(ending: Endings, i: int, coloured: bool) -> bytes:
@@ -97,7 +96,7 @@ def saved_animation(ending: Endings, i: int, coloured: bool) -> bytes:
         shown = image.copy()
         rows, columns = missing[number:].T
         shown[rows, columns] = -1
-        pixels = ending_pixels(shown, ending.known, ending.levels, coloured)
+        pixels = ending_pixels(ending, shown, coloured)
         pixels = np.where(pixels[..., 3:] == 0, UNKNOWN, pixels[..., :3]).astype(np.uint8)
         frames.append(enlarged(pixels, ANIMATED_CELL))
     file, durations = io.BytesIO(), [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
@@ -150,7 +149,7 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
             caption = (f"<b>{html.escape(name)}</b>" if name else "") + f'<span title="{bits}">{score}</span>'
         elif not is_drawn:
             alt = f"{alt}, {say('being_drawn')}"
-        picture = img(ending_pixels(ending.images[i], known, ending.levels, coloured), alt)
+        picture = img(ending_pixels(ending, ending.images[i], coloured), alt)
         if not sheet and ending.log_probs is not None:  # what is still drawn cannot be continued from
             label, title = say("continue", rank=rank), say("continue_help")
             picture = _continue_button(_ink(ending, i), picture, label, title, ' aria-pressed="false"')
@@ -158,7 +157,7 @@ def endings_html(ending: Endings, coloured: bool, order: str, stale: bool = Fals
     css_class = "endings" + " sheet" * sheet + " stale" * stale
     told = ""
     if not sheet:  # the drawing without its endings is there to compare with
-        alone = _address(ending_pixels(ending.request.given, known, ending.levels, coloured))
+        alone = _address(ending_pixels(ending, ending.request.given, coloured))
         told = f' data-for="{ending.drawing}" style="--alone: url({alone})"'
     state = f'data-known="{int(known.sum())}" data-drawn="{int(is_drawn)}"'
     return f'<div class="{css_class}" {state}{told}>{"".join(figures)}</div>'
@@ -169,7 +168,7 @@ def gallery_html(endings: list[Endings]) -> str:
     buttons = []
     for ending in endings:
         likeliest = order_of(ending, "likely")[0]
-        picture = img(ending_pixels(ending.images[likeliest], ending.known, ending.levels, True), "")
+        picture = img(ending_pixels(ending, ending.images[likeliest], coloured=True), "")
         label = say("continue_seed", seed=ending.seed)
         buttons.append(_continue_button(_ink(ending, likeliest), picture, label))
     return f'<div class="gallery">{"".join(buttons)}</div>'

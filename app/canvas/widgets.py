@@ -172,17 +172,16 @@ def _count_down(visit: Visit) -> None:
 def download(ending: Endings, coloured: bool, order: str, columns: int, chosen: int | None = None) -> None:
     """Offer to keep all endings, as a picture and as JSON that reproduces them, and the `chosen` or likeliest one."""
     one = order_of(ending, "likely")[0] if chosen is None else chosen
-    image, known, levels = ending.images[one], ending.known, ending.levels
     offers: list[tuple[str, str, str, Callable[[], str | bytes]]] = [
-        ("one", "png", "image/png", lambda: large_image(image, known, levels, coloured)),
+        ("one", "png", "image/png", lambda: large_image(ending, ending.images[one], coloured)),
         ("all", "png", "image/png", lambda: saved_picture(ending, coloured, order, columns)),
-        ("drawing", "png", "image/png", lambda: large_image(ending.request.given, known, levels, coloured)),
+        ("drawing", "png", "image/png", lambda: large_image(ending, ending.request.given, coloured)),
         ("animation", "gif", "image/gif", lambda: saved_animation(ending, one, coloured)),
         ("record", "json", "application/json", lambda: record(ending)),
     ]
     with st.popover(say("save"), icon=":material/download:"):
         for what, kind, mime, data in offers:
-            if known.any() or what in ("all", "animation", "record"):  # a sheet of whole images has no drawing
+            if ending.known.any() or what in ("all", "animation", "record"):  # a sheet of whole images has no drawing
                 name = f"{ending.request.dataset}-{ending.seed}-{what}.{kind}"
                 st.download_button(say(f"save_{what}"), data, name, mime, key=f"save_{what}", on_click="ignore")
 
