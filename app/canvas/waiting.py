@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -26,22 +26,22 @@ SHOW_S = 0.06  # at most this often are unfinished images shown anew
 END = object()
 
 
+@dataclass
 class Leaving:
     """How one leaves a request that another thread waits for: at once, or as soon as there is something to end."""
 
-    def __init__(self) -> None:
-        self.left = threading.Event()
-        self._end: Callable[[], None] = lambda: None
+    left: bool = False
+    end: Callable[[], None] = lambda: None
 
     def on_open(self, end: Callable[[], None]) -> None:
         """Take what ends the request: an `OnOpen` of the client."""
-        self._end = end
-        if self.left.is_set():
+        self.end = end
+        if self.left:
             end()
 
     def leave(self) -> None:
-        self.left.set()
-        self._end()
+        self.left = True
+        self.end()
 
 
 def begin(ask_for: AskFor[Event], put: Callable[[Any], object]) -> Leaving:
@@ -56,7 +56,7 @@ def begin(ask_for: AskFor[Event], put: Callable[[Any], object]) -> Leaving:
             with contextlib.closing(ask_for(leaving.on_open)) as events:  # ends the request
                 for event in events:
                     put(event)
-                    if leaving.left.is_set():
+                    if leaving.left:
                         break
             put(END)
         except Exception as error:  # it is raised where it is awaited

@@ -96,7 +96,7 @@ async def _events(visit: Visit, settings: Settings, asked: Endings) -> AsyncGene
     visit.stop_live, visit.live_for = leaving.leave, (settings.query, settings.seed)
     try:
         # An error ends the answer early: the page asks again, and says why.
-        while isinstance(ending := await endings.get(), Endings) and not leaving.left.is_set():
+        while isinstance(ending := await endings.get(), Endings) and not leaving.left:
             is_finished = ending.log_probs is not None
             visit.live, visit.unfinished = (ending, None) if is_finished else (None, ending)
             shown = {"html": endings_html(ending, settings.coloured, visit.order), "finished": is_finished}
