@@ -53,7 +53,7 @@ def draw_page(visit: Visit) -> None:
         board(visit, settings, chosen_now(), gallery_place)
     if settings.model:
         with picture_place:
-            start_from_picture(visit, settings.dataset, settings.model, settings.label, settings.sees_all)
+            start_from_picture(visit, settings)
 
 
 @st.fragment
