@@ -35,35 +35,33 @@ def surprise_page(visit: Visit) -> None:
             # The grid is on another page: after a reload the address alone knows what was drawn.
             link = {"dataset": dataset, "label": -1 if label is None else label, "d": encode_drawing(drawing)}
         companion(urlencode(link))  # always there, for the upload
-    if trouble:
-        right.warning(trouble)
-        return
-    examples = [one for one in real_images(dataset) if one.shape == shape]  # see `board`
-    is_example = strength is None and not drawing.mark.any() and bool(examples)
-    if is_example:
-        strength = examples[0]
-    if strength is not None:
-        drawing = Drawing(strength, np.full(shape[:2], TOUCHED))
-    image = levels_of(drawing, model.levels)
-    question = (dataset, model.model.get("weights_sha256"), image.tolist(), label)
-    if not visit.surprise or visit.surprise[0] != question:
-        asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for _ in range(1))
-        try:
-            with right:
-                [answer] = wait_for(lambda _: asked, "surprise", say("scoring"))
-            visit.surprise = (question, answer, None)
-            visit.answer_came()
-        except ServiceError as error:
-            visit.fail(error)
-            with right:
-                show_trouble(visit)
-            return
-    _, answer, by_label = visit.surprise
-    surprise = np.array(answer.surprise)
-    sent = img(whole_pixels(image, model.levels), say("sent"))
-    heat = img(heat_pixels(surprise), say("heat_map"))
-    scale = f'<span>0</span><i class="heat"></i><span>{surprise.max():.1f} nats</span>'
     with right:
+        if trouble:
+            st.warning(trouble)
+            return
+        examples = [one for one in real_images(dataset) if one.shape == shape]  # see `board`
+        is_example = strength is None and not drawing.mark.any() and bool(examples)
+        if is_example:
+            strength = examples[0]
+        if strength is not None:
+            drawing = Drawing(strength, np.full(shape[:2], TOUCHED))
+        image = levels_of(drawing, model.levels)
+        question = (dataset, model.model.get("weights_sha256"), image.tolist(), label)
+        if not visit.surprise or visit.surprise[0] != question:
+            asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for _ in range(1))
+            try:
+                [answer] = wait_for(lambda _: asked, "surprise", say("scoring"))
+                visit.surprise = (question, answer, None)
+                visit.answer_came()
+            except ServiceError as error:
+                visit.fail(error)
+                show_trouble(visit)
+                return
+        _, answer, by_label = visit.surprise
+        surprise = np.array(answer.surprise)
+        sent = img(whole_pixels(image, model.levels), say("sent"))
+        heat = img(heat_pixels(surprise), say("heat_map"))
+        scale = f'<span>0</span><i class="heat"></i><span>{surprise.max():.1f} nats</span>'
         st.html(
             f'<div class="pair"><figure>{sent}<figcaption>{say("as_sent")}</figcaption></figure>'
             f"<figure>{heat}<figcaption>{scale}</figcaption></figure></div>"
