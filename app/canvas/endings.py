@@ -31,7 +31,7 @@ class Settings:
     model: ServedModel | None  # None as long as nothing serves the dataset
     mode: str  # of `known_cells`
     num_samples: int
-    label: int | None
+    label: int  # -1 for none
     temperature: float
     seed: int | None  # None where none is typed
     trouble: str  # what is wrong with the seed that was typed
@@ -55,7 +55,7 @@ class Settings:
         return {
             "dataset": self.dataset,
             "known": self.mode,
-            "label": str(-1 if self.label is None else self.label),
+            "label": str(self.label),
             "temperature": str(self.temperature),
             "n": str(self.num_samples),
         }
@@ -69,7 +69,7 @@ class Request:
     image: list[list[Any]]
     observed: list[list[int]]
     num_samples: int
-    label: int | None
+    label: int  # -1 for none
     temperature: float
     seed: int | None
 
@@ -142,9 +142,8 @@ def parse_seed(text: str) -> tuple[int | None, str]:
 
 def record(ending: Endings) -> str:
     """Return the endings as JSON. Its `request`, sent to /complete, gives the same `result` from the same model."""
-    sent = {name: value for name, value in vars(ending.request).items() if value is not None}
     values = {
-        "request": sent | {"seed": ending.seed},
+        "request": vars(ending.request) | {"seed": ending.seed},
         "result": {"completions": ending.images.tolist(), "log_probs": ending.log_probs},
         "model": ending.model,
     }

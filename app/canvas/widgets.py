@@ -64,11 +64,11 @@ def choose_dataset(served: Mapping[str, ServedModel]) -> str:
     return st.selectbox(say("dataset"), offered, first, format_func=name_of, key="dataset", persist_state="session")
 
 
-def choose_label(names: list[str], text: str) -> int | None:
-    """Show the labels; return the chosen one's index, None for none."""
+def choose_label(names: list[str], text: str) -> int:
+    """Show the labels; return the chosen one's index, -1 for none."""
     if not names:
         st.selectbox(text, [say("anything")], key="no_label", disabled=True)
-        return None
+        return -1
     state = st.session_state
     if state.setdefault("label_of", names) != names:  # the index kept, or linked to, would be another label's
         state.label_of, state.label = names, -1
@@ -76,8 +76,7 @@ def choose_label(names: list[str], text: str) -> int | None:
     shown = {-1: say("anything")} | {i: say_label(name) for i, name in enumerate(names)}
     offered = list(shown)
     first = offered.index(linked_default("label", offered, -1))
-    label: int = st.selectbox(text, offered, first, format_func=shown.__getitem__, key="label", persist_state="session")
-    return None if label < 0 else label
+    return st.selectbox(text, offered, first, format_func=shown.__getitem__, key="label", persist_state="session")
 
 
 def known_key(painting: bool, sees_all: bool) -> str:

@@ -30,7 +30,7 @@ def generate_page(visit: Visit) -> None:
             visit.generate_wanted = True
             visit.retry_at = math.inf  # at once
     away_place, trouble, place = right.container(), right.empty(), right.empty()
-    settings = {"dataset": dataset, "label": str(-1 if label is None else label), "temperature": str(temperature)}
+    settings = {"dataset": dataset, "label": str(label), "temperature": str(temperature)}
     if wrong_seed:
         trouble.warning(wrong_seed)
         return

@@ -33,7 +33,7 @@ def surprise_page(visit: Visit) -> None:
         link: dict[str, str | int] = {}
         if strength is None and not trouble and drawing.mark.any():
             # The grid is on another page: after a reload the address alone knows what was drawn.
-            link = {"dataset": dataset, "label": -1 if label is None else label, "d": encode_drawing(drawing)}
+            link = {"dataset": dataset, "label": label, "d": encode_drawing(drawing)}
         companion(urlencode(link))  # always there, for the upload
     with right:
         if trouble:
@@ -89,7 +89,7 @@ def surprise_page(visit: Visit) -> None:
 
 
 def likelihoods(
-    visit: Visit, dataset: str, images: Iterable[np.ndarray], labels: Iterable[int | None], what: str
+    visit: Visit, dataset: str, images: Iterable[np.ndarray], labels: Iterable[int], what: str
 ) -> list[Likelihood]:
     """Return how likely images are, (H, W) or (H, W, 3) levels, each given each label. Raises ServiceError.
 
@@ -102,13 +102,12 @@ def likelihoods(
 
 def surprise_beside(visit: Visit, dataset: str, model: ServedModel, image: np.ndarray) -> None:
     """Show beside the grid which label explains an image's levels, where they surprise, how likely each pixel is."""
-    question = (dataset, model.model.get("weights_sha256"), image.tolist(), None)
+    question = (dataset, model.model.get("weights_sha256"), image.tolist(), -1)
     if not visit.surprise or visit.surprise[0] != question or (model.labels and visit.surprise[2] is None):
         if visit.is_waiting:
             return
-        labels = [None, *range(len(model.labels))]
         try:
-            answer, *given = likelihoods(visit, dataset, [image], labels, "surprise_beside")
+            answer, *given = likelihoods(visit, dataset, [image], range(-1, len(model.labels)), "surprise_beside")
             visit.surprise = (question, answer, [one.log_prob for one in given] or None)
             visit.answer_came()
         except ServiceError as error:
