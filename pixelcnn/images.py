@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -61,30 +62,29 @@ def from_png(
         raise ValueError("image is an animated PNG: take one picture of it.")
     try:
         file = Image.open(io.BytesIO(png), formats=["PNG"])
-        picture = file.convert(mode) if file.size == (width, height) else None
-        alpha = file.convert("RGBA").tobytes()[3::4] if picture is not None and file.has_transparency_data else b""
+        if file.size == (width, height):
+            picture, rgba = np.array(file.convert(mode)), np.array(file.convert("RGBA"))
     except Image.DecompressionBombError:
         raise ValueError(f"image must be {width} x {height} pixels, got many more.") from None
     except Exception as error:  # a decoder that is fed with anything may raise anything
         # Of what is no PNG at all, Pillow's sentence names an object in memory.
         why = f" ({error})" if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) else ""
         raise ValueError(f"image is no readable PNG{why}: save it anew.") from None
-    if picture is None:
+    if file.size != (width, height):
         raise ValueError(f"image must be {width} x {height} pixels, got {file.width} x {file.height}.")
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, channels)
-    levels = (pixels.permute(2, 0, 1).double() * (num_levels - 1) / 255).round().long()
+    pixels = torch.from_numpy(picture).view(height, width, channels).permute(2, 0, 1)
+    levels = (pixels.double() * (num_levels - 1) / 255).round().long()
+    clear = torch.from_numpy(rgba[..., 3] < 255)
     if exact:
         is_8_bit = file.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
-        if not is_8_bit or file.convert("RGBA").tobytes() != to_picture(levels, num_levels).convert("RGBA").tobytes():
+        if not is_8_bit or (rgba != np.array(to_picture(levels, num_levels).convert("RGBA"))).any():
             colours = "grey" if channels == 1 else "colour"
             raise ValueError(
                 f"image must hold the {num_levels} levels of {colours} of the model and nothing else (black is the "
                 "first one, white the last one): others would be changed."
             )
-    elif alpha:
-        clear = torch.frombuffer(bytearray(alpha), dtype=torch.uint8).reshape(height, width) < 255
-        if bool((clear if observed is None else clear & observed).any()):
-            raise ValueError("image is transparent where it counts: lay it on black or white first.")
+    elif bool((clear if observed is None else clear & observed).any()):
+        raise ValueError("image is transparent where it counts: lay it on black or white first.")
     return levels
 
 
