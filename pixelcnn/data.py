@@ -72,7 +72,7 @@ class Dataset:
 
     def batches(self, split: str, batch_size: int, num_images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (levels, label) of a split's first `num_images` images, in order."""
-        num = len(self.images[split]) if num_images is None else min(num_images, len(self.images[split]))
+        num = len(self.images[split][:num_images])
         # A fixed seed: the training split's likelihood, too, is a number that comes out the same twice.
         generator = torch.Generator().manual_seed(0)
         for start in range(0, num, batch_size):

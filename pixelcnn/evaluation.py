@@ -59,7 +59,7 @@ def _batches(
     if split not in data.images:
         raise ValueError(f"split must be one of {', '.join(data.images)}, got {split!r}.")
     device = next(model.parameters()).device
-    total, done = min(num_images or math.inf, len(data.images[split])), 0
+    total, done = len(data.images[split][:num_images]), 0
     start = last = time.monotonic()
     for levels, label in data.batches(split, batch_size, num_images):
         yield levels.to(device), label.to(device)
