@@ -127,8 +127,7 @@ def train_command(
     model = build_model(config)
     if init_from is not None:
         load_joint_weights(model, init_from)
-    for part in filter(None, (model, model.completer)):
-        Plan(part)  # now: a network that is too deep for the samplers is not trained in vain
+    Plan(model)  # now: a network that is too deep for the samplers is not trained in vain
     model = model.to(place)
     if rank == 0:
         num_parameters = sum(p.numel() for p in model.parameters())
