@@ -222,10 +222,10 @@ class AutoregressiveModel(nn.Module):
 
     def contexts(self, drawing: Tensor | None, observed: Tensor | None) -> list[Tensor | None]:
         """Return what each of `context_networks` makes of a drawing, to enter every layer; None without a drawing."""
-        if drawing is None or observed is None:
-            return [None for _ in self.context_networks()]
         networks = self.context_networks()
-        return [None if network is None else network(drawing, observed) for network in networks]
+        if drawing is None:
+            return [None] * len(networks)
+        return [network and network(drawing, observed) for network in networks]
 
     def _logits(self, x: Any, label: Any, contexts: list[Any]) -> Any:
         """Return the output's parameters as maps, (B, P, H, W), of tensors or of symbolic maps."""
