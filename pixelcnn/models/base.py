@@ -225,7 +225,7 @@ class AutoregressiveModel(nn.Module):
         networks = self.context_networks()
         if drawing is None:
             return [None] * len(networks)
-        return [network and network(drawing, observed) for network in networks]
+        return [None if network is None else network(drawing, observed) for network in networks]
 
     def _logits(self, x: Any, label: Any, contexts: list[Any]) -> Any:
         """Return the output's parameters as maps, (B, P, H, W), of tensors or of symbolic maps."""
