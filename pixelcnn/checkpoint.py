@@ -91,7 +91,7 @@ def save_checkpoint(
     except (TypeError, ValueError) as error:
         raise ValueError(f"scores must be values that JSON has, by name ({error}).") from None
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped: the names of its weights are loaded
-    folder = _target(Path(folder))
+    folder = Path(folder).resolve()  # a link stays one: what it leads to is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -125,14 +125,9 @@ def save_checkpoint(
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _target(folder: Path) -> Path:
-    """Return the folder that a link leads to, which is replaced in the link's place; any other one by its own name."""
-    return folder.resolve() if folder.is_symlink() or not folder.name else folder
-
-
 def _set_aside(folder: Path) -> Path:
     """Return where `save_checkpoint` keeps a folder while it puts the new one in its place."""
-    folder = _target(folder)
+    folder = folder.resolve()
     return folder.with_name(f".{folder.name}.old")
 
 
