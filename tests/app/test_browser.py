@@ -372,6 +372,7 @@ def test_what_is_known(open_page: OpenPage, service: StubService) -> None:
     assert (shown["All above"][:13][hole[:13]] == -1).all()
 
 
+@pytest.mark.slow
 def test_as_i_draw(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     places = points_on_screen(page, HALF_DIGIT)
@@ -440,6 +441,7 @@ def test_a_stroke_is_answered_without_the_page(open_page: OpenPage, service: Stu
     assert service.requests[-1][1]["image"] == stroke["image"]
 
 
+@pytest.mark.slow
 def test_an_order_that_is_chosen_while_endings_come_is_taken(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     draw(page, HALF_DIGIT)
@@ -461,6 +463,7 @@ def test_an_order_that_is_chosen_while_endings_come_is_taken(open_page: OpenPage
     expect(page.get_by_role("button", name="Stop")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_pen_that_is_only_lifted_asks_for_nothing(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     wait_until_still(page)
@@ -594,6 +597,7 @@ def test_link_and_reload(open_page: OpenPage, service: StubService, page_url: st
     until(lambda: (ink(page) == other).all(), "the link was not followed")
 
 
+@pytest.mark.slow
 def test_a_stroke_before_the_address_changes_outlives_a_reload(open_page: OpenPage, page_url: str) -> None:
     page = open_page(url=f"{page_url}/?token=s3cret")
     draw(page, HALF_DIGIT)
@@ -1022,6 +1026,7 @@ def test_finger_on_a_phone(open_page: OpenPage, service: StubService, tmp_path: 
     assert (ink(page) == by_finger).all()  # the mouse draws the same cells
 
 
+@pytest.mark.slow
 def test_painting_on_a_phone_in_the_dark(
     open_page: OpenPage, service: StubService, page_url: str, tmp_path: Path
 ) -> None:
@@ -1186,6 +1191,7 @@ def test_the_address_is_that_of_the_answer_and_makes_no_history(open_page: OpenP
     expect(page.get_by_role("button", name=re.compile("Copy link|Copied"))).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_endings_of_something_else_do_not_look_like_the_answer(open_page: OpenPage) -> None:
     page = open_page()
     draw(page, HALF_DIGIT)
@@ -1210,6 +1216,7 @@ def test_endings_of_something_else_do_not_look_like_the_answer(open_page: OpenPa
     expect(page.get_by_text("Endings appear here")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_one_seed_for_a_drawing(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     draw(page, HALF_DIGIT)
@@ -1244,6 +1251,7 @@ def test_two_fingers_never_draw(open_page: OpenPage) -> None:
     assert page.evaluate("visualViewport.scale") > 1  # they zoom the page instead
 
 
+@pytest.mark.slow
 def test_the_example_stays_until_a_stroke_is_made(open_page: OpenPage) -> None:
     """Two fingers, or an undo of nothing, do not begin a drawing; the page knows what is on the grid."""
     page = open_page(example=True, has_touch=True)
@@ -1300,6 +1308,7 @@ def test_a_pen_draws_where_a_palm_was_first(open_page: OpenPage, palm: list[tupl
     assert not drawn[16:].any()
 
 
+@pytest.mark.slow
 def test_a_setting_that_is_changed_while_endings_come_is_taken(open_page: OpenPage, service: StubService) -> None:
     page = open_page(live=True)
     page.get_by_text("Advanced").click()

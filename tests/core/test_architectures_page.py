@@ -80,6 +80,7 @@ assert not torch.equal(sample(model, u), before)
     run(tmp_path, "-c", code)
 
 
+@pytest.mark.slow
 def test_the_benchmark_and_the_command_line_know_it(folder: Path) -> None:
     words = ["--batch-sizes", "1", "--samplers", "naive", "cached, compiled", "--seconds", "0.2", "--exact-images", "4"]
     shown = run(folder, "-m", "pixelcnn", "bench", "--checkpoint", "models/stacked", *words)

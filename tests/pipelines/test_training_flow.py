@@ -256,6 +256,7 @@ def test_the_version_holds_the_checkpoint_without_a_pickle(trained, tmp_path: Pa
     assert "python_model.pkl" not in (top / "MLmodel").read_text()
 
 
+@pytest.mark.slow
 def test_the_logged_model_loads_outside_of_the_project(trained, tmp_path: Path) -> None:
     """With the code that it brings, and requirements that name versions."""
     uri = f"models:/pixelcnn-mnist5k/{trained[1]['version']}"

@@ -196,6 +196,7 @@ print(pathlib.Path(BentoMLContainer.prometheus_multiproc_dir.get()).parent)
     assert done.stdout.splitlines() == ["[]", "{'token': 's3cret'} {'timeout': 7}", counts], done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("champions")
 def test_sigterm_ends_readiness_first_and_answers_afterwards(served, home):
     """The last test of this service."""

@@ -682,6 +682,7 @@ def test_the_best_released_weights_of_each_dataset(tmp_path, monkeypatch):
     assert released_by_dataset() == {"mnist": folders["c"], "letters": folders["a"]}
 
 
+@pytest.mark.slow
 def test_before_the_first_champion_its_sampler_is_compiled(tmp_path: Path) -> None:
     script = f"""
 import threading
