@@ -66,6 +66,15 @@ def begin(ask_for: AskFor[Event], put: Callable[[Any], object]) -> Leaving:
     return leaving
 
 
+def once(ask: Callable[[], Event]) -> AskFor[Event]:
+    """Return what asks for a single answer, as `begin` takes it."""
+
+    def ask_for(_: OnOpen) -> Generator[Event, None, None]:
+        yield ask()
+
+    return ask_for
+
+
 def in_background(ask_for: AskFor[Event]) -> Generator[Event | None, None, None]:
     """Yield the events of another thread, and None whenever nothing has come for a moment.
 

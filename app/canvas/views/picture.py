@@ -11,7 +11,7 @@ from app.canvas.endings import Settings
 from app.canvas.rendering import img, whole_pixels
 from app.canvas.session import Visit
 from app.canvas.texts import say
-from app.canvas.waiting import wait_for
+from app.canvas.waiting import once, wait_for
 from app.canvas.widgets import choose, in_words, known_key, upload_picture
 from app.client import ServiceError
 
@@ -58,9 +58,9 @@ def made_picture(visit: Visit, settings: Settings) -> np.ndarray | None:
     kind = (settings.dataset, settings.shape)
     st.button(say("make_picture"), icon=":material/auto_awesome:", on_click=want, args=[True])
     if visit.example_wanted:  # still, if a stroke interrupted the page
-        asked = (visit.client.generate(settings.dataset, label=settings.label) for _ in range(1))
+        ask = functools.partial(visit.client.generate, settings.dataset, label=settings.label)
         try:
-            [answer] = wait_for(lambda _: asked, "picture", say("drawing"), lambda: want(False))
+            [answer] = wait_for(once(ask), "picture", say("drawing"), lambda: want(False))
             visit.example = (kind, strength_of(np.array(answer.images[0]), settings.levels))
         except ServiceError as error:
             st.warning(in_words(error))

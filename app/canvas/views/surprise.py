@@ -14,7 +14,7 @@ from app.canvas.examples import real_images
 from app.canvas.rendering import heat_pixels, img, png_size, whole_pixels
 from app.canvas.session import Visit
 from app.canvas.texts import say, say_label
-from app.canvas.waiting import wait_for
+from app.canvas.waiting import once, wait_for
 from app.canvas.widgets import choose_dataset, choose_label, companion, in_words, show_trouble, upload_picture
 from app.client import Likelihood, ServedModel, ServiceError
 
@@ -48,9 +48,9 @@ def surprise_page(visit: Visit) -> None:
         image = levels_of(drawing, model.levels)
         question = (dataset, model.model.get("weights_sha256"), image.tolist(), label)
         if not visit.surprise or visit.surprise[0] != question:
-            asked = (visit.client.likelihood(dataset, image.tolist(), label=label) for _ in range(1))
+            ask = functools.partial(visit.client.likelihood, dataset, image.tolist(), label=label)
             try:
-                [answer] = wait_for(lambda _: asked, "surprise", say("scoring"))
+                [answer] = wait_for(once(ask), "surprise", say("scoring"))
                 visit.surprise = (question, answer, None)
                 visit.answer_came()
             except ServiceError as error:
