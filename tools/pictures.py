@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import PIL.Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
 from tests.app import browsing
 
@@ -43,7 +43,10 @@ def clean_page(browser: Browser, url: str, seed: int) -> Page:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.add_init_script(browsing.REMEMBERS_NOTHING_DRAWN)
     page = context.new_page()
-    page.goto(url)
+    try:
+        page.goto(url)
+    except Error as error:
+        raise SystemExit(f"error: no page at {url}. Start it in another terminal: make demo") from error
     browsing.grid(page).wait_for()
     expect(page.get_by_text("Serving pixelcnn-mnist")).to_be_visible()
     page.get_by_text("As I draw").click()
