@@ -277,7 +277,10 @@ class Champions:
                 continue
             except OSError as error:  # it names none: the load then says so, and why
                 version = str(error)
-            if version:  # otherwise it is being rewritten
+            champion = self._attempts.get((dataset, "champion")) if role == "challenger" else None
+            if champion and champion.fingerprint[0] == version:  # a challenge ends by naming the champion itself
+                self._forget(dataset, role)
+            elif version:  # otherwise it is being rewritten
                 self._take_up(dataset, role, folder, version)
 
     def _take_up(self, dataset: str, role: str, folder: Path, version: str) -> None:
@@ -317,11 +320,12 @@ class Champions:
         metrics().champion.labels(dataset, new.identity.version, role).set(1)
 
     def _forget(self, dataset: str, role: str) -> None:
-        """Serve no more what has left the store; released weights never were there."""
-        del self._attempts[dataset, role]
+        """Serve no more what has left the store, or its role; released weights never were there."""
+        if self._attempts.pop((dataset, role), None) is None:
+            return
         metrics().refused.labels(dataset, role).set(0)
         old = self.find(dataset, role)
         if old and old.identity.version != RELEASED:
             del self._loaded[dataset, role]
             metrics().champion.labels(dataset, old.identity.version, role).set(0)
-            logger.warning("%s%s was removed from the model store; it is no longer served.", NAME_PREFIX, dataset)
+            logger.warning("the model store has no %s of %s any more; none is served.", role, dataset)

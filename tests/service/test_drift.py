@@ -391,6 +391,8 @@ def test_the_service_tells_of_drift_and_of_a_challenger(client, use_home, servic
     # A challenge ends once the challenger is the champion itself; nobody needs to draw for that.
     store.serve(tag, "challenger")
     wait_until(lambda: client.get("/drawings").json()["watched"]["shadow"] is None)
+    wait_until(lambda: read("pixelcnn_champion", dataset="watched", version="2", role="challenger") == 0)
+    assert not read("pixelcnn_champion", dataset="watched", version="3", role="challenger"), "it is loaded once"
     assert read("pixelcnn_shadow_drawings", dataset="watched") == 0
     assert all(math.isnan(read("pixelcnn_shadow_bits_per_dim", dataset="watched", bound=b)) for b in ("low", "high"))
     # What is no longer served is no longer told of.
