@@ -47,7 +47,7 @@ def read_observed(value: Any, config: ModelConfig) -> Tensor:
 
 
 def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) -> Tensor:
-    """Return the field `image` as (1, C, H, W) int64 levels; 0 where it is not observed.
+    """Return the field `image` as (1, C, H, W) int64 levels; any where it is not observed.
 
     Args:
         value: nested lists, H x W or H x W x 3, or a PNG in base64.
@@ -70,7 +70,7 @@ def read_image(value: Any, config: ModelConfig, observed: Tensor | None = None) 
         levels = from_png(png, config.image_shape, config.num_levels, observed=observed)
     except ValueError as error:
         raise RequestError(str(error)) from None
-    return levels[None] if observed is None else torch.where(observed, levels, 0)
+    return levels[None]
 
 
 def read_label(label: int | None, config: ModelConfig, num_images: int = 1) -> Tensor | None:

@@ -109,7 +109,7 @@ class SamplingJob(Job):
         def on_row(row: int, levels: Tensor) -> None:
             _leave_if_nobody_waits(jobs)
             for job, part in zip(jobs, parts, strict=True):
-                if job.on_row is not None and not job.done.done():
+                if job.on_row is not None:
                     try:
                         job.on_row(row, levels[part])
                     except Exception as error:
