@@ -41,6 +41,7 @@ def test_the_document_names_what_is_served(client):
         reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         requests = document["components"]["schemas"][reference.rpartition("/")[2]]["oneOf"]
         assert {"grey", "colour"} <= {request["properties"]["dataset"]["const"] for request in requests}
+        assert not any(request["additionalProperties"] for request in requests)
         counts = [request["properties"].get("num_samples", {"maximum": 16}) for request in requests]
         assert all(count["maximum"] == 16 for count in counts)
     assert "get" in document["paths"]["/models"]

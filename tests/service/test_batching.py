@@ -89,7 +89,7 @@ def test_a_call_holds_equal_keys_and_a_bounded_number_of_images(batches):
     submit(batches, Held("first"))
     wait_until(lambda: Held.calls == [["first"]], 10)
     jobs = [
-        Held("a", num_images=2),
+        Held("a", num_images=3),
         Held("b", key="other"),
         Held("c", num_images=3),
         Held("d"),
@@ -507,11 +507,12 @@ def test_endings_that_nobody_waits_for_are_not_scored(monkeypatch):
     assert rows == [0, 1, 2]
 
 
-def test_endings_drawn_live_are_scored_once_the_hand_rests():
+@pytest.mark.parametrize("label", [None, -1])
+def test_endings_drawn_live_are_scored_once_the_hand_rests(label):
     model = build_model(dataclasses.replace(GREY, context_features=2, completer_features=4, label_features=2))
     identity = wire.Identity(**dict.fromkeys(wire.Identity.model_fields, "toy"))
     champion = Champion(model, identity, {})
-    request = wire.CompleteRequest(dataset="grey", image=[[1] * 4] * 5, observed=[[1] * 4, *[[0] * 4] * 4])
+    request = wire.CompleteRequest(dataset="grey", image=[[1] * 4] * 5, observed=[[1] * 4, *[[0] * 4] * 4], label=label)
     streamed = jobs.SamplingJob(champion, request, on_row=lambda *_: None)
     awaited = jobs.SamplingJob(champion, request)
     told = jobs.SamplingJob(champion, request.model_copy(update={"label": 2}), on_row=lambda *_: None)

@@ -156,6 +156,7 @@ def test_temperature_0_takes_the_most_likely_levels(client):
     images = client.post("/generate", json=request).json()["images"]
     assert images[0] == images[1] == images[2]
     assert client.post("/generate", json=request).json()["images"] == images
+    assert client.post("/generate", json={**request, "temperature": 1e-6}).status_code == 200
 
 
 def test_likelihood(client, grey):
@@ -418,7 +419,7 @@ def test_content_type(client):
         assert error_of(response, 415).startswith("the request must have the header Content-Type: application/json")
     response = client.post("/generate", content=body, headers={"Content-Type": "application/vnd.bentoml+pickle"})
     error_of(response, 415)
-    response = client.post("/generate", content=body, headers={"Content-Type": "application/json; charset=utf-8"})
+    response = client.post("/generate", content=body, headers={"Content-Type": "Application/JSON; charset=utf-8"})
     assert response.status_code == 200
 
 
@@ -427,6 +428,7 @@ def test_body_too_large(client):
     expected = "the request must have at most 1000000 bytes: send one image"
     response = client.post("/likelihood", content=b" " * 50_000_000, headers=headers)
     assert error_of(response, 413).startswith(expected)
+    assert error_of(client.post("/likelihood", content=b" " * 1_000_000, headers=headers), 400), "as many are read"
     # In chunks, without a length.
     response = client.post("/likelihood", content=iter([b" " * 100_000] * 50), headers=headers)
     assert error_of(response, 413).startswith(expected)
