@@ -149,6 +149,9 @@ def resample(
         )
     if not bool(((choice >= 0) & (choice < 1)).all()):
         raise ValueError("choice must lie in [0, 1), as torch.rand gives it.")
+    check_observed(image, observed, model.config)
+    if label is not None:
+        check_label(label, len(image), model.config)
     num = u.shape[1]
     repeated = [x.repeat_interleave(num, dim=0) for x in (image, observed)]
     label = None if label is None else label.repeat_interleave(num)

@@ -117,7 +117,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[st
     try:
         # Not `save_file`, which would keep the file from everybody else.
         with replaced(path) as new:
-            new.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+            own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            new.write_bytes(save(own, metadata))  # which refuses tensors that share memory
     except OSError as error:
         raise OSError(
             f"{path} could not be saved ({error}). Make room on its disk, then run the same command again: a training "
@@ -126,7 +127,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **values: Mapping[st
 
 
 def load_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the values and the tensors that `save_tensors` wrote; one of `DAMAGED` is raised where it did not."""
+    """Return the values and the tensors that `save_tensors` wrote; one of `DAMAGED` is raised where it did not.
+
+    OSError if the file cannot be read.
+    """
+    open(path, "rb").close()  # safetensors says of a folder, or a file that may not be read, that there is none
     with safetensors.safe_open(path, framework="pt") as file:
         values = json.loads(file.metadata()[kind])
         return values, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict

@@ -83,7 +83,6 @@ def beginnings(noise: tuple[Mask, Mask], ink: Mask, part: Mask) -> Mask:
     outward = np.where(ink, np.sin(angle) * y + np.cos(angle) * x, -np.inf)
     front = np.zeros_like(ink)
     front.reshape(num, size)[np.arange(num), outward.reshape(num, size).argmax(axis=1)] = True
-    front &= ink
     laid, searched = front.copy(), front.copy()
     wanted = np.ceil(part * ink.sum(axis=(1, 2))).clip(1, None)
     # When a pixel is laid: the step of the search.

@@ -258,6 +258,12 @@ def test_a_choice_needs_noise_of_its_own():
             resample(model, image, observed, torch.rand(2, 3, *SHAPE), choice)
     with pytest.raises(ValueError, match="u must be a tensor, got ndarray"):
         resample(model, image, observed, torch.rand(2, 3, *SHAPE).numpy(), torch.rand(2))
+    u, choice = torch.rand(2, 3, *SHAPE), torch.rand(2)
+    for label in ([0, 1], torch.tensor([0])):
+        with pytest.raises(ValueError, match=r"^label must have shape \(2,\) and dtype int64, got "):
+            resample(model, image, observed, u, choice, label)
+    with pytest.raises(ValueError, match=r"^observed must be bool of shape \(2, 1, "):
+        resample(model, image, observed[:1], u, choice)
 
 
 def test_known_rows_are_not_shared_between_labels():

@@ -42,6 +42,17 @@ def test_equal_data_are_equal_bytes(tmp_path):
     assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(5)}) == 1
 
 
+def test_splits_that_are_one_tensor_are_saved(tmp_path):
+    toy = toy_dataset()
+    test, path = {"images": toy.images["test"], "labels": toy.labels["test"]}, tmp_path / "toy.safetensors"
+    parts = {part: {**getattr(toy, part), "validation": tensor} for part, tensor in test.items()}
+    save_dataset(path, dataclasses.replace(toy, **parts))
+    loaded = load_dataset(path)
+    for split in ("validation", "test"):
+        assert torch.equal(loaded.images[split], test["images"])
+        assert torch.equal(loaded.labels[split], test["labels"])
+
+
 def test_a_failure_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "toy.safetensors"
     save_dataset(path, toy_dataset())

@@ -338,6 +338,8 @@ def test_a_damaged_state_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"state is no state of a training run .*Delete it to start afresh."):
             fit(toy_model(data), data, CONFIG, state_file=state)
         assert state.read_bytes() == damaged
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        read_state(tmp_path)
     for metadata in (None, {"other": "{}"}, {"state": "{"}, {"state": json.dumps({"step": 1})}):
         save_file({"weights/0": torch.zeros(1)}, state, metadata)
         with pytest.raises(ValueError, match=r"state is no state of a training run .*Delete it to start afresh."):
