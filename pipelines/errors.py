@@ -18,6 +18,8 @@ _OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy", "
 _SHOWN = ("pipelines.stages", "pixelcnn.evaluation")  # loggers
 _MAX_CHARACTERS = 400  # of a reason: MLflow's hold whole statements of SQL
 
+_UNREACHABLE = "Failed to reach API"  # Prefect's RuntimeError, of the server that it was told of
+
 # Where a run without a Prefect server starts a temporary one, its chatter is of no use to anybody, and on a busy
 # machine it needs more than the default of 20 s to come up.
 _SETTINGS = {
@@ -30,9 +32,8 @@ _SETTINGS = {
 
 def is_for_user(error: BaseException | None) -> bool:
     """Say whether a person can mend what an error names; if not, it is a bug of ours."""
-    if isinstance(error, RuntimeError) and "Failed to reach API" in str(error):  # Prefect, of the server it was told of
-        return True
-    return isinstance(error, _USER_ERRORS) or type(error) is LookupError or tool_of(error) is not None
+    is_unreachable = isinstance(error, RuntimeError) and _UNREACHABLE in str(error)
+    return is_unreachable or isinstance(error, _USER_ERRORS) or type(error) is LookupError or tool_of(error) is not None
 
 
 def tool_of(error: BaseException | None) -> str | None:
@@ -97,6 +98,8 @@ def run_typer(app: Typer, name: str, program: str, argv: Sequence[str] | None) -
             raise
         text = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
         text = reason(error) if tool_of(error) else without_passwords(" ".join(text.split()))
+        if _UNREACHABLE in text:
+            text = f"{text.rstrip('.')}. Start that server (make operate), or unset PREFECT_API_URL to run without one."
         print(f"{name}: {text}", file=sys.stderr)
         return 1
     finally:

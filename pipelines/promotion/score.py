@@ -1,5 +1,6 @@
 """The scores that versions are compared by: NLL image by image, of whole images and of their missing parts."""
 
+import hashlib
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from pixelcnn.checkpoint import load_checkpoint
 from pixelcnn.completion import score_completions
 from pixelcnn.data import Dataset
 from pixelcnn.evaluation import check_fit, per_image_completion_nll, per_image_nll
+from pixelcnn.models.registry import code_beside, model_name
 from pixelcnn.observed import SCORED
 
 SCORES_FOLDER = Path("reports/promotions/scores")
@@ -40,14 +42,16 @@ def score(version: Version, data: Dataset, batch_size: int) -> Candidate:
         MisfitError: it does not fit the data.
         ValueError: it cannot be fetched or loaded.
     """
-    key = (version.tags["weights_sha256"], data.data_hash, core_sha256())
-    kept = SCORES_FOLDER / f"{'-'.join(part[:16] for part in key)}.safetensors"
+    weights_sha256 = version.tags["weights_sha256"]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = registry.download(version, Path(folder))  # checked, also where its scores are kept
+        model, _ = load_checkpoint(checkpoint)
+        code = [core_sha256(), *code_beside(model_name(model.config)), str(NUM_COMPLETED)]
+        key = (weights_sha256, data.data_hash, hashlib.sha256(" ".join(code).encode()).hexdigest())
+        kept = SCORES_FOLDER / f"{'-'.join(part[:16] for part in key)}.safetensors"
         try:
             nats = load_file(kept)
         except (FileNotFoundError, SafetensorError):
-            model, _ = load_checkpoint(checkpoint)
             try:
                 check_fit(model.config, data)
             except ValueError as error:

@@ -731,9 +731,11 @@ def test_scores_are_kept_for_the_next_decision(toy, monkeypatch):
         path.write_bytes(b"damaged")
     toy.promote()
     assert len(scored) == 3, "both anew"
-    monkeypatch.setattr(score, "core_sha256", lambda: "other code")
-    toy.promote()
-    assert len(scored) == 5
+    others = {"core_sha256": lambda: "other code", "code_beside": lambda _: ["of one's own"], "NUM_COMPLETED": 7}
+    for number, (name, other) in enumerate(others.items(), start=1):
+        monkeypatch.setattr(score, name, other)
+        toy.promote()
+        assert len(scored) == 3 + 2 * number, f"another {name}"
 
 
 def test_scores_that_cannot_be_kept_count(toy, monkeypatch):

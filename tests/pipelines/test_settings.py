@@ -66,6 +66,15 @@ def test_an_error_of_many_lines_is_one(capsys: pytest.CaptureFixture[str]) -> No
     assert run("add", ours) == 1
     assert capsys.readouterr().err == "add: a: wrong b: wrong, at http://host\n"
 
+    def prefect() -> None:
+        raise RuntimeError("Failed to reach API at http://host/api/")
+
+    assert run("train", prefect) == 1
+    assert capsys.readouterr().err == (
+        "train: Failed to reach API at http://host/api/. Start that server (make operate), or unset PREFECT_API_URL to "
+        "run without one.\n"
+    )
+
 
 def test_a_password_in_an_address_is_not_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
