@@ -2,14 +2,19 @@
 
 This is its one place that imports private modules of BentoML. Usage reports are off unless BENTOML_DO_NOT_TRACK asks
 for them; but `bentoml serve` has cached that variable before it imports this. The counts for /metrics are kept in one
-folder per model store, which each start empties; here each `bentoml serve` has its own folder, and takes it away. It
-is one in memory, unless TMPDIR says where: on a full disk a worker that counts something new is killed (SIGBUS).
+folder per model store, which each start empties; here each `bentoml serve` has its own folder, and takes it away, as
+the next start does with that of one that was killed. It is one in memory, unless TMPDIR says where: on a full disk a
+worker that counts something new is killed (SIGBUS).
 BentoML's own are off: each path that a client sends, be it without the token, would be a time series of theirs.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 import uvicorn.config
 from bentoml._internal.configuration.containers import BentoMLContainer
@@ -27,6 +32,15 @@ if not _folder:
     _memory = None if os.environ.get("TMPDIR") or not os.access("/dev/shm", os.W_OK) else "/dev/shm"
     _counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-", dir=_memory)  # until this process ends
     _folder = _counts.name
+    fcntl.flock(os.open(_folder, os.O_RDONLY), fcntl.LOCK_EX)  # as long as this process lives
+    for _file in Path(_folder).parent.glob("pixelcnn-metrics-*/*.db"):
+        with contextlib.suppress(OSError):  # held, or somebody else's
+            _left = os.open(_file.parent, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(_left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(_file.parent)
+            finally:
+                os.close(_left)
 BentoMLContainer.prometheus_multiproc_dir.set(_folder)
 uvicorn.config.HTTP_PROTOCOLS["auto"] = "app.service.operation.connection:Connection"
 RunnerTrafficMetricsMiddleware.__call__ = lambda self, *message: self.app(*message)  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """The service as a platform and an operator see it: two real ones over one store, in processes of their own."""
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -194,6 +195,30 @@ print(pathlib.Path(BentoMLContainer.prometheus_multiproc_dir.get()).parent)
     # Not on a disk: once that is full, who counts there is killed.
     counts = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
     assert done.stdout.splitlines() == ["[]", "{'token': 's3cret'} {'timeout': 7}", counts], done.stderr
+
+
+def test_counts_of_a_killed_service_are_removed_by_the_next(tmp_path):
+    for name in ("left", "held", "empty"):
+        (tmp_path / f"pixelcnn-metrics-{name}").mkdir()
+    for name in ("left", "held"):
+        (tmp_path / f"pixelcnn-metrics-{name}/counter_1.db").touch()
+    code = """
+import fcntl, os
+import app.service
+own = os.open(app.service._counts.name, os.O_RDONLY)
+try:
+    fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print(*sorted(os.listdir(os.environ["TMPDIR"])))
+"""
+    held = os.open(tmp_path / "pixelcnn-metrics-held", os.O_RDONLY)  # as a service that runs does
+    fcntl.flock(held, fcntl.LOCK_EX)
+    done = run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    os.close(held)
+    there = done.stdout.split()
+    assert len(there) == 3, done.stderr
+    assert {"pixelcnn-metrics-empty", "pixelcnn-metrics-held"} < set(there)  # an empty one is about to be held
+    assert {path.name for path in tmp_path.iterdir()} == {"pixelcnn-metrics-empty", "pixelcnn-metrics-held"}
 
 
 @pytest.mark.slow
