@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -31,7 +32,7 @@ from app.service.jobs import LikelihoodJob, ReadingJob, SamplingJob
 from app.service.metrics import metrics
 from app.service.openapi import amended
 from app.service.operation.drawings import Drawings
-from app.service.operation.readiness import drain_on_sigterm, why_not_ready
+from app.service.operation.readiness import drain_on_sigterm, end_without_server, why_not_ready
 from app.service.operation.requests import RequestLog, line_of_request
 from app.service.settings import settings, tracing
 from pixelcnn.sampling.fast import set_sampler_threads
@@ -77,6 +78,7 @@ class PixelCNNService:
     """Complete, generate and score images with the champion of each dataset."""
 
     def __init__(self) -> None:
+        self.server = os.getppid()  # `bentoml serve`
         set_sampler_threads(settings.threads)
         self.champions = Champions(store_folder(), self._on_poll)
         self.batcher = Batcher(MAX_BATCH_IMAGES, settings.max_queue)
@@ -102,6 +104,7 @@ class PixelCNNService:
 
     def _on_poll(self) -> None:
         """Bring the readiness gauge and the watched drawings up to what is served: after each poll, and at SIGTERM."""
+        end_without_server(self.server)
         metrics().ready.set(not why_not_ready(self.champions.describe()))
         self.drawings.forget()
 

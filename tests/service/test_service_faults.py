@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from app.service.champions import Champions, load_champion, pinned_models
@@ -169,6 +170,16 @@ def test_sigterm_finishes_what_was_taken_and_refuses_the_rest(served):
     served.process.wait(30)
     with pytest.raises(httpx.ConnectError):
         post(served, "/generate", SHORT)
+
+
+def test_a_killed_server_leaves_no_worker_that_keeps_the_port(tmp_path):
+    (tmp_path / "bentoml").mkdir()
+    with serving(tmp_path / "bentoml", tmp_path / "log") as served:
+        [worker] = [psutil.Process(number) for number in served.workers()]
+        served.process.kill()
+        worker.wait(20)
+        with pytest.raises(httpx.ConnectError):
+            post(served, "/generate", SHORT)
 
 
 # The store.

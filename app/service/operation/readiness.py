@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Collection
@@ -43,3 +44,10 @@ def drain_on_sigterm(on_drain: Callable[[], None]) -> None:
             logger.info("not ready from now on; requests are answered for another %d s.", settings.drain_s)
 
     signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(drain))
+
+
+def end_without_server(server: int) -> None:
+    """End this worker, as by SIGTERM, if the `server` that started it was killed: it would keep the port."""
+    if os.getppid() != server and not draining.is_set():
+        logger.error("the server was killed: this worker ends, too.")
+        os.kill(os.getpid(), signal.SIGTERM)
