@@ -1,4 +1,4 @@
-"""What the README says is so: its commands exist, and its table is that of the committed metrics."""
+"""What README and docs say is so: commands, files and tests exist; the table is that of the committed metrics."""
 
 import json
 import re
@@ -12,6 +12,8 @@ from pipelines.reports.card import score_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+OTHERS = {"pip", "pytest", "tarfile", "venv"}  # modules of Python and of packages
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def committed(*words: str) -> str:
@@ -29,13 +31,29 @@ def test_every_make_target_of_the_readme_exists() -> None:
     assert named <= targets
 
 
-def test_every_file_of_the_readme_exists() -> None:
-    for name in re.findall(r"\]\(([^):#]+)\)", README):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_linked_file_exists(page: Path) -> None:
+    for name in re.findall(r"\]\(([^):#]+)\)", page.read_text()):
+        assert (page.parent / name).exists(), name
 
 
-def test_every_module_command_of_the_readme_exists() -> None:
-    for module in set(re.findall(r"python -m ([a-z_.]+)", README)):
+def test_every_test_of_the_docs_is_in_the_file_that_it_is_named_with() -> None:
+    """`test_file.py::test_name`; a later `::test_name` of the same cell of a table is in the same file."""
+    named: list[tuple[str, str]] = []
+    for cell in (cell for page in PAGES for line in page.read_text().splitlines() for cell in line.split(" | ")):
+        file = ""
+        for new_file, name in re.findall(r"(\w+\.py)?::(test_\w+)", cell):
+            file = new_file or file
+            named.append((file, name))
+    assert len(named) > 50
+    for file, name in named:
+        paths = list((ROOT / "tests").rglob(file))
+        assert any(f"def {name}(" in path.read_text() for path in paths), f"{file}::{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_command_exists(page: Path) -> None:
+    for module in set(re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", page.read_text())) - OTHERS:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
