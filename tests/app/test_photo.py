@@ -32,6 +32,18 @@ def photo(
     return PIL.Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
+def with_dark_edges(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """As a lens takes it."""
+    x, y = np.meshgrid(*(np.linspace(-1, 1, side) for side in picture.size))
+    return PIL.Image.fromarray((np.asarray(picture) * (1 - (x * x + y * y) / 4)).astype(np.uint8))
+
+
+def with_crumbs(picture: PIL.Image.Image) -> PIL.Image.Image:
+    for x, y in ((30, 640), (700, 30)):
+        PIL.ImageDraw.Draw(picture).ellipse((x, y, x + 5, y + 5), fill=20)
+    return picture
+
+
 def saved(picture: PIL.Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     picture.save(file, kind, **options)
@@ -65,6 +77,10 @@ def test_the_ink_lies_as_in_mnist() -> None:
         pytest.param(photo(150, 60, slope=0.6), id="grey paper, light from one side"),
         pytest.param(photo(40, 210, slope=0.3), id="light chalk on a dark board"),
         pytest.param(photo(200, 130, noise=8), id="a faint pencil, grainy"),
+        pytest.param(photo(200, 156), id="a hard pencil"),
+        pytest.param(photo(120, 50, slope=1.2), id="a corner in the dark"),
+        pytest.param(with_dark_edges(photo(235, 60)), id="light in the middle"),
+        pytest.param(with_crumbs(photo(235, 40)), id="crumbs on the paper"),
     ],
 )
 def test_the_same_ink_is_found_in_any_light(picture: PIL.Image.Image) -> None:
@@ -132,6 +148,14 @@ def test_ink_on_a_clear_ground_and_pictures_as_small_as_the_grid() -> None:
     assert agreement(find_ink(saved(own), SHAPE, Layout()), CLEAN) >= 0.8
 
 
+def test_no_ink_leaves_the_grid_however_it_is_laid() -> None:
+    tadpole = PIL.Image.new("L", (300, 400), 255)
+    PIL.ImageDraw.Draw(tadpole).ellipse((100, 30, 200, 130), fill=0)
+    PIL.ImageDraw.Draw(tadpole).line((150, 130, 150, 370), fill=0, width=4)
+    rows, _ = np.argwhere(find_ink(saved(tadpole), SHAPE, Layout(stroke=0)) > 0).T
+    assert (rows.max() - rows.min() + 1, rows.max()) == (20, 27)
+
+
 def test_the_grid_need_not_be_square() -> None:
     ink = find_ink(saved(photo(235, 40)), (48, 32), Layout(fill=0.9, by_mass=False))
     rows, columns = np.argwhere(ink >= 128).T
@@ -152,7 +176,9 @@ def test_the_layout_is_measured() -> None:
         boxes[i, 3:21, 4 : 7 + i] = boxes[i, 3:6, 4:16] = 255
     assert layout_of(boxes).fill == pytest.approx(0.75)
     assert not layout_of(boxes).by_mass
-    assert not layout_of(np.full((3, 9, 9), 200)).has_paper
+    filled = layout_of(np.full((3, 9, 9), 200))
+    assert (filled.has_paper, filled.stroke) == (False, 9 / 12)
+    assert not layout_of(np.full((3, 9, 9), 200) * (np.arange(9) < 1)).has_paper
     assert layout_of(np.zeros((3, 9, 9))) == Layout()
 
 
@@ -163,7 +189,10 @@ def test_the_layout_is_measured() -> None:
         (b"", "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (b"no picture", "This file is no picture that can be read. Upload a PNG or a JPEG."),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "This file is no picture that can be read. Upload a PNG or a JPEG."),
-        (saved(photo(200, 200)), "No ink was found in this picture. Take it nearer, on plain paper."),
+        *(  # what shows through the paper is no ink either
+            (saved(photo(200, ink)), "No ink was found in this picture. Take it nearer, on plain paper.")
+            for ink in (200, 180)
+        ),
         *(
             (saved(PIL.Image.new("L", size, 255)), "No ink was found in this picture. Take it nearer, on plain paper.")
             for size in ((300, 200), (1, 1))
