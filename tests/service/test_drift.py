@@ -234,7 +234,7 @@ def test_a_change_of_bits_per_dim_alone_is_found_within_200_requests_however_fas
     batcher.close()
 
 
-def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, reference, tmp_path):
+def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, reference, tmp_path, caplog):
     lineage: dict[str, Any] = dict.fromkeys(Identity.model_fields, "1")
     champion = Champion(model, Identity(**lineage), {}, reference)
     busy: Any = SimpleNamespace(submit=lambda score: None)  # nothing is scored
@@ -243,7 +243,9 @@ def test_a_drift_ends_with_its_cause_and_a_blank_drawing_is_none(model, referenc
     draw(watch, champion, levels[:1], torch.zeros_like(known[:1]))
     assert watch.describe() == {}
     draw(watch, champion, torch.zeros_like(levels), known)
+    draw(watch, champion, torch.zeros_like(levels), known)
     assert watch.describe()["strokes"]["drifted_since"]
+    assert caplog.text.count("are not like the reference") == 1, "it has begun once"
     draw(watch, champion, levels, known)
     assert watch.describe()["strokes"]["drifted_since"] is None
 
@@ -298,6 +300,7 @@ def test_what_was_scored_for_a_challenge_that_has_ended_does_not_bring_it_back(m
     assert watch.describe()["strokes"]["shadow"] is None
     submitted[2].done.set_result([1.0, 0.5])
     assert watch._watched["strokes"].challenger is None
+    assert read("pixelcnn_shadow_drawings", dataset="strokes") == 0
     assert watch.describe()["strokes"]["drift"]["bits_per_dim"]["in_window"] == 3, "the champion's part counts"
 
 
@@ -311,6 +314,7 @@ def test_only_a_reference_from_which_drawings_can_differ_is_watched(model, refer
     assert told["watched"] == is_watched == (read("pixelcnn_drift_watched", dataset="strokes") == 1)
     assert set(told["drift"]) == (set(reference) if is_watched else set())
     assert math.isnan(read("pixelcnn_drift", dataset="strokes", statistic="ink_share")) != is_watched
+    assert math.isnan(read("pixelcnn_drift_distance", dataset="strokes", statistic="ink_share")), "of no window yet"
 
 
 def test_the_limit_keeps_the_rate_of_false_alarms_that_it_states():

@@ -76,11 +76,14 @@ def test_what_is_known_of_a_completion_is_scored(client, grey, monkeypatch, endp
     labels = {"dataset": "grey", "endpoint": endpoint}
     before = read("pixelcnn_drawn_bits_per_dim_sum", **labels)
     count = read("pixelcnn_drawn_bits_per_dim_count", **labels)
-    client.post(f"/{endpoint}", json={"dataset": "grey", "image": IMAGE, "observed": OBSERVED})
+    known = [read(f"pixelcnn_drawn_share_{part}", dataset="grey", statistic="known_share") for part in ("count", "sum")]
+    client.post(f"/{endpoint}", json={"dataset": "grey", "image": IMAGE, "observed": OBSERVED, "num_samples": 2})
     wait_until(lambda: read("pixelcnn_drawn_bits_per_dim_count", **labels) == count + 1)
     nats = -pixel_log_prob(grey, torch.tensor([[IMAGE]]))[:, :, :2].sum().item()
     found = read("pixelcnn_drawn_bits_per_dim_sum", **labels) - before
     assert abs(found - nats / (8 * math.log(2))) < 1e-4
+    now = [read(f"pixelcnn_drawn_share_{part}", dataset="grey", statistic="known_share") for part in ("count", "sum")]
+    assert now == [known[0] + 1, pytest.approx(known[1] + 0.4)]
 
 
 def test_gauges_of_a_killed_worker_are_forgotten(tmp_path, monkeypatch):
