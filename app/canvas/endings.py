@@ -162,7 +162,7 @@ def nats(value: float) -> str:
 
 def bits_per_dim(log_prob: float, num: int) -> str:
     """Write a log-probability in nats as bits per each of `num` dimensions."""
-    return f"{abs(log_prob) / (max(num, 1) * math.log(2)):.3f} bits/dim"
+    return f"{abs(log_prob) / (num * math.log(2)):.3f} bits/dim"
 
 
 def nll_of(served: ServedModel, nats: str = "nats") -> str | None:

@@ -259,6 +259,7 @@ def test_service_refuses(service: StubService, open_page: OpenPage) -> None:
     complete(page)
     (warning,) = page.warning
     assert warning.value == "The model cannot take this as it is. Your drawing is kept."
+    assert not page.session_state["visit"].is_waiting, "what comes next is not at fault"
     assert not any(text.value.startswith("Trying again in") for text in page.caption)
     assert any(element.value.startswith("temperature must be at most 2.") for element in page.markdown)
     service.refusal = None
@@ -347,6 +348,7 @@ def test_service_down_from_the_start(service: StubService, open_page: OpenPage) 
     service.close()
     page = open_page()
     assert not page.exception
+    assert list(page.session_state["visit"].drawn) == [INK.shape], "there is a grid to draw on"
     assert page.warning[0].value == "The model does not answer just now. Your drawing is kept."
     again = StubService(port=service.port)
     try:
@@ -627,7 +629,9 @@ def test_generate(service: StubService, open_page: OpenPage) -> None:
 
 
 def test_the_link_to_a_sheet_draws_it_again(service: StubService, open_page: OpenPage) -> None:
-    link = dict(parse_qsl(at(open_page, "Generate").session_state["visit"].generated.link))
+    address = at(open_page, "Generate").session_state["visit"].generated.link
+    assert "&d=" not in address, "a page that is opened by it would take its blank drawing for the grid's"
+    link = dict(parse_qsl(address))
     again = AppTest.from_file(str(PAGE), default_timeout=20)
     for name, value in link.items():
         again.query_params[name] = value

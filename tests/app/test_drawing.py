@@ -24,7 +24,7 @@ from app.canvas.drawing import (
 )
 from app.canvas.endings import Endings, Request, record, undrawn
 from app.canvas.photo import fit_picture
-from app.canvas.rendering import INK, PAPER, endings_html, saved_picture
+from app.canvas.rendering import INK, PAPER, endings_html, png_size, saved_picture
 from app.canvas.views.surprise import labels_html
 from tests.app.stub_service import StubService
 
@@ -51,9 +51,9 @@ def test_old_addresses_are_still_read() -> None:
 
 
 def test_address_of_another_shape_is_blank() -> None:
-    draw = np.random.default_rng(2)
-    assert not decode_drawing(encode_drawing(random_drawing(draw, (28, 28))), (32, 32, 3)).mark.any()
-    assert not decode_drawing(encode_drawing(random_drawing(draw, (32, 32, 3))), (28, 28)).mark.any()
+    for shape, other in (((28, 28), (32, 32, 3)), ((32, 32, 3), (28, 28)), ((32, 32), (28, 28))):
+        address = encode_drawing(Drawing(np.ones(shape), np.ones(shape[:2])))  # a part of it would be a drawing
+        assert not decode_drawing(address, other).mark.any()
 
 
 def test_paint_is_known_whatever_its_colour() -> None:
@@ -62,6 +62,11 @@ def test_paint_is_known_whatever_its_colour() -> None:
     assert known_cells(drawing, "above", 256).tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
     assert known_cells(drawing, "mask", 256).tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 1]]
     assert known_cells(Drawing(drawing.strength[..., 0], drawing.mark), "ink", 256).sum() == 0  # ink of strength 0
+
+
+def test_above_nothing_no_row_is_known() -> None:
+    holes = Drawing(np.zeros((3, 3)), HOLE * np.eye(3, dtype=int))
+    assert known_cells(holes, "above", 2).sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -152,9 +157,15 @@ def test_a_label_is_text_whatever_it_holds() -> None:
     ending = undrawn(Request("own", [[0]], [[0]], 1, None, 1.0, 5), 2, {})
     text = endings_html(replace(ending, log_probs=[-1.0], seed=5, names=["<i>a"]), coloured=True, order="drawn")
     assert "<b>&lt;i&gt;a</b>" in text
+    assert 'title="1.443 bits/dim"' in text
     assert ": &lt;i&gt;a " in text, "in the picture's words, too, once"
     assert "&amp;lt;" not in text
     assert "<th>&lt;i&gt;a</th>" in labels_html(["<i>a"], [-1.0])
+
+
+def test_a_png_has_one_bit_per_pixel_where_that_holds_the_image() -> None:
+    noise = np.random.default_rng(0).integers(2, size=(32, 32, 3))
+    assert png_size(noise[..., 0], 2) < 256 < 3 * 32 * 32 / 8 < png_size(noise, 2)
 
 
 def test_saved_sheet_is_large_and_crisp() -> None:

@@ -289,10 +289,12 @@ def test_a_page_of_another_origin_is_refused_before_anything_is_asked(monkeypatc
 
 
 def test_who_stops_stops_what_the_browser_gets_too(visit):
-    stopped = []
+    stopped, begun = [], answered(visit, STROKE)
     visit.stop_live = lambda: stopped.append("live")
+    visit.asked, visit.unfinished = begun.request, begun
     visit.want_no_endings()
     assert stopped == ["live"]
+    assert (visit.answered, visit.unfinished) == (begun.request, None), "neither asked again, nor shown by half"
 
 
 def test_a_request_that_opens_once_the_page_has_left_is_ended():
