@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import PIL.Image
+import PIL.ImageSequence
 import pytest
 
 from app.canvas.drawing import (
@@ -24,7 +26,18 @@ from app.canvas.drawing import (
 )
 from app.canvas.endings import Endings, Request, record, undrawn
 from app.canvas.photo import fit_picture
-from app.canvas.rendering import INK, PAPER, endings_html, png_size, saved_picture
+from app.canvas.rendering import (
+    ANIMATED_CELL,
+    INK,
+    MAX_FRAMES,
+    PAPER,
+    UNKNOWN,
+    endings_html,
+    gallery_html,
+    png_size,
+    saved_animation,
+    saved_picture,
+)
 from app.canvas.views.surprise import labels_html
 from tests.app.stub_service import StubService
 
@@ -161,6 +174,33 @@ def test_a_label_is_text_whatever_it_holds() -> None:
     assert ": &lt;i&gt;a " in text, "in the picture's words, too, once"
     assert "&amp;lt;" not in text
     assert "<th>&lt;i&gt;a</th>" in labels_html(["<i>a"], [-1.0])
+
+
+def test_bits_are_of_a_channel_of_what_was_added() -> None:
+    ending = undrawn(Request("own", [[[0] * 3] * 2], [[1, 0]], 1, None, 1.0, 5), 256, {})
+    text = endings_html(replace(ending, log_probs=[-6 * math.log(2)], seed=5), coloured=True, order="drawn")
+    assert 'title="2.000 bits/dim"' in text
+
+
+def test_the_likeliest_ending_stands_for_a_past_request() -> None:
+    ending = undrawn(Request("own", [[0]], [[0]], 2, None, 1.0, 5), 2, {})
+    text = gallery_html([replace(ending, images=np.array([[[0]], [[1]]]), log_probs=[-2.0, -1.0], seed=5)])
+    assert text.count("data-ink") == text.count('data-ink="ff"') == 1
+
+
+def test_an_animation_draws_pixel_by_pixel_and_rests_at_the_end() -> None:
+    request = Request("own", [[0, 1], [0, 0]], [[1, 1], [0, 0]], 1, None, 1.0, 5)
+    saved = saved_animation(Endings(request, 2, np.array([[[0, 1], [1, 0]]])), 0, coloured=False)
+    gif, seen = PIL.Image.open(io.BytesIO(saved)), []
+    for frame in PIL.ImageSequence.Iterator(gif):
+        cells = np.array(frame.convert("RGB"))[::ANIMATED_CELL, ::ANIMATED_CELL]
+        assert (cells[0] == (PAPER, INK)).all()
+        seen.append(([tuple(cell) for cell in cells[1].tolist()], frame.info["duration"]))
+    assert seen == [([UNKNOWN, UNKNOWN], 40), ([INK, UNKNOWN], 40), ([INK, PAPER], 2000)]
+    assert gif.info["loop"] == 0, "without end"
+    nothing = [[0] * 20] * 20
+    whole = Endings(Request("own", nothing, nothing, 1, None, 1.0, 5), 2, np.array([nothing]))
+    assert PIL.Image.open(io.BytesIO(saved_animation(whole, 0, coloured=False))).n_frames == MAX_FRAMES
 
 
 def test_a_png_has_one_bit_per_pixel_where_that_holds_the_image() -> None:

@@ -151,7 +151,9 @@ def test_an_earlier_answer_leaves_what_came_live(visit: Visit) -> None:
 def test_what_was_answered_since_is_not_asked_again(visit: Visit) -> None:
     """Where something else fails later, and is tried again."""
     visit.unanswered = True  # a stroke found no service; the next one did
-    visit.keep(answered(visit, STROKE))
+    visit.unfinished = answered(visit, STROKE)
+    visit.keep(visit.unfinished)
+    assert visit.unfinished is None, "else it were shown while the next drawing waits"
     visit.retry()
     assert not visit.pending
 
@@ -285,7 +287,9 @@ def test_a_page_of_another_origin_is_refused_before_anything_is_asked(monkeypatc
     for app, origin in ((canvas, "elsewhere.test"), (canvas, "["), (OwnOrigin(accept), "127.0.0.1:8501")):
         headers = [(b"host", b"127.0.0.1:8501"), (b"origin", f"http://{origin}".encode())]
         asyncio.run(app({"type": "websocket", "path": "/_stcore/stream", "headers": headers}, receive, send))
-    assert sent == ["websocket.close", "websocket.close", "websocket.accept"]
+    headers = [(b"host", b"127.0.0.1:8501")]  # no page
+    asyncio.run(OwnOrigin(accept)({"type": "websocket", "path": "/", "headers": headers}, receive, send))
+    assert sent == ["websocket.close", "websocket.close", "websocket.accept", "websocket.accept"]
 
 
 def test_who_stops_stops_what_the_browser_gets_too(visit):
@@ -311,6 +315,14 @@ def test_one_level_too_many_is_of_another_champion(visit):
     client = SimpleNamespace(complete_stream=stream)
     with pytest.raises(ServiceError, match="more levels"):
         list(drawn(client, asked_of(STROKE, visit.settings, seed=5), lambda end: None))
+
+
+def test_how_ink_lies_is_measured_for_each_champion_once(visit, service):
+    visit.refresh_models()
+    for weights in ("1", "2", "1"):
+        visit.models["mnist5k"].model["weights_sha256"] = weights
+        visit.layout("mnist5k")
+    assert [path for path, _ in service.requests] == ["/generate"] * 2
 
 
 def test_what_found_no_service_is_wanted_again(visit):
