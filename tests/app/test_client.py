@@ -271,7 +271,9 @@ def test_the_named_environment_says_the_address(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PIXELCNN_ENVIRONMENT", " staging\n")
     with pytest.raises(ServiceError, match=r"'staging', which environments\.yaml .* not describe\. Known: none\."):
         service_url()
-    Path("environments.yaml").write_text("staging: {store: s, service: 'http://staging:3000'}\nempty: {store: e}")
+    Path("environments.yaml").write_text(
+        "staging: {store: s, service: 'http://staging:3000'}\nempty: {store: e, service: }"
+    )
     assert service_url() == "http://staging:3000"
     monkeypatch.setenv("PIXELCNN_SERVICE_URL", "http://production:3000")
     with pytest.raises(ServiceError, match="PIXELCNN_SERVICE_URL is set, but not to the service of staging"):
@@ -281,6 +283,9 @@ def test_the_named_environment_says_the_address(tmp_path: Path, monkeypatch: pyt
         service_url()
     monkeypatch.delenv("PIXELCNN_ENVIRONMENT")
     assert service_url() == "http://production:3000", "development, which the file does not describe"
+    Path("environments.yaml").write_text("development: {service: 'http://development:3000'}")
+    with pytest.raises(ServiceError, match="PIXELCNN_SERVICE_URL is set, but not to the service of development"):
+        service_url()
     Path("environments.yaml").write_bytes(b"\xff")
     with pytest.raises(ServiceError, match=r"environments\.yaml must give each environment a registry, a store"):
         service_url()
