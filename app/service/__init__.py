@@ -5,7 +5,8 @@ for them; but `bentoml serve` has cached that variable before it imports this. T
 folder per model store, which each start empties; here each `bentoml serve` has its own folder, and takes it away, as
 the next start does with that of one that was killed. It is one in memory, unless TMPDIR says where: on a full disk a
 worker that counts something new is killed (SIGBUS).
-BentoML's own are off: each path that a client sends, be it without the token, would be a time series of theirs.
+BentoML's own are off: each path that a client sends, be it without the token, would be a time series of theirs. Where
+it cannot listen, `bentoml serve` says so in one sentence.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ import uvicorn.config
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.utils.analytics import usage_stats
+from bentoml.exceptions import BentoMLConfigException
+from circus.sockets import CircusSocket
 
 from app.service.api import PixelCNNService as PixelCNNService
 from app.service.operation.requests import JsonFormatter
@@ -44,6 +47,21 @@ if not _folder:
 BentoMLContainer.prometheus_multiproc_dir.set(_folder)
 uvicorn.config.HTTP_PROTOCOLS["auto"] = "app.service.operation.connection:Connection"
 RunnerTrafficMetricsMiddleware.__call__ = lambda self, *message: self.app(*message)  # type: ignore[method-assign]
+
+_bind_and_listen = CircusSocket.bind_and_listen
+
+
+def _listen(server: CircusSocket) -> None:
+    try:
+        _bind_and_listen(server)
+    except OSError as error:
+        raise BentoMLConfigException(
+            f"the service cannot listen on {server.location} ({error.strerror}). Stop the program that holds the port, "
+            "or choose another: bentoml serve app.service:PixelCNNService --port N."
+        ) from None
+
+
+CircusSocket.bind_and_listen = _listen
 
 for _handler in logging.getLogger("bentoml").handlers:
     if _handler.name == "tracehandler":  # a server's, not the command line's

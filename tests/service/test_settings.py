@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def test_a_wrong_value_ends_the_start_with_one_sentence(tmp_path):
     done = run([bentoml, "serve", "app.service:PixelCNNService"], cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert "PIXELCNN_TIMEOUT_S must be a valid integer, got 'soon'. Set it anew." in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_port_that_is_taken_ends_the_start_with_one_sentence(tmp_path):
+    bentoml = Path(sys.executable).with_name("bentoml")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = [bentoml, "serve", "app.service:PixelCNNService", "--port", str(port)]
+        done = run(command, cwd=ROOT, env={**os.environ, "BENTOML_HOME": str(tmp_path)})
+    assert done.returncode == 1
+    assert f"the service cannot listen on 127.0.0.1:{port} (Address already in use). Stop the program" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 
