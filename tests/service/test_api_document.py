@@ -44,8 +44,21 @@ def test_the_document_names_what_is_served(client):
         assert not any(request["additionalProperties"] for request in requests)
         counts = [request["properties"].get("num_samples", {"maximum": 16}) for request in requests]
         assert all(count["maximum"] == 16 for count in counts)
+        assert operation["requestBody"]["required"]
+        assert operation["responses"]["429"]["headers"]["Retry-After"]["required"]
+        served = client.get("/models").json()
+        for fields in (request["properties"] for request in requests):
+            label, nothing = fields["label"]["anyOf"]
+            most = len(served[fields["dataset"]["const"]]["labels"]) - 1
+            assert (label["minimum"], label["maximum"], nothing) == (-1, most, {"type": "null"})
+            if "image" in fields:
+                assert fields["image"]["oneOf"][1]["contentMediaType"] == "image/png"
     assert "get" in document["paths"]["/models"]
-    assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
+    readiness = document["paths"]["/readyz"]["get"]["responses"]
+    assert set(readiness) == {"200", "503"}
+    assert readiness["503"]["headers"]["Retry-After"]["required"]
+    stream = document["paths"]["/complete_stream"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    assert stream["schema"]["properties"]["event"]["enum"] == ["rows", "result", "error"]
     assert "InvalidArgument" not in str(document)
 
 
