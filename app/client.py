@@ -15,7 +15,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 import httpx
 import stamina
 from httpx_sse import SSEError, connect_sse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from app.environment import setting
 
@@ -105,7 +105,7 @@ class Likelihood(BaseModel):
 
 
 class _Refusal(BaseModel):
-    error: str
+    error: str = Field(min_length=1)
 
 
 def service_url() -> str:

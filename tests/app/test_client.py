@@ -247,6 +247,7 @@ def test_a_busy_service_is_asked_again_after_the_time_it_names(status: int, monk
         httpx.Response(200, json=[1, 2]),
         httpx.Response(200, json={"completions": []}),
         httpx.Response(404, text="Not Found"),
+        httpx.Response(404, json={"error": ""}),
     ],
 )
 def test_another_program_on_the_port(response: httpx.Response) -> None:
