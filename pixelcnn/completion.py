@@ -140,8 +140,11 @@ def resample(
     Raises:
         ValueError: a shape, dtype or range differs from the above.
     """
-    for name, value in (("image", image), ("observed", observed), ("u", u), ("choice", choice)):
-        check_tensor(name, value)
+    check_observed(image, observed, model.config)
+    if label is not None:
+        check_label(label, len(image), model.config)
+    check_tensor("u", u)
+    check_tensor("choice", choice)
     if u.dim() != 5 or len(u) != len(image) or not u.shape[1] or choice.shape != image.shape[:1]:
         raise ValueError(
             f"u must have shape (B, M, C, H, W) and choice (B,) for {len(image)} images, "
@@ -149,9 +152,6 @@ def resample(
         )
     if not bool(((choice >= 0) & (choice < 1)).all()):
         raise ValueError("choice must lie in [0, 1), as torch.rand gives it.")
-    check_observed(image, observed, model.config)
-    if label is not None:
-        check_label(label, len(image), model.config)
     num = u.shape[1]
     repeated = [x.repeat_interleave(num, dim=0) for x in (image, observed)]
     label = None if label is None else label.repeat_interleave(num)
