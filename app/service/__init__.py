@@ -35,7 +35,9 @@ if not _folder:
     _memory = None if os.environ.get("TMPDIR") or not os.access("/dev/shm", os.W_OK) else "/dev/shm"
     _counts = tempfile.TemporaryDirectory(prefix="pixelcnn-metrics-", dir=_memory)  # until this process ends
     _folder = _counts.name
-    fcntl.flock(os.open(_folder, os.O_RDONLY), fcntl.LOCK_EX)  # as long as this process lives
+    # The folder itself is locked, as long as this process lives: BentoML makes one that holds a file anew. One without
+    # any may be about to be locked.
+    fcntl.flock(os.open(_folder, os.O_RDONLY), fcntl.LOCK_EX)
     for _file in Path(_folder).parent.glob("pixelcnn-metrics-*/*.db"):
         with contextlib.suppress(OSError):  # held, or somebody else's
             _left = os.open(_file.parent, os.O_RDONLY | os.O_NOFOLLOW)

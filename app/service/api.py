@@ -103,7 +103,7 @@ class PixelCNNService:
         self.batcher.close()
 
     def _on_poll(self) -> None:
-        """Bring the readiness gauge and the watched drawings up to what is served: after each poll, and at SIGTERM."""
+        """Bring gauge and watched drawings up to what is served, after each poll and at SIGTERM; end if orphaned."""
         end_without_server(self.server)
         metrics().ready.set(not why_not_ready(self.champions.describe()))
         self.drawings.forget()

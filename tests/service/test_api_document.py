@@ -33,7 +33,7 @@ STATUSES = (400, 401, 404, 408, 413, 415, 429, 500, 504)
 
 
 def test_the_document_names_what_is_served(client):
-    document = client.get("/docs.json").json()
+    document, served = (client.get(path).json() for path in ("/docs.json", "/models"))
     assert document["openapi"] == "3.1.0"
     for path in ("/complete", "/complete_stream", "/generate", "/likelihood"):
         operation = document["paths"][path]["post"]
@@ -46,7 +46,6 @@ def test_the_document_names_what_is_served(client):
         assert all(count["maximum"] == 16 for count in counts)
         assert operation["requestBody"]["required"]
         assert operation["responses"]["429"]["headers"]["Retry-After"]["required"]
-        served = client.get("/models").json()
         for fields in (request["properties"] for request in requests):
             label, nothing = fields["label"]["anyOf"]
             most = len(served[fields["dataset"]["const"]]["labels"]) - 1
