@@ -304,6 +304,10 @@ def _progress_printer(verb: str, noun: str = "images") -> Callable[[int, int], N
     return on_progress
 
 
+def _counted(num: int, noun: str) -> str:
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
+
+
 def pack_command(
     checkpoint: Checkpoint,
     images: Images,
@@ -318,8 +322,8 @@ def pack_command(
     on_progress = _progress_printer("packed")
     made = pack(checkpoint, images, out, labels=labels, split=split, block_images=block_images, on_progress=on_progress)
     if made.num_left_out:
-        print(f"left out: {made.num_left_out} files whose names do not end in .png")
-    print(f"wrote {out}: {made.num_images:,} images in {made.num_bytes:,} bytes")
+        print(f"left out: {_counted(made.num_left_out, 'file')}: a name must end in .png")
+    print(f"wrote {out}: {_counted(made.num_images, 'image')} in {_counted(made.num_bytes, 'byte')}")
 
 
 def unpack_command(
@@ -338,7 +342,7 @@ def unpack_command(
         first, _, stop = images.partition(":")
         some = int(first), int(stop) if stop else int(first) + 1
     num = unpack(checkpoint, file, out, images=some, on_progress=_progress_printer("unpacked"))
-    print(f"wrote {num:,} images to {out}")
+    print(f"wrote {_counted(num, 'image')} to {out}")
 
 
 def rank_command(

@@ -145,7 +145,7 @@ def test_commands_keep_names_labels_and_subfolders(checkpoint, tmp_path, capsys)
     size = f"{file.stat().st_size:,}"
     assert (
         capsys.readouterr().out
-        == f"left out: 1 files whose names do not end in .png\nwrote {file}: 3 images in {size} bytes\n"
+        == f"left out: 1 file: a name must end in .png\nwrote {file}: 3 images in {size} bytes\n"
     )
     assert main(["unpack", *command, str(file), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"wrote 3 images to {out}\n"
@@ -154,6 +154,7 @@ def test_commands_keep_names_labels_and_subfolders(checkpoint, tmp_path, capsys)
         assert (out / name).read_bytes() == to_png(image, 3)
     one = tmp_path / "one.png"
     assert main(["unpack", *command, str(file), "--out", str(one), "--images", "1"]) == 0
+    assert capsys.readouterr().out == f"wrote 1 image to {one}\n"
     assert one.read_bytes() == to_png(levels[1], 3)
     assert main(["unpack", *command, str(file), "--out", str(tmp_path / "no.png"), "--images", "0:2"]) == 1
     message = f"error: {tmp_path}/no.png can hold one image, not 2. Name a folder or a .npy file, or one image.\n"
