@@ -322,7 +322,7 @@ def pack_command(
     on_progress = _progress_printer("packed")
     made = pack(checkpoint, images, out, labels=labels, split=split, block_images=block_images, on_progress=on_progress)
     if made.num_left_out:
-        print(f"left out: {_counted(made.num_left_out, 'file')}: a name must end in .png")
+        print(f"left out: {_counted(made.num_left_out, 'file')} not named .png")
     print(f"wrote {out}: {_counted(made.num_images, 'image')} in {_counted(made.num_bytes, 'byte')}")
 
 
@@ -368,7 +368,7 @@ def rank_command(
     scores = zip(ranked.corrected, place, ranked.nats, bits, ranked.png_bytes, ranked.names, strict=True)
     for i, (corrected, by_nats, nats, bpd, size, name) in enumerate(scores, start=1):
         table.writerow([i, f"{corrected:.3f}", int(by_nats), f"{nats:.3f}", f"{bpd:.5f}", int(size), name])
-    left_out = f"; left out: {ranked.num_left_out} files not named .png" if ranked.num_left_out else ""
+    left_out = f"; left out: {_counted(ranked.num_left_out, 'file')} not named .png" if ranked.num_left_out else ""
     print(f"wrote {out}{left_out}", file=sys.stderr)
 
 

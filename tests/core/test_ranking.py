@@ -93,7 +93,7 @@ def test_the_table_and_the_sheet(checkpoint, tmp_path, capsys) -> None:
     out = tmp_path / "sheet.png"
     assert main(["rank", "--checkpoint", str(checkpoint), "--images", str(tmp_path / "in"), "--out", str(out)]) == 0
     printed, said = capsys.readouterr()
-    assert said == f"wrote {out}; left out: 1 files not named .png\n"
+    assert said == f"wrote {out}; left out: 1 file not named .png\n"
     rows = list(csv.DictReader(printed.splitlines()))
     assert [int(row["rank"]) for row in rows] == list(range(1, 41))
     numbers = [int(row["path"][-6:-4]) for row in rows]
