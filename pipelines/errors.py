@@ -10,9 +10,9 @@ from urllib.request import getproxies_environment
 from typer import Typer
 from typer.main import get_command
 
-# Settings, data, a diverging training, files. A LookupError of ours says what is missing; its subclasses, KeyError and
-# IndexError, are bugs.
-_USER_ERRORS = (ValueError, FloatingPointError, OSError)
+# Settings, data, a training that diverges or finds no memory, files. A LookupError of ours says what is missing; its
+# subclasses, KeyError and IndexError, are bugs.
+_USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError)
 # What is wrong with a store, a server or a file; their own exceptions are no part of ours.
 _OUTSIDE = ("mlflow", "prefect", "bentoml", "httpx", "requests", "sqlalchemy", "sqlite3", "safetensors")
 _SHOWN = ("pipelines.stages", "pixelcnn.evaluation")  # loggers

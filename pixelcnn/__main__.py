@@ -442,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = list(_one_value_each(sys.argv[1:] if argv is None else argv))
         get_command(_app())(words, prog_name="python -m pixelcnn")
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, MemoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except SystemExit as end:  # typer's way to end a command

@@ -17,7 +17,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -526,6 +527,20 @@ def check_finite(what: str, step: int, nats: float, gradient_norm: float = 0.0) 
         )
 
 
+@contextmanager
+def memory_for_step() -> Iterator[None]:
+    """Raise MemoryError where torch found no room for a step; its own error is a RuntimeError, as a bug's is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            "a step does not fit into memory: lower batch_size, or raise accumulate, the parts that a batch is split "
+            "into. The last saved state is untouched."
+        ) from None
+
+
 def keep_memory() -> None:
     """Let glibc keep freed memory: a step that gets its tensors from the system each time is 6 % slower."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -564,6 +579,7 @@ def fit(
         ValueError: model and dataset do not fit, the model has a completer or a label network, the batch is larger than
             the split, or the state is of another run.
         FloatingPointError: the loss is no longer finite; the last saved state is left as it was.
+        MemoryError: a step does not fit into memory; likewise.
         OSError: the state could not be saved; the one that was saved before is left as it was.
     """
     check_fit(model.config, data)
@@ -584,7 +600,8 @@ def fit(
     while progress < 1:
         validations_before = math.floor(progress * config.num_validations)
         model.train()
-        nats, rate = trainer.train_step()
+        with memory_for_step():
+            nats, rate = trainer.train_step()
         now = time.monotonic()
         trainer.elapsed_s = trainer.broadcast(elapsed_before + now - start)
         progress = trainer.progress()

@@ -365,6 +365,19 @@ def test_fields_of_ones_own_architecture_are_options(
     )
 
 
+def test_a_training_that_finds_no_memory_is_one_sentence(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pixelcnn.training.trainer.Trainer.train_step", lambda _: torch.empty(2**50))
+    train = ["train", "pixelcnn", "--data", str(data_file), *NETWORK, *SCHEDULE]
+    assert main([*train, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        "error: a step does not fit into memory: lower batch_size, or raise accumulate, the parts that a batch is "
+        "split into. The last saved state is untouched.\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_ends_a_command_and_a_bug_of_ours_keeps_its_traceback(
     checkpoint: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -398,6 +398,36 @@ def test_a_validation_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_p
     assert looked == []
 
 
+def ask_for_too_much(_: torch.Tensor) -> torch.Tensor:
+    return torch.empty(2**50)
+
+
+def run_out_on_cuda(_: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("exhaust", [ask_for_too_much, run_out_on_cuda])
+def test_a_step_without_memory_stops_the_run_and_keeps_the_state(tmp_path, exhaust):
+    data, state = toy_dataset(), tmp_path / "state"
+    model = toy_model(data)
+
+    def break_it(report: StepReport) -> None:
+        if report.step == 5:
+            model.logits.bias.register_hook(exhaust)
+
+    with pytest.raises(MemoryError, match=r"^a step does not fit into memory: lower batch_size, or raise accumulate"):
+        fit(model, data, CONFIG, break_it, state)
+    assert read_state(state)[0].step == 5
+
+
+def test_another_error_of_torch_stays_what_it_is():
+    data = toy_dataset()
+    model = toy_model(data)
+    model.logits.bias.register_hook(lambda gradient: gradient @ gradient[:-1])
+    with pytest.raises(RuntimeError, match="size"):
+        fit(model, data, CONFIG)
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5, 0.9])
 def test_the_averaged_weights_are_the_ones_scored_and_kept(ema_decay):
     data = toy_dataset()

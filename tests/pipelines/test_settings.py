@@ -53,6 +53,14 @@ def test_neighbours_are_not_reached_by_way_of_a_proxy(monkeypatch: pytest.Monkey
     assert proxy_bypass("127.0.0.1:4200")
 
 
+def test_a_training_that_finds_no_memory_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise MemoryError("a step does not fit into memory: lower batch_size.")
+
+    assert run("train", work) == 1
+    assert capsys.readouterr().err == "train: a step does not fit into memory: lower batch_size.\n"
+
+
 def test_an_error_of_many_lines_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise MlflowException("These failed:\n##### File report.json #####\n  No such artifact")
