@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from app.canvas.views.demo import status_text
-from app.demo import beside, main, note_progress, own_steps, port_of
+from app.demo import HOST, address_in_network, beside, main, note_progress, own_steps, port_of
 from benchmarks.interrupts import marked_processes
 from pixelcnn.training.trainer import StepReport, format_progress
 from tests.local import free_port
@@ -274,6 +274,35 @@ def test_a_quick_start_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.
     assert json.loads(status.read_text()) == {"doing": "done"}
 
 
+def test_a_line_that_comes_in_two_parts_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    say = "import os, time; print(os.nice(0), 'Running stage \\'train@a', end='', flush=True); time.sleep(0.5)"
+    status, niceness = tmp_path / "status.json", os.nice(0)
+    steps = beside(dict(os.environ), status, [[sys.executable, "-c", f"{say}; print('b\\':'); time.sleep(0.5)"]])
+    said = []
+    for _ in steps:
+        time.sleep(0.02)
+        said += [json.loads(status.read_text())] if status.exists() else []
+    assert said[0] == {"doing": "train", "what": "ab"}
+    assert Path(".logs/quick-start.log").read_text() == f"{min(niceness + 19, 19)} Running stage 'train@ab':\n"
+
+
+def test_steps_without_a_stage_are_no_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = tmp_path / "status.json"
+    for _ in beside(dict(os.environ), status, [[sys.executable, "-c", "print('nothing to do')"]]):
+        time.sleep(0.02)
+    assert not status.exists()
+
+
+def test_of_a_new_stage_nothing_is_told_that_was_of_the_one_before(tmp_path: Path) -> None:
+    before = {"doing": "train", "what": "a", "validation": "90.70 nats", "left": "0:01"}
+    assert note_progress("Running stage 'evaluate@a':", before, tmp_path / "status.json") == {
+        "doing": "evaluate",
+        "what": "a",
+    }
+
+
 def test_the_released_weights_are_served_before_they_are_registered(demo: Demo) -> None:
     demo.stand_in("python", "raise SystemExit(1)")
     note = "import os, sys\nopen(sys.argv[0] + '.env', 'w').write(os.environ['PIXELCNN_RELEASED'])\n"
@@ -309,6 +338,36 @@ def test_the_port_that_is_proposed_is_one(monkeypatch: pytest.MonkeyPatch) -> No
         other.listen()
         with pytest.raises(SystemExit, match=f"by CANVAS_PORT={port - 1000}"):
             port_of("CANVAS_PORT", port, "canvas")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine")
+def test_a_port_is_looked_at_on_the_address_that_will_be_served() -> None:
+    with socket.create_server(("127.0.0.2", 0)) as other:
+        port = other.getsockname()[1]
+        assert port_of("UNSET_PORT", port, "canvas") == port
+        with pytest.raises(SystemExit, match=r"in use on 0\.0\.0\.0"):
+            port_of("UNSET_PORT", port, "canvas", "0.0.0.0")
+
+
+def test_a_connection_that_is_closing_down_keeps_no_port() -> None:
+    with socket.create_server((HOST, 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection((HOST, port)) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+    assert port_of("UNSET_PORT", port, "canvas") == port
+
+
+@pytest.mark.parametrize(("share", "address"), [(None, ""), ("", ""), ("0", ""), ("192.0.2.7", "192.0.2.7")])
+def test_nobody_reaches_it_unless_asked_for(monkeypatch: pytest.MonkeyPatch, share: str | None, address: str) -> None:
+    monkeypatch.delenv("SHARE", raising=False)
+    if share is not None:
+        monkeypatch.setenv("SHARE", share)
+    assert address_in_network() == address
+
+
+def test_ones_own_pictures_have_a_name_of_their_own() -> None:
+    assert [own_steps(wishes)[0] for wishes in ({}, {"IMAGES": "x"}, {"NAME": "n"})] == ["letters", "glyphs", "n"]
 
 
 @pytest.mark.parametrize("text", ["0", "65536", "x", "-1"])
