@@ -190,6 +190,25 @@ def test_a_reader_that_takes_its_time_has_its_answer(monkeypatch: pytest.MonkeyP
     assert sum(taken) > 30_000_000
 
 
+def test_a_reader_that_took_its_time_may_ask_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "send_timeout_s", 0.3)
+    told: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"GET /whole HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.1)  # it is waited for
+        await reader.readuntil(b"\r\n\r\n")
+        size = int(await reader.readline(), 16)
+        await reader.readexactly(size)
+        await reader.readuntil(b"0\r\n\r\n")
+        await asyncio.sleep(1)
+        writer.write(GET + b"\r\n")
+        told.append(await reader.readuntil(b"0\r\n\r\n"))
+
+    converse(talk)
+    assert b"/livez 0" in told[0]
+
+
 @pytest.mark.parametrize("trailer", [b"a: b\r\n" * 1400, b"x" * 8000], ids=["many lines", "one line"])
 def test_trailers_without_end_are_refused(trailer: bytes) -> None:
     head = b"POST /complete HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\na: "

@@ -165,7 +165,11 @@ def test_each_request_is_a_line_with_its_id_and_nothing_of_the_drawing(served):
         assert answer.headers["x-request-id"] != bad
         assert len(answer.headers["x-request-id"]) == 16
     assert metric(served, 'pixelcnn_requests_total{path="/complete",status="400"}') == 1
-    httpx.get(f"{served.url}/from-outside")
+    answer = httpx.get(f"{served.url}/from-outside{'x' * 100}")
+    named = answer.headers["x-request-id"]
+    wait_until(lambda: [x for x in lines_of(served) if x["request_id"] == named], 10)
+    [path] = [x["path"] for x in lines_of(served) if x["request_id"] == named]
+    assert path == f"/from-outside{'x' * 47}", "60 characters of it"
     assert metric(served, 'pixelcnn_requests_total{path="other",status="404"}') == 1
     assert "from-outside" not in get(served, "/metrics").text
     httpx.get(f"{served.url}/readyz")
